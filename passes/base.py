@@ -1,0 +1,100 @@
+"""The pass interface: the whole framework in one file.
+
+Owns what a pass is, what it returns and how a pipeline runs. It must not know any particular pass, nor what
+its subject is: discovery and mask insertion work on a :class:`~srigl_fx.passes.draft.Draft` of a model, the
+lowering passes on a captured :class:`~srigl_fx.passes.program.Program`.
+
+One pass is one file and one class; its docstring lists the numbered rules it implements. A pipeline is one
+explicit tuple of passes: ``run((Discover(), AssignMasks(...), InsertMasks()), draft)``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from srigl_fx.errors import PassError, SriglError
+
+Subject = TypeVar("Subject")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """One thing a pass did or, more often, did not do, and why.
+
+    Attributes:
+        where: The fully-qualified name of the weight, module or node concerned.
+        reason: One sentence for the user's report.
+        by: The pass that says so; filled in by the runner.
+    """
+
+    where: str
+    reason: str
+    by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassResult(Generic[Subject]):
+    """What a pass returns: its subject, whether anything changed, and notes for the report."""
+
+    subject: Subject
+    changed: bool
+    notes: tuple[Note, ...] = ()
+
+
+class Pass(ABC, Generic[Subject]):
+    """One transformation of a subject.
+
+    ``requires`` raises a :class:`~srigl_fx.errors.SriglError` where the subject is not fit for the pass, before
+    anything is touched; ``run`` transforms; ``ensures`` checks the promise afterwards. Only ``run`` is mandatory.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name shown in reports: the class name."""
+        return type(self).__name__
+
+    def requires(self, subject: Subject) -> None:
+        """Check what the pass needs of ``subject``; raise if it is missing."""
+
+    @abstractmethod
+    def run(self, subject: Subject) -> PassResult[Subject]:
+        """Transform ``subject`` and say what changed."""
+
+    def ensures(self, subject: Subject) -> None:
+        """Check what the pass promises of ``subject``; raise if it does not hold."""
+
+
+def run(passes: Sequence[Pass[Subject]], subject: Subject) -> PassResult[Subject]:
+    """Run ``passes`` in order and return the last subject with all notes.
+
+    Raises:
+        SriglError: As a pass raised it.
+        PassError: Any other exception inside a pass, with the pass named and the cause chained.
+
+    Example:
+        >>> class Double(Pass[int]):
+        ...     def run(self, subject: int) -> PassResult[int]:
+        ...         return PassResult(subject=2 * subject, changed=True, notes=(Note(where="x", reason="doubled"),))
+        >>> result = run((Double(), Double()), 3)
+        >>> result.subject, [note.by for note in result.notes]
+        (12, ['Double', 'Double'])
+    """
+    changed = False
+    notes: list[Note] = []
+    for step in passes:
+        try:
+            step.requires(subject)
+            result = step.run(subject)
+            step.ensures(result.subject)
+        except SriglError:
+            raise
+        except Exception as error:
+            raise PassError(
+                f"the pass {step.name} failed ({type(error).__name__}: {error}); this is a defect of the pass: "
+                "please report it with the model, or leave the pass out of the pipeline"
+            ) from error
+        subject = result.subject
+        changed |= result.changed
+        notes += [Note(where=note.where, reason=note.reason, by=note.by or step.name) for note in result.notes]
+    return PassResult(subject=subject, changed=changed, notes=tuple(notes))

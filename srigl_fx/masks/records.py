@@ -1,0 +1,219 @@
+"""What is known about one weight: where it is, how its neurons lie in it, and what was decided for it.
+
+Owns :class:`WeightSite` (found by discovery), :class:`WeightRecord` (a site plus the decision), where records are
+kept (beside the weight, on the module that owns it) and the live handle :class:`SparseWeight`. It must not know how
+sites are found, how masks are drawn or how they are trained.
+
+Everything is keyed by the parameter's fully-qualified name (FQN). A record travels with its module through deepcopy,
+pickle and wrappers; handles are made anew from the model whenever they are needed and never kept.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from torch import Tensor, fx, nn
+
+Kind = Literal[
+    "linear",  # (out, in)
+    "linear_in_out",  # (in, out): Hugging Face Conv1D, x @ w
+    "conv1d",
+    "conv2d",
+    "conv3d",  # (out, in / groups, kernel...)
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",  # (in, out / groups, kernel...)
+    "attention_in",  # (3 d, d), packed in-projection: blocks q, k, v
+    "other",  # anything that can only stay dense
+]
+Structure = Literal["constant_fan_in", "unstructured"]
+
+MASK_SUFFIX = "_mask"
+_RECORDS = "_srigl_fx_records"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A run of rows of a weight's matrix view that is budgeted, ranked and ablated on its own.
+
+    Most weights are one block with an empty name; a packed attention in-projection has three, ``q``, ``k`` and ``v``
+    (``algorithms.md`` section 0: three sites on one weight).
+    """
+
+    name: str = ""
+    start: int
+    stop: int
+    ablatable: bool = True
+
+    @property
+    def rows(self) -> int:
+        """The number of neurons in the block."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSite:
+    """A contraction weight: its name, its kind and its matrix view.
+
+    Attributes:
+        owner: FQN of the module that owns the parameter ("" for the root).
+        attr: The parameter's name on its owner.
+        kind: How the weight is laid out.
+        shape: The parameter's shape.
+        groups: Groups of a convolution, else 1.
+        blocks: The row blocks of the matrix view; they cover it without overlap.
+        aliases: Other FQNs of the same (tied) parameter.
+        nodes: Names of the graph nodes that use the weight, where a GraphModule was given.
+        feeds_output: Whether no other contraction stands between the weight and an output; None where nobody looked.
+    """
+
+    owner: str
+    attr: str
+    kind: Kind
+    shape: tuple[int, ...]
+    groups: int = 1
+    blocks: tuple[Block, ...] = ()
+    aliases: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    feeds_output: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            object.__setattr__(self, "blocks", (Block(start=0, stop=self.matrix_shape[0]),))
+
+    @property
+    def fqn(self) -> str:
+        """The parameter's fully-qualified name."""
+        return f"{self.owner}.{self.attr}" if self.owner else self.attr
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(n, F): neurons and dense fan-in of the matrix view (``algorithms.md`` section 0)."""
+        total = math.prod(self.shape)
+        if self.kind == "linear_in_out":
+            rows = self.shape[1]
+        elif self.kind.startswith("conv_transpose"):
+            rows = self.shape[1] * self.groups
+        else:
+            rows = self.shape[0]
+        return rows, total // max(rows, 1)
+
+    def to_matrix(self, tensor: Tensor) -> Tensor:
+        """The (n, F) matrix view of a tensor of the weight's shape: a view where the layout allows, else a copy.
+
+        Example:
+            >>> import torch
+            >>> site = WeightSite(owner="", attr="weight", kind="linear_in_out", shape=(3, 2))
+            >>> site.to_matrix(torch.arange(6).reshape(3, 2)).tolist()
+            [[0, 2, 4], [1, 3, 5]]
+        """
+        if self.kind == "linear_in_out":
+            return tensor.t()
+        if self.kind.startswith("conv_transpose"):
+            inputs, outputs, *kernel = self.shape
+            grouped = tensor.reshape(self.groups, inputs // self.groups, outputs, *kernel)
+            return grouped.transpose(1, 2).reshape(self.matrix_shape)
+        return tensor.reshape(self.matrix_shape)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`to_matrix`: a contiguous tensor of the weight's shape."""
+        if self.kind == "linear_in_out":
+            return matrix.t().contiguous()
+        if self.kind.startswith("conv_transpose"):
+            inputs, outputs, *kernel = self.shape
+            grouped = matrix.reshape(self.groups, outputs, inputs // self.groups, *kernel)
+            return grouped.transpose(1, 2).reshape(self.shape).contiguous()
+        return matrix.reshape(self.shape).contiguous()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightRecord:
+    """A site and what was decided for it.
+
+    Attributes:
+        site: The weight.
+        structure: The mask structure, or None where the weight stays dense.
+        reason: Why it stays dense ("" where it is sparse).
+        budgets: For each block, the number of weights it may keep (``B`` of ``algorithms.md`` section 0).
+        ablation: For each block, its own ablation threshold from a rule; None means the trainer's.
+    """
+
+    site: WeightSite
+    structure: Structure | None
+    reason: str = ""
+    budgets: tuple[int, ...] = ()
+    ablation: tuple[float | None, ...] = ()
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the weight is mask-managed."""
+        return self.structure is not None
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """A live handle on one mask-managed weight of a model; parameter and mask are looked up at every access."""
+
+    fqn: str
+    owner: nn.Module
+    record: WeightRecord
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter, as its owner holds it now."""
+        return cast(nn.Parameter, getattr(self.owner, self.record.site.attr))
+
+    @property
+    def mask(self) -> Tensor:
+        """The bool mask buffer, of the parameter's shape."""
+        return cast(Tensor, getattr(self.owner, self.record.site.attr + MASK_SUFFIX))
+
+    @property
+    def mask_fqn(self) -> str:
+        """The fully-qualified name of the mask buffer."""
+        return self.fqn + MASK_SUFFIX
+
+
+def records_on(module: nn.Module) -> dict[str, WeightRecord]:
+    """The records kept on one module, by the parameter's name relative to it; empty where it has none.
+
+    A module keeps those of the parameters it owns. A GraphModule also keeps those of the bare containers below it,
+    which its copies rebuild from the graph alone; of its own attributes deepcopy keeps ``meta``, pickle ``__dict__``.
+    """
+    found = module.__dict__.get(_RECORDS)
+    if found is None and isinstance(module, fx.GraphModule):
+        found = module.meta.get(_RECORDS)
+    return cast("dict[str, WeightRecord]", found or {})
+
+
+def set_records(module: nn.Module, records: dict[str, WeightRecord]) -> None:
+    """Keep ``records`` on ``module``; an empty dict removes them."""
+    stores: list[dict[str, Any]] = [module.__dict__]
+    if isinstance(module, fx.GraphModule):
+        stores.append(module.meta)
+    for store in stores:
+        store.pop(_RECORDS, None)
+        if records:
+            store[_RECORDS] = records
+
+
+def all_records(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightRecord]]:
+    """Yield (live FQN, owner, record) for every recorded weight below ``model``, in registration order.
+
+    The FQN is the one ``model.named_parameters()`` would give now, also where ``model`` wraps the sparsified one.
+    """
+    for prefix, module in model.named_modules():
+        for name, record in records_on(module).items():
+            path, _, _ = name.rpartition(".")
+            yield (f"{prefix}.{name}" if prefix else name), module.get_submodule(path), record
+
+
+def sparse_weights(model: nn.Module) -> list[SparseWeight]:
+    """Live handles on every mask-managed weight below ``model``, in registration order."""
+    return [SparseWeight(fqn, owner, record) for fqn, owner, record in all_records(model) if record.sparse]
+
+
+def dense_record(site: WeightSite, reason: str) -> WeightRecord:
+    """The record of a weight that stays dense."""
+    return WeightRecord(site=site, structure=None, reason=reason)
