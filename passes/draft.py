@@ -1,0 +1,49 @@
+"""The subject of the training passes: a model, what was found in it, and what is going to be done to it.
+
+Owns the plan of one ``sparsify`` call. Until :class:`~srigl_fx.passes.insert_masks.InsertMasks` runs, the model is
+only read, so an error of any earlier pass leaves it as it was.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from srigl_fx.masks.records import WeightRecord, WeightSite
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One weight of two or more dimensions.
+
+    Attributes:
+        site: Where it is and how its neurons lie.
+        owner: The module that holds it.
+        reason: Why it can only stay dense; "" where it can be made sparse.
+        reached: False where the library could not find out how the weight is used.
+        compensated: Whether the distribution covers it all the same, so that other weights make up for its density.
+    """
+
+    site: WeightSite
+    owner: nn.Module
+    reason: str = ""
+    reached: bool = True
+    compensated: bool = False
+
+
+@dataclass
+class Draft:
+    """A model on its way to being sparse.
+
+    Attributes:
+        model: The model, untouched until masks are inserted.
+        findings: Filled by discovery, in registration order.
+        records: Filled by the budget pass: the decision for each finding, by FQN.
+        masks: Filled by the mask pass: bool masks of the weights' shapes, by FQN.
+        values: Filled by the mask pass: the new values of the weights, zero off the mask, by FQN.
+    """
+
+    model: nn.Module
+    findings: list[Finding] = field(default_factory=list)
+    records: dict[str, WeightRecord] = field(default_factory=dict)
+    masks: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)

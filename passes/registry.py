@@ -1,0 +1,122 @@
+"""The module types whose weights are known without looking at a graph.
+
+Owns the table from types to weight layouts; it must not know how the rest is discovered.
+
+Rules:
+    1. A type counts only while ``type(module).forward`` is the registered forward: a subclass with its own forward (a
+       weight-standardising convolution, say) is looked at like any other module.
+    2. Only parameters the module itself holds count: a parametrised or weight-normed weight is not one.
+    3. The packed in-projection of ``nn.MultiheadAttention`` is one weight with three blocks q, k and v; separate
+       projections are three weights. None of them is ablated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from srigl_fx.masks.records import Block, Kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What the registry says of one parameter: its layout, or the reason it can only stay dense."""
+
+    kind: Kind = "other"
+    groups: int = 1
+    blocks: tuple[Block, ...] = ()
+    reason: str = ""
+
+
+_CONVS: dict[type[nn.Module], Kind] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d",
+    nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
+}
+
+
+def _has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return isinstance(module, kind) and type(module).forward is kind.forward
+
+
+def _attention(module: nn.MultiheadAttention) -> dict[str, Known]:
+    found: dict[str, Known] = {}
+    if module.in_proj_weight is not None:
+        d = module.embed_dim
+        blocks = tuple(
+            Block(name=name, start=i * d, stop=(i + 1) * d, ablatable=False) for i, name in enumerate(("q", "k", "v"))
+        )
+        found["in_proj_weight"] = Known(kind="attention_in", blocks=blocks)
+    for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        weight = getattr(module, name)
+        if weight is not None:
+            block = Block(name="", start=0, stop=weight.shape[0], ablatable=False)
+            found[name] = Known(kind="linear", blocks=(block,))
+    for name in ("bias_k", "bias_v"):
+        if getattr(module, name) is not None:
+            found[name] = Known(reason="a bias of the attention, not a contraction weight")
+    return found
+
+
+def _is_hugging_face_conv1d(module: nn.Module) -> bool:
+    """By its name and shape, so that transformers need not be installed."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") and hasattr(module, "nf")
+
+
+def _constant_reason(reason: str) -> Callable[[nn.Module], dict[str, Known]]:
+    def known(module: nn.Module) -> dict[str, Known]:
+        return {name: Known(reason=reason) for name, _ in module.named_parameters(recurse=False)}
+
+    return known
+
+
+_DENSE: dict[type[nn.Module], Callable[[nn.Module], dict[str, Known]]] = {
+    nn.Embedding: _constant_reason("an embedding table is looked up, not multiplied"),
+    nn.EmbeddingBag: _constant_reason("an embedding table is looked up, not multiplied"),
+    nn.RNN: _constant_reason("recurrent gate weights are not supported yet"),
+    nn.LSTM: _constant_reason("recurrent gate weights are not supported yet"),
+    nn.GRU: _constant_reason("recurrent gate weights are not supported yet"),
+    nn.RNNCell: _constant_reason("recurrent gate weights are not supported yet"),
+    nn.LSTMCell: _constant_reason("recurrent gate weights are not supported yet"),
+    nn.GRUCell: _constant_reason("recurrent gate weights are not supported yet"),
+    nn.Bilinear: _constant_reason("a bilinear form contracts two inputs"),
+    nn.LayerNorm: _constant_reason("a normalisation scale is not a contraction weight"),
+}
+
+
+def lookup(module: nn.Module) -> dict[str, Known] | None:
+    """What is known of the parameters of ``module`` by its type, or None where its forward must be looked at.
+
+    Example:
+        >>> lookup(nn.Conv2d(4, 8, 3, groups=2))
+        {'weight': Known(kind='conv2d', groups=2, blocks=(), reason='')}
+        >>> lookup(nn.Sequential()) is None
+        True
+    """
+    found: dict[str, Known] | None = None
+    if _has_forward_of(module, nn.Linear):
+        found = {"weight": Known(kind="linear")}
+    elif isinstance(module, nn.MultiheadAttention) and _has_forward_of(module, nn.MultiheadAttention):
+        found = _attention(module)
+    elif _is_hugging_face_conv1d(module):
+        found = {"weight": Known(kind="linear_in_out")}
+    else:
+        for cls, kind in _CONVS.items():
+            if _has_forward_of(module, cls):
+                found = {"weight": Known(kind=kind, groups=_groups(module))}
+        for cls, describe in _DENSE.items():
+            if _has_forward_of(module, cls):
+                found = describe(module)
+    if found is None:
+        return None
+    held: dict[str, Any] = dict(module.named_parameters(recurse=False))
+    return {attr: known for attr, known in found.items() if attr in held}
+
+
+def _groups(module: Any) -> int:
+    return int(module.groups)

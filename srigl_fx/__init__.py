@@ -1,0 +1,72 @@
+"""Sparse training, lowering and ONNX export for PyTorch.
+
+Owns the public names, and loads each on first use: importing this package does not import numba, onnx or onnxruntime.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from srigl_fx import masks as masks
+    from srigl_fx import passes as passes
+    from srigl_fx import runtime as runtime
+    from srigl_fx.errors import SriglError as SriglError
+    from srigl_fx.export import export_onnx as export_onnx
+    from srigl_fx.lowering import load_lowered as load_lowered
+    from srigl_fx.lowering import lower as lower
+    from srigl_fx.masks.invariants import verify as verify
+    from srigl_fx.sparsification import finalize as finalize
+    from srigl_fx.sparsification import sparsify as sparsify
+    from srigl_fx.specs import LayerSpec as LayerSpec
+    from srigl_fx.summaries import summary as summary
+    from srigl_fx.train.trainers import SRigL as SRigL
+    from srigl_fx.train.trainers import Static as Static
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "sparsify": "srigl_fx.sparsification",
+    "finalize": "srigl_fx.sparsification",
+    "SRigL": "srigl_fx.train.trainers",
+    "Static": "srigl_fx.train.trainers",
+    "summary": "srigl_fx.summaries",
+    "verify": "srigl_fx.masks.invariants",
+    "lower": "srigl_fx.lowering",
+    "load_lowered": "srigl_fx.lowering",
+    "export_onnx": "srigl_fx.export",
+    "LayerSpec": "srigl_fx.specs",
+    "SriglError": "srigl_fx.errors",
+}
+_MODULES = ("masks", "passes", "runtime", "errors")
+
+__all__ = [  # noqa: RUF022 - in the order a user meets them
+    "sparsify",
+    "SRigL",
+    "Static",
+    "summary",
+    "verify",
+    "finalize",
+    "lower",
+    "load_lowered",
+    "export_onnx",
+    "LayerSpec",
+    "SriglError",
+    "masks",
+    "passes",
+    "runtime",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        value = getattr(import_module(_NAMES[name]), name)
+    elif name in _MODULES:
+        value = import_module(f"srigl_fx.{name}")
+    else:
+        raise AttributeError(f"module 'srigl_fx' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,118 @@
+"""The class swap: a module that owns mask-managed weights becomes an instance of a generated subclass of its class.
+
+Owns the generated classes and what they add: a repr that shows the sparsity, projection of loaded weights, and
+pickling. It must not know how masks are found or trained. The forward is the base class's own, untouched: the
+stored weight is exactly zero off the mask, so there is nothing to do there.
+"""
+
+import weakref
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, records_on, set_records
+
+_CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = weakref.WeakKeyDictionary()
+
+
+class SparseModule:
+    """What every module with a mask-managed weight can do; mixed in before the module's own class."""
+
+    def extra_repr(self) -> str:
+        """The base class's repr, then fan-in and active neurons of each masked weight."""
+        module = cast(nn.Module, self)
+        base = super().extra_repr()  # type: ignore[misc]
+        parts = [describe(module, attr, record) for attr, record in records_on(module).items() if record.sparse]
+        return ", ".join([base, *parts] if base else parts)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        project_loaded(cast(nn.Module, self), state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A generated class cannot be pickled by name: rebuild it from its base.
+        return _blank, (dense_class(type(self)),), cast(Any, self).__getstate__()
+
+
+def describe(module: nn.Module, attr: str, record: WeightRecord) -> str:
+    """A few words on one masked weight, for a repr."""
+    counts = record.site.to_matrix(getattr(module, attr + MASK_SUFFIX)).sum(1)
+    active = int((counts > 0).sum())
+    name = "" if attr == "weight" else f"{attr} "
+    return f"{name}fan_in={int(counts.max())}/{record.site.matrix_shape[1]}, active={active}/{len(counts)}"
+
+
+def project_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+    """Make a state_dict fit ``module`` before it is loaded: masks that are missing stay, weights are masked.
+
+    So a dense checkpoint loads into a sparse model, and stored weights are zero off the mask whatever the file held.
+    """
+    for name, record in records_on(module).items():
+        if not record.sparse:
+            continue
+        key = prefix + name
+        mask = state_dict.setdefault(key + MASK_SUFFIX, module.get_buffer(name + MASK_SUFFIX))
+        weight = state_dict.get(key)
+        if isinstance(weight, Tensor) and isinstance(mask, Tensor) and weight.shape == mask.shape:
+            projected = weight.detach().masked_fill(~mask.to(weight.device, torch.bool), 0)
+            state_dict[key] = nn.Parameter(projected) if isinstance(weight, nn.Parameter) else projected
+
+
+def sparse_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The mask-managed subclass of ``base``: one for each class, made on first use.
+
+    It carries its base's ``__module__``, so that tracers which treat torch's own layers as leaves still do.
+
+    Example:
+        >>> sparse_class(nn.Linear).__name__, issubclass(sparse_class(nn.Linear), nn.Linear)
+        ('SparseLinear', True)
+    """
+    if base not in _CLASSES:
+        namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "_srigl_fx_dense_class": base}
+        _CLASSES[base] = type(f"Sparse{base.__name__}", (SparseModule, base), namespace)
+    return _CLASSES[base]
+
+
+def dense_class(cls: type) -> type[nn.Module]:
+    """The class that ``cls`` was made from by :func:`sparse_class`."""
+    return cast("type[nn.Module]", cls._srigl_fx_dense_class)  # type: ignore[attr-defined]
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    cls = sparse_class(base)
+    return cls.__new__(cls)
+
+
+def attach_masks(module: nn.Module, masks: dict[str, Tensor], records: dict[str, WeightRecord]) -> None:
+    """Give ``module`` its masks and records, by the weight's name relative to it, and swap its class.
+
+    A GraphModule's class is its own, made anew with its code: it keeps a hook on loading instead.
+    """
+    for name, mask in masks.items():
+        path, _, attr = name.rpartition(".")
+        module.get_submodule(path).register_buffer(attr + MASK_SUFFIX, mask)
+    set_records(module, records)
+    if masks and isinstance(module, fx.GraphModule):
+        module.register_load_state_dict_pre_hook(_project_hook)  # type: ignore[no-untyped-call]
+    elif masks:
+        module.__class__ = sparse_class(type(module))
+
+
+def detach_masks(module: nn.Module) -> None:
+    """Undo :func:`attach_masks`: the module's own class, no mask buffers, no records."""
+    for name, record in records_on(module).items():
+        if record.sparse:
+            path, _, attr = name.rpartition(".")
+            delattr(module.get_submodule(path), attr + MASK_SUFFIX)
+    set_records(module, {})
+    cls = type(module)
+    if issubclass(cls, SparseModule):
+        module.__class__ = dense_class(cls)
+    for key, hook in list(module._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", hook) is _project_hook:
+            del module._load_state_dict_pre_hooks[key]
+
+
+def _project_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    project_loaded(module, state_dict, prefix)

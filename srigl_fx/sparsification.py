@@ -1,0 +1,149 @@
+"""The first verb: ``sparsify`` a model, and ``finalize`` it back.
+
+Owns the training pipeline of passes and the checks of the call's own arguments. Each step is a pass:
+discover -> assign budgets -> draw masks -> insert masks; only the last one writes to the model.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_args
+
+from torch import fx, nn
+
+from srigl_fx.errors import SparsifyError, StructureError
+from srigl_fx.masks.records import Structure, all_records
+from srigl_fx.nn.sparse_module import detach_masks
+from srigl_fx.passes.assign_budgets import DISTRIBUTIONS, AssignBudgets, Distribution
+from srigl_fx.passes.base import run
+from srigl_fx.passes.discover import Discover
+from srigl_fx.passes.draft import Draft
+from srigl_fx.passes.draw_masks import DrawMasks, MaskInit, WeightInit
+from srigl_fx.passes.insert_masks import InsertMasks, restore_graph
+from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_sparsity
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def sparsify(
+    model: Model,
+    *,
+    sparsity: float = 0.9,
+    distribution: Distribution = "erk",
+    rules: Mapping[RuleKey, "float | LayerSpec | None"] | None = None,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    structure: Structure = "constant_fan_in",
+    mask_init: MaskInit = "magnitude",
+    weight_init: WeightInit = "keep",
+    example_inputs: Any = None,
+    strict: bool = False,
+    seed: int = 0,
+) -> Model:
+    """Make the weights of ``model`` sparse, in place, and return the same object.
+
+    Every contraction weight that can be reached gets a bool mask buffer ``<weight name>_mask`` beside it and is zeroed
+    off the mask; everything else keeps its name, its identity and its behaviour. No hooks are attached: train with
+    :class:`srigl_fx.SRigL` or another trainer, which do. Print :func:`srigl_fx.summary` to see what became
+    of each weight.
+
+    Args:
+        model: Any module. A ``torch.fx.GraphModule`` is rewritten too: each functional use of a masked weight becomes
+            a ``call_module`` node, and :func:`srigl_fx.summary` names it.
+        sparsity: Fraction of weights removed, in [0, 1), over all weights the distribution covers.
+        distribution: How the sparsity is shared out over the layers: ``"erk"`` (RigL, Evci et al., 2020), ``"uniform"``
+            (the global density is exact), ``"uniform_rigl"`` (first layer dense, all others exactly at the sparsity),
+            or a mapping from weight or module names to densities (kept fractions).
+        rules: ``{key: sparsity, LayerSpec or None}``; a key is the name of a module (and all below it) or parameter, a
+            glob, or a module type; ``None`` leaves dense. An exact name wins over the first matching glob,
+            that over a type.
+        filter_fn: Asked first, with a module's name and the module: False leaves its weights dense.
+        structure: ``"constant_fan_in"`` (every neuron keeps equally many weights) or ``"unstructured"``.
+        mask_init: Keep the largest weights, or random ones.
+        weight_init: How kept weights start: ``"keep"`` their values, or drawn anew for the sparse fan-in by
+            ``"kaiming"`` (std sqrt(2 / k)), ``"torch"`` (uniform within 1 / sqrt(k)) or ``"grad_flow_ref"``
+            (std 2 / k).
+        example_inputs: A tuple of inputs, or ``(args, kwargs)``; they show which weights feed the outputs.
+        strict: Make it an error where the library does not understand how a weight is used, or would leave one dense
+            because its fan-in would be 0.
+        seed: Seeds masks and initialisation; each weight's draw depends on the seed and its name alone.
+
+    Raises:
+        SparsifyError: If the sparsity is outside [0, 1), the model is sparse already, there is nothing to sparsify, a
+            rule names a layer too small for a fan-in of 1, or ``strict`` is violated.
+        RuleError: If a rule is malformed or matches no weight.
+
+    In each case the model is as it was.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+        >>> sparsify(model, sparsity=0.75, distribution="uniform", rules={"2": None})[0]
+        SparseLinear(in_features=64, out_features=32, bias=True, fan_in=16/64, active=32/32)
+    """
+    _check_arguments(model, sparsity, distribution, structure, mask_init, weight_init)
+    passes = (
+        Discover(example_inputs),
+        AssignBudgets(
+            sparsity=float(sparsity),
+            distribution=distribution,
+            rules=RuleSet(rules),
+            filter_fn=filter_fn,
+            structure=structure,
+            strict=strict,
+        ),
+        DrawMasks(mask_init=mask_init, weight_init=weight_init, seed=seed),
+        InsertMasks(),
+    )
+    run(passes, Draft(model))
+    return model
+
+
+def finalize(model: Model) -> Model:
+    """Give the plain model back, in place: original classes and names, zeros written in, no masks, no hooks.
+
+    A trainer that is still attached is detached. The outputs do not change.
+
+    Raises:
+        SparsifyError: If nothing in ``model`` was sparsified.
+
+    Example:
+        >>> import torch
+        >>> model = sparsify(torch.nn.Sequential(torch.nn.Linear(64, 32)), sparsity=0.5)
+        >>> finalize(model)[0], sorted(model.state_dict())
+        (Linear(in_features=64, out_features=32, bias=True), ['0.bias', '0.weight'])
+    """
+    from srigl_fx import masks
+    from srigl_fx.train.engine import detach_from
+
+    owners = {id(owner): owner for _, owner, _ in all_records(model)}
+    if not owners:
+        raise SparsifyError(f"this {type(model).__name__} was not sparsified: there are no masks to take away")
+    detach_from(model)
+    masks.apply(model)
+    for owner in owners.values():
+        detach_masks(owner)
+    for module in model.modules():
+        if isinstance(module, fx.GraphModule):
+            restore_graph(module)
+    return model
+
+
+def _check_arguments(
+    model: object, sparsity: object, distribution: object, structure: object, mask_init: object, weight_init: object
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise SparsifyError(f"sparsify takes a torch.nn.Module, got {type(model).__name__}")
+    check_sparsity(sparsity, "sparsify")
+    done = [fqn for fqn, _, record in all_records(model) if record.sparse]
+    if done:
+        raise SparsifyError(
+            f"the model is sparse already ({done[0]!r} has a mask); call finalize(model) first to start over"
+        )
+    if not isinstance(distribution, Mapping) and distribution not in DISTRIBUTIONS:
+        raise SparsifyError(f"distribution must be one of {sorted(DISTRIBUTIONS)} or a mapping, got {distribution!r}")
+    if structure not in get_args(Structure):
+        raise StructureError(f"structure must be one of {get_args(Structure)}, got {structure!r}")
+    for name, value, choices in (
+        ("mask_init", mask_init, get_args(MaskInit)),
+        ("weight_init", weight_init, get_args(WeightInit)),
+    ):
+        if value not in choices:
+            raise SparsifyError(f"{name} must be one of {choices}, got {value!r}")

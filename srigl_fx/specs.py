@@ -1,0 +1,196 @@
+"""What a user may ask for a layer: :class:`LayerSpec`, and the rules that assign one to a weight.
+
+Owns the meaning and the precedence of rules; it must not know how weights are discovered or masked.
+"""
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from torch import nn
+
+from srigl_fx.errors import RuleError
+from srigl_fx.masks.records import Structure
+
+RuleKey = str | type[nn.Module]
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+def check_sparsity(sparsity: object, where: str) -> float:
+    """Return ``sparsity`` as a float in [0, 1).
+
+    Raises:
+        RuleError: If it is no number in [0, 1); ``where`` says whose it is.
+    """
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= float(sparsity) < 1.0:
+        raise RuleError(
+            f"{where}: sparsity is the fraction of weights removed and must lie in [0, 1), got {sparsity!r}"
+            + ("; for 90 % write 0.9" if isinstance(sparsity, int | float) and sparsity >= 1 else "")
+        )
+    return float(sparsity)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What a rule asks for a layer; a field left None follows the call's defaults.
+
+    Attributes:
+        sparsity: Fraction of weights removed, in [0, 1).
+        fan_in: Weights kept per neuron, instead of a sparsity.
+        ablation: The SRigL ablation threshold of this layer, in the trainer's ``ablation_mode``; 0 turns it off.
+        structure: ``"constant_fan_in"`` or ``"unstructured"``.
+
+    Raises:
+        RuleError: If a value is out of range, or both ``sparsity`` and ``fan_in`` are given.
+
+    Example:
+        >>> LayerSpec(fan_in=64, ablation=0.0)
+        LayerSpec(sparsity=None, fan_in=64, ablation=0.0, structure=None)
+        >>> LayerSpec.from_dict(LayerSpec(sparsity=0.5).to_dict()).sparsity
+        0.5
+    """
+
+    sparsity: float | None = None
+    fan_in: int | None = None
+    ablation: float | None = None
+    structure: Structure | None = None
+
+    VERSION = 1
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity, "LayerSpec")
+            if self.fan_in is not None:
+                raise RuleError("LayerSpec: give sparsity or fan_in, not both")
+        if self.fan_in is not None and (
+            isinstance(self.fan_in, bool) or not isinstance(self.fan_in, int) or self.fan_in < 1
+        ):
+            raise RuleError(
+                f"LayerSpec: fan_in is the number of weights kept per neuron, at least 1, got {self.fan_in!r}"
+            )
+        if self.ablation is not None and not (math.isfinite(self.ablation) and self.ablation >= 0):
+            raise RuleError(f"LayerSpec: ablation must be finite and at least 0, got {self.ablation!r}")
+        if self.structure is not None and self.structure not in get_args(Structure):
+            raise RuleError(f"LayerSpec: structure must be one of {get_args(Structure)}, got {self.structure!r}")
+        if self.fan_in is not None and self.structure == "unstructured":
+            raise RuleError("LayerSpec: fan_in needs the structure 'constant_fan_in'")
+
+    @property
+    def names_a_density(self) -> bool:
+        """Whether the spec itself says how many weights to keep."""
+        return self.sparsity is not None or self.fan_in is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain data, with a version."""
+        return {"version": self.VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LayerSpec":
+        """The spec that :meth:`to_dict` described.
+
+        Raises:
+            RuleError: If the version or a field is unknown.
+        """
+        known = {field.name for field in fields(cls)}
+        if data.get("version") != cls.VERSION or not set(data) - {"version"} <= known:
+            raise RuleError(
+                f"LayerSpec.from_dict: not a version-{cls.VERSION} spec with fields {sorted(known)}: {dict(data)!r}"
+            )
+        return cls(**{key: value for key, value in data.items() if key != "version"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """The rule that applies to a weight.
+
+    Attributes:
+        key: The rule's key as the user wrote it.
+        spec: What it asks; None means dense.
+        named: Whether the key names the weight (by name or glob) rather than its module's type.
+    """
+
+    key: RuleKey
+    spec: LayerSpec | None
+    named: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    key: RuleKey
+    spec: LayerSpec | None
+    form: Literal["name", "glob", "type"]
+    pattern: str = ""
+
+
+class RuleSet:
+    """The rules of one ``sparsify`` call, in the user's order.
+
+    Precedence: the exact name of the parameter or of a module above it (the longest wins), then the first glob that
+    matches the parameter's or a module's name, then the first type; ``*`` crosses dots.
+
+    Example:
+        >>> rules = RuleSet({"head": None, "blocks.*": 0.8, nn.Linear: 0.5})
+        >>> [rules.match((name,), nn.Linear(1, 1)).key for name in ("head.weight", "blocks.0.fc.weight", "fc.weight")]
+        ['head', 'blocks.*', <class 'torch.nn.modules.linear.Linear'>]
+    """
+
+    def __init__(self, rules: Mapping[RuleKey, "float | LayerSpec | None"] | None) -> None:
+        if rules is not None and not isinstance(rules, Mapping):
+            raise RuleError(
+                f"rules must be a mapping from names, globs or module types to specs, got {type(rules).__name__}"
+            )
+        self._rules = [self._parse(key, value) for key, value in (rules or {}).items()]
+        self._used: set[RuleKey] = set()
+
+    @staticmethod
+    def _parse(key: object, value: object) -> _Rule:
+        if value is None or isinstance(value, LayerSpec):
+            spec = value
+        else:
+            spec = LayerSpec(sparsity=check_sparsity(value, f"rule {key!r}"))
+        if isinstance(key, type) and issubclass(key, nn.Module):
+            return _Rule(key=key, spec=spec, form="type")
+        if not isinstance(key, str):
+            raise RuleError(f"rule {key!r}: a key is a module or parameter name, a glob, or a module type")
+        pattern = key
+        for prefix in _WRAPPER_PREFIXES:
+            pattern = pattern.removeprefix(prefix)
+        return _Rule(key=key, spec=spec, form="glob" if any(c in key for c in "*?[") else "name", pattern=pattern)
+
+    def match(self, names: Sequence[str], module: nn.Module) -> Match | None:
+        """The rule for a weight with these names (its own and its aliases) on ``module``, or None."""
+        scopes = {scope for name in names for scope in _scopes(name)}
+        exact = [rule for rule in self._rules if rule.form == "name" and rule.pattern in scopes]
+        globs = [
+            rule
+            for rule in self._rules
+            if rule.form == "glob" and any(fnmatch.fnmatchcase(scope, rule.pattern) for scope in scopes)
+        ]
+        types = [rule for rule in self._rules if isinstance(rule.key, type) and isinstance(module, rule.key)]
+        self._used |= {rule.key for rule in (*exact, *globs, *types)}
+        exact.sort(key=lambda rule: -len(rule.pattern))
+        for rule in (*exact, *globs, *types):
+            return Match(key=rule.key, spec=rule.spec, named=rule.form != "type")
+        return None
+
+    def check_all_used(self, available: Sequence[str]) -> None:
+        """Raise where a rule matched no weight at all.
+
+        Raises:
+            RuleError: Naming the rules and some weights there are.
+        """
+        unused = [rule.key for rule in self._rules if rule.key not in self._used]
+        if unused:
+            listed = ", ".join(available[:8]) + (", ..." if len(available) > 8 else "")
+            raise RuleError(
+                f"the rule{'s' if len(unused) > 1 else ''} {', '.join(map(repr, unused))} match no weight of the "
+                f"model; its weights are: {listed or 'none'}"
+            )
+
+
+def _scopes(name: str) -> list[str]:
+    """A parameter's name and those of all modules above it, the root's "" included."""
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
