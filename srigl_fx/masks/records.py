@@ -206,7 +206,8 @@ def all_records(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightRecord
     for prefix, module in model.named_modules():
         for name, record in records_on(module).items():
             path, _, _ = name.rpartition(".")
-            yield (f"{prefix}.{name}" if prefix else name), module.get_submodule(path), record
+            owner = module.get_submodule(path) if path else module  # a ScriptModule knows no get_submodule
+            yield (f"{prefix}.{name}" if prefix else name), owner, record
 
 
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:

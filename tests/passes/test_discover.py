@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import srigl_fx as sx
 from srigl_fx.errors import SparsifyError
 from srigl_fx.passes.base import run
 from srigl_fx.passes.discover import Discover
@@ -256,3 +257,13 @@ def test_a_tied_head_is_the_last_contraction_though_it_stays_dense() -> None:
     model["head"].weight = model["embedding"].weight
     finding = discover(model)["embedding.weight"]
     assert (finding.site.kind, finding.compensated) == ("linear", False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+def test_a_scripted_child_is_opaque_and_keeps_its_record() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), torch.jit.script(nn.Linear(32, 32)))  # type: ignore[no-untyped-call]
+    finding = discover(model)["1.weight"]
+    assert "scripted" in finding.reason
+    assert not finding.reached
+    sx.sparsify(model, sparsity=0.5)
+    assert [row.status for row in sx.summary(model).rows] == ["masked (dense compute)", "dense"]
