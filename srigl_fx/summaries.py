@@ -3,14 +3,18 @@
 Owns the report's rows and totals; it must not know how the decisions were taken.
 """
 
+import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import fx, nn
 
 from srigl_fx.errors import SriglError
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, all_records
 from srigl_fx.report import format_bytes, format_table
+
+if TYPE_CHECKING:
+    from srigl_fx.lowered import LayerReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,8 @@ class WeightSummary:
         neurons: All neurons.
         kept: Weights kept.
         sparsity: Fraction removed.
-        status: ``"masked (dense compute)"``, ``"condensed"`` or ``"dense"``.
+        status: ``"masked (dense compute)"``, ``"dense"`` or, in a lowered model, ``"condensed"`` or
+            ``"active rows (dense compute)"``.
         reason: Why it is dense.
         bytes: What it takes in memory now.
         nodes: The graph nodes that use it, where the model is a GraphModule.
@@ -135,10 +140,29 @@ def summary(model: nn.Module) -> Summary:
         1.weight   4x32      32     4/4     0.00%  dense                      512 B  the rule '1' leaves it dense
         320 of 2,176 weights kept (85.29% sparse; 90.62% over the 1 sparse of 2 weights)
     """
+    if isinstance(model, fx.GraphModule) and hasattr(model, "report"):
+        return Summary(tuple(_lowered_row(layer) for layer in (*model.report.layers, *model.report.others)))
     rows = [_row(fqn, owner, record) for fqn, owner, record in all_records(model)]
     if not rows:
         raise SriglError(f"nothing in this {type(model).__name__} was sparsified; call srigl_fx.sparsify(model) first")
     return Summary(tuple(rows))
+
+
+def _lowered_row(layer: "LayerReport") -> WeightSummary:
+    total = math.prod(layer.shape)
+    return WeightSummary(
+        name=layer.fqn,
+        shape=layer.shape,
+        fan_in=round(layer.kept / max(layer.active, 1), 2),
+        dense_fan_in=total // max(layer.neurons, 1),
+        active_neurons=layer.active,
+        neurons=layer.neurons,
+        kept=layer.kept,
+        sparsity=1 - layer.kept / max(total, 1),
+        status={"condensed": "condensed", "shrunk": "active rows (dense compute)"}.get(layer.decision, "dense"),
+        reason=layer.reason,
+        bytes=layer.bytes_after,
+    )
 
 
 def _row(fqn: str, owner: nn.Module, record: WeightRecord) -> WeightSummary:

@@ -37,8 +37,7 @@ _RECORDS = "_srigl_fx_records"
 class Block:
     """A run of rows of a weight's matrix view that is budgeted, ranked and ablated on its own.
 
-    Most weights are one block with an empty name; a packed attention in-projection has three, ``q``, ``k`` and ``v``
-    (``algorithms.md`` section 0: three sites on one weight).
+    Most weights are one block with an empty name; a packed attention in-projection has three, ``q``, ``k`` and ``v``.
     """
 
     name: str = ""
@@ -89,7 +88,7 @@ class WeightSite:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(n, F): neurons and dense fan-in of the matrix view (``algorithms.md`` section 0)."""
+        """(n, F): neurons and dense fan-in of the matrix view."""
         total = math.prod(self.shape)
         if self.kind == "linear_in_out":
             rows = self.shape[1]
@@ -135,7 +134,7 @@ class WeightRecord:
         site: The weight.
         structure: The mask structure, or None where the weight stays dense.
         reason: Why it stays dense ("" where it is sparse).
-        budgets: For each block, the number of weights it may keep (``B`` of ``algorithms.md`` section 0).
+        budgets: For each block, the number of weights it may keep.
         ablation: For each block, its own ablation threshold from a rule; None means the trainer's.
     """
 

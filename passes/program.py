@@ -1,0 +1,149 @@
+"""The subject of the lowering passes: a captured graph, the inputs it was captured with, and its sparse layers.
+
+Owns :class:`Program` and what its passes share: finding a tensor by name, reading a node's arguments, making inputs of
+another batch size. It must not know how a graph is captured, nor what is decided for a layer.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from srigl_fx.masks.records import SparseWeight
+
+Decision = Literal["condensed", "shrunk", "dense"]
+Times = dict[int, dict[Decision, float]]
+
+
+@dataclass
+class Use:
+    """One node that contracts with rows ``start`` to ``stop`` of a weight's matrix view."""
+
+    node: fx.Node
+    start: int
+    stop: int
+
+
+@dataclass
+class Layer:
+    """A mask-managed weight of the model, where the graph reads it, and what is decided for it.
+
+    Attributes:
+        weight: The live handle on parameter and mask.
+        uses: The nodes that a condensed operator can replace.
+        others: The operators of other nodes that read the weight; they keep the dense parameter alive.
+        decision: What the lowered graph does with it.
+        reason: Why, in one sentence ("" where it is simply condensed).
+        times: Seconds a call, by batch size and by what could be decided; empty where nothing was measured.
+        bytes_after: What the lowered module stores for the weight; filled in by the rewrite.
+    """
+
+    weight: SparseWeight
+    uses: list[Use] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    decision: Decision = "dense"
+    reason: str = ""
+    times: Times = field(default_factory=dict)
+    bytes_after: int = 0
+
+    @property
+    def fan_in(self) -> int:
+        """The dense fan-in F of the matrix view."""
+        return self.weight.record.site.matrix_shape[1]
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """The (n, F) matrix views of weight and mask, detached."""
+        site = self.weight.record.site
+        return site.to_matrix(self.weight.weight.detach()), site.to_matrix(self.weight.mask)
+
+
+@dataclass
+class Program:
+    """A captured model.
+
+    Attributes:
+        module: The graph, its parameters shared with the model.
+        model: The model it was captured from.
+        args: Example arguments, as the user gave them.
+        kwargs: Example keyword arguments.
+        batched: For each leaf of (args, kwargs), whether its leading dimension is the dynamic batch.
+        how: How it was captured, for the report.
+        layers: The mask-managed weights, in the model's order; filled in by a pass.
+    """
+
+    module: fx.GraphModule
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    batched: tuple[bool, ...]
+    how: str
+    layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the batch size is free."""
+        return any(self.batched)
+
+    @property
+    def batch_size(self) -> int:
+        """The leading size of the example inputs, which is the batch by convention; 1 where they have none."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        sized = [leaf.shape[0] for leaf, batched in zip(leaves, self.batched, strict=True) if batched]
+        sized += [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+        return sized[0] if sized else 1
+
+    def inputs(self, batch: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example inputs; with ``batch``, their samples repeated or cut to that many."""
+        if batch is None or not self.dynamic:
+            return self.args, self.kwargs
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        args, kwargs = pytree.tree_unflatten(
+            [resize(leaf, batch) if batched else leaf for leaf, batched in zip(leaves, self.batched, strict=True)], spec
+        )
+        return args, kwargs
+
+
+def resize(tensor: Tensor, batch: int) -> Tensor:
+    """The samples of ``tensor`` repeated or cut to ``batch``.
+
+    Example:
+        >>> resize(torch.tensor([1, 2]), 3).tolist()
+        [1, 2, 1]
+    """
+    return tensor[torch.arange(batch, device=tensor.device) % tensor.shape[0]]
+
+
+def tensor_at(module: nn.Module, target: str) -> Tensor:
+    """The parameter or buffer that a ``get_attr`` node with this target reads."""
+    owner, _, attr = target.rpartition(".")
+    tensor = getattr(module.get_submodule(owner), attr)
+    assert isinstance(tensor, Tensor)
+    return tensor
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an operator node by name, defaults filled in.
+
+    Example:
+        >>> graph = fx.Graph()
+        >>> node = graph.call_function(torch.ops.aten.softmax.int, (graph.placeholder("x"), -1))
+        >>> arguments(node) == {"self": node.args[0], "dim": -1, "dtype": None}
+        True
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    schema = node.target._schema.arguments
+    given = {**dict(zip((argument.name for argument in schema), node.args, strict=False)), **node.kwargs}
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
+
+
+def pair(value: Any) -> list[int]:
+    """A convolution setting as two numbers: it may be stored as one, for both dimensions.
+
+    Example:
+        >>> pair(1), pair([2]), pair([3, 4])
+        ([1, 1], [2, 2], [3, 4])
+    """
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * 2 if len(numbers) == 1 else numbers

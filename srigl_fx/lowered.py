@@ -1,0 +1,260 @@
+"""What lowering returns: a graph module that checks its inputs, knows its report and can be saved.
+
+Owns :class:`LoweredModule` and the report. It must not know how a model is lowered.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils import _pytree as pytree
+
+import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs call
+from srigl_fx import graph_file
+from srigl_fx.errors import LoweringError
+from srigl_fx.report import format_bytes, format_table
+
+_STATE = "srigl_fx"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerReport:
+    """What became of one weight.
+
+    Attributes:
+        fqn: The weight's fully-qualified name.
+        shape: Its dense shape.
+        neurons: Rows n of its matrix view.
+        active: Rows that are not ablated.
+        fan_in: Weights that each active row keeps; 0 where rows differ.
+        kept: Weights kept in all.
+        decision: "condensed", "shrunk" (the dense operator on active rows only) or "dense".
+        reason: Why, in one sentence ("" where it is simply condensed).
+        bytes_before: Bytes of the dense weight.
+        bytes_after: Bytes the lowered module stores for it.
+        seconds: Median seconds a call as measured, by batch size and form; empty where nothing was measured.
+    """
+
+    fqn: str
+    shape: tuple[int, ...]
+    neurons: int
+    active: int
+    fan_in: int
+    kept: int
+    decision: str
+    reason: str
+    bytes_before: int
+    bytes_after: int
+    seconds: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoweringReport:
+    """What was lowered, what was not, and why.
+
+    Attributes:
+        layers: One for each mask-managed weight, in the model's order.
+        others: One for each weight without a mask: they stay dense, each with its reason.
+        capture: How the graph was captured.
+        dynamic_batch: Whether any batch size may be given.
+        max_error: The largest difference from the masked model in the verification, over the largest output; None where
+            it was not verified.
+    """
+
+    layers: tuple[LayerReport, ...]
+    capture: str
+    dynamic_batch: bool
+    others: tuple[LayerReport, ...] = ()
+    max_error: float | None = None
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the dense weights of all layers."""
+        return sum(layer.bytes_before for layer in self.layers)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes the lowered module stores for all layers."""
+        return sum(layer.bytes_after for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, numbers and strings, as JSON would hold them."""
+        plain = asdict(self)
+        for name in ("layers", "others"):
+            plain[name] = [{**layer, "shape": list(layer["shape"])} for layer in plain[name]]
+            for layer in plain[name]:
+                layer["seconds"] = {str(batch): times for batch, times in layer["seconds"].items()}
+        return {**plain, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "LoweringReport":
+        """The inverse of :meth:`as_dict`.
+
+        Example:
+            >>> report = LoweringReport(layers=(), capture="torch.export", dynamic_batch=True)
+            >>> LoweringReport.from_dict(report.as_dict()) == report
+            True
+        """
+
+        def read(layer: dict[str, Any]) -> LayerReport:
+            seconds = {int(batch): dict(times) for batch, times in layer["seconds"].items()}
+            return LayerReport(**{**layer, "shape": tuple(layer["shape"]), "seconds": seconds})
+
+        fields = {key: value for key, value in plain.items() if key not in ("bytes_before", "bytes_after")}
+        return cls(**{**fields, **{name: tuple(map(read, plain[name])) for name in ("layers", "others")}})
+
+    def __str__(self) -> str:
+        headers = ("weight", "shape", "active", "fan-in", "decision", "bytes", "lowered", "reason")
+        rows = [
+            (
+                layer.fqn,
+                "x".join(map(str, layer.shape)),
+                f"{layer.active}/{layer.neurons}",
+                layer.fan_in or "-",
+                layer.decision,
+                format_bytes(layer.bytes_before),
+                format_bytes(layer.bytes_after),
+                layer.reason,
+            )
+            for layer in (*self.layers, *self.others)
+        ]
+        total = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
+        error = "not verified" if self.max_error is None else f"largest relative error {self.max_error:.1e}"
+        return f"{format_table(headers, rows, right=(2, 3, 5, 6))}\n{total}; {self.capture}; {error}"
+
+
+class _CodeGen(_PyTreeCodeGen):
+    """Never changes, so copies of a graph share it: copying the trees of inputs and outputs warns in torch itself."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_CodeGen":
+        return self
+
+
+class LoweredModule(fx.GraphModule):
+    """A lowered model: an ordinary ``torch.fx.GraphModule`` whose sparse layers are condensed operators.
+
+    It keeps its class and report through ``copy.deepcopy`` and pickle, and may be called from several threads.
+    """
+
+    def __init__(
+        self, root: torch.nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "LoweredModule"
+    ) -> None:
+        super().__init__(root, graph, class_name)
+        self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+
+    @classmethod
+    def build(
+        cls, module: fx.GraphModule, report: LoweringReport, inputs: list[dict[str, Any] | None]
+    ) -> "LoweredModule":
+        """Wrap a lowered graph.
+
+        Args:
+            module: The graph and its tensors.
+            report: What was done.
+            inputs: For each flat input its "dtype" and "shape" (None for a free size), its "value" if it is a constant
+                of the graph, or None where it may be anything.
+        """
+        module.graph.set_codegen(_CodeGen(module.graph._codegen.pytree_info))  # type: ignore[attr-defined]
+        lowered = cls(module, module.graph)
+        lowered.eval()
+        lowered.meta[_STATE] = {"report": report, "inputs": inputs}
+        return lowered
+
+    @property
+    def report(self) -> LoweringReport:
+        """What was lowered, what was not, and why; ``str()`` is a table."""
+        report = self.meta[_STATE]["report"]
+        assert isinstance(report, LoweringReport)
+        return report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the module to one file: safetensors, with the graph as JSON in its header. No pickle, no code.
+
+        The file appears whole or not at all. Output types other than tuples, lists, dicts and tensors are stored as the
+        plain container they are made of.
+
+        Raises:
+            LoweringError: The graph calls something that such a file cannot hold.
+        """
+        graph_file.write(path, self._bytes())
+
+    def _bytes(self) -> bytes:
+        extra = {"report": self.report.as_dict(), "inputs": self.meta[_STATE]["inputs"]}
+        return graph_file.dump(self, extra)
+
+    @staticmethod
+    def from_bytes(data: bytes, origin: str = "the data") -> "LoweredModule":
+        """The module that :meth:`save` wrote.
+
+        Raises:
+            FormatError: The data is damaged, or holds anything but a lowered graph.
+        """
+        return graph_file.guarded(origin, lambda: _build(*graph_file.load(data)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LoweredModule.from_bytes, (self._bytes(),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        for spec in (self._in_spec, self._out_spec):
+            memo[id(spec)] = spec
+        return super().__deepcopy__(memo)
+
+    def _deepcopy_init(self) -> Callable[..., None]:
+        return LoweredModule.__init__
+
+
+def _build(module: fx.GraphModule, extra: dict[str, Any]) -> LoweredModule:
+    inputs = extra["inputs"]
+    placeholders = sum(node.op == "placeholder" for node in module.graph.nodes)
+    if len(inputs) != placeholders or not all(item is None or isinstance(item, dict) for item in inputs):
+        raise ValueError("the inputs described are not those of the graph")
+    return LoweredModule.build(module, LoweringReport.from_dict(extra["report"]), inputs)
+
+
+def describe_inputs(placeholders: list[Any]) -> list[dict[str, Any] | None]:
+    """What :meth:`LoweredModule.build` wants to know about inputs, from their (symbolic) values at capture."""
+
+    def one(value: Any) -> dict[str, Any] | None:
+        if isinstance(value, Tensor):
+            shape = [int(size) if isinstance(size, int) else None for size in value.shape]
+            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+        return {"value": value} if isinstance(value, bool | int | float | str) else None
+
+    return [one(value) for value in placeholders]
+
+
+def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse inputs that the captured graph was not made for: it has their sizes and constants built in."""
+    if torch.compiler.is_compiling():  # the compiler guards on shapes itself
+        return
+    assert isinstance(module, LoweredModule)
+    names = module.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
+    missing = names[len(args) :]
+    if len(args) > len(names) or set(missing) != set(kwargs):
+        return  # the call itself says what is wrong
+    leaves = pytree.tree_leaves([*args, *(kwargs[name] for name in missing)])
+    expected = module.meta[_STATE]["inputs"]
+    if len(leaves) != len(expected):
+        raise LoweringError(f"the lowered module takes {len(expected)} inputs, not {len(leaves)}")
+    for position, (leaf, wanted) in enumerate(zip(leaves, expected, strict=True)):
+        if wanted is None:
+            continue
+        if "value" in wanted:
+            fits = leaf == wanted["value"]
+            given, needed = repr(leaf), f"the constant {wanted['value']!r}"
+        else:
+            shape = wanted["shape"]
+            fits = isinstance(leaf, Tensor) and len(leaf.shape) == len(shape)
+            fits = fits and all(size is None or size == have for size, have in zip(shape, leaf.shape, strict=True))
+            fits = fits and str(leaf.dtype) == "torch." + wanted["dtype"]
+            given = f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            needed = f"{wanted['dtype']} ({', '.join('any' if size is None else str(size) for size in shape)})"
+        if not fits:
+            raise LoweringError(
+                f"input {position} of the lowered module is {given}, but the graph was captured for {needed}: "
+                "lower the model again with such example inputs"
+            )

@@ -1,0 +1,262 @@
+"""``lower``: from masks to condensed operators, as one pipeline of passes; and reading a lowered model back.
+
+Owns the verbs, the checks before and the verification after. It must not know how any single step works.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from srigl_fx.errors import LoweringError
+from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
+from srigl_fx.masks.records import WeightRecord, all_records
+from srigl_fx.passes.base import run
+from srigl_fx.passes.capture import capture, run_model
+from srigl_fx.passes.condense import Condense, can_shrink, variants
+from srigl_fx.passes.match import MatchWeights
+from srigl_fx.passes.normalize import Normalize
+from srigl_fx.passes.program import Decision, Layer, Program, Times, Use
+from srigl_fx.passes.select import Select
+from srigl_fx.runtime.autotune import measure
+
+TOLERANCE = 1e-4  # of the largest output, for float32
+
+
+def lower(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    target: Literal["cpu"] = "cpu",
+    min_speedup: float = 1.0,
+    batch_sizes: Sequence[int] | None = None,
+    verify: bool = True,
+) -> LoweredModule:
+    """Lower a sparse-trained model: its masks become condensed custom operators.
+
+    The model itself is unchanged. Condensed weights are copies; every other parameter and buffer of the result is the
+    model's own, so training the model on afterwards changes those: lower a ``copy.deepcopy`` to have nothing in common.
+
+    Args:
+        model: A model with masks, in eval mode, float32 on the CPU.
+        example_inputs: A tuple of arguments, or (args, kwargs). A leading dimension that the inputs share becomes a
+            dynamic batch where the model allows it.
+        target: The hardware; "cpu" is the only one so far.
+        min_speedup: A layer is condensed only if measured at least this much faster than dense on this machine; else it
+            is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring.
+        batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
+        verify: Compare with the model on the example inputs, and at another batch size where that is free.
+
+    Returns:
+        A ``torch.fx.GraphModule`` with ``.report`` and ``.save(path)``.
+
+    Raises:
+        LoweringError: Nothing to lower, an unsupported device or dtype, or outputs beyond the tolerance.
+        CaptureError: The model is in training mode, does not run on the inputs, or cannot be captured.
+        InvariantError: Values off the mask, or rows with different fan-ins.
+
+    Example:
+        >>> import srigl_fx as sx
+        >>> model = sx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), sparsity=0.75)
+        >>> lowered = sx.lower(model.eval(), (torch.ones(1, 16),), min_speedup=0)
+        >>> [layer.decision for layer in lowered.report.layers], lowered(torch.ones(5, 16)).shape
+        (['condensed', 'condensed'], torch.Size([5, 4]))
+    """
+    _check_arguments(model, target, min_speedup, batch_sizes)
+    program = capture(model, example_inputs)
+    inputs = describe_inputs([n.meta.get("val") for n in program.module.graph.nodes if n.op == "placeholder"])
+    program = run((Normalize(), MatchWeights()), program).subject
+    times = _measure(program, batch_sizes) if min_speedup > 0 else {}
+    program = run((Select(times, min_speedup), Condense()), program).subject
+    lowered = LoweredModule.build(program.module, _report(program, None), inputs)
+    if verify:
+        lowered = LoweredModule.build(lowered, _report(program, _verify(program, lowered)), inputs)
+    return lowered
+
+
+def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
+    """Read a model that ``lower(...).save(path)`` wrote; nothing in the file is executed as code.
+
+    Raises:
+        FormatError: The file is damaged, or holds anything but a lowered graph.
+        FileNotFoundError: There is no such file.
+
+    Example:
+        >>> import tempfile, srigl_fx as sx
+        >>> model = sx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), sparsity=0.75)
+        >>> lowered = sx.lower(model.eval(), (torch.ones(1, 16),), min_speedup=0)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lowered.save(f"{folder}/model.srigl")
+        ...     again = sx.load_lowered(f"{folder}/model.srigl")
+        >>> torch.equal(again(torch.ones(5, 16)), lowered(torch.ones(5, 16)))
+        True
+    """
+    return LoweredModule.from_bytes(Path(path).read_bytes(), origin=str(path))
+
+
+def _check_arguments(model: nn.Module, target: str, min_speedup: float, batch_sizes: Sequence[int] | None) -> None:
+    if target != "cpu":
+        raise LoweringError(f"target {target!r} is not supported; use target='cpu'")
+    if not min_speedup >= 0:
+        raise LoweringError(f"min_speedup must be at least 0, not {min_speedup}")
+    if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
+        raise LoweringError(f"batch_sizes must be positive numbers, not {list(batch_sizes)}")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu" or parameter.dtype in (torch.float16, torch.bfloat16, torch.float64):
+            raise LoweringError(
+                f"{name} is {parameter.dtype} on {parameter.device}; only float32 on the CPU can be lowered: lower a "
+                "copy, lower(copy.deepcopy(model).float().cpu(), ...)"
+            )
+
+
+def _measure(program: Program, batch_sizes: Sequence[int] | None) -> dict[str, Times]:
+    """The times of every layer's forms at every batch size, by weight name."""
+    sizes = list(batch_sizes or [program.batch_size])
+    if not program.dynamic and sizes != [program.batch_size]:
+        raise LoweringError(
+            f"batch_sizes {sizes} cannot be measured: the model was captured for batch {program.batch_size} only; "
+            "leave batch_sizes out"
+        )
+    times: dict[str, Times] = {layer.weight.fqn: {} for layer in program.layers if layer.uses}
+    known: dict[tuple[Any, ...], dict[Decision, float]] = {}
+    for batch in sizes:
+        recorder = _Recorder(program)
+        recorder.run(*pytree.tree_leaves(program.inputs(batch)), enable_io_processing=False)
+        for layer in program.layers:
+            mask = layer.matrices()[1]
+            forms: list[Decision] = ["dense", "condensed"]
+            if layer.uses and all(can_shrink(layer, use) for use in layer.uses):
+                forms.append("shrunk")
+            for use in layer.uses:
+                x = recorder.inputs[use.node]
+                counts = (mask.shape, int(mask.sum()), int(mask.any(1).sum()))
+                key = (use.node.target, x.shape, str(use.node.args[2:]), counts, use.start, use.stop)
+                if key not in known:
+                    known[key] = _measure_use(layer, use, x, forms)
+                total = times[layer.weight.fqn].setdefault(batch, dict.fromkeys(forms, 0.0))
+                for form in forms:
+                    total[form] += known[key][form]
+    return times
+
+
+def _measure_use(layer: Layer, use: Use, x: Tensor, forms: list[Decision]) -> dict[Decision, float]:
+    calls = {form: functools.partial(module.forward, x) for form, module in variants(layer, use, forms)}
+    with torch.no_grad():
+        return measure(calls)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a program's graph and keeps the inputs of the layers' nodes."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__(program.module)
+        self._wanted = {use.node for layer in program.layers for use in layer.uses}
+        self.inputs: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n in self._wanted:
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self.inputs[n] = args[0]
+        return super().run_node(n)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return super().run(*args, **kwargs)
+
+
+def _report(program: Program, max_error: float | None) -> LoweringReport:
+    layers = []
+    for layer in program.layers:
+        weight, mask = layer.weight.weight, layer.matrices()[1]
+        counts = mask.sum(1)
+        fan_ins = set(counts[counts > 0].tolist())
+        layers.append(
+            LayerReport(
+                fqn=layer.weight.fqn,
+                shape=tuple(weight.shape),
+                neurons=mask.shape[0],
+                active=int((counts > 0).sum()),
+                fan_in=fan_ins.pop() if len(fan_ins) == 1 else 0,
+                kept=int(counts.sum()),
+                decision=layer.decision,
+                reason=layer.reason,
+                bytes_before=weight.nbytes,
+                bytes_after=layer.bytes_after,
+                seconds={batch: {str(form): s for form, s in forms.items()} for batch, forms in layer.times.items()},
+            )
+        )
+    return LoweringReport(
+        layers=tuple(layers),
+        others=tuple(
+            _unmasked(fqn, owner, record) for fqn, owner, record in all_records(program.model) if not record.sparse
+        ),
+        capture=program.how,
+        dynamic_batch=program.dynamic,
+        max_error=max_error,
+    )
+
+
+def _unmasked(fqn: str, owner: nn.Module, record: WeightRecord) -> LayerReport:
+    weight = getattr(owner, record.site.attr)
+    neurons, fan_in = record.site.matrix_shape
+    return LayerReport(
+        fqn=fqn,
+        shape=tuple(weight.shape),
+        neurons=neurons,
+        active=neurons,
+        fan_in=fan_in,
+        kept=weight.numel(),
+        decision="dense",
+        reason=record.reason,
+        bytes_before=weight.nbytes,
+        bytes_after=weight.nbytes,
+    )
+
+
+def _verify(program: Program, lowered: LoweredModule) -> float:
+    """Compare the lowered module with the model; return the largest error over the largest output."""
+    sizes = [program.batch_size, program.batch_size + 2] if program.dynamic else [program.batch_size]
+    worst = 0.0
+    for size in sizes:
+        args, kwargs = program.inputs(size)
+        expected = pytree.tree_leaves(run_model(program.model, args, kwargs))
+        got = pytree.tree_leaves(run_model(lowered, args, kwargs))
+        if len(expected) != len(got):
+            raise LoweringError(
+                f"the lowered model gives {len(got)} outputs, the model {len(expected)}: please report it"
+            )
+        for position, (one, other) in enumerate(zip(expected, got, strict=True)):
+            error = _relative_error(one, other)
+            if not error <= TOLERANCE:
+                layers = ", ".join(layer.weight.fqn for layer in program.layers if layer.decision != "dense")
+                raise LoweringError(
+                    f"output {position} of the lowered model is off by {error:.2e} of the largest value at batch "
+                    f"{size} (allowed: {TOLERANCE:.0e}); lowered layers: {layers}. A model whose outputs depend on "
+                    "more than its inputs cannot be verified: pass verify=False if that is so"
+                )
+            worst = max(worst, error)
+    return worst
+
+
+def _relative_error(expected: Any, got: Any) -> float:
+    """The largest difference over the largest expected value; infinite where type, shape or NaNs differ."""
+    if not isinstance(expected, Tensor):
+        return 0.0 if not isinstance(got, Tensor) and expected == got else float("inf")
+    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
+        return float("inf")
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, got) else float("inf")
+    finite = expected.isfinite()
+    if not torch.equal(expected[~finite].nan_to_num(), got[~finite].nan_to_num()) or not bool(
+        got[finite].isfinite().all()
+    ):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    difference, scale = float((expected[finite] - got[finite]).abs().max()), float(expected[finite].abs().max())
+    return difference / scale if scale else (float("inf") if difference else 0.0)

@@ -1,0 +1,88 @@
+"""What always holds for a sparse model, checked.
+
+Owns :func:`verify`. It must not know which method trains the model: it looks at masks, weights and optimizer state
+as they stand.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from srigl_fx.errors import InvariantError
+from srigl_fx.masks.records import Block, SparseWeight, sparse_weights
+
+_REMEDY = "; srigl_fx.masks.apply(model) sets the weights to zero there"
+
+
+@torch.no_grad()
+def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Check every mask-managed weight of ``model``; return silently if all is well.
+
+    1. The mask is a bool tensor of the weight's shape, on its device.
+    2. The weight is exactly zero off the mask (a NaN there counts as not zero).
+    3. No block of rows keeps more weights than its budget.
+    4. With constant fan-in, every active neuron of a block has the same fan-in, ``budget // active`` or the full one,
+       and enough neurons are active to hold the budget.
+    5. Every optimizer state tensor of the weight's shape is exactly zero off the mask.
+
+    Args:
+        model: A model that was sparsified; a model without masks passes.
+        optimizer: Its optimizer, for rule 5.
+
+    Raises:
+        InvariantError: A rule is broken; the message names the weight.
+
+    Source: SRigL (Lasby et al., ICLR 2024), section 3.
+
+    Example:
+        >>> verify(nn.Linear(4, 2))
+    """
+    for handle in sparse_weights(model):
+        weight, mask = _tensors(handle)
+        if count := int(((weight != 0) & ~mask).sum()):
+            raise InvariantError(f"{handle.fqn}: {count} weights off the mask are not zero{_REMEDY}")
+        matrix = handle.record.site.to_matrix(mask)
+        for block, budget in zip(handle.record.site.blocks, handle.record.budgets, strict=True):
+            _check_block(handle, block, budget, matrix[block.start : block.stop])
+        state = {} if optimizer is None else optimizer.state.get(weight, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == weight.shape and bool(((value != 0) & ~mask).any()):
+                raise InvariantError(
+                    f"{handle.fqn}: the optimizer state {key!r} is not zero off the mask; attach a trainer "
+                    "(SRigL or Static) to this optimizer, or create the optimizer anew"
+                )
+
+
+def _tensors(handle: SparseWeight) -> tuple[nn.Parameter, Tensor]:
+    """The weight and its mask, after rule 1."""
+    try:
+        weight, mask = handle.weight, handle.mask
+    except AttributeError as error:
+        raise InvariantError(f"{handle.fqn}: the weight or its mask was removed from its module ({error})") from error
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise InvariantError(f"{handle.mask_fqn} must be a bool tensor, not {getattr(mask, 'dtype', type(mask))}")
+    if mask.shape != weight.shape:
+        raise InvariantError(f"{handle.mask_fqn} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
+    if mask.device != weight.device:
+        raise InvariantError(f"{handle.mask_fqn} is on {mask.device}, its weight on {weight.device}: use model.to(...)")
+    return weight, mask
+
+
+def _check_block(handle: SparseWeight, block: Block, budget: int, mask: Tensor) -> None:
+    where = f"{handle.fqn} (rows {block.start}-{block.stop - 1}, {block.name})" if block.name else handle.fqn
+    counts = mask.sum(dim=1)
+    kept = int(counts.sum())
+    if kept > budget:
+        raise InvariantError(f"{where}: the mask keeps {kept} weights, more than the budget of {budget}")
+    if handle.record.structure != "constant_fan_in":
+        return
+    fan_in = mask.shape[1]
+    active = int((counts > 0).sum())
+    if active < -(-budget // fan_in):
+        raise InvariantError(f"{where}: {active} active neurons of fan-in {fan_in} cannot hold the budget of {budget}")
+    expected = min(fan_in, budget // active)
+    if bool(((counts != 0) & (counts != expected)).any()):
+        raise InvariantError(
+            f"{where}: {active} active neurons must have a fan-in of {expected} each, but their fan-ins are "
+            f"{sorted(set(counts[counts > 0].tolist()))}"
+        )

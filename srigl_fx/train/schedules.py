@@ -1,0 +1,54 @@
+"""When a mask is updated, and how much of it is replaced.
+
+Owns the schedules, as pure functions of the number of completed optimizer steps. It must not know models, optimizers
+or masks.
+"""
+
+import math
+
+
+def end_step(total_steps: int, stop_at: float) -> int:
+    """The step at which updates end: ``stop_at`` of all steps, rounded down.
+
+    Example:
+        >>> end_step(1000, 0.75), end_step(100, 0.29)
+        (750, 29)
+    """
+    return math.floor(stop_at * total_steps + 1e-6)
+
+
+def cosine_drop_fraction(step: int, *, initial: float, end: int) -> float:
+    """The share of a layer's weights replaced at ``step``: half a cosine from ``initial`` down to 0 at ``end``.
+
+    Source: RigL (Evci et al., 2020), section 3.
+
+    Example:
+        >>> [round(cosine_drop_fraction(step, initial=0.3, end=1000), 5) for step in (0, 250, 500, 1000)]
+        [0.3, 0.25607, 0.15, 0.0]
+    """
+    if step >= end:
+        return 0.0
+    return initial / 2 * (1 + math.cos(math.pi * step / end))
+
+
+def is_update_step(step: int, *, every: int, end: int) -> bool:
+    """Whether masks change once ``step`` optimizer steps are done: at multiples of ``every`` below ``end``.
+
+    Source: RigL (Evci et al., 2020), algorithm 1.
+
+    Example:
+        >>> [step for step in range(0, 500) if is_update_step(step, every=100, end=400)]
+        [100, 200, 300]
+    """
+    return step % every == 0 and 0 < step < end
+
+
+def captures_gradient(step: int, *, every: int, end: int, samples: int = 1) -> bool:
+    """Whether the step after ``step`` completed ones is among the ``samples`` last before an update.
+
+    Example:
+        >>> [step for step in range(12) if captures_gradient(step, every=5, end=100, samples=3)]
+        [2, 3, 4, 7, 8, 9]
+    """
+    following = (step // every + 1) * every
+    return following < end and following - step <= samples

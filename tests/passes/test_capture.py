@@ -1,0 +1,160 @@
+"""Capture: dynamic where possible, static where not, and clear about why not at all."""
+
+from typing import Any
+
+import pytest
+import torch
+from lowering_support import randomise
+from torch import Tensor, nn
+
+from srigl_fx.errors import CaptureError
+from srigl_fx.passes.capture import capture, normalise_inputs
+
+
+def outputs(program: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch.no_grad():
+        return program.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_the_leading_dimension_is_free(batch: int) -> None:
+    model = randomise(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))).eval()
+    program = capture(model, (torch.randn(batch, 6),))
+    assert program.dynamic
+    assert program.batch_size == batch
+    for size in (0, 1, 3, 67):
+        x = torch.randn(size, 6)
+        torch.testing.assert_close(outputs(program, x), model(x))
+
+
+def test_parameters_are_shared_under_their_names() -> None:
+    model = nn.Sequential(nn.Linear(6, 5)).eval()
+    program = capture(model, (torch.randn(2, 6),))
+    assert dict(program.module.named_parameters())["0.weight"] is model[0].weight
+
+
+class FixedBatch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x.view(1, -1))
+        return y
+
+
+def test_a_fixed_leading_dimension_is_captured_static() -> None:
+    model = randomise(FixedBatch()).eval()
+    x = torch.randn(1, 3, 4)
+    program = capture(model, (x,))
+    assert not program.dynamic
+    assert "static" in program.how
+    torch.testing.assert_close(outputs(program, x), model(x))
+    assert program.inputs(5)[0][0].shape == (1, 3, 4)
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, pair: tuple[Tensor, Tensor], *, scale: Tensor, flip: bool = False) -> dict[str, Any]:
+        y = self.fc(x + pair[0]) * scale
+        return {"y": -y if flip else y, "rest": [pair[1]]}
+
+
+def test_nested_inputs_keywords_and_broadcast_operands() -> None:
+    model = randomise(Keywords()).eval()
+    scale = torch.tensor([[2.0]])
+    program = capture(model, ((torch.randn(3, 4), (torch.randn(3, 4), torch.randn(3))), {"scale": scale, "flip": True}))
+    assert program.batched == (True, True, True, False, False)
+    args, kwargs = program.inputs(5)
+    assert kwargs["scale"] is scale
+    expected, got = model(*args, **kwargs), outputs(program, *args, **kwargs)
+    torch.testing.assert_close(got["y"], expected["y"])
+    assert got["rest"][0].shape == (5,)
+
+
+class UsesNumpy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(torch.from_numpy(x.detach().numpy() * 2))
+        return y
+
+
+def test_strict_export_is_the_second_rung() -> None:
+    model = randomise(UsesNumpy()).eval()
+    x = torch.randn(2, 4)
+    program = capture(model, (x,))
+    assert "strict" in program.how
+    torch.testing.assert_close(outputs(program, x), model(x))
+
+
+def test_attention_is_not_captured_as_its_fused_path() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False).eval()
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    program = capture(layer, (torch.randn(2, 3, 8),))
+    assert torch.backends.mha.get_fastpath_enabled() == enabled
+    called = {str(node.target) for node in program.module.graph.nodes}
+    assert "aten.linear.default" in called
+    assert not any("native_multi_head" in name or "_transformer_encoder" in name for name in called)
+
+
+class Counts(nn.Module):
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.fc(x) + self.calls
+        return y
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = Counts().eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(1, 4)
+    random_state = torch.get_rng_state()
+    capture(model, (x,))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.calls.item() == 0
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_what_cannot_be_captured_says_what_to_do() -> None:
+    with pytest.raises(CaptureError, match=r"Branches whole.*data-dependent.*torch\.where") as caught:
+        capture(Branches().eval(), (torch.randn(2, 4),))
+    assert caught.value.__cause__ is not None
+
+
+def test_inputs_that_do_not_fit_are_told_from_a_failed_export() -> None:
+    with pytest.raises(CaptureError, match=r"Linear does not run on the example inputs \(float32 \(2, 5\)\)") as caught:
+        capture(nn.Linear(4, 3).eval(), (torch.randn(2, 5),))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(CaptureError, match="forward"):
+        capture(nn.Linear(4, 3).eval(), (torch.randn(2, 4), 7))
+
+
+def test_training_mode_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Dropout()).eval()
+    model[1].train()
+    with pytest.raises(CaptureError, match=r"'1' is in training mode.*model\.eval\(\)"):
+        capture(model, (torch.randn(2, 4),))
+
+
+@pytest.mark.parametrize("inputs", [torch.ones(2), [torch.ones(2)], {"x": 1}, None])
+def test_inputs_must_be_a_tuple(inputs: Any) -> None:
+    with pytest.raises(CaptureError, match="tuple"):
+        normalise_inputs(inputs)

@@ -1,0 +1,225 @@
+"""From masked weights to condensed nodes: which nodes match, what replaces them, and that it is the same function."""
+
+from typing import Any
+
+import pytest
+import torch
+from lowering_support import mask_by_hand, randomise
+from torch import Tensor, nn
+
+from srigl_fx.errors import InvariantError, LoweringError
+from srigl_fx.masks.records import sparse_weights
+from srigl_fx.passes.base import run
+from srigl_fx.passes.capture import capture
+from srigl_fx.passes.condense import Condense, can_shrink, rewrite, variants
+from srigl_fx.passes.match import MatchWeights
+from srigl_fx.passes.normalize import Normalize
+from srigl_fx.passes.program import Decision, Layer, Program, arguments
+from srigl_fx.passes.select import Select
+
+ours = torch.ops.srigl_fx
+
+
+def matched(model: nn.Module, *inputs: Tensor) -> Program:
+    return run((Normalize(), MatchWeights()), capture(model.eval(), inputs)).subject
+
+
+def condensed(model: nn.Module, *inputs: Tensor) -> Program:
+    return run((Select({}, 0), Condense()), matched(model, *inputs)).subject
+
+
+def called(program: Program, target: object) -> int:
+    return sum(node.target is target for node in program.module.graph.nodes)
+
+
+def assert_same(program: Program, model: nn.Module, *inputs: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(program.module(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
+
+
+class Attention(nn.Module):
+    def __init__(self, **sizes: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **sizes)
+
+    def forward(self, q: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
+        k = q if k is None else k
+        out: Tensor = self.attention(q, k, k if v is None else v, need_weights=False)[0]
+        return out
+
+
+@pytest.mark.parametrize(("inputs", "linears"), [(1, 2), (2, 3), (3, 4)])
+def test_packed_projection_whole_or_cut(inputs: int, linears: int) -> None:
+    model = mask_by_hand(randomise(Attention()), 0.4)
+    program = condensed(model, *(torch.randn(2, 3, 8) for _ in range(inputs)))
+    assert called(program, ours.condensed_linear.default) == linears
+    assert called(program, torch.ops.aten.linear.default) == 0
+    assert "attention.in_proj_weight" not in dict(program.module.named_parameters())
+    assert_same(program, model, *(torch.randn(5, 3, 8) for _ in range(inputs)))
+
+
+def test_blocks_of_different_fan_in_become_one_operator_each() -> None:
+    model = mask_by_hand(randomise(Attention()), 0.5)
+    weight = sparse_weights(model)[0]
+    with torch.no_grad():
+        first = weight.mask[8:16].int().argmax(1)
+        weight.mask[range(8, 16), first] = False
+        weight.weight.mul_(weight.mask)
+    program = condensed(model, torch.randn(2, 3, 8))
+    assert called(program, ours.condensed_linear.default) == 4
+    assert called(program, torch.ops.aten.cat.default) == 1
+    assert_same(program, model, torch.randn(5, 3, 8))
+
+
+def test_separate_projections() -> None:
+    model = mask_by_hand(randomise(Attention(kdim=4, vdim=6)), 0.5)
+    inputs = torch.randn(2, 3, 8), torch.randn(2, 5, 4), torch.randn(2, 5, 6)
+    program = condensed(model, *inputs)
+    assert called(program, ours.condensed_linear.default) == 4
+    assert_same(program, model, *inputs)
+
+
+class Shared(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.mid = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, i: Tensor) -> Tensor:
+        y: Tensor = self.head(self.mid(self.mid(self.embed(i))))
+        return y
+
+
+def test_shared_and_tied_weights() -> None:
+    model = mask_by_hand(randomise(Shared()), 0.4)
+    program = condensed(model, torch.randint(0, 11, (2, 3)))
+    assert called(program, ours.condensed_linear.default) == 3
+    mid, head = program.layers
+    assert len(mid.uses) == 2
+    assert "aten.embedding" in head.reason
+    assert head.bytes_after > model.head.weight.nbytes  # type: ignore[union-attr, operator]
+    assert sum(name.startswith("mid.weight") for name, _ in program.module.named_buffers()) == 3
+    assert_same(program, model, torch.randint(0, 11, (4, 3)))
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv1d(3, 4, 3)
+        self.up = nn.ConvTranspose1d(4, 6, 3)
+        self.product = nn.Linear(6, 5, bias=False)
+        self.unused = nn.Linear(3, 3)
+        self.even = nn.Conv2d(1, 2, 2, padding="same")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(self.conv1(x))
+        y = torch.matmul(self.product.weight, y)
+        out: Tensor = self.even(y[:, None])
+        return out
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+def test_what_stays_dense_says_why() -> None:
+    model = mask_by_hand(randomise(Mixed()), 0.4)
+    program = condensed(model, torch.randn(2, 3, 9))
+    reasons = {layer.weight.fqn: layer.reason for layer in program.layers}
+    assert reasons == {
+        "conv1.weight": "conv1d weights have no condensed operator yet",
+        "up.weight": "conv_transpose1d weights have no condensed operator yet",
+        "product.weight": "read by aten.matmul, which has no condensed form",
+        "unused.weight": "not used by the captured graph",
+        "even.weight": "an even kernel with padding 'same' pads unevenly; give the padding in numbers",
+    }
+    assert {layer.decision for layer in program.layers} == {"dense"}
+    assert_same(program, model, torch.randn(2, 3, 9))
+
+
+def test_unstructured_stays_dense() -> None:
+    model = mask_by_hand(randomise(nn.Sequential(nn.Linear(8, 8))), 0.4, structure="unstructured")
+    program = condensed(model, torch.randn(2, 8))
+    assert program.layers[0].reason == "unstructured masks have no condensed form"
+    assert program.layers[0].bytes_after == program.layers[0].weight.weight.nbytes
+
+
+def test_a_name_that_the_model_uses_is_not_overwritten() -> None:
+    class Clash(nn.Module):
+        weight_values: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5, 6))
+            self.register_buffer("weight_values", torch.randn(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight) + self.weight_values
+
+    model = mask_by_hand(randomise(Clash()), 0.5)
+    program = condensed(model, torch.randn(2, 6))
+    assert called(program, ours.condensed_linear.default) == 1
+    assert_same(program, model, torch.randn(3, 6))
+
+
+def single(module: nn.Module, x: Tensor, **options: Any) -> Layer:
+    (layer,) = matched(mask_by_hand(randomise(nn.Sequential(module)), 0.3, **options), x).layers
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [(nn.Linear, (4, 3, 10)), (nn.Conv2d, (4, 10, 6, 5))],
+)
+def test_every_form_of_a_layer_is_the_same_function(module: Any, shape: tuple[int, ...], bias: bool) -> None:
+    x = torch.randn(shape)
+    more = {"stride": (2, 1), "padding": (0, 2)} if module is nn.Conv2d else {}
+    args = (10, 7, 3) if module is nn.Conv2d else (10, 7)
+    layer = single(module(*args, bias=bias, **more), x, ablated=3)
+    forms: tuple[Decision, ...] = ("dense", "condensed", "shrunk")
+    assert can_shrink(layer, layer.uses[0])
+    results = {form: made(x) for form, made in variants(layer, layer.uses[0], forms)}
+    for form in forms:
+        torch.testing.assert_close(results[form], results["dense"])
+    dead = ~layer.matrices()[1].any(1)
+    axis = 1 if module is nn.Conv2d else -1
+    ablated = results["shrunk"].index_select(axis, dead.nonzero()[:, 0])
+    assert torch.equal(ablated, torch.full_like(ablated, float(bias)))  # the bias of a variant is one
+
+
+def test_shrunk_in_the_graph_keeps_the_bias_of_ablated_rows() -> None:
+    model = mask_by_hand(randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())), 0.3, ablated=5)
+    program = matched(model, torch.randn(2, 3, 6, 6))
+    rewrite(program.module, program.layers[0], program.layers[0].uses[0], "shrunk")
+    program.module.recompile()
+    assert_same(program, model, torch.randn(4, 3, 6, 6))
+
+
+def test_groups_cannot_shrink() -> None:
+    layer = single(nn.Conv2d(4, 8, 3, groups=2), torch.randn(2, 4, 5, 5), ablated=2)
+    assert not can_shrink(layer, layer.uses[0])
+    assert arguments(layer.uses[0].node)["groups"] == 2
+
+
+def test_values_off_the_mask_are_refused() -> None:
+    model = mask_by_hand(randomise(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))), 0.5)
+    with torch.no_grad():
+        model[1].weight.add_(0.1)  # type: ignore[index]
+    with pytest.raises(InvariantError, match=r"off the mask in 1\.weight.*masks\.apply"):
+        matched(model, torch.randn(2, 6))
+
+
+def test_rows_of_unequal_fan_in_are_refused() -> None:
+    model = mask_by_hand(randomise(nn.Sequential(nn.Linear(6, 5))), 0.5)
+    weight = sparse_weights(model)[0]
+    with torch.no_grad():
+        weight.mask[2] = False
+        weight.mask[2, 0] = True
+        weight.weight.mul_(weight.mask)
+    with pytest.raises(InvariantError, match=r"0\.weight does not have a constant fan-in"):
+        condensed(model, torch.randn(2, 6))
+
+
+def test_nothing_masked_is_an_error() -> None:
+    with pytest.raises(LoweringError, match="sparsify"):
+        matched(nn.Sequential(nn.Linear(3, 2)), torch.randn(2, 3))

@@ -1,0 +1,492 @@
+"""``lower`` end to end: whole models against their masked selves, saved, copied, compiled, exported again."""
+
+import copy
+import importlib.util
+import json
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from lowering_support import mask_by_hand, randomise
+from torch import Tensor, nn
+from torch.nn import functional
+
+from srigl_fx import graph_ops
+from srigl_fx.errors import CaptureError, FormatError, InvariantError, LoweringError
+from srigl_fx.lowered import LoweredModule
+from srigl_fx.lowering import load_lowered, lower
+from srigl_fx.masks.records import sparse_weights
+
+ours = torch.ops.srigl_fx
+
+
+class ResidualCnn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, padding="same", groups=2)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.down = nn.Conv2d(8, 16, 3, stride=2, padding=1, padding_mode="circular")
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.norm1(self.stem(x)))
+        x = x + functional.relu_(self.norm2(self.conv(x)))
+        y: Tensor = self.head(self.down(x).relu().mean((2, 3)))
+        return y
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, 4, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attention(h, h, h, need_weights=False)[0]
+        y: Tensor = x + self.mlp(self.norm2(x))
+        return y
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 4, 4)
+        self.position = nn.Parameter(torch.zeros(1, 4, width))
+        self.blocks = nn.Sequential(Block(width), Block(width))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2) + self.position
+        y: Tensor = self.head(self.blocks(x).mean(1))
+        return y
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(20, 33), nn.ReLU(), nn.Linear(33, 12, bias=False), nn.Tanh(), nn.Linear(12, 7))
+
+
+Case = tuple[Callable[[], nn.Module], tuple[int, ...]]
+CASES: dict[str, Case] = {
+    "mlp": (mlp, (20,)),
+    "cnn": (ResidualCnn, (3, 8, 8)),
+    "vit": (VisionTransformer, (3, 8, 8)),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[nn.Module, LoweredModule, tuple[int, ...]]:
+    make, shape = CASES[request.param]
+    model = mask_by_hand(randomise(make()), 0.3, ablated=2).eval()
+    return model, lower(model, (torch.randn(1, *shape),), min_speedup=0), shape
+
+
+def assert_same(model: nn.Module, lowered: Callable[[Tensor], Tensor], x: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(lowered(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+Lowered = tuple[nn.Module, LoweredModule, tuple[int, ...]]
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 3, 24, 67])
+def test_same_outputs_at_any_batch(case: Lowered, batch: int) -> None:
+    model, lowered, shape = case
+    assert_same(model, lowered, torch.randn(batch, *shape))
+
+
+def test_everything_is_condensed_and_smaller(case: Lowered) -> None:
+    model, lowered, _ = case
+    report = lowered.report
+    assert {layer.decision for layer in report.layers} == {"condensed"}
+    assert [layer.fqn for layer in report.layers] == [weight.fqn for weight in sparse_weights(model)]
+    assert report.bytes_after < 0.7 * report.bytes_before
+    assert report.dynamic_batch
+    assert report.max_error is not None
+    names = {*dict(lowered.named_parameters()), *dict(lowered.named_buffers())}
+    assert not names & {layer.fqn for layer in report.layers}
+    for layer in report.layers:
+        assert {f"{layer.fqn}_values", f"{layer.fqn}_indices", f"{layer.fqn}_active"} <= names
+
+
+def test_the_model_is_unchanged_and_shares_its_dense_parameters(case: Lowered) -> None:
+    model, lowered, _ = case
+    theirs = dict(model.named_parameters())
+    shared = dict(lowered.named_parameters())
+    assert shared
+    assert all(parameter is theirs[name] for name, parameter in shared.items())
+    assert all(parameter.requires_grad for parameter in theirs.values())
+    assert not any("_values" in name for name in model.state_dict())
+
+
+def test_copies_keep_class_report_and_outputs(case: Lowered) -> None:
+    model, lowered, shape = case
+    for copied in (copy.deepcopy(lowered), pickle.loads(pickle.dumps(lowered))):
+        assert isinstance(copied, LoweredModule)
+        assert copied.report == lowered.report
+        assert_same(model, copied, torch.randn(3, *shape))
+        with pytest.raises(LoweringError, match="captured for"):
+            copied(torch.randn(2, 1, 1))
+
+
+def test_save_and_load(case: Lowered, tmp_path: Path) -> None:
+    _, lowered, shape = case
+    lowered.save(tmp_path / "model.srigl")
+    again = load_lowered(tmp_path / "model.srigl")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.srigl"]
+    assert again.report == lowered.report
+    x = torch.randn(5, *shape)
+    with torch.no_grad():
+        assert torch.equal(again(x), lowered(x))
+    assert dict(again.named_parameters()).keys() == dict(lowered.named_parameters()).keys()
+    again.save(tmp_path / "model.srigl")
+    with torch.no_grad():
+        assert torch.equal(load_lowered(tmp_path / "model.srigl")(x), lowered(x))
+
+
+def test_export_again_and_compile(case: Lowered) -> None:
+    model, lowered, shape = case
+    x = torch.randn(4, *shape)
+    program = torch.export.export(lowered, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert any(
+        node.target in (ours.condensed_linear.default, ours.condensed_conv2d.default) for node in program.graph.nodes
+    )
+    assert_same(model, program.module(), torch.randn(7, *shape))
+    compiled = torch.compile(lowered, fullgraph=True, backend="aot_eager")
+    assert_same(model, compiled, x)
+
+
+def test_report_is_a_table_and_a_dict(case: Lowered) -> None:
+    report = case[1].report
+    text = str(report)
+    assert all(layer.fqn in text for layer in report.layers)
+    assert type(report).from_dict(json.loads(json.dumps(report.as_dict()))) == report
+
+
+def test_eight_threads(case: Lowered) -> None:
+    model, lowered, shape = case
+    inputs = [torch.randn(1 + 5 * i, *shape) for i in range(8)]
+    with torch.no_grad():
+        expected = [model(x) for x in inputs]
+    worst = [float("inf")] * 8
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            worst[i] = max(float((lowered(inputs[i]) - expected[i]).abs().max()) for _ in range(5))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert max(worst) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("density", "ablated"), [(1.0, 0), (0.05, 0), (0.3, 32), (0.3, 33)], ids=["full", "one", "one row", "none"]
+)
+def test_extreme_masks(density: float, ablated: int) -> None:
+    model = mask_by_hand(randomise(mlp()), density, ablated={"0.weight": ablated}).eval()
+    lowered = lower(model, (torch.randn(2, 20),), min_speedup=0)
+    assert lowered.report.layers[0].active == 33 - ablated
+    assert_same(model, lowered, torch.randn(4, 20))
+
+
+def test_measured_selection_is_consistent() -> None:
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 6))
+    mask_by_hand(randomise(model), 0.02, ablated={"0.weight": 200}).eval()
+    lowered = lower(model, (torch.randn(1, 512),), batch_sizes=[1, 3])
+    for layer in lowered.report.layers:
+        assert set(layer.seconds) == {1, 3}
+        forms = {"dense", "condensed"} | ({"shrunk"} if layer.active < layer.neurons else set())
+        assert all(set(times) == forms for times in layer.seconds.values())
+        if layer.decision != "dense":
+            assert all(times["dense"] >= times[layer.decision] for times in layer.seconds.values())
+    assert_same(model, lowered, torch.randn(4, 512))
+    slow = lower(model, (torch.randn(1, 512),), min_speedup=1e6)
+    assert {layer.decision for layer in slow.report.layers} == {"dense"}
+    assert all("x dense at batch 1" in layer.reason for layer in slow.report.layers)
+
+
+def test_a_larger_speedup_than_any_leaves_the_weights() -> None:
+    model = mask_by_hand(randomise(mlp()), 0.3).eval()
+    report = lower(model, (torch.randn(2, 20),), min_speedup=float("inf")).report
+    assert report.bytes_after == report.bytes_before
+
+
+def test_static_batch_is_reported() -> None:
+    class Static(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(12, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(x.view(1, -1))
+            return y
+
+    model = mask_by_hand(randomise(Static()), 0.3).eval()
+    lowered = lower(model, (torch.randn(1, 12),), min_speedup=0)
+    assert not lowered.report.dynamic_batch
+    assert_same(model, lowered, torch.randn(1, 12))
+    with pytest.raises(LoweringError, match="captured for"):
+        lowered(torch.randn(2, 12))
+    with pytest.raises(LoweringError, match="batch_sizes"):
+        lower(model, (torch.randn(1, 12),), batch_sizes=[1, 8])
+
+
+def test_constants_of_the_graph_are_checked() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor, times: int, *, rest: dict[str, Tensor]) -> dict[str, Any]:
+            return {"y": self.fc(x) * times, "z": (rest["a"], None)}
+
+    model = mask_by_hand(randomise(Scaled()), 0.5).eval()
+    x, rest = torch.randn(2, 6), {"a": torch.randn(2)}
+    lowered = lower(model, ((x, 3), {"rest": rest}), min_speedup=0)
+    assert_close = torch.testing.assert_close
+    for module in (lowered, pickle.loads(pickle.dumps(lowered))):
+        got = module(x, 3, rest=rest)
+        assert_close(got["y"], model(x, 3, rest=rest)["y"])
+        assert_close(got["z"][0], rest["a"])
+        assert got["z"][1] is None
+        with pytest.raises(LoweringError, match="the constant 3"):
+            module(x, 4, rest=rest)
+
+
+def test_gradients_reach_the_inputs_and_the_shared_parameters() -> None:
+    model = mask_by_hand(randomise(mlp()), 0.3, ablated=2).eval()
+    lowered = lower(model, (torch.randn(2, 20),), min_speedup=0)
+    x = torch.randn(3, 20, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+    (got,) = torch.autograd.grad(lowered(x).square().sum(), x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def broken(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    return change(mask_by_hand(randomise(mlp()), 0.3).eval())
+
+
+def off_mask(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.get_parameter("2.weight").add_(1e-3)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (off_mask, InvariantError, r"2\.weight.*masks\.apply"),
+        (lambda model: model.train(), CaptureError, r"model\.eval"),
+        (lambda model: model.half(), LoweringError, r"0\.weight is torch\.float16.*deepcopy"),
+        (lambda model: model.to("meta"), LoweringError, "only float32 on the CPU"),
+        (lambda model: mlp().eval(), LoweringError, "sparsify"),
+    ],
+)
+def test_unfit_models(change: Callable[[nn.Module], nn.Module], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        lower(broken(change), (torch.randn(2, 20),), min_speedup=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"target": "cuda"}, {"min_speedup": -1}, {"min_speedup": float("nan")}, {"batch_sizes": [0]}]
+)
+def test_unfit_options(options: dict[str, Any]) -> None:
+    with pytest.raises(LoweringError, match=next(iter(options))):
+        lower(broken(lambda model: model), (torch.randn(2, 20),), **options)
+
+
+def test_verification_catches_a_model_that_differs() -> None:
+    class Drifts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 4)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            y: Tensor = self.fc(x) * self.calls
+            return y
+
+    model = mask_by_hand(randomise(Drifts()), 0.5).eval()
+    with pytest.raises(LoweringError, match=r"off by .*fc\.weight"):
+        lower(model, (torch.randn(2, 6),), min_speedup=0)
+    lower(model, (torch.randn(2, 6),), min_speedup=0, verify=False)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("saved") / "model.srigl"
+    lower(broken(lambda model: model), (torch.randn(2, 20),), min_speedup=0).save(path)
+    return path.read_bytes()
+
+
+def edited(data: bytes, edit: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> bytes:
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["srigl_fx.graph"])
+    tensors = safetensors.torch.load(data)
+    edit(header, tensors)
+    return safetensors.torch.save(tensors, metadata={"srigl_fx.graph": json.dumps(header)})
+
+
+def functions(header: dict[str, Any]) -> list[dict[str, Any]]:
+    return [node for node in header["nodes"] if node["op"] == "call_function"]
+
+
+def test_editing_as_such_is_harmless(saved: bytes, tmp_path: Path) -> None:
+    (tmp_path / "same").write_bytes(edited(saved, lambda header, tensors: None))
+    assert load_lowered(tmp_path / "same")(torch.randn(3, 20)).shape == (3, 7)
+
+
+INJECTION = "x):\n    import os; os.abort()\n    return (0"
+
+
+def rename_input(header: dict[str, Any], _: dict[str, Tensor]) -> None:
+    node = next(node for node in header["nodes"] if node["op"] == "placeholder")
+    node["target"] = INJECTION
+
+
+def rename_attribute(header: dict[str, Any], _: dict[str, Tensor]) -> None:
+    node = next(node for node in header["nodes"] if node["op"] == "get_attr")
+    header["attributes"]['a"); import os #'] = header["attributes"].pop(node["target"])
+    node["target"] = 'a"); import os #'
+
+
+def call(name: str, args: list[Any]) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    def edit(header: dict[str, Any], _: dict[str, Tensor]) -> None:
+        functions(header)[0].update(target=name, args=args, kwargs={})
+
+    return edit
+
+
+def set_tensor(suffix: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any], dict[str, Tensor]], None]:
+    def edit(_: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith(suffix))
+        tensors[name] = make(tensors[name])
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        call("os.system", ["true"]),
+        call("builtins.eval", ["1"]),
+        call("_operator.methodcaller", ["x"]),
+        call("aten.from_file.default", ["/etc/hostname"]),
+        call("aten.add_.Tensor", [1, 1]),
+        call("aten.__class__.default", []),
+        call("srigl_fx.other.default", []),
+        call("prims.add.default", []),
+        rename_input,
+        rename_attribute,
+        lambda header, _: header.update(arguments=[INJECTION]),
+        lambda header, _: header.update({"in": {"tuple": [{"tuple": [0]}, {"dict": {"a': 1}) #": 0}}]}}),
+        lambda header, _: header.update(out={"tuple": [0, 0]}),
+        lambda header, _: header.update({"in": {"tuple": [{"tuple": [0, 0]}, {"dict": {}}]}}),
+        lambda header, _: functions(header)[0].update(kwargs={"a=1, b": 2}),
+        lambda header, _: functions(header)[0].update(name="import os"),
+        lambda header, _: functions(header)[0].update(args=[{"node": "nowhere"}]),
+        lambda header, _: functions(header)[0].update(op="call_method", target="backward"),
+        lambda header, _: functions(header)[0].update(args=[{"dtype": "load"}]),
+        lambda header, _: header["nodes"].pop(),
+        lambda header, _: header["nodes"].append(header["nodes"][0]),
+        lambda header, _: header.update(version=2),
+        lambda header, _: header["extra"].update(inputs=[]),
+        lambda header, _: header["extra"].pop("report"),
+        lambda header, tensors: tensors.pop(next(iter(tensors))),
+        set_tensor("_indices", lambda t: (t.int() + 19).to(torch.uint16)),
+        set_tensor("_indices", lambda t: t.int() - 1000),
+        set_tensor("_indices", lambda t: t.int()[:-1]),
+        set_tensor("_active", lambda t: t + 1),
+        set_tensor("_values", lambda t: t.double()),
+        set_tensor("_values", lambda t: t[:, :0]),
+    ],
+)
+def test_a_malicious_file_is_refused(
+    saved: bytes, edit: Callable[[dict[str, Any], dict[str, Tensor]], None], tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.srigl"
+    path.write_bytes(edited(saved, edit))
+    with pytest.raises(FormatError):
+        load_lowered(path)
+
+
+def test_a_damaged_file_is_refused(saved: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "cut.srigl"
+    for length in (0, 4, 8, 200, len(saved) // 2, len(saved) - 1):
+        path.write_bytes(saved[:length])
+        with pytest.raises(FormatError, match=r"cut\.srigl is not a lowered model, or is damaged"):
+            load_lowered(path)
+    path.write_bytes(safetensors.torch.save({"a": torch.ones(2)}))
+    with pytest.raises(FormatError):
+        load_lowered(path)
+    with pytest.raises(FileNotFoundError):
+        load_lowered(tmp_path / "missing")
+
+
+def test_a_failed_save_leaves_the_old_file(saved: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.srigl"
+    path.write_bytes(saved)
+    lowered = load_lowered(path)
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        lowered.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.srigl"]
+    assert path.read_bytes() == saved
+
+
+def test_nothing_on_the_allow_list_writes() -> None:
+    for name in graph_ops._ATEN:
+        packet = getattr(torch.ops.aten, name)
+        for overload in packet.overloads():
+            found = getattr(packet, overload)
+            accepted = graph_ops._allowed(found)
+            assert accepted == (not found._schema.is_mutable), found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_hugging_face(architecture: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    small: dict[str, Any] = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+    if architecture == "bert":
+        sizes: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        }
+        model: nn.Module = transformers.BertModel(transformers.BertConfig(**small, **sizes))
+    else:
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, **sizes, use_cache=False))
+    mask_by_hand(randomise(model), 0.25).eval()
+    inputs = {"input_ids": torch.randint(0, 50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    lowered = lower(model, ((), inputs), min_speedup=0)
+    layers = {layer.fqn: layer for layer in lowered.report.layers}
+    if architecture == "bert":
+        assert {layer.decision for layer in layers.values()} == {"condensed"}
+    else:
+        assert "Conv1D" in layers["transformer.h.0.mlp.c_fc.weight"].reason
+    with torch.no_grad():
+        expected, got = model(**inputs), lowered(**inputs)
+        assert type(got) is type(expected)
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-5)
+        lowered.save(tmp_path / "model.srigl")
+        again = load_lowered(tmp_path / "model.srigl")(**inputs)
+    torch.testing.assert_close(next(iter(again.values())), got[0])
