@@ -4,7 +4,6 @@ Owns that question only. The answer comes from autograd's graph: from each outpu
 every path. The model is run in evaluation mode and left as it was.
 """
 
-from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,28 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import SparsifyError
-
-
-def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read example inputs as positional and keyword arguments.
-
-    A tuple is positional arguments, unless it is ``(args, kwargs)`` with a tuple or list and a dict; anything else is a
-    single argument.
-
-    Example:
-        >>> split_inputs((1, 2)), split_inputs(((1,), {"mask": 2})), split_inputs(3)
-        (((1, 2), {}), ((1,), {'mask': 2}), ((3,), {}))
-    """
-    if not isinstance(example_inputs, tuple):
-        return (example_inputs,), {}
-    if (
-        len(example_inputs) == 2
-        and isinstance(example_inputs[0], tuple | list)
-        and isinstance(example_inputs[1], Mapping)
-        and all(isinstance(key, str) for key in example_inputs[1])
-    ):
-        return tuple(example_inputs[0]), dict(example_inputs[1])
-    return example_inputs, {}
+from srigl_fx.passes.capture import normalise_inputs
 
 
 def weights_feeding_outputs(model: nn.Module, example_inputs: Any, weights: set[int]) -> set[int]:
@@ -42,8 +20,9 @@ def weights_feeding_outputs(model: nn.Module, example_inputs: Any, weights: set[
 
     Raises:
         SparsifyError: If the model does not run on the example inputs.
+        CaptureError: If they are neither a tuple nor (args, kwargs).
     """
-    args, kwargs = split_inputs(example_inputs)
+    args, kwargs = normalise_inputs(example_inputs)
     with _evaluating(model, weights), torch.enable_grad(), torch.random.fork_rng(devices=[]):
         try:
             outputs = model(*args, **kwargs)

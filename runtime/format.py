@@ -1,0 +1,179 @@
+"""The canonical condensed weight: what is stored, executed and exported.
+
+Owns the format itself: building it from a dense weight and its mask, expanding it back, checking it. It must not know
+torch, ONNX or any kernel; a kernel that wants another layout packs this one.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_fx.errors import FormatError
+
+Array = NDArray[Any]
+UINT16_LIMIT = 65536  # the largest fan-in whose indices all fit into uint16
+
+
+def index_dtype(in_features: int) -> np.dtype[Any]:
+    """The dtype of the indices into ``in_features`` inputs: uint16 where they fit, else int32.
+
+    Example:
+        >>> index_dtype(65536), index_dtype(65537)
+        (dtype('uint16'), dtype('int32'))
+    """
+    return np.dtype(np.uint16 if in_features <= UINT16_LIMIT else np.int32)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CondensedWeight:
+    """A constant fan-in weight without its zeros ("condensed" in SRigL, Lasby et al., ICLR 2024).
+
+    Attributes:
+        values: float32 (n_active, k), the kept weights of each active neuron.
+        indices: uint16 or int32 (n_active, k), their columns in the (n, F) matrix view, ascending in a row.
+        active: int32 (n_active,), the rows of the neurons that are not ablated, ascending.
+        bias: float32 (out_features,), zeros where the layer has none. An ablated neuron yields its bias.
+        out_features: n, the rows of the matrix view.
+        in_features: F, its columns: for a convolution, channels / groups * prod(kernel).
+    """
+
+    values: Array
+    indices: Array
+    active: Array
+    bias: Array
+    out_features: int
+    in_features: int
+
+    @classmethod
+    def from_dense(cls, weight: Array, mask: Array, bias: Array | None = None) -> "CondensedWeight":
+        """Condense a dense weight.
+
+        What is kept is decided by the mask alone: a live weight may be exactly zero.
+
+        Args:
+            weight: (n, F) matrix view of the weight; anything NumPy can cast to float32.
+            mask: bool (n, F).
+            bias: (n,), or None for zeros.
+
+        Raises:
+            FormatError: Shapes that do not fit, or active rows that keep unequal numbers of weights.
+
+        Example:
+            >>> weight = np.array([[0.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
+            >>> condensed = CondensedWeight.from_dense(weight, np.array([[True, False, True], [False] * 3]))
+            >>> condensed.values.tolist(), condensed.indices.tolist(), condensed.active.tolist()
+            ([[0.0, 3.0]], [[0, 2]], [0])
+        """
+        weight, mask = np.asarray(weight), np.asarray(mask)
+        if weight.ndim != 2 or weight.shape != mask.shape or mask.dtype != np.bool_:
+            raise FormatError(
+                f"cannot condense a weight of shape {weight.shape} with a {mask.dtype} mask of shape {mask.shape}: "
+                "both must be the (n, F) matrix view, the mask bool"
+            )
+        n, fan_in = weight.shape
+        counts = mask.sum(axis=1)
+        active = np.flatnonzero(counts)
+        k = int(counts[active[0]]) if active.size else 0
+        uneven = active[counts[active] != k]
+        if uneven.size:
+            raise FormatError(
+                f"cannot condense a weight of shape {weight.shape}: row {active[0]} keeps {k} weights but row "
+                f"{uneven[0]} keeps {counts[uneven[0]]}; every active row must keep the same number (constant fan-in)"
+            )
+        columns = np.nonzero(mask)[1].reshape(active.size, k)
+        condensed = cls(
+            values=np.ascontiguousarray(weight[active[:, None], columns], dtype=np.float32),
+            indices=np.ascontiguousarray(columns, dtype=index_dtype(fan_in)),
+            active=active.astype(np.int32),
+            bias=np.zeros(n, np.float32) if bias is None else np.array(bias, dtype=np.float32),
+            out_features=n,
+            in_features=fan_in,
+        )
+        condensed.check()
+        return condensed
+
+    @property
+    def n_active(self) -> int:
+        """The number of neurons that are not ablated."""
+        return int(self.values.shape[0])
+
+    @property
+    def k(self) -> int:
+        """The fan-in every active neuron keeps."""
+        return int(self.values.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the four arrays: about six per kept weight."""
+        return int(self.values.nbytes + self.indices.nbytes + self.active.nbytes + self.bias.nbytes)
+
+    def to_dense(self) -> tuple[Array, Array]:
+        """Expand to (weight float32, mask bool), both (n, F).
+
+        Example:
+            >>> weight, mask = np.eye(2, 3, dtype=np.float32), np.eye(2, 3, dtype=bool)
+            >>> again = CondensedWeight.from_dense(weight, mask).to_dense()
+            >>> bool((again[0] == weight).all() and (again[1] == mask).all())
+            True
+        """
+        weight = np.zeros((self.out_features, self.in_features), np.float32)
+        mask = np.zeros(weight.shape, np.bool_)
+        rows = self.active.astype(np.int64)[:, None]
+        columns = self.indices.astype(np.int64)
+        weight[rows, columns] = self.values
+        mask[rows, columns] = True
+        return weight, mask
+
+    def check(self) -> None:
+        """Check every promise of the format.
+
+        Raises:
+            FormatError: A wrong dtype or shape, an index out of range, rows or columns that are not ascending.
+        """
+        problem = self._problem()
+        if problem:
+            raise FormatError(
+                f"malformed condensed weight ({self.out_features} x {self.in_features}): {problem}; "
+                "rebuild it from the dense weight and its mask"
+            )
+
+    def _problem(self) -> str:
+        for name, array, dimensions, dtypes in (
+            ("values", self.values, 2, (np.float32,)),
+            ("indices", self.indices, 2, (np.uint16, np.int32)),
+            ("active", self.active, 1, (np.int32,)),
+            ("bias", self.bias, 1, (np.float32,)),
+        ):
+            if not isinstance(array, np.ndarray) or array.ndim != dimensions or array.dtype not in dtypes:
+                wanted = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+                return f"{name} must be a {dimensions}-D {wanted} array, not {getattr(array, 'dtype', type(array))}"
+        if self.indices.shape != self.values.shape:
+            return f"indices {self.indices.shape} and values {self.values.shape} differ in shape"
+        if self.active.shape != (self.n_active,):
+            return f"active has shape {self.active.shape} for {self.n_active} active rows"
+        if self.bias.shape != (self.out_features,):
+            return f"bias has shape {self.bias.shape} for {self.out_features} rows"
+        if self.k > self.in_features or (self.n_active and not self.k):
+            return f"a fan-in of {self.k} is not in 1..{self.in_features}"
+        return range_problem(self.indices, self.active, self.in_features, self.out_features)
+
+
+def range_problem(indices: Array, active: Array, in_features: int, out_features: int) -> str:
+    """What is wrong with the numbers in ``indices`` and ``active``, or "" where they are safe to execute.
+
+    Example:
+        >>> range_problem(np.array([[0, 4]], np.int32), np.array([0], np.int32), 4, 1)
+        'an index of 4 is not in 0..3'
+    """
+    for name, array, limit in (("an index", indices, in_features), ("an active row", active, out_features)):
+        if array.size:
+            low, high = int(array.min()), int(array.max())
+            if low < 0 or high >= limit:
+                return f"{name} of {low if low < 0 else high} is not in 0..{limit - 1}"
+    if (active[1:] <= active[:-1]).any():
+        return "active rows are not ascending"
+    if (indices[:, 1:] <= indices[:, :-1]).any():
+        return "the indices of a row are not ascending"
+    return ""

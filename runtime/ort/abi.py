@@ -1,0 +1,151 @@
+"""The binary interface between ONNX Runtime and the operator library: slots, struct offsets, our own layouts.
+
+Owns numbers only, each a byte offset unless it says otherwise; it must not know what is done with them. ONNX Runtime's
+part follows ``onnxruntime_c_api.h`` as of API version 17 (ONNX Runtime 1.17), whose tables only ever grow at the end.
+"""
+
+from typing import Final
+
+API_VERSION: Final = 17
+MINIMUM_ONNXRUNTIME: Final = (1, 17)
+DOMAIN: Final = "srigl_fx"
+DOMAIN_VERSION: Final = 1
+OPERATORS: Final = ("CondensedLinear", "CondensedConv")
+INPUTS: Final = ("x", "values", "indices", "active", "bias")
+ISAS: Final = ("x86-64", "x86-64-v3", "x86-64-v4")  # from the oldest to the newest
+ISA_VARIABLE: Final = "SRIGL_FX_ISA"
+ENTRY_POINT: Final = "RegisterCustomOps"
+
+WORD: Final = 8  # bytes of a pointer, and of every field of our own
+
+# OrtApiBase
+GET_API: Final = 0 * WORD
+GET_VERSION_STRING: Final = 1 * WORD
+
+# OrtApi
+CREATE_STATUS: Final = 0 * WORD
+GET_ERROR_MESSAGE: Final = 2 * WORD
+CREATE_CUSTOM_OP_DOMAIN: Final = 26 * WORD
+CUSTOM_OP_DOMAIN_ADD: Final = 27 * WORD
+ADD_CUSTOM_OP_DOMAIN: Final = 28 * WORD
+GET_TENSOR_MUTABLE_DATA: Final = 51 * WORD
+GET_TENSOR_ELEMENT_TYPE: Final = 60 * WORD
+GET_DIMENSIONS_COUNT: Final = 61 * WORD
+GET_DIMENSIONS: Final = 62 * WORD
+GET_TENSOR_TYPE_AND_SHAPE: Final = 65 * WORD
+KERNEL_INFO_GET_ATTRIBUTE_INT64: Final = 86 * WORD
+KERNEL_CONTEXT_GET_INPUT_COUNT: Final = 88 * WORD
+KERNEL_CONTEXT_GET_INPUT: Final = 90 * WORD
+KERNEL_CONTEXT_GET_OUTPUT: Final = 91 * WORD
+RELEASE_STATUS: Final = 93 * WORD
+RELEASE_TENSOR_TYPE_AND_SHAPE_INFO: Final = 99 * WORD
+KERNEL_INFO_GET_ATTRIBUTE_ARRAY_INT64: Final = 163 * WORD
+KERNEL_INFO_GET_NODE_NAME: Final = 244 * WORD
+KERNEL_INFO_GET_CONSTANT_INPUT_TENSOR: Final = 249 * WORD
+KERNEL_CONTEXT_PARALLEL_FOR: Final = 274 * WORD
+
+# OrtErrorCode and ONNXTensorElementDataType (values, not offsets)
+ERROR_FAIL: Final = 1
+ERROR_INVALID_ARGUMENT: Final = 2
+TYPE_UNDEFINED: Final = 0
+TYPE_FLOAT: Final = 1
+TYPE_UINT16: Final = 4
+TYPE_INT32: Final = 6
+
+# OrtCustomOp: callbacks at multiples of a word; what is not named here stays zero.
+OP_VERSION: Final = 0
+OP_GET_NAME: Final = 16
+OP_GET_EXECUTION_PROVIDER_TYPE: Final = 24
+OP_GET_INPUT_TYPE: Final = 32
+OP_GET_INPUT_TYPE_COUNT: Final = 40
+OP_GET_OUTPUT_TYPE: Final = 48
+OP_GET_OUTPUT_TYPE_COUNT: Final = 56
+OP_KERNEL_DESTROY: Final = 72
+OP_GET_INPUT_CHARACTERISTIC: Final = 80
+OP_GET_OUTPUT_CHARACTERISTIC: Final = 88
+OP_GET_INPUT_MEMORY_TYPE: Final = 96
+OP_GET_VARIADIC_INPUT_MIN_ARITY: Final = 104
+OP_GET_VARIADIC_INPUT_HOMOGENEITY: Final = 112
+OP_GET_VARIADIC_OUTPUT_MIN_ARITY: Final = 120
+OP_GET_VARIADIC_OUTPUT_HOMOGENEITY: Final = 128
+OP_CREATE_KERNEL_V2: Final = 136
+OP_KERNEL_COMPUTE_V2: Final = 144
+OP_GET_START_VERSION: Final = 160
+OP_GET_END_VERSION: Final = 168
+OP_KIND: Final = 208  # first byte after ONNX Runtime's struct: our index into OPERATORS
+OP_SIZE: Final = 216
+
+# Our process-wide state: the domain that is created once, and the kernel table of the chosen instruction set.
+STATE_DOMAIN, STATE_KERNELS = (WORD * i for i in range(2))
+STATE_SIZE: Final = 2 * WORD
+
+# The kernel table of one instruction set, in the order of KERNELS; an index type is added to those that take one.
+(
+    TABLE_LINEAR_ROWS,
+    TABLE_LINEAR_TILE,
+    TABLE_CONV_ROWS,
+    TABLE_FILL_BIAS,
+    TABLE_FILL_BIAS_PLANES,
+) = (WORD * i for i in (0, 2, 4, 6, 7))
+TABLE_SIZE: Final = 8 * WORD
+INDEX_TYPES: Final = ("uint16", "int32")  # at the table's offset, and one word after it
+
+# One node: what its attributes and constant inputs say. Immutable once created.
+(
+    NODE_API,
+    NODE_KERNELS,
+    NODE_KIND,
+    NODE_IN_FEATURES,
+    NODE_OUT_FEATURES,
+    NODE_SPATIAL_RANK,
+    NODE_CHECKED_INDICES,
+    NODE_CHECKED_ACTIVE,
+    NODE_NAME,
+) = (WORD * i for i in range(9))
+NODE_NAME_SIZE: Final = 128
+NODE_PADS_END: Final = NODE_NAME + NODE_NAME_SIZE  # 3 words
+NODE_GEOMETRY: Final = NODE_PADS_END + 3 * WORD  # the int64 array of kernels/conv.py, without the sizes of x and y
+NODE_SIZE: Final = NODE_GEOMETRY + 32 * WORD
+
+# The four weight inputs of one call, in the order of INPUTS without x, and what their shapes say.
+(
+    WEIGHTS_VALUES,
+    WEIGHTS_INDICES,
+    WEIGHTS_ACTIVE,
+    WEIGHTS_BIAS,
+    WEIGHTS_N_ACTIVE,
+    WEIGHTS_K,
+    WEIGHTS_INDEX_TYPE,
+) = (WORD * i for i in range(7))
+WEIGHTS_WORDS: Final = 7
+
+# A tensor's description.
+TENSOR_TYPE: Final = 0
+TENSOR_RANK: Final = 1 * WORD
+TENSOR_SHAPE: Final = 2 * WORD
+MAX_RANK: Final = 64
+TENSOR_WORDS: Final = 2 + MAX_RANK
+
+# The job that the tasks of one parallel loop share.
+(
+    JOB_KERNEL,
+    JOB_X,
+    JOB_Y,
+    JOB_VALUES,
+    JOB_INDICES,
+    JOB_ACTIVE,
+    JOB_BIAS,
+    JOB_BATCH,
+    JOB_IN_FEATURES,
+    JOB_OUT_FEATURES,
+    JOB_N_ACTIVE,
+    JOB_K,
+    JOB_BLOCKS,
+    JOB_OUT_OF_MEMORY,
+    JOB_GEOMETRY,
+) = (WORD * i for i in range(15))
+JOB_WORDS: Final = 15
+
+# Bounds that keep every product of sizes within 64 bits.
+MAX_SIZE: Final = 2**31 - 1  # of a dimension, of in_features, of the number of neurons
+MAX_STEP: Final = 2**20  # of a stride, a pad or a dilation

@@ -1,0 +1,225 @@
+"""From Numba functions to position-independent object files.
+
+Owns ahead-of-time compilation: which kernel is compiled for which index type and instruction set, how functions are
+named in the objects, and the constant tables that tie them together. It must not know linking or caching. Numba
+vectorises for the CPU it is told of at start-up, and the names of external functions are process-wide, so every object
+comes from a process of its own: ``python -m srigl_fx.runtime.ort.compile NAME OUTPUT``.
+"""
+
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from srigl_fx.errors import LibraryError
+from srigl_fx.runtime.kernels import conv, linear
+from srigl_fx.runtime.ort import abi
+
+SHIM = "shim"
+OBJECTS = (*abi.ISAS, SHIM)
+# Sums may be reordered and fused, but NaN and infinity keep their meaning.
+FASTMATH = frozenset({"reassoc", "contract", "nsz"})
+_TIMEOUT = 300.0  # seconds for one object
+
+# The kernels by their place in the table of one instruction set.
+_INDEX_KERNELS: dict[int, Callable[..., None]] = {
+    abi.TABLE_LINEAR_ROWS: linear.linear_rows,
+    abi.TABLE_LINEAR_TILE: linear.linear_tile,
+    abi.TABLE_CONV_ROWS: conv.conv_rows,
+}
+_PLAIN_KERNELS: dict[int, Callable[..., None]] = {
+    abi.TABLE_FILL_BIAS: linear.fill_bias,
+    abi.TABLE_FILL_BIAS_PLANES: conv.fill_bias_planes,
+}
+# What the kernels' parameters point to; those not named here are integers.
+_POINTEES = {
+    **dict.fromkeys(("x", "values", "bias", "y", "scratch"), "float32"),
+    "active": "int32",
+    "geometry": "int64",
+}
+
+
+def _kernels() -> Iterator[tuple[int, Callable[..., None], str]]:
+    """Every compiled kernel: its offset in the table, its function, its index type ("" if it has none)."""
+    for offset, function in _INDEX_KERNELS.items():
+        for i, index_type in enumerate(abi.INDEX_TYPES):
+            yield offset + i * abi.WORD, function, index_type
+    for offset, function in _PLAIN_KERNELS.items():
+        yield offset, function, ""
+
+
+def _kernel_symbol(function: Callable[..., None], index_type: str, isa: str) -> str:
+    return f"srigl_{function.__name__}_{index_type}_{isa.replace('-', '_')}"
+
+
+def _shim_symbol(function: Callable[..., int]) -> str:
+    from srigl_fx.runtime.ort.primitives import linked_name
+
+    return abi.ENTRY_POINT if function.__name__ == "register" else linked_name(function)
+
+
+def _module(llvm: Any, compiled: Any, name: str) -> Any:
+    """The LLVM module of one ``cfunc``, in which only ``name`` is visible to other modules."""
+    module = llvm.parse_assembly(compiled.inspect_llvm())
+    for function in list(module.functions):
+        if function.name == compiled.native_name:
+            function.name, function.linkage = name, "external"
+        elif not function.is_declaration:
+            function.linkage = "internal"
+    for variable in module.global_variables:
+        if not variable.is_declaration:
+            variable.linkage = "internal"
+    return module
+
+
+def _emit(llvm: Any, modules: Sequence[Any], cpu: str) -> bytes:
+    """Optimise the modules as one and emit their object file; only the entry point is visible outside the library."""
+    whole, *others = modules
+    for module in others:
+        whole.link_in(module)
+    for symbol in (*whole.functions, *whole.global_variables):
+        if symbol.name.startswith("srigl_"):
+            symbol.visibility = "hidden"
+    target = llvm.Target.from_triple(llvm.get_process_triple())
+    machine = target.create_target_machine(cpu=cpu, features="", opt=3, reloc="pic", codemodel="small")
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    llvm.create_pass_builder(machine, options).getModulePassManager().run(
+        whole, llvm.create_pass_builder(machine, options)
+    )
+    return bytes(machine.emit_object(whole))
+
+
+def _compile_kernels(isa: str) -> bytes:
+    import llvmlite.binding as llvm
+    import numba
+
+    types: Any = numba.types
+    llvm.initialize_native_asmprinter()
+    modules = []
+    for _, function, index_type in _kernels():
+        arguments = []
+        for parameter in inspect.signature(function).parameters:
+            pointee = index_type if parameter == "indices" else _POINTEES.get(parameter)
+            arguments.append(types.CPointer(getattr(types, pointee)) if pointee else types.int64)
+        decorate = numba.cfunc(types.void(*arguments), error_model="numpy", fastmath=set(FASTMATH))
+        modules.append(_module(llvm, decorate(function), _kernel_symbol(function, index_type, isa)))
+    return _emit(llvm, modules, isa)
+
+
+def _table(name: str, words: Sequence[str], *, constant: bool) -> str:
+    kind = "constant" if constant else "global"
+    return f"@{name} = hidden {kind} [{len(words)} x i64] [{', '.join(f'i64 {word}' for word in words)}], align 16\n"
+
+
+def _tables() -> str:
+    """LLVM assembly of the library's data: the operators, the kernel tables, the state."""
+    from srigl_fx.runtime.ort import shim
+
+    used: set[str] = set()
+
+    def address(symbol: str) -> str:
+        used.add(symbol)
+        return f"ptrtoint (ptr @{symbol} to i64)"
+
+    kernels = ["0"] * (abi.TABLE_SIZE // abi.WORD * len(abi.ISAS))
+    for level, isa in enumerate(abi.ISAS):
+        for offset, function, index_type in _kernels():
+            place = (level * abi.TABLE_SIZE + offset) // abi.WORD
+            kernels[place] = address(_kernel_symbol(function, index_type, isa))
+    operators = []
+    for fields in shim.OPERATOR_FIELDS:
+        words = ["0"] * (abi.OP_SIZE // abi.WORD)
+        for offset, content in fields.items():
+            words[offset // abi.WORD] = address(_shim_symbol(content)) if callable(content) else str(content)
+        operators += words
+    state = ["0"] * (abi.STATE_SIZE // abi.WORD)
+    return "".join(
+        [
+            _table("srigl_operators", operators, constant=True),
+            _table("srigl_kernels", kernels, constant=True),
+            _table("srigl_state", state, constant=False),
+            *(f"declare hidden void @{symbol}()\n" for symbol in sorted(used)),
+        ]
+    )
+
+
+def _compile_shim() -> bytes:
+    import llvmlite.binding as llvm
+    import numba
+
+    from srigl_fx.runtime.ort import shim
+
+    word: Any = numba.types.int64
+    llvm.initialize_native_asmparser()  # cpuid is inline assembly
+    llvm.initialize_native_asmprinter()
+    modules = []
+    for function in (inspect.unwrap(proxy) for proxy in shim.FUNCTIONS):
+        signature = word(*[word] * len(inspect.signature(function).parameters))
+        compiled = numba.cfunc(signature, error_model="numpy")(function)
+        modules.append(_module(llvm, compiled, _shim_symbol(function)))
+    tables = llvm.parse_assembly(_tables())
+    tables.triple, tables.data_layout = modules[0].triple, modules[0].data_layout
+    return _emit(llvm, [*modules, tables], abi.ISAS[0])
+
+
+def compile_object(name: str) -> bytes:
+    """Compile one object in this process, which must have been started for it.
+
+    Args:
+        name: An instruction set, for the kernels, or "shim".
+
+    Example:
+        >>> compile_object("sparc")
+        Traceback (most recent call last):
+        srigl_fx.errors.LibraryError: there is no object 'sparc'; one of x86-64, x86-64-v3, x86-64-v4, shim
+    """
+    if name not in OBJECTS:
+        raise LibraryError(f"there is no object {name!r}; one of {', '.join(OBJECTS)}")
+    return _compile_shim() if name == SHIM else _compile_kernels(name)
+
+
+def _spawn(name: str, output: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
+    environment |= {
+        "NUMBA_CPU_NAME": abi.ISAS[0] if name == SHIM else name,
+        "NUMBA_CPU_FEATURES": "",
+        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
+    }
+    command = [sys.executable, "-m", __spec__.name, name, str(output)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LibraryError(f"the {name} part of the operator library could not be compiled: {error}") from error
+    if done.returncode != 0:
+        reason = done.stderr.strip()[-1000:] or f"the compiler ended with status {done.returncode}"
+        raise LibraryError(f"the {name} part of the operator library could not be compiled: {reason}")
+
+
+def compile_all(folder: Path) -> list[Path]:
+    """Compile all objects of the library, each in a process of its own, as many at a time as there are cores.
+
+    Args:
+        folder: Where to write them.
+
+    Returns:
+        The object files.
+
+    Raises:
+        LibraryError: One of them does not compile; the message holds the compiler's own.
+
+    Example:
+        >>> OBJECTS
+        ('x86-64', 'x86-64-v3', 'x86-64-v4', 'shim')
+    """
+    paths = [folder / f"{name}.o" for name in OBJECTS]
+    with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
+        list(pool.map(_spawn, OBJECTS, paths))
+    return paths
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_bytes(compile_object(sys.argv[1]))

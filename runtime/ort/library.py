@@ -1,0 +1,212 @@
+"""Where the operator library is: in the package, in the cache, or built now.
+
+Owns the cache, the platform check and what ``doctor`` says about both. It must not know ONNX Runtime.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import os
+import platform
+import stat
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from srigl_fx.errors import LibraryError
+from srigl_fx.runtime.ort import abi, link
+from srigl_fx.runtime.ort.compile import compile_all
+
+CACHE_VARIABLE = "SRIGL_FX_CACHE"
+_FALLBACK = "models still run through the fallback inside the file, as fast as dense ones"
+_PACKAGE = Path(__file__).parent
+_lock = threading.Lock()
+
+# What a CPU must have beyond the baseline, by LLVM's names.
+_V3_FEATURES = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "movbe")
+_ISA_FEATURES = {
+    "x86-64": (),
+    "x86-64-v3": _V3_FEATURES,
+    "x86-64-v4": (*_V3_FEATURES, "avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"),
+}
+
+
+def _unsupported() -> str | None:
+    """Why no library can exist here, if so."""
+    system, machine = platform.system(), platform.machine()
+    if (system, machine) != ("Linux", "x86_64"):
+        return f"the operator library exists for Linux x86-64 only, this is {system} {machine}; {_FALLBACK}"
+    return None
+
+
+def _source_hash() -> str:
+    sources = sorted([*_PACKAGE.glob("*.py"), *_PACKAGE.parent.glob("kernels/*.py")])
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
+def _packaged_path() -> Path:
+    """Where a wheel keeps the library that was built from just these sources."""
+    return _PACKAGE / f"libsrigl_fx-{_source_hash()}.so"
+
+
+def _cached_name() -> str:
+    versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
+    key = hashlib.sha256(" ".join([_source_hash(), *versions]).encode()).hexdigest()[:16]
+    return f"libsrigl_fx-{key}.so"
+
+
+def _cache_folders() -> Iterator[Path]:
+    """The folders that may hold the library, the preferred one first."""
+    if chosen := os.environ.get(CACHE_VARIABLE):
+        yield Path(chosen)
+        return
+    base = os.environ.get("XDG_CACHE_HOME")
+    with contextlib.suppress(RuntimeError):  # no home directory
+        yield Path(base, "srigl_fx") if base else Path.home() / ".cache" / "srigl_fx"
+    yield Path(tempfile.gettempdir(), f"srigl_fx-{os.getuid()}")
+
+
+def _make_private(folder: Path) -> None:
+    """Create the folder, and refuse one that others may write to: it will hold machine code."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{folder} belongs to, or may be changed by, another user")
+
+
+def build(path: Path) -> link.Linker:
+    """Compile and link the operator library (about 10 s on one core) and put it at ``path``, all at once or not at all.
+
+    Returns:
+        The linker that was used.
+
+    Raises:
+        LibraryError: The platform is not Linux x86-64, or compiling or linking failed.
+        OSError: The folder of ``path`` cannot be written.
+
+    Example:
+        >>> build(Path("libsrigl_fx.so"))  # doctest: +SKIP
+        'cc'
+    """
+    if reason := _unsupported():
+        raise LibraryError(reason)
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
+        finished = Path(folder, path.name)
+        linker = link.link(compile_all(Path(folder)), finished)
+        os.replace(finished, path)
+    return linker
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process build at a time; where files cannot be locked, several may, and the last one's file stays."""
+    import fcntl
+
+    with open(folder / "lock", "w") as file:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _existing() -> Path | None:
+    name = _cached_name()
+    candidates = (_packaged_path(), *(folder / name for folder in _cache_folders()))
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def library_path() -> Path:
+    """The operator library, for ``register_custom_ops_library`` of any ONNX Runtime (1.17 or newer) on Linux x86-64.
+
+    It needs neither Python nor this package. The first call builds it, in the folder that the environment variable
+    ``SRIGL_FX_CACHE`` names, else in ``$XDG_CACHE_HOME/srigl_fx`` or ``~/.cache/srigl_fx``.
+
+    Raises:
+        LibraryError: There is none for this platform, or it could not be built; the message says why.
+
+    Example:
+        >>> library_path().name  # doctest: +SKIP
+        'libsrigl_fx-d4b92df0d8bca4e4.so'
+    """
+    if reason := _unsupported():
+        raise LibraryError(reason)
+    with _lock:
+        found = _existing()
+        if found is not None:
+            return found
+        failures = []
+        for folder in _cache_folders():
+            path = folder / _cached_name()
+            try:
+                _make_private(folder)
+                with _locked(folder):
+                    if not path.is_file():
+                        build(path)
+            except OSError as error:
+                failures.append(error)
+            else:
+                return path
+    raise LibraryError(
+        f"the operator library cannot be stored: {'; '.join(map(str, failures))}. Set {CACHE_VARIABLE} to a folder of "
+        f"your own that can be written to; {_FALLBACK}"
+    ) from failures[-1]
+
+
+def host_isa() -> str:
+    """The instruction set that the library will use on this CPU: the newest it has, or what SRIGL_FX_ISA asks for.
+
+    Raises:
+        LibraryError: SRIGL_FX_ISA names one that is unknown, or that this CPU lacks.
+
+    Example:
+        >>> host_isa() in abi.ISAS
+        True
+    """
+    import llvmlite.binding as llvm
+
+    features = llvm.get_host_cpu_features()
+    usable = [isa for isa in abi.ISAS if all(features.get(name, False) for name in _ISA_FEATURES[isa])]
+    wanted = os.environ.get(abi.ISA_VARIABLE) or usable[-1]
+    if wanted not in usable:
+        raise LibraryError(f"{abi.ISA_VARIABLE} is {wanted!r}, but this CPU can use: {', '.join(usable)}")
+    return wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class LibraryStatus:
+    """What is known about the operator library here, without building it.
+
+    Attributes:
+        supported: Whether it exists for this platform.
+        path: Where it is, None if it is not there (yet).
+        reason: Why it is not there, or what is wrong; empty if all is well.
+        isa: The instruction set that this CPU will use, None where unsupported.
+        linker: What would link it.
+    """
+
+    supported: bool
+    path: Path | None
+    reason: str
+    isa: str | None
+    linker: str | None
+
+
+def library_status() -> LibraryStatus:
+    """Describe the operator library on this machine; builds nothing and raises nothing.
+
+    Example:
+        >>> status = library_status()
+        >>> status.supported or bool(status.reason)
+        True
+    """
+    if reason := _unsupported():
+        return LibraryStatus(supported=False, path=None, reason=reason, isa=None, linker=None)
+    linker = link.available_linkers()[0]
+    path = _existing()
+    reason = "" if path else "not built yet; the first session, or library_path(), builds it"
+    try:
+        isa = host_isa()
+    except LibraryError as error:
+        return LibraryStatus(supported=True, path=path, reason=str(error), isa=None, linker=linker)
+    return LibraryStatus(supported=True, path=path, reason=reason, isa=isa, linker=linker)

@@ -1,0 +1,272 @@
+"""The operators as ONNX Runtime sees them: registration, the choice of instruction set, creating a node.
+
+Owns these as functions that Numba compiles ahead of time (words in, one word out). A node is immutable once created, so
+that any number of runs may share it. What may be refused is ``checks``'s, one call is ``compute``'s; it must not know
+how it is compiled or linked.
+"""
+
+from srigl_fx.runtime.ort import abi, checks, compute
+from srigl_fx.runtime.ort.checks import check_weights, read_attributes
+from srigl_fx.runtime.ort.primitives import (
+    call,
+    cpuid,
+    external,
+    inlined,
+    load,
+    load8,
+    load32,
+    stack,
+    store,
+    store8,
+    symbol,
+    text,
+    xgetbv,
+)
+
+# Numba takes a constant for a literal only under a name of the module's own.
+_LINEAR, _CONV = abi.OPERATORS
+_DOMAIN = abi.DOMAIN
+_ISA_0, _ISA_1, _ISA_2 = abi.ISAS
+_ISA_VARIABLE = abi.ISA_VARIABLE
+_UNKNOWN_ISA = f"{abi.ISA_VARIABLE} must be one of {', '.join(abi.ISAS)}; set it to one of these, or unset it"
+_MISSING_ISA = f"{abi.ISA_VARIABLE} names an instruction set that this CPU lacks; set it to an older one, or unset it"
+_TOO_OLD = f"the srigl_fx operators need ONNX Runtime {'.'.join(map(str, abi.MINIMUM_ONNXRUNTIME))} or newer"
+_WEIGHTS_WORDS = abi.WEIGHTS_WORDS
+
+_calloc, _free, _getenv = external("calloc", 2), external("free", 1), external("getenv", 1)
+
+_WEIGHT_INPUTS = len(abi.INPUTS) - 1
+_DIGITS = (ord("0"), ord("9"))
+_DOT = ord(".")
+
+# Feature bits of cpuid leaf 1 (ecx) and leaf 7 (ebx), and the register states of xgetbv.
+_LEAF1_V3 = 1 << 12 | 1 << 22 | 1 << 27 | 1 << 28 | 1 << 29  # FMA MOVBE OSXSAVE AVX F16C
+_LEAF7_V3 = 1 << 3 | 1 << 5 | 1 << 8  # BMI1 AVX2 BMI2
+_LEAF7_V4 = 1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1 << 31  # AVX-512 F DQ CD BW VL
+_AVX_STATE, _AVX512_STATE = 0x06, 0xE6
+
+
+@inlined
+def _prepare(node: int, info: int) -> int:
+    """Check attributes and constant inputs, and remember whose contents were good."""
+    api = load(node, abi.NODE_API)
+    status = read_attributes(node, info)
+    if status != 0:
+        return status
+    constants, weights, is_constant = stack(_WEIGHT_INPUTS), stack(_WEIGHTS_WORDS), stack(1)
+    for i in range(_WEIGHT_INPUTS):
+        store(is_constant, 0, 0)
+        store(constants, abi.WORD * i, 0)
+        store(weights, abi.WORD * i, 0)
+        status = call(
+            load(api, abi.KERNEL_INFO_GET_CONSTANT_INPUT_TENSOR), (info, i + 1, is_constant, constants + abi.WORD * i)
+        )
+        if status != 0:
+            return status
+        if load32(is_constant, 0) == 0:
+            store(constants, abi.WORD * i, 0)
+    status = check_weights(node, constants, weights)
+    if status == 0:
+        store(node, abi.NODE_CHECKED_INDICES, load(weights, abi.WEIGHTS_INDICES))
+        store(node, abi.NODE_CHECKED_ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
+    return status
+
+
+def create(op: int, api: int, info: int, out: int) -> int:
+    """CreateKernelV2: a node, or why it is refused."""
+    node = _calloc(1, abi.NODE_SIZE)
+    if node == 0:
+        return call(load(api, abi.CREATE_STATUS), (abi.ERROR_FAIL, text("srigl_fx: not enough memory for a node")))
+    store(node, abi.NODE_API, api)
+    store(node, abi.NODE_KIND, load(op, abi.OP_KIND))
+    store(node, abi.NODE_KERNELS, load(symbol("srigl_state"), abi.STATE_KERNELS))
+    size = stack(1)
+    store(size, 0, abi.NODE_NAME_SIZE)
+    status = call(load(api, abi.KERNEL_INFO_GET_NODE_NAME), (info, node + abi.NODE_NAME, size))
+    if status != 0:  # a name too long for a message
+        call(load(api, abi.RELEASE_STATUS), (status,))
+        store8(node, abi.NODE_NAME, 0)
+    status = _prepare(node, info)
+    if status != 0:
+        _free(node)
+        node = 0
+    store(out, 0, node)
+    return status
+
+
+def destroy(node: int) -> int:
+    """KernelDestroy."""
+    return _free(node)
+
+
+def get_name(op: int) -> int:
+    """GetName."""
+    if load(op, abi.OP_KIND) == 0:
+        return text(_LINEAR)
+    return text(_CONV)
+
+
+def get_input_type(op: int, index: int) -> int:
+    """GetInputType: float32, but int32 active; the indices' type is checked by ``checks``."""
+    if index == 2:
+        return abi.TYPE_UNDEFINED
+    return abi.TYPE_INT32 if index == 3 else abi.TYPE_FLOAT
+
+
+def get_input_count(op: int) -> int:
+    """GetInputTypeCount."""
+    return _WEIGHT_INPUTS + 1
+
+
+def zero(op: int, index: int) -> int:
+    """Nothing, required, default memory, no provider but the CPU's: ONNX Runtime's meaning of 0."""
+    return 0
+
+
+def one(op: int, index: int) -> int:
+    """One output, float32, since version 1: ONNX Runtime's meaning of 1."""
+    return 1
+
+
+def any_version(op: int) -> int:
+    """GetEndVersion: no end."""
+    return abi.MAX_SIZE
+
+
+@inlined
+def _equal(string: int, expected: int) -> bool:
+    i = 0
+    while load8(string, i) != 0 and load8(string, i) == load8(expected, i):
+        i += 1
+    return load8(string, i) == load8(expected, i)
+
+
+@inlined
+def _newest_isa() -> int:
+    """The position in ISAS of the newest instruction set that CPU and operating system support."""
+    registers = stack(4)
+    cpuid(0, 0, registers)
+    leaves = load(registers, 0)
+    cpuid(1, 0, registers)
+    if leaves < 7 or load(registers, 16) & _LEAF1_V3 != _LEAF1_V3:
+        return 0
+    states = xgetbv()
+    cpuid(7, 0, registers)
+    leaf7 = load(registers, 8)
+    if states & _AVX_STATE != _AVX_STATE or leaf7 & _LEAF7_V3 != _LEAF7_V3:
+        return 0
+    if states & _AVX512_STATE != _AVX512_STATE or leaf7 & _LEAF7_V4 != _LEAF7_V4:
+        return 1
+    return 2
+
+
+@inlined
+def _is_too_old(version: int) -> bool:
+    """Whether a version string such as "1.16.3" is before the first ONNX Runtime that works."""
+    numbers = stack(2)
+    store(numbers, 0, 0)
+    store(numbers, abi.WORD, 0)
+    part = i = 0
+    while part < 2 and load8(version, i) != 0:
+        character = load8(version, i)
+        if character == _DOT:
+            part += 1
+        elif _DIGITS[0] <= character <= _DIGITS[1] and i < 12:
+            store(numbers, abi.WORD * part, load(numbers, abi.WORD * part) * 10 + character - _DIGITS[0])
+        i += 1
+    major, minor = load(numbers, 0), load(numbers, abi.WORD)
+    first_major, first_minor = abi.MINIMUM_ONNXRUNTIME
+    return major < first_major or (major == first_major and minor < first_minor)
+
+
+@inlined
+def _choose_kernels(api: int, state: int) -> int:
+    """Store the kernel table of the newest instruction set, or of an older one that the environment asks for."""
+    newest = _newest_isa()
+    chosen = newest
+    wanted = _getenv(text(_ISA_VARIABLE))
+    if wanted != 0 and load8(wanted, 0) != 0:
+        if _equal(wanted, text(_ISA_0)):
+            chosen = 0
+        elif _equal(wanted, text(_ISA_1)):
+            chosen = 1
+        elif _equal(wanted, text(_ISA_2)):
+            chosen = 2
+        else:
+            message = text(_UNKNOWN_ISA)
+            return call(load(api, abi.CREATE_STATUS), (abi.ERROR_INVALID_ARGUMENT, message))
+        if chosen > newest:
+            message = text(_MISSING_ISA)
+            return call(load(api, abi.CREATE_STATUS), (abi.ERROR_INVALID_ARGUMENT, message))
+    store(state, abi.STATE_KERNELS, symbol("srigl_kernels") + chosen * abi.TABLE_SIZE)
+    return 0
+
+
+def register(options: int, base: int) -> int:
+    """RegisterCustomOps: add both operators, in a domain that is created once, to these session options."""
+    get_api = load(base, abi.GET_API)
+    api = 0
+    if not _is_too_old(call(load(base, abi.GET_VERSION_STRING), ())):  # asked in vain, GetApi would write to stderr
+        api = call(get_api, (abi.API_VERSION,))
+    if api == 0:
+        message = text(_TOO_OLD)
+        return call(load(call(get_api, (1,)), abi.CREATE_STATUS), (abi.ERROR_FAIL, message))
+    state = symbol("srigl_state")
+    status = _choose_kernels(api, state)
+    if status != 0:
+        return status
+    domain = load(state, abi.STATE_DOMAIN)
+    if domain == 0:
+        created = stack(1)
+        status = call(load(api, abi.CREATE_CUSTOM_OP_DOMAIN), (text(_DOMAIN), created))
+        if status != 0:
+            return status
+        domain = load(created, 0)
+        for kind in range(len(abi.OPERATORS)):
+            op = symbol("srigl_operators") + kind * abi.OP_SIZE
+            status = call(load(api, abi.CUSTOM_OP_DOMAIN_ADD), (domain, op))
+            if status != 0:
+                return status
+        store(state, abi.STATE_DOMAIN, domain)  # complete only now, should two threads come here at once
+    return call(load(api, abi.ADD_CUSTOM_OP_DOMAIN), (options, domain))
+
+
+FUNCTIONS = (
+    *checks.FUNCTIONS,
+    *compute.FUNCTIONS,
+    create,
+    destroy,
+    get_name,
+    get_input_type,
+    get_input_count,
+    zero,
+    one,
+    any_version,
+    register,
+)
+
+# What each field of OrtCustomOp holds: a number, or the function that ONNX Runtime calls.
+_COMMON_FIELDS = {
+    abi.OP_VERSION: abi.API_VERSION,
+    abi.OP_GET_NAME: get_name,
+    abi.OP_GET_EXECUTION_PROVIDER_TYPE: zero,
+    abi.OP_GET_INPUT_TYPE: get_input_type,
+    abi.OP_GET_INPUT_TYPE_COUNT: get_input_count,
+    abi.OP_GET_OUTPUT_TYPE: one,
+    abi.OP_GET_OUTPUT_TYPE_COUNT: one,
+    abi.OP_KERNEL_DESTROY: destroy,
+    abi.OP_GET_INPUT_CHARACTERISTIC: zero,
+    abi.OP_GET_OUTPUT_CHARACTERISTIC: zero,
+    abi.OP_GET_INPUT_MEMORY_TYPE: zero,
+    abi.OP_GET_VARIADIC_INPUT_MIN_ARITY: one,
+    abi.OP_GET_VARIADIC_INPUT_HOMOGENEITY: one,
+    abi.OP_GET_VARIADIC_OUTPUT_MIN_ARITY: one,
+    abi.OP_GET_VARIADIC_OUTPUT_HOMOGENEITY: one,
+    abi.OP_CREATE_KERNEL_V2: create,
+    abi.OP_GET_START_VERSION: one,
+    abi.OP_GET_END_VERSION: any_version,
+}
+OPERATOR_FIELDS = tuple(
+    {**_COMMON_FIELDS, abi.OP_KERNEL_COMPUTE_V2: function, abi.OP_KIND: kind}
+    for kind, function in enumerate((compute.compute_linear, compute.compute_conv))
+)

@@ -1,0 +1,102 @@
+"""The condensed format: built from the mask, expanded back, and strict about what it accepts."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lowering_support import fan_in_mask, random_condensed
+
+from srigl_fx.errors import FormatError
+from srigl_fx.runtime.format import CondensedWeight
+
+
+def test_hand_computed() -> None:
+    weight = np.array([[0, 0.9, 0, 0.8], [0, 0, 0, 0], [0.6, 0, 0.7, 0]])
+    condensed = CondensedWeight.from_dense(weight, weight != 0, np.array([1.0, 2.0, 3.0]))
+    np.testing.assert_array_equal(condensed.values, np.array([[0.9, 0.8], [0.6, 0.7]], np.float32))
+    np.testing.assert_array_equal(condensed.indices, np.array([[1, 3], [0, 2]], np.uint16))
+    np.testing.assert_array_equal(condensed.active, np.array([0, 2], np.int32))
+    np.testing.assert_array_equal(condensed.bias, np.array([1, 2, 3], np.float32))
+    assert (condensed.out_features, condensed.in_features, condensed.n_active, condensed.k) == (3, 4, 2, 2)
+    assert condensed.nbytes == 4 * 4 + 4 * 2 + 2 * 4 + 3 * 4
+
+
+def test_a_live_weight_may_be_zero() -> None:
+    mask = np.array([[True, True, False], [False, True, True]])
+    weight = np.array([[0.0, 0.0, 0.0], [0.0, 5.0, 0.0]])
+    condensed = CondensedWeight.from_dense(weight, mask)
+    assert condensed.n_active == 2
+    np.testing.assert_array_equal(condensed.indices, [[0, 1], [1, 2]])
+    np.testing.assert_array_equal(condensed.to_dense()[1], mask)
+
+
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 20),
+    data=st.data(),
+    seed=st.integers(0, 9),
+)
+def test_round_trip(rows: int, columns: int, data: st.DataObject, seed: int) -> None:
+    k, ablated = data.draw(st.integers(1, columns)), data.draw(st.integers(0, rows))
+    mask = fan_in_mask(rows, columns, k, ablated, seed)
+    weight = np.random.default_rng(seed).standard_normal(mask.shape).astype(np.float32) * mask
+    condensed = CondensedWeight.from_dense(weight, mask)
+    condensed.check()
+    assert condensed.n_active == rows - ablated
+    back, mask_back = condensed.to_dense()
+    np.testing.assert_array_equal(back, weight)
+    np.testing.assert_array_equal(mask_back, mask)
+
+
+@pytest.mark.parametrize(("columns", "dtype"), [(65536, np.uint16), (65537, np.int32)])
+def test_index_dtype_holds_the_last_column(columns: int, dtype: type) -> None:
+    mask = np.zeros((1, columns), np.bool_)
+    mask[0, -1] = True
+    condensed = CondensedWeight.from_dense(2.0 * mask, mask)
+    assert condensed.indices.dtype == dtype
+    assert condensed.indices[0, 0] == columns - 1
+
+
+def test_unequal_rows_are_refused() -> None:
+    mask = np.array([[True, True], [False, False], [True, False]])
+    with pytest.raises(FormatError, match="row 0 keeps 2 weights but row 2 keeps 1"):
+        CondensedWeight.from_dense(np.ones((3, 2)), mask)
+
+
+@pytest.mark.parametrize("mask", [np.ones((2, 3)), np.ones((3, 2), np.bool_), np.ones(6, np.bool_)])
+def test_unfit_masks_are_refused(mask: Any) -> None:
+    with pytest.raises(FormatError, match="matrix view"):
+        CondensedWeight.from_dense(np.ones((2, 3)), mask)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": np.ones((3, 2))}, "values must be a 2-D float32"),
+        ({"indices": np.ones((3, 2), np.int64)}, "indices must be a 2-D uint16 or int32"),
+        ({"indices": np.ones((3, 3), np.int32)}, "differ in shape"),
+        ({"indices": np.array([[0, 6], [0, 1], [0, 1]], np.int32)}, "index of 6 is not in 0..5"),
+        ({"indices": np.array([[-1, 5], [0, 1], [0, 1]], np.int32)}, "index of -1 is not in 0..5"),
+        ({"indices": np.array([[1, 1], [0, 1], [0, 1]], np.int32)}, "not ascending"),
+        ({"active": np.array([0, 1, 4], np.int32)}, "active row of 4 is not in 0..3"),
+        ({"active": np.array([0, 2, 1], np.int32)}, "active rows are not ascending"),
+        ({"active": np.array([0, 1], np.int32)}, "for 3 active rows"),
+        ({"bias": np.zeros(3, np.float32)}, "bias has shape"),
+        ({"values": np.ones((3, 0), np.float32), "indices": np.ones((3, 0), np.int32)}, "fan-in of 0"),
+        ({"bias": None}, "bias must be"),
+    ],
+)
+def test_check_names_what_is_malformed(change: dict[str, Any], message: str) -> None:
+    condensed = random_condensed(4, 6, 2, ablated=1)
+    condensed.check()
+    with pytest.raises(FormatError, match=message):
+        dataclasses.replace(condensed, **change).check()
+
+
+def test_all_rows_ablated() -> None:
+    condensed = CondensedWeight.from_dense(np.zeros((3, 4)), np.zeros((3, 4), np.bool_), np.ones(3))
+    condensed.check()
+    assert (condensed.n_active, condensed.k) == (0, 0)

@@ -1,0 +1,307 @@
+"""Model files are untrusted: whatever is in them ends in a Python exception, never in a crash."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from ort_support import malformed
+from ort_support.models import WEIGHTS, Array, Node, conv, linear
+
+INT64_MAX, INT64_MIN = 2**63 - 1, -(2**63)
+X = {2: (3, 10), 4: (1, 4, 5, 6)}  # what the well-formed nodes take, by rank
+
+
+def _changed(array: Array, position: tuple[int, ...], value: float) -> Array:
+    array = array.copy()
+    array[position] = value
+    return array
+
+
+def _weight_faults(node: Node) -> dict[str, tuple[Node, str]]:
+    """Faults in the weight inputs: name -> the node and what the message must hold."""
+    w = node.weights
+    indices, active, values, bias = (w[name] for name in ("indices", "active", "values", "bias"))
+    wide = indices.astype(np.int32)
+    limit = node.attributes["in_features"]
+    n = len(bias)
+    return {
+        "index_too_large": (node.with_weights(indices=_changed(indices, (1, 2), limit)), "row 1"),
+        "index_65535": (node.with_weights(indices=_changed(indices, (3, 2), 65535)), "'indices'"),
+        "index_negative": (node.with_weights(indices=_changed(wide, (0, 0), -1)), "'indices'"),
+        "index_int32_min": (node.with_weights(indices=_changed(wide, (0, 0), -(2**31))), "'indices'"),
+        "index_int32_max": (node.with_weights(indices=_changed(wide, (3, 2), 2**31 - 1)), "'indices'"),
+        "index_twice": (node.with_weights(indices=_changed(indices, (2, 1), indices[2, 0])), "ascend"),
+        "index_descending": (node.with_weights(indices=indices[:, ::-1].copy()), "ascend"),
+        "index_int64": (node.with_weights(indices=indices.astype(np.int64)), "'indices' must be uint16 or int32"),
+        "index_int16": (node.with_weights(indices=indices.astype(np.int16)), "'indices' must be uint16 or int32"),
+        "index_float": (node.with_weights(indices=indices.astype(np.float32)), "'indices' must be uint16 or int32"),
+        "index_string": (node.with_weights(indices=indices.astype(object).astype(str)), "'indices' must be"),
+        "index_rank_1": (node.with_weights(indices=indices.reshape(-1)), "'indices'"),
+        "index_rank_3": (node.with_weights(indices=indices[None]), "'indices'"),
+        "index_rank_0": (node.with_weights(indices=indices[0, 0].reshape(())), "'indices'"),
+        "index_narrower": (node.with_weights(indices=indices[:, :-1].copy()), "'values'"),
+        "index_wider_than_features": (
+            node.with_weights(
+                indices=np.tile(np.arange(limit + 1, dtype=np.uint16), (4, 1)),
+                values=np.ones((4, limit + 1), np.float32),
+            ),
+            "in_features",
+        ),
+        "rows_more_than_neurons": (
+            node.with_weights(
+                indices=np.tile(indices[:1], (n + 1, 1)),
+                values=np.tile(values[:1], (n + 1, 1)),
+                active=np.arange(n + 1, dtype=np.int32),
+            ),
+            "'indices'",
+        ),
+        "values_fewer_rows": (node.with_weights(values=values[:-1].copy()), "'values'"),
+        "values_transposed": (node.with_weights(values=values.T.copy()), "'values'"),
+        "values_rank_1": (node.with_weights(values=values.reshape(-1)), "'values'"),
+        "values_empty": (node.with_weights(values=values[:0].copy()), "'values'"),
+        "values_double": (node.with_weights(values=values.astype(np.float64)), ""),
+        "active_short": (node.with_weights(active=active[:-1].copy()), "'active'"),
+        "active_too_large": (node.with_weights(active=_changed(active, (-1,), n)), "'active'"),
+        "active_negative": (node.with_weights(active=_changed(active, (0,), -1)), "'active'"),
+        "active_int32_min": (node.with_weights(active=_changed(active, (0,), -(2**31))), "'active'"),
+        "active_twice": (node.with_weights(active=_changed(active, (1,), active[0])), "'active'"),
+        "active_int64": (node.with_weights(active=active.astype(np.int64)), ""),
+        "active_rank_2": (node.with_weights(active=active[:, None]), "'active'"),
+        "active_rank_0": (node.with_weights(active=active[0].reshape(())), "'active'"),
+        "bias_short": (node.with_weights(bias=bias[:-1].copy()), "'bias'"),
+        "bias_long": (node.with_weights(bias=np.append(bias, bias)), "'bias'"),
+        "bias_empty": (node.with_weights(bias=bias[:0].copy()), "'bias'"),
+        "bias_rank_2": (node.with_weights(bias=bias[None]), "'bias'"),
+        "bias_rank_0": (node.with_weights(bias=bias[0].reshape(())), "'bias'"),
+        "bias_double": (node.with_weights(bias=bias.astype(np.float64)), ""),
+    }
+
+
+def _attribute_faults(node: Node) -> dict[str, tuple[Node, str]]:
+    shape = node.attributes["weight_shape"]
+    faults: dict[str, tuple[Node, str]] = {}
+    for name in ("in_features", "weight_shape", "flat_size"):
+        faults[f"no_{name}"] = (node.with_attributes(**{name: None}), f"'{name}'")
+        faults[f"{name}_float"] = (node.with_attributes(**{name: 3.5}), f"'{name}'")
+        faults[f"{name}_text"] = (node.with_attributes(**{name: "many"}), f"'{name}'")
+    for name in ("in_features", "flat_size"):
+        for value in (0, -1, 1, 2**31, 2**32, 2**62, INT64_MAX, INT64_MIN):
+            faults[f"{name}_{value}"] = (node.with_attributes(**{name: value}), "attribute")
+        faults[f"{name}_list"] = (node.with_attributes(**{name: [3, 4]}), f"'{name}'")
+    bad_shapes: dict[str, Any] = {
+        "int": 5,
+        "empty": [],
+        "long": [1] * 17,
+        "huge": [1] * 100_000,
+        "flattened": [shape[0] * shape[1], *shape[2:]],
+        "negative": [-shape[0], -shape[1], *shape[2:]],
+        "zero": [0, *shape[1:]],
+        "zero_inside": [shape[0], 0, *shape[2:]],
+        "other_n": [shape[0] + 1, *shape[1:]],
+        "wrap_to_zero": [2**32, 2**32, *shape[2:]],
+        "wrap_to_same": [shape[0], shape[1] + 2**61, *shape[2:]],
+        "int64_max": [INT64_MAX] * len(shape),
+        "int64_min": [INT64_MIN] * len(shape),
+        "rank_plus": [*shape, 1, 1, 1, 1],
+    }
+    for name, value in bad_shapes.items():
+        faults[f"weight_shape_{name}"] = (node.with_attributes(weight_shape=value), "attribute")
+    return faults
+
+
+def _conv_faults() -> dict[str, tuple[Node, str]]:
+    node = conv()
+    faults: dict[str, tuple[Node, str]] = {}
+    for name, good in (("strides", [1, 1]), ("dilations", [1, 1]), ("pads", [0, 0, 0, 0])):
+        values: dict[str, Any] = {
+            "short": good[:-1],
+            "long": [*good, 1],
+            "endless": good * 5000,
+            "negative": [-1, *good[1:]],
+            "int64_max": [INT64_MAX] * len(good),
+            "int64_min": [INT64_MIN] * len(good),
+            "beyond_bound": [2**20 + 1, *good[1:]],
+            "float": 1.5,
+            "floats": helper.make_attribute(name, [1.5] * len(good)),
+            "text": "two",
+        }
+        if name != "pads":
+            values["zero"] = [0, *good[1:]]
+        for fault, value in values.items():
+            faults[f"{name}_{fault}"] = (node.with_attributes(**{name: value}), f"'{name}'")
+    for value in (0, -1, 4, 5, 7, 2**31, 2**40, INT64_MAX, INT64_MIN, 1.5, "two"):
+        faults[f"group_{value}"] = (node.with_attributes(group=value), "'group'")
+    faults["group_too_many_channels"] = (
+        node.with_attributes(in_features=2**30, weight_shape=[6, 2**30, 1, 1], flat_size=6 * 2**30, group=6),
+        "channels",
+    )
+    faults["pads_huge_output"] = (
+        conv(kernel=(3, 3, 3)).with_attributes(pads=[2**20] * 6),
+        "too large",
+    )
+    return faults
+
+
+def _graph_faults() -> dict[str, tuple[Node, str]]:
+    faults: dict[str, tuple[Node, str]] = {}
+    for op, node in (("linear", linear()), ("conv", conv())):
+        for position, name in enumerate(("x", *WEIGHTS)):
+            absent = list(node.inputs)
+            absent[position] = ""
+            faults[f"{op}_absent_{name}"] = (node.replace(inputs=absent), "")
+            faults[f"{op}_only_{position}_inputs"] = (node.replace(inputs=node.inputs[:position]), "")
+        faults[f"{op}_six_inputs"] = (node.replace(inputs=(*node.inputs, "bias")), "")
+        faults[f"{op}_swapped_inputs"] = (node.replace(inputs=("x", "values", "active", "indices", "bias")), "")
+        faults[f"{op}_bias_for_values"] = (node.replace(inputs=("x", "bias", "indices", "active", "bias")), "'values'")
+        faults[f"{op}_x_double"] = (node.replace(x_type=TensorProto.DOUBLE), "")
+        faults[f"{op}_x_half"] = (node.replace(x_type=TensorProto.FLOAT16), "")
+    return faults
+
+
+def _cases() -> dict[str, tuple[Node, str, Array]]:
+    cases: dict[str, tuple[Node, str, Array]] = {}
+    groups = {
+        "linear": {**_weight_faults(linear()), **_attribute_faults(linear())},
+        "conv": {**_weight_faults(conv()), **_attribute_faults(conv()), **_conv_faults()},
+        "graph": _graph_faults(),
+        # The same contents behind inputs of the graph: only the run can tell.
+        "linear_run": {
+            name: (node.replace(not_constant=frozenset(WEIGHTS)), message)
+            for name, (node, message) in _weight_faults(linear()).items()
+            if name != "index_string"
+        },
+        "conv_run": {
+            name: (node.replace(not_constant=frozenset({"indices", "active"})), message)
+            for name, (node, message) in _weight_faults(conv()).items()
+            if name != "index_string"
+        },
+    }
+    for group, faults in groups.items():
+        for name, (node, message) in faults.items():
+            x_type = helper.tensor_dtype_to_np_dtype(node.x_type)
+            shape = X.get(node.x_rank, (1, 4, 5, 6, 7))
+            cases[f"{group}-{name}"] = (node, message, np.ones(shape, x_type))
+    for name, shape in {"narrow": (3, 9), "wide": (3, 11), "empty_width": (3, 0), "huge_batch": (0, 2**40)}.items():
+        cases[f"x-linear_{name}"] = (linear(), "'x'", np.ones(shape, np.float32))
+    cases["x-linear_scalar"] = (linear(x_rank=0), "'x'", np.ones((), np.float32))
+    conv_shapes = {
+        "channels": (1, 5, 5, 6),
+        "no_channels": (1, 0, 5, 6),
+        "small": (1, 4, 2, 6),
+        "no_pixels": (1, 4, 0, 6),
+        "huge_pixels": (0, 4, 2**40, 6),
+    }
+    for name, x_shape in conv_shapes.items():
+        cases[f"x-conv_{name}"] = (conv(), "'x'", np.ones(x_shape, np.float32))
+    for rank in (0, 1, 3, 5):
+        cases[f"x-conv_rank_{rank}"] = (conv().replace(x_rank=rank), "'x'", np.ones((4,) * rank, np.float32))
+    return cases
+
+
+def _try(folder: Path, library: Path) -> dict[str, dict[str, str]]:
+    """The outcome of every model in the folder."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", malformed.__file__, str(library), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, f"crashed at {lines[-1]['model']}: {done.stderr[-2000:]}"
+    return {line["model"]: line for line in lines if "stage" in line}
+
+
+def _write(folder: Path, name: str, model: onnx.ModelProto, feeds: dict[str, Array]) -> None:
+    (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    np.savez(folder / f"{name}.npz", **feeds)  # type: ignore[arg-type]
+
+
+def test_every_fault_is_refused_by_name(library: Path, tmp_path: Path) -> None:
+    cases = _cases()
+    for name, (node, _, x) in cases.items():
+        _write(tmp_path, name, node.model(fallback=False), node.feeds(x))
+    outcomes = _try(tmp_path, library)
+    assert outcomes.keys() == cases.keys()
+    accepted = [name for name, found in outcomes.items() if found["stage"] == "ok"]
+    assert not accepted
+    wrong = {
+        name: outcomes[name]["message"]
+        for name, (node, message, _) in cases.items()
+        if message and not (message in outcomes[name]["message"] and node.op in outcomes[name]["message"])
+    }
+    assert not wrong
+    constant_faults = [name for name in cases if name.startswith(("linear-", "conv-")) and "huge_output" not in name]
+    assert [name for name in constant_faults if outcomes[name]["stage"] != "load"] == []
+
+
+def test_well_formed_twins_are_accepted(library: Path, tmp_path: Path) -> None:
+    """What the faults above are one change away from."""
+    for name, node in {"linear": linear(), "conv": conv()}.items():
+        for not_constant in (frozenset(), frozenset(WEIGHTS), frozenset({"indices"}), frozenset({"values", "bias"})):
+            case = node.replace(not_constant=not_constant)
+            _write(
+                tmp_path,
+                "_".join((name, *sorted(not_constant))),
+                case.model(),
+                case.feeds(np.ones(X[node.x_rank], np.float32)),
+            )
+    missing_defaults = conv().with_attributes(strides=None, pads=None, dilations=None, group=None)
+    _write(tmp_path, "conv_defaults", missing_defaults.model(), {"x": np.ones(X[4], np.float32)})
+    outcomes = _try(tmp_path, library)
+    assert len(outcomes) == 9
+    assert {name: found["message"] for name, found in outcomes.items() if found["stage"] != "ok"} == {}
+
+
+def _mutate(rng: np.random.Generator, node: Node) -> Node:
+    """One to three random changes, of a kind that a bit flip or an attacker would make."""
+    extremes = (0, 1, -1, 2, 3, 7, 2**16, 2**31 - 1, 2**31, 2**32, 2**62, INT64_MAX, INT64_MIN)
+    for _ in range(rng.integers(1, 4)):
+        if rng.random() < 0.5:
+            name = str(rng.choice(list(node.attributes)))
+            value = node.attributes[name]
+            new = int(rng.choice(np.array(extremes, object)))
+            if isinstance(value, list):
+                value = list(value)
+                value[rng.integers(len(value))] = new
+                node = node.with_attributes(**{name: value})
+            else:
+                node = node.with_attributes(**{name: new})
+            continue
+        name = str(rng.choice(WEIGHTS))
+        array = node.weights[name].copy()
+        kind = rng.integers(4)
+        if kind == 0 and array.size:
+            raw = array.reshape(-1).view(np.uint8)
+            raw[rng.integers(raw.size)] ^= 1 << rng.integers(8)
+        elif kind == 1 and array.ndim:
+            array = array[: rng.integers(array.shape[0] + 1)].copy()
+        elif kind == 2:
+            array = np.concatenate([array, array]) if array.ndim else array
+        else:
+            array = array.reshape(-1) if rng.random() < 0.5 else array[None]
+        node = node.with_weights(**{name: array})
+    return node
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_changes_never_crash(library: Path, tmp_path: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    nodes: dict[str, Node] = {}
+    for i in range(600):
+        index_type = ("uint16", "int32")[i % 2]
+        node = linear(index_type=index_type) if i % 4 < 2 else conv(index_type=index_type, pads=[1, 0, 0, 1])
+        changed = _mutate(rng, node)
+        constant = rng.random() < 0.7
+        nodes[f"case{i}"] = changed if constant else changed.replace(not_constant=frozenset({"indices", "active"}))
+    for name, node in nodes.items():
+        _write(tmp_path, name, node.model(fallback=False), node.feeds(np.ones(X[node.x_rank], np.float32)))
+    outcomes = _try(tmp_path, library)
+    assert outcomes.keys() == nodes.keys()
+    stages = [found["stage"] for found in outcomes.values()]
+    assert stages.count("ok") < len(stages)

@@ -1,0 +1,60 @@
+"""The NumPy oracle itself, against torch's dense operators in float64."""
+
+import numpy as np
+import pytest
+import torch
+from lowering_support import random_condensed
+
+from srigl_fx.runtime import reference
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (0,), (5,), (2, 3)])
+@pytest.mark.parametrize("ablated", [0, 3, 7])
+def test_linear(leading: tuple[int, ...], ablated: int) -> None:
+    weight = random_condensed(7, 11, 4, ablated)
+    x = np.random.default_rng(0).standard_normal((*leading, 11)).astype(np.float32)
+    y = reference.condensed_linear(x, weight.values, weight.indices, weight.active, weight.bias)
+    dense = weight.to_dense()[0].astype(np.float64)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, x.astype(np.float64) @ dense.T + weight.bias, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(("stride", "pad", "dilation"), [(1, 0, 1), (2, 1, 1), (1, 2, 2), (3, 0, 2)])
+def test_conv(rank: int, group: int, stride: int, pad: int, dilation: int) -> None:
+    kernel = (3, 2, 1)[:rank]
+    weight_shape = (6, 2, *kernel)
+    weight = random_condensed(6, 2 * int(np.prod(kernel)), 3, ablated=2)
+    x = np.random.default_rng(0).standard_normal((2, 2 * group, 9, 8, 7)[: rank + 2]).astype(np.float32)
+    y = reference.condensed_conv(
+        x,
+        weight.values,
+        weight.indices,
+        weight.active,
+        weight.bias,
+        weight_shape=weight_shape,
+        strides=(stride,) * rank,
+        pads=(pad,) * (2 * rank),
+        dilations=(dilation,) * rank,
+        group=group,
+    )
+    convolve = (torch.conv1d, torch.conv2d, torch.conv3d)[rank - 1]
+    dense = torch.from_numpy(weight.to_dense()[0]).double().reshape(weight_shape)
+    expected = convolve(
+        torch.from_numpy(x).double(), dense, torch.from_numpy(weight.bias).double(), stride, pad, dilation, group
+    )
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_conv_with_uneven_pads() -> None:
+    weight = random_condensed(3, 8, 3)
+    x = np.random.default_rng(0).standard_normal((1, 2, 5, 5)).astype(np.float32)
+    y = reference.condensed_conv(
+        x, weight.values, weight.indices, weight.active, weight.bias, weight_shape=(3, 2, 2, 2), pads=(1, 0, 0, 2)
+    )
+    padded = torch.nn.functional.pad(torch.from_numpy(x), (0, 2, 1, 0))
+    expected = torch.conv2d(
+        padded, torch.from_numpy(weight.to_dense()[0]).reshape(3, 2, 2, 2), torch.from_numpy(weight.bias)
+    )
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-6)
