@@ -171,6 +171,12 @@ class LoweredModule(fx.GraphModule):
         assert isinstance(report, LoweringReport)
         return report
 
+    @property
+    def inputs(self) -> list[dict[str, Any] | None]:
+        """What the graph was captured for, by flat input: see :meth:`build`."""
+        inputs: list[dict[str, Any] | None] = self.meta[_STATE]["inputs"]
+        return inputs
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the module to one file: safetensors, with the graph as JSON in its header. No pickle, no code.
 

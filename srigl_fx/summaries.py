@@ -140,8 +140,9 @@ def summary(model: nn.Module) -> Summary:
         1.weight   4x32      32     4/4     0.00%  dense                      512 B  the rule '1' leaves it dense
         320 of 2,176 weights kept (85.29% sparse; 90.62% over the 1 sparse of 2 weights)
     """
-    if isinstance(model, fx.GraphModule) and hasattr(model, "report"):
-        return Summary(tuple(_lowered_row(layer) for layer in (*model.report.layers, *model.report.others)))
+    report = getattr(model, "report", None)
+    if isinstance(model, fx.GraphModule) and report is not None:
+        return Summary(tuple(_lowered_row(layer) for layer in (*report.layers, *report.others)))
     rows = [_row(fqn, owner, record) for fqn, owner, record in all_records(model)]
     if not rows:
         raise SriglError(f"nothing in this {type(model).__name__} was sparsified; call srigl_fx.sparsify(model) first")

@@ -68,11 +68,16 @@ def _cache_folders() -> Iterator[Path]:
     yield Path(tempfile.gettempdir(), f"srigl_fx-{os.getuid()}")
 
 
-def _make_private(folder: Path) -> None:
-    """Create the folder, and refuse one that others may write to: it will hold machine code."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+def _is_private(folder: Path) -> bool:
+    """Whether none but this user (or root) may write to the folder: what lies in it is run as machine code."""
     status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _make_private(folder: Path) -> None:
+    """Create the folder, and refuse one that others may write to."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_private(folder):
         raise PermissionError(f"{folder} belongs to, or may be changed by, another user")
 
 
@@ -111,9 +116,11 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _existing() -> Path | None:
-    name = _cached_name()
-    candidates = (_packaged_path(), *(folder / name for folder in _cache_folders()))
-    return next((path for path in candidates if path.is_file()), None)
+    packaged = _packaged_path()
+    if packaged.is_file():
+        return packaged
+    cached = (folder / _cached_name() for folder in _cache_folders())
+    return next((path for path in cached if path.is_file() and _is_private(path.parent)), None)
 
 
 def library_path() -> Path:

@@ -261,7 +261,7 @@ def test_a_tied_head_is_the_last_contraction_though_it_stays_dense() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
 def test_a_scripted_child_is_opaque_and_keeps_its_record() -> None:
-    model = nn.Sequential(nn.Linear(32, 32), torch.jit.script(nn.Linear(32, 32)))  # type: ignore[no-untyped-call]
+    model = nn.Sequential(nn.Linear(32, 32), torch.jit.script(nn.Linear(32, 32)))
     finding = discover(model)["1.weight"]
     assert "scripted" in finding.reason
     assert not finding.reached

@@ -122,3 +122,12 @@ def test_linking_nothing_useful_names_the_fault(tmp_path: Path) -> None:
         link.link([broken], tmp_path / "library.so")
     with pytest.raises(LibraryError, match="no object defines RegisterCustomOps"):
         elf.link_shared([], exports=("RegisterCustomOps",), soname="library.so")
+
+
+def test_a_library_that_others_could_have_put_there_is_not_used(cache: Path) -> None:
+    cache.mkdir()
+    (cache / library._cached_name()).write_bytes(b"not ours")
+    cache.chmod(0o777)
+    assert library._existing() is None
+    with pytest.raises(LibraryError, match="may be changed by, another user"):
+        library.library_path()

@@ -1,0 +1,271 @@
+"""``export_onnx``: one ONNX file that runs with the operator library, and on a stock ONNX Runtime without it.
+
+Owns the verb: the order of its steps, the file on disk and its verification in ONNX Runtime. It must not know how a
+model is lowered or translated, nor how the library works.
+"""
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from srigl_fx.errors import ExportError, LibraryError
+from srigl_fx.lowered import LoweredModule
+from srigl_fx.lowering import lower
+from srigl_fx.onnx_file import CondensedNode, inspect_file
+from srigl_fx.onnx_model import build_model
+from srigl_fx.passes.capture import normalise_inputs
+from srigl_fx.passes.program import resize
+from srigl_fx.report import format_bytes
+from srigl_fx.runtime.ort.fallback import fallback_functions
+
+if TYPE_CHECKING:
+    import onnx
+
+TOLERANCE = 1e-4  # of the largest output, for float32
+_LARGEST_FILE = 2**31 - 1  # what one protobuf message may hold
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What was written, and how it compares with the model; ``str()`` is readable text.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        layers: Its condensed layers.
+        sparse_bytes: What they take in the file, biases included.
+        dense_bytes: What the same layers take in a dense file, biases included.
+        dynamic_batch: Whether the file takes any batch size.
+        fallback: Whether it runs without the operator library.
+        library_error: Largest difference between PyTorch and ONNX Runtime with the library, over the largest output;
+            None where that was not checked.
+        fallback_error: The same for an ONNX Runtime without the library.
+        notes: What could not be checked, and why.
+    """
+
+    path: Path
+    bytes: int
+    layers: tuple[CondensedNode, ...]
+    sparse_bytes: int
+    dense_bytes: int
+    dynamic_batch: bool
+    fallback: bool
+    library_error: float | None
+    fallback_error: float | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def condensed_layers(self) -> int:
+        """The number of condensed layers in the file."""
+        return len(self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {**asdict(self), "path": str(self.path), "notes": list(self.notes)}
+
+    def __str__(self) -> str:
+        def error(value: float | None) -> str:
+            return "not checked" if value is None else f"{value:.1e}"
+
+        ratio = self.sparse_bytes / self.dense_bytes if self.dense_bytes else 1.0
+        lines = [
+            f"{self.path}: {format_bytes(self.bytes)}, {self.condensed_layers} condensed layers "
+            f"({format_bytes(self.sparse_bytes)} instead of {format_bytes(self.dense_bytes)}, {ratio:.3f} of dense)",
+            f"batch: {'any' if self.dynamic_batch else 'as in the example inputs'}; "
+            f"without the library: {'runs densely' if self.fallback else 'does not run'}",
+            f"largest relative error: {error(self.library_error)} with the library, "
+            f"{error(self.fallback_error)} without",
+            *self.notes,
+        ]
+        return "\n".join(lines)
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any,
+    *,
+    dynamic_batch: bool = True,
+    fallback: bool = True,
+    min_speedup: float = 0.0,
+    verify: bool = True,
+) -> ExportReport:
+    """Write a sparse-trained or lowered model as one ONNX file, and check it in ONNX Runtime.
+
+    Sparse layers become ``CondensedLinear`` and ``CondensedConv`` nodes of domain ``srigl_fx``. A session opened by
+    ``srigl_fx.runtime.load`` runs them with the operator library; a stock ONNX Runtime runs the function of the same
+    name inside the file, densely. Opset 18; ONNX Runtime 1.17 and newer read it.
+
+    Args:
+        model: A model with masks, in eval mode, float32 on the CPU; or what :func:`srigl_fx.lower` returned.
+        path: The file to write; it appears whole or not at all.
+        example_inputs: A tuple of arguments, or (args, kwargs).
+        dynamic_batch: Let the file take any batch size, where the model does.
+        fallback: Put the functions for a stock ONNX Runtime into the file.
+        min_speedup: As for :func:`srigl_fx.lower`; 0 condenses every layer that has an operator.
+        verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one.
+
+    Returns:
+        A report; ``str()`` is a few lines, ``.path`` the file.
+
+    Raises:
+        ExportError: The graph has an operator without ONNX form, or ONNX Runtime's outputs differ.
+        LoweringError, CaptureError, InvariantError: As :func:`srigl_fx.lower` raises them.
+
+    An existing file at ``path`` is left alone in each case.
+
+    Example:
+        >>> import tempfile, srigl_fx as sx
+        >>> model = sx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), sparsity=0.75)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = sx.export_onnx(model.eval(), f"{folder}/model.onnx", (torch.ones(2, 16),), verify=False)
+        >>> report.condensed_layers
+        2
+    """
+    target = Path(path)
+    if target.is_dir() or not target.parent.is_dir():
+        problem = "it is a folder" if target.is_dir() else f"there is no folder {target.parent}; create it first"
+        raise ExportError(f"cannot write {target}: {problem}")
+    lowered = model
+    if not isinstance(lowered, LoweredModule):
+        lowered = lower(model, example_inputs, min_speedup=min_speedup, verify=verify)
+    args, kwargs = normalise_inputs(example_inputs)
+    batched = _batched(lowered, args, kwargs, dynamic_batch)
+    proto = build_model(lowered, args, kwargs, batched)
+    if fallback:
+        proto.functions.extend(fallback_functions())
+    errors: dict[str, float] = {}
+    notes: list[str] = []
+    written = _write_beside(target, proto)
+    try:
+        if verify:
+            errors, notes = _check(written, lowered, args, kwargs, batched, fallback=fallback)
+        os.replace(written, target)
+    finally:
+        written.unlink(missing_ok=True)
+    contents = inspect_file(target)
+    return ExportReport(
+        path=target,
+        bytes=contents.file_bytes,
+        layers=contents.weights,
+        sparse_bytes=contents.sparse_bytes,
+        dense_bytes=contents.dense_bytes,
+        dynamic_batch=any(batched),
+        fallback=fallback,
+        library_error=errors.get("library"),
+        fallback_error=errors.get("fallback"),
+        notes=tuple(notes),
+    )
+
+
+def _batched(lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> list[bool]:
+    """For each input leaf, whether its leading size is to stay free: where the lowered graph leaves it free."""
+    count = len(pytree.tree_leaves((args, kwargs)))
+    if count != len(lowered.inputs):
+        raise ExportError(
+            f"the lowered model takes {len(lowered.inputs)} inputs, the example inputs are {count}; pass those it was "
+            "lowered with"
+        )
+    return [dynamic_batch and bool(item and item.get("shape") and item["shape"][0] is None) for item in lowered.inputs]
+
+
+def _write_beside(target: Path, proto: "onnx.ModelProto") -> Path:
+    """Write the model to a temporary file in the folder of ``target``, with the permissions of a new file."""
+    if proto.ByteSize() > _LARGEST_FILE:
+        raise ExportError(
+            f"the model takes {format_bytes(proto.ByteSize())}, more than one ONNX file holds (2 GiB): raise the "
+            "sparsity, or make more of its layers sparse"
+        )
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
+        inside = Path(folder, target.name)
+        inside.write_bytes(proto.SerializeToString())
+        return inside.replace(Path(f"{folder}.onnx"))
+
+
+def _check(
+    path: Path,
+    lowered: LoweredModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batched: Sequence[bool],
+    *,
+    fallback: bool,
+) -> tuple[dict[str, float], list[str]]:
+    """Run the file with and without the library; return the largest relative errors, and what was not checked."""
+    import onnxruntime
+
+    from srigl_fx.runtime.ort.session import register
+
+    errors: dict[str, float] = {}
+    notes: list[str] = []
+    hosts = ["library", "fallback"] if fallback else ["library"]
+    for host in hosts:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if host == "library":
+            try:
+                register(options)
+            except LibraryError as error:
+                notes.append(f"not checked with the operator library: {error}")
+                continue
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            errors[host] = _compare(session, lowered, args, kwargs, batched)
+        except ExportError as error:
+            raise ExportError(f"{host}: {error}") from error
+        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            raise ExportError(f"ONNX Runtime cannot run the exported file ({host}): {error}") from error
+        if not errors[host] <= TOLERANCE:
+            raise ExportError(
+                f"ONNX Runtime's outputs ({host}) are off by {errors[host]:.2e} of the largest value (allowed: "
+                f"{TOLERANCE:.0e}). A model whose outputs depend on more than its inputs cannot be verified: pass "
+                "verify=False if that is so"
+            )
+    return errors, notes
+
+
+def _compare(
+    session: Any, lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any], batched: Sequence[bool]
+) -> float:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    example = next((leaf.shape[0] for leaf, free in zip(leaves, batched, strict=True) if free), None)
+    worst = 0.0
+    for batch in (example, example + 2) if example is not None else (None,):
+        given = [
+            resize(leaf, batch) if batch is not None and free else leaf
+            for leaf, free in zip(leaves, batched, strict=True)
+        ]
+        with torch.no_grad():
+            call_args, call_kwargs = pytree.tree_unflatten(given, spec)
+            expected = [
+                leaf for leaf in pytree.tree_leaves(lowered(*call_args, **call_kwargs)) if isinstance(leaf, Tensor)
+            ]
+        tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
+        names = [entry.name for entry in session.get_inputs()]
+        if len(names) != len(tensors):
+            raise ExportError(
+                f"the file takes the inputs {names}, the model has {len(tensors)}; one of them is not used"
+            )
+        served = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
+        for one, other in zip(expected, served, strict=True):
+            worst = max(worst, _relative_error(one, torch.from_numpy(other)))
+    return worst
+
+
+def _relative_error(expected: Tensor, got: Tensor) -> float:
+    if expected.shape != got.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    expected, got = expected.double(), got.double()
+    difference = (expected - got).abs().masked_fill((expected == got) | (expected.isnan() & got.isnan()), 0.0)
+    scale = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 0.0
+    largest = float(difference.max())
+    return largest / scale if scale else (float("inf") if largest else 0.0)

@@ -1,0 +1,187 @@
+"""What an ONNX file holds: its condensed layers and their sizes.
+
+Owns reading a file that nobody vouches for: nothing in it is executed or expanded, and only declared sizes are used.
+It must not know how files are written or run.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from srigl_fx.errors import FormatError
+from srigl_fx.report import format_bytes, format_table
+
+if TYPE_CHECKING:
+    import onnx
+
+DOMAIN = "srigl_fx"
+OPERATORS = ("CondensedLinear", "CondensedConv")
+OPERANDS = ("values", "indices", "active", "bias")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondensedNode:
+    """One condensed layer of a file.
+
+    Attributes:
+        name: The weight it comes from.
+        operator: ``CondensedLinear`` or ``CondensedConv``.
+        weight_shape: The dense weight's shape.
+        fan_in: Weights kept by each active neuron.
+        active_neurons: Neurons that keep weights.
+        bytes: What its four constants take in the file.
+    """
+
+    name: str
+    operator: str
+    weight_shape: tuple[int, ...]
+    fan_in: int
+    active_neurons: int
+    bytes: int
+
+    @property
+    def kept(self) -> float:
+        """Fraction of the dense weight that is kept."""
+        return self.fan_in * self.active_neurons / math.prod(self.weight_shape)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the dense float32 weight and bias."""
+        return 4 * (math.prod(self.weight_shape) + self.weight_shape[0])
+
+
+@dataclass(frozen=True)
+class FileReport:
+    """The condensed layers of a file; ``str()`` is a table."""
+
+    path: Path
+    file_bytes: int
+    nodes: tuple[CondensedNode, ...]
+    fallback: bool
+
+    @property
+    def weights(self) -> "tuple[CondensedNode, ...]":
+        """The condensed layers without repetition: a weight that several nodes use counts once."""
+        return tuple({node.name: node for node in self.nodes}.values())
+
+    @property
+    def sparse_bytes(self) -> int:
+        """What the condensed layers take in the file, biases included."""
+        return sum(node.bytes for node in self.weights)
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the same layers take in a dense file, biases included."""
+        return sum(node.dense_bytes for node in self.weights)
+
+    def __str__(self) -> str:
+        if not self.nodes:
+            return f"{self.path} ({format_bytes(self.file_bytes)}) has no condensed layers."
+        rows = [
+            (
+                node.name,
+                node.operator,
+                "x".join(map(str, node.weight_shape)),
+                f"{node.fan_in}/{math.prod(node.weight_shape[1:])}",
+                f"{node.active_neurons}/{node.weight_shape[0]}",
+                f"{node.kept:.1%}",
+                format_bytes(node.bytes),
+                format_bytes(node.dense_bytes),
+            )
+            for node in self.nodes
+        ]
+        headers = ("layer", "operator", "weight", "fan-in", "active", "kept", "bytes", "dense bytes")
+        total, dense = self.sparse_bytes, self.dense_bytes
+        fallback = "with a fallback for stock ONNX Runtime" if self.fallback else "needs the operator library to run"
+        return "\n".join(
+            (
+                format_table(headers, rows, right=(3, 4, 5, 6, 7)),
+                f"{format_bytes(total)} instead of {format_bytes(dense)} ({total / dense:.1%}) for the condensed "
+                f"layers; the whole file has {format_bytes(self.file_bytes)}, {fallback}.",
+            )
+        )
+
+
+def inspect_file(path: Path) -> FileReport:
+    """Read ``path`` and describe its condensed layers.
+
+    Raises:
+        FormatError: If the file cannot be read, is no ONNX file, or holds a malformed condensed layer.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        size = path.stat().st_size
+        model = onnx.load_model_from_string(path.read_bytes(), format="protobuf")
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from error
+    except DecodeError as error:
+        raise FormatError(f"{path} is no ONNX file, or a damaged one: {error}") from error
+    if not model.graph.node:
+        raise FormatError(f"{path} holds no ONNX graph: it is empty or no ONNX file")
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    nodes = tuple(
+        _read_node(node, constants, path)
+        for node in _all_nodes(model.graph)
+        if node.domain == DOMAIN and node.op_type in OPERATORS
+    )
+    fallback = {function.name for function in model.functions if function.domain == DOMAIN}
+    return FileReport(path, size, nodes, fallback >= {node.operator for node in nodes})
+
+
+def _all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
+    """Every node of ``graph`` and of the branches and loops inside it."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _all_nodes(attribute.g)
+
+
+def _read_node(node: "onnx.NodeProto", constants: "dict[str, onnx.TensorProto]", path: Path) -> CondensedNode:
+    where = f"{path}: the {node.op_type} node {node.name!r}"
+    if len(node.input) != 1 + len(OPERANDS):
+        raise FormatError(f"{where} has {len(node.input)} inputs instead of {1 + len(OPERANDS)}; export the model anew")
+    operands = {}
+    for operand, name in zip(OPERANDS, node.input[1:], strict=True):
+        if name not in constants:
+            raise FormatError(f"{where} has no constant {operand}; export the model anew")
+        operands[operand] = constants[name]
+    shape = next((tuple(attribute.ints) for attribute in node.attribute if attribute.name == "weight_shape"), ())
+    if len(shape) < 2 or min(shape) < 1:
+        raise FormatError(f"{where} has the dense shape {shape}, which no weight has; export the model anew")
+    values, indices, active, bias = (tuple(operands[operand].dims) for operand in OPERANDS)
+    fan_in = math.prod(shape[1:])
+    if (
+        len(values) != 2
+        or indices != values
+        or active != values[:1]
+        or bias != shape[:1]
+        or not (0 <= values[0] <= shape[0] and 0 <= values[1] <= fan_in)
+    ):
+        raise FormatError(
+            f"{where} stores values {values}, indices {indices}, active {active} and bias {bias}, which do not fit the "
+            f"dense shape {shape}; export the model anew"
+        )
+    return CondensedNode(
+        name=node.input[1].removesuffix("_values"),
+        operator=node.op_type,
+        weight_shape=shape,
+        fan_in=values[1],
+        active_neurons=values[0],
+        bytes=sum(_constant_bytes(tensor, where) for tensor in operands.values()),
+    )
+
+
+def _constant_bytes(tensor: "onnx.TensorProto", where: str) -> int:
+    """Bytes of a constant by its declared type and shape."""
+    from onnx import helper
+
+    try:
+        item = int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    except (KeyError, ValueError, TypeError) as error:
+        raise FormatError(f"{where}: the constant {tensor.name!r} has an unknown type ({tensor.data_type})") from error
+    return int(math.prod(tensor.dims) * item)

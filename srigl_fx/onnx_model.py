@@ -1,0 +1,178 @@
+"""From a lowered graph to an ONNX model in memory.
+
+Owns the translation of the condensed operators to nodes of domain ``srigl_fx``, the options of ``torch.onnx``, and what
+must not stay in a model. It must not know files, sessions or masks.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from srigl_fx.errors import ExportError
+from srigl_fx.passes.program import resize
+from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.ort.fallback import CONV_ATTRIBUTES, IR_VERSION, OPSET_VERSION, WEIGHT_ATTRIBUTES
+
+if TYPE_CHECKING:
+    import onnx
+
+_LINEAR, _CONV = abi.OPERATORS
+_SINGLE_NUMBERS = ("in_features", "flat_size", "group")
+_lock = threading.Lock()  # neither torch.export nor torch.onnx may run in two threads
+
+
+def build_model(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], batched: Sequence[bool]
+) -> "onnx.ModelProto":
+    """Translate a lowered graph, for opset 18 and every ONNX Runtime from 1.17 on; without the fallback functions.
+
+    Args:
+        module: The lowered graph.
+        args: Example arguments.
+        kwargs: Example keyword arguments.
+        batched: For each leaf of (args, kwargs), whether its leading size stays free; empty for a static model.
+
+    Raises:
+        ExportError: torch.export or torch.onnx cannot translate the graph; the message names the operator.
+    """
+    shapes: Any = None
+    if any(batched):
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        # Export takes a size of 1 for a constant.
+        leaves = [
+            resize(leaf, max(2, leaf.shape[0])) if free else leaf for leaf, free in zip(leaves, batched, strict=True)
+        ]
+        args, kwargs = pytree.tree_unflatten(leaves, spec)
+        shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+        for leaf, free in zip(leaves, batched, strict=True):
+            if free:
+                shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
+    try:
+        with _lock, _quiet(), torch.no_grad():
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET_VERSION,
+                custom_translation_table=_translations(),
+            )
+            assert program is not None
+            model: onnx.ModelProto = program.model_proto
+    except Exception as error:  # the exporters raise nearly every type
+        raise ExportError(
+            f"torch.onnx cannot translate the model: {_innermost(error)}; replace that operation in the model by one "
+            "that ONNX has, or serve the lowered model with PyTorch (lower(...).save(path))"
+        ) from error
+    model.ir_version = min(model.ir_version, IR_VERSION)
+    _strip(model)
+    return model
+
+
+def _strip(model: "onnx.ModelProto") -> None:
+    """Remove the exporter's notes, which hold stack traces with the paths of source files."""
+    graph = model.graph
+    for item in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        item.ClearField("metadata_props")
+        item.ClearField("doc_string")
+
+
+def _operator(name: str, attributes: Sequence[str]) -> Any:
+    """The operator as onnxscript calls it."""
+    import onnx.defs
+    from onnxscript.values import Op, Opset
+
+    schema = onnx.defs.OpSchema
+    types = {"indices": "I", "active": "tensor(int32)"}
+    return Op(
+        Opset(abi.DOMAIN, abi.DOMAIN_VERSION),
+        name,
+        op_schema=schema(
+            name,
+            abi.DOMAIN,
+            abi.DOMAIN_VERSION,
+            inputs=[schema.FormalParameter(item, types.get(item, "tensor(float)")) for item in abi.INPUTS],
+            outputs=[schema.FormalParameter("y", "tensor(float)")],
+            type_constraints=[("I", ["tensor(uint16)", "tensor(int32)"], "")],
+            attributes=[
+                schema.Attribute(item, schema.AttrType.INT if item in _SINGLE_NUMBERS else schema.AttrType.INTS, "")
+                for item in attributes
+            ],
+        ),
+    )
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """How torch.onnx writes the two operators of torch."""
+    linear = _operator(_LINEAR, WEIGHT_ATTRIBUTES)
+    conv = _operator(_CONV, (*WEIGHT_ATTRIBUTES, *CONV_ATTRIBUTES))
+
+    def translate_linear(x: Any, values: Any, indices: Any, active: Any, bias: Any, in_features: int) -> Any:
+        n = int(bias.shape[0])
+        attributes = {"in_features": in_features, "weight_shape": [n, in_features], "flat_size": n * in_features}
+        return linear(x, values, indices, active, bias, **attributes)
+
+    def translate_conv2d(
+        x: Any,
+        values: Any,
+        indices: Any,
+        active: Any,
+        bias: Any,
+        weight_shape: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+    ) -> Any:
+        return conv(
+            x,
+            values,
+            indices,
+            active,
+            bias,
+            in_features=math.prod(weight_shape[1:]),
+            weight_shape=list(weight_shape),
+            flat_size=math.prod(weight_shape),
+            strides=list(stride),
+            pads=[*padding, *padding],
+            dilations=list(dilation),
+            group=groups,
+        )
+
+    return {
+        torch.ops.srigl_fx.condensed_linear.default: translate_linear,
+        torch.ops.srigl_fx.condensed_conv2d.default: translate_conv2d,
+    }
+
+
+def _innermost(error: BaseException) -> str:
+    """The first line of the exception that started it: the exporter wraps it several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {line}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters from printing: what matters is in the error or the report."""
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

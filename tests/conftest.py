@@ -1,0 +1,47 @@
+"""What every test relies on: one thread for each worker, and caches of the test run's own."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+_CACHE = "SRIGL_FX_TEST_CACHE"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Point the library's caches at a fresh folder, which the workers of a parallel run share."""
+    if _CACHE not in os.environ:
+        os.environ[_CACHE] = tempfile.mkdtemp(prefix="srigl_fx_tests_")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True))
+    for name in ("SRIGL_FX_CACHE", "MPLCONFIGDIR"):
+        os.environ[name] = os.path.join(os.environ[_CACHE], name.lower())
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """The same random numbers for a test whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkout() -> Path:
+    """The root of the source tree; tests that read it are skipped where only the wheel is installed."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "srigl_fx").is_dir():
+        pytest.skip("only the wheel is here, not the source tree")
+    return root
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """The built operator library; tests that need it are skipped on other platforms than Linux x86-64."""
+    from srigl_fx.runtime.ort.library import library_path, library_status
+
+    status = library_status()
+    if not status.supported:
+        pytest.skip(status.reason)
+    return library_path()
