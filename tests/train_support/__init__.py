@@ -26,7 +26,7 @@ class SmallNet(nn.Module):
         self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
         self.up = nn.ConvTranspose2d(16, 8, 2, stride=2)
         self.attention = nn.MultiheadAttention(32, 2, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(32, 48), nn.GELU(), nn.Linear(48, 32))
+        self.mlp = nn.Sequential(nn.Linear(32, 160), nn.GELU(), nn.Linear(160, 32))
         self.head = nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,9 +47,10 @@ def batches(count: int, shape: tuple[int, ...] = (16, 24), *, seed: int = 0) -> 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     """Squared error of outputs that should all be 1.5 or 0.5: the sign of the sum of the input's first half."""
-    y = model(x)
+    y: Tensor = model(x)
     positive = x.flatten(1).float().chunk(2, dim=1)[0].sum(1, keepdim=True) > 0
-    return F.mse_loss(y.float(), (positive + 0.5).expand_as(y)) * y.shape[1]
+    loss = F.mse_loss(y.float(), (positive + 0.5).expand_as(y)) * y.shape[1]
+    return loss
 
 
 def train(

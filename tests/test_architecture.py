@@ -1,0 +1,171 @@
+"""Who may import whom: the picture in docs/architecture.md, checked on the source.
+
+Every import counts, those inside functions too. A rule says what a part of the package may import of the rest.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import networkx as nx
+import pytest
+
+VERBS = ("sparsification", "lowering", "export", "exporting")
+FACE = ("cli", "demo")  # with the package's __init__, the only ones that see everything
+COMMON = ("errors", "specs", "report")
+
+# part -> what it may import of ours, by prefix; itself is always allowed
+MAY_IMPORT: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "specs": ("errors", "masks"),
+    "report": (),
+    "masks": ("errors",),
+    "runtime.format": ("errors",),
+    "runtime.reference": ("errors",),
+    "runtime.kernels": ("errors",),
+    "nn": ("masks", *COMMON),
+    "train": ("masks", "nn", *COMMON),
+    "integrations": ("masks", "nn", "train", *COMMON),
+    "passes": ("masks", "nn", "runtime.format", "runtime.ops", *COMMON),
+    "runtime": ("masks", *COMMON),
+}
+KERNELS_KNOW_NOT = {"torch", "onnx", "onnxruntime", "onnxscript"}
+LIGHT_IMPORT_LEAVES_OUT = (
+    "numba",
+    "llvmlite",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "transformers",
+    "lightning",
+    "matplotlib",
+    "sklearn",
+    "typer",
+    "rich",
+)
+
+
+def _sources(checkout: Path) -> dict[str, Path]:
+    """Dotted name below ``srigl_fx`` ("" for the package itself) -> file."""
+    found = {}
+    for folder, prefix in (("srigl_fx", ()), ("passes", ("passes",)), ("runtime", ("runtime",))):
+        for path in sorted((checkout / folder).rglob("*.py")):
+            parts = path.relative_to(checkout / folder).with_suffix("").parts
+            if folder == "srigl_fx" and parts[0] in {"passes", "runtime"}:
+                continue
+            found[".".join(part for part in (*prefix, *parts) if part != "__init__")] = path
+    return found
+
+
+def _imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.fixture(scope="module")
+def trees(checkout: Path) -> dict[str, ast.Module]:
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in _sources(checkout).items()}
+
+
+@pytest.fixture(scope="module")
+def graph(trees: dict[str, ast.Module]) -> "nx.DiGraph[str]":
+    """An edge from each module to each of our modules that it imports."""
+    edges: nx.DiGraph[str] = nx.DiGraph()
+    edges.add_nodes_from(trees)
+    for name, tree in trees.items():
+        for target in _imports(tree):
+            if target.split(".")[0] != "srigl_fx":
+                continue
+            inner = target.removeprefix("srigl_fx").removeprefix(".")
+            while inner not in trees:  # a name inside a module: the module
+                inner = inner.rpartition(".")[0]
+            if inner != name:
+                edges.add_edge(name, inner)
+    return edges
+
+
+def _within(name: str, part: str) -> bool:
+    return name == part or name.startswith(part + ".")
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_a_part_imports_only_what_it_may(graph: "nx.DiGraph[str]", part: str) -> None:
+    allowed = (part, *MAY_IMPORT[part])
+    wrong = [
+        f"{source} imports {target}"
+        for source, target in graph.edges
+        if _within(source, part) and target and not any(_within(target, prefix) for prefix in allowed)
+    ]
+    assert not wrong
+
+
+def test_only_the_face_sees_the_verbs(graph: "nx.DiGraph[str]") -> None:
+    wrong = [
+        f"{source} imports {target}"
+        for source, target in graph.edges
+        if any(_within(target, verb) for verb in VERBS)
+        and source
+        and not any(_within(source, part) for part in (*VERBS, *FACE))
+    ]
+    assert not wrong
+
+
+def test_nothing_imports_the_face(graph: "nx.DiGraph[str]") -> None:
+    wrong = [
+        f"{source} imports {target or 'srigl_fx'}"
+        for source, target in graph.edges
+        if (not target or any(_within(target, part) for part in FACE))
+        and not any(_within(source, part) for part in FACE)
+    ]
+    assert not wrong
+
+
+def test_no_cycles_between_packages(graph: "nx.DiGraph[str]") -> None:
+    packages: nx.DiGraph[str] = nx.DiGraph()
+    for source, target in graph.edges:
+        if source and target and source.split(".")[0] != target.split(".")[0]:
+            packages.add_edge(source.split(".")[0], target.split(".")[0])
+    assert list(nx.simple_cycles(packages)) == []
+
+
+def test_no_cycles_between_modules(graph: "nx.DiGraph[str]") -> None:
+    without_packages = graph.subgraph(name for name in graph if name)
+    assert list(nx.simple_cycles(without_packages)) == []
+
+
+def test_kernels_know_neither_torch_nor_onnx(trees: dict[str, ast.Module]) -> None:
+    wrong = [
+        f"{name} imports {target}"
+        for name, tree in trees.items()
+        if _within(name, "runtime.kernels")
+        for target in _imports(tree)
+        if target.split(".")[0] in KERNELS_KNOW_NOT
+    ]
+    assert not wrong
+
+
+def test_the_library_does_not_print(trees: dict[str, ast.Module]) -> None:
+    wrong = [
+        f"{name}:{node.lineno}"
+        for name, tree in trees.items()
+        if not any(_within(name, part) for part in FACE)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong
+
+
+def test_every_module_says_what_it_owns(trees: dict[str, ast.Module]) -> None:
+    assert [name for name, tree in trees.items() if not ast.get_docstring(tree)] == []
+
+
+def test_import_is_light() -> None:
+    code = f"import sys, srigl_fx; print([name for name in {LIGHT_IMPORT_LEAVES_OUT!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,185 @@
+"""The command line: what it prints, and that bad input gets one readable line and exit status 1."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from srigl_fx.cli.app import app
+from srigl_fx.cli.doctor import run_tiny_model, tiny_model
+from srigl_fx.errors import FormatError
+from srigl_fx.onnx_file import FileReport, inspect_file
+from srigl_fx.runtime.ort.library import library_status
+
+on_linux = pytest.mark.skipif(not library_status().supported, reason=library_status().reason)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def assert_readable_error(result: Result, *parts: str) -> None:
+    assert result.exit_code == 1
+    assert result.output.startswith("error: ")
+    assert "Traceback" not in result.output
+    for part in parts:
+        assert part in result.output
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.onnx"
+    onnx.save(tiny_model()[0], path)
+    return path
+
+
+def test_without_typer_the_command_names_the_extra() -> None:
+    code = "import sys; sys.modules['typer'] = None; from srigl_fx.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "The command line needs typer: pip install 'srigl-fx[cli]'\n"
+
+
+def test_without_matplotlib_the_demo_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srigl_fx.cli.app.DEMO_PACKAGES", {"no_such_module": "matplotlib"})
+    assert_readable_error(run("demo"), "needs matplotlib", "pip install 'srigl-fx[demo]'")
+
+
+def test_the_commands_are_listed() -> None:
+    output = run("--help").output
+    assert all(command in output for command in ("demo", "inspect", "bench", "library", "doctor"))
+
+
+def test_inspect_lists_each_condensed_layer(tiny: Path) -> None:
+    result = run("inspect", tiny)
+    assert result.exit_code == 0
+    _, condensed = tiny_model()
+    (node,) = inspect_file(tiny).nodes
+    assert (node.name, node.operator, node.weight_shape) == ("layer.weight", "CondensedLinear", (8, 16))
+    assert (node.fan_in, node.active_neurons) == (condensed.k, condensed.n_active) == (3, 7)
+    assert node.bytes == condensed.nbytes
+    assert node.kept == pytest.approx(21 / 128)
+    line = result.output.splitlines()[2].split()
+    assert line[:6] == ["layer.weight", "CondensedLinear", "8x16", "3/16", "7/8", "16.4%"]
+    assert "needs the operator library" in result.output
+
+
+def test_inspect_of_a_dense_file(tmp_path: Path) -> None:
+    model, _ = tiny_model()
+    model.graph.node[0].domain = ""
+    onnx.save(model, tmp_path / "other.onnx")
+    assert "has no condensed layers" in run("inspect", tmp_path / "other.onnx").output
+
+
+def _set_shape(model: onnx.ModelProto, shape: list[int]) -> None:
+    (attribute,) = (attribute for attribute in model.graph.node[0].attribute if attribute.name == "weight_shape")
+    attribute.ints[:] = shape
+
+
+def _wrong_shape(model: onnx.ModelProto) -> None:
+    _set_shape(model, [3, 16])
+
+
+def _zero_shape(model: onnx.ModelProto) -> None:
+    _set_shape(model, [8, 0])
+
+
+def _missing_constant(model: onnx.ModelProto) -> None:
+    del model.graph.initializer[0]
+
+
+def _missing_input(model: onnx.ModelProto) -> None:
+    del model.graph.node[0].input[-1]
+
+
+def _negative_size(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer[:2]:
+        tensor.dims[1] = -(2**62)
+
+
+def _unknown_type(model: onnx.ModelProto) -> None:
+    model.graph.initializer[1].data_type = 99
+
+
+@pytest.mark.parametrize(
+    "spoil", [_wrong_shape, _zero_shape, _missing_constant, _missing_input, _negative_size, _unknown_type]
+)
+def test_inspect_of_a_malformed_layer(tmp_path: Path, spoil: Callable[[onnx.ModelProto], None]) -> None:
+    model, _ = tiny_model()
+    spoil(model)
+    path = tmp_path / "spoiled.onnx"
+    path.write_bytes(model.SerializeToString())
+    assert_readable_error(run("inspect", path), "spoiled.onnx", "layer")
+
+
+@pytest.mark.parametrize("content", [b"", b"this is text, not ONNX", b"\x00\xff" * 50])
+def test_inspect_of_another_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "other.onnx"
+    path.write_bytes(content)
+    assert_readable_error(run("inspect", path), "other.onnx")
+
+
+def test_inspect_of_no_file(tmp_path: Path) -> None:
+    assert_readable_error(run("inspect", tmp_path / "none.onnx"), "cannot read", "No such file")
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_inspect_survives_any_damage(tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(tiny_model()[0].SerializeToString())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(content[: data.draw(st.integers(1, len(content)))])
+    try:
+        report = inspect_file(path)
+    except FormatError:
+        return
+    assert isinstance(report, FileReport)
+    assert str(report)
+
+
+@on_linux
+def test_library_prints_and_copies(tmp_path: Path) -> None:
+    printed = Path(run("library").output.strip())
+    copied = Path(run("library", "--output", tmp_path).output.strip())
+    assert printed.is_file()
+    assert copied.parent == tmp_path
+    assert copied.read_bytes() == printed.read_bytes()
+
+
+@on_linux
+def test_library_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    assert_readable_error(run("library", "--output", tmp_path / "none" / "lib.so"), "cannot copy")
+
+
+@on_linux
+def test_doctor_runs_a_model_through_the_library() -> None:
+    assert run_tiny_model() < 1e-6
+    result = run("doctor")
+    assert result.exit_code == 0
+    for seen in ("onnxruntime", "instruction set", "tiny model in ONNX Runtime", "extra [lightning]", "GPU"):
+        assert seen in result.output
+
+
+def test_bench_compares_at_each_setting() -> None:
+    result = run("bench", "--shape", "64x32", "--sparsity", 0.75, "--batch", 1, "--batch", 3)
+    assert result.exit_code == 0
+    rows = [line.split() for line in result.output.splitlines()[2:4]]
+    assert [row[:4] for row in rows] == [["64", "32", "75%", "1"], ["64", "32", "75%", "3"]]
+    times = np.array([row[4:] for row in rows], dtype=float)
+    assert (times > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--shape", "64"), ("--shape", "0x5"), ("--sparsity", "1.0"), ("--batch", "0")]
+)
+def test_bench_refuses_what_makes_no_sense(option: str, value: str) -> None:
+    assert_readable_error(run("bench", option, value))
