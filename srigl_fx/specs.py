@@ -3,6 +3,7 @@
 Owns the meaning and the precedence of rules; it must not know how weights are discovered or masked.
 """
 
+import difflib
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
@@ -179,15 +180,23 @@ class RuleSet:
         """Raise where a rule matched no weight at all.
 
         Raises:
-            RuleError: Naming the rules and some weights there are.
+            RuleError: Naming the rules, and names that come close or else some weights there are.
         """
-        unused = [rule.key for rule in self._rules if rule.key not in self._used]
-        if unused:
-            listed = ", ".join(available[:8]) + (", ..." if len(available) > 8 else "")
-            raise RuleError(
-                f"the rule{'s' if len(unused) > 1 else ''} {', '.join(map(repr, unused))} match no weight of the "
-                f"model; its weights are: {listed or 'none'}"
+        unused = [rule for rule in self._rules if rule.key not in self._used]
+        if not unused:
+            return
+        scopes = sorted({scope for name in available for scope in _scopes(name)} - {""})
+        close = [name for rule in unused for name in difflib.get_close_matches(rule.pattern, scopes, n=3, cutoff=0.5)]
+        some = ", ".join(available[:8]) + (", ..." if len(available) > 8 else "")
+        keys = ", ".join(repr(rule.key) for rule in unused)
+        raise RuleError(
+            f"the rule{'s' if len(unused) > 1 else ''} {keys} match no weight of "
+            + (
+                f"the model; names that come close: {', '.join(close)}"
+                if close
+                else f"the model; it has {some or 'none'}"
             )
+        )
 
 
 def _scopes(name: str) -> list[str]:

@@ -134,10 +134,10 @@ def summary(model: nn.Module) -> Summary:
         >>> import torch, srigl_fx as sx
         >>> model = sx.sparsify(torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 4)), rules={"1": None})
         >>> print(sx.summary(model))
-        weight    shape  fan-in  active  sparsity  status                     bytes  why dense
-        --------  -----  ------  ------  --------  ----------------------  --------  ---------------------------
+        weight    shape  fan-in  active  sparsity  status                      bytes  why dense
+        --------  -----  ------  ------  --------  ----------------------  ---------  ----------------------------
         0.weight  32x64    6/64   32/32    90.62%  masked (dense compute)  10.00 KiB
-        1.weight   4x32      32     4/4     0.00%  dense                      512 B  the rule '1' leaves it dense
+        1.weight  4x32       32     4/4     0.00%  dense                       512 B  the rule '1' leaves it dense
         320 of 2,176 weights kept (85.29% sparse; 90.62% over the 1 sparse of 2 weights)
     """
     report = getattr(model, "report", None)

@@ -6,12 +6,15 @@ stored weight is exactly zero off the mask, so there is nothing to do there.
 """
 
 import weakref
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, records_on, set_records
+
+if TYPE_CHECKING:
+    from srigl_fx.runtime.format import CondensedWeight
 
 _CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = weakref.WeakKeyDictionary()
 
@@ -25,6 +28,30 @@ class SparseModule:
         base = super().extra_repr()  # type: ignore[misc]
         parts = [describe(module, attr, record) for attr, record in records_on(module).items() if record.sparse]
         return ", ".join([base, *parts] if base else parts)
+
+    def condense(self) -> "dict[str, CondensedWeight]":
+        """The masked weights in condensed form, by parameter name, without biases.
+
+        Raises:
+            FormatError: A mask has no constant fan-in.
+
+        Example:
+            >>> import srigl_fx as sx
+            >>> layer = sx.sparsify(nn.Sequential(nn.Linear(64, 8)), sparsity=0.75)[0]
+            >>> layer.condense()["weight"].values.shape
+            (8, 16)
+        """
+        from srigl_fx.runtime.format import CondensedWeight
+
+        module = cast(nn.Module, self)
+        found = {}
+        for attr, record in records_on(module).items():
+            if record.sparse:
+                weight, mask = module.get_parameter(attr).detach(), module.get_buffer(attr + MASK_SUFFIX)
+                found[attr] = CondensedWeight.from_dense(
+                    record.site.to_matrix(weight).cpu().numpy(), record.site.to_matrix(mask).cpu().numpy()
+                )
+        return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         project_loaded(cast(nn.Module, self), state_dict, prefix)

@@ -180,3 +180,12 @@ def test_a_taken_name_is_refused_before_anything_is_written() -> None:
         sx.sparsify(model, sparsity=0.5)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert type(model.head) is nn.Linear
+
+
+def test_a_sparse_layer_condenses_itself() -> None:
+    model = sx.sparsify(Shared(), sparsity=0.5)
+    for module, attr in ((model, "w"), (model.body, "weight")):
+        assert isinstance(module, SparseModule)
+        weight, mask = module.condense()[attr].to_dense()
+        assert torch.equal(torch.from_numpy(weight), module.get_parameter(attr).detach())
+        assert torch.equal(torch.from_numpy(mask), module.get_buffer(attr + "_mask"))
