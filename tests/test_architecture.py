@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.format": ("errors",),
     "runtime.reference": ("errors",),
     "runtime.kernels": ("errors",),
-    "nn": ("masks", *COMMON),
+    "nn": ("masks", "runtime.format", *COMMON),
     "train": ("masks", "nn", *COMMON),
     "integrations": ("masks", "nn", "train", *COMMON),
     "passes": ("masks", "nn", "runtime.format", "runtime.ops", *COMMON),

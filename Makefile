@@ -1,0 +1,59 @@
+# Everything runs from .venv, which the first target that needs it creates from pinned versions (constraints.txt).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+OUT ?= demo_output
+WORKERS ?= 2
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+STAMPS := $(addprefix $(VENV)/.installed-,demo test docs)
+READY_demo := $(VENV)/.installed-demo
+READY_test := $(VENV)/.installed-test
+READY_docs := $(VENV)/.installed-docs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test fast lint types wheel-test docs bench clean
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY_demo) ## Train, lower, export and serve real networks; writes to $(OUT)
+	$(BIN)/srigl-fx demo --out $(OUT)
+
+test: $(READY_test) ## All tests
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+fast: $(READY_test) ## The tests that need less than five minutes together
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+lint: $(READY_test) ## Style, with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY_test) ## Types, with mypy --strict
+	$(BIN)/mypy
+
+wheel-test: $(READY_test) ## Build the wheel and run all tests against it, from a folder of its own
+	BIN=$(abspath $(BIN)) WORKERS=$(WORKERS) .ci/wheel_test
+
+docs: $(READY_docs) ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(READY_demo) ## Time condensed layers against dense ones on this machine
+	$(BIN)/srigl-fx bench
+
+clean: ## Remove what was built (not .venv)
+	rm -rf build dist site demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed (found: $(PYTHON)); say which with: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMPS): $(VENV)/.installed-%: pyproject.toml constraints.txt .ci/install_torch.py | $(BIN)/python
+	@echo "Installing srigl-fx[$*] and what it needs into $(VENV); the first time takes a few minutes."
+	$(BIN)/python .ci/install_torch.py
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*]'
+	@touch $@

@@ -1,0 +1,117 @@
+"""The commands of ``srigl-fx``: arguments, help texts, and errors as one readable line.
+
+Owns what is typed and what is printed; it must not know how anything is done: each command calls one function.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from srigl_fx.errors import MissingExtraError, SriglError
+
+DEMO_PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Sparse training, lowering and ONNX export for PyTorch.",
+)
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Print an error that the library raised on purpose as one line, and exit with status 1."""
+    try:
+        yield
+    except SriglError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False)
+        raise typer.Exit(1) from error
+
+
+def _plain(text: str) -> str:
+    """``text`` with rich's markup switched off."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the ONNX files, the table and the figure.")] = Path(
+        "demo_output"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the training: only checks that it works.")] = False,
+) -> None:
+    """Train real networks sparsely, export them, serve them in ONNX Runtime, and show what was measured."""
+    with _readable_errors():
+        missing = [package for module, package in DEMO_PACKAGES.items() if find_spec(module) is None]
+        if missing:
+            raise MissingExtraError(f"the demo needs {', '.join(missing)}: pip install 'srigl-fx[demo]'")
+        from srigl_fx.demo.run import run_demo
+
+        status = run_demo(out, quick=quick)
+    raise typer.Exit(status)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="An ONNX file.")]) -> None:
+    """List the condensed layers of an ONNX file: what they keep and what that saves. Runs nothing in the file."""
+    from srigl_fx.onnx_file import inspect_file
+
+    with _readable_errors():
+        typer.echo(str(inspect_file(file)))
+
+
+@app.command()
+def library(
+    output: Annotated[Path | None, typer.Option(help="Copy the library to this file or folder too.")] = None,
+) -> None:
+    """Print the path of the ONNX Runtime operator library; build it first where it is missing."""
+    import srigl_fx as sx
+
+    with _readable_errors():
+        path = Path(sx.runtime.library_path())
+        if output is not None:
+            try:
+                path = Path(shutil.copy(path, output))
+            except OSError as error:
+                raise SriglError(
+                    f"cannot copy the operator library to {output}: {error.strerror}; give a folder that exists and "
+                    "can be written to"
+                ) from error
+        typer.echo(path)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed and what works here: kernels, operator library, GPU, extras."""
+    from srigl_fx.cli.doctor import examine
+
+    with _readable_errors():
+        report = examine()
+        typer.echo(str(report))
+    raise typer.Exit(0 if report.healthy else 1)
+
+
+@app.command()
+def bench(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="A layer as INPUTSxOUTPUTS; may be given several times.")
+    ] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="Fraction removed; may be given several times.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be given several times.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of the dense layer; the condensed one uses one.")] = 1,
+) -> None:
+    """Time condensed linear layers against dense ones in PyTorch on this machine; shows where they lose, too."""
+    from srigl_fx.cli.bench import DEFAULT_SHAPES, compare, parse_shape
+
+    with _readable_errors():
+        shapes = [parse_shape(text) for text in shape] if shape else list(DEFAULT_SHAPES)
+        typer.echo(compare(shapes, sparsity or [0.8, 0.9, 0.95], batch or [1, 64], threads=threads))

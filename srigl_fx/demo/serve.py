@@ -1,0 +1,115 @@
+"""How the demonstration serves: ONNX files, ONNX Runtime sessions, and what is measured on them.
+
+Owns exporting a trained run and measuring its session; it must not know how runs were trained or are shown.
+"""
+
+import functools
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from torch import nn
+
+import srigl_fx as sx
+from srigl_fx.demo.train import Run
+
+BLOCK = 10  # calls of one session in a row before the other has its turn
+
+
+@dataclass(frozen=True)
+class Served:
+    """A run's file, its session and how the two compare with PyTorch."""
+
+    run: Run
+    path: Path
+    session: ort.InferenceSession
+    outputs: np.ndarray
+    max_difference: float
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the ONNX file."""
+        return self.path.stat().st_size
+
+    @property
+    def score(self) -> float:
+        """Of what ONNX Runtime answered for the test set: accuracy, or the mean squared error of a regression."""
+        targets = self.run.split.test_y.numpy()
+        if targets.ndim == 1:
+            return float((self.outputs.argmax(axis=1) == targets).mean())
+        return float(np.square(self.outputs - targets).mean())
+
+
+def export_dense(model: nn.Module, path: Path, inputs: torch.Tensor) -> None:
+    """Write ``model`` as any PyTorch user would: one file, a batch of any size."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # or it lists the optional packages it did without
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter's own, about its own code
+        torch.onnx.export(
+            model,
+            (inputs[:2],),
+            path,
+            dynamo=True,
+            verbose=False,
+            opset_version=18,
+            external_data=False,
+            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+        )
+
+
+def serve(run: Run, folder: Path, *, threads: int = 1) -> Served:
+    """Export ``run`` into ``folder``, load the file in ONNX Runtime and answer the whole test set with it."""
+    path = folder / run.file_name
+    inputs = run.split.test_x
+    if run.method == "dense":
+        export_dense(run.model, path, inputs)
+    else:
+        sx.export_onnx(run.model, path, (inputs[:2],))
+    session = load(path, threads=threads)
+    with torch.no_grad():
+        expected = run.model(inputs).numpy()
+    outputs = answer(session, inputs.numpy())
+    return Served(run, path, session, outputs, float(np.abs(outputs - expected).max()))
+
+
+def load(path: Path, *, threads: int) -> ort.InferenceSession:
+    """A session on ``threads`` threads, with the operator library registered."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    return sx.runtime.load(path, session_options=options)
+
+
+def answer(session: ort.InferenceSession, inputs: np.ndarray) -> np.ndarray:
+    """The first output of ``session`` for its only input."""
+    outputs: np.ndarray = session.run(None, {session.get_inputs()[0].name: inputs})[0]
+    return outputs
+
+
+def latencies_us(
+    sessions: Mapping[str, ort.InferenceSession], sample: np.ndarray, *, seconds: float
+) -> dict[str, float]:
+    """Median microseconds of one call of each session, measured in turns so that a busy moment hits all alike.
+
+    Args:
+        sessions: What to time, by name; all on the same number of threads.
+        sample: The input of every call.
+        seconds: About how long to measure.
+    """
+    calls = {name: functools.partial(answer, session, sample) for name, session in sessions.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or not all(times.values()):
+        for name, call in calls.items():
+            call()  # brings this session's weights back into the cache
+            for _ in range(BLOCK):
+                started = time.perf_counter()
+                call()
+                times[name].append(time.perf_counter() - started)
+    return {name: 1e6 * statistics.median(measured) for name, measured in times.items()}
