@@ -14,6 +14,7 @@ Rules:
     5. A density of 1 (ERK gives it to small layers) means dense, unless a sparsity of 0 was asked for.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -60,7 +61,7 @@ class AssignBudgets(Pass[Draft]):
         shared: list[_Share] = []
         for finding in subject.findings:
             site, match = finding.site, matches[finding.site.fqn]
-            if site.kind != "other" and self.filter_fn is not None and not self.filter_fn(site.owner, finding.owner):
+            if site.kind != "other" and not self._admits(site.owner, finding.owner):
                 records[site.fqn] = dense_record(site, "filter_fn leaves it out")
             elif match is not None and match.spec is None:
                 records[site.fqn] = dense_record(site, finding.reason or f"the rule {match.key!r} leaves it dense")
@@ -81,6 +82,17 @@ class AssignBudgets(Pass[Draft]):
         subject.records = {fqn: records[fqn] for fqn in matches}
         notes = [Note(where=fqn, reason=record.reason) for fqn, record in subject.records.items() if record.reason]
         return PassResult(subject=subject, changed=False, notes=tuple(notes))
+
+    def _admits(self, owner: str, module: nn.Module) -> bool:
+        if self.filter_fn is None:
+            return True
+        try:
+            return bool(self.filter_fn(owner, module))
+        except Exception as error:  # the user's function may raise anything
+            raise SparsifyError(
+                f"filter_fn failed for {owner!r} ({type(error).__name__}: {error}); it takes a module's name and the module, "
+                "and returns True or False"
+            ) from error
 
     def ensures(self, subject: Draft) -> None:
         """Something must have become sparse."""
@@ -131,7 +143,7 @@ class AssignBudgets(Pass[Draft]):
             whose = "strict=True" if share.match is None else f"the rule {share.match.key!r}"
             raise SparsifyError(
                 f"{whose}: {share.site.fqn!r} of shape {share.site.shape} is too small: {what}; ask for a sparsity of "
-                f"at most {1 - 1 / fan_in:.4g}, for LayerSpec(fan_in=1), or leave it dense with the rule None"
+                f"at most {math.floor((1 - 1 / fan_in) * 1e4) / 1e4}, for LayerSpec(fan_in=1), or leave it dense with the rule None"
             )
         return dense_record(share.site, f"too small: {what}")
 
@@ -179,7 +191,7 @@ class AssignBudgets(Pass[Draft]):
             for name in share.units:
                 for key in (name, share.site.fqn, share.site.owner):
                     if key in self.distribution and name not in known:
-                        known[name] = float(self.distribution[key])
+                        known[name] = _density(key, self.distribution[key])
                         used.add(key)
         unknown = [key for key in self.distribution if key not in used]
         if unknown:
@@ -191,6 +203,12 @@ class AssignBudgets(Pass[Draft]):
         if wrong:
             raise RuleError(f"the distribution mapping gives densities (kept fractions) outside (0, 1]: {wrong}")
         return known
+
+
+def _density(key: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise RuleError(f"the distribution mapping gives {key!r} the density {value!r}, which is no number in (0, 1]")
+    return float(value)
 
 
 @dataclass(kw_only=True)

@@ -22,7 +22,8 @@ from srigl_fx.passes.program import Program, resize
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
-_lock = threading.Lock()
+# torch.export puts fake parameters into the model while it traces, and so must run alone.
+EXPORT_LOCK = threading.RLock()
 
 
 def normalise_inputs(example_inputs: Any) -> Inputs:
@@ -87,7 +88,7 @@ def capture(model: nn.Module, example_inputs: Any) -> Program:
         ) from error
 
     failures: list[Exception] = []
-    with _lock, _plain_attention(), _quiet_torch():
+    with EXPORT_LOCK, _plain_attention(), _quiet_torch():
         for strict in (False, True):
             for dynamic in (True, False):
                 try:

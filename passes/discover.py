@@ -54,12 +54,24 @@ class Discover(Pass[Draft]):
     example_inputs: Any = None
 
     def requires(self, subject: Draft) -> None:
-        """Every parameter must have its shape."""
+        """Every parameter must have its shape and its values, and be one that training can write."""
+        if isinstance(subject.model, torch.jit.ScriptModule):
+            raise SparsifyError("a scripted model is opaque to torch.fx; call sparsify on the model it was made from")
         for name, parameter in subject.model.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise SparsifyError(
                     f"the parameter {name!r} of a lazy module has no shape yet; run the model once on a batch, "
                     "then call sparsify"
+                )
+            if parameter.is_meta:
+                raise SparsifyError(
+                    f"the parameter {name!r} is on the meta device and has no values to choose from; materialise the model "
+                    "first (model.to_empty(device=...), then initialise or load it)"
+                )
+            if parameter.is_inference():
+                raise SparsifyError(
+                    f"the parameter {name!r} was made under torch.inference_mode() and cannot be trained; build the model "
+                    "outside of it"
                 )
 
     def run(self, subject: Draft) -> PassResult[Draft]:

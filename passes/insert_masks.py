@@ -12,17 +12,18 @@ Rules:
     5. Every found weight, dense ones too, leaves its record on its owner.
 """
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from srigl_fx.errors import SparsifyError
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, all_records, records_on, set_records
 from srigl_fx.nn.contraction import MaskedContraction
-from srigl_fx.nn.sparse_module import attach_masks
+from srigl_fx.nn.sparse_module import attach_masks, forget_loading
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.draft import Draft
 
@@ -42,22 +43,53 @@ class InsertMasks(Pass[Draft]):
 
     @torch.no_grad()
     def run(self, subject: Draft) -> PassResult[Draft]:
-        """Write the draft to the model."""
+        """Write the draft to the model; whatever fails on the way is undone."""
         model = subject.model
-        for fqn, values in subject.values.items():
-            model.get_parameter(fqn).copy_(values)
-        for keeper, names in _by_keeper(model, subject.records).items():
-            prefix = f"{keeper}." if keeper else ""
-            masks = {fqn.removeprefix(prefix): subject.masks[fqn] for fqn in names if fqn in subject.masks}
-            records = {fqn.removeprefix(prefix): subject.records[fqn] for fqn in names}
-            attach_masks(model.get_submodule(keeper), masks, records)
-        if isinstance(model, fx.GraphModule):
-            _rewrite_graph(model, subject.records)
+        keepers = _by_keeper(model, subject.records)
+        classes = {keeper: type(model.get_submodule(keeper)) for keeper in keepers}
+        former: dict[str, Tensor] = {}
+        try:
+            for fqn, values in subject.values.items():
+                former[fqn] = model.get_parameter(fqn).detach().clone()
+                model.get_parameter(fqn).copy_(values)
+            for keeper, names in keepers.items():
+                prefix = f"{keeper}." if keeper else ""
+                masks = {fqn.removeprefix(prefix): subject.masks[fqn] for fqn in names if fqn in subject.masks}
+                records = {fqn.removeprefix(prefix): subject.records[fqn] for fqn in names}
+                attach_masks(model.get_submodule(keeper), masks, records)
+            if isinstance(model, fx.GraphModule):
+                _rewrite_graph(model, subject.records)
+            invariants.verify(model)
+        except Exception as error:  # a user's class may refuse a buffer, another class or a write in any way it likes
+            _undo(model, subject.records, classes, former)
+            at = next(reversed(former), "the model")
+            raise SparsifyError(
+                f"the masks could not be inserted ({type(error).__name__}: {error}), at {at!r} or after it; leave what "
+                "refuses them dense with the rule None. The model is as it was"
+            ) from error
         return PassResult(subject=subject, changed=True)
 
-    def ensures(self, subject: Draft) -> None:
-        """The invariants of sparse training hold from the start."""
-        invariants.verify(subject.model)
+
+def _undo(
+    model: nn.Module, records: dict[str, WeightRecord], classes: dict[str, type], former: dict[str, Tensor]
+) -> None:
+    """Take back what was written to the model so far."""
+    if isinstance(model, fx.GraphModule):
+        restore_graph(model)
+    for record in records.values():
+        owner = model.get_submodule(record.site.owner)
+        if record.sparse:
+            owner._buffers.pop(record.site.attr + MASK_SUFFIX, None)
+    for keeper, cls in classes.items():
+        module = model.get_submodule(keeper)
+        if records_on(module):
+            set_records(module, {})
+        if type(module) is not cls:
+            module.__class__ = cls
+        forget_loading(module)
+    for fqn, values in former.items():
+        with contextlib.suppress(RuntimeError):  # the one that could not be written
+            model.get_parameter(fqn).copy_(values)
 
 
 def _by_keeper(model: nn.Module, records: dict[str, WeightRecord]) -> dict[str, list[str]]:

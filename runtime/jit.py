@@ -26,7 +26,8 @@ def entry(operator: Operator, index_name: IndexName) -> Entry:
 
     Its arguments are addresses and integers: for "linear" ``(x, values, indices, active, bias, y, batch, in_features,
     out_features, n_active, k)``, for "linear_tiled" the same with the address of ``(in_features + 1) * TILE`` floats
-    of scratch after ``y``, for "conv" ``(x, values, indices, active, bias, y, geometry, batch, n_active)``.
+    of scratch after ``y``, for "conv" ``(x, values, indices, active, bias, y,
+    geometry, offsets, packed, accumulators, batch, n_active)`` with scratch as ``kernels/conv.py`` describes it.
 
     Example:
         >>> import numpy as np
@@ -87,16 +88,25 @@ def _compile(operator: Operator, index_name: IndexName) -> Entry:
 
         body = tiled_entry
     else:
-        fill_planes, conv_rows = jit(conv.fill_bias_planes), jit(conv.conv_rows)
-        signature = types.void(*tensors, types.CPointer(integer), integer, integer)
-        out_channels, out_d, out_h, out_w = conv.OUT_CHANNELS, conv.OUT_D, conv.OUT_H, conv.OUT_W
+        fill_planes, tap_offsets = jit(conv.fill_bias_planes), jit(conv.conv_tap_offsets)
+        pack, conv_rows = jit(conv.conv_pack), jit(conv.conv_rows)
+        numbers = types.CPointer(integer)
+        signature = types.void(*tensors, numbers, numbers, floats, floats, integer, integer)
+        channels, out_channels, direct = conv.CHANNELS, conv.OUT_CHANNELS, conv.DIRECT
+        out_d, out_h, out_w = conv.OUT_D, conv.OUT_H, conv.OUT_W
 
-        def conv_entry(x, values, indices, active, bias, y, geometry, batch, n_active):  # type: ignore[no-untyped-def]
+        def conv_entry(x, values, indices, active, bias, y, geometry, offsets, packed, accumulators, batch, n_active):  # type: ignore[no-untyped-def]
             n = geometry[out_channels]
             if n_active < n:
                 fill_planes(bias, y, batch, n, geometry[out_d] * geometry[out_h] * geometry[out_w])
+            tap_offsets(offsets, geometry)
+            source = x if geometry[direct] else packed
             for sample in range(batch):
-                conv_rows(x, values, indices, active, bias, y, geometry, sample, 0, n_active)
+                if not geometry[direct]:
+                    pack(x, packed, geometry, sample, 0, geometry[channels])
+                conv_rows(
+                    source, values, indices, active, bias, y, geometry, offsets, accumulators, sample, 0, n_active
+                )
 
         body = conv_entry
 

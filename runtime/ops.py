@@ -10,6 +10,7 @@ writes that torch does not see (through ``.numpy()`` or ``.data``) escape that c
 
 import ctypes
 import functools
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.format import range_problem
 from srigl_fx.runtime.jit import IndexName, entry
+from srigl_fx.runtime.kernels import conv
 from srigl_fx.runtime.kernels.linear import TILE
 
 # From this batch on, samples are computed a tile at a time, whatever its filling: the tile breaks even with single
@@ -194,15 +196,34 @@ def _condensed_conv2d(
     _, channels, in_h, in_w = x.shape
     # In the order of the kernel's positions; the leading spatial dimension is a plane of one.
     sizes = (channels, n, groups, 1, in_h, in_w, 1, out_h, out_w, 1, kernel_h, kernel_w)
-    geometry = _geometry((*sizes, 1, *stride, 0, *padding, 1, *dilation, k))
-    entry("conv", _INDEX_NAMES[indices.dtype])(*addresses, y.data_ptr(), ctypes.addressof(geometry), batch, n_active)
+    geometry, packed_size = _geometry((*sizes, 1, *stride, 0, *padding, 1, *dilation, k))
+    in_features = group_channels * kernel_h * kernel_w
+    # One allocation: the accumulators, the packed sample, and the offsets, which are int64.
+    scratch = x.new_empty(conv.ACCUMULATORS + packed_size + 2 * in_features)
+    accumulators = scratch.data_ptr()
+    packed = accumulators + 4 * conv.ACCUMULATORS
+    entry("conv", _INDEX_NAMES[indices.dtype])(
+        *addresses,
+        y.data_ptr(),
+        ctypes.addressof(geometry),
+        packed + 4 * packed_size,
+        packed,
+        accumulators,
+        batch,
+        n_active,
+    )
     return y
 
 
 @functools.lru_cache(maxsize=1024)
-def _geometry(numbers: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
-    """The geometry as the kernel reads it; shared by threads, never written."""
-    return (ctypes.c_int64 * len(numbers))(*numbers)
+def _geometry(numbers: tuple[int, ...]) -> "tuple[ctypes.Array[ctypes.c_int64], int]":
+    """The geometry as the kernel reads it, shared by threads and never written, and the floats of a packed sample."""
+    geometry = (ctypes.c_int64 * conv.GEOMETRY_SIZE)(*numbers)
+    conv.conv_plan(geometry)
+    if geometry[conv.DIRECT]:
+        return geometry, 0
+    size = geometry[conv.CHANNELS] * math.prod(geometry[conv.PLANES_D : conv.PACKED_W + 1])
+    return geometry, (size // conv.LANES + 2) * conv.LANES
 
 
 def _contiguous(x: Tensor, values: Tensor, indices: Tensor, active: Tensor, bias: Tensor) -> Sequence[Tensor]:

@@ -17,7 +17,7 @@ from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.masks.records import WeightRecord, all_records
 from srigl_fx.passes.base import run
-from srigl_fx.passes.capture import capture, run_model
+from srigl_fx.passes.capture import EXPORT_LOCK, capture, run_model
 from srigl_fx.passes.condense import Condense, can_shrink, variants
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.normalize import Normalize
@@ -68,6 +68,14 @@ def lower(
         (['condensed', 'condensed'], torch.Size([5, 4]))
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
+    with EXPORT_LOCK:
+        return _lower(model, example_inputs, min_speedup=min_speedup, batch_sizes=batch_sizes, verify=verify)
+
+
+def _lower(
+    model: nn.Module, example_inputs: Any, *, min_speedup: float, batch_sizes: Sequence[int] | None, verify: bool
+) -> LoweredModule:
+    _check_parameters(model)
     program = capture(model, example_inputs)
     inputs = describe_inputs([n.meta.get("val") for n in program.module.graph.nodes if n.op == "placeholder"])
     program = run((Normalize(), MatchWeights()), program).subject
@@ -102,10 +110,18 @@ def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
 def _check_arguments(model: nn.Module, target: str, min_speedup: float, batch_sizes: Sequence[int] | None) -> None:
     if target != "cpu":
         raise LoweringError(f"target {target!r} is not supported; use target='cpu'")
-    if not min_speedup >= 0:
-        raise LoweringError(f"min_speedup must be at least 0, not {min_speedup}")
-    if batch_sizes is not None and (not batch_sizes or min(batch_sizes) < 1):
-        raise LoweringError(f"batch_sizes must be positive numbers, not {list(batch_sizes)}")
+    if not isinstance(model, nn.Module):
+        raise LoweringError(f"a torch.nn.Module can be lowered, not {type(model).__name__}")
+    if not isinstance(min_speedup, int | float) or not min_speedup >= 0:
+        raise LoweringError(f"min_speedup must be a number of at least 0, not {min_speedup!r}")
+    sizes = [] if batch_sizes is None else batch_sizes
+    if not isinstance(sizes, Sequence) or any(not isinstance(size, int) or size < 1 for size in sizes):
+        raise LoweringError(f"batch_sizes must be whole numbers of at least 1, not {batch_sizes!r}")
+    if batch_sizes is not None and not sizes:
+        raise LoweringError("batch_sizes is empty; leave it out to measure at the example inputs' batch size")
+
+
+def _check_parameters(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype in (torch.float16, torch.bfloat16, torch.float64):
             raise LoweringError(

@@ -8,7 +8,6 @@ import contextlib
 import io
 import logging
 import math
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import ExportError
+from srigl_fx.passes.capture import EXPORT_LOCK
 from srigl_fx.passes.program import resize
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.fallback import CONV_ATTRIBUTES, IR_VERSION, OPSET_VERSION, WEIGHT_ATTRIBUTES
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 _LINEAR, _CONV = abi.OPERATORS
 _SINGLE_NUMBERS = ("in_features", "flat_size", "group")
-_lock = threading.Lock()  # neither torch.export nor torch.onnx may run in two threads
 
 
 def build_model(
@@ -57,7 +56,7 @@ def build_model(
             if free:
                 shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
     try:
-        with _lock, _quiet(), torch.no_grad():
+        with EXPORT_LOCK, _quiet(), torch.no_grad():
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
             program = torch.onnx.export(
                 exported,

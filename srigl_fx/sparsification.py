@@ -79,6 +79,10 @@ def sparsify(
         SparseLinear(in_features=64, out_features=32, bias=True, fan_in=16/64, active=32/32)
     """
     _check_arguments(model, sparsity, distribution, structure, mask_init, weight_init)
+    if filter_fn is not None and not callable(filter_fn):
+        raise SparsifyError(f"filter_fn must be a function of a module's name and the module, got {filter_fn!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SparsifyError(f"seed must be a whole number, got {seed!r}")
     passes = (
         Discover(example_inputs),
         AssignBudgets(
@@ -137,7 +141,7 @@ def _check_arguments(
         raise SparsifyError(
             f"the model is sparse already ({done[0]!r} has a mask); call finalize(model) first to start over"
         )
-    if not isinstance(distribution, Mapping) and distribution not in DISTRIBUTIONS:
+    if not isinstance(distribution, Mapping) and not (isinstance(distribution, str) and distribution in DISTRIBUTIONS):
         raise SparsifyError(f"distribution must be one of {sorted(DISTRIBUTIONS)} or a mapping, got {distribution!r}")
     if structure not in get_args(Structure):
         raise StructureError(f"structure must be one of {get_args(Structure)}, got {structure!r}")

@@ -71,7 +71,8 @@ class LayerSpec:
             raise RuleError(
                 f"LayerSpec: fan_in is the number of weights kept per neuron, at least 1, got {self.fan_in!r}"
             )
-        if self.ablation is not None and not (math.isfinite(self.ablation) and self.ablation >= 0):
+        number = isinstance(self.ablation, int | float) and not isinstance(self.ablation, bool)
+        if self.ablation is not None and not (number and math.isfinite(self.ablation) and self.ablation >= 0):
             raise RuleError(f"LayerSpec: ablation must be finite and at least 0, got {self.ablation!r}")
         if self.structure is not None and self.structure not in get_args(Structure):
             raise RuleError(f"LayerSpec: structure must be one of {get_args(Structure)}, got {self.structure!r}")
@@ -190,7 +191,7 @@ class RuleSet:
         some = ", ".join(available[:8]) + (", ..." if len(available) > 8 else "")
         keys = ", ".join(repr(rule.key) for rule in unused)
         raise RuleError(
-            f"the rule{'s' if len(unused) > 1 else ''} {keys} match no weight of "
+            f"the rule{'s' if len(unused) > 1 else ''} {keys} {'match' if len(unused) > 1 else 'matches'} no weight of "
             + (
                 f"the model; names that come close: {', '.join(close)}"
                 if close

@@ -182,7 +182,7 @@ def test_a_sparsity_outside_its_range(sparsity: Any) -> None:
 
 
 def test_a_rule_that_matches_nothing() -> None:
-    refused(mlp(8, 8), RuleError, "'haed' match no weight.*0.weight", rules={"haed": None})
+    refused(mlp(8, 8), RuleError, "'haed' matches no weight.*0.weight", rules={"haed": None})
 
 
 def test_a_layer_too_small_that_a_rule_named() -> None:

@@ -92,7 +92,7 @@ def test_a_spec_round_trips_as_plain_data() -> None:
 def test_unused_rules_are_named() -> None:
     rules = RuleSet({"head": None, "haed": None})
     rules.match(("head.weight",), nn.Linear(2, 2))
-    with pytest.raises(RuleError, match="'haed' match no weight of the model; names that come close: head"):
+    with pytest.raises(RuleError, match="'haed' matches no weight of the model; names that come close: head"):
         rules.check_all_used(["body.weight", "head.weight"])
     with pytest.raises(RuleError, match=r"it has body\.weight"):
         RuleSet({"zzz": None}).check_all_used(["body.weight"])

@@ -1,15 +1,22 @@
 """The condensed convolution kernel, as loops over raw pointers, for one to three spatial dimensions.
 
 Owns the arithmetic of ``CondensedConv``; the caller has validated every index and the geometry. Shapes with fewer than
-three spatial dimensions are given with leading ones. A kept weight is one tap (channel, kd, kh, kw) of a filter: it
-adds a shifted, strided copy of its input channel to the output plane, clipped at the borders (zero padding).
+three spatial dimensions are given with leading ones. A sample is packed first: padded with zeros, and cut into planes
+so that every kept weight, a tap (channel, kd, kh, kw) of a filter, is one flat offset into it, to which the flat output
+positions are added. The packed rows are longer than the output's; what is computed in between is not stored.
+
+Along a dimension, plane ``q`` holds the padded input's positions ``q, q + stride, ...``, and a tap reads it from
+``tap * dilation // stride`` on; or, where that is smaller, each tap has a plane of just the positions that it reads.
 """
 
 from typing import Any
 
 Pointer = Any
+LANES = 16  # positions come in whole vectors, so that no scalar remainder is left
+BLOCK = 512  # positions computed at a time: accumulators and inputs stay in the first-level cache
+ACCUMULATORS = BLOCK + LANES  # floats of scratch
 
-# Positions in the int64 geometry array that every call takes.
+# Positions in the int64 geometry array that every call takes; those after K are filled in by ``conv_plan``.
 (
     CHANNELS,
     OUT_CHANNELS,
@@ -33,8 +40,46 @@ Pointer = Any
     DILATION_H,
     DILATION_W,
     K,
+    PLANES_D,
+    PLANES_H,
+    PLANES_W,
+    PACKED_D,
+    PACKED_H,
+    PACKED_W,
+    PLANE_STEP_D,
+    PLANE_STEP_H,
+    PLANE_STEP_W,
+    DIRECT,
     GEOMETRY_SIZE,
-) = range(23)
+) = range(33)
+
+
+def conv_plan(geometry: Pointer) -> None:
+    """Choose the packed layout of every dimension: the number of planes, their size, and the distance of their starts.
+
+    A packed sample has CHANNELS * PLANES_D * PLANES_H * PLANES_W * PACKED_D * PACKED_H * PACKED_W elements, never more
+    than channels, taps and output positions multiply to, and then zeros: it ends (size // LANES + 2) * LANES floats
+    after its start. A pointwise convolution becomes one of a single row; DIRECT is then 1 if ``x`` is read as it is.
+    """
+    geometry[DIRECT] = 0
+    pointwise = True
+    for axis in range(3):
+        if geometry[KERNEL_D + axis] * geometry[STRIDE_D + axis] > 1 or geometry[IN_D + axis] != geometry[OUT_D + axis]:
+            pointwise = False
+    if pointwise:
+        positions = geometry[OUT_D] * geometry[OUT_H] * geometry[OUT_W]
+        for axis in range(3):
+            geometry[IN_D + axis] = geometry[OUT_D + axis] = positions if axis == 2 else 1
+        if positions % LANES == 0:
+            geometry[DIRECT] = 1
+    for axis in range(3):
+        kernel, stride = geometry[KERNEL_D + axis], geometry[STRIDE_D + axis]
+        dilation, out = geometry[DILATION_D + axis], geometry[OUT_D + axis]
+        size = (kernel - 1) * dilation // stride + out
+        by_tap = kernel * out <= stride * size
+        geometry[PLANES_D + axis] = kernel if by_tap else stride
+        geometry[PACKED_D + axis] = out if by_tap else size
+        geometry[PLANE_STEP_D + axis] = dilation if by_tap else 1
 
 
 def fill_bias_planes(bias: Pointer, y: Pointer, batch: int, out_channels: int, plane: int) -> None:
@@ -45,60 +90,146 @@ def fill_bias_planes(bias: Pointer, y: Pointer, batch: int, out_channels: int, p
                 y[(b * out_channels + o) * plane + p] = bias[o]
 
 
+def conv_tap_offsets(offsets: Pointer, geometry: Pointer) -> None:
+    """Write where in a packed group every tap (channel, kd, kh, kw) starts to read, as int64."""
+    kernel_d, kernel_h, kernel_w = geometry[KERNEL_D], geometry[KERNEL_H], geometry[KERNEL_W]
+    planes_d, planes_h, planes_w = geometry[PLANES_D], geometry[PLANES_H], geometry[PLANES_W]
+    packed_d, packed_h, packed_w = geometry[PACKED_D], geometry[PACKED_H], geometry[PACKED_W]
+    packed = packed_d * packed_h * packed_w
+    taps = kernel_d * kernel_h * kernel_w
+    t = 0
+    for d in range(kernel_d):
+        at_d = d * geometry[DILATION_D] // geometry[PLANE_STEP_D]
+        for h in range(kernel_h):
+            at_h = h * geometry[DILATION_H] // geometry[PLANE_STEP_H]
+            for w in range(kernel_w):
+                at_w = w * geometry[DILATION_W] // geometry[PLANE_STEP_W]
+                plane = (at_d % planes_d * planes_h + at_h % planes_h) * planes_w + at_w % planes_w
+                shift = (at_d // planes_d * packed_h + at_h // planes_h) * packed_w + at_w // planes_w
+                offset = plane * packed + shift
+                for channel in range(geometry[CHANNELS] // geometry[GROUPS]):
+                    offsets[channel * taps + t] = offset + channel * planes_d * planes_h * planes_w * packed
+                t += 1
+
+
+def conv_pack(x: Pointer, packed: Pointer, geometry: Pointer, sample: int, first: int, last: int) -> None:
+    """Pack the channels ``first <= c < last`` of one sample, and the zeros after the last one."""
+    channels = geometry[CHANNELS]
+    in_d, in_h, in_w = geometry[IN_D], geometry[IN_H], geometry[IN_W]
+    stride_d, stride_h, stride_w = geometry[STRIDE_D], geometry[STRIDE_H], geometry[STRIDE_W]
+    planes_d, planes_h, planes_w = geometry[PLANES_D], geometry[PLANES_H], geometry[PLANES_W]
+    packed_d, packed_h, packed_w = geometry[PACKED_D], geometry[PACKED_H], geometry[PACKED_W]
+    channel_size = planes_d * planes_h * planes_w * packed_d * packed_h * packed_w
+    x_end = (sample + 1) * channels * in_d * in_h * in_w
+    to_end = last * channel_size
+    to = first * channel_size
+    for c in range(first, last):
+        x_base = (sample * channels + c) * in_d * in_h * in_w
+        for plane_d in range(planes_d):
+            start_d = plane_d * geometry[PLANE_STEP_D] - geometry[PAD_D]
+            for plane_h in range(planes_h):
+                start_h = plane_h * geometry[PLANE_STEP_H] - geometry[PAD_H]
+                for plane_w in range(planes_w):
+                    start_w = plane_w * geometry[PLANE_STEP_W] - geometry[PAD_W]
+                    # The packed columns whose input lies inside: 0 <= column * stride + start < size.
+                    w0 = min(packed_w, max(0, (-start_w + stride_w - 1) // stride_w))
+                    w1 = max(w0, min(packed_w, (in_w - 1 - start_w) // stride_w + 1))
+                    for d in range(packed_d):
+                        at_d = d * stride_d + start_d
+                        for h in range(packed_h):
+                            at_h = h * stride_h + start_h
+                            if at_d < 0 or at_d >= in_d or at_h < 0 or at_h >= in_h:
+                                for w in range(packed_w):
+                                    packed[to + w] = 0.0
+                            else:
+                                for w in range(w0):
+                                    packed[to + w] = 0.0
+                                x_row = x_base + (at_d * in_h + at_h) * in_w + start_w
+                                if stride_w == 1:
+                                    # Whole vectors if both ends hold them: what is too much is written over next.
+                                    count = (w1 - w0 + LANES - 1) // LANES * LANES
+                                    if x_row + w0 + count > x_end or to + w0 + count > to_end:
+                                        count = w1 - w0
+                                    for w in range(count):
+                                        packed[to + w0 + w] = x[x_row + w0 + w]
+                                else:
+                                    for w in range(w0, w1):
+                                        packed[to + w] = x[x_row + w * stride_w]
+                                for w in range(w1, packed_w):
+                                    packed[to + w] = 0.0
+                            to += packed_w
+    if last == channels:
+        for i in range(to_end, (to_end // LANES + 2) * LANES):
+            packed[i] = 0.0
+
+
 def conv_rows(
-    x: Pointer,
+    packed: Pointer,
     values: Pointer,
     indices: Pointer,
     active: Pointer,
     bias: Pointer,
     y: Pointer,
     geometry: Pointer,
+    offsets: Pointer,
+    accumulators: Pointer,
     sample: int,
     first: int,
     last: int,
 ) -> None:
-    """Compute the active filters ``first <= r < last`` of one sample. ``pads`` are those before each dimension."""
+    """Compute the active filters ``first <= r < last`` of one packed sample.
+
+    ``packed`` is that sample, or all of ``x`` if the plan is DIRECT; ``offsets`` are those of ``conv_tap_offsets``, and
+    ``accumulators`` is scratch for ACCUMULATORS floats.
+    """
     k = geometry[K]
-    in_d, in_h, in_w = geometry[IN_D], geometry[IN_H], geometry[IN_W]
     out_d, out_h, out_w = geometry[OUT_D], geometry[OUT_H], geometry[OUT_W]
-    kernel_h, kernel_w = geometry[KERNEL_H], geometry[KERNEL_W]
-    taps = geometry[KERNEL_D] * kernel_h * kernel_w
-    stride_d, stride_h, stride_w = geometry[STRIDE_D], geometry[STRIDE_H], geometry[STRIDE_W]
-    channels, out_channels, groups = geometry[CHANNELS], geometry[OUT_CHANNELS], geometry[GROUPS]
-    group_in = channels // groups
+    packed_h, packed_w = geometry[PACKED_H], geometry[PACKED_W]
+    out_channels, groups = geometry[OUT_CHANNELS], geometry[GROUPS]
+    planes = geometry[PLANES_D] * geometry[PLANES_H] * geometry[PLANES_W]
+    group_size = geometry[CHANNELS] // groups * planes * geometry[PACKED_D] * packed_h * packed_w
     group_out = out_channels // groups
-    in_plane = in_d * in_h * in_w
     out_plane = out_d * out_h * out_w
-    for r in range(first, last):
-        o = int(active[r])
-        y_base = (sample * out_channels + o) * out_plane
-        x_group = (sample * channels + o // group_out * group_in) * in_plane
-        for p in range(out_plane):
-            y[y_base + p] = bias[o]
-        for j in range(k):
-            tap = int(indices[r * k + j])
-            weight = values[r * k + j]
-            channel = tap // taps
-            rest = tap - channel * taps
-            off_d = rest // (kernel_h * kernel_w) * geometry[DILATION_D] - geometry[PAD_D]
-            rest = rest % (kernel_h * kernel_w)
-            off_h = rest // kernel_w * geometry[DILATION_H] - geometry[PAD_H]
-            off_w = rest % kernel_w * geometry[DILATION_W] - geometry[PAD_W]
-            # Output positions whose input lies inside: 0 <= position * stride + offset < size.
-            d0 = max(0, (-off_d + stride_d - 1) // stride_d)
-            d1 = min(out_d, (in_d - 1 - off_d) // stride_d + 1)
-            h0 = max(0, (-off_h + stride_h - 1) // stride_h)
-            h1 = min(out_h, (in_h - 1 - off_h) // stride_h + 1)
-            w0 = max(0, (-off_w + stride_w - 1) // stride_w)
-            w1 = min(out_w, (in_w - 1 - off_w) // stride_w + 1)
-            x_base = x_group + channel * in_plane
-            for d in range(d0, d1):
-                for h in range(h0, h1):
-                    x_row = x_base + ((d * stride_d + off_d) * in_h + h * stride_h + off_h) * in_w + off_w
-                    y_row = y_base + (d * out_h + h) * out_w
-                    if stride_w == 1:
-                        for w in range(w0, w1):
-                            y[y_row + w] += weight * x[x_row + w]
-                    else:
-                        for w in range(w0, w1):
-                            y[y_row + w] += weight * x[x_row + w * stride_w]
+    packed_start = sample * groups * group_size if geometry[DIRECT] else 0
+    positions = ((out_d - 1) * packed_h + out_h - 1) * packed_w + out_w
+    whole = k // 4 * 4
+    for begin in range(0, positions, BLOCK):
+        end = min(positions, begin + BLOCK)
+        length = (end - begin + LANES - 1) // LANES * LANES
+        for r in range(first, last):
+            o = int(active[r])
+            base = packed_start + o // group_out * group_size + begin
+            start = bias[o]
+            for p in range(length):
+                accumulators[p] = start
+            for j in range(r * k, r * k + whole, 4):
+                v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
+                x0 = base + offsets[int(indices[j])]
+                x1 = base + offsets[int(indices[j + 1])]
+                x2 = base + offsets[int(indices[j + 2])]
+                x3 = base + offsets[int(indices[j + 3])]
+                for p in range(length):
+                    accumulators[p] += (
+                        v0 * packed[x0 + p] + v1 * packed[x1 + p] + v2 * packed[x2 + p] + v3 * packed[x3 + p]
+                    )
+            for j in range(r * k + whole, r * k + k):
+                v0 = values[j]
+                x0 = base + offsets[int(indices[j])]
+                for p in range(length):
+                    accumulators[p] += v0 * packed[x0 + p]
+            y_base = (sample * out_channels + o) * out_plane
+            y_end = y_base + out_plane
+            for row in range(begin // packed_w, (end - 1) // packed_w + 1):
+                d = row // packed_h
+                h = row - d * packed_h
+                if h < out_h:
+                    w = max(0, begin - row * packed_w)
+                    source = row * packed_w - begin + w
+                    target = y_base + (d * out_h + h) * out_w + w
+                    count = min(out_w, end - row * packed_w) - w
+                    # Whole vectors if the plane holds them: what is too much is written over by later rows.
+                    rounded = (count + LANES - 1) // LANES * LANES
+                    if target + rounded <= y_end:
+                        count = rounded
+                    for p in range(count):
+                        y[target + p] = accumulators[source + p]

@@ -86,8 +86,11 @@ STATE_SIZE: Final = 2 * WORD
     TABLE_CONV_ROWS,
     TABLE_FILL_BIAS,
     TABLE_FILL_BIAS_PLANES,
-) = (WORD * i for i in (0, 2, 4, 6, 7))
-TABLE_SIZE: Final = 8 * WORD
+    TABLE_CONV_PLAN,
+    TABLE_CONV_TAP_OFFSETS,
+    TABLE_CONV_PACK,
+) = (WORD * i for i in (0, 2, 4, 6, 7, 8, 9, 10))
+TABLE_SIZE: Final = 11 * WORD
 INDEX_TYPES: Final = ("uint16", "int32")  # at the table's offset, and one word after it
 
 # One node: what its attributes and constant inputs say. Immutable once created.
@@ -143,8 +146,12 @@ TENSOR_WORDS: Final = 2 + MAX_RANK
     JOB_BLOCKS,
     JOB_OUT_OF_MEMORY,
     JOB_GEOMETRY,
-) = (WORD * i for i in range(15))
-JOB_WORDS: Final = 15
+    JOB_SAMPLE,
+    JOB_PACKED,
+    JOB_PACKED_BYTES,
+    JOB_OFFSETS,
+) = (WORD * i for i in range(19))
+JOB_WORDS: Final = 19
 
 # Bounds that keep every product of sizes within 64 bits.
 MAX_SIZE: Final = 2**31 - 1  # of a dimension, of in_features, of the number of neurons

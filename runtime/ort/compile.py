@@ -34,12 +34,15 @@ _INDEX_KERNELS: dict[int, Callable[..., None]] = {
 _PLAIN_KERNELS: dict[int, Callable[..., None]] = {
     abi.TABLE_FILL_BIAS: linear.fill_bias,
     abi.TABLE_FILL_BIAS_PLANES: conv.fill_bias_planes,
+    abi.TABLE_CONV_PLAN: conv.conv_plan,
+    abi.TABLE_CONV_TAP_OFFSETS: conv.conv_tap_offsets,
+    abi.TABLE_CONV_PACK: conv.conv_pack,
 }
 # What the kernels' parameters point to; those not named here are integers.
 _POINTEES = {
-    **dict.fromkeys(("x", "values", "bias", "y", "scratch"), "float32"),
+    **dict.fromkeys(("x", "values", "bias", "y", "scratch", "packed", "accumulators"), "float32"),
     "active": "int32",
-    "geometry": "int64",
+    **dict.fromkeys(("geometry", "offsets"), "int64"),
 }
 
 

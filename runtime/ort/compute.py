@@ -13,6 +13,7 @@ from srigl_fx.runtime.ort.primitives import call, external, inlined, load, stack
 # Numba takes a constant for a literal only under a name of the module's own.
 _TENSOR_WORDS, _WEIGHTS_WORDS, _JOB_WORDS = abi.TENSOR_WORDS, abi.WEIGHTS_WORDS, abi.JOB_WORDS
 _GEOMETRY_WORDS = conv.GEOMETRY_SIZE
+_ACCUMULATOR_WORDS = conv.ACCUMULATORS // 2 + 8  # and room to align them
 
 _malloc, _free = external("malloc", 1), external("free", 1)
 
@@ -20,6 +21,7 @@ _TILED_FROM_BATCH = 24  # below, padding to a tile costs more than it saves
 _TASK_WORK = 1 << 15  # multiply-adds that are worth a task of their own
 _MAX_TASKS = 64
 _CACHE_LINE = 64
+_CHUNK_ELEMENTS = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
 _MAX_ELEMENTS = 1 << 48  # of an output; more than any machine holds, few enough to count in bytes
 _WEIGHT_INPUTS = len(abi.INPUTS) - 1
 
@@ -80,21 +82,41 @@ def linear_tile_task(job: int, task: int) -> int:
     return _free(scratch)
 
 
-def conv_rows_task(job: int, task: int) -> int:
-    """The filters of one block, for one sample."""
-    n_active, blocks = load(job, abi.JOB_N_ACTIVE), load(job, abi.JOB_BLOCKS)
-    block = task % blocks
+def conv_pack_task(job: int, task: int) -> int:
+    """The channels of one block, for one sample of the chunk."""
+    channels, blocks = load(load(job, abi.JOB_GEOMETRY), abi.WORD * conv.CHANNELS), load(job, abi.JOB_BLOCKS)
+    sample, block = task // blocks, task % blocks
     return call(
         load(job, abi.JOB_KERNEL),
         (
             load(job, abi.JOB_X),
+            load(job, abi.JOB_PACKED) + sample * load(job, abi.JOB_PACKED_BYTES),
+            load(job, abi.JOB_GEOMETRY),
+            load(job, abi.JOB_SAMPLE) + sample,
+            channels * block // blocks,
+            channels * (block + 1) // blocks,
+        ),
+    )
+
+
+def conv_rows_task(job: int, task: int) -> int:
+    """The filters of one block, for one sample of the chunk."""
+    n_active, blocks = load(job, abi.JOB_N_ACTIVE), load(job, abi.JOB_BLOCKS)
+    sample, block = task // blocks, task % blocks
+    accumulators = stack(_ACCUMULATOR_WORDS)
+    return call(
+        load(job, abi.JOB_KERNEL),
+        (
+            load(job, abi.JOB_PACKED) + sample * load(job, abi.JOB_PACKED_BYTES),
             load(job, abi.JOB_VALUES),
             load(job, abi.JOB_INDICES),
             load(job, abi.JOB_ACTIVE),
             load(job, abi.JOB_BIAS),
             load(job, abi.JOB_Y),
             load(job, abi.JOB_GEOMETRY),
-            task // blocks,
+            load(job, abi.JOB_OFFSETS),
+            (accumulators + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE,
+            load(job, abi.JOB_SAMPLE) + sample,
             n_active * block // blocks,
             n_active * (block + 1) // blocks,
         ),
@@ -214,6 +236,51 @@ def compute_linear(node: int, context: int) -> int:
     return _run_tasks(node, context, symbol("srigl_linear_rows_task"), blocks, job)
 
 
+@inlined
+def _run_conv(node: int, context: int, job: int, batch: int, plane: int, rows: int) -> int:
+    """Pack and convolve the samples, a chunk at a time, in scratch that all tasks share."""
+    geometry, kernels = load(job, abi.JOB_GEOMETRY), load(node, abi.NODE_KERNELS)
+    n_active, k = load(job, abi.JOB_N_ACTIVE), load(job, abi.JOB_K)
+    channels = load(geometry, abi.WORD * conv.CHANNELS)
+    call(load(kernels, abi.TABLE_CONV_PLAN), (geometry,))
+    direct = load(geometry, abi.WORD * conv.DIRECT) != 0
+    size, chunk = 0, batch
+    if not direct:
+        size = channels
+        for i in range(conv.PLANES_D, conv.PACKED_W + 1):
+            if size > _MAX_ELEMENTS // load(geometry, abi.WORD * i):
+                return refuse(node, text("the padded input '@' is too large"), text("x"), 0, 0)
+            size *= load(geometry, abi.WORD * i)
+        size = (size // conv.LANES + 2) * conv.LANES
+        chunk = max(1, min(batch, _CHUNK_ELEMENTS // size))
+    offsets_bytes = (load(node, abi.NODE_IN_FEATURES) * abi.WORD + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
+    scratch = _malloc(offsets_bytes + chunk * size * 4 + _CACHE_LINE)
+    if scratch == 0:
+        return refuse(node, text("not enough memory for the padded input '@'"), text("x"), 0, 0)
+    offsets = (scratch + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
+    call(load(kernels, abi.TABLE_CONV_TAP_OFFSETS), (offsets, geometry))
+    store(job, abi.JOB_OFFSETS, offsets)
+    store(job, abi.JOB_PACKED, load(job, abi.JOB_X) if direct else offsets + offsets_bytes)
+    store(job, abi.JOB_PACKED_BYTES, size * 4)
+    status = first = 0
+    while status == 0 and first < batch:
+        samples = min(chunk, batch - first)
+        store(job, abi.JOB_SAMPLE, first)
+        if not direct:
+            blocks = _blocks(channels, size)
+            store(job, abi.JOB_BLOCKS, blocks)
+            store(job, abi.JOB_KERNEL, load(kernels, abi.TABLE_CONV_PACK))
+            status = _run_tasks(node, context, symbol("srigl_conv_pack_task"), samples * blocks, job)
+        if status == 0:
+            blocks = _blocks(n_active, n_active * k * plane)
+            store(job, abi.JOB_BLOCKS, blocks)
+            store(job, abi.JOB_KERNEL, rows)
+            status = _run_tasks(node, context, symbol("srigl_conv_rows_task"), samples * blocks, job)
+        first += samples
+    _free(scratch)
+    return status
+
+
 def compute_conv(node: int, context: int) -> int:
     """KernelComputeV2 of CondensedConv."""
     x, weights, tensor, job = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS)
@@ -271,16 +338,15 @@ def compute_conv(node: int, context: int) -> int:
     if n_active == 0:
         return 0
     store(geometry, abi.WORD * conv.K, k)
-    blocks = _blocks(n_active, n_active * k * plane)
     store(job, abi.JOB_GEOMETRY, geometry)
-    store(job, abi.JOB_BLOCKS, blocks)
-    store(job, abi.JOB_KERNEL, _index_kernel(node, abi.TABLE_CONV_ROWS, load(weights, abi.WEIGHTS_INDEX_TYPE)))
-    return _run_tasks(node, context, symbol("srigl_conv_rows_task"), batch * blocks, job)
+    rows = _index_kernel(node, abi.TABLE_CONV_ROWS, load(weights, abi.WEIGHTS_INDEX_TYPE))
+    return _run_conv(node, context, job, batch, plane, rows)
 
 
 FUNCTIONS = (
     linear_rows_task,
     linear_tile_task,
+    conv_pack_task,
     conv_rows_task,
     compute_linear,
     compute_conv,

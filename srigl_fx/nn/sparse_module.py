@@ -136,6 +136,11 @@ def detach_masks(module: nn.Module) -> None:
     cls = type(module)
     if issubclass(cls, SparseModule):
         module.__class__ = dense_class(cls)
+    forget_loading(module)
+
+
+def forget_loading(module: nn.Module) -> None:
+    """Remove the hook on loading that a GraphModule was given."""
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
         if getattr(hook, "hook", hook) is _project_hook:
             del module._load_state_dict_pre_hooks[key]
