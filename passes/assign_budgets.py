@@ -90,8 +90,8 @@ class AssignBudgets(Pass[Draft]):
             return bool(self.filter_fn(owner, module))
         except Exception as error:  # the user's function may raise anything
             raise SparsifyError(
-                f"filter_fn failed for {owner!r} ({type(error).__name__}: {error}); it takes a module's name and the module, "
-                "and returns True or False"
+                f"filter_fn failed for {owner!r} ({type(error).__name__}: {error}); it takes a module's name and the "
+                "module, and returns True or False"
             ) from error
 
     def ensures(self, subject: Draft) -> None:
@@ -143,7 +143,8 @@ class AssignBudgets(Pass[Draft]):
             whose = "strict=True" if share.match is None else f"the rule {share.match.key!r}"
             raise SparsifyError(
                 f"{whose}: {share.site.fqn!r} of shape {share.site.shape} is too small: {what}; ask for a sparsity of "
-                f"at most {math.floor((1 - 1 / fan_in) * 1e4) / 1e4}, for LayerSpec(fan_in=1), or leave it dense with the rule None"
+                f"at most {math.floor((1 - 1 / fan_in) * 1e4) / 1e4}, for LayerSpec(fan_in=1), or leave it dense with "
+                "the rule None"
             )
         return dense_record(share.site, f"too small: {what}")
 

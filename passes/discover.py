@@ -65,13 +65,13 @@ class Discover(Pass[Draft]):
                 )
             if parameter.is_meta:
                 raise SparsifyError(
-                    f"the parameter {name!r} is on the meta device and has no values to choose from; materialise the model "
-                    "first (model.to_empty(device=...), then initialise or load it)"
+                    f"the parameter {name!r} is on the meta device and has no values to choose from; materialise the "
+                    "model first (model.to_empty(device=...), then initialise or load it)"
                 )
             if parameter.is_inference():
                 raise SparsifyError(
-                    f"the parameter {name!r} was made under torch.inference_mode() and cannot be trained; build the model "
-                    "outside of it"
+                    f"the parameter {name!r} was made under torch.inference_mode() and cannot be trained; build the "
+                    "model outside of it"
                 )
 
     def run(self, subject: Draft) -> PassResult[Draft]:

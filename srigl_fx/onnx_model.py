@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,7 @@ def build_model(
                 exported,
                 dynamo=True,
                 verbose=False,
+                output_names=_output_names(module),
                 opset_version=OPSET_VERSION,
                 custom_translation_table=_translations(),
             )
@@ -74,7 +76,45 @@ def build_model(
         ) from error
     model.ir_version = min(model.ir_version, IR_VERSION)
     _strip(model)
+    _name_batch(model, batched)
     return model
+
+
+def _output_names(module: fx.GraphModule) -> list[str] | None:
+    """Names for the outputs by their place in what the model returns: a dict's keys, "output" for a lone tensor.
+
+    None where an output has no value of its own (None, or a number), so that torch.onnx names them itself.
+    """
+    (returned,) = next(node for node in module.graph.nodes if node.op == "output").args
+    leaves = pytree.tree_leaves(returned)
+    inputs = {node.name for node in module.graph.nodes if node.op == "placeholder"}
+    spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    if spec is None or spec.num_leaves != len(leaves) or not all(isinstance(leaf, fx.Node) for leaf in leaves):
+        return None
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, spec))
+    names = []
+    for path, _ in paths:
+        keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
+        name = "_".join(keys if keys and not keys[0].isdigit() else ["output", *keys])
+        names.append(name + "_out" if name in inputs else name)
+    return names if len(set(names)) == len(names) else None
+
+
+def _name_batch(model: "onnx.ModelProto", batched: Sequence[bool]) -> None:
+    """Call the free leading size "batch" wherever it stands: the exporter gives each input a symbol of its own."""
+    if not any(batched):
+        return
+    graph = model.graph
+    symbols = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input if _is_ranked(value)} - {""}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dimension in value.type.tensor_type.shape.dim:
+            for symbol in symbols:
+                if symbol in dimension.dim_param:
+                    dimension.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dimension.dim_param)
+
+
+def _is_ranked(value: "onnx.ValueInfoProto") -> bool:
+    return len(value.type.tensor_type.shape.dim) > 0
 
 
 def _strip(model: "onnx.ModelProto") -> None:

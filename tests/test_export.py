@@ -286,3 +286,31 @@ def test_a_weight_that_is_used_twice_is_stored_and_counted_once(tmp_path: Path) 
     assert report.condensed_layers == 1
     assert report.dense_bytes == 4 * 65 * 64
     assert report.bytes < report.sparse_bytes + 6000
+
+
+class Keys(nn.Module):
+    """Two inputs, a dict of outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 64)
+
+    def forward(self, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.fc(first), "sum": first + second}
+
+
+def test_inputs_outputs_and_the_batch_have_names(tmp_path: Path, exported: Exported) -> None:
+    inputs = (torch.randn(2, 64), torch.randn(2, 64))
+    report = sx.export_onnx(sparse(Keys()), tmp_path / "model.onnx", inputs)
+    session = stock(report.path)
+    assert [(item.name, item.shape) for item in session.get_inputs()] == [
+        ("first", ["batch", 64]),
+        ("second", ["batch", 64]),
+    ]
+    assert [(item.name, item.shape) for item in session.get_outputs()] == [
+        ("logits", ["batch", 64]),
+        ("sum", ["batch", 64]),
+    ]
+    single = sx.export_onnx(sparse(nn.Sequential(nn.Linear(64, 64))), tmp_path / "single.onnx", (inputs[0],))
+    assert [item.name for item in stock(single.path).get_outputs()] == ["output"]
+    assert [item.name for item in stock(exported[1]).get_outputs()] == ["hidden", "logits"]

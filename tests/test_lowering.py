@@ -6,6 +6,7 @@ import json
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 from torch.nn import functional
 
+import srigl_fx as sx
 from srigl_fx import graph_ops
 from srigl_fx.errors import CaptureError, FormatError, InvariantError, LoweringError
 from srigl_fx.lowered import LoweredModule
@@ -490,3 +492,27 @@ def test_hugging_face(architecture: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
         lowered.save(tmp_path / "model.srigl")
         again = load_lowered(tmp_path / "model.srigl")(**inputs)
     torch.testing.assert_close(next(iter(again.values())), got[0])
+
+
+def test_models_are_lowered_from_several_threads() -> None:
+    def model() -> nn.Module:
+        return sx.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), sparsity=0.75).eval()
+
+    shared, x = model(), torch.randn(2, 64)
+    models = [model(), model(), shared, shared]
+    with ThreadPoolExecutor(4) as pool:
+        lowered = list(pool.map(lambda one: sx.lower(one, (x,), min_speedup=0), models * 2))
+    for one, other in zip(models * 2, lowered, strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(other(x), one(x))
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"min_speedup": "a"}, {"min_speedup": -1}, {"batch_sizes": 5}, {"batch_sizes": [0]}]
+)
+def test_arguments_are_checked(arguments: dict[str, Any]) -> None:
+    model = sx.sparsify(nn.Sequential(nn.Linear(64, 64)), sparsity=0.75).eval()
+    with pytest.raises(LoweringError, match=next(iter(arguments))):
+        sx.lower(model, (torch.ones(2, 64),), **arguments)
+    with pytest.raises(LoweringError, match=r"torch\.nn\.Module"):
+        sx.lower(5, (torch.ones(2, 64),))  # type: ignore[arg-type]

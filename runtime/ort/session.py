@@ -45,7 +45,10 @@ def _register(session_options: "onnxruntime.SessionOptions", library: Path) -> N
     try:
         session_options.register_custom_ops_library(str(library))
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-        raise LibraryError(f"ONNX Runtime refuses the operator library {library}: {error}") from error
+        raise LibraryError(
+            f"ONNX Runtime refuses the operator library {library}: {error}. If the file is damaged, delete it: it is "
+            "built anew when it is next needed"
+        ) from error
     _registered.add(session_options)
 
 
@@ -73,8 +76,8 @@ def load(
 ) -> "onnxruntime.InferenceSession":
     """Open an exported model in ONNX Runtime, with the operators registered.
 
-    Where the operator library is missing and cannot be built, a warning says why, and the session uses the fallback
-    inside the file.
+    Where the operator library is missing and cannot be built, or ONNX Runtime refuses it, a warning says why, and the
+    session uses the fallback inside the file.
 
     Args:
         path: The ONNX file.
@@ -86,7 +89,7 @@ def load(
 
     Raises:
         FormatError: The file is missing, is no ONNX model, or ONNX Runtime or an operator refuses what is in it.
-        LibraryError: ONNX Runtime is older than 1.17, or refuses the operator library.
+        LibraryError: ONNX Runtime is older than 1.17.
 
     Example:
         >>> load("missing.onnx")
@@ -101,13 +104,11 @@ def load(
         raise FormatError(f"there is no file {file}")
     options = onnxruntime.SessionOptions() if session_options is None else session_options
     try:
-        library = library_path()
+        _register(options, library_path())
     except LibraryError as error:
         if str(error) not in _warned:
             _warned.add(str(error))
             logger.warning("running without the operator library, as fast as dense: %s", error)
-    else:
-        _register(options, library)
     try:
         return onnxruntime.InferenceSession(
             str(file), options, providers=None if providers is None else list(providers)

@@ -46,7 +46,14 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
             _check_block(handle, block, budget, matrix[block.start : block.stop])
         state = {} if optimizer is None else optimizer.state.get(weight, {})
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == weight.shape and bool(((value != 0) & ~mask).any()):
+            if not isinstance(value, Tensor) or value.shape != weight.shape:
+                continue
+            if bool((~value.isfinite() & ~mask).any()):
+                raise InvariantError(
+                    f"{handle.fqn}: the optimizer state {key!r} is not finite: a gradient was NaN or infinite at some "
+                    "step; resume from an earlier checkpoint, at a lower learning rate"
+                )
+            if bool(((value != 0) & ~mask).any()):
                 raise InvariantError(
                     f"{handle.fqn}: the optimizer state {key!r} is not zero off the mask; attach a trainer "
                     "(SRigL or Static) to this optimizer, or create the optimizer anew"

@@ -122,18 +122,14 @@ class Trainer(ABC):
             TrainerError: The state is of another version, method or model; nothing is changed then.
             StructureError: The state is of another sparsity or structure; nothing is changed then.
         """
-        if state.get("version") != _STATE_VERSION or state.get("method") != type(self).__name__:
-            raise TrainerError(
-                f"this is no state of {type(self).__name__} (version {_STATE_VERSION}) but of {state.get('method')} "
-                f"(version {state.get('version')}): resume with the method that was saved"
-            )
+        _check_state(state, type(self).__name__)
         _check_layout(state["weights"], _layout(self.model))
         gradients: dict[str, Tensor] = state.get("gradients", {})
         parameters = {_plain(name): parameter for name, parameter in self.model.named_parameters()}
         if unknown := [name for name, grad in gradients.items() if _shape(parameters.get(name)) != grad.shape]:
             raise TrainerError(f"the state holds gradients that fit no parameter of the model: {', '.join(unknown)}")
-        self._steps, self._overflows = int(state["steps"]), None
-        self.last_update, self._due = state["last_update"], bool(state["update_due"])
+        self._steps, self._overflows = state["steps"], None
+        self.last_update, self._due = state["last_update"], state["update_due"]
         self._changed_at = None
         for name, grad in gradients.items():
             parameters[name].grad = grad.to(parameters[name].device).clone()
@@ -230,6 +226,45 @@ def _layout(model: nn.Module) -> dict[str, dict[str, Any]]:
         }
         for handle in sparse_weights(model)
     }
+
+
+def _check_state(state: Any, method: str) -> None:
+    """Require what ``state_dict`` writes, whole, before any of it is used."""
+    if not isinstance(state, dict):
+        raise TrainerError(f"a trainer's state is a dict, as state_dict() gives it, not {type(state).__name__}")
+    if state.get("version") != _STATE_VERSION or state.get("method") != method:
+        raise TrainerError(
+            f"this is no state of {method} (version {_STATE_VERSION}) but of {state.get('method')} "
+            f"(version {state.get('version')}): resume with the method that was saved"
+        )
+
+    def is_count(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    weights, captured = state.get("weights"), state.get("captured")
+    sound = {
+        "steps": is_count(state.get("steps")),
+        "last_update": "last_update" in state and (state["last_update"] is None or is_count(state["last_update"])),
+        "update_due": isinstance(state.get("update_due"), bool),
+        "weights": isinstance(weights, dict),
+        "captured": isinstance(weights, dict)
+        and isinstance(captured, dict)
+        and all(_fits(tensors, weights.get(name)) for name, tensors in captured.items()),
+        "gradients": isinstance(state.get("gradients", {}), dict)
+        and all(isinstance(grad, Tensor) for grad in state.get("gradients", {}).values()),
+    }
+    if damaged := [name for name, is_sound in sound.items() if not is_sound]:
+        raise TrainerError(f"the trainer's state is damaged at {', '.join(damaged)}; load another checkpoint")
+
+
+def _fits(tensors: object, layout: object) -> bool:
+    """Whether captured gradients of a weight are tensors of its shape."""
+    return (
+        isinstance(tensors, dict)
+        and isinstance(layout, dict)
+        and set(tensors) <= {"total", "dense"}
+        and all(isinstance(tensor, Tensor) and list(tensor.shape) == layout.get("shape") for tensor in tensors.values())
+    )
 
 
 def _check_layout(saved: dict[str, dict[str, Any]], live: dict[str, dict[str, Any]]) -> None:

@@ -223,8 +223,8 @@ class MaskEngine:
         for managed in self._managed.values():
             weight = managed.handle.weight
             if weight is not managed.parameter and weight.requires_grad:
-                self.refresh()
                 _check_held(self._model, self._optimizer)
+                self.refresh()
                 return
 
     @torch.no_grad()

@@ -40,6 +40,8 @@ def protected_weights(model: nn.Module, protect: str | Iterable[str]) -> frozens
         if protect != "output":
             raise TrainerError(f'protect={protect!r}: pass "output", or a list of names: protect=[{protect!r}]')
         return _feeding_output(model, [entry for entry in weights if entry[2].site.kind != "other"])
+    if not isinstance(protect, Iterable) or not all(isinstance(pattern, str) for pattern in protect):
+        raise TrainerError(f'protect must be "output" or a list of names and globs, not {protect!r}')
     found: set[str] = set()
     for pattern in protect:
         matches = {fqn for fqn, _, record in weights if _matches(pattern, fqn) or _matches(pattern, record.site.fqn)}

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -189,3 +190,65 @@ def test_a_sparse_layer_condenses_itself() -> None:
         weight, mask = module.condense()[attr].to_dense()
         assert torch.equal(torch.from_numpy(weight), module.get_parameter(attr).detach())
         assert torch.equal(torch.from_numpy(mask), module.get_buffer(attr + "_mask"))
+
+
+class NoSubclass(nn.Linear):
+    """Refuses to be subclassed, and so to be swapped."""
+
+    def __init_subclass__(cls) -> None:
+        raise TypeError("final")
+
+
+class NoBuffer(nn.Linear):
+    def register_buffer(self, *args: object, **kwargs: object) -> None:
+        raise RuntimeError("no buffers here")
+
+
+def expanded() -> nn.Linear:
+    layer = nn.Linear(40, 40)
+    layer.weight.data = torch.randn(1, 40).expand(40, 40)
+    return layer
+
+
+@pytest.mark.parametrize("layer", [lambda: NoSubclass(40, 40), lambda: NoBuffer(40, 40), expanded])
+def test_what_fails_on_the_way_is_undone(layer: Callable[[], nn.Module]) -> None:
+    model = nn.Sequential(nn.Linear(40, 40), layer(), nn.Linear(40, 40))
+    before = copy.deepcopy(model.state_dict())
+    classes = [type(module) for module in model]
+    with pytest.raises(SparsifyError, match=r"could not be inserted .*The model is as it was"):
+        sx.sparsify(model, sparsity=0.5)
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert [type(module) for module in model] == classes
+    assert not any("srigl" in name for module in model.modules() for name in vars(module))
+    sx.sparsify(model, sparsity=0.5, rules={"1": None})
+
+
+def test_what_fails_in_a_graph_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.symbolic_trace(Shared())
+    x, before = torch.randn(3, 40), copy.deepcopy(graph.state_dict())
+    functions, expected = sorted(str(node.target) for node in graph.graph.nodes), graph(x)
+
+    def refuse(_: nn.Module) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("srigl_fx.passes.insert_masks.invariants.verify", refuse)
+    with pytest.raises(SparsifyError, match="The model is as it was"):
+        sx.sparsify(graph, sparsity=0.5)
+    assert sorted(str(node.target) for node in graph.graph.nodes) == functions
+    assert torch.equal(graph(x), expected)
+    assert graph.state_dict().keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in graph.state_dict().items())
+    assert not graph.meta
+    assert not any("srigl" in name for module in graph.modules() for name in vars(module))
+
+
+def test_weights_without_values_are_refused() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(40, 40))
+    with pytest.raises(SparsifyError, match=r"'0.weight' is on the meta device"):
+        sx.sparsify(model)
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(40, 40))
+    with pytest.raises(SparsifyError, match="inference_mode"):
+        sx.sparsify(model)

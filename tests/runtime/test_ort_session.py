@@ -111,12 +111,17 @@ def test_a_model_that_an_operator_refuses_is_named(library: Path, tmp_path: Path
         srigl_fx.runtime.load(path)
 
 
-def test_a_library_that_is_none_is_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_none_is_named_and_the_fallback_serves(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     broken = tmp_path / "libbroken.so"
     broken.write_bytes(b"no library")
     monkeypatch.setattr(session_module, "library_path", lambda: broken)
-    with pytest.raises(LibraryError, match=r"libbroken\.so"):
-        srigl_fx.runtime.load(model)
+    with pytest.raises(LibraryError, match=r"libbroken\.so.*delete it"):
+        srigl_fx.runtime.register(onnxruntime.SessionOptions())
+    with caplog.at_level(logging.WARNING, logger="srigl_fx"):
+        _assert_right(srigl_fx.runtime.load(model))
+    assert "libbroken.so" in caplog.text
 
 
 def test_an_instruction_set_that_is_unknown_is_refused(
@@ -124,4 +129,4 @@ def test_an_instruction_set_that_is_unknown_is_refused(
 ) -> None:
     monkeypatch.setenv("SRIGL_FX_ISA", "sse9")
     with pytest.raises(LibraryError, match="SRIGL_FX_ISA must be one of"):
-        srigl_fx.runtime.load(model)
+        srigl_fx.runtime.register(onnxruntime.SessionOptions())

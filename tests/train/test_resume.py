@@ -167,3 +167,15 @@ def test_static_resumes() -> None:
     resumed = Static(model, optimizer)
     resumed.load_state_dict(state)
     assert resumed.steps == 3
+
+
+@pytest.mark.parametrize("key", ["steps", "last_update", "update_due", "weights", "captured"])
+@pytest.mark.parametrize("value", ["missing", "x", -5])
+def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
+    _, _, trainer = _start()
+    state = {**trainer.state_dict(), "steps": 17, key: value}
+    if value == "missing":
+        del state[key]
+    with pytest.raises(TrainerError, match=f"damaged at .*{key}"):
+        trainer.load_state_dict(state)
+    assert trainer.steps == 0
