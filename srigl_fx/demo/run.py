@@ -206,13 +206,14 @@ def _explanation(rows: Sequence[Row]) -> str:
     """How the table was measured, and which of its rows did not gain."""
     text = (
         "   Accuracy, latency and the largest difference between PyTorch and ONNX Runtime come from the ONNX files.\n"
-        "   Latency: median of one call, batch 1, one thread, dense and sparse in turns.\n"
+        "   Latency: median of one call, batch 1, one thread, dense and sparse in turns. Active: neurons of the sparse\n"
+        "   layers; which layers are too small to be sparse depends on the sparsity.\n"
         f"   ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}, {_cpu()}."
     )
     if any(row.sparse_us is not None and row.sparse_us > row.dense_us for row in rows):
         text += (
-            "\n   Where sparse is slower than dense, layers are too small to gain, or convolutions, whose kernel is a\n"
-            "   plain loop: these files condense every layer all the same.\n"
+            "\n   Where sparse is slower than dense, layers are too small to gain: these files condense every layer all\n"
+            "   the same.\n"
             "   sx.export_onnx(..., min_speedup=1.0) condenses only the layers that gain, measured on your machine."
         )
     return text
@@ -247,7 +248,7 @@ def _write_csv(rows: Sequence[Row], path: Path) -> None:
 def _what_next(out: Path, wide: Run, seconds: float) -> str:
     return (
         f"\nDone in {seconds:.0f} seconds. What to look at next, in {out}:\n"
-        "   topology.png   how SRigL moved weights and switched neurons off, layer by layer\n"
+        "   topology.png   fan-in and active neurons by layer over training (a flat line: no neuron was ablated)\n"
         "   results.csv    the tables above, unrounded (results.txt: as printed)\n"
         f"   *.onnx         the networks; try: srigl-fx inspect {out / wide.file_name}\n"
         "The code that trained them: srigl_fx/demo/train.py. For a model of your own: examples/quickstart.py."
