@@ -206,8 +206,8 @@ def _explanation(rows: Sequence[Row]) -> str:
     """How the table was measured, and which of its rows did not gain."""
     text = (
         "   Accuracy, latency and the largest difference between PyTorch and ONNX Runtime come from the ONNX files.\n"
-        "   Latency: median of one call, batch 1, one thread, dense and sparse in turns. Active: neurons of the sparse\n"
-        "   layers; which layers are too small to be sparse depends on the sparsity.\n"
+        "   Latency: median of one call, batch 1, one thread, dense and sparse in turns. Active: neurons of the "
+        "sparse\n   layers; which layers are too small to be sparse depends on the sparsity.\n"
         f"   ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}, {_cpu()}."
     )
     if any(row.sparse_us is not None and row.sparse_us > row.dense_us for row in rows):
