@@ -212,8 +212,8 @@ def _explanation(rows: Sequence[Row]) -> str:
     )
     if any(row.sparse_us is not None and row.sparse_us > row.dense_us for row in rows):
         text += (
-            "\n   Where sparse is slower than dense, layers are too small to gain: these files condense every layer all\n"
-            "   the same.\n"
+            "\n   Where sparse is slower than dense, layers are too small to gain: these files condense every layer "
+            "all\n   the same.\n"
             "   sx.export_onnx(..., min_speedup=1.0) condenses only the layers that gain, measured on your machine."
         )
     return text
