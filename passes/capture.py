@@ -4,7 +4,9 @@ Owns the chain of attempts of ``torch.export`` and what is said when all fail. I
 serialised by a lock (``torch.export`` is not thread-safe) and leaves the model as it was.
 """
 
+import contextlib
 import inspect
+import io
 import logging
 import threading
 import warnings
@@ -168,19 +170,21 @@ def _plain_attention() -> Iterator[None]:
 
 @contextmanager
 def _quiet_torch() -> Iterator[None]:
-    """Keep torch from logging tracebacks of attempts that fail here; the last resort chains its cause."""
+    """Keep torch from logging and printing graphs of attempts that fail here; the error that is raised says why."""
     thread = threading.get_ident()
 
     def of_others(record: logging.LogRecord) -> bool:
         return record.thread != thread
 
-    handlers = list(logging.getLogger("torch").handlers)
-    for handler in handlers:
+    loggers = [logger for name, logger in logging.root.manager.loggerDict.items() if name.partition(".")[0] == "torch"]
+    handlers = {id(h): h for logger in loggers if isinstance(logger, logging.Logger) for h in logger.handlers}
+    for handler in handlers.values():
         handler.addFilter(of_others)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        for handler in handlers:
+        for handler in handlers.values():
             handler.removeFilter(of_others)
 
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from srigl_fx import masks as masks
     from srigl_fx import passes as passes
     from srigl_fx import runtime as runtime
+    from srigl_fx import train as train
     from srigl_fx.errors import SriglError as SriglError
     from srigl_fx.export import export_onnx as export_onnx
     from srigl_fx.lowering import load_lowered as load_lowered
@@ -37,7 +38,7 @@ _NAMES = {
     "LayerSpec": "srigl_fx.specs",
     "SriglError": "srigl_fx.errors",
 }
-_MODULES = ("masks", "passes", "runtime", "errors")
+_MODULES = ("masks", "train", "passes", "runtime", "errors")
 
 __all__ = [  # noqa: RUF022 - in the order a user meets them
     "sparsify",

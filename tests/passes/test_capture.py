@@ -158,3 +158,21 @@ def test_training_mode_is_refused() -> None:
 def test_inputs_must_be_a_tuple(inputs: Any) -> None:
     with pytest.raises(CaptureError, match="tuple"):
         normalise_inputs(inputs)
+
+
+class BranchesOnValues(nn.Module):
+    """Cannot be exported: its path depends on what the tensor holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y.relu() if y.sum() > 0 else y
+
+
+def test_a_failed_capture_says_why_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CaptureError, match=r"cannot capture BranchesOnValues whole.*torch\.cond"):
+        capture(BranchesOnValues().eval(), (torch.randn(2, 8),))
+    assert capfd.readouterr() == ("", "")
