@@ -22,11 +22,7 @@ from srigl_fx.errors import FormatError
 from srigl_fx.runtime.format import range_problem
 from srigl_fx.runtime.jit import IndexName, entry
 from srigl_fx.runtime.kernels import conv
-from srigl_fx.runtime.kernels.linear import TILE
-
-# From this batch on, samples are computed a tile at a time, whatever its filling: the tile breaks even with single
-# dot products at 16 samples (80 % sparse) to 32 (95 %).
-TILED_FROM_BATCH = 24
+from srigl_fx.runtime.kernels.linear import TILE, TILED_FROM_BATCH
 
 _INDEX_NAMES: dict[torch.dtype, IndexName] = {torch.uint16: "uint16", torch.int32: "int32"}
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor bias"

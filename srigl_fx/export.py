@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.errors import ExportError, LibraryError
 from srigl_fx.lowered import LoweredModule
 from srigl_fx.lowering import lower
@@ -28,7 +29,6 @@ from srigl_fx.runtime.ort.fallback import fallback_functions
 if TYPE_CHECKING:
     import onnx
 
-TOLERANCE = 1e-4  # of the largest output, for float32
 _LARGEST_FILE = 2**31 - 1  # what one protobuf message may hold
 
 
@@ -255,17 +255,5 @@ def _compare(
             )
         served = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
         for one, other in zip(expected, served, strict=True):
-            worst = max(worst, _relative_error(one, torch.from_numpy(other)))
+            worst = max(worst, relative_error(one, torch.from_numpy(other)))
     return worst
-
-
-def _relative_error(expected: Tensor, got: Tensor) -> float:
-    if expected.shape != got.shape:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    expected, got = expected.double(), got.double()
-    difference = (expected - got).abs().masked_fill((expected == got) | (expected.isnan() & got.isnan()), 0.0)
-    scale = float(expected[expected.isfinite()].abs().max()) if expected.isfinite().any() else 0.0
-    largest = float(difference.max())
-    return largest / scale if scale else (float("inf") if largest else 0.0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.masks.records import WeightRecord, all_records
@@ -24,8 +25,6 @@ from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Decision, Layer, Program, Times, Use
 from srigl_fx.passes.select import Select
 from srigl_fx.runtime.autotune import measure
-
-TOLERANCE = 1e-4  # of the largest output, for float32
 
 
 def lower(
@@ -247,7 +246,7 @@ def _verify(program: Program, lowered: LoweredModule) -> float:
                 f"the lowered model gives {len(got)} outputs, the model {len(expected)}: please report it"
             )
         for position, (one, other) in enumerate(zip(expected, got, strict=True)):
-            error = _relative_error(one, other)
+            error = relative_error(one, other)
             if not error <= TOLERANCE:
                 layers = ", ".join(layer.weight.fqn for layer in program.layers if layer.decision != "dense")
                 raise LoweringError(
@@ -257,22 +256,3 @@ def _verify(program: Program, lowered: LoweredModule) -> float:
                 )
             worst = max(worst, error)
     return worst
-
-
-def _relative_error(expected: Any, got: Any) -> float:
-    """The largest difference over the largest expected value; infinite where type, shape or NaNs differ."""
-    if not isinstance(expected, Tensor):
-        return 0.0 if not isinstance(got, Tensor) and expected == got else float("inf")
-    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
-        return float("inf")
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, got) else float("inf")
-    finite = expected.isfinite()
-    if not torch.equal(expected[~finite].nan_to_num(), got[~finite].nan_to_num()) or not bool(
-        got[finite].isfinite().all()
-    ):
-        return float("inf")
-    if not finite.any():
-        return 0.0
-    difference, scale = float((expected[finite] - got[finite]).abs().max()), float(expected[finite].abs().max())
-    return difference / scale if scale else (float("inf") if difference else 0.0)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx import export
+from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.errors import CaptureError, ExportError, LibraryError
 from srigl_fx.runtime.ort import session as session_module
 from srigl_fx.runtime.ort.fallback import fallback_functions
@@ -260,12 +261,12 @@ def test_nothing_is_printed_or_logged(
 
 def test_relative_error() -> None:
     one = torch.tensor([1.0, -4.0, float("nan"), float("inf")])
-    assert export._relative_error(one, one) == 0
-    assert export._relative_error(one[:2], one[:2] + 1) == 0.25
-    assert export._relative_error(one[:2], one[:1]) == float("inf")
-    assert export._relative_error(torch.zeros(2), torch.full((2,), 1e-30)) == float("inf")
+    assert relative_error(one, one) == 0
+    assert relative_error(one[:2], one[:2] + 1) == 0.25
+    assert relative_error(one[:2], one[:1]) == float("inf")
+    assert relative_error(torch.zeros(2), torch.full((2,), 1e-30)) == float("inf")
     for other in (torch.tensor([1.0, -4.0, 0.0, float("inf")]), torch.tensor([1.0, -4.0, float("nan"), 1.0])):
-        assert not export._relative_error(one, other) <= export.TOLERANCE
+        assert not relative_error(one, other) <= TOLERANCE
 
 
 class Shared(nn.Module):

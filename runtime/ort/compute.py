@@ -5,7 +5,7 @@ refused is ``checks``'s, arithmetic is the kernels'; it must not know how nodes 
 """
 
 from srigl_fx.runtime.kernels import conv
-from srigl_fx.runtime.kernels.linear import TILE
+from srigl_fx.runtime.kernels.linear import TILE, TILED_FROM_BATCH
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.checks import check_weights, describe_float, refuse, tensor_data
 from srigl_fx.runtime.ort.primitives import call, external, inlined, load, stack, store, symbol, text
@@ -17,7 +17,6 @@ _ACCUMULATOR_WORDS = conv.ACCUMULATORS // 2 + 8  # and room to align them
 
 _malloc, _free = external("malloc", 1), external("free", 1)
 
-_TILED_FROM_BATCH = 24  # below, padding to a tile costs more than it saves
 _TASK_WORK = 1 << 15  # multiply-adds that are worth a task of their own
 _MAX_TASKS = 64
 _CACHE_LINE = 64
@@ -227,7 +226,7 @@ def compute_linear(node: int, context: int) -> int:
     if n_active == 0:
         return 0
     index_type = load(weights, abi.WEIGHTS_INDEX_TYPE)
-    if batch >= _TILED_FROM_BATCH:
+    if batch >= TILED_FROM_BATCH:
         store(job, abi.JOB_KERNEL, _index_kernel(node, abi.TABLE_LINEAR_TILE, index_type))
         return _run_tasks(node, context, symbol("srigl_linear_tile_task"), (batch + TILE - 1) // TILE, job)
     blocks = _blocks(n_active, batch * n_active * k)

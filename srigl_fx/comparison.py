@@ -1,0 +1,34 @@
+"""How far two results may lie apart, and how far they do.
+
+Owns the one measure that lowering and export verify with; it must not know what is compared.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = 1e-4  # of the largest output, for float32
+
+
+def relative_error(expected: Any, got: Any) -> float:
+    """The largest difference over the largest expected value; infinite where type, shape or NaNs differ.
+
+    Example:
+        >>> relative_error(torch.tensor([1.0, -4.0]), torch.tensor([2.0, -4.0]))
+        0.25
+    """
+    if not isinstance(expected, Tensor):
+        return 0.0 if not isinstance(got, Tensor) and expected == got else float("inf")
+    if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
+        return float("inf")
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, got) else float("inf")
+    finite = expected.isfinite()
+    same = (expected == got) | (expected.isnan() & got.isnan())
+    if not bool(same[~finite].all()) or not bool(got[finite].isfinite().all()):
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    difference, scale = float((expected[finite] - got[finite]).abs().max()), float(expected[finite].abs().max())
+    return difference / scale if scale else (float("inf") if difference else 0.0)
