@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srigl_fx.errors import StructureError, TrainerError
-from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.errors import TrainerError
+from srigl_fx.masks.records import SparseWeight
 from srigl_fx.train.engine import MaskEngine, check_attachable
 from srigl_fx.train.schedules import captures_gradient, end_step, is_update_step
+from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, layout, plain, shape
 
 _log = logging.getLogger(__name__)
-_STATE_VERSION = 1
 
 
 class Trainer(ABC):
@@ -98,17 +98,17 @@ class Trainer(ABC):
             include_gradients: Also the gradients of the unfinished step, for a save between two micro-batches.
         """
         state: dict[str, Any] = {
-            "version": _STATE_VERSION,
+            "version": STATE_VERSION,
             "method": type(self).__name__,
             "steps": self.steps,
             "last_update": self.last_update,
             "update_due": self._due,
-            "weights": _layout(self.model),
+            "weights": layout(self.model),
             "captured": self._engine.captured(inside_step=include_gradients),
         }
         if include_gradients:
             state["gradients"] = {
-                _plain(name): parameter.grad.clone()
+                plain(name): parameter.grad.clone()
                 for name, parameter in self.model.named_parameters()
                 if parameter.grad is not None
             }
@@ -122,11 +122,11 @@ class Trainer(ABC):
             TrainerError: The state is of another version, method or model; nothing is changed then.
             StructureError: The state is of another sparsity or structure; nothing is changed then.
         """
-        _check_state(state, type(self).__name__)
-        _check_layout(state["weights"], _layout(self.model))
+        check_state(state, type(self).__name__)
+        check_layout(state["weights"], layout(self.model))
         gradients: dict[str, Tensor] = state.get("gradients", {})
-        parameters = {_plain(name): parameter for name, parameter in self.model.named_parameters()}
-        if unknown := [name for name, grad in gradients.items() if _shape(parameters.get(name)) != grad.shape]:
+        parameters = {plain(name): parameter for name, parameter in self.model.named_parameters()}
+        if unknown := [name for name, grad in gradients.items() if shape(parameters.get(name)) != grad.shape]:
             raise TrainerError(f"the state holds gradients that fit no parameter of the model: {', '.join(unknown)}")
         self._steps, self._overflows = state["steps"], None
         self.last_update, self._due = state["last_update"], state["update_due"]
@@ -214,75 +214,3 @@ def check_share(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
         raise TrainerError(f"{name} is {value!r}, but must be a number in [0, 1]")
-
-
-def _layout(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What must agree between a saved run and the one that resumes it."""
-    return {
-        handle.record.site.fqn: {
-            "shape": list(handle.record.site.shape),
-            "structure": handle.record.structure,
-            "budgets": list(handle.record.budgets),
-        }
-        for handle in sparse_weights(model)
-    }
-
-
-def _check_state(state: Any, method: str) -> None:
-    """Require what ``state_dict`` writes, whole, before any of it is used."""
-    if not isinstance(state, dict):
-        raise TrainerError(f"a trainer's state is a dict, as state_dict() gives it, not {type(state).__name__}")
-    if state.get("version") != _STATE_VERSION or state.get("method") != method:
-        raise TrainerError(
-            f"this is no state of {method} (version {_STATE_VERSION}) but of {state.get('method')} "
-            f"(version {state.get('version')}): resume with the method that was saved"
-        )
-
-    def is_count(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-    weights, captured = state.get("weights"), state.get("captured")
-    sound = {
-        "steps": is_count(state.get("steps")),
-        "last_update": "last_update" in state and (state["last_update"] is None or is_count(state["last_update"])),
-        "update_due": isinstance(state.get("update_due"), bool),
-        "weights": isinstance(weights, dict),
-        "captured": isinstance(weights, dict)
-        and isinstance(captured, dict)
-        and all(_fits(tensors, weights.get(name)) for name, tensors in captured.items()),
-        "gradients": isinstance(state.get("gradients", {}), dict)
-        and all(isinstance(grad, Tensor) for grad in state.get("gradients", {}).values()),
-    }
-    if damaged := [name for name, is_sound in sound.items() if not is_sound]:
-        raise TrainerError(f"the trainer's state is damaged at {', '.join(damaged)}; load another checkpoint")
-
-
-def _fits(tensors: object, layout: object) -> bool:
-    """Whether captured gradients of a weight are tensors of its shape."""
-    return (
-        isinstance(tensors, dict)
-        and isinstance(layout, dict)
-        and set(tensors) <= {"total", "dense"}
-        and all(isinstance(tensor, Tensor) and list(tensor.shape) == layout.get("shape") for tensor in tensors.values())
-    )
-
-
-def _check_layout(saved: dict[str, dict[str, Any]], live: dict[str, dict[str, Any]]) -> None:
-    if saved.keys() != live.keys():
-        differing = sorted(saved.keys() ^ live.keys())
-        raise TrainerError(f"the state is of another model: only one of the two masks {', '.join(differing[:5])}")
-    for name, layout in live.items():
-        if saved[name] != layout:
-            raise StructureError(
-                f"{name}: saved with {saved[name]}, but the model has {layout}: sparsify it with the arguments of the "
-                "saved run"
-            )
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without the prefixes of torch.compile and data parallelism."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def _shape(parameter: nn.Parameter | None) -> torch.Size | None:
-    return None if parameter is None else parameter.shape

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from srigl_fx.errors import StructureError
+from srigl_fx.train.selection import top, top_of_rows
 
 AblationMode = Literal["fraction", "absolute"]
 
@@ -75,9 +76,9 @@ def srigl_update(
     kept = min(_kept_count(mask, drop_fraction), int((magnitude > 0).sum()))
     grown = int(mask.sum()) - kept
     active = ~frozen
-    keep = _top(magnitude, kept)
+    keep = top(magnitude, kept)
     if threshold := _ablation_threshold(ablation, ablation_mode, budget // rows):
-        salient = keep | _top(gradient.masked_fill(frozen[:, None], -1) if frozen.any() else gradient, grown)
+        salient = keep | top(gradient.masked_fill(frozen[:, None], -1) if frozen.any() else gradient, grown)
         counts = salient.sum(dim=1).masked_fill(frozen, -1)
         survivors = min(rows, max(budget // fan_in + 1, min_neurons or 0))
         active &= counts >= min(threshold, int(counts.sort(descending=True).values[survivors - 1]))
@@ -85,13 +86,13 @@ def srigl_update(
 
     if not active.all():
         magnitude = magnitude.masked_fill(~active[:, None], -1)
-        keep = _top(magnitude, kept) & (magnitude > 0)
+        keep = top(magnitude, kept) & (magnitude > 0)
     held = keep.sum(dim=1)
     if int(held.max()) > new_fan_in:
         # A neuron that came back lowers the fan-in of all: a row may hold too many, and loses its smallest.
-        keep = _top_of_rows(magnitude.masked_fill(~keep, -1), held.clamp(max=new_fan_in))
+        keep = top_of_rows(magnitude.masked_fill(~keep, -1), held.clamp(max=new_fan_in))
         held = held.clamp(max=new_fan_in)
-    return keep | _top_of_rows(gradient.masked_fill(keep, -1), (new_fan_in - held) * active)
+    return keep | top_of_rows(gradient.masked_fill(keep, -1), (new_fan_in - held) * active)
 
 
 @torch.no_grad()
@@ -195,40 +196,7 @@ def _ablation_threshold(ablation: float | None, mode: AblationMode, first_fan_in
     raise StructureError(f'ablation {ablation} with mode {mode!r}: use a fraction, or "absolute" with a whole number')
 
 
-def _top(scores: Tensor, count: int) -> Tensor:
-    """Bool mask of the ``count`` highest scores of the layer, ties to the lowest flat index; never negative ones."""
-    candidates = scores[scores >= 0]
-    if count == 0 or not candidates.numel():
-        return torch.zeros_like(scores, dtype=torch.bool)
-    lowest = candidates.kthvalue(max(1, candidates.numel() - count + 1)).values
-    return _first_at_least(scores.reshape(1, -1), lowest, min(count, candidates.numel())).reshape(scores.shape)
-
-
-def _top_of_rows(scores: Tensor, counts: Tensor) -> Tensor:
-    """Bool mask of the ``counts[i]`` highest scores of each row i, ties to the lowest index."""
-    most = int(counts.max())
-    if most == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    lowest = scores.topk(most, dim=1).values.gather(1, (counts - 1).clamp(min=0)[:, None])
-    lowest = torch.where((counts > 0)[:, None], lowest, torch.inf)
-    return _first_at_least(scores, lowest, counts)
-
-
-def _first_at_least(scores: Tensor, lowest: Tensor, counts: Tensor | int) -> Tensor:
-    """What lies above the level ``lowest`` of each row, and the first entries at it, ``counts`` in all.
-
-    Selection by a level instead of a stable sort: several times faster on large layers.
-    """
-    chosen = scores >= lowest
-    if int(chosen.count_nonzero()) == int(torch.as_tensor(counts).sum()):
-        return chosen  # no tie at the level
-    above = scores > lowest
-    level = scores == lowest
-    wanted = torch.as_tensor(counts, device=scores.device).reshape(-1, 1) - above.sum(dim=1, keepdim=True)
-    return above | (level & (level.cumsum(dim=1) <= wanted))
-
-
 def _drop_and_grow(magnitude: Tensor, growth: Tensor, mask: Tensor, drop_fraction: float) -> Tensor:
     kept = _kept_count(mask, drop_fraction)
-    keep = _top(magnitude, kept)
-    return keep | _top(growth.masked_fill(keep, -1), int(mask.sum()) - kept)
+    keep = top(magnitude, kept)
+    return keep | top(growth.masked_fill(keep, -1), int(mask.sum()) - kept)
