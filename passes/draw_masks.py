@@ -6,10 +6,11 @@ Rules:
     1. Each block of a weight draws its own mask within its own budget, from a generator seeded by the call's seed and
        the weight's name, so a weight's mask does not depend on the others.
     2. Values off the mask are exactly zero.
+    3. Where masks start full, to be pruned in training, the record says so.
 """
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -17,17 +18,16 @@ from torch import Tensor, nn
 
 from srigl_fx.masks.initialisation import initialise
 from srigl_fx.masks.records import WeightRecord
-from srigl_fx.masks.structures import initial_mask
+from srigl_fx.masks.structures import MaskInit, initial_mask
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.draft import Draft
 
-MaskInit = Literal["magnitude", "random"]
 WeightInit = Literal["keep", "kaiming", "torch", "grad_flow_ref"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DrawMasks(Pass[Draft]):
-    """Fill ``draft.masks`` and ``draft.values`` for every sparse record (rules 1-2 of the module)."""
+    """Fill ``draft.masks`` and ``draft.values`` for every sparse record (rules 1-3 of the module)."""
 
     mask_init: MaskInit
     weight_init: WeightInit
@@ -38,6 +38,7 @@ class DrawMasks(Pass[Draft]):
         for fqn, record in subject.records.items():
             if record.sparse:
                 subject.masks[fqn], subject.values[fqn] = self._draw(fqn, subject.model.get_parameter(fqn), record)
+                subject.records[fqn] = replace(record, dense_start=self.mask_init == "dense")
         return PassResult(subject=subject, changed=False)
 
     @torch.no_grad()

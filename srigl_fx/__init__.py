@@ -20,16 +20,24 @@ if TYPE_CHECKING:
     from srigl_fx.sparsification import sparsify as sparsify
     from srigl_fx.specs import LayerSpec as LayerSpec
     from srigl_fx.summaries import summary as summary
-    from srigl_fx.train.trainers import SRigL as SRigL
-    from srigl_fx.train.trainers import Static as Static
+    from srigl_fx.train.gmp import GMP as GMP
+    from srigl_fx.train.rigl import RigL as RigL
+    from srigl_fx.train.set import SET as SET
+    from srigl_fx.train.snfs import SNFS as SNFS
+    from srigl_fx.train.srigl import SRigL as SRigL
+    from srigl_fx.train.static import Static as Static
 
 __version__ = "0.1.0"
 
 _NAMES = {
     "sparsify": "srigl_fx.sparsification",
     "finalize": "srigl_fx.sparsification",
-    "SRigL": "srigl_fx.train.trainers",
-    "Static": "srigl_fx.train.trainers",
+    "SRigL": "srigl_fx.train.srigl",
+    "RigL": "srigl_fx.train.rigl",
+    "SET": "srigl_fx.train.set",
+    "SNFS": "srigl_fx.train.snfs",
+    "Static": "srigl_fx.train.static",
+    "GMP": "srigl_fx.train.gmp",
     "summary": "srigl_fx.summaries",
     "verify": "srigl_fx.masks.invariants",
     "lower": "srigl_fx.lowering",
@@ -43,7 +51,11 @@ _MODULES = ("masks", "train", "passes", "runtime", "errors")
 __all__ = [  # noqa: RUF022 - in the order a user meets them
     "sparsify",
     "SRigL",
+    "RigL",
+    "SET",
+    "SNFS",
     "Static",
+    "GMP",
     "summary",
     "verify",
     "finalize",

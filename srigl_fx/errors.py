@@ -51,6 +51,10 @@ class FormatError(SriglError, ValueError):
     """A condensed weight, or a file that holds one, is malformed."""
 
 
+class CheckpointError(SriglError, ValueError):
+    """A checkpoint is damaged, foreign, does not fit, or cannot be written; nothing was changed by it."""
+
+
 class LibraryError(SriglError, RuntimeError):
     """The ONNX Runtime operator library is missing, unusable here, or could not be built."""
 

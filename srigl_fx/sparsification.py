@@ -11,12 +11,13 @@ from torch import fx, nn
 
 from srigl_fx.errors import SparsifyError, StructureError
 from srigl_fx.masks.records import Structure, all_records
+from srigl_fx.masks.structures import MaskInit
 from srigl_fx.nn.sparse_module import detach_masks
 from srigl_fx.passes.assign_budgets import DISTRIBUTIONS, AssignBudgets, Distribution
 from srigl_fx.passes.base import run
 from srigl_fx.passes.discover import Discover
 from srigl_fx.passes.draft import Draft
-from srigl_fx.passes.draw_masks import DrawMasks, MaskInit, WeightInit
+from srigl_fx.passes.draw_masks import DrawMasks, WeightInit
 from srigl_fx.passes.insert_masks import InsertMasks, restore_graph
 from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_sparsity
 
@@ -56,7 +57,8 @@ def sparsify(
             that over a type.
         filter_fn: Asked first, with a module's name and the module: False leaves its weights dense.
         structure: ``"constant_fan_in"`` (every neuron keeps equally many weights) or ``"unstructured"``.
-        mask_init: Keep the largest weights, or random ones.
+        mask_init: Keep the largest weights (``"magnitude"``), ``"random"`` ones, or all for now (``"dense"``), to be
+            pruned gradually down to the budgets by :class:`srigl_fx.GMP`.
         weight_init: How kept weights start: ``"keep"`` their values, or drawn anew for the sparse fan-in by
             ``"kaiming"`` (std sqrt(2 / k)), ``"torch"`` (uniform within 1 / sqrt(k)) or ``"grad_flow_ref"``
             (std 2 / k).
@@ -66,8 +68,8 @@ def sparsify(
         seed: Seeds masks and initialisation; each weight's draw depends on the seed and its name alone.
 
     Raises:
-        SparsifyError: If the sparsity is outside [0, 1), the model is sparse already, there is nothing to sparsify, a
-            rule names a layer too small for a fan-in of 1, or ``strict`` is violated.
+        SparsifyError: If the sparsity is outside [0, 1), the model is sparse already or wrapped for several processes,
+            there is nothing to sparsify, a rule names a layer too small for a fan-in of 1, or ``strict`` is violated.
         RuleError: If a rule is malformed or matches no weight.
 
     In each case the model is as it was.
@@ -78,7 +80,10 @@ def sparsify(
         >>> sparsify(model, sparsity=0.75, distribution="uniform", rules={"2": None})[0]
         SparseLinear(in_features=64, out_features=32, bias=True, fan_in=16/64, active=32/32)
     """
+    from srigl_fx.train import distributed
+
     _check_arguments(model, sparsity, distribution, structure, mask_init, weight_init)
+    distributed.check_unwrapped(model, "sparsify")
     if filter_fn is not None and not callable(filter_fn):
         raise SparsifyError(f"filter_fn must be a function of a module's name and the module, got {filter_fn!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -97,6 +102,7 @@ def sparsify(
         InsertMasks(),
     )
     run(passes, Draft(model))
+    distributed.ignore_masks(model)
     return model
 
 
@@ -106,7 +112,7 @@ def finalize(model: Model) -> Model:
     A trainer that is still attached is detached. The outputs do not change.
 
     Raises:
-        SparsifyError: If nothing in ``model`` was sparsified.
+        SparsifyError: If nothing in ``model`` was sparsified, or its weights are spread over processes.
 
     Example:
         >>> import torch
@@ -115,13 +121,16 @@ def finalize(model: Model) -> Model:
         (Linear(in_features=64, out_features=32, bias=True), ['0.bias', '0.weight'])
     """
     from srigl_fx import masks
-    from srigl_fx.train.engine import detach_from
+    from srigl_fx.train import detach_from, distributed
 
     owners = {id(owner): owner for _, owner, _ in all_records(model)}
     if not owners:
         raise SparsifyError(f"this {type(model).__name__} was not sparsified: there are no masks to take away")
+    distributed.check_unwrapped(model, "finalize")
     detach_from(model)
     masks.apply(model)
+    for module in model.modules():
+        distributed.forget_masks(module)
     for owner in owners.values():
         detach_masks(owner)
     for module in model.modules():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from srigl_fx.masks import budgets, distributions, initialisation, invariants, records, structures
+from srigl_fx.masks import budgets, distributions, initialisation, invariants, records, shards, structures
 from srigl_fx.masks.invariants import verify
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "invariants",
     "named_masks",
     "records",
+    "shards",
     "strip",
     "structures",
     "verify",
@@ -52,7 +53,8 @@ def apply(model: nn.Module) -> None:
         >>> apply(nn.Linear(3, 2))
     """
     for handle in records.sparse_weights(model):
-        handle.weight.masked_fill_(~handle.mask, 0.0)
+        weight = handle.weight
+        shards.local(weight).masked_fill_(~shards.part(handle.mask, weight), 0.0)
 
 
 def strip(state_dict: Mapping[str, Any]) -> dict[str, Any]:

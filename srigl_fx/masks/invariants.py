@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import InvariantError
 from srigl_fx.masks.records import Block, SparseWeight, sparse_weights
+from srigl_fx.masks.shards import local, part
 
 _REMEDY = "; srigl_fx.masks.apply(model) sets the weights to zero there"
 
@@ -20,10 +21,12 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
 
     1. The mask is a bool tensor of the weight's shape, on its device.
     2. The weight is exactly zero off the mask (a NaN there counts as not zero).
-    3. No block of rows keeps more weights than its budget.
+    3. No block of rows keeps more weights than its budget, unless gradual pruning is still on its way there.
     4. With constant fan-in, every active neuron of a block has the same fan-in, ``budget // active`` or the full one,
-       and enough neurons are active to hold the budget.
+       and enough neurons are active to hold the budget. While gradual pruning is on its way, every neuron is active.
     5. Every optimizer state tensor of the weight's shape is exactly zero off the mask.
+
+    Of a weight that is spread over processes, each checks the part it holds.
 
     Args:
         model: A model that was sparsified; a model without masks passes.
@@ -39,7 +42,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """
     for handle in sparse_weights(model):
         weight, mask = _tensors(handle)
-        if count := int(((weight != 0) & ~mask).sum()):
+        held = part(mask, weight)
+        if count := int(((local(weight) != 0) & ~held).sum()):
             raise InvariantError(f"{handle.fqn}: {count} weights off the mask are not zero{_REMEDY}")
         matrix = handle.record.site.to_matrix(mask)
         for block, budget in zip(handle.record.site.blocks, handle.record.budgets, strict=True):
@@ -48,16 +52,31 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
         for key, value in state.items():
             if not isinstance(value, Tensor) or value.shape != weight.shape:
                 continue
-            if bool((~value.isfinite() & ~mask).any()):
+            value = local(value)
+            if bool((~value.isfinite() & ~held).any()):
                 raise InvariantError(
                     f"{handle.fqn}: the optimizer state {key!r} is not finite: a gradient was NaN or infinite at some "
                     "step; resume from an earlier checkpoint, at a lower learning rate"
                 )
-            if bool(((value != 0) & ~mask).any()):
+            if bool(((value != 0) & ~held).any()):
                 raise InvariantError(
                     f"{handle.fqn}: the optimizer state {key!r} is not zero off the mask; attach a trainer "
                     "(SRigL or Static) to this optimizer, or create the optimizer anew"
                 )
+
+
+def over_budget(model: nn.Module) -> list[str]:
+    """The names of the weights whose masks keep more than their budget, as gradual pruning starts from.
+
+    Example:
+        >>> over_budget(nn.Linear(4, 2))
+        []
+    """
+    return [
+        handle.fqn
+        for handle in sparse_weights(model)
+        if handle.record.dense_start and int(handle.mask.sum()) > sum(handle.record.budgets)
+    ]
 
 
 def _tensors(handle: SparseWeight) -> tuple[nn.Parameter, Tensor]:
@@ -79,6 +98,13 @@ def _check_block(handle: SparseWeight, block: Block, budget: int, mask: Tensor) 
     where = f"{handle.fqn} (rows {block.start}-{block.stop - 1}, {block.name})" if block.name else handle.fqn
     counts = mask.sum(dim=1)
     kept = int(counts.sum())
+    if handle.record.dense_start and kept > budget:
+        if handle.record.structure == "constant_fan_in" and int(counts.min()) != int(counts.max()):
+            raise InvariantError(
+                f"{where}: gradual pruning must leave every neuron the same fan-in, but they range from "
+                f"{int(counts.min())} to {int(counts.max())}"
+            )
+        return
     if kept > budget:
         raise InvariantError(f"{where}: the mask keeps {kept} weights, more than the budget of {budget}")
     if handle.record.structure != "constant_fan_in":

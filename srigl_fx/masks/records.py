@@ -10,7 +10,7 @@ pickle and wrappers; handles are made anew from the model whenever they are need
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from torch import Tensor, fx, nn
@@ -136,6 +136,7 @@ class WeightRecord:
         reason: Why it stays dense ("" where it is sparse).
         budgets: For each block, the number of weights it may keep.
         ablation: For each block, its own ablation threshold from a rule; None means the trainer's.
+        dense_start: Whether the mask starts full and may exceed the budget until gradual pruning has reached it.
     """
 
     site: WeightSite
@@ -143,6 +144,7 @@ class WeightRecord:
     reason: str = ""
     budgets: tuple[int, ...] = ()
     ablation: tuple[float | None, ...] = ()
+    dense_start: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -212,6 +214,16 @@ def all_records(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightRecord
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
     """Live handles on every mask-managed weight below ``model``, in registration order."""
     return [SparseWeight(fqn, owner, record) for fqn, owner, record in all_records(model) if record.sparse]
+
+
+def set_dense_start(model: nn.Module, value: bool) -> None:
+    """Say for every mask-managed weight below ``model`` whether its mask may exceed the budget for now."""
+    for module in model.modules():
+        if records := records_on(module):
+            set_records(
+                module,
+                {name: replace(kept, dense_start=value and kept.sparse) for name, kept in records.items()},
+            )
 
 
 def dense_record(site: WeightSite, reason: str) -> WeightRecord:

@@ -12,7 +12,7 @@ from torch import Tensor
 from srigl_fx.errors import StructureError
 from srigl_fx.masks.records import Structure
 
-MaskInit = Literal["magnitude", "random"]
+MaskInit = Literal["magnitude", "random", "dense"]
 
 
 def initial_mask(
@@ -25,8 +25,9 @@ def initial_mask(
         structure: "constant_fan_in" keeps exactly ``budget // n`` weights in every row; "unstructured" keeps exactly
             ``budget`` weights anywhere.
         budget: Number of weights the layer may keep.
-        init: "magnitude" keeps the largest absolute values (ties to the lowest index), "random" a uniform draw.
-        generator: Source of the random draw; unused for "magnitude".
+        init: "magnitude" keeps the largest absolute values (ties to the lowest index), "random" a uniform draw;
+            "dense" keeps everything, for gradual pruning down to the budget.
+        generator: Source of the random draw; else unused.
 
     Returns:
         Bool mask (n, F) on the weight's device.
@@ -57,8 +58,10 @@ def initial_mask(
     if init == "random":
         # Drawn where the generator lives, so that the mask does not depend on the weight's device.
         scores = torch.rand(scores.shape, generator=generator, dtype=torch.float64, device=generator.device)
+    elif init == "dense":
+        return torch.ones(rows, fan_in, dtype=torch.bool, device=weight.device)
     elif init != "magnitude":
-        raise StructureError(f'the mask initialisation is {init!r}; choose "magnitude" or "random"')
+        raise StructureError(f'the mask initialisation is {init!r}; choose "magnitude", "random" or "dense"')
     chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :kept].to(weight.device)
     mask = torch.zeros(chosen.shape[0], weight.numel() // chosen.shape[0], dtype=torch.bool, device=weight.device)
     return mask.scatter_(1, chosen, True).reshape(rows, fan_in)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, records_on, set_records
+from srigl_fx.masks.shards import local, part
 
 if TYPE_CHECKING:
     from srigl_fx.runtime.format import CondensedWeight
@@ -53,9 +54,20 @@ class SparseModule:
                 )
         return found
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        project_loaded(cast(nn.Module, self), state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[misc]
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        project_loaded(cast(nn.Module, self), state_dict, prefix, error_msgs)
+        super()._load_from_state_dict(  # type: ignore[misc]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A generated class cannot be pickled by name: rebuild it from its base.
@@ -70,19 +82,29 @@ def describe(module: nn.Module, attr: str, record: WeightRecord) -> str:
     return f"{name}fan_in={int(counts.max())}/{record.site.matrix_shape[1]}, active={active}/{len(counts)}"
 
 
-def project_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str) -> None:
+def project_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:
     """Make a state_dict fit ``module`` before it is loaded: masks that are missing stay, weights are masked.
 
     So a dense checkpoint loads into a sparse model, and stored weights are zero off the mask whatever the file held.
+    What cannot be a mask is reported in ``errors``, from which torch makes its RuntimeError; that weight and its mask
+    are left as they are.
     """
     for name, record in records_on(module).items():
         if not record.sparse:
             continue
         key = prefix + name
-        mask = state_dict.setdefault(key + MASK_SUFFIX, module.get_buffer(name + MASK_SUFFIX))
-        weight = state_dict.get(key)
-        if isinstance(weight, Tensor) and isinstance(mask, Tensor) and weight.shape == mask.shape:
-            projected = weight.detach().masked_fill(~mask.to(weight.device, torch.bool), 0)
+        own = module.get_buffer(name + MASK_SUFFIX)
+        mask = state_dict.setdefault(key + MASK_SUFFIX, own)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != own.shape:
+            found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            errors.append(
+                f"{key + MASK_SUFFIX} must be a bool tensor {tuple(own.shape)}, not {found}: masks come from a model "
+                "that was sparsified as this one; to keep those it has, load srigl_fx.masks.strip(state_dict)"
+            )
+            state_dict[key + MASK_SUFFIX], state_dict[key] = own, module.get_parameter(name)
+        elif isinstance(weight := state_dict.get(key), Tensor) and weight.shape == mask.shape:
+            projected = weight.detach().clone()
+            local(projected).masked_fill_(~part(mask.to(weight.device, torch.bool), weight), 0)
             state_dict[key] = nn.Parameter(projected) if isinstance(weight, nn.Parameter) else projected
 
 
@@ -146,5 +168,5 @@ def forget_loading(module: nn.Module) -> None:
             del module._load_state_dict_pre_hooks[key]
 
 
-def _project_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    project_loaded(module, state_dict, prefix)
+def _project_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
+    project_loaded(module, state_dict, prefix, more[-1])

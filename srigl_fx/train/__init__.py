@@ -3,7 +3,13 @@
 Owns how masks change and how they are kept during training. It must not know graph passes or what executes a model.
 """
 
+from srigl_fx.train.distributed import ignore_masks
 from srigl_fx.train.engine import detach_from
-from srigl_fx.train.trainers import SRigL, Static
+from srigl_fx.train.gmp import GMP
+from srigl_fx.train.rigl import RigL
+from srigl_fx.train.set import SET
+from srigl_fx.train.snfs import SNFS
+from srigl_fx.train.srigl import SRigL
+from srigl_fx.train.static import Static
 
-__all__ = ["SRigL", "Static", "detach_from"]
+__all__ = ["GMP", "SET", "SNFS", "RigL", "SRigL", "Static", "detach_from", "ignore_masks"]

@@ -6,17 +6,20 @@ not know how any method chooses them.
 
 import logging
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srigl_fx.errors import TrainerError
+from srigl_fx.masks.invariants import over_budget, verify
 from srigl_fx.masks.records import SparseWeight
+from srigl_fx.masks.shards import shard_like
 from srigl_fx.train.engine import MaskEngine, check_attachable
 from srigl_fx.train.schedules import captures_gradient, end_step, is_update_step
-from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, layout, plain, shape
+from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout, plain
 
 _log = logging.getLogger(__name__)
 
@@ -34,6 +37,13 @@ class Trainer(ABC):
         auto: Whether updates happen within ``optimizer.step()``.
         last_update: The step of the last update, None before the first.
     """
+
+    needs_gradient: ClassVar[bool] = True
+    """Whether updates look at the dense gradient; where they do not, none is captured."""
+    gradient_decay: ClassVar[float | None] = None
+    """Where given, updates see the gradients of all steps, those before the last one decayed by this at each step."""
+    prunes_from_dense: ClassVar[bool] = False
+    """Whether the method brings masks that keep more than their budget down to it."""
 
     def __init__(
         self,
@@ -53,6 +63,11 @@ class Trainer(ABC):
         check_count("update_every", update_every)
         check_count("grad_samples", grad_samples)
         check_share("stop_at", stop_at)
+        if not self.prunes_from_dense and (full := over_budget(model)):
+            raise TrainerError(
+                f'the mask of {full[0]} keeps more weights than its budget, as sparsify(..., mask_init="dense") and '
+                f"unfinished gradual pruning leave it: train with GMP, or sparsify anew for {type(self).__name__}"
+            )
         if grad_samples > update_every:
             raise TrainerError(f"grad_samples is {grad_samples}, but only {update_every} steps lie between two updates")
         self.model = model
@@ -63,10 +78,10 @@ class Trainer(ABC):
         self.last_update: int | None = None
         self._steps = 0
         self._overflows: Tensor | None = None
-        self._due = False
+        self._due = self._near_update = False
         self._changed_at: int | None = None
         self._logged: set[str] = set()
-        self._engine = MaskEngine(model, optimizer, self._after_step)
+        self._engine = MaskEngine(model, optimizer, self._after_step, self._settings())
         self._prepare()
 
     @property
@@ -96,7 +111,13 @@ class Trainer(ABC):
 
         Args:
             include_gradients: Also the gradients of the unfinished step, for a save between two micro-batches.
+
+        Returns:
+            Plain values, dicts and tensors. Tensors whose number changes as training goes on are in tuples, which
+            torch.distributed.checkpoint restores whole, where it fills a dict only as far as it exists already.
         """
+        # An update that waits for step() has its gradients inside the step that is done.
+        captured = self._engine.captured(inside_step=include_gradients or self._due)
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "method": type(self).__name__,
@@ -104,14 +125,16 @@ class Trainer(ABC):
             "last_update": self.last_update,
             "update_due": self._due,
             "weights": layout(self.model),
-            "captured": self._engine.captured(inside_step=include_gradients),
+            "captured": tuple(
+                (name, part, tensor) for name, parts in captured.items() for part, tensor in parts.items()
+            ),
         }
+        if extra := self._extra_state():
+            state["extra"] = extra
         if include_gradients:
-            state["gradients"] = {
-                plain(name): parameter.grad.clone()
-                for name, parameter in self.model.named_parameters()
-                if parameter.grad is not None
-            }
+            state["gradients"] = tuple(
+                (plain(name), grad) for name, grad in self._engine.gradients(self.model.named_parameters()).items()
+            )
         return state
 
     @torch.no_grad()
@@ -121,25 +144,57 @@ class Trainer(ABC):
         Raises:
             TrainerError: The state is of another version, method or model; nothing is changed then.
             StructureError: The state is of another sparsity or structure; nothing is changed then.
+            InvariantError: The model's weights and masks are not those of such a run; nothing is changed then.
         """
-        check_state(state, type(self).__name__)
-        check_layout(state["weights"], layout(self.model))
-        gradients: dict[str, Tensor] = state.get("gradients", {})
-        parameters = {plain(name): parameter for name, parameter in self.model.named_parameters()}
-        if unknown := [name for name, grad in gradients.items() if shape(parameters.get(name)) != grad.shape]:
-            raise TrainerError(f"the state holds gradients that fit no parameter of the model: {', '.join(unknown)}")
+        self.check_state_dict(state)
+        verify(self.model)
+        self._load_extra_state(state)
         self._steps, self._overflows = state["steps"], None
         self.last_update, self._due = state["last_update"], state["update_due"]
         self._changed_at = None
-        for name, grad in gradients.items():
-            parameters[name].grad = grad.to(parameters[name].device).clone()
+        if "gradients" in state:
+            gradients = dict(state["gradients"])
+            for name, parameter in self.model.named_parameters():
+                grad = gradients.get(plain(name))
+                parameter.grad = None if grad is None else shard_like(grad.to(parameter.device), parameter)
         self._engine.refresh()
         self._prepare()
-        self._engine.restore_captured(state["captured"])
+        captured: dict[str, dict[str, Tensor]] = {}
+        for name, part, tensor in state["captured"]:
+            captured.setdefault(name, {})[part] = tensor
+        self._engine.restore_captured(captured)
+        self._engine.check_processes(steps=self.steps)
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Check whether a state is one that :meth:`load_state_dict` can load, before the model has loaded its own.
+
+        Raises:
+            TrainerError: The state is of another version, method or model, or it is damaged.
+            StructureError: The state is of another sparsity or structure.
+        """
+        check_state(state, type(self).__name__)
+        check_layout(state["weights"], layout(self.model))
+        check_tensors(state, self.model)
 
     @abstractmethod
-    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> list[tuple[SparseWeight, Tensor]]:
-        """The masks after the update at ``step``, for the weights whose dense gradients are given by name."""
+    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> Iterable[tuple[SparseWeight, Tensor]]:
+        """The masks after the update at ``step``, one at a time, for weights whose dense gradients are given by name.
+
+        Of a weight that is spread over processes each has its part of the gradient.
+        """
+
+    def _settings(self) -> dict[str, Any]:
+        """What must be the same on all processes that train the model."""
+        plain = (bool, int, float, str, type(None))
+        values = {name: value for name, value in vars(self).items() if name[0] != "_" and isinstance(value, plain)}
+        return {"the method": type(self).__name__, **values}
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What the method itself must save."""
+        return {}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most methods have none
+        """Load ``state["extra"]``, the last that may raise: ``state`` is sound otherwise, and nothing changed yet."""
 
     def _after_step(self, overflow: Tensor | None) -> None:
         before = self._steps
@@ -148,47 +203,52 @@ class Trainer(ABC):
             # A fused optimizer skips the step itself: counted on the device, and read only where it matters.
             skipped = (overflow != 0).to(torch.int64)
             self._overflows = skipped if self._overflows is None else self._overflows + skipped
-        if (self._engine.capturing or self._captures(self._steps)) and self.steps > before:
+        if (self._near_update or self._captures(self._steps)) and self.steps > before:
             self._due |= is_update_step(self.steps, every=self.update_every, end=self.end)
             self._due &= self.steps < self.end
             if not self._due:
-                self._engine.keep_gradients()
+                self._engine.keep_gradients(self.gradient_decay or 1.0)
             elif self.auto:
                 self._update()
         self._prepare()
 
     def _captures(self, steps: int) -> bool:
-        return captures_gradient(steps, every=self.update_every, end=self.end, samples=self.grad_samples)
+        """Whether the step after ``steps`` completed ones counts towards an update."""
+        samples = self.update_every if self.gradient_decay else self.grad_samples
+        return captures_gradient(steps, every=self.update_every, end=self.end, samples=samples)
 
     def _prepare(self) -> None:
         """Get ready for the gradients of the next step."""
-        capturing = self._due or self._captures(self._steps)
-        if not capturing:
+        self._near_update = self._due or self._captures(self._steps)
+        if not self._near_update:
             self._engine.drop_gradients()
-        self._engine.capturing = capturing
+        self._engine.capturing = self._near_update and self.needs_gradient
 
     @torch.no_grad()
     def _update(self) -> None:
         """Change the masks, or leave the update due where the gradients do not allow it."""
-        found = {handle.fqn: self._engine.gradient(handle) for handle in self._engine.weights}
-        gradients = {name: gradient for name, gradient in found.items() if gradient is not None}
-        infinite = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
-        if infinite or not gradients:
+        gradients = self._engine.join_gradients()
+        flags = self._engine.processes.any_has([not bool(grad.isfinite().all()) for grad in gradients.values()])
+        infinite = [name for name, flag in zip(gradients, flags, strict=True) if flag]
+        if infinite or (self.needs_gradient and not gradients):
             cause = "infinite" if infinite else "none"
             what = f"non-finite gradients, first of {infinite[0]}" if infinite else "no gradients"
             self._log_once(cause, "update at step %d postponed: %s", self.steps, what)
             self._engine.drop_gradients()
             return
-        if without := [name for name in found if name not in gradients]:
+        names = [handle.fqn for handle in self._engine.weights]
+        if self.needs_gradient and (without := [name for name in names if name not in gradients]):
             self._log_once("partial", "masks without a gradient stay at step %d: %s", self.steps, ", ".join(without))
-        masks = self._new_masks(self.steps, gradients)
-        changed = [(handle, mask) for handle, mask in masks if not torch.equal(handle.mask, mask)]
-        for handle, mask in changed:
-            self._engine.set_mask(handle, mask)
-        if changed:
-            self._changed_at = self.steps
+        for handle, mask in self._new_masks(self.steps, gradients):
+            if not torch.equal(handle.mask, mask):
+                self._engine.set_mask(handle, mask)
+                self._changed_at = self.steps
+        self._engine.check_processes()
         self.last_update, self._due = self.steps, False
-        self._engine.drop_gradients()
+        if self.gradient_decay:
+            self._engine.keep_gradients(self.gradient_decay)
+        else:
+            self._engine.drop_gradients()
 
     def _log_once(self, cause: str, message: str, *details: object) -> None:
         if cause not in self._logged:

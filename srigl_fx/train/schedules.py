@@ -31,6 +31,30 @@ def cosine_drop_fraction(step: int, *, initial: float, end: int) -> float:
     return initial / 2 * (1 + math.cos(math.pi * step / end))
 
 
+def cubic_sparsity(step: int, *, final: float, end: int, initial: float = 0.0) -> float:
+    """The sparsity of gradual pruning at ``step``: fast at first, from ``initial`` to ``final`` at ``end``.
+
+    Source: To Prune, or Not to Prune (Zhu & Gupta, 2017), equation 1.
+
+    Example:
+        >>> [round(cubic_sparsity(step, final=0.8, end=100), 4) for step in (0, 25, 50, 100, 200)]
+        [0.0, 0.4625, 0.7, 0.8, 0.8]
+    """
+    if step >= end:
+        return final
+    return final + (initial - final) * (1 - step / end) ** 3
+
+
+def last_update_step(*, every: int, end: int) -> int:
+    """The last step at which masks change, 0 if there is none.
+
+    Example:
+        >>> last_update_step(every=100, end=400), last_update_step(every=100, end=100)
+        (300, 0)
+    """
+    return max(0, (end - 1) // every * every)
+
+
 def is_update_step(step: int, *, every: int, end: int) -> bool:
     """Whether masks change once ``step`` optimizer steps are done: at multiples of ``every`` below ``end``.
 

@@ -5,7 +5,6 @@ Owns the checks that come before any of a state is used. It must not know traine
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from srigl_fx.errors import StructureError, TrainerError
@@ -39,30 +38,53 @@ def check_state(state: Any, method: str) -> None:
     def is_count(value: object) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
-    weights, captured = state.get("weights"), state.get("captured")
+    weights = state.get("weights")
     sound = {
         "steps": is_count(state.get("steps")),
         "last_update": "last_update" in state and (state["last_update"] is None or is_count(state["last_update"])),
         "update_due": isinstance(state.get("update_due"), bool),
-        "weights": isinstance(weights, dict),
-        "captured": isinstance(weights, dict)
-        and isinstance(captured, dict)
-        and all(_fits(tensors, weights.get(name)) for name, tensors in captured.items()),
-        "gradients": isinstance(state.get("gradients", {}), dict)
-        and all(isinstance(grad, Tensor) for grad in state.get("gradients", {}).values()),
+        "weights": isinstance(weights, dict) and all(isinstance(value, dict) for value in weights.values()),
+        "captured": _is_table(state.get("captured"), (str, str, Tensor)),
+        "gradients": _is_table(state.get("gradients", ()), (str, Tensor)),
     }
     if damaged := [name for name, is_sound in sound.items() if not is_sound]:
         raise TrainerError(f"the trainer's state is damaged at {', '.join(damaged)}; load another checkpoint")
 
 
-def _fits(tensors: object, layout: object) -> bool:
-    """Whether captured gradients of a weight are tensors of its shape."""
+def _is_table(value: object, row: tuple[type, ...]) -> bool:
+    """Whether ``value`` is a tuple of tuples of the types in ``row``, the first columns of which differ."""
     return (
-        isinstance(tensors, dict)
-        and isinstance(layout, dict)
-        and set(tensors) <= {"total", "dense"}
-        and all(isinstance(tensor, Tensor) and list(tensor.shape) == layout.get("shape") for tensor in tensors.values())
+        isinstance(value, tuple | list)
+        and all(isinstance(entry, tuple | list) and len(entry) == len(row) for entry in value)
+        and all(isinstance(item, kind) for entry in value for item, kind in zip(entry, row, strict=True))
+        and len({tuple(entry[:-1]) for entry in value}) == len(value)
     )
+
+
+def check_tensors(state: dict[str, Any], model: nn.Module) -> None:
+    """Require that a sound state's gradients are those of the model's parameters: known names, shapes and dtypes.
+
+    Raises:
+        TrainerError: Naming those that are not.
+
+    Example:
+        >>> import torch
+        >>> check_tensors({"captured": (), "gradients": (("weight", torch.ones(2, 3)),)}, nn.Linear(3, 2))
+    """
+    parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
+    masked = {handle.record.site.fqn: handle.weight for handle in sparse_weights(model)}
+    unknown = [name for name, grad in state.get("gradients", ()) if not _fits(grad, parameters.get(name))]
+    unknown += [
+        f"{name} ({part})"
+        for name, part, tensor in state["captured"]
+        if part not in ("total", "dense") or not _fits(tensor, masked.get(name))
+    ]
+    if unknown:
+        raise TrainerError(f"the state holds gradients that fit no parameter of the model: {', '.join(unknown[:5])}")
+
+
+def _fits(grad: Tensor, parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and grad.shape == parameter.shape and grad.dtype == parameter.dtype
 
 
 def check_layout(saved: dict[str, dict[str, Any]], live: dict[str, dict[str, Any]]) -> None:
@@ -89,13 +111,3 @@ def check_layout(saved: dict[str, dict[str, Any]], live: dict[str, dict[str, Any
 def plain(name: str) -> str:
     """A parameter's name without the prefixes of torch.compile and data parallelism."""
     return name.replace("_orig_mod.", "").removeprefix("module.")
-
-
-def shape(parameter: nn.Parameter | None) -> torch.Size | None:
-    """A parameter's shape; None where there is none.
-
-    Example:
-        >>> shape(nn.Linear(3, 2).weight)
-        torch.Size([2, 3])
-    """
-    return None if parameter is None else parameter.shape

@@ -6,13 +6,15 @@ every process finds the same mask.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from srigl_fx.errors import StructureError
-from srigl_fx.train.selection import top, top_of_rows
+from srigl_fx.masks.records import Structure
+from srigl_fx.train.selection import Scores, top, top_of_rows
 
 AblationMode = Literal["fraction", "absolute"]
 
@@ -69,30 +71,28 @@ def srigl_update(
         raise StructureError(f"a budget of {budget} weights gives {rows} neurons a fan-in of 0: reduce the sparsity")
     if budget >= rows * fan_in:
         return mask.clone()
-    magnitude = _magnitudes(weight, mask)
-    gradient = _gradients(grad)
     frozen = torch.zeros(rows, dtype=torch.bool, device=mask.device) if frozen_rows is None else frozen_rows
     # A weight that is exactly zero has nothing to keep: it competes by its gradient, like an inactive one.
-    kept = min(_kept_count(mask, drop_fraction), int((magnitude > 0).sum()))
+    kept = min(_kept_count(mask, drop_fraction), _nonzero_count(weight, mask))
     grown = int(mask.sum()) - kept
     active = ~frozen
-    keep = top(magnitude, kept)
+    keep = top(_magnitudes(weight, mask), kept)
     if threshold := _ablation_threshold(ablation, ablation_mode, budget // rows):
-        salient = keep | top(gradient.masked_fill(frozen[:, None], -1) if frozen.any() else gradient, grown)
-        counts = salient.sum(dim=1).masked_fill(frozen, -1)
+        salient = top(Scores(grad, active[:, None].expand_as(mask) if frozen.any() else None), grown)
+        counts = salient.logical_or_(keep).sum(dim=1).masked_fill(frozen, -1)
         survivors = min(rows, max(budget // fan_in + 1, min_neurons or 0))
         active &= counts >= min(threshold, int(counts.sort(descending=True).values[survivors - 1]))
     new_fan_in = min(fan_in, budget // max(1, int(active.sum())))
 
     if not active.all():
-        magnitude = magnitude.masked_fill(~active[:, None], -1)
-        keep = top(magnitude, kept) & (magnitude > 0)
+        among = mask & active[:, None]
+        keep = top(_magnitudes(weight, among), min(kept, _nonzero_count(weight, among)))
     held = keep.sum(dim=1)
     if int(held.max()) > new_fan_in:
         # A neuron that came back lowers the fan-in of all: a row may hold too many, and loses its smallest.
-        keep = top_of_rows(magnitude.masked_fill(~keep, -1), held.clamp(max=new_fan_in))
+        keep = top_of_rows(_magnitudes(weight, keep), held.clamp(max=new_fan_in))
         held = held.clamp(max=new_fan_in)
-    return keep | top_of_rows(gradient.masked_fill(keep, -1), (new_fan_in - held) * active)
+    return top_of_rows(Scores(grad, ~keep), (new_fan_in - held) * active).logical_or_(keep)
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def rigl_update(weight: Tensor, grad: Tensor, mask: Tensor, *, drop_fraction: fl
         [[1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
     """
     _check(weight, mask, drop_fraction, grad)
-    return _drop_and_grow(_magnitudes(weight, mask), _gradients(grad), mask, drop_fraction)
+    return _drop_and_grow(weight, grad, mask, drop_fraction)
 
 
 @torch.no_grad()
@@ -150,8 +150,119 @@ def set_update(weight: Tensor, mask: Tensor, *, drop_fraction: float, generator:
         (4, [True, True])
     """
     _check(weight, mask, drop_fraction)
-    scores = torch.rand(mask.shape, generator=generator, dtype=torch.float64, device=generator.device).to(mask.device)
-    return _drop_and_grow(_magnitudes(weight, mask), scores, mask, drop_fraction)
+    scores = random_scores(mask.shape, generator).to(mask.device)
+    return _drop_and_grow(weight, scores, mask, drop_fraction)
+
+
+@torch.no_grad()
+def snfs_update(weight: Tensor, momentum: Tensor, mask: Tensor, *, drop_fraction: float) -> Tensor:
+    """One SNFS update: drop the smallest weights of the layer and grow as many where the momentum is largest.
+
+    Args:
+        weight: Values (n, F).
+        momentum: Decaying sum of the dense gradients (n, F); values that are not finite count as 0.
+        mask: Bool mask (n, F).
+        drop_fraction: Share of the active weights to replace, in [0, 1].
+
+    Returns:
+        The new bool mask (n, F), with as many entries as the old one.
+
+    Raises:
+        StructureError: Shapes, dtypes or the fraction do not fit.
+
+    Source: Sparse Networks from Scratch (Dettmers & Zettlemoyer, 2019), growth within a layer.
+
+    Example:
+        >>> weight = torch.tensor([[0.9, -0.8, 0.0, 0.0], [0.1, 0.0, -0.7, 0.0]])
+        >>> momentum = torch.tensor([[0.0, 0.0, 0.2, 0.3], [0.0, -0.9, 0.0, 0.7]])
+        >>> snfs_update(weight, momentum, weight != 0, drop_fraction=0.5).int().tolist()
+        [[1, 1, 0, 0], [0, 1, 0, 1]]
+    """
+    return rigl_update(weight, momentum, mask, drop_fraction=drop_fraction)
+
+
+@torch.no_grad()
+def gmp_update(weight: Tensor, mask: Tensor, *, count: int, structure: Structure = "unstructured") -> Tensor:
+    """One step of gradual magnitude pruning: keep the ``count`` largest active weights; nothing grows.
+
+    Args:
+        weight: Values (n, F).
+        mask: Bool mask (n, F); weights off it are not kept, whatever their value.
+        count: Number of weights to keep, at least n with constant fan-in.
+        structure: "unstructured" ranks the layer; "constant_fan_in" keeps ``count // n`` weights of every row.
+
+    Returns:
+        The new bool mask (n, F), part of the old one.
+
+    Raises:
+        StructureError: Shapes or dtypes do not fit, or the count leaves a row without any weight.
+
+    Source: To Prune, or Not to Prune (Zhu & Gupta, 2017).
+
+    Example:
+        >>> weight = torch.tensor([[0.9, -0.8, 0.3], [0.1, 0.2, -0.7]])
+        >>> everything = torch.ones(2, 3, dtype=torch.bool)
+        >>> gmp_update(weight, everything, count=3).int().tolist()
+        [[1, 1, 0], [0, 0, 1]]
+        >>> gmp_update(weight, everything, count=3, structure="constant_fan_in").int().tolist()
+        [[1, 0, 0], [0, 0, 1]]
+    """
+    _check(weight, mask, 0.0)
+    rows = len(mask)
+    magnitude = _magnitudes(weight, mask)
+    if structure == "unstructured":
+        return top(magnitude, count)
+    if count < rows:
+        raise StructureError(f"{count} weights give {rows} neurons a fan-in of 0: reduce the sparsity")
+    return top_of_rows(magnitude, mask.sum(dim=1).clamp(max=count // rows))
+
+
+@torch.no_grad()
+def drop_and_grow(
+    weight: Tensor, growth: Tensor, mask: Tensor, *, budget: int, drop_fraction: float, structure: Structure
+) -> Tensor:
+    """Drop the smallest weights of the layer and grow where ``|growth|`` is largest: the frame of RigL, SET and SNFS.
+
+    Args:
+        weight: Values (n, F).
+        growth: Scores (n, F), also off the mask; only their magnitude counts, and none where it is not finite.
+        mask: Bool mask (n, F).
+        budget: Number of weights the layer may keep.
+        drop_fraction: Share of the active weights to replace, in [0, 1].
+        structure: "unstructured" grows anywhere in the layer and keeps the number of weights as it is;
+            "constant_fan_in" grows within each row, up to ``budget // n``.
+
+    Returns:
+        The new bool mask (n, F).
+
+    Raises:
+        StructureError: Shapes, dtypes or numbers do not fit.
+
+    Source: RigL (Evci et al., 2020), algorithm 1; per row, SRigL (Lasby et al., ICLR 2024), section 3.
+
+    Example:
+        >>> weight = torch.tensor([[0.9, -0.8, 0.0, 0.0], [0.1, 0.0, -0.7, 0.0], [0.0, 0.3, 0.0, 0.2]])
+        >>> growth = torch.tensor([[0.5, -0.1, 0.2, 0.3], [0.05, -0.9, 0.15, 0.7], [0.6, 0.25, -0.35, 0.01]])
+        >>> for structure in ("unstructured", "constant_fan_in"):
+        ...     drop_and_grow(
+        ...         weight, growth, weight != 0, budget=6, drop_fraction=0.4, structure=structure
+        ...     ).int().tolist()
+        [[1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
+        [[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]]
+    """
+    if structure == "unstructured":
+        return rigl_update(weight, growth, mask, drop_fraction=drop_fraction)
+    return srigl_update(weight, growth, mask, budget=budget, drop_fraction=drop_fraction)
+
+
+def random_scores(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Uniform scores in [0, 1), float64, on the generator's device: SET's growth.
+
+    Example:
+        >>> random_scores((2, 3), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 3])
+    """
+    return torch.rand(tuple(shape), generator=generator, dtype=torch.float64, device=generator.device)
 
 
 def _check(weight: Tensor, mask: Tensor, drop_fraction: float, grad: Tensor | None = None) -> None:
@@ -164,18 +275,14 @@ def _check(weight: Tensor, mask: Tensor, drop_fraction: float, grad: Tensor | No
         raise StructureError(f"the drop fraction is {drop_fraction}, but must lie in [0, 1]")
 
 
-def _magnitudes(weight: Tensor, mask: Tensor) -> Tensor:
-    """|w| of active weights, -1 elsewhere."""
-    return torch.nan_to_num(_at_least_float32(weight).abs(), nan=0.0).masked_fill(~mask, -1)
+def _magnitudes(weight: Tensor, mask: Tensor) -> Scores:
+    """|w| of active weights; infinite ones, unlike gradients, are the largest."""
+    return Scores(weight, mask, finite=False)
 
 
-def _gradients(grad: Tensor) -> Tensor:
-    """|g|, with 0 where it is not finite: no evidence for growth."""
-    return torch.nan_to_num(_at_least_float32(grad).abs(), nan=0.0, posinf=0.0)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _nonzero_count(weight: Tensor, mask: Tensor) -> int:
+    """The number of active weights that are neither 0 nor NaN."""
+    return int(((weight > 0) | (weight < 0)).logical_and_(mask).sum())
 
 
 def _kept_count(mask: Tensor, drop_fraction: float) -> int:
@@ -196,7 +303,7 @@ def _ablation_threshold(ablation: float | None, mode: AblationMode, first_fan_in
     raise StructureError(f'ablation {ablation} with mode {mode!r}: use a fraction, or "absolute" with a whole number')
 
 
-def _drop_and_grow(magnitude: Tensor, growth: Tensor, mask: Tensor, drop_fraction: float) -> Tensor:
+def _drop_and_grow(weight: Tensor, growth: Tensor, mask: Tensor, drop_fraction: float) -> Tensor:
     kept = _kept_count(mask, drop_fraction)
-    keep = top(magnitude, kept)
-    return keep | top(growth.masked_fill(keep, -1), int(mask.sum()) - kept)
+    keep = top(_magnitudes(weight, mask), kept)
+    return top(Scores(growth, ~keep), int(mask.sum()) - kept).logical_or_(keep)

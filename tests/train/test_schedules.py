@@ -5,7 +5,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srigl_fx.train.schedules import captures_gradient, cosine_drop_fraction, end_step, is_update_step
+from srigl_fx.train.schedules import (
+    captures_gradient,
+    cosine_drop_fraction,
+    cubic_sparsity,
+    end_step,
+    is_update_step,
+    last_update_step,
+)
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.3), (250, 0.25607), (500, 0.15), (1000, 0.0), (2000, 0.0)])
@@ -23,6 +30,27 @@ def test_cosine_falls_from_its_start_to_zero(end: int, initial: float) -> None:
     assert values[0] == initial
     assert all(a >= b >= 0 for a, b in itertools.pairwise(values))
     assert cosine_drop_fraction(end, initial=initial, end=end) == 0
+
+
+@given(st.integers(1, 5000), st.floats(0, 1), st.floats(0, 1))
+def test_cubic_rises_from_its_start_to_its_end(end: int, one: float, other: float) -> None:
+    initial, final = sorted((one, other))
+    steps = range(0, end + 1, max(1, end // 50))
+    values = [cubic_sparsity(step, final=final, end=end, initial=initial) for step in (*steps, end)]
+    assert values[0] == pytest.approx(initial)
+    assert values[-1] == final
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(values))
+
+
+def test_cubic_vectors() -> None:
+    assert cubic_sparsity(50, final=0.8, end=100) == pytest.approx(0.8 * (1 - 0.125))
+    assert cubic_sparsity(20, final=0.9, end=100, initial=0.5) == pytest.approx(0.9 - 0.4 * 0.512)
+
+
+@given(st.integers(1, 20), st.integers(0, 200))
+def test_the_last_update(every: int, end: int) -> None:
+    updates = [step for step in range(end + 1) if is_update_step(step, every=every, end=end)]
+    assert last_update_step(every=every, end=end) == max(updates, default=0)
 
 
 def test_updates_at_multiples_strictly_between() -> None:

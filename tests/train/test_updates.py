@@ -1,6 +1,5 @@
-"""The update rules against worked examples and against a slow, literal implementation."""
+"""The update rules against worked examples; the fuzz against a literal reading is in test_rules_fuzz.py."""
 
-import math
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from srigl_fx.errors import StructureError
-from srigl_fx.train.updates import rigl_update, set_update, srigl_update
+from srigl_fx.train.updates import drop_and_grow, gmp_update, rigl_update, set_update, snfs_update, srigl_update
 
 W_A = torch.tensor([[0.9, -0.8, 0, 0], [0.1, 0, -0.7, 0], [0, 0.3, 0, 0.2]])
 G_A = torch.tensor([[0.5, -0.1, 0.2, 0.3], [0.05, -0.9, 0.15, 0.7], [0.6, 0.25, -0.35, 0.01]])
@@ -139,137 +138,6 @@ def test_bad_arguments(change: dict[str, Any]) -> None:
         srigl(W_A, G_A, **{"budget": 6, "drop_fraction": 0.4, **change})
 
 
-# A literal reading of the rules: Python numbers, explicit loops, one step after the other.
-
-
-def literal_srigl(
-    weight: list[list[float]],
-    grad: list[list[float]],
-    mask: list[list[bool]],
-    *,
-    budget: int,
-    drop_fraction: float,
-    threshold: int,
-    min_neurons: int | None,
-    frozen: list[bool],
-) -> list[list[int]]:
-    rows, fan_in = len(mask), len(mask[0])
-    cells = [(i, j) for i in range(rows) for j in range(fan_in)]
-    size = {cell: abs(weight[cell[0]][cell[1]]) for cell in cells}
-    slope = {cell: abs(grad[cell[0]][cell[1]]) for cell in cells}
-    slope = {cell: value if math.isfinite(value) else 0.0 for cell, value in slope.items()}
-    on = [cell for cell in cells if mask[cell[0]][cell[1]]]
-
-    nonzero = [cell for cell in on if size[cell] > 0]
-    n_keep = min(len(on) - int(len(on) * drop_fraction), len(nonzero))
-    n_prune = len(on) - n_keep
-
-    ablated = list(frozen)
-    if threshold:
-        by_size = sorted(on, key=lambda cell: (-size[cell], cell))[:n_keep]
-        allowed = [cell for cell in cells if not frozen[cell[0]]]
-        by_slope = sorted(allowed, key=lambda cell: (-slope[cell], cell))[:n_prune]
-        counts = [sum(1 for cell in {*by_size, *by_slope} if cell[0] == i) for i in range(rows)]
-        others = sorted((counts[i] for i in range(rows) if not frozen[i]), reverse=True)
-        must_survive = min(rows, max(budget // fan_in + 1, min_neurons or 0))
-        limit = min(threshold, others[must_survive - 1]) if must_survive <= len(others) else 0
-        ablated = [frozen[i] or counts[i] < limit for i in range(rows)]
-
-    active = [i for i in range(rows) if not ablated[i]]
-    new = [[0] * fan_in for _ in range(rows)]
-    if not active:
-        return new
-    k = min(fan_in, budget // len(active))
-    kept = sorted((cell for cell in nonzero if not ablated[cell[0]]), key=lambda cell: (-size[cell], cell))[:n_keep]
-    for i in active:
-        mine = sorted((cell for cell in kept if cell[0] == i), key=lambda cell: (-size[cell], cell))[:k]
-        every_kept = {cell for cell in kept if cell[0] == i}
-        rest = [cell for cell in cells if cell[0] == i and cell not in every_kept]
-        mine += sorted(rest, key=lambda cell: (-slope[cell], cell))[: k - len(mine)]
-        for _, j in mine:
-            new[i][j] = 1
-    return new
-
-
-@st.composite
-def layers(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, Tensor]:
-    """(weight, grad, mask, budget, frozen rows) with few distinct values, so that ties and zeros are common."""
-    rows, fan_in = draw(st.integers(1, 6)), draw(st.integers(1, 7))
-    budget = draw(st.integers(rows, rows * fan_in))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    frozen = torch.zeros(rows, dtype=torch.bool)
-    if rows > 2 and draw(st.booleans()):
-        frozen[draw(st.integers(0, rows - 1))] = True
-    active = int((~frozen).sum())
-    k = min(fan_in, budget // active)
-    order = torch.rand(rows, fan_in, generator=generator).argsort(dim=1)
-    mask = (order < k) & ~frozen[:, None]
-    levels = draw(st.sampled_from([2, 3, 10, 10_000]))
-
-    def values() -> Tensor:
-        return torch.randint(-levels, levels + 1, (rows, fan_in), generator=generator) / levels
-
-    grad = values()
-    if draw(st.booleans()):
-        grad[torch.rand(rows, fan_in, generator=generator) < 0.1] = draw(
-            st.sampled_from([math.inf, -math.inf, math.nan])
-        )
-    return values() * mask, grad, mask, budget, frozen
-
-
-@settings(max_examples=400, deadline=None)
-@given(
-    layers(),
-    st.sampled_from([0.0, 0.1, 0.3, 0.5, 1.0]),
-    st.sampled_from([(None, "fraction"), (0.3, "fraction"), (0.95, "fraction"), (1, "absolute"), (3, "absolute")]),
-    st.sampled_from([None, 1, 2, 4]),
-)
-def test_equals_the_literal_reading(
-    layer: tuple[Tensor, Tensor, Tensor, int, Tensor],
-    drop_fraction: float,
-    ablation: tuple[float | None, Any],
-    min_neurons: int | None,
-) -> None:
-    weight, grad, mask, budget, frozen = layer
-    rows, fan_in = mask.shape
-    gamma, mode = ablation
-    threshold = (
-        0 if gamma is None else int(gamma) if mode == "absolute" else max(1, math.floor(gamma * (budget // rows)))
-    )
-    new = srigl_update(
-        weight,
-        grad,
-        mask,
-        budget=budget,
-        drop_fraction=drop_fraction,
-        ablation=gamma,
-        ablation_mode=mode,
-        min_neurons=min_neurons,
-        frozen_rows=frozen if frozen.any() else None,
-    )
-    if budget == rows * fan_in:
-        assert torch.equal(new, mask)
-        return
-    assert new.int().tolist() == literal_srigl(
-        weight.tolist(),
-        grad.tolist(),
-        mask.tolist(),
-        budget=budget,
-        drop_fraction=drop_fraction,
-        threshold=threshold,
-        min_neurons=min_neurons,
-        frozen=frozen.tolist(),
-    )
-    counts = new.sum(dim=1)
-    active = int((counts > 0).sum())
-    assert set(counts.tolist()) <= {0, min(fan_in, budget // active)}
-    assert int(new.sum()) <= budget
-    assert not new[frozen].any()
-    if not frozen.any():
-        assert active >= -(-budget // fan_in)
-        assert active >= min(rows, min_neurons or 0)
-
-
 def _random_layer(seed: int, rows: int = 24, fan_in: int = 40, k: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(rows, fan_in, generator=generator).argsort(dim=1) < k
@@ -308,6 +176,39 @@ def test_rigl_and_set_keep_the_number_of_weights(seed: int, drop_fraction: float
     ):
         assert int(new.sum()) == 18
         assert new.flatten()[survivors].all()
+
+
+def test_snfs_is_rigl_by_momentum() -> None:
+    assert snfs_update(W_A, G_A, W_A != 0, drop_fraction=0.4).int().tolist() == [
+        [1, 1, 0, 0],
+        [0, 1, 1, 1],
+        [0, 1, 0, 0],
+    ]
+
+
+def test_growth_is_ranked_by_the_structure() -> None:
+    mask = W_A != 0
+    shared: dict[str, Any] = {"budget": 6, "drop_fraction": 0.4}
+    anywhere = drop_and_grow(W_A, G_A, mask, structure="unstructured", **shared)
+    per_row = drop_and_grow(W_A, G_A, mask, structure="constant_fan_in", **shared)
+    assert anywhere.int().tolist() == [[1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
+    assert per_row.int().tolist() == E2
+
+
+def test_gmp_keeps_the_largest() -> None:
+    everything = torch.ones(3, 4, dtype=torch.bool)
+    assert gmp_update(W_A, everything, count=4).int().tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]]
+    assert gmp_update(W_A, everything, count=4, structure="constant_fan_in").int().tolist() == [
+        [1, 0, 0, 0],
+        [0, 0, 1, 0],
+        [0, 1, 0, 0],
+    ]
+    # Never more than there are; weights off the mask do not come back, whatever their value.
+    part = everything.clone()
+    part[0, 0] = False
+    assert torch.equal(gmp_update(W_A, part, count=12), part)
+    with pytest.raises(StructureError, match="3 neurons a fan-in of 0"):
+        gmp_update(W_A, everything, count=2, structure="constant_fan_in")
 
 
 def test_set_depends_on_its_generator() -> None:

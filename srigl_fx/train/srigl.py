@@ -1,10 +1,9 @@
-"""The training methods a user attaches: SRigL, and masks that stay as they are.
+"""SRigL: structured RigL with neuron ablation.
 
-Owns what each method adds to :class:`~srigl_fx.train.base.Trainer`: its arguments and its choice of masks. It must not
-know how masks are kept (:mod:`srigl_fx.train.engine`) or computed (:mod:`srigl_fx.train.updates`).
+Owns the method's arguments, and which layers are ablated at which threshold. It must not know how masks are kept
+(:mod:`srigl_fx.train.engine`) or computed (:mod:`srigl_fx.train.updates`).
 """
 
-import logging
 from collections.abc import Iterable
 from typing import Literal
 
@@ -14,46 +13,16 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import SparseWeight, sparse_weights
-from srigl_fx.train.base import Trainer, check_count, check_share
+from srigl_fx.train.base import check_count
+from srigl_fx.train.dynamic import DynamicTrainer, Layer
 from srigl_fx.train.engine import check_attachable
 from srigl_fx.train.protect import protected_weights
-from srigl_fx.train.schedules import cosine_drop_fraction
 from srigl_fx.train.updates import AblationMode, srigl_update
 
-_log = logging.getLogger(__name__)
+Revival = Literal["scaled", "reference"]
 
 
-class Static(Trainer):
-    """Masks that never change: gradients, weights and optimizer state stay zero off them.
-
-    Args:
-        model: A sparsified model.
-        optimizer: Holds its masked parameters.
-        total_steps: Not needed; accepted so that methods can be exchanged.
-
-    Raises:
-        TrainerError: The model has no masks, has a trainer already, or the optimizer does not fit.
-
-    Example:
-        >>> from srigl_fx import sparsify
-        >>> model = sparsify(nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2)), sparsity=0.5)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> trainer = Static(model, optimizer)
-        >>> model(torch.ones(1, 8)).sum().backward()
-        >>> optimizer.step()
-        >>> trainer.steps, trainer.last_update
-        (1, None)
-    """
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer, *, total_steps: int | None = None) -> None:
-        """Check the arguments, then attach to model and optimizer."""
-        super().__init__(model, optimizer, total_steps=total_steps)
-
-    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> list[tuple[SparseWeight, Tensor]]:
-        return []
-
-
-class SRigL(Trainer):
+class SRigL(DynamicTrainer):
     """Structured RigL: dynamic sparse training with constant fan-in and neuron ablation.
 
     Every ``update_every`` optimizer steps, until ``stop_at`` of all steps, each layer drops its smallest weights,
@@ -72,6 +41,10 @@ class SRigL(Trainer):
         ablation_mode: "fraction" or "absolute".
         min_neurons: Neurons that every block of a layer keeps in any case; the budget alone demands some.
         permanent_ablation: Ablated neurons never come back.
+        revival: How the gradients of ablated neurons compare with those of the others. A neuron without weights that
+            feeds a batch normalisation has zero variance, which magnifies its gradients by 1 / sqrt(eps), some 300
+            times: it would come back whatever it is worth. "scaled" brings an ablated neuron whose mean gradient
+            exceeds that of every other neuron in the layer down to their mean; "reference" takes it as it is.
         protect: Layers that are never ablated: "output" for those that feed the model's outputs, or names and globs.
         grad_samples: Optimizer steps before an update whose dense gradients are summed for growth.
         auto: Update within ``optimizer.step()``; else when :meth:`step` is called after it.
@@ -109,79 +82,60 @@ class SRigL(Trainer):
         ablation_mode: AblationMode = "fraction",
         min_neurons: int | None = None,
         permanent_ablation: bool = False,
+        revival: Revival = "scaled",
         protect: Literal["output"] | Iterable[str] = "output",
         grad_samples: int = 1,
         auto: bool = True,
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
         check_attachable(model, optimizer)
-        check_count("total_steps", total_steps)
-        check_share("drop_fraction", drop_fraction)
         if ablation_mode not in ("fraction", "absolute"):
             raise TrainerError(f'ablation_mode is {ablation_mode!r}; choose "fraction" or "absolute"')
         _check_ablation("ablation", ablation, ablation_mode)
+        if revival not in ("scaled", "reference"):
+            raise TrainerError(f'revival is {revival!r}; choose "scaled" or "reference"')
         if min_neurons is not None:
             check_count("min_neurons", min_neurons)
         for handle in sparse_weights(model):
             if handle.record.structure != "constant_fan_in":
                 raise StructureError(
                     f"{handle.fqn} is {handle.record.structure}, but SRigL trains constant fan-in: sparsify with "
-                    'structure="constant_fan_in", or train with Static'
+                    'structure="constant_fan_in", or train with RigL'
                 )
             for own in handle.record.ablation:
                 _check_ablation(f"the ablation that a rule gives {handle.fqn}", own, ablation_mode)
         self.protected = protected_weights(model, protect)
-        self.drop_fraction = drop_fraction
         self.ablation = ablation
         self.ablation_mode: AblationMode = ablation_mode
         self.min_neurons = min_neurons
         self.permanent_ablation = permanent_ablation
+        self.revival: Revival = revival
         super().__init__(
             model,
             optimizer,
             total_steps=total_steps,
             update_every=update_every,
+            drop_fraction=drop_fraction,
             stop_at=stop_at,
             grad_samples=grad_samples,
             auto=auto,
         )
-        if self.end <= update_every:
-            _log.warning(
-                "no update will happen: the first would be at step %d, but updates end before step %d; lower "
-                "update_every, or check that total_steps counts optimizer steps",
-                update_every,
-                self.end,
-            )
 
-    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> list[tuple[SparseWeight, Tensor]]:
-        drop_fraction = cosine_drop_fraction(step, initial=self.drop_fraction, end=self.end)
-        return [
-            (handle, self._new_mask(handle, gradients[handle.fqn], drop_fraction))
-            for handle in sparse_weights(self.model)
-            if handle.fqn in gradients
-        ]
-
-    def _new_mask(self, handle: SparseWeight, gradient: Tensor, drop_fraction: float) -> Tensor:
-        site = handle.record.site
-        weight, grad, mask = (site.to_matrix(tensor) for tensor in (handle.weight, gradient, handle.mask))
-        new = []
-        for index, (block, budget) in enumerate(zip(site.blocks, handle.record.budgets, strict=True)):
-            rows = slice(block.start, block.stop)
-            ablation = self._threshold(handle, index)
-            new.append(
-                srigl_update(
-                    weight[rows],
-                    grad[rows],
-                    mask[rows],
-                    budget=budget,
-                    drop_fraction=drop_fraction,
-                    ablation=ablation,
-                    ablation_mode=self.ablation_mode,
-                    min_neurons=self.min_neurons,
-                    frozen_rows=~mask[rows].any(dim=1) if self.permanent_ablation and ablation else None,
-                )
-            )
-        return site.from_matrix(torch.cat(new))
+    def new_mask(self, layer: Layer) -> Tensor:
+        """Drop, ablate and grow."""
+        ablation = self._threshold(layer.handle, layer.index)
+        scaled = self.revival == "scaled" and ablation and not self.permanent_ablation
+        return srigl_update(
+            layer.weight,
+            scale_dead_rows(layer.gradient, layer.mask) if scaled else layer.gradient,
+            layer.mask,
+            budget=layer.budget,
+            drop_fraction=layer.drop_fraction,
+            ablation=ablation,
+            ablation_mode=self.ablation_mode,
+            min_neurons=self.min_neurons,
+            frozen_rows=~layer.mask.any(dim=1) if self.permanent_ablation and ablation else None,
+        )
 
     def _threshold(self, handle: SparseWeight, index: int) -> float | None:
         """The ablation threshold of one block: none where ablation is forbidden, else its own, else the trainer's."""
@@ -189,6 +143,34 @@ class SRigL(Trainer):
             return None
         own = handle.record.ablation[index] if handle.record.ablation else None
         return self.ablation if own is None else own
+
+
+def scale_dead_rows(gradient: Tensor, mask: Tensor) -> Tensor:
+    """Bring magnified gradients of rows without any weight down to the level of the others.
+
+    A dead row whose mean |g| exceeds that of every live row is scaled to the mean of the live ones. Batch
+    normalisation exceeds it by far; without it hardly any row does, and nothing changes.
+
+    Args:
+        gradient: Dense gradient (n, F); values that are not finite count as 0.
+        mask: Bool mask (n, F).
+
+    Returns:
+        The gradient itself, or a copy with scaled rows.
+
+    Example:
+        >>> gradient = torch.tensor([[1.0, -3.0], [30.0, 10.0], [1.0, 1.0]])
+        >>> scale_dead_rows(gradient, torch.tensor([[True, False], [False, False], [False, False]])).tolist()
+        [[1.0, -3.0], [3.0, 1.0], [1.0, 1.0]]
+    """
+    live = mask.any(dim=1)
+    if bool(live.all()) or not bool(live.any()):
+        return gradient
+    rows = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().mean(dim=1, dtype=torch.float32)
+    magnified = ~live & (rows > rows[live].max())
+    if not bool(magnified.any()):
+        return gradient
+    return gradient * torch.where(magnified, rows[live].mean() / rows, 1.0)[:, None]
 
 
 def _check_ablation(name: str, value: float | None, mode: AblationMode) -> None:

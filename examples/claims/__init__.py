@@ -1,0 +1,1 @@
+"""The experiment behind ``reproduce_claims.py``: data, models, runs, results, analysis and figures."""
