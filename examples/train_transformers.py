@@ -24,23 +24,23 @@ def build(folder: Path) -> tuple[Any, SRigLCallback]:
     """The model, its masks, and an ordinary Trainer with one callback more."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=12, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, num_labels=2
+        vocab_size=12, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=128
     )
     model = sx.sparsify(BertForSequenceClassification(config), sparsity=0.8)
     arguments = TrainingArguments(
         output_dir=str(folder),
-        max_steps=120,
-        per_device_train_batch_size=64,
+        max_steps=60,
+        per_device_train_batch_size=16,
         learning_rate=2e-3,
-        save_steps=60,
-        logging_steps=40,
+        save_steps=30,
+        logging_steps=20,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    callback = SRigLCallback(update_every=10)
-    return Trainer(model=model, args=arguments, train_dataset=sentences(2048), callbacks=[callback]), callback
+    callback = SRigLCallback(update_every=5)
+    return Trainer(model=model, args=arguments, train_dataset=sentences(512), callbacks=[callback]), callback
 
 
 def main(folder: Path) -> bool:
@@ -48,13 +48,8 @@ def main(folder: Path) -> bool:
     trainer, callback = build(folder)
     trainer.train()
     print(sx.summary(trainer.model))
-    for entry in trainer.state.log_history:
-        if "srigl/itop/total" in entry:
-            numbers = {name.split("/")[1]: f"{value:.3f}" for name, value in entry.items() if name.endswith("/total")}
-            print(f"step {entry['step']:3}  loss {entry['loss']:.3f}  {numbers}")
-
     resumed, _ = build(folder)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-60"))
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-30"))
     states = trainer.model.state_dict(), resumed.model.state_dict()
     same = all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert callback.metrics is not None

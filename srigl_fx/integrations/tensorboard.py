@@ -8,10 +8,9 @@ import torch
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.integrations.attachment import extra
-from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.masks.records import SparseWeight, plain, sparse_weights
 from srigl_fx.masks.shards import local, part
 from srigl_fx.train.metrics import MaskMetrics
-from srigl_fx.train.state import plain
 
 with extra("tensorboard", "tensorboard"):
     from torch.utils.tensorboard import SummaryWriter

@@ -154,11 +154,19 @@ class WeightRecord:
 
 @dataclass(frozen=True)
 class SparseWeight:
-    """A live handle on one mask-managed weight of a model; parameter and mask are looked up at every access."""
+    """A live handle on one mask-managed weight of a model; parameter and mask are looked up at every access.
+
+    Attributes:
+        fqn: The parameter's name in the model at hand.
+        owner: The module that owns it.
+        record: What was decided for it.
+        key: A name that stays the same in every wrapper and on every process; what is saved goes by it.
+    """
 
     fqn: str
     owner: nn.Module
     record: WeightRecord
+    key: str
 
     @property
     def weight(self) -> nn.Parameter:
@@ -213,7 +221,21 @@ def all_records(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightRecord
 
 def sparse_weights(model: nn.Module) -> list[SparseWeight]:
     """Live handles on every mask-managed weight below ``model``, in registration order."""
-    return [SparseWeight(fqn, owner, record) for fqn, owner, record in all_records(model) if record.sparse]
+    found = [(fqn, owner, record) for fqn, owner, record in all_records(model) if record.sparse]
+    # The name at the time of sparsification, unless parts of the model were sparsified one by one and share names.
+    given = {record.site.fqn for _, _, record in found}
+    unique = len(given) == len(found)
+    return [SparseWeight(fqn, owner, record, record.site.fqn if unique else plain(fqn)) for fqn, owner, record in found]
+
+
+def plain(name: str) -> str:
+    """A parameter's name without the prefixes of torch.compile and data parallelism.
+
+    Example:
+        >>> plain("module._orig_mod.fc.weight")
+        'fc.weight'
+    """
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def set_dense_start(model: nn.Module, value: bool) -> None:

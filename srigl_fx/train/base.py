@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks.invariants import over_budget, verify
-from srigl_fx.masks.records import SparseWeight
+from srigl_fx.masks.records import SparseWeight, plain
 from srigl_fx.masks.shards import shard_like
 from srigl_fx.train.engine import MaskEngine, check_attachable
 from srigl_fx.train.schedules import captures_gradient, end_step, is_update_step
-from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout, plain
+from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout
 
 _log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class Trainer(ABC):
         return {}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most methods have none
-        """Load ``state["extra"]``, the last that may raise: ``state`` is sound otherwise, and nothing changed yet."""
+        """Load ``state["extra"]``, once :meth:`check_state_dict` found the state sound."""
 
     def _after_step(self, overflow: Tensor | None) -> None:
         before = self._steps
@@ -205,7 +205,8 @@ class Trainer(ABC):
             self._overflows = skipped if self._overflows is None else self._overflows + skipped
         if (self._near_update or self._captures(self._steps)) and self.steps > before:
             self._due |= is_update_step(self.steps, every=self.update_every, end=self.end)
-            self._due &= self.steps < self.end
+            # Pruning that was postponed must still meet the budgets; what regrows late would not train any more.
+            self._due &= self.prunes_from_dense or self.steps < self.end
             if not self._due:
                 self._engine.keep_gradients(self.gradient_decay or 1.0)
             elif self.auto:

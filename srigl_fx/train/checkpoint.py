@@ -20,11 +20,11 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import CheckpointError, InvariantError, SriglError
 from srigl_fx.masks.invariants import verify
-from srigl_fx.masks.records import MASK_SUFFIX, set_records, sparse_weights
+from srigl_fx.masks.records import MASK_SUFFIX, plain, set_records, sparse_weights
 from srigl_fx.masks.shards import is_sharded
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.checkpoint_file import read, write
-from srigl_fx.train.state import check_layout, layout, plain
+from srigl_fx.train.state import check_layout, layout
 
 # Optimizer state that is one number for each parameter, in torch's optimizers.
 _NUMBERS = frozenset({"step", "mu_product", "mu", "eta"})

@@ -53,7 +53,7 @@ class Layer:
     def name(self) -> str:
         """The weight's name in the sparsified model and the block's: the same on every process and in every wrapper."""
         block = self.handle.record.site.blocks[self.index].name
-        return f"{self.handle.record.site.fqn}:{block}" if block else self.handle.record.site.fqn
+        return f"{self.handle.key}:{block}" if block else self.handle.key
 
     def generator(self, seed: int) -> torch.Generator:
         """A generator on the CPU whose draws depend on ``seed``, the step and the layer's name alone."""

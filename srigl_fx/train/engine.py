@@ -213,11 +213,7 @@ class MaskEngine:
         reshard(self._model)
         training = [managed for managed in self._managed.values() if managed.parameter is not None]
         for managed in training:
-            if managed.total is None:
-                managed.total = managed.dense
-            elif managed.dense is not None:
-                managed.total.add_(managed.dense)
-            managed.dense = None
+            self._join(managed)
         captured = self.processes.any_has([managed.total is not None for managed in training])
         for managed in (managed for managed, anywhere in zip(training, captured, strict=True) if anywhere):
             assert managed.parameter is not None
@@ -251,13 +247,26 @@ class MaskEngine:
         """Close a step inside a longer capture window: its gradients join the earlier ones, times ``decay``."""
         self._window_open = True
         for managed in self._managed.values():
-            if managed.total is None:
-                managed.total = managed.dense
-            elif managed.dense is not None:
-                managed.total.add_(managed.dense)
+            self._join(managed)
             if managed.total is not None and decay != 1.0:
                 managed.total.mul_(decay)
-            managed.dense = None
+
+    @torch.no_grad()
+    def _join(self, managed: _Managed) -> None:
+        """Add the gradient of the step that ends to those of earlier steps, at the scale that the optimizer saw.
+
+        A gradient scaler multiplies it by another factor from step to step. Under data parallelism ``.grad`` is the
+        mean of all processes, which does not tell by how much this one's gradient was scaled: there it stays scaled.
+        """
+        dense, grad = managed.dense, managed.handle.weight.grad
+        managed.dense = None
+        if dense is None:
+            return
+        if grad is not None and not self.processes.averages:
+            seen = managed.own(grad).flatten()  # zero off the mask
+            ratio = torch.dot(seen, seen) / torch.dot(seen, dense.flatten())
+            dense.mul_(torch.where(ratio.isfinite() & ((ratio - 1).abs() > 1e-5), ratio, 1.0))
+        managed.total = dense if managed.total is None else managed.total.add_(dense)
 
     def drop_gradients(self) -> None:
         """Forget all captured gradients."""
@@ -278,6 +287,10 @@ class MaskEngine:
             managed.project(handle.weight.grad)
         self._mask_states(managed, lambda state: keep_only(managed.own(state), staying), force=True)
 
+    def adopt(self, hook: RemovableHandle) -> None:
+        """Remove a trainer's own hook, too, when the engine is detached."""
+        self._hooks.append(hook)
+
     def detach(self) -> None:
         """Remove every hook; the model stays as it is. A second call does nothing."""
         for managed in self._managed.values():
@@ -295,12 +308,12 @@ class MaskEngine:
         """
         reshard(self._model)
         names = (("total",) if self._window_open else ()) + (("dense",) if inside_step and self._capturing else ())
-        found: dict[str, dict[str, Tensor]] = {managed.handle.record.site.fqn: {} for managed in self._managed.values()}
+        found: dict[str, dict[str, Tensor]] = {managed.handle.key: {} for managed in self._managed.values()}
         for name in names:  # where there are none, as most of the time, nothing is communicated
             captured = {fqn: getattr(managed, name) for fqn, managed in self._managed.items()}
             likes = {fqn: managed.handle.weight for fqn, managed in self._managed.items()}
             for fqn, gradient in self.processes.shared(captured, likes).items():
-                found[self._managed[fqn].handle.record.site.fqn][name] = gradient
+                found[self._managed[fqn].handle.key][name] = gradient
         return found
 
     @torch.no_grad()
@@ -308,7 +321,7 @@ class MaskEngine:
         """The inverse of :meth:`captured`, once ``.grad`` is what it was."""
         self._window_open = any("total" in saved for saved in captured.values())
         for managed in self._managed.values():
-            weight, saved = managed.handle.weight, captured.get(managed.handle.record.site.fqn, {})
+            weight, saved = managed.handle.weight, captured.get(managed.handle.key, {})
             managed.total, managed.dense = (
                 part(saved[name], weight).to(weight.device).clone() if name in saved else None
                 for name in ("total", "dense")
@@ -475,9 +488,9 @@ def _check_held(model: nn.Module, optimizer: Optimizer) -> None:
     if missing:
         raise TrainerError(
             f"the optimizer does not hold {_some(missing)}: create it from model.parameters() of this very model, "
-            "after anything that replaces parameters (load_state_dict(..., assign=True), fully_shard, a copy). A trainer "
-            "follows one optimizer: weights that another one trains stay dense with rules={name: None}, those that none "
-            "trains keep their masks with requires_grad_(False)"
+            "after anything that replaces parameters (load_state_dict(..., assign=True), fully_shard, a copy). A "
+            "trainer follows one optimizer: leave the weights that another one trains dense with rules={name: None}, "
+            "and freeze those that none trains with requires_grad_(False)"
         )
 
 

@@ -108,6 +108,15 @@ class GMP(DynamicTrainer):
         count = max(layer.budget, count_at(size, 1 - sparsity))
         return gmp_update(layer.weight, layer.mask, count=count, structure=layer.structure)
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Also whether the state has a mask for each weight."""
+        super().check_state_dict(state)
+        extra = state.get("extra")
+        masks = extra.get("masks") if isinstance(extra, dict) else None
+        handles = sparse_weights(self.model)
+        if not isinstance(masks, dict) or not all(_fits(masks.get(item.key), item) for item in handles):
+            raise TrainerError("the trainer's state is damaged at masks; load another checkpoint")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume, once model and optimizer have loaded theirs; the masks come from the trainer's state."""
         super().load_state_dict(state)
@@ -123,16 +132,12 @@ class GMP(DynamicTrainer):
 
     def _extra_state(self) -> dict[str, Any]:
         # Attaching opens the masks that the model may have loaded already: they are needed once more.
-        return {"masks": {handle.record.site.fqn: handle.mask.clone() for handle in sparse_weights(self.model)}}
+        return {"masks": {handle.key: handle.mask.clone() for handle in sparse_weights(self.model)}}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
-        extra = state.get("extra")
-        masks = extra.get("masks") if isinstance(extra, dict) else None
-        handles = {handle.record.site.fqn: handle for handle in sparse_weights(self.model)}
-        if not isinstance(masks, dict) or not all(_fits(masks.get(name), handle) for name, handle in handles.items()):
-            raise TrainerError("the trainer's state is damaged at masks; load another checkpoint")
-        for name, handle in handles.items():
-            self._engine.set_mask(handle, masks[name].to(handle.mask.device))
+        for handle in sparse_weights(self.model):
+            mask = state["extra"]["masks"][handle.key]
+            self._engine.set_mask(handle, mask.to(handle.mask.device))
 
 
 def _fits(mask: object, handle: SparseWeight) -> bool:

@@ -13,9 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from srigl_fx.errors import TrainerError
-from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.masks.records import SparseWeight, plain, sparse_weights
 from srigl_fx.train.base import Trainer
-from srigl_fx.train.state import plain
 
 STATE_VERSION = 1
 

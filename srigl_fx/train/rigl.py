@@ -81,8 +81,7 @@ class RigL(DynamicTrainer):
             auto=auto,
         )
         if replace_step:
-            # Among the engine's hooks: whatever detaches the engine must take this one away as well.
-            self._engine._hooks.append(optimizer.register_step_pre_hook(self._hold_weights))
+            self._engine.adopt(optimizer.register_step_pre_hook(self._hold_weights))
 
     def growth(self, layer: Layer) -> Tensor:
         """The dense gradient."""

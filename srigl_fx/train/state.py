@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from srigl_fx.errors import StructureError, TrainerError
-from srigl_fx.masks.records import sparse_weights
+from srigl_fx.masks.records import plain, sparse_weights
 
 STATE_VERSION = 1
 
@@ -16,7 +16,7 @@ STATE_VERSION = 1
 def layout(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What must agree between a saved run and the one that resumes it."""
     return {
-        handle.record.site.fqn: {
+        handle.key: {
             "shape": list(handle.record.site.shape),
             "structure": handle.record.structure,
             "budgets": list(handle.record.budgets),
@@ -72,7 +72,7 @@ def check_tensors(state: dict[str, Any], model: nn.Module) -> None:
         >>> check_tensors({"captured": (), "gradients": (("weight", torch.ones(2, 3)),)}, nn.Linear(3, 2))
     """
     parameters = {plain(name): parameter for name, parameter in model.named_parameters()}
-    masked = {handle.record.site.fqn: handle.weight for handle in sparse_weights(model)}
+    masked = {handle.key: handle.weight for handle in sparse_weights(model)}
     unknown = [name for name, grad in state.get("gradients", ()) if not _fits(grad, parameters.get(name))]
     unknown += [
         f"{name} ({part})"
@@ -106,8 +106,3 @@ def check_layout(saved: dict[str, dict[str, Any]], live: dict[str, dict[str, Any
                 f"{name}: saved with {saved[name]}, but the model has {layout}: sparsify it with the arguments of the "
                 "saved run"
             )
-
-
-def plain(name: str) -> str:
-    """A parameter's name without the prefixes of torch.compile and data parallelism."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")

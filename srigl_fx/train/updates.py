@@ -14,7 +14,7 @@ from torch import Tensor
 
 from srigl_fx.errors import StructureError
 from srigl_fx.masks.records import Structure
-from srigl_fx.train.selection import Scores, top, top_of_rows
+from srigl_fx.train.selection import Scores, counts_of_rows, top, top_of_rows
 
 AblationMode = Literal["fraction", "absolute"]
 
@@ -72,22 +72,20 @@ def srigl_update(
     if budget >= rows * fan_in:
         return mask.clone()
     frozen = torch.zeros(rows, dtype=torch.bool, device=mask.device) if frozen_rows is None else frozen_rows
-    # A weight that is exactly zero has nothing to keep: it competes by its gradient, like an inactive one.
-    kept = min(_kept_count(mask, drop_fraction), _nonzero_count(weight, mask))
-    grown = int(mask.sum()) - kept
     active = ~frozen
-    keep = top(_magnitudes(weight, mask), kept)
+    # A weight that is exactly zero has nothing to keep: it competes by its gradient, like an inactive one.
+    keep = top(_magnitudes(weight, mask), _kept_count(mask, drop_fraction), least=1)
+    kept = _count(keep)
     if threshold := _ablation_threshold(ablation, ablation_mode, budget // rows):
-        salient = top(Scores(grad, active[:, None].expand_as(mask) if frozen.any() else None), grown)
-        counts = salient.logical_or_(keep).sum(dim=1).masked_fill(frozen, -1)
+        slopes = Scores(grad, active[:, None].expand_as(mask) if frozen.any() else None)
+        counts = counts_of_rows(top(slopes, _count(mask) - kept).logical_or_(keep)).masked_fill(frozen, -1)
         survivors = min(rows, max(budget // fan_in + 1, min_neurons or 0))
         active &= counts >= min(threshold, int(counts.sort(descending=True).values[survivors - 1]))
     new_fan_in = min(fan_in, budget // max(1, int(active.sum())))
 
     if not active.all():
-        among = mask & active[:, None]
-        keep = top(_magnitudes(weight, among), min(kept, _nonzero_count(weight, among)))
-    held = keep.sum(dim=1)
+        keep = top(_magnitudes(weight, mask & active[:, None]), kept, least=1)
+    held = counts_of_rows(keep)
     if int(held.max()) > new_fan_in:
         # A neuron that came back lowers the fan-in of all: a row may hold too many, and loses its smallest.
         keep = top_of_rows(_magnitudes(weight, keep), held.clamp(max=new_fan_in))
@@ -214,7 +212,7 @@ def gmp_update(weight: Tensor, mask: Tensor, *, count: int, structure: Structure
         return top(magnitude, count)
     if count < rows:
         raise StructureError(f"{count} weights give {rows} neurons a fan-in of 0: reduce the sparsity")
-    return top_of_rows(magnitude, mask.sum(dim=1).clamp(max=count // rows))
+    return top_of_rows(magnitude, counts_of_rows(mask).clamp(max=count // rows))
 
 
 @torch.no_grad()
@@ -280,13 +278,12 @@ def _magnitudes(weight: Tensor, mask: Tensor) -> Scores:
     return Scores(weight, mask, finite=False)
 
 
-def _nonzero_count(weight: Tensor, mask: Tensor) -> int:
-    """The number of active weights that are neither 0 nor NaN."""
-    return int(((weight > 0) | (weight < 0)).logical_and_(mask).sum())
+def _count(mask: Tensor) -> int:
+    return int(mask.count_nonzero())
 
 
 def _kept_count(mask: Tensor, drop_fraction: float) -> int:
-    active = int(mask.sum())
+    active = _count(mask)
     return active - int(active * drop_fraction)
 
 
@@ -306,4 +303,4 @@ def _ablation_threshold(ablation: float | None, mode: AblationMode, first_fan_in
 def _drop_and_grow(weight: Tensor, growth: Tensor, mask: Tensor, drop_fraction: float) -> Tensor:
     kept = _kept_count(mask, drop_fraction)
     keep = top(_magnitudes(weight, mask), kept)
-    return top(Scores(growth, ~keep), int(mask.sum()) - kept).logical_or_(keep)
+    return top(Scores(growth, ~keep), _count(mask) - kept).logical_or_(keep)

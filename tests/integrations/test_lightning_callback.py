@@ -1,6 +1,7 @@
 import copy
 import csv
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +115,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, more: dict[st
     arguments: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "epochs": 4}
 
     def keep() -> ModelCheckpoint:
-        return ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=7, save_top_k=-1)
+        return ModelCheckpoint(dirpath=tmp_path, every_n_epochs=1, save_top_k=-1)
 
     _trainer(tmp_path, whole, keep(), **arguments).fit(model)
     resumed, other = SRigLCallback(**options), Digits(1)
-    (checkpoint,) = tmp_path.glob("*step=7.ckpt")
+    (checkpoint,) = tmp_path.glob("*step=10.ckpt")
     _trainer(tmp_path, resumed, keep(), **arguments).fit(other, ckpt_path=checkpoint)
     _assert_same(model, other)
     assert whole.metrics is not None
@@ -126,6 +127,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, more: dict[st
     assert resumed.metrics.flat() == whole.metrics.flat()
     assert resumed.metrics.step == 12
     assert resumed.metrics.total()["change_rate"] > 0
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+def test_the_snippet_of_the_documentation_runs(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (checkout / "docs" / "integrations.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```py\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(snippet, "integrations.md", "exec"), names)
+    assert names["callback"].metrics.step == 10
+    assert names["resumed"].metrics.step == 35
 
 
 @pytest.mark.parametrize(
@@ -180,7 +192,7 @@ def test_two_parts_with_an_optimizer_each(tmp_path: Path) -> None:
             self.other = sx.sparsify(nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)), sparsity=0.5)
 
         def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
-            for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):  # type: ignore[arg-type]
+            for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
                 optimizer.zero_grad()
                 self.manual_backward(F.cross_entropy(net(batch[0]), batch[1]))
                 optimizer.step()
@@ -248,7 +260,7 @@ def test_what_cannot_be_attached_is_refused(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
             trainer.should_stop = True
 
-    with pytest.raises(TrainerError, match="needs their number.*total_steps="):
+    with pytest.raises(TrainerError, match=r"needs their number.*total_steps="):
         _trainer(tmp_path, SRigLCallback(**OPTIONS), Endless(), epochs=-1).fit(Digits())
     _trainer(tmp_path, SRigLCallback(total_steps=100, **OPTIONS), Endless(), epochs=-1).fit(Digits())
 
@@ -256,7 +268,7 @@ def test_what_cannot_be_attached_is_refused(tmp_path: Path) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
 
-    with pytest.raises(TrainerError, match="the optimizer does not hold net.0.weight"):
+    with pytest.raises(TrainerError, match=r"the optimizer does not hold net\.0\.weight"):
         _trainer(tmp_path, SRigLCallback(**OPTIONS)).fit(Wrong())
 
 
@@ -266,7 +278,9 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path: Path) -> None:
     trainer.callbacks = [callback for callback in trainer.callbacks if not isinstance(callback, Watch)]
     trainer.fit(Digits())
     with pytest.raises(TrainerError, match="holds no state of this callback"):
-        _trainer(tmp_path, SRigLCallback(**OPTIONS), ModelCheckpoint(dirpath=tmp_path)).fit(Digits(), ckpt_path=tmp_path / "last.ckpt")
+        _trainer(tmp_path, SRigLCallback(**OPTIONS), ModelCheckpoint(dirpath=tmp_path)).fit(
+            Digits(), ckpt_path=tmp_path / "last.ckpt"
+        )
 
 
 def test_the_other_namespace(tmp_path: Path) -> None:

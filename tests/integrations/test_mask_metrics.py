@@ -1,6 +1,7 @@
 import copy
 import io
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +23,13 @@ def _start(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     return model, optimizer, SRigL(model, optimizer, **{**OPTIONS, **options})
+
+
+def _polling(metrics: MaskMetrics) -> Callable[[], None]:
+    def poll() -> None:
+        metrics.poll()
+
+    return poll
 
 
 def _through_a_file(state: Any) -> Any:
@@ -135,19 +143,20 @@ def test_the_union_survives_a_resume() -> None:
     data = list(batches(30))
     model, optimizer, trainer = _start()
     metrics = MaskMetrics(trainer)
-    train(model, optimizer, data[:12], lambda: metrics.poll() and None)
+    train(model, optimizer, data[:12], _polling(metrics))
     saved = _through_a_file(
         [model.state_dict(), optimizer.state_dict(), trainer.state_dict(), metrics.state_dict()],
     )
     other, other_optimizer, other_trainer = _start()
-    for part, state in zip((other, other_optimizer, other_trainer), saved[:3], strict=True):
-        part.load_state_dict(state)
+    other.load_state_dict(saved[0])
+    other_optimizer.load_state_dict(saved[1])
+    other_trainer.load_state_dict(saved[2])
     resumed = MaskMetrics(other_trainer)
     resumed.load_state_dict(saved[3])
     assert resumed.flat() == metrics.flat()
     assert not resumed.poll()
-    train(model, optimizer, data[12:], lambda: metrics.poll() and None)
-    train(other, other_optimizer, data[12:], lambda: resumed.poll() and None)
+    train(model, optimizer, data[12:], _polling(metrics))
+    train(other, other_optimizer, data[12:], _polling(resumed))
     assert resumed.flat() == metrics.flat()
 
 
@@ -163,7 +172,7 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     model, optimizer, trainer = _start()
     metrics = MaskMetrics(trainer)
     saved = copy.deepcopy(metrics.state_dict())
-    train(model, optimizer, batches(6), lambda: metrics.poll() and None)
+    train(model, optimizer, batches(6), _polling(metrics))
     before = metrics.flat()
     damaged = copy.deepcopy(metrics.state_dict())
     damaged["layers"]["0.weight"]["ever"] = torch.zeros(3, dtype=torch.uint8)

@@ -11,7 +11,7 @@ from srigl_fx.masks.records import sparse_weights
 from srigl_fx.train.metrics import MaskMetrics
 
 pytest.importorskip("tensorboard", reason="the extra [tensorboard] is not installed")
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch.utils.tensorboard import SummaryWriter
 
 from srigl_fx.integrations.tensorboard import write_masks

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import nn
 
+import srigl_fx as sx
+from srigl_fx.errors import CheckpointError, TrainerError
+from srigl_fx.masks.records import sparse_weights
+from srigl_fx.train import SET, SRigL
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("accelerate", reason="the extra [transformers] is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
 
-import srigl_fx as sx
-from srigl_fx.errors import CheckpointError, TrainerError
-from srigl_fx.integrations.transformers import STATE_FILE, SRigLCallback
-from srigl_fx.masks.records import sparse_weights
-from srigl_fx.train import SET, SRigL
+from srigl_fx.integrations.transformers import STATE_FILE, SRigLCallback  # noqa: E402 - only where it is installed
 
 OPTIONS: dict[str, Any] = {"update_every": 4, "ablation": 0.5, "drop_fraction": 0.5}
 
@@ -47,7 +48,8 @@ def _bert(seed: int = 0, **options: Any) -> nn.Module:
         num_labels=3,
         **options,
     )
-    return transformers.BertForSequenceClassification(config)
+    model: nn.Module = transformers.BertForSequenceClassification(config)
+    return model
 
 
 def _gpt2(seed: int = 0) -> nn.Module:
@@ -55,7 +57,8 @@ def _gpt2(seed: int = 0) -> nn.Module:
     config = transformers.GPT2Config(
         vocab_size=40, n_positions=16, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0
     )
-    return transformers.GPT2LMHeadModel(config)
+    model: nn.Module = transformers.GPT2LMHeadModel(config)
+    return model
 
 
 def _sentences(count: int = 64, *, causal: bool = False) -> list[dict[str, torch.Tensor]]:
@@ -129,7 +132,7 @@ def test_reporters_see_the_numbers_once_the_callback_comes_first(tmp_path: Path)
     ] * 2
 
 
-@pytest.mark.parametrize("cut", [6, 8])
+@pytest.mark.parametrize("cut", [6, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("make", "causal", "method"), [(_bert, False, {}), (_gpt2, True, {}), (_bert, False, {"method": SET})]
 )
@@ -165,7 +168,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert [path.name for path in checkpoint.iterdir() if "srigl" in path.name] == [STATE_FILE]
 
 
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"optim": "adafactor"}, {"gradient_accumulation_steps": 3}])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {},
+        {"bf16": True},
+        pytest.param({"optim": "adafactor"}, marks=pytest.mark.slow),
+        {"gradient_accumulation_steps": 3},
+    ],
+)
 def test_masks_hold_at_every_step(tmp_path: Path, precision: dict[str, Any]) -> None:
     callback = SRigLCallback(**OPTIONS)
     trainer = _trainer(sx.sparsify(_bert(), sparsity=0.8), tmp_path, callback, max_grad_norm=0.1, **precision)
@@ -246,7 +257,7 @@ def test_a_checkpoint_elsewhere_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(TrainerError, match=r"is of step 20, .* resumes at step 10.*resume_from"):
         resume(SRigLCallback(**OPTIONS))
-    with pytest.raises(TrainerError, match="holds no srigl_fx.safetensors.*resume_from"):
+    with pytest.raises(TrainerError, match=r"holds no srigl_fx\.safetensors.*resume_from"):
         resume(SRigLCallback(**OPTIONS), "third")
     _assert_same(resume(SRigLCallback(resume_from=moved, **OPTIONS)), first.model)
     whole = (moved / STATE_FILE).read_bytes()
@@ -255,6 +266,7 @@ def test_a_checkpoint_elsewhere_is_named(tmp_path: Path) -> None:
         resume(SRigLCallback(resume_from=moved, **OPTIONS))
 
 
+@pytest.mark.slow
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     arguments = {"save_strategy": "steps", "save_steps": 10}
     for name, seed in (("a", 0), ("b", 1)):

@@ -1,5 +1,6 @@
 """The methods beside SRigL: what each one grows or prunes, what it needs, and that it can be resumed."""
 
+import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -382,3 +383,49 @@ def test_a_damaged_state_of_gmp_is_refused(damage: dict[str, Any]) -> None:
         trainer.load_state_dict(state)
     assert same(mask_copies(model), before)
     assert trainer.steps == 6
+
+
+def test_pruning_that_waited_for_step_past_the_end_still_meets_the_budgets() -> None:
+    model = sparsify(SmallNet(), sparsity=0.8, mask_init="dense")
+    optimizer = sgd(model, lr=0.01)
+    trainer = GMP(model, optimizer, total_steps=20, update_every=5, auto=False)
+    for x in batches(20, (8, 3, 4, 4)):
+        optimizer.zero_grad()
+        torch.autograd.backward(loss_of(model, x))
+        optimizer.step()
+    assert all(bool(mask.all()) for mask in mask_copies(model).values())
+    assert trainer.step()
+    assert [sum(rows) for rows in _counts(model)] == [
+        sum(budget // block.rows * block.rows for block, budget in zip(record.site.blocks, record.budgets, strict=True))
+        for record in (handle.record for handle in sparse_weights(model))
+    ]
+    verify(model, optimizer)
+    trainer.detach()
+    Static(model, optimizer)
+
+
+def test_parts_that_were_sparsified_one_by_one_are_saved_apart() -> None:
+    def build() -> tuple[nn.Module, torch.optim.Optimizer, SNFS]:
+        torch.manual_seed(3)
+        parts = [sparsify(nn.Sequential(nn.Linear(20, width)), sparsity=0.5) for width in (20, 8)]
+        model = nn.Sequential(*parts)
+        optimizer = sgd(model)
+        return model, optimizer, SNFS(model, optimizer, total_steps=20, update_every=5)
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            model(torch.randn(4, 20, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            optimizer.step()
+
+    model, optimizer, trainer = build()
+    run(model, optimizer, range(7))
+    assert list(trainer.state_dict()["weights"]) == ["0.0.weight", "1.0.weight"]
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), trainer.state_dict()))
+    run(model, optimizer, range(7, 20))
+    resumed, its_optimizer, its_trainer = build()
+    for part, state in zip((resumed, its_optimizer, its_trainer), saved, strict=True):
+        part.load_state_dict(state)
+    run(resumed, its_optimizer, range(7, 20))
+    assert same(mask_copies(resumed), mask_copies(model))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,11 @@ from train_support import loss_of
 
 import srigl_fx as sx
 from srigl_fx.errors import InvariantError, SparsifyError, TrainerError
-from srigl_fx.masks.records import sparse_weights
+from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.masks.shards import local
 from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static, ignore_masks
 from srigl_fx.train.base import Trainer
-from srigl_fx.train.distributed import Processes
+from srigl_fx.train.distributed import Processes, gather
 from srigl_fx.train.engine import MaskEngine
 from srigl_fx.train.updates import rigl_update
 
@@ -70,13 +71,13 @@ def sparse_net(seed: int = 0, **options: Any) -> Net:
 def data(steps: int, seed: int = 0, micro: int = 1) -> list[list[Tensor]]:
     """For each step, ``micro`` batches of all processes."""
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda: torch.randn(GLOBAL_BATCH, 24, generator=generator, dtype=torch.float64)  # noqa: E731
-    return [[draw() for _ in range(micro)] for _ in range(steps)]
+    numbers = torch.randn(steps, micro, GLOBAL_BATCH, 24, generator=generator, dtype=torch.float64)
+    return [list(step) for step in numbers]
 
 
 def shard(model: nn.Module, *parts: nn.Module, **options: Any) -> nn.Module:
     for module in (*parts, model):
-        fully_shard(module, **options)  # type: ignore[no-untyped-call]
+        fully_shard(module, **options)
     return model
 
 
@@ -515,6 +516,30 @@ def sharded_tools() -> None:
     assert "full state_dict" in raised(SparsifyError, lambda: sx.finalize(model))
     sx.finalize(DistributedDataParallel(plain))
     assert type(plain.first) is nn.Linear
+
+
+def one_layer_at_a_time() -> None:
+    """Of sharded weights, each is gathered with its gradient, and done with before the next."""
+    events: list[str] = []
+
+    def watched(own: Tensor, like: Tensor) -> Tensor:
+        events.append("gather")
+        return gather(own, like)
+
+    class Engine(MaskEngine):
+        def set_mask(self, handle: SparseWeight, new: Tensor) -> None:
+            events.append(handle.fqn)
+            super().set_mask(handle, new)
+
+    model = shard(sparse_net())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with patch("srigl_fx.train.engine.gather", watched), patch("srigl_fx.train.base.MaskEngine", Engine):
+        RigL(model, optimizer, **EVERY_TWO, drop_fraction=0.5)
+        run(model, optimizer, data(1))
+        assert events == []
+        run(model, optimizer, data(1))
+    names = [handle.fqn for handle in sparse_weights(model)]
+    assert events == [event for name in names for event in ("gather", "gather", name)]
 
 
 def second_order() -> None:
