@@ -415,7 +415,7 @@ def test_parts_that_were_sparsified_one_by_one_are_saved_apart() -> None:
     def run(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             optimizer.zero_grad()
-            model(torch.randn(4, 20, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+            model(torch.randn(4, 20, generator=torch.Generator().manual_seed(step))).square().mean().backward()
             optimizer.step()
 
     model, optimizer, trainer = build()
