@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from srigl_fx.errors import SparsifyError
@@ -139,6 +139,49 @@ def test_bad_arguments(distribution: object) -> None:
         distribution(SMALL, 0.5, dense=["nope"])
     with pytest.raises(SparsifyError, match="empty"):
         distribution({"empty": (0, 3)}, 0.5)
+
+
+@given(shapes_strategy, st.floats(0.0, 0.99), st.data())
+def test_forced_dense_layers_are_made_up_for(
+    shapes: dict[str, tuple[int, ...]], sparsity: float, data: st.DataObject
+) -> None:
+    dense = data.draw(st.sets(st.sampled_from(list(shapes))))
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    allowed, fixed = (1 - sparsity) * sum(sizes.values()), sum(sizes[name] for name in dense)
+    assume(len(dense) == len(shapes) or fixed < allowed - len(shapes) - 1)
+    densities = erk(shapes, sparsity, dense=dense)
+    assert all(densities[name] == 1 for name in dense)
+    assert all(0 < density <= 1 for density in densities.values())
+    if len(dense) < len(shapes):
+        kept = sum(budget(size, densities[name]) for name, size in sizes.items())
+        assert abs(kept - allowed) <= len(shapes) + 1e-3
+
+
+@given(shapes_strategy, st.floats(0.0, 0.99))
+def test_erk_equals_its_literal_reading(shapes: dict[str, tuple[int, ...]], sparsity: float) -> None:
+    """One layer becomes dense at a time here; all tied ones at once give the same."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    raw = {name: sum(shape) / sizes[name] for name, shape in shapes.items()}
+    zeros = {name: math.floor(size * sparsity + 1e-6) for name, size in sizes.items()}
+    full: set[str] = set()
+    while len(full) < len(shapes):
+        rest = [name for name in shapes if name not in full]
+        kept = sum(sizes[name] - zeros[name] for name in rest) - sum(zeros[name] for name in full)
+        scale = kept / sum(raw[name] * sizes[name] for name in rest)
+        largest = max(rest, key=raw.__getitem__)
+        if scale * raw[largest] <= 1:
+            break
+        full.add(largest)
+    expected = {name: 1.0 if name in full else scale * raw[name] for name in shapes}
+    assert erk(shapes, sparsity) == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_exceeds_the_total_once_more_layers_are_dense_is_spread_again() -> None:
+    """ "a" is above 1 at first; with it dense, "b" is too; "c" takes what is left."""
+    shapes = {"a": (2, 2), "b": (6, 6), "c": (100, 100)}
+    densities = erk(shapes, 0.8)
+    assert (densities["a"], densities["b"]) == (1.0, 1.0)
+    assert densities["c"] == pytest.approx((10_000 - (3 + 28 + 8_000)) / 10_000)
 
 
 def test_erk_refuses_dense_layers_above_the_total() -> None:

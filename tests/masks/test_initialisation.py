@@ -1,8 +1,11 @@
+import copy
 import math
 
 import pytest
 import torch
+from torch import nn
 
+import srigl_fx as sx
 from srigl_fx.errors import StructureError
 from srigl_fx.masks.initialisation import WeightInit, initialise
 
@@ -56,6 +59,25 @@ def test_same_seed_same_values_in_the_weights_dtype(scheme: WeightInit) -> None:
     )
     assert first.dtype == torch.bfloat16
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    ("layer", "fan_in"),
+    [(nn.Conv2d(32, 256, 3, groups=2), 144), (nn.ConvTranspose2d(128, 64, 3), 1152), (nn.Conv1d(64, 256, 5), 320)],
+)
+@pytest.mark.parametrize(("scheme", "variance"), [("kaiming", 2.0), ("torch", 1 / 3), ("grad_flow_ref", None)])
+def test_the_fan_in_is_that_of_the_layers_kind(
+    layer: nn.Module, fan_in: int, scheme: WeightInit, variance: float | None
+) -> None:
+    model = nn.Sequential(copy.deepcopy(layer))
+    bias = model.get_parameter("0.bias").detach().clone()
+    sx.sparsify(model, sparsity=0.75, distribution="uniform", weight_init=scheme)
+    weight, mask = model.get_parameter("0.weight").detach(), model.get_buffer("0.weight_mask")
+    kept = fan_in // 4
+    deviation = 2 / kept if variance is None else math.sqrt(variance / kept)
+    assert weight[mask].std().item() == pytest.approx(deviation, rel=0.05)
+    assert not weight[~mask].any()
+    assert torch.equal(model.get_parameter("0.bias"), bias)
 
 
 def test_wrong_arguments() -> None:

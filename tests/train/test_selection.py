@@ -149,7 +149,9 @@ def test_working_memory_of_an_update(gradients: str, revived: bool) -> None:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         update()
     live = torch_peak = 0
-    for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             live += event.nbytes()
             torch_peak = max(torch_peak, live)
