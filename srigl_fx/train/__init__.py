@@ -3,8 +3,8 @@
 Owns how masks change and how they are kept during training. It must not know graph passes or what executes a model.
 """
 
+from srigl_fx.train.attach import detach_from
 from srigl_fx.train.distributed import ignore_masks
-from srigl_fx.train.engine import detach_from
 from srigl_fx.train.gmp import GMP
 from srigl_fx.train.rigl import RigL
 from srigl_fx.train.set import SET

@@ -17,7 +17,8 @@ from srigl_fx.errors import TrainerError
 from srigl_fx.masks.invariants import over_budget, verify
 from srigl_fx.masks.records import SparseWeight, plain
 from srigl_fx.masks.shards import shard_like
-from srigl_fx.train.engine import MaskEngine, check_attachable
+from srigl_fx.train.attach import check_attachable
+from srigl_fx.train.engine import MaskEngine
 from srigl_fx.train.schedules import captures_gradient, end_step, is_update_step
 from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout
 

@@ -8,7 +8,6 @@ values a few rows at a time, so that they stay in the cache and no second copy o
 """
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ class Scores:
 
     def count(self, least: int) -> int:
         """The number of scores that are at least ``least``."""
-        counts = [(self[rows] >= least).count_nonzero() for rows in self.chunks()]
+        counts = [(self[rows] >= least).count_nonzero() for rows in _chunks(self)]
         return int(torch.stack(counts).sum())
 
     def sample(self, size: int) -> Tensor:
@@ -56,14 +55,9 @@ class Scores:
         rows, columns = self.shape
         # Multiples of the golden section: no stride of a matrix has anything in common with them.
         step = int(rows * columns * 0.6180339887) | 1
-        index = torch.arange(size, device=self.device) * step % (rows * columns)
-        index = index // columns, index % columns
+        flat = torch.arange(size, device=self.device) * step % (rows * columns)
+        index = flat // columns, flat % columns
         return self._scores(self._values[index], None if self._among is None else self._among[index]).sort().values
-
-    def chunks(self) -> Iterator[slice]:
-        """Slices of rows that cover the matrix."""
-        rows, step = self.shape[0], _rows_at_once(self.shape, self.device)
-        return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
 
     def _scores(self, values: Tensor, among: Tensor | None) -> Tensor:
         bits = values.abs().nan_to_num_(nan=0.0, posinf=self._infinity).view(self._bits)
@@ -83,10 +77,10 @@ def top(scores: Scores, count: int, *, least: int = 0) -> Tensor:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     chosen = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     level = max(least, _level(scores, count))
-    for rows in scores.chunks():
+    for rows in _chunks(scores):
         torch.ge(scores[rows], level, out=chosen[rows])
     excess = int(chosen.count_nonzero()) - count
-    for rows in reversed(list(scores.chunks())):
+    for rows in reversed(_chunks(scores)):
         if excess <= 0:
             break
         last = (scores[rows] == level).flatten().nonzero()[-excess:, 0]
@@ -106,7 +100,7 @@ def top_of_rows(scores: Scores, counts: Tensor) -> Tensor:
     if most == 0:
         return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     chosen = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    for rows in scores.chunks():
+    for rows in _chunks(scores):
         found, wanted = scores[rows], counts[rows, None]
         levels = _highest_of_rows(found, most).gather(1, (most - wanted).clamp(max=most - 1))
         levels.masked_fill_(wanted == 0, torch.iinfo(found.dtype).max)
@@ -124,13 +118,14 @@ def counts_of_rows(mask: Tensor) -> Tensor:
         >>> counts_of_rows(torch.tensor([[True, True], [False, False]])).tolist()
         [2, 0]
     """
-    return torch.cat([rows.sum(dim=1) for rows in mask.split(_rows_at_once(mask.shape, mask.device))])
+    return torch.cat([mask[rows].sum(dim=1) for rows in _chunks(mask)])
 
 
-def _rows_at_once(shape: torch.Size, device: torch.device) -> int:
-    """How many rows to take at a time; on a GPU, which waits for the host each time, a quarter of them or more."""
-    rows, columns = shape
-    return max(1, _CHUNK // columns, 0 if device.type == "cpu" else -(-rows // 4))
+def _chunks(matrix: Scores | Tensor) -> list[slice]:
+    """Slices of rows that cover the matrix; on a GPU, where each may wait for the host, at most four."""
+    rows, columns = matrix.shape
+    step = max(1, _CHUNK // columns, 0 if matrix.device.type == "cpu" else -(-rows // 4))
+    return [slice(start, min(rows, start + step)) for start in range(0, rows, step)]
 
 
 def _highest_of_rows(found: Tensor, most: int) -> Tensor:
@@ -155,7 +150,7 @@ def _level(scores: Scores, count: int) -> int:
     margin = _DEVIATIONS * math.sqrt(_SAMPLE * share * (1 - share)) + _DEVIATIONS
     last = _SAMPLE - 1
     low, high = sample[[max(0, int(position - margin)), min(last, math.ceil(position + margin))]].tolist()
-    found = torch.cat([some[some > low] for some in map(scores.__getitem__, scores.chunks())])
+    found = torch.cat([some[some > low] for some in map(scores.__getitem__, _chunks(scores))])
     inside = found[found < high]
     missing = count - (len(found) - len(inside))
     if 0 < missing <= len(inside):

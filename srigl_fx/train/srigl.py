@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.train.attach import check_attachable
 from srigl_fx.train.base import check_count
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
-from srigl_fx.train.engine import check_attachable
 from srigl_fx.train.protect import protected_weights
 from srigl_fx.train.updates import AblationMode, srigl_update
 

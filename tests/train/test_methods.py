@@ -424,8 +424,9 @@ def test_parts_that_were_sparsified_one_by_one_are_saved_apart() -> None:
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), trainer.state_dict()))
     run(model, optimizer, range(7, 20))
     resumed, its_optimizer, its_trainer = build()
-    for part, state in zip((resumed, its_optimizer, its_trainer), saved, strict=True):
-        part.load_state_dict(state)
+    resumed.load_state_dict(saved[0])
+    its_optimizer.load_state_dict(saved[1])
+    its_trainer.load_state_dict(saved[2])
     run(resumed, its_optimizer, range(7, 20))
     assert same(mask_copies(resumed), mask_copies(model))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))

@@ -640,6 +640,8 @@ def main() -> None:
         (OUT / f"{dist.get_rank()}.json").write_text(json.dumps(outcome))
     if not LEAVING:
         dist.barrier()
+    # Gloo's threads sometimes abort a process that ends in the ordinary way, in programs of torch alone too.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,134 @@
+"""Which trainer is attached to which model, and whether one may be.
+
+Owns the register of attached engines and the checks before one attaches. It must not know what an engine does.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from srigl_fx.errors import TrainerError
+from srigl_fx.masks.records import sparse_weights
+from srigl_fx.train.distributed import check_wrapping
+
+
+class Attached(Protocol):
+    """What can be attached to a model."""
+
+    def detach(self) -> None:
+        """Remove every hook."""
+
+
+# Owner module of a masked weight -> the engine attached to it. A copy of the module is another key: it has no trainer.
+_ATTACHED: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attached]]" = weakref.WeakKeyDictionary()
+
+
+def attach(owner: nn.Module, engine: Attached) -> None:
+    """Note that ``engine`` manages a weight of ``owner``.
+
+    Example:
+        >>> class Nothing:
+        ...     def detach(self):
+        ...         print("detached")
+        >>> layer, engine = nn.Linear(3, 2), Nothing()
+        >>> attach(layer, engine)
+        >>> forget(layer, engine)
+    """
+    _ATTACHED[owner] = weakref.ref(engine)
+
+
+def forget(owner: nn.Module, engine: Attached) -> None:
+    """Take that back, unless another engine has taken over.
+
+    Example:
+        >>> forget(nn.Linear(3, 2), None)
+    """
+    if (attached := _ATTACHED.get(owner)) is not None and attached() is engine:
+        del _ATTACHED[owner]
+
+
+def detach_from(model: nn.Module) -> None:
+    """Remove the hooks of every trainer attached to ``model`` or a part of it.
+
+    Example:
+        >>> detach_from(nn.Linear(3, 2))
+    """
+    for engine in engines(model):
+        engine.detach()
+
+
+def engines(model: nn.Module) -> list[Attached]:
+    """The engines attached to ``model`` or a part of it.
+
+    Example:
+        >>> engines(nn.Linear(3, 2))
+        []
+    """
+    references = (_ATTACHED.get(handle.owner) for handle in sparse_weights(model))
+    found = {id(engine): engine for reference in references if reference and (engine := reference()) is not None}
+    return list(found.values())
+
+
+def check_attachable(model: nn.Module, optimizer: object) -> None:
+    """Check that a trainer may attach to ``model`` and ``optimizer``, and touch neither.
+
+    Raises:
+        TrainerError: Nothing is masked, a trainer is attached already, or the optimizer is not one whose steps masks
+            can follow, or does not hold the masked parameters.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> check_attachable(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+        Traceback (most recent call last):
+        srigl_fx.errors.TrainerError: Linear has no mask-managed weight: call srigl_fx.sparsify(model) first
+    """
+    if not isinstance(model, nn.Module) or not sparse_weights(model):
+        raise TrainerError(f"{type(model).__name__} has no mask-managed weight: call srigl_fx.sparsify(model) first")
+    if not isinstance(optimizer, Optimizer):
+        raise TrainerError(f"the optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TrainerError(
+            "LBFGS evaluates a closure many times in one step and keeps a history that masks cannot follow: "
+            "use SGD, Adam, AdamW or another optimizer that takes one gradient a step"
+        )
+    if engines(model):
+        raise TrainerError(
+            "a trainer is attached to this model already: call .detach() on it, or srigl_fx.train.detach_from(model), "
+            "before attaching another one"
+        )
+    check_wrapping(model)
+    check_held(model, optimizer)
+
+
+def check_held(model: nn.Module, optimizer: Optimizer) -> None:
+    """Check that ``optimizer`` holds every masked parameter that trains.
+
+    Raises:
+        TrainerError: It does not; the message names them.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> check_held(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+    """
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [
+        handle.fqn for handle in sparse_weights(model) if handle.weight.requires_grad and id(handle.weight) not in held
+    ]
+    if missing:
+        raise TrainerError(
+            f"the optimizer does not hold {_some(missing)}: create it from model.parameters() of this very model, "
+            "after anything that replaces parameters (load_state_dict(..., assign=True), fully_shard, a copy). A "
+            "trainer follows one optimizer: leave the weights that another one trains dense with rules={name: None}, "
+            "and freeze those that none trains with requires_grad_(False)"
+        )
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    """The first few of ``names``, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + more

@@ -1,0 +1,148 @@
+"""One masked weight under management: the hooks on it, and the dense gradient that is kept of it.
+
+Owns what is known of a single parameter between two steps. It must not know the optimizer's steps, the schedule or
+the other weights.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from srigl_fx.masks.projection import Projection, keep_only
+from srigl_fx.masks.records import SparseWeight
+from srigl_fx.masks.shards import Slices, as_shard, local
+
+
+@dataclass
+class ManagedWeight:
+    """A masked weight, its hooks and its captured gradients.
+
+    Attributes:
+        handle: Where weight and mask are found.
+        parameter: The Parameter object that carries the hook; None while the weight is frozen.
+        slices: Which part of the weight this process holds; None where it holds all.
+        dense: Dense gradient of the micro-batches of this step, where it is captured.
+        total: Dense gradients of earlier steps of the capture window.
+        anew: Whether the micro-batch at hand is the first of its step; a bool tensor where only the device knows.
+        grad: This process's part of ``.grad`` as it was left after the last micro-batch.
+        version: Its version then.
+        weight_version: The weight's version as the last step left it.
+        states: The optimizer's state tensors that are known to be zero off the mask.
+        projection: The mask in the form in which it is applied fastest.
+    """
+
+    handle: SparseWeight
+    parameter: nn.Parameter | None = None
+    slices: Slices | None = None
+    dense: Tensor | None = None
+    total: Tensor | None = None
+    anew: bool | Tensor = True
+    grad: "weakref.ref[Tensor] | None" = None
+    version: int = -1
+    weight_version: int = -1
+    states: tuple[Tensor, ...] = ()
+    projection: Projection = field(default_factory=Projection)
+    _hook: RemovableHandle | None = None
+    _early_hook: RemovableHandle | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask, as far as this process holds the weight."""
+        return self.handle.mask if self.slices is None else self.handle.mask[self.slices]
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """What this process holds of a tensor that is spread as the weight is."""
+        return tensor if self.slices is None else local(tensor)
+
+    def project(self, tensor: Tensor) -> None:
+        """Set what this process holds of the weight, or of a tensor spread like it, to zero off the mask."""
+        mask = self.handle.mask
+        if self.slices is None:
+            self.projection(tensor, mask)
+        else:
+            keep_only(local(tensor), mask[self.slices])
+
+    def leave(self, grad: Tensor) -> None:
+        """Remember ``grad`` as it is now."""
+        self.grad, self.version = weakref.ref(grad), grad._version
+
+    def left_as(self, grad: Tensor, *, writes: int = 0) -> bool:
+        """Whether ``grad`` is the tensor we last masked, written to so many times since."""
+        return self.grad is not None and self.grad() is grad and grad._version == self.version + writes
+
+    def hook(self, on_gradient: Callable[[Tensor], None]) -> None:
+        """Have ``on_gradient`` called with the parameter, as the owner holds it now, after each accumulation."""
+        self.unhook()
+        self.parameter = self.handle.weight
+        self._hook = self.parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+
+    def unhook(self) -> None:
+        """Remove the hooks, and forget the gradients that they kept."""
+        self.look_early(False)
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self.parameter = self.dense = self.total = self.grad = None
+
+    def look_early(self, wanted: bool) -> None:
+        """Look at ``.grad`` before each accumulation, or no longer: only captured gradients need it."""
+        if self._early_hook is not None:
+            self._early_hook.remove()
+            self._early_hook = None
+        # fully_shard accumulates on its own, where no such hook is called.
+        if wanted and self.slices is None and self.parameter is not None and self.parameter.requires_grad:
+            self._early_hook = self.parameter.register_hook(self._before_gradient)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _before_gradient(self, _: Tensor) -> None:
+        """Decide whether the gradient that arrives joins those before it: that is, whether they are still there."""
+        assert self.parameter is not None
+        grad = self.parameter.grad
+        if grad is None:
+            self.anew = True
+        elif self.left_as(grad):
+            self.anew = False
+        else:  # zeroed in place, or rewritten by data parallelism with what all processes have; no host waits to know
+            self.anew = ~grad.any()
+
+    @torch.no_grad()
+    def take_gradient(self, parameter: Tensor, *, capture: bool) -> None:
+        """Mask the gradient that was just accumulated; first keep it as it is where it is to be captured."""
+        if parameter.grad is None:
+            return
+        grad = self.own(parameter.grad)
+        if capture:
+            # After the first micro-batch .grad is masked(g1 + ...) + g: whole on the mask, only the newest term off it.
+            anew = self.anew if self.slices is None else not self.left_as(grad, writes=1)
+            if anew is True or self.dense is None:
+                self.dense = grad.clone()
+                if self.slices is not None:
+                    # fully_shard cuts the gradients of a group from one tensor, whose version they share: a view made
+                    # by .data has its own, and tells whether it was accumulated to.
+                    parameter.grad = as_shard(grad.data, parameter)
+                    grad = self.own(parameter.grad)
+            else:
+                torch.where(self.mask | anew, grad, self.dense + grad, out=self.dense)
+        self.project(parameter.grad)
+        self.leave(grad)
+
+    @torch.no_grad()
+    def close_step(self, *, rescale: bool) -> None:
+        """Add the gradient of the step that ends to those of earlier steps, at the scale that the optimizer saw.
+
+        Args:
+            rescale: A gradient scaler multiplies it by another factor from step to step: undo that. It cannot be told
+                under data parallelism, where ``.grad`` is the mean of all processes.
+        """
+        dense, grad = self.dense, self.handle.weight.grad
+        self.dense = None
+        if dense is None:
+            return
+        if grad is not None and rescale:
+            seen = self.own(grad).flatten()  # zero off the mask
+            ratio = torch.dot(seen, seen) / torch.dot(seen, dense.flatten())
+            dense.mul_(torch.where(ratio.isfinite() & ((ratio - 1).abs() > 1e-5), ratio, 1.0))
+        self.total = dense if self.total is None else self.total.add_(dense)
