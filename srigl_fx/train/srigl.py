@@ -166,7 +166,10 @@ def scale_dead_rows(gradient: Tensor, mask: Tensor) -> Tensor:
     live = mask.any(dim=1)
     if bool(live.all()) or not bool(live.any()):
         return gradient
-    rows = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().mean(dim=1, dtype=torch.float32)
+    rows = torch.linalg.vector_norm(gradient, 1, dim=1, dtype=torch.promote_types(gradient.dtype, torch.float32))
+    if not bool(rows.isfinite().all()):
+        odd = ~rows.isfinite()
+        rows[odd] = gradient[odd].nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().sum(dim=1, dtype=rows.dtype)
     magnified = ~live & (rows > rows[live].max())
     if not bool(magnified.any()):
         return gradient
