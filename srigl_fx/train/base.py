@@ -230,7 +230,7 @@ class Trainer(ABC):
     def _update(self) -> None:
         """Change the masks, or leave the update due where the gradients do not allow it."""
         gradients = self._engine.join_gradients()
-        flags = self._engine.processes.any_has([not bool(grad.isfinite().all()) for grad in gradients.values()])
+        flags = self._engine.processes.any_has([not _is_finite(grad) for grad in gradients.values()])
         infinite = [name for name, flag in zip(gradients, flags, strict=True) if flag]
         if infinite or (self.needs_gradient and not gradients):
             cause = "infinite" if infinite else "none"
@@ -276,3 +276,8 @@ def check_share(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
         raise TrainerError(f"{name} is {value!r}, but must be a number in [0, 1]")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are finite; NaN passes through both extremes, and no copy is made."""
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())

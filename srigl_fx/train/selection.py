@@ -15,7 +15,7 @@ from torch import Tensor
 
 # The integer type of each element size in bytes.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 15  # entries at a time: with their temporaries they fit the cache of a core
+_CHUNK = 1 << 15  # entries at a time: they fit the cache of a core, and torch takes no second thread for so few
 _SAMPLE = 1 << 14  # entries that guess the level of a layer
 _DEVIATIONS = 5  # of the guess: it fails once in a million, and is then searched for
 
