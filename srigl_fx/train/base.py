@@ -147,6 +147,7 @@ class Trainer(ABC):
             StructureError: The state is of another sparsity or structure; nothing is changed then.
             InvariantError: The model's weights and masks are not those of such a run; nothing is changed then.
         """
+        self._engine.check_attached()
         self.check_state_dict(state)
         verify(self.model)
         self._load_extra_state(state)
@@ -176,6 +177,20 @@ class Trainer(ABC):
         check_state(state, type(self).__name__)
         check_layout(state["weights"], layout(self.model))
         check_tensors(state, self.model)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Trainer":
+        """A copy would follow the same optimizer's steps no more."""
+        raise self._uncopyable("copied")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Hooks cannot be pickled."""
+        raise self._uncopyable("pickled")
+
+    def _uncopyable(self, how: str) -> TrainerError:
+        return TrainerError(
+            f"a {type(self).__name__} cannot be {how}, since hooks tie it to its model and optimizer: copy those, attach "
+            "a new one to them, and load this one's state_dict() into it"
+        )
 
     @abstractmethod
     def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> Iterable[tuple[SparseWeight, Tensor]]:
@@ -229,6 +244,7 @@ class Trainer(ABC):
     @torch.no_grad()
     def _update(self) -> None:
         """Change the masks, or leave the update due where the gradients do not allow it."""
+        self._engine.refresh_if_changed()
         gradients = self._engine.join_gradients()
         flags = self._engine.processes.any_has([not _is_finite(grad) for grad in gradients.values()])
         infinite = [name for name, flag in zip(gradients, flags, strict=True) if flag]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from srigl_fx.errors import TrainerError
 from srigl_fx.masks.projection import keep_only
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.masks.shards import held, is_sharded, part
@@ -75,7 +76,7 @@ class MaskEngine:
             {**{f"the weight {name}": value for name, value in layout(model).items()}, **(settings or {})},
             "build, sparsify and train alike on all of them",
         )
-        self._capturing = self._window_open = False
+        self._capturing = self._window_open = self._detached = False
         self._model = model
         self._optimizer = optimizer
         self._on_step = on_step
@@ -109,8 +110,16 @@ class MaskEngine:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Look the weights up anew: hook Parameters that were replaced or unfrozen, and project everything."""
+        """Look the weights up anew: hook Parameters that were replaced, added or unfrozen, and project everything.
+
+        Raises:
+            TrainerError: The engine was detached, or the optimizer does not hold a weight that trains.
+        """
+        self.check_attached()
         reshard(self._model)
+        check_held(self._model, self._optimizer)
+        self._elementwise = _is_elementwise(self._optimizer)
+        self._parameters_held = _count_parameters(self._optimizer)
         known = self._managed
         self._managed = {}
         for handle in sparse_weights(self._model):
@@ -121,12 +130,23 @@ class MaskEngine:
             if handle.weight is not managed.parameter and handle.weight.requires_grad:
                 managed.hook(self._on_gradient(handle.fqn))
                 managed.look_early(self._capturing)
-            managed.project(handle.weight)
-            if handle.weight.grad is not None:
-                managed.project(handle.weight.grad)
-            self._mask_states(managed, managed.project, force=True)
+            self._project(managed)
         for managed in known.values():
             managed.unhook()
+
+    def check_attached(self) -> None:
+        """Require that the engine was not detached.
+
+        Raises:
+            TrainerError: It was.
+        """
+        if self._detached:
+            raise TrainerError("this trainer was detached: attach a new one, and load the state into that")
+
+    def refresh_if_changed(self) -> None:
+        """Look the weights up anew if masked ones were added to the model, or taken out of it."""
+        if [handle.fqn for handle in sparse_weights(self._model)] != list(self._managed):
+            self.refresh()
 
     def gradient(self, handle: SparseWeight) -> Tensor | None:
         """This process's dense gradient of its part of a weight, summed over the window; None if none was captured."""
@@ -197,19 +217,21 @@ class MaskEngine:
         if handle.weight.grad is not None:
             managed.project(handle.weight.grad)
         self._mask_states(managed, lambda state: keep_only(managed.own(state), staying), force=True)
+        managed.know_mask()
 
     def adopt(self, hook: RemovableHandle) -> None:
         """Remove a trainer's own hook, too, when the engine is detached."""
         self._hooks.append(hook)
 
     def detach(self) -> None:
-        """Remove every hook; the model stays as it is. A second call does nothing."""
+        """Remove every hook; the model stays as it is, and so does what was captured. A second call does nothing."""
+        self._detached = True
         for managed in self._managed.values():
             managed.unhook()
             forget(managed.handle.owner, self)
         for hook in self._hooks:
             hook.remove()
-        self._managed, self._hooks = {}, []
+        self._hooks = []
 
     def captured(self, *, inside_step: bool) -> dict[str, dict[str, Tensor]]:
         """Copies of the captured gradients, by weight; those of an unfinished step only where asked for.
@@ -251,14 +273,18 @@ class MaskEngine:
 
     @torch.no_grad()
     def _before_step(self, *_: Any) -> None:
-        """Project what somebody wrote to since we last saw it: gradients (clipping, unscaling, noise) and weights."""
+        """Project what changed since we last saw it: gradients (clipping, unscaling, noise), weights, masks."""
+        if _count_parameters(self._optimizer) != self._parameters_held:
+            self.refresh()
+            return
         for managed in self._managed.values():
             weight = managed.handle.weight
             if weight is not managed.parameter and weight.requires_grad:
-                reshard(self._model)
-                check_held(self._model, self._optimizer)
                 self.refresh()
                 return
+            if not managed.knows_mask():
+                self._project(managed)
+                continue
             if managed.parameter is None:
                 continue
             own = managed.own(weight)
@@ -270,17 +296,25 @@ class MaskEngine:
 
     @torch.no_grad()
     def _after_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        anywhere = type(self._optimizer) not in _ELEMENTWISE
         closure = any(callable(given) for given in (*args[1:], *kwargs.values()))
         for managed in self._managed.values():
             if managed.parameter is not None:
                 # A closure makes gradients, and may write to them, after the look at them before the step.
                 grad = managed.parameter.grad if closure else None
                 unseen = grad is not None and not managed.left_as(managed.own(grad))
-                if self._mask_states(managed, managed.project, force=anywhere or unseen):
+                if self._mask_states(managed, managed.project, force=not self._elementwise or unseen):
                     managed.project(managed.parameter)
                 managed.weight_version = managed.own(managed.parameter)._version
         self._on_step(getattr(self._optimizer, "found_inf", None))
+
+    def _project(self, managed: ManagedWeight) -> None:
+        """Set weight, gradient and state to zero off the mask as it is now."""
+        weight = managed.handle.weight
+        managed.project(weight)
+        if weight.grad is not None:
+            managed.project(weight.grad)
+        self._mask_states(managed, managed.project, force=True)
+        managed.know_mask()
 
     def _mask_states(self, managed: ManagedWeight, project: Callable[[Tensor], None], *, force: bool) -> bool:
         """Project the optimizer state, and say whether anything was written.
@@ -295,3 +329,16 @@ class MaskEngine:
                 project(tensor)
             managed.states = tensors
         return force or not same
+
+
+def _is_elementwise(optimizer: Optimizer) -> bool:
+    """Whether zero gradients and zero state leave a zero weight where it is: not if the step divides zero by zero."""
+    smallest = {torch.float16: 1e-7}  # below it an eps becomes 0 there
+    return type(optimizer) in _ELEMENTWISE and all(
+        group.get("eps", 1.0) > max((smallest.get(parameter.dtype, 0.0) for parameter in group["params"]), default=0.0)
+        for group in optimizer.param_groups
+    )
+
+
+def _count_parameters(optimizer: Optimizer) -> int:
+    return sum(len(group["params"]) for group in optimizer.param_groups)

@@ -31,6 +31,8 @@ class ManagedWeight:
         grad: This process's part of ``.grad`` as it was left after the last micro-batch.
         version: Its version then.
         weight_version: The weight's version as the last step left it.
+        known_mask: The mask that weight, gradient and state are known to be zero off.
+        mask_version: Its version then.
         states: The optimizer's state tensors that are known to be zero off the mask.
         projection: The mask in the form in which it is applied fastest.
     """
@@ -44,6 +46,8 @@ class ManagedWeight:
     grad: "weakref.ref[Tensor] | None" = None
     version: int = -1
     weight_version: int = -1
+    known_mask: Tensor | None = None
+    mask_version: int = -1
     states: tuple[Tensor, ...] = ()
     projection: Projection = field(default_factory=Projection)
     _hook: RemovableHandle | None = None
@@ -66,6 +70,16 @@ class ManagedWeight:
         else:
             keep_only(local(tensor), mask[self.slices])
 
+    def knows_mask(self) -> bool:
+        """Whether the mask is the one that was last projected to: nobody loaded or wrote another."""
+        mask = self.handle.mask
+        return mask is self.known_mask and mask._version == self.mask_version
+
+    def know_mask(self) -> None:
+        """Remember the mask as it is now."""
+        self.known_mask = self.handle.mask
+        self.mask_version = self.known_mask._version
+
     def leave(self, grad: Tensor) -> None:
         """Remember ``grad`` as it is now."""
         self.grad, self.version = weakref.ref(grad), grad._version
@@ -77,15 +91,16 @@ class ManagedWeight:
     def hook(self, on_gradient: Callable[[Tensor], None]) -> None:
         """Have ``on_gradient`` called with the parameter, as the owner holds it now, after each accumulation."""
         self.unhook()
+        self.dense = self.total = None
         self.parameter = self.handle.weight
         self._hook = self.parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     def unhook(self) -> None:
-        """Remove the hooks, and forget the gradients that they kept."""
+        """Remove the hooks; gradients that were captured stay."""
         self.look_early(False)
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self.parameter = self.dense = self.total = self.grad = None
+        self._hook = self.parameter = self.grad = None
 
     def look_early(self, wanted: bool) -> None:
         """Look at ``.grad`` before each accumulation, or no longer: only captured gradients need it."""
