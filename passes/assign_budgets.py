@@ -164,7 +164,7 @@ class AssignBudgets(Pass[Draft]):
                 break
             yield from small
             for share, _ in small:
-                share.dense = True
+                share.dense, share.too_few = True, share.structure == "constant_fan_in"
         for share in shares:
             if share.dense:
                 continue
@@ -182,7 +182,17 @@ class AssignBudgets(Pass[Draft]):
         dense = tuple(name for share in shares if share.dense for name in share.units)
         if len(dense) == len(shapes):
             return dict.fromkeys(shapes, 1.0)
-        return DISTRIBUTIONS[self.distribution](shapes, self.sparsity, dense=dense)
+        try:
+            return DISTRIBUTIONS[self.distribution](shapes, self.sparsity, dense=dense)
+        except SparsifyError as error:
+            small = [share.site.fqn for share in shares if share.too_few]
+            if not small:
+                raise
+            raise SparsifyError(
+                f"{error}. Of these, {', '.join(small[:5])}{' and others' if len(small) > 5 else ''} became dense only "
+                f"because a sparsity of {self.sparsity} would leave a neuron no input, and a constant fan-in needs one "
+                'of at least 1: lower the sparsity, or use structure="unstructured"'
+            ) from error
 
     def _mapped(self, shares: list["_Share"]) -> dict[str, float]:
         assert not isinstance(self.distribution, str)
@@ -220,6 +230,7 @@ class _Share:
     match: Match | None
     structure: Structure
     dense: bool = False
+    too_few: bool = False
 
     @property
     def units(self) -> dict[str, tuple[int, ...]]:

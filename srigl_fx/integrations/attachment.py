@@ -3,6 +3,8 @@
 Owns :class:`SparseTraining`, a mix-in for callbacks, and the error for a missing extra. It must not know any framework.
 """
 
+import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +14,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from srigl_fx.errors import MissingExtraError, TrainerError
-from srigl_fx.masks.records import sparse_weights
+from srigl_fx.masks.records import plain, sparse_weights
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.metrics import MaskMetrics
 from srigl_fx.train.srigl import SRigL
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -51,7 +55,18 @@ class SparseTraining:
     def __init__(
         self, method: Callable[..., Trainer] = SRigL, *, total_steps: int | None = None, **options: Any
     ) -> None:
-        """Remember the method and its arguments; they are checked when the run begins."""
+        """Remember the method and its arguments: their names are checked now, their values when the run begins.
+
+        Raises:
+            TrainerError: The method does not take these arguments.
+        """
+        try:
+            inspect.signature(method).bind(None, None, total_steps=1, **options)
+        except TypeError as error:
+            raise TrainerError(
+                f"{_name(method)} cannot be called with the options of this callback ({error}); its signature is "
+                f"{_name(method)}({', '.join(inspect.signature(method).parameters)})"
+            ) from error
         self.method = method
         self.total_steps = total_steps
         self.options = options
@@ -85,8 +100,7 @@ class SparseTraining:
             if state is not None:
                 if not isinstance(state, dict) or not {"trainer", "metrics"} <= state.keys():
                     raise TrainerError("this is no state of a SRigLCallback: load another checkpoint")
-                metrics.check_state_dict(state["metrics"])
-                trainer.load_state_dict(state["trainer"])
+                trainer.load_state_dict(state["trainer"])  # first: it may set the masks that the metrics are of
                 metrics.load_state_dict(state["metrics"])
         except BaseException:
             trainer.detach()
@@ -97,6 +111,22 @@ class SparseTraining:
         """Remove the hooks, if there are any; the trainer and the metrics can still be looked at."""
         if self.sparse_trainer is not None:
             self.sparse_trainer.detach()
+
+    def warn_if_over_budget(self) -> None:
+        """Say in the log, at the end of a run, that pruning has not brought the model down to its sparsity."""
+        handles = [] if self.sparse_trainer is None else sparse_weights(self.sparse_trainer.model)
+        over = [
+            plain(handle.fqn) for handle in handles if int(handle.mask.count_nonzero()) > sum(handle.record.budgets)
+        ]
+        if over:
+            _log.warning(
+                "training ends with a model that is not as sparse as asked for: %d of %d masks keep more than their "
+                "budget, first that of %s. Pruning did not end: the last of its updates was not reached, or an earlier "
+                "checkpoint was loaded; train it to the end of pruning, or load a later checkpoint",
+                len(over),
+                len(handles),
+                over[0],
+            )
 
     def sparse_state(self) -> dict[str, Any]:
         """The state of method and metrics; empty before the first run."""

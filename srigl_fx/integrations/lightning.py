@@ -44,8 +44,8 @@ class SRigLCallback(SparseTraining, Callback):
         **options: Arguments of the method, such as ``update_every``.
 
     Raises:
-        TrainerError: When training begins: the module is not sparsified, no optimizer holds its masked weights, the
-            arguments do not fit, or the checkpoint holds no state that fits.
+        TrainerError: The method does not know an option; or, when training begins: the module is not sparsified, no
+            optimizer holds its masked weights, the arguments do not fit, or the checkpoint holds no state that fits.
 
     Example:
         >>> callback = SRigLCallback(update_every=50, ablation=0.5)
@@ -64,7 +64,7 @@ class SRigLCallback(SparseTraining, Callback):
         detach_at_end: bool = True,
         **options: Any,
     ) -> None:
-        """Remember the arguments; they are checked when training begins."""
+        """Remember the arguments: their names are checked now, their values when training begins."""
         super().__init__(method, total_steps=total_steps, **options)
         self.module = module
         self.log_layers = log_layers
@@ -111,8 +111,11 @@ class SRigLCallback(SparseTraining, Callback):
             pl_module.log(f"{prefix}{name}", float(value), on_step=True, prog_bar=shown, logger=False)
 
     def teardown(self, trainer: "LightningTrainer", pl_module: "LightningModule", stage: str) -> None:
-        """Detach when the fit has ended: the module keeps its masks."""
-        if stage == "fit" and self.detach_at_end:
+        """Detach when the fit has ended: the module keeps its masks; a warning says if they are too full."""
+        if stage != "fit":
+            return
+        self.warn_if_over_budget()
+        if self.detach_at_end:
             self.detach()
 
     def state_dict(self) -> dict[str, Any]:

@@ -43,8 +43,8 @@ class SRigLCallback(SparseTraining, TrainerCallback):
         **options: Arguments of the method, such as ``update_every``.
 
     Raises:
-        TrainerError: When training begins: the model is not sparsified, the arguments do not fit, or a resumed
-            checkpoint holds no state that fits.
+        TrainerError: The method does not know an option; or, when training begins: the model is not sparsified, the
+            arguments do not fit, or a resumed checkpoint holds no state that fits.
 
     Example:
         >>> callback = SRigLCallback(update_every=50, ablation=0.5)
@@ -63,7 +63,7 @@ class SRigLCallback(SparseTraining, TrainerCallback):
         resume_from: str | Path | None = None,
         **options: Any,
     ) -> None:
-        """Remember the arguments; they are checked when training begins."""
+        """Remember the arguments: their names are checked now, their values when training begins."""
         super().__init__(method, total_steps=total_steps, **options)
         self.log_updates = log_updates
         self.log_layers = log_layers
@@ -133,7 +133,8 @@ class SRigLCallback(SparseTraining, TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any
     ) -> None:
-        """Detach: the model keeps its masks."""
+        """Detach: the model keeps its masks, and a warning says if they are fuller than they should be."""
+        self.warn_if_over_budget()
         if self.detach_at_end:
             self.detach()
 

@@ -49,7 +49,7 @@ def save(
         model: Its ``state_dict()`` is saved, masks included, under the names of the unwrapped model.
         optimizer: Its ``state_dict()`` is saved.
         trainer: Its ``state_dict()`` is saved.
-        extra: Anything else made of tensors, numbers, strings, None, dicts, lists and tuples: the state of a
+        extra: Anything else, by name, made of tensors, numbers, strings, None, dicts, lists and tuples: the state of a
             scheduler or of a gradient scaler, ``torch.get_rng_state()``, the epoch.
         include_gradients: Save the gradients of an unfinished step too, for a save between two micro-batches.
 
@@ -70,6 +70,8 @@ def save(
     """
     if include_gradients and trainer is None:
         raise CheckpointError("gradients are part of the trainer's state: pass trainer= to save them")
+    if not isinstance(extra, Mapping | None):
+        raise CheckpointError(f'extra is a {type(extra).__name__}, but must be a dict: extra={{"epoch": 3}}')
     contents: dict[str, Any] = {
         "model": {plain(name): value for name, value in _live(model).items()},
         "layout": layout(model),
@@ -102,7 +104,7 @@ def load(
         trainer: Of the saved one's class, attached to model and optimizer.
 
     Returns:
-        The ``extra`` that was saved.
+        The ``extra`` that was saved, empty where there was none.
 
     Raises:
         CheckpointError: The file is damaged, foreign, or does not fit.

@@ -2,22 +2,26 @@
 
 Owns :class:`DynamicTrainer`, which takes the model's masked weights apart into :class:`Layer` matrices, and the rule
 that most methods follow: drop by magnitude, grow by a score of their own. A method is a subclass that gives that
-score (:meth:`~DynamicTrainer.growth`) or, where it needs more, the whole mask (:meth:`~DynamicTrainer.new_mask`). It
-must not know how masks are kept between updates (:mod:`srigl_fx.train.engine`).
+score (:meth:`~DynamicTrainer.growth`) or, where it needs more, the whole mask (:meth:`~DynamicTrainer.new_mask`);
+what either returns is checked here, since anybody may write one. It must not know how masks are kept between updates
+(:mod:`srigl_fx.train.engine`).
 """
 
 import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import SparseWeight, Structure, sparse_weights
 from srigl_fx.train.base import Trainer, check_count, check_share
 from srigl_fx.train.schedules import cosine_drop_fraction
+from srigl_fx.train.selection import counts_of_rows
 from srigl_fx.train.updates import drop_and_grow
 
 _log = logging.getLogger(__name__)
@@ -26,6 +30,8 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class Layer:
     """One block of a masked weight at an update, as matrices of n neurons with F inputs each.
+
+    The matrices are for reading only: they are the model's own, not copies. An update that writes to one is an error.
 
     Attributes:
         handle: The weight.
@@ -36,7 +42,8 @@ class Layer:
         drop_fraction: Share of the weights to replace at this step.
         weight: Values (n, F), zero off the mask.
         mask: Bool mask (n, F).
-        gradient: Dense gradient (n, F), also off the mask; zeros where the method needs none.
+        gradient: Dense gradient (n, F), also off the mask. Of a method with ``needs_gradient = False`` there is none:
+            any use is a TrainerError.
     """
 
     handle: SparseWeight
@@ -60,13 +67,28 @@ class Layer:
         return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{self.step}:{self.name}".encode()))
 
 
+class _Uncaptured(Tensor):
+    """Stands where the dense gradient would be, if it were captured."""
+
+    @classmethod
+    def __torch_function__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> Any:
+        raise TrainerError(
+            "layer.gradient was used, but the method's needs_gradient is False, so that no dense gradient is captured: "
+            "remove needs_gradient = False from its class"
+        )
+
+
+_UNCAPTURED = torch.empty(0).as_subclass(_Uncaptured)
+
+
 class DynamicTrainer(Trainer):
     """A method that replaces connections as it trains, at multiples of ``update_every`` until ``stop_at``.
 
     A subclass overrides :meth:`growth`: a score for each weight, whose magnitude decides what grows. On a constant
     fan-in model growth is ranked within each row, so that the fan-in stays constant; on an unstructured one over the
     layer. A class attribute ``needs_gradient = False`` says that the score does without the dense gradient, which is
-    then not captured.
+    then not captured. What a method returns is checked at every update: a TrainerError or a StructureError names the
+    method and the layer.
 
     Args:
         model: A sparsified model.
@@ -115,6 +137,7 @@ class DynamicTrainer(Trainer):
         """Check the arguments, then attach to model and optimizer."""
         check_count("total_steps", total_steps)
         check_share("drop_fraction", drop_fraction)
+        self._check_method()
         self.drop_fraction = drop_fraction
         super().__init__(
             model,
@@ -134,14 +157,24 @@ class DynamicTrainer(Trainer):
             )
 
     def growth(self, layer: Layer) -> Tensor:
-        """Scores (n, F) of the layer's weights, of which the largest magnitudes grow: override this."""
-        raise NotImplementedError(f"{type(self).__name__} overrides neither growth() nor new_mask()")
+        """Scores (n, F) of the layer's weights, of which the largest magnitudes grow: override this.
+
+        They are a floating-point tensor on the layer's device; those that are not finite count as 0. The layer's
+        tensors are for reading only.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not override growth()")
 
     def new_mask(self, layer: Layer) -> Tensor:
-        """The bool mask (n, F) after this update; override it for a method that does not drop and grow."""
+        """The bool mask (n, F) after this update; override it for a method that does not drop and grow.
+
+        It keeps at least one weight and at most ``layer.budget``; with a constant fan-in each of its ``active`` rows
+        that are not empty has ``min(F, layer.budget // active)``. The layer's tensors are for reading only.
+        """
+        scores = self.growth(layer)
+        self._check_scores(layer, scores)
         return drop_and_grow(
             layer.weight,
-            self.growth(layer),
+            scores,
             layer.mask,
             budget=layer.budget,
             drop_fraction=layer.drop_fraction,
@@ -163,9 +196,7 @@ class DynamicTrainer(Trainer):
         site, structure = handle.record.site, handle.record.structure
         assert structure is not None
         weight, mask = site.to_matrix(self._engine.whole_weight(handle)), site.to_matrix(handle.mask)
-        dense = torch.zeros((), device=mask.device).expand(mask.shape)
-        if gradient is not None:
-            dense = site.to_matrix(self._engine.whole(handle, gradient))
+        dense = None if gradient is None else site.to_matrix(self._engine.whole(handle, gradient))
         new = []
         for index, (block, budget) in enumerate(zip(site.blocks, handle.record.budgets, strict=True)):
             rows = slice(block.start, block.stop)
@@ -178,7 +209,74 @@ class DynamicTrainer(Trainer):
                 drop_fraction=drop_fraction,
                 weight=weight[rows],
                 mask=mask[rows],
-                gradient=dense[rows],
+                gradient=_UNCAPTURED if dense is None else dense[rows],
             )
+            live = {"weight": layer.weight, "mask": layer.mask}
+            if dense is not None:
+                live["gradient"] = layer.gradient
+            versions = {what: tensor._version for what, tensor in live.items()}
             new.append(self.new_mask(layer))
+            if written := [what for what, tensor in live.items() if tensor._version != versions[what]]:
+                raise TrainerError(
+                    f"{type(self).__name__} wrote to layer.{written[0]} of {layer.name}, which is for reading only: "
+                    "the model may be damaged. Clone what is to be changed, and resume from the last checkpoint"
+                )
+            self._check_mask(layer, new[-1])
         return site.from_matrix(torch.cat(new))
+
+    def _check_method(self) -> None:
+        """Require a rule, and a decay under which old gradients fade."""
+        method, decay = type(self), self.gradient_decay
+        if method.growth is DynamicTrainer.growth and method.new_mask is DynamicTrainer.new_mask:
+            raise TrainerError(f"{method.__name__} overrides neither growth() nor new_mask(): say what it grows")
+        number = isinstance(decay, int | float) and not isinstance(decay, bool)
+        if decay is not None and not (number and 0.0 < decay < 1.0):
+            raise TrainerError(f"gradient_decay of {method.__name__} is {decay!r}, but must lie in (0, 1), or be None")
+
+    def _check_scores(self, layer: Layer, scores: object) -> None:
+        what = f"{type(self).__name__}.growth returned for {layer.name}"
+        if not isinstance(scores, Tensor):
+            raise TrainerError(f"{what} a {type(scores).__name__}, but must return a tensor of scores")
+        if not scores.is_floating_point() or (scores.shape, scores.device) != (layer.mask.shape, layer.mask.device):
+            raise TrainerError(
+                f"{what} a {scores.dtype} {_place(scores)}, but must return a floating-point {_place(layer.mask)}"
+            )
+        # NaN and infinities pass through both extremes: only then is it worth looking whether anything else is there.
+        if not torch.stack(scores.detach().aminmax()).isfinite().all() and not scores.isfinite().any():
+            raise TrainerError(f"{what} scores of which none is finite: nothing can be ranked by them")
+
+    def _check_mask(self, layer: Layer, new: object) -> None:
+        """Require what :func:`srigl_fx.verify` will."""
+        what = f"{type(self).__name__}.new_mask returned for {layer.name}"
+        if not isinstance(new, Tensor):
+            raise TrainerError(f"{what} a {type(new).__name__}, but must return a bool tensor")
+        if (new.dtype, new.shape, new.device) != (torch.bool, layer.mask.shape, layer.mask.device):
+            raise TrainerError(f"{what} a {new.dtype} {_place(new)}, but must return a torch.bool {_place(layer.mask)}")
+        counts = counts_of_rows(new)
+        active, kept, least, most = torch.stack([counts.count_nonzero(), counts.sum(), *counts.aminmax()]).tolist()
+        constant, inputs = layer.structure == "constant_fan_in", new.shape[1]
+        if kept == 0:
+            raise StructureError(f"{what} an empty mask: at least one weight must stay")
+        if kept > layer.budget and self.prunes_from_dense and layer.handle.record.dense_start:
+            if constant and least != most:
+                raise StructureError(f"{what} fan-ins from {least} to {most}, but pruning must leave all rows the same")
+            return
+        if kept > layer.budget:
+            raise StructureError(f"{what} a mask of {kept} weights, more than the budget of {layer.budget}")
+        if not constant:
+            return
+        if active * inputs < layer.budget:
+            raise StructureError(
+                f"{what} a mask with {active} active rows of {inputs} inputs, which cannot hold the budget of "
+                f"{layer.budget} weights"
+            )
+        fan_in = min(inputs, layer.budget // active)
+        if most != fan_in or kept != active * fan_in:
+            raise StructureError(
+                f"{what} fan-ins {sorted(set(counts[counts > 0].tolist()))[:8]}, but with {active} active rows and a "
+                f"budget of {layer.budget} weights each must have {fan_in}"
+            )
+
+
+def _place(tensor: Tensor) -> str:
+    return f"tensor {tuple(tensor.shape)} on {tensor.device}"

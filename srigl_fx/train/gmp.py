@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from srigl_fx.errors import TrainerError
+from srigl_fx.errors import InvariantError, TrainerError
 from srigl_fx.masks.budgets import budget as count_at
 from srigl_fx.masks.records import SparseWeight, set_dense_start, sparse_weights
+from srigl_fx.masks.shards import local, part
 from srigl_fx.train.base import check_count, check_share
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
 from srigl_fx.train.schedules import cubic_sparsity, end_step, last_update_step
@@ -29,7 +30,11 @@ class GMP(DynamicTrainer):
     captured.
 
     ``sparsify(model, mask_init="dense", ...)`` keeps the weights to start from, of a new or a trained model; otherwise
-    those it removed start at zero.
+    those it removed start at zero. That holds for a model which GMP has pruned before, too: a second trainer opens its
+    masks anew.
+
+    Frozen weights are pruned as well, unlike with the other methods, since each layer must meet its budget; to keep a
+    frozen layer whole, ``sparsify`` it with the rule None.
 
     Args:
         model: A sparsified model.
@@ -119,6 +124,14 @@ class GMP(DynamicTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume, once model and optimizer have loaded theirs; the masks come from the trainer's state."""
+        self.check_state_dict(state)
+        for handle in sparse_weights(self.model):
+            mask = state["extra"]["masks"][handle.key].to(handle.mask.device)
+            if bool(((local(handle.weight.detach()) != 0) & ~part(mask, handle.weight)).any()):
+                raise InvariantError(
+                    f"{handle.fqn}: weights off the mask are not zero: the trainer's state is of another run, or the "
+                    "model has not loaded its own; load the model of the same checkpoint first"
+                )
         super().load_state_dict(state)
         self._mark()
 

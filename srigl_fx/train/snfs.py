@@ -5,7 +5,8 @@ Owns the method's growth score and the decay of its momentum. It must not know h
 
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
 
@@ -40,6 +41,29 @@ class SNFS(DynamicTrainer):
     """
 
     gradient_decay: ClassVar[float | None] = 0.9
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        total_steps: int,
+        update_every: int = 100,
+        drop_fraction: float = 0.3,
+        stop_at: float = 0.75,
+        grad_samples: int = 1,
+        auto: bool = True,
+    ) -> None:
+        """Check the arguments, then attach to model and optimizer."""
+        super().__init__(
+            model,
+            optimizer,
+            total_steps=total_steps,
+            update_every=update_every,
+            drop_fraction=drop_fraction,
+            stop_at=stop_at,
+            auto=auto,
+        )
 
     def growth(self, layer: Layer) -> Tensor:
         """The decaying sum of the dense gradients."""

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import srigl_fx as sx
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks.records import sparse_weights
-from srigl_fx.train import SET, SRigL
+from srigl_fx.train import GMP, SET, SRigL
 
 lightning = pytest.importorskip("lightning.pytorch", reason="the extra [lightning] is not installed")
 from lightning.pytorch import Callback, LightningModule  # noqa: E402 - only where it is installed
@@ -108,7 +108,7 @@ def test_a_run_updates_logs_and_detaches(tmp_path: Path) -> None:
     sx.Static(model, torch.optim.SGD(model.parameters(), lr=0.1)).detach()
 
 
-@pytest.mark.parametrize("more", [{}, {"method": SET}, {"grad_samples": 3}])
+@pytest.mark.parametrize("more", [{}, {"method": SET}, {"grad_samples": 3}, {"method": GMP}])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, more: dict[str, Any]) -> None:
     options = {"update_every": 4, "drop_fraction": 0.5, **more}
     whole, model = SRigLCallback(**options), Digits(0)
@@ -127,6 +127,19 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, more: dict[st
     assert resumed.metrics.flat() == whole.metrics.flat()
     assert resumed.metrics.step == 12
     assert resumed.metrics.total()["change_rate"] > 0
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_model_that_ends_over_its_budget_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, auto: bool
+) -> None:
+    _trainer(tmp_path, SRigLCallback(GMP, update_every=4, auto=auto)).fit(Digits())  # nobody calls step()
+    assert caplog.text.count("3 of 3 masks keep more than their budget, first that of net.0.weight") == (not auto)
+
+
+def test_options_that_the_method_does_not_know_are_refused_at_once() -> None:
+    with pytest.raises(TrainerError, match=r"SRigL cannot be called .*'update_evry'"):
+        SRigLCallback(update_evry=3)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")

@@ -2,6 +2,7 @@ import copy
 import os
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 import srigl_fx as sx
 from srigl_fx.errors import CheckpointError, TrainerError
 from srigl_fx.masks.records import sparse_weights
-from srigl_fx.train import SET, SRigL
+from srigl_fx.train import GMP, SET, SRigL
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("accelerate", reason="the extra [transformers] is not installed")
@@ -134,7 +135,8 @@ def test_reporters_see_the_numbers_once_the_callback_comes_first(tmp_path: Path)
 
 @pytest.mark.parametrize("cut", [6, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("make", "causal", "method"), [(_bert, False, {}), (_gpt2, True, {}), (_bert, False, {"method": SET})]
+    ("make", "causal", "method"),
+    [(_bert, False, {}), (_gpt2, True, {}), (_bert, False, {"method": SET}), (_bert, False, {"method": GMP})],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(
     tmp_path: Path, cut: int, make: Any, causal: bool, method: dict[str, Any]
@@ -240,6 +242,41 @@ def test_the_best_model_keeps_its_masks(tmp_path: Path) -> None:
     assert (missing, unexpected) == (["lm_head.weight"], [])  # tied
     _assert_same(trainer.model, other)
     sx.verify(trainer.model)
+
+
+@pytest.mark.parametrize("best", [True, False])
+def test_a_model_that_ends_over_its_budget_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, best: bool
+) -> None:
+    trainer = _trainer(
+        sx.sparsify(_gpt2(), sparsity=0.8, mask_init="dense"),
+        tmp_path,
+        SRigLCallback(GMP, update_every=4),
+        data=_sentences(causal=True),
+        evaluation=_sentences(8, causal=True),
+        eval_strategy="steps",
+        eval_steps=5,
+        save_strategy="steps",
+        save_steps=5,
+        load_best_model_at_end=best,
+        greater_is_better=True,  # of the loss: the first checkpoint is the best
+        metric_for_best_model="eval_loss",
+    )
+    trainer.train()
+    warnings = [record.getMessage() for record in caplog.records if "not as sparse as asked" in record.getMessage()]
+    assert len(warnings) == best
+    assert all("masks keep more than their budget, first that of transformer.h.0" in text for text in warnings)
+
+
+def test_options_that_the_method_does_not_know_are_refused_at_once() -> None:
+    with pytest.raises(TrainerError, match=r"SRigL cannot be called .*'update_evry'.*SRigL\(model, .*update_every"):
+        SRigLCallback(update_evry=3)
+    with pytest.raises(TrainerError, match=r"SET cannot be called .*'ablation'"):
+        SRigLCallback(SET, ablation=0.5)
+    with pytest.raises(TrainerError, match="'model'"):
+        SRigLCallback(model=nn.Linear(2, 2))
+    SRigLCallback(partial(SET, seed=3), update_every=4)
+    SRigLCallback(lambda model, optimizer, **options: SET(model, optimizer, **options), anything=4)
 
 
 def test_a_checkpoint_elsewhere_is_named(tmp_path: Path) -> None:

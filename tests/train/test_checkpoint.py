@@ -164,6 +164,19 @@ def test_what_a_file_cannot_hold_is_named(tmp_path: Path, value: Any, message: s
     assert (tmp_path / "last").read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("extra", [3, 0, "text", [("epoch", 3)], (), True])
+def test_extra_has_names(tmp_path: Path, extra: Any) -> None:
+    with pytest.raises(CheckpointError, match=f"extra is a {type(extra).__name__}, but must be a dict"):
+        save(tmp_path / "last", model=mlp(), extra=extra)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"a": None, "b": [1, "x", {"c": (True, 2.5)}]}])
+def test_extra_comes_back(tmp_path: Path, extra: Any) -> None:
+    save(tmp_path / "last", model=mlp(), extra=extra)
+    assert load(tmp_path / "last", model=mlp()) == (extra or {})
+
+
 def test_saving_into_a_missing_folder_or_a_folder_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "none" / "last", tmp_path):
         with pytest.raises(CheckpointError, match="cannot be written"):

@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from train_support import SmallNet, batches, dense_gradient_sums, loss_of, mask_copies, mlp, same, train
 
 from srigl_fx import sparsify
-from srigl_fx.errors import TrainerError
+from srigl_fx.errors import InvariantError, SparsifyError, SriglError, StructureError, TrainerError
 from srigl_fx.masks import verify
 from srigl_fx.masks.records import Structure, sparse_weights
 from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static
@@ -188,6 +189,11 @@ def test_methods_can_be_exchanged(method: type[Trainer]) -> None:
     method(model, optimizer, total_steps=200)
 
 
+def test_snfs_leaves_grad_samples_aside() -> None:
+    model = mlp()
+    assert SNFS(model, sgd(model), total_steps=100, update_every=3, grad_samples=5).grad_samples == 1
+
+
 @pytest.mark.parametrize("trainer_first", [True, False])
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("method", [RigL, SET, SNFS, GMP, Static])
@@ -243,9 +249,149 @@ def test_a_method_must_say_what_grows() -> None:
     class Nothing(DynamicTrainer):
         pass
 
-    Nothing(model, optimizer, total_steps=100, update_every=2)
-    with pytest.raises(NotImplementedError, match="Nothing overrides neither growth"):
+    with pytest.raises(TrainerError, match="Nothing overrides neither growth"):
+        Nothing(model, optimizer, total_steps=100, update_every=2)
+    Static(model, optimizer)
+
+
+@pytest.mark.parametrize("decay", [0, 1.0, -0.5, 1.5, float("nan"), True, "0.9"])
+def test_a_decay_must_let_old_gradients_fade(decay: Any) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    with pytest.raises(TrainerError, match=r"gradient_decay of Mine is .* must lie in \(0, 1\)"):
+        type("Mine", (RigL,), {"gradient_decay": decay})(model, optimizer, total_steps=100)
+    Static(model, optimizer)
+
+
+def _run_rule(name: str, rule: Callable[[Layer], Any], structure: Structure = "constant_fan_in", **more: Any) -> None:
+    model = mlp(structure=structure)
+    optimizer = sgd(model)
+    method = type("Mine", (DynamicTrainer,), {name: lambda self, layer: rule(layer), **more})
+    trainer = method(model, optimizer, total_steps=100, update_every=2, drop_fraction=0.5)
+    before = mask_copies(model)
+    try:
         train(model, optimizer, batches(2))
+    except SriglError:
+        assert same(mask_copies(model), before)
+        assert trainer.last_update is None
+        raise
+    verify(model, optimizer)
+
+
+def _without(layer: Layer, rows: slice, columns: slice = slice(None)) -> Tensor:
+    mask = layer.mask.clone()
+    if layer.name == "0.weight":
+        mask[rows, columns] = False
+    return mask
+
+
+RULES: list[tuple[Callable[[Layer], Any], type[SriglError], str]] = [
+    (lambda layer: None, TrainerError, "a NoneType, but must return a bool tensor"),
+    (lambda layer: layer.mask.tolist(), TrainerError, "a list, but"),
+    (lambda layer: layer.mask.float(), TrainerError, r"a torch.float32 tensor \(32, 24\)"),
+    (lambda layer: layer.mask.t(), TrainerError, r"tensor \(24, 32\) .* must return a torch.bool tensor \(32, 24\)"),
+    (lambda layer: layer.mask[0], TrainerError, r"tensor \(24,\)"),
+    (lambda layer: layer.mask.to("meta"), TrainerError, "on meta, but .* on cpu"),
+    (lambda layer: torch.zeros_like(layer.mask), StructureError, "an empty mask"),
+    (lambda layer: torch.ones_like(layer.mask), StructureError, "a mask of 768 weights, more than the budget of 192"),
+]
+FAN_INS: list[tuple[Callable[[Layer], Any], type[SriglError], str]] = [
+    (lambda layer: _without(layer, slice(None), slice(0, 3)), StructureError, r"fan-ins \[\d, \d.* each must have 6"),
+    (lambda layer: _without(layer, slice(0, 6)), StructureError, r"fan-ins \[6\], but with 26 active .* must have 7"),
+    (lambda layer: _without(layer, slice(8, None)), StructureError, r"fan-ins \[6\].*must have 24"),
+    (lambda layer: _without(layer, slice(2, None)), StructureError, "2 active rows of 24 inputs, which cannot hold"),
+]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("rule", "error", "message"), RULES)
+def test_a_mask_that_is_none_is_refused(
+    rule: Callable[[Layer], Any], error: type[SriglError], message: str, structure: Structure
+) -> None:
+    with pytest.raises(error, match=rf"Mine\.new_mask returned for 0\.weight .*{message}"):
+        _run_rule("new_mask", rule, structure)
+
+
+@pytest.mark.parametrize(("rule", "error", "message"), FAN_INS)
+def test_a_constant_fan_in_mask_must_have_one(
+    rule: Callable[[Layer], Any], error: type[SriglError], message: str
+) -> None:
+    with pytest.raises(error, match=rf"Mine\.new_mask returned for 0\.weight .*{message}"):
+        _run_rule("new_mask", rule)
+    _run_rule("new_mask", rule, "unstructured")
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (lambda layer: None, "a NoneType, but must return a tensor"),
+        (lambda layer: layer.gradient.tolist(), "a list"),
+        (lambda layer: layer.mask, "a torch.bool tensor"),
+        (lambda layer: layer.gradient.to(torch.complex64), "a torch.complex64 tensor"),
+        (
+            lambda layer: layer.gradient.t(),
+            r"tensor \(24, 32\) on cpu, but must return a floating-point tensor \(32, 24\)",
+        ),
+        (lambda layer: layer.gradient.mean(), r"tensor \(\)"),
+        (lambda layer: layer.gradient.to("meta"), "on meta"),
+        (lambda layer: torch.full_like(layer.gradient, torch.nan), "none is finite"),
+    ],
+)
+def test_scores_that_are_none_are_refused(scores: Callable[[Layer], Any], message: str) -> None:
+    with pytest.raises(TrainerError, match=rf"Mine\.growth returned for 0\.weight .*{message}"):
+        _run_rule("growth", scores)
+
+
+def test_scores_may_be_partly_not_finite() -> None:
+    _run_rule("growth", lambda layer: layer.gradient.masked_fill(layer.mask, torch.nan).double())
+
+
+@pytest.mark.parametrize("what", ["weight", "mask", "gradient"])
+def test_a_rule_that_writes_to_the_model_is_found(what: str) -> None:
+    def write(layer: Layer) -> Tensor:
+        getattr(layer, what).logical_not_()
+        return layer.gradient
+
+    model = mlp(structure="unstructured")
+    optimizer = sgd(model)
+    method = type("Mine", (DynamicTrainer,), {"growth": lambda self, layer: write(layer)})
+    trainer = method(model, optimizer, total_steps=100, update_every=2)
+    with pytest.raises(TrainerError, match=rf"Mine wrote to layer\.{what} of 0\.weight.*may be damaged"):
+        train(model, optimizer, batches(2))
+    assert trainer.last_update is None
+
+
+@pytest.mark.parametrize("use", [lambda g: g, lambda g: g.abs(), lambda g: g.shape, lambda g: 2 * g, torch.sign, repr])
+def test_a_gradient_that_is_not_captured_cannot_be_used(use: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(TrainerError, match="needs_gradient is False"):
+        _run_rule("growth", lambda layer: use(layer.gradient), needs_gradient=False)
+    _run_rule("growth", lambda layer: replace(layer, budget=1).weight, needs_gradient=False)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_gradual_pruning_is_checked_as_well(structure: Structure) -> None:
+    class Odd(GMP):
+        def new_mask(self, layer: Layer) -> Tensor:
+            mask = super().new_mask(layer)
+            mask[0] = False
+            return mask
+
+    model = mlp(structure=structure)
+    optimizer = sgd(model)
+    Odd(model, optimizer, total_steps=40, update_every=5)
+    if structure == "unstructured":
+        train(model, optimizer, batches(10))
+    else:
+        with pytest.raises(StructureError, match=r"Odd\.new_mask returned for 0\.weight fan-ins from 0 to"):
+            train(model, optimizer, batches(10))
+
+
+def test_layers_that_are_too_small_for_the_sparsity_are_named() -> None:
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4))
+    why = r"Of these, 0\.weight, 2\.weight became dense only because .* lower the sparsity, or use structure=\"unstr"
+    with pytest.raises(SparsifyError, match=why):
+        sparsify(model, sparsity=0.99)
+    sparsify(model, sparsity=0.99, structure="unstructured")
 
 
 def test_a_method_of_its_own_score_and_schedule() -> None:
@@ -334,8 +480,6 @@ def test_a_dense_start_keeps_every_value_and_is_for_gmp_only() -> None:
 
 
 def test_unequal_rows_and_a_full_mask_are_found_while_and_after_pruning() -> None:
-    from srigl_fx.errors import InvariantError
-
     model = sparsify(nn.Sequential(nn.Linear(24, 32)), sparsity=0.75, mask_init="dense")
     mask, weight = model.get_buffer("0.weight_mask"), model.get_parameter("0.weight")
     mask[3, 5], weight.data[3, 5] = False, 0.0
@@ -383,6 +527,25 @@ def test_a_damaged_state_of_gmp_is_refused(damage: dict[str, Any]) -> None:
         trainer.load_state_dict(state)
     assert same(mask_copies(model), before)
     assert trainer.steps == 6
+
+
+def test_a_state_of_gmp_needs_the_model_of_its_run() -> None:
+    def run(seed: int) -> tuple[nn.Module, GMP]:
+        torch.manual_seed(seed)
+        model = mlp()
+        optimizer = sgd(model)
+        trainer = GMP(model, optimizer, total_steps=20, update_every=5)
+        train(model, optimizer, batches(6))
+        return model, trainer
+
+    (model, trainer), (other, its_trainer) = run(0), run(1)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(InvariantError, match=r"0\.weight: weights off the mask are not zero: .* of another run"):
+        its_trainer.load_state_dict(trainer.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    other.load_state_dict(model.state_dict())
+    its_trainer.load_state_dict(trainer.state_dict())
+    assert same(mask_copies(other), mask_copies(model))
 
 
 def test_pruning_that_waited_for_step_past_the_end_still_meets_the_budgets() -> None:
