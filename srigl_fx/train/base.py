@@ -188,8 +188,8 @@ class Trainer(ABC):
 
     def _uncopyable(self, how: str) -> TrainerError:
         return TrainerError(
-            f"a {type(self).__name__} cannot be {how}, since hooks tie it to its model and optimizer: copy those, attach "
-            "a new one to them, and load this one's state_dict() into it"
+            f"a {type(self).__name__} cannot be {how}, since hooks tie it to its model and optimizer: copy those, "
+            "attach a new one to them, and load this one's state_dict() into it"
         )
 
     @abstractmethod

@@ -96,7 +96,7 @@ def test_an_ordinary_step_writes_each_gradient_once_and_no_weight() -> None:
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_masks_that_are_loaded_into_a_live_run_are_followed(make: Callable[[nn.Module], Optimizer]) -> None:
     layer, optimizer = _attached(make)
-    other = sx.sparsify(nn.Sequential(nn.Linear(16, 12)), sparsity=0.75, mask_init="random", seed=5)[0]
+    other = next(sx.sparsify(nn.Sequential(nn.Linear(16, 12)), sparsity=0.75, mask_init="random", seed=5).children())
     _backward(layer)
     optimizer.step()
     layer.load_state_dict(other.state_dict())
@@ -174,6 +174,7 @@ def test_zero_divided_by_zero_stays_off_pruned_weights(dtype: torch.dtype, eps: 
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=eps)
     sx.Static(model, optimizer)
     layer = model[0]
+    assert isinstance(layer, nn.Linear)
     for _ in range(2):
         optimizer.zero_grad()
         (layer(torch.randn(8, 16, dtype=dtype)).float().square().sum() * 10).backward()
