@@ -51,9 +51,10 @@ $(BIN)/python:
 		{ echo "Python 3.11 or newer is needed (found: $(PYTHON)); say which with: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMPS): $(VENV)/.installed-%: pyproject.toml constraints.txt .ci/install_torch.py | $(BIN)/python
+$(STAMPS): $(VENV)/.installed-%: pyproject.toml constraints.txt $(wildcard .ci/install_*.py) | $(BIN)/python
 	@echo "Installing srigl-fx[$*] and what it needs into $(VENV); the first time takes a few minutes."
 	$(BIN)/python .ci/install_torch.py
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools
+	if [ $* = test ]; then $(BIN)/python .ci/install_zoo.py; fi
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[$*]'
 	@touch $@

@@ -5,6 +5,7 @@ know how a decision came about, nor any kernel: the operators are named through 
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,23 +13,27 @@ import torch
 from torch import Tensor, fx, nn
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
-from srigl_fx.errors import FormatError, InvariantError
 from srigl_fx.passes.base import Pass, PassResult
-from srigl_fx.passes.program import Decision, Layer, Program, Use, arguments, pair, tensor_at
+from srigl_fx.passes.program import Decision, Program, Use, arguments, pair, tensor_at
 from srigl_fx.runtime.format import CondensedWeight
 
 aten = torch.ops.aten
+
+_MOST_PIECES = 4  # runs of rows with equal fan-ins that become operators of their own, rather than padded rows
 
 
 class Condense(Pass[Program]):
     """Rewrite the uses of each layer as its decision says.
 
     1. "condensed": the node becomes a condensed operator; values, indices and active rows are buffers named after the
-       weight. Where the blocks of a packed projection keep different fan-ins, it becomes one operator a block and their
-       concatenation. A layer without bias gets a buffer of zeros.
-    2. "shrunk": the dense operator computes the active rows only; the others are filled with their bias.
-    3. "dense": nothing changes.
-    4. Dense weights that no node reads any more are gone from the module.
+       weight. A layer without bias gets a buffer of zeros. A convolution over one axis becomes one over two, the first
+       of size 1.
+    2. Where a few runs of a matrix's rows keep different fan-ins (the blocks of a packed projection), the node becomes
+       one operator a run and their concatenation; else, where inputs were removed, the shorter rows are filled up
+       with weights that are zero.
+    3. "shrunk": the dense operator computes the active rows only; the others are filled with their bias.
+    4. "dense": nothing changes.
+    5. Dense weights that no node reads any more are gone from the module.
     """
 
     def run(self, subject: Program) -> PassResult[Program]:
@@ -37,7 +42,7 @@ class Condense(Pass[Program]):
         for layer in subject.layers:
             before = _stored(subject.module)
             for use in layer.uses:
-                rewrite(subject.module, layer, use, layer.decision)
+                rewrite(subject.module, use, layer.weight.fqn, layer.decision)
             added = {name: size for name, size in _stored(subject.module).items() if name not in before}
             layer.bytes_after = sum(added.values())
         graph.eliminate_dead_code()
@@ -45,10 +50,14 @@ class Condense(Pass[Program]):
         subject.module.delete_all_unused_submodules()
         # A GraphModule made from a graph keeps just the tensors that the graph reads.
         subject.module = fx.GraphModule(subject.module, graph)
-        kept = {id(tensor_at(subject.module, str(node.target))) for node in graph.nodes if node.op == "get_attr"}
+        kept: dict[str, set[str]] = {}
+        for node in graph.find_nodes(op="get_attr"):
+            if masked := subject.masked.get(str(node.target)):
+                kept.setdefault(masked.fqn, set()).add(str(node.target))
         for layer in subject.layers:
-            if id(layer.weight.weight) in kept:
-                layer.bytes_after += layer.weight.weight.nbytes
+            targets = kept.get(layer.weight.fqn, set())
+            tensors = {id(t): t.nbytes for t in (tensor_at(subject.module, target) for target in targets)}
+            layer.bytes_after += sum(tensors.values())
         return PassResult(subject=subject, changed=any(layer.decision != "dense" for layer in subject.layers))
 
     def ensures(self, subject: Program) -> None:
@@ -61,100 +70,126 @@ def _stored(module: nn.Module) -> dict[str, int]:
     return {name: buffer.nbytes for name, buffer in module.named_buffers()}
 
 
-def condensed_rows(layer: Layer, start: int, stop: int) -> list[tuple[int, int, CondensedWeight]]:
-    """Rows ``start`` to ``stop`` of a layer as condensed weights: one if all keep one fan-in, else one a block.
-
-    Raises:
-        InvariantError: Rows within a block keep different fan-ins.
-    """
-    weight, mask = (matrix.numpy() for matrix in layer.matrices())
-    cuts = [(start, stop)]
-    counts = mask[start:stop].sum(axis=1)
-    if len(set(counts[counts > 0].tolist())) > 1:
-        blocks = layer.weight.record.site.blocks
-        cuts = [(max(start, b.start), min(stop, b.stop)) for b in blocks if b.start < stop and start < b.stop]
-    try:
-        return [(first, last, CondensedWeight.from_dense(weight[first:last], mask[first:last])) for first, last in cuts]
-    except FormatError as error:
-        raise InvariantError(f"{layer.weight.fqn} does not have a constant fan-in: {error}") from error
+def condensed_rows(use: Use) -> list[tuple[int, int, CondensedWeight]]:
+    """The rows of a use as condensed weights with the first and last row of each (rule 2 of :class:`Condense`)."""
+    weight, mask = use.weight.numpy(), use.mask.numpy()
+    counts = mask.sum(axis=1)
+    cuts = _runs(counts)
+    if len(cuts) > (_MOST_PIECES if use.form == "linear" else 1):
+        mask = _filled_up(mask, counts)
+        cuts = [(0, len(counts))]
+    return [(first, last, CondensedWeight.from_dense(weight[first:last], mask[first:last])) for first, last in cuts]
 
 
-def rewrite(module: fx.GraphModule, layer: Layer, use: Use, decision: Decision) -> None:
-    """Replace one use of a layer in ``module``'s graph by the form ``decision`` names."""
+def _runs(counts: "np.ndarray[Any, Any]") -> list[tuple[int, int]]:
+    """Runs of rows that keep equally many weights; rows that keep none belong to any run."""
+    cuts, first, kept = [], 0, 0
+    for row, count in enumerate(counts.tolist()):
+        if count and kept and count != kept:
+            cuts.append((first, row))
+            first = row
+        kept = count or kept
+    return [*cuts, (first, len(counts))]
+
+
+def _filled_up(mask: "np.ndarray[Any, Any]", counts: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    """The mask with all rows but empty ones as full as the fullest, by their first columns that are not kept."""
+    missing = np.where(counts > 0, counts.max() - counts, 0)
+    free = np.cumsum(~mask, axis=1)
+    return mask | (~mask & (free <= missing[:, None]))
+
+
+def rewrite(module: fx.GraphModule, use: Use, name: str, decision: Decision) -> None:
+    """Replace one use of the weight ``name`` in ``module``'s graph by the form ``decision`` names."""
     if decision == "dense":
         return
-    node, given = use.node, arguments(use.node)
+    node = use.node
     with module.graph.inserting_before(node):
-        new = (_condensed if decision == "condensed" else _shrunk)(module, layer, use, given)
+        new = (_condensed if decision == "condensed" else _shrunk)(module, use, name)
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
 
 
-def _condensed(module: fx.GraphModule, layer: Layer, use: Use, given: dict[str, Any]) -> fx.Node:
+def _geometry(use: Use) -> tuple[list[int], list[int], list[int], int]:
+    """(stride, padding, dilation, groups) over two axes."""
+    given = arguments(use.node)
+    stride, padding, dilation = ((given[name]) for name in ("stride", "padding", "dilation"))
+    if use.form == "conv1d":
+        stride, padding, dilation = [1, *_one(stride)], [0, *_one(padding)], [1, *_one(dilation)]
+    return pair(stride), pair(padding), pair(dilation), given["groups"]
+
+
+def _one(value: Any) -> list[int]:
+    return [value] if isinstance(value, int) else list(value)
+
+
+def _condensed(module: fx.GraphModule, use: Use, name: str) -> fx.Node:
     graph = module.graph
-    pieces = condensed_rows(layer, use.start, use.stop)
+    pieces = condensed_rows(use)
+    x = use.x if use.form != "conv1d" else graph.call_function(aten.unsqueeze.default, (use.x, 2))
     outputs = []
     for first, last, weight in pieces:
-        stem = _stem(layer, first, last)
+        stem = name if len(pieces) == 1 else f"{name}_rows{first}_{last}"
         operands = [
-            _buffer(module, f"{stem}_{name}", torch.from_numpy(array))
-            for name, array in (("values", weight.values), ("indices", weight.indices), ("active", weight.active))
+            _buffer(module, f"{stem}_{part}", torch.from_numpy(array))
+            for part, array in (("values", weight.values), ("indices", weight.indices), ("active", weight.active))
         ]
-        if given["bias"] is None:
+        if use.bias is None:
             operands.append(_buffer(module, f"{stem}_bias", torch.zeros(last - first)))
         elif len(pieces) == 1:
-            operands.append(_bias(module, given["bias"], f"{stem}_bias"))
+            operands.append(_bias(module, use.bias, f"{stem}_bias"))
         else:
-            rows = (given["bias"], 0, first - use.start, last - use.start)
+            rows = (use.bias, 0, first, last)
             operands.append(_bias(module, graph.call_function(aten.slice.Tensor, rows), f"{stem}_bias"))
-        if use.node.target is aten.conv2d.default:
-            shape = list(layer.weight.record.site.shape)
-            geometry = (shape, pair(given["stride"]), pair(given["padding"]), pair(given["dilation"]), given["groups"])
-            operator = torch.ops.srigl_fx.condensed_conv2d.default
-            outputs.append(graph.call_function(operator, (given["input"], *operands, *geometry)))
-        else:
+        if use.form == "linear":
             operator = torch.ops.srigl_fx.condensed_linear.default
-            outputs.append(graph.call_function(operator, (given["input"], *operands, layer.fan_in)))
-    return outputs[0] if len(outputs) == 1 else graph.call_function(aten.cat.default, (outputs, -1))
+            outputs.append(graph.call_function(operator, (x, *operands, use.mask.shape[1])))
+        else:
+            stride, padding, dilation, groups = _geometry(use)
+            kernel = use.kernel if use.form == "conv2d" else (1, *use.kernel)
+            shape = [last - first, use.mask.shape[1] // int(np.prod(kernel)), *kernel]
+            operator = torch.ops.srigl_fx.condensed_conv2d.default
+            outputs.append(graph.call_function(operator, (x, *operands, shape, stride, padding, dilation, groups)))
+    axis = -1 if use.form == "linear" else 1
+    y = outputs[0] if len(outputs) == 1 else graph.call_function(aten.cat.default, (outputs, axis))
+    return y if use.form != "conv1d" else graph.call_function(aten.squeeze.dim, (y, 2))
 
 
-def can_shrink(layer: Layer, use: Use) -> bool:
+def can_shrink(use: Use) -> bool:
     """Whether computing the active rows only would spare work: some are ablated, and no groups tie them together."""
-    active = layer.matrices()[1][use.start : use.stop].any(1)
-    return bool(active.any()) and not bool(active.all()) and layer.weight.record.site.groups == 1
+    active = use.mask.any(1)
+    groups = 1 if use.form == "linear" else arguments(use.node)["groups"]
+    return bool(active.any()) and not bool(active.all()) and groups == 1
 
 
-def _shrunk(module: fx.GraphModule, layer: Layer, use: Use, given: dict[str, Any]) -> fx.Node:
+def _shrunk(module: fx.GraphModule, use: Use, name: str) -> fx.Node:
     """Pad the active rows' outputs with one channel of zeros, pick each row's channel from that, and add the bias."""
     graph = module.graph
-    active = layer.matrices()[1][use.start : use.stop].any(1)
-    rows = layer.weight.weight.detach()[use.start : use.stop][active]
+    active = use.mask.any(1)
+    rows = use.weight[active]
     count = rows.shape[0]
     channel = torch.where(active, active.cumsum(0) - 1, count)
-    stem = _stem(layer, use.start, use.stop)
-    weight = _buffer(module, f"{stem}_rows", rows)
-    picked = _buffer(module, f"{stem}_channel", channel)
-    convolution = use.node.target is aten.conv2d.default
-    if convolution:
-        settings = (given["stride"], given["padding"], given["dilation"], given["groups"])
-        y = graph.call_function(aten.conv2d.default, (given["input"], weight, None, *settings))
+    picked = _buffer(module, f"{name}_channel", channel)
+    if use.form == "linear":
+        weight = _buffer(module, f"{name}_rows", rows)
+        y = graph.call_function(aten.linear.default, (use.x, weight))
     else:
-        y = graph.call_function(aten.linear.default, (given["input"], weight))
-    axis, sides = (1, [0, 0, 0, 0, 0, 1]) if convolution else (-1, [0, 1])
-    y = graph.call_function(aten.constant_pad_nd.default, (y, sides, 0.0))
+        given = arguments(use.node)
+        settings = (given["stride"], given["padding"], given["dilation"], given["groups"])
+        weight = _buffer(module, f"{name}_rows", rows.reshape(count, -1, *use.kernel))
+        assert callable(use.node.target)
+        y = graph.call_function(use.node.target, (use.x, weight, None, *settings))
+    inner = len(use.kernel)
+    axis = -1 if use.form == "linear" else 1
+    y = graph.call_function(aten.constant_pad_nd.default, (y, [0, 0] * inner + [0, 1], 0.0))
     y = graph.call_function(aten.index_select.default, (y, axis, picked))
-    if given["bias"] is None:
+    if use.bias is None:
         return y
-    bias = given["bias"]
-    if convolution:
-        bias = graph.call_function(aten.reshape.default, (bias, [-1, 1, 1]))
+    bias = use.bias
+    if inner:
+        bias = graph.call_function(aten.reshape.default, (bias, [-1] + [1] * inner))
     return graph.call_function(aten.add.Tensor, (y, bias))
-
-
-def _stem(layer: Layer, start: int, stop: int) -> str:
-    whole = stop - start == layer.weight.record.site.matrix_shape[0]
-    return layer.weight.fqn if whole else f"{layer.weight.fqn}_rows{start}_{stop}"
 
 
 def _buffer(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
@@ -202,25 +237,26 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def variants(layer: Layer, use: Use, decisions: Iterable[Decision]) -> Iterator[tuple[Decision, fx.GraphModule]]:
+def variants(use: Use, decisions: Iterable[Decision]) -> Iterator[tuple[Decision, fx.GraphModule]]:
     """The one contraction of ``use`` on its own, in each form: what a measurement compares.
 
     Each module takes the input of the node and returns its output.
     """
-    given = arguments(use.node)
     for decision in decisions:
         graph = fx.Graph()
         root = nn.Module()
-        root.register_buffer("weight", layer.weight.weight.detach()[use.start : use.stop])
-        root.register_buffer("bias", torch.ones(use.stop - use.start))
-        x, weight = graph.placeholder("x"), graph.get_attr("weight")
-        bias = None if given["bias"] is None else graph.get_attr("bias")
-        settings = [value for name, value in given.items() if name not in ("input", "weight", "bias")]
-        assert callable(use.node.target)
-        node = graph.call_function(use.node.target, (x, weight, bias, *settings))
+        x = graph.placeholder("x")
+        copies: dict[fx.Node, fx.Node] = {use.x: x}
+        for source in use.node.all_input_nodes:
+            if source not in copies:
+                owner = use.node.graph.owning_module
+                held = _constant(owner, source) if owner is not None else None
+                root.register_buffer(f"constant{len(copies)}", torch.ones(use.mask.shape[0]) if held is None else held)
+                copies[source] = graph.get_attr(f"constant{len(copies)}")
+        node = graph.node_copy(use.node, lambda source, copies=copies: copies[source])  # type: ignore[misc]
         graph.output(node)
         module = fx.GraphModule(root, graph)
-        rewrite(module, layer, Use(node, use.start, use.stop), decision)
+        rewrite(module, replace(use, node=node), "weight", decision)
         graph.eliminate_dead_code()
         module.recompile()
         yield decision, module

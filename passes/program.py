@@ -17,13 +17,53 @@ Decision = Literal["condensed", "shrunk", "dense"]
 Times = dict[int, dict[Decision, float]]
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
+class MaskedTensor:
+    """What is known of a tensor of the graph that holds a mask-managed weight, or a part or a function of one.
+
+    Attributes:
+        fqn: The weight it comes from.
+        mask: bool, of the tensor's own shape; the tensor is zero off it.
+    """
+
+    fqn: str
+    mask: Tensor
+
+
+Form = Literal["linear", "conv2d", "conv1d"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Use:
-    """One node that contracts with rows ``start`` to ``stop`` of a weight's matrix view."""
+    """One node that contracts with a masked tensor, in the terms of a condensed operator.
+
+    Attributes:
+        node: The node.
+        target: The tensor it reads.
+        form: The operator that can take its place: a convolution over one axis is one over two.
+        weight: (n, F) matrix view of the tensor.
+        mask: bool (n, F).
+        kernel: The kernel's sizes of a convolution.
+    """
 
     node: fx.Node
-    start: int
-    stop: int
+    target: str
+    form: Form
+    weight: Tensor
+    mask: Tensor
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def x(self) -> fx.Node:
+        """The node's data operand."""
+        x: fx.Node = operands(self.node)[0]
+        return x
+
+    @property
+    def bias(self) -> fx.Node | None:
+        """The node's bias, if it has one."""
+        bias: fx.Node | None = operands(self.node)[2]
+        return bias
 
 
 @dataclass
@@ -48,16 +88,6 @@ class Layer:
     times: Times = field(default_factory=dict)
     bytes_after: int = 0
 
-    @property
-    def fan_in(self) -> int:
-        """The dense fan-in F of the matrix view."""
-        return self.weight.record.site.matrix_shape[1]
-
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """The (n, F) matrix views of weight and mask, detached."""
-        site = self.weight.record.site
-        return site.to_matrix(self.weight.weight.detach()), site.to_matrix(self.weight.mask)
-
 
 @dataclass
 class Program:
@@ -70,6 +100,8 @@ class Program:
         kwargs: Example keyword arguments.
         batched: For each leaf of (args, kwargs), whether its leading dimension is the dynamic batch.
         how: How it was captured, for the report.
+        masked: The tensors of the graph that are masked, by the target of the ``get_attr`` nodes that read them. A pass
+            that puts another tensor in a masked one's place (transposed, scaled, without some rows) enters it here.
         layers: The mask-managed weights, in the model's order; filled in by a pass.
     """
 
@@ -79,6 +111,7 @@ class Program:
     kwargs: dict[str, Any]
     batched: tuple[bool, ...]
     how: str
+    masked: dict[str, MaskedTensor] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
 
     @property
@@ -123,6 +156,31 @@ def tensor_at(module: nn.Module, target: str) -> Tensor:
     return tensor
 
 
+def new_buffer(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+    """A ``get_attr`` node, at the graph's insertion point, that reads ``tensor`` from a new buffer.
+
+    The buffer is called ``name``, with underscores added where the module has that name already.
+
+    Example:
+        >>> module = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 2)))
+        >>> with module.graph.inserting_before(next(iter(module.graph.nodes))):
+        ...     new_buffer(module, "0.weight", torch.ones(2, 3)).target
+        '0.weight_'
+    """
+    owner_name, _, attr = name.rpartition(".")
+    try:
+        owner = module.get_submodule(owner_name)
+    except AttributeError:
+        owner = nn.Module()
+        module.add_submodule(owner_name, owner)
+    while hasattr(owner, attr):
+        attr += "_"
+    owner.register_buffer(attr, tensor.detach().contiguous())
+    node = module.graph.get_attr(f"{owner_name}.{attr}" if owner_name else attr)
+    node.meta["val"] = tensor
+    return node
+
+
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator node by name, defaults filled in.
 
@@ -136,6 +194,16 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     schema = node.target._schema.arguments
     given = {**dict(zip((argument.name for argument in schema), node.args, strict=False)), **node.kwargs}
     return {argument.name: given.get(argument.name, argument.default_value) for argument in schema}
+
+
+def operands(node: fx.Node) -> tuple[Any, Any, Any]:
+    """(data, weight, bias or None) of a node that contracts: a linear, a convolution, an addmm or a matrix product."""
+    given = arguments(node)
+    if node.target is torch.ops.aten.addmm.default:
+        return given["mat1"], given["mat2"], given["self"]
+    if "weight" in given:
+        return given["input"], given["weight"], given["bias"]
+    return node.args[0], node.args[1], None
 
 
 def pair(value: Any) -> list[int]:

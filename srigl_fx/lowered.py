@@ -16,6 +16,9 @@ from torch.utils import _pytree as pytree
 import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs call
 from srigl_fx import graph_file
 from srigl_fx.errors import LoweringError
+from srigl_fx.html_report import lowering_page, save_page
+from srigl_fx.passes.base import Note
+from srigl_fx.removal_report import RemovalReport, format_removals
 from srigl_fx.report import format_bytes, format_table
 
 _STATE = "srigl_fx"
@@ -63,6 +66,8 @@ class LoweringReport:
         dynamic_batch: Whether any batch size may be given.
         max_error: The largest difference from the masked model in the verification, over the largest output; None where
             it was not verified.
+        removals: One for each weight that lost channels, or whose ablated rows could not go.
+        notes: What the passes did not do, and why.
     """
 
     layers: tuple[LayerReport, ...]
@@ -70,6 +75,8 @@ class LoweringReport:
     dynamic_batch: bool
     others: tuple[LayerReport, ...] = ()
     max_error: float | None = None
+    removals: tuple[RemovalReport, ...] = ()
+    notes: tuple[Note, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -88,6 +95,8 @@ class LoweringReport:
             plain[name] = [{**layer, "shape": list(layer["shape"])} for layer in plain[name]]
             for layer in plain[name]:
                 layer["seconds"] = {str(batch): times for batch, times in layer["seconds"].items()}
+        plain["removals"] = [removal.as_dict() for removal in self.removals]
+        plain["notes"] = [asdict(note) for note in self.notes]
         return {**plain, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
 
     @classmethod
@@ -105,7 +114,34 @@ class LoweringReport:
             return LayerReport(**{**layer, "shape": tuple(layer["shape"]), "seconds": seconds})
 
         fields = {key: value for key, value in plain.items() if key not in ("bytes_before", "bytes_after")}
-        return cls(**{**fields, **{name: tuple(map(read, plain[name])) for name in ("layers", "others")}})
+        fields |= {name: tuple(map(read, plain[name])) for name in ("layers", "others")}
+        fields["removals"] = tuple(map(RemovalReport.from_dict, plain.get("removals", ())))
+        fields["notes"] = tuple(Note(**note) for note in plain.get("notes", ()))
+        return cls(**fields)
+
+    def to_html(self, title: str = "Lowering report") -> str:
+        """The report as one self-contained HTML page.
+
+        Example:
+            >>> report = LoweringReport(layers=(), capture="torch.export", dynamic_batch=True)
+            >>> report.to_html("My model").splitlines()[0]
+            '<!doctype html>'
+        """
+        return lowering_page(self.as_dict(), title)
+
+    def save_html(self, path: str | os.PathLike[str], title: str = "Lowering report") -> None:
+        """Write :meth:`to_html` to a file, which appears whole or not at all.
+
+        Raises:
+            OSError: The file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> report = LoweringReport(layers=(), capture="torch.export", dynamic_batch=True)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     report.save_html(f"{folder}/report.html")
+        """
+        save_page(path, self.to_html(title))
 
     def __str__(self) -> str:
         headers = ("weight", "shape", "active", "fan-in", "decision", "bytes", "lowered", "reason")
@@ -124,7 +160,8 @@ class LoweringReport:
         ]
         total = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
         error = "not verified" if self.max_error is None else f"largest relative error {self.max_error:.1e}"
-        return f"{format_table(headers, rows, right=(2, 3, 5, 6))}\n{total}; {self.capture}; {error}"
+        table = f"{format_table(headers, rows, right=(2, 3, 5, 6))}\n{total}; {self.capture}; {error}"
+        return "\n\n".join(filter(None, (table, format_removals(self.removals))))
 
 
 class _CodeGen(_PyTreeCodeGen):

@@ -6,6 +6,7 @@ Owns the verbs, the checks before and the verification after. It must not know h
 import functools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +18,12 @@ from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.masks.records import WeightRecord, all_records
-from srigl_fx.passes.base import run
+from srigl_fx.passes.base import Pass, run
 from srigl_fx.passes.capture import EXPORT_LOCK, capture, run_model
 from srigl_fx.passes.condense import Condense, can_shrink, variants
 from srigl_fx.passes.match import MatchWeights
-from srigl_fx.passes.normalize import Normalize
-from srigl_fx.passes.program import Decision, Layer, Program, Times, Use
+from srigl_fx.passes.pipelines import LOWERING
+from srigl_fx.passes.program import Decision, Program, Times, Use
 from srigl_fx.passes.select import Select
 from srigl_fx.runtime.autotune import measure
 
@@ -34,7 +35,8 @@ def lower(
     target: Literal["cpu"] = "cpu",
     min_speedup: float = 1.0,
     batch_sizes: Sequence[int] | None = None,
-    verify: bool = True,
+    verify: bool | Literal["each pass"] = True,
+    passes: Sequence[Pass[Program]] = LOWERING,
 ) -> LoweredModule:
     """Lower a sparse-trained model: its masks become condensed custom operators.
 
@@ -49,7 +51,10 @@ def lower(
         min_speedup: A layer is condensed only if measured at least this much faster than dense on this machine; else it
             is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring.
         batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
-        verify: Compare with the model on the example inputs, and at another batch size where that is free.
+        verify: Compare with the model on the example inputs, and at another batch size where that is free; with
+            "each pass", after every pass that changed the graph.
+        passes: The graph passes that run before layers are matched and condensed; a pass of your own goes anywhere
+            among those of ``srigl_fx.passes.pipelines.LOWERING``.
 
     Returns:
         A ``torch.fx.GraphModule`` with ``.report`` and ``.save(path)``.
@@ -68,20 +73,31 @@ def lower(
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
     with EXPORT_LOCK:
-        return _lower(model, example_inputs, min_speedup=min_speedup, batch_sizes=batch_sizes, verify=verify)
+        _check_parameters(model)
+        options = _Options(min_speedup, batch_sizes, verify, tuple(passes))
+        return _lower_program(capture(model, example_inputs), options)
 
 
-def _lower(
-    model: nn.Module, example_inputs: Any, *, min_speedup: float, batch_sizes: Sequence[int] | None, verify: bool
-) -> LoweredModule:
-    _check_parameters(model)
-    program = capture(model, example_inputs)
+@dataclass(frozen=True)
+class _Options:
+    """What a call of ``lower`` asks for."""
+
+    min_speedup: float
+    batch_sizes: Sequence[int] | None
+    verify: bool | Literal["each pass"]
+    passes: tuple[Pass[Program], ...]
+
+
+def _lower_program(program: Program, options: _Options) -> LoweredModule:
+    """Lower one captured graph."""
     inputs = describe_inputs([n.meta.get("val") for n in program.module.graph.nodes if n.op == "placeholder"])
-    program = run((Normalize(), MatchWeights()), program).subject
-    times = _measure(program, batch_sizes) if min_speedup > 0 else {}
-    program = run((Select(times, min_speedup), Condense()), program).subject
+    result = run((*options.passes, MatchWeights()), program)
+    program = result.subject
+    times = _measure(program, options.batch_sizes) if options.min_speedup > 0 else {}
+    result = run((Select(times, options.min_speedup), Condense()), program)
+    program = result.subject
     lowered = LoweredModule.build(program.module, _report(program, None), inputs)
-    if verify:
+    if options.verify:
         lowered = LoweredModule.build(lowered, _report(program, _verify(program, lowered)), inputs)
     return lowered
 
@@ -143,24 +159,23 @@ def _measure(program: Program, batch_sizes: Sequence[int] | None) -> dict[str, T
         recorder = _Recorder(program)
         recorder.run(*pytree.tree_leaves(program.inputs(batch)), enable_io_processing=False)
         for layer in program.layers:
-            mask = layer.matrices()[1]
             forms: list[Decision] = ["dense", "condensed"]
-            if layer.uses and all(can_shrink(layer, use) for use in layer.uses):
+            if layer.uses and all(can_shrink(use) for use in layer.uses):
                 forms.append("shrunk")
             for use in layer.uses:
-                x = recorder.inputs[use.node]
-                counts = (mask.shape, int(mask.sum()), int(mask.any(1).sum()))
-                key = (use.node.target, x.shape, str(use.node.args[2:]), counts, use.start, use.stop)
+                x, mask = recorder.inputs[use.node], use.mask
+                settings = [arg for arg in use.node.args if not isinstance(arg, fx.Node)]
+                key = (use.node.target, x.shape, str(settings), mask.shape, int(mask.sum()), int(mask.any(1).sum()))
                 if key not in known:
-                    known[key] = _measure_use(layer, use, x, forms)
+                    known[key] = _measure_use(use, x, forms)
                 total = times[layer.weight.fqn].setdefault(batch, dict.fromkeys(forms, 0.0))
                 for form in forms:
                     total[form] += known[key][form]
     return times
 
 
-def _measure_use(layer: Layer, use: Use, x: Tensor, forms: list[Decision]) -> dict[Decision, float]:
-    calls = {form: functools.partial(module.forward, x) for form, module in variants(layer, use, forms)}
+def _measure_use(use: Use, x: Tensor, forms: list[Decision]) -> dict[Decision, float]:
+    calls = {form: functools.partial(module.forward, x) for form, module in variants(use, forms)}
     with torch.no_grad():
         return measure(calls)
 
@@ -170,13 +185,12 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, program: Program) -> None:
         super().__init__(program.module)
-        self._wanted = {use.node for layer in program.layers for use in layer.uses}
+        self._wanted = {use.node: use.x for layer in program.layers for use in layer.uses}
         self.inputs: dict[fx.Node, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         if n in self._wanted:
-            args, _ = self.fetch_args_kwargs_from_env(n)
-            self.inputs[n] = args[0]
+            self.inputs[n] = self.env[self._wanted[n]]
         return super().run_node(n)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +201,8 @@ class _Recorder(fx.Interpreter):
 def _report(program: Program, max_error: float | None) -> LoweringReport:
     layers = []
     for layer in program.layers:
-        weight, mask = layer.weight.weight, layer.matrices()[1]
+        weight = layer.weight.weight
+        mask = layer.weight.record.site.to_matrix(layer.weight.mask)
         counts = mask.sum(1)
         fan_ins = set(counts[counts > 0].tolist())
         layers.append(

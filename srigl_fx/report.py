@@ -42,3 +42,16 @@ def format_bytes(count: int) -> str:
             return f"{count} B" if unit == "B" else f"{size:.2f} {unit}"
         size /= 1024
     raise AssertionError("unreachable")
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration in the unit a reader expects, three digits.
+
+    Example:
+        >>> format_seconds(0.00012), format_seconds(0.0251), format_seconds(3.0)
+        ('120 µs', '25.1 ms', '3 s')
+    """
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * factor >= 1 or unit == "µs":
+            return f"{seconds * factor:.3g} {unit}"
+    raise AssertionError("unreachable")

@@ -4,12 +4,14 @@ Owns the report's rows and totals; it must not know how the decisions were taken
 """
 
 import math
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
 from srigl_fx.errors import SriglError
+from srigl_fx.html_report import save_page, summary_page
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, all_records
 from srigl_fx.report import format_bytes, format_table
 
@@ -92,6 +94,28 @@ class Summary:
             "sparsity": self.sparsity,
             "masked_sparsity": self.masked_sparsity,
         }
+
+    def to_html(self, title: str = "Sparsity report") -> str:
+        """The report as one self-contained HTML page.
+
+        Example:
+            >>> Summary(()).to_html("My model").splitlines()[0]
+            '<!doctype html>'
+        """
+        return summary_page(self.as_dict(), title)
+
+    def save_html(self, path: str | os.PathLike[str], title: str = "Sparsity report") -> None:
+        """Write :meth:`to_html` to a file, which appears whole or not at all.
+
+        Raises:
+            OSError: The file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Summary(()).save_html(f"{folder}/report.html")
+        """
+        save_page(path, self.to_html(title))
 
     def __str__(self) -> str:
         with_nodes = any(row.nodes for row in self.rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo.cpu_torchvision  # noqa: F401 - for an environment that .ci/install_zoo.py did not prepare
 
 _CACHE = "SRIGL_FX_TEST_CACHE"
 
@@ -16,6 +17,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if _CACHE not in os.environ:
         os.environ[_CACHE] = tempfile.mkdtemp(prefix="srigl_fx_tests_")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True))
+    os.environ["HF_HUB_OFFLINE"] = "1"  # models come from configurations, never from a hub
     for name in ("SRIGL_FX_CACHE", "MPLCONFIGDIR"):
         os.environ[name] = os.path.join(os.environ[_CACHE], name.lower())
     torch.set_num_threads(1)

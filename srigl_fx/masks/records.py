@@ -25,6 +25,9 @@ Kind = Literal[
     "conv_transpose2d",
     "conv_transpose3d",  # (in, out / groups, kernel...)
     "attention_in",  # (3 d, d), packed in-projection: blocks q, k, v
+    "rnn_gates",  # (gates * hidden, in): one block a gate
+    "stack",  # one matrix for each expert, head or position: one block each
+    "einsum",  # any other product with axes of its own
     "other",  # anything that can only stay dense
 ]
 Structure = Literal["constant_fan_in", "unstructured"]
@@ -61,6 +64,9 @@ class WeightSite:
         kind: How the weight is laid out.
         shape: The parameter's shape.
         groups: Groups of a convolution, else 1.
+        view: The shape as which the parameter is read to name its axes: its own, unless an axis holds two things.
+        neuron_axes: The axes of that view that together number the neurons, outermost first.
+        input_axes: The axes that together number a neuron's inputs; with the neurons' they are all.
         blocks: The row blocks of the matrix view; they cover it without overlap.
         aliases: Other FQNs of the same (tied) parameter.
         nodes: Names of the graph nodes that use the weight, where a GraphModule was given.
@@ -72,14 +78,25 @@ class WeightSite:
     kind: Kind
     shape: tuple[int, ...]
     groups: int = 1
+    view: tuple[int, ...] = ()
+    neuron_axes: tuple[int, ...] = ()
+    input_axes: tuple[int, ...] = ()
     blocks: tuple[Block, ...] = ()
     aliases: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     feeds_output: bool | None = None
 
     def __post_init__(self) -> None:
+        if not self.view:
+            for name, value in zip(("view", "neuron_axes", "input_axes"), _axes(self), strict=True):
+                object.__setattr__(self, name, value)
         if not self.blocks:
             object.__setattr__(self, "blocks", (Block(start=0, stop=self.matrix_shape[0]),))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Sites that were pickled before they named their axes have them by their kind.
+        self.__dict__.update(state)
+        self.__post_init__()
 
     @property
     def fqn(self) -> str:
@@ -89,14 +106,10 @@ class WeightSite:
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(n, F): neurons and dense fan-in of the matrix view."""
-        total = math.prod(self.shape)
-        if self.kind == "linear_in_out":
-            rows = self.shape[1]
-        elif self.kind.startswith("conv_transpose"):
-            rows = self.shape[1] * self.groups
-        else:
-            rows = self.shape[0]
-        return rows, total // max(rows, 1)
+        return (
+            math.prod(self.view[axis] for axis in self.neuron_axes),
+            math.prod(self.view[axis] for axis in self.input_axes),
+        )
 
     def to_matrix(self, tensor: Tensor) -> Tensor:
         """The (n, F) matrix view of a tensor of the weight's shape: a view where the layout allows, else a copy.
@@ -107,23 +120,25 @@ class WeightSite:
             >>> site.to_matrix(torch.arange(6).reshape(3, 2)).tolist()
             [[0, 2, 4], [1, 3, 5]]
         """
-        if self.kind == "linear_in_out":
-            return tensor.t()
-        if self.kind.startswith("conv_transpose"):
-            inputs, outputs, *kernel = self.shape
-            grouped = tensor.reshape(self.groups, inputs // self.groups, outputs, *kernel)
-            return grouped.transpose(1, 2).reshape(self.matrix_shape)
-        return tensor.reshape(self.matrix_shape)
+        return tensor.reshape(self.view).permute(self.neuron_axes + self.input_axes).reshape(self.matrix_shape)
 
     def from_matrix(self, matrix: Tensor) -> Tensor:
         """The inverse of :meth:`to_matrix`: a contiguous tensor of the weight's shape."""
-        if self.kind == "linear_in_out":
-            return matrix.t().contiguous()
-        if self.kind.startswith("conv_transpose"):
-            inputs, outputs, *kernel = self.shape
-            grouped = matrix.reshape(self.groups, outputs, inputs // self.groups, *kernel)
-            return grouped.transpose(1, 2).reshape(self.shape).contiguous()
-        return matrix.reshape(self.shape).contiguous()
+        order = self.neuron_axes + self.input_axes
+        apart = matrix.reshape([self.view[axis] for axis in order])
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return apart.permute(back).reshape(self.shape).contiguous()
+
+
+def _axes(site: WeightSite) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(view, neuron axes, input axes) of a parameter that is laid out as is usual for its kind."""
+    shape = site.shape
+    if site.kind == "linear_in_out":
+        return shape, (1,), (0,)
+    if site.kind.startswith("conv_transpose"):
+        view = (site.groups, shape[0] // site.groups, *shape[1:])
+        return view, (0, 2), (1, *range(3, len(view)))
+    return shape, (0,), tuple(range(1, len(shape)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,17 +1,21 @@
 """From masked weights to condensed nodes: which nodes match, what replaces them, and that it is the same function."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 
+import srigl_fx as sx
 from srigl_fx.errors import InvariantError, LoweringError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import run
 from srigl_fx.passes.capture import capture
-from srigl_fx.passes.condense import Condense, can_shrink, rewrite, variants
+from srigl_fx.passes.condense import Condense, can_shrink, condensed_rows, rewrite, variants
+from srigl_fx.passes.fold_constants import FoldConstants
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Decision, Layer, Program, arguments
@@ -21,7 +25,7 @@ ours = torch.ops.srigl_fx
 
 
 def matched(model: nn.Module, *inputs: Tensor) -> Program:
-    return run((Normalize(), MatchWeights()), capture(model.eval(), inputs)).subject
+    return run((Normalize(), FoldConstants(), MatchWeights()), capture(model.eval(), inputs)).subject
 
 
 def condensed(model: nn.Module, *inputs: Tensor) -> Program:
@@ -108,6 +112,7 @@ class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv1d(3, 4, 3)
+        self.conv3 = nn.Conv3d(1, 2, 1)
         self.up = nn.ConvTranspose1d(4, 6, 3)
         self.product = nn.Linear(6, 5, bias=False)
         self.unused = nn.Linear(3, 3)
@@ -115,6 +120,7 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(self.conv1(x))
+        y = self.conv3(y[:, None, None]).sum((1, 2))
         y = torch.matmul(self.product.weight, y)
         out: Tensor = self.even(y[:, None])
         return out
@@ -126,14 +132,61 @@ def test_what_stays_dense_says_why() -> None:
     program = condensed(model, torch.randn(2, 3, 9))
     reasons = {layer.weight.fqn: layer.reason for layer in program.layers}
     assert reasons == {
-        "conv1.weight": "conv1d weights have no condensed operator yet",
+        "conv1.weight": "",
+        "conv3.weight": "conv3d weights have no condensed operator yet",
         "up.weight": "conv_transpose1d weights have no condensed operator yet",
-        "product.weight": "read by aten.matmul, which has no condensed form",
+        "product.weight": "read by aten.matmul on the left, which has no condensed form",
         "unused.weight": "not used by the captured graph",
         "even.weight": "an even kernel with padding 'same' pads unevenly; give the padding in numbers",
     }
-    assert {layer.decision for layer in program.layers} == {"dense"}
+    assert {layer.decision for layer in program.layers if layer.reason} == {"dense"}
     assert_same(program, model, torch.randn(2, 3, 9))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "padding": "same"}, {"groups": 2, "bias": False}]
+)
+def test_conv1d_is_a_convolution_over_two_axes(settings: dict[str, Any]) -> None:
+    model = mask_by_hand(randomise(nn.Sequential(nn.Conv1d(4, 6, 3, **settings))), 0.4, ablated=1)
+    program = condensed(model, torch.randn(2, 4, 9))
+    assert called(program, ours.condensed_conv2d.default) == 1
+    assert_same(program, model, torch.randn(5, 4, 9))
+
+
+class Products(nn.Module):
+    """Matrices whose neurons are columns, on the right of each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_weight = nn.Parameter(torch.randn(6, 8))
+        self.second_weight = nn.Parameter(torch.randn(8, 5))
+        self.third_weight = nn.Parameter(torch.randn(5, 4))
+        self.bias = nn.Parameter(torch.randn(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(x @ self.first_weight)
+        y = torch.addmm(self.bias, y.flatten(0, 1), self.second_weight).relu()
+        return torch.mm(y, self.third_weight)
+
+
+def test_products_with_a_matrix_on_the_right() -> None:
+    model = sx.sparsify(randomise(Products()), sparsity=0.5)
+    program = condensed(model, torch.randn(2, 3, 6))
+    assert [layer.decision for layer in program.layers] == ["condensed"] * 3
+    assert called(program, ours.condensed_linear.default) == 3
+    assert_same(program, model, torch.randn(5, 3, 6))
+
+
+def test_rows_that_lost_inputs_are_filled_up() -> None:
+    mask = np.zeros((6, 9), np.bool_)
+    for row, count in enumerate((3, 0, 1, 2, 3, 1)):
+        mask[row, 9 - count :] = True
+    weight = np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32) * mask
+    layer = single(nn.Linear(9, 6), torch.randn(2, 9))
+    use = replace(layer.uses[0], weight=torch.from_numpy(weight), mask=torch.from_numpy(mask))
+    ((first, last, filled),) = condensed_rows(use)
+    assert (first, last, filled.k, filled.active.tolist()) == (0, 6, 3, [0, 2, 3, 4, 5])
+    assert np.array_equal(filled.to_dense()[0], weight)
 
 
 def test_unstructured_stays_dense() -> None:
@@ -177,27 +230,29 @@ def test_every_form_of_a_layer_is_the_same_function(module: Any, shape: tuple[in
     args = (10, 7, 3) if module is nn.Conv2d else (10, 7)
     layer = single(module(*args, bias=bias, **more), x, ablated=3)
     forms: tuple[Decision, ...] = ("dense", "condensed", "shrunk")
-    assert can_shrink(layer, layer.uses[0])
-    results = {form: made(x) for form, made in variants(layer, layer.uses[0], forms)}
+    assert can_shrink(layer.uses[0])
+    results = {form: made(x) for form, made in variants(layer.uses[0], forms)}
     for form in forms:
         torch.testing.assert_close(results[form], results["dense"])
-    dead = ~layer.matrices()[1].any(1)
+    dead = ~layer.uses[0].mask.any(1)
     axis = 1 if module is nn.Conv2d else -1
     ablated = results["shrunk"].index_select(axis, dead.nonzero()[:, 0])
-    assert torch.equal(ablated, torch.full_like(ablated, float(bias)))  # the bias of a variant is one
+    owner: Any = layer.weight.owner
+    expected = owner.bias.detach()[dead] if bias else torch.zeros(int(dead.sum()))
+    assert torch.equal(ablated, expected.reshape(-1, *[1] * (ablated.dim() - 2 if axis == 1 else 0)).expand_as(ablated))
 
 
 def test_shrunk_in_the_graph_keeps_the_bias_of_ablated_rows() -> None:
     model = mask_by_hand(randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())), 0.3, ablated=5)
     program = matched(model, torch.randn(2, 3, 6, 6))
-    rewrite(program.module, program.layers[0], program.layers[0].uses[0], "shrunk")
+    rewrite(program.module, program.layers[0].uses[0], "0.weight", "shrunk")
     program.module.recompile()
     assert_same(program, model, torch.randn(4, 3, 6, 6))
 
 
 def test_groups_cannot_shrink() -> None:
     layer = single(nn.Conv2d(4, 8, 3, groups=2), torch.randn(2, 4, 5, 5), ablated=2)
-    assert not can_shrink(layer, layer.uses[0])
+    assert not can_shrink(layer.uses[0])
     assert arguments(layer.uses[0].node)["groups"] == 2
 
 

@@ -1,0 +1,234 @@
+"""Which elements of which activations are the same for every input, and what they are.
+
+Owns the interpretation of a whole graph: the values on the example inputs and, beside them, which elements may depend
+on an input. It must not know what is done about it, nor change the graph. How a single operator passes that on is in
+:mod:`srigl_fx.passes.liveness`.
+"""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils import _pytree as pytree
+
+from srigl_fx.passes.base import Note
+from srigl_fx.passes.liveness import Call, any_live, liveness, simplify, spread
+from srigl_fx.passes.program import Program, arguments
+
+aten = torch.ops.aten
+
+# Between a softmax and the product with the values; each keeps the rows along the last axis.
+_KEEPS_ROWS = frozenset({aten.clone.default, aten._to_copy.default, aten.alias.default, aten.detach.default})
+_RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default})
+_SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constant:
+    """What is known of the value of a node, without the axes whose size depends on the batch.
+
+    Attributes:
+        fixed: bool; the elements that do not depend on any input, and are the same all along the axes left out.
+        value: Their values; 0 where not fixed. Of the node's dtype.
+    """
+
+    fixed: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constness:
+    """The result of the analysis.
+
+    Attributes:
+        known: The nodes with at least one fixed element.
+        notes: The operators without a rule, whose results are taken to depend on everything.
+    """
+
+    known: dict[fx.Node, Constant]
+    notes: tuple[Note, ...]
+
+
+def constants(program: Program, keep: Callable[[fx.Node], bool] = lambda node: True) -> Constness:
+    """Find the elements of activations that are the same for every input.
+
+    The graph is run on the example inputs; beside each value runs a mask of the elements that may depend on an input.
+    It starts full at the inputs, and every operator passes it on by its rule: a contraction by the zeros of its weight,
+    an operator without a rule in full. With a dynamic batch this is done at two batch sizes, and only what agrees along
+    the batch axes and at both sizes is constant; the batch axes of a node are those with a symbolic size.
+
+    Exact in exact arithmetic, for finite activations and sizes other than the batch's as captured. Values are dropped
+    once their last reader ran, but for the nodes of ``keep``.
+
+    Args:
+        program: A functional graph; neither it nor any buffer is changed.
+        keep: The nodes to tell of; all of them by default.
+
+    Source:
+        Abstract interpretation after Cousot and Cousot (1977), on the domain "constant or not" of every element.
+
+    Example:
+        >>> from torch import nn
+        >>> from srigl_fx.passes.capture import capture
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU()).eval()
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight[1].zero_(), model[0].bias.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        >>> found = constants(capture(model, (torch.ones(2, 2),)), lambda node: "relu" in node.name)
+        >>> [(known.fixed.tolist(), known.value.tolist()) for known in found.known.values()]
+        [([False, True, False], [0.0, 2.0, 0.0])]
+    """
+    unknown: dict[str, str] = {}
+    if not program.dynamic:
+        known = _interpret(program, None, keep, unknown)
+    else:
+        try:
+            runs = [_interpret(program, size, keep, unknown) for size in (2, 3)]
+        except RuntimeError:  # a model may fold its batch into groups: multiples of the captured size always do
+            size = max(2, program.batch_size)
+            runs = [_interpret(program, size, keep, unknown) for size in (size, 2 * size)]
+        both = {node: _agreed(runs[0][node], runs[1][node]) for node in runs[0] if node in runs[1]}
+        known = {node: constant for node, constant in both.items() if constant is not None}
+    notes = tuple(
+        Note(where=where, reason=f"{name} has no rule for constants: all that derives from it is taken to vary")
+        for name, where in unknown.items()
+    )
+    return Constness(known=known, notes=notes)
+
+
+def _interpret(
+    program: Program, batch: int | None, keep: Callable[[fx.Node], bool], unknown: dict[str, str]
+) -> dict[fx.Node, Constant]:
+    """One run; adds the operators without a rule, and where each stands first, to ``unknown``."""
+    nodes = list(program.module.graph.nodes)
+    last_reader = {operand: node for node in nodes for operand in node.all_input_nodes}
+    mutated = {node.args[0] for node in nodes if _mutates(node)}
+    inputs = iter(pytree.tree_leaves(program.inputs(batch)))
+    values: dict[fx.Node, Any] = {}
+    live: dict[fx.Node, Any] = {}
+    known: dict[fx.Node, Constant] = {}
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for node in nodes:
+            if node.op == "output":
+                break
+            if node.op == "placeholder":
+                values[node] = next(inputs)
+                live[node] = isinstance(values[node], Tensor)
+            elif node.op == "get_attr":
+                values[node] = _attribute(program.module, str(node.target))
+                live[node] = node in mutated
+            else:
+                values[node], live[node] = _call(program.module, node, values, live, unknown)
+            value = values[node]
+            if isinstance(value, Tensor):
+                live[node] = simplify(live[node])
+                if keep(node) and live[node] is not True:
+                    constant = _without_batch(node, value, live[node])
+                    if constant is not None:
+                        known[node] = constant
+            for operand in (*node.all_input_nodes, node):
+                if last_reader.get(operand, node) is node:
+                    del values[operand], live[operand]
+    return known
+
+
+def _attribute(module: fx.GraphModule, target: str) -> Any:
+    """A parameter or buffer, or the graph that a higher-order operator calls."""
+    owner, _, attr = target.rpartition(".")
+    return getattr(module.get_submodule(owner), attr)
+
+
+def _mutates(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _call(
+    module: fx.GraphModule, node: fx.Node, values: dict[fx.Node, Any], live: dict[fx.Node, Any], unknown: dict[str, str]
+) -> tuple[Any, Any]:
+    """The value of a node and what is live in it."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    if _mutates(node):
+        args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+    lives = [live[operand] for operand in node.all_input_nodes]
+    target = node.target if callable(node.target) else module.get_submodule(str(node.target))
+    out = target(*args, **kwargs)
+    if node.target is operator.getitem:
+        return out, lives[0][node.args[1]]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        found: Any = None if any_live(lives) else False
+    elif _mutates(node) or _has_data_dependent_shape(node):
+        found = True
+    else:
+        given = arguments(node)
+        call = Call(
+            op=node.target,
+            given=fx.node.map_arg(given, values.__getitem__),
+            live=fx.node.map_aggregate(given, lambda leaf: live[leaf] if isinstance(leaf, fx.Node) else False),
+            out=out,
+            weighted_mean=isinstance(node.args[0], fx.Node) and _sums_to_one(node.args[0]) if node.args else False,
+        )
+        found = liveness(call)
+    if found is None:
+        unknown.setdefault(str(node.target).removesuffix(".default"), node.name)
+        found = True
+    return out, pytree.tree_map(lambda _: found, out) if isinstance(found, bool) else found
+
+
+def _has_data_dependent_shape(node: fx.Node) -> bool:
+    return any(
+        free_unbacked_symbols(leaf)
+        for leaf in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(leaf, Tensor | torch.SymInt)
+    )
+
+
+def _sums_to_one(node: fx.Node) -> bool:
+    """Whether the rows of a node's value along its last axis come out of a softmax, and so sum to one."""
+    while node.target not in _SOFTMAX:
+        if node.target not in _KEEPS_ROWS | _RESHAPES or not isinstance(node.args[0], fx.Node):
+            return False
+        source = node.args[0]
+        before, after = source.meta.get("val"), node.meta.get("val")
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not after.is_floating_point():
+            return False
+        rows = {value.shape[-1] for value in (before, after) if value.dim() and isinstance(value.shape[-1], int)}
+        if len(rows) != 1:
+            return False
+        node = source
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and arguments(node)["dim"] in (-1, value.dim() - 1)
+
+
+def _without_batch(node: fx.Node, value: Tensor, live: bool | Tensor) -> Constant | None:
+    """What is known of a value, the same all along its batch axes; None where that is nothing."""
+    shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else None
+    if shape is None or len(shape) != value.dim() or value.numel() == 0 or value.is_complex():
+        return None
+    axes = tuple(axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt))
+    first = value
+    for axis in axes:
+        first = first.narrow(axis, 0, 1)
+    fixed = ~spread(live, value) & value.isfinite() & _same(value, first)
+    if axes:
+        fixed, first = fixed.all(dim=axes), first.squeeze(axes)
+    if not bool(fixed.any()):
+        return None
+    return Constant(fixed=fixed.clone(), value=first.masked_fill(~fixed, 0))
+
+
+def _agreed(one: Constant, other: Constant) -> Constant | None:
+    """What is the same at two batch sizes."""
+    if one.fixed.shape != other.fixed.shape:
+        return None
+    fixed = one.fixed & other.fixed & _same(one.value, other.value)
+    return Constant(fixed=fixed, value=one.value.masked_fill(~fixed, 0)) if bool(fixed.any()) else None
+
+
+def _same(one: Tensor, other: Tensor) -> Tensor:
+    """Equal up to the rounding of kernels that do not sum all samples in the same order."""
+    if not one.is_floating_point():
+        return one == other
+    return torch.isclose(one, other, rtol=1e-5, atol=1e-6)

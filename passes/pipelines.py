@@ -1,0 +1,13 @@
+"""The pipelines, as explicit tuples.
+
+Owns the order in which the graph passes run before layers are matched and condensed. It must not know how a model is
+captured or measured.
+"""
+
+from srigl_fx.passes.base import Pass
+from srigl_fx.passes.fold_constants import FoldConstants
+from srigl_fx.passes.normalize import Normalize
+from srigl_fx.passes.program import Program
+
+LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants())
+"""What ``lower`` does to a captured graph before it looks for layers: a pass of your own goes anywhere among these."""

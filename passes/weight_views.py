@@ -1,0 +1,161 @@
+"""How a tensor is cut from a parameter: which of its dimensions run along which of the parameter's axes.
+
+Owns :class:`WeightView` and what views, slices and selections do to one; it must not know graphs or contractions.
+A parameter is thought of as its flat, contiguous elements. Each dimension of a view is a product of factors, and each
+factor is a stretch of the flat index: a stride and a size. What an operation does to the dimensions is not written
+down here rule by rule: it is run on an empty tensor without storage, and the strides of the result tell.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Operations that only rearrange, slice or select; by name, whether function, method or operator.
+VIEWS = frozenset(
+    "t T mT H transpose permute swapaxes swapdims movedim moveaxis numpy_T view reshape _unsafe_view flatten unflatten "
+    "ravel squeeze unsqueeze expand broadcast_to expand_as view_as reshape_as chunk split split_with_sizes tensor_split "
+    "unsafe_chunk unsafe_split unbind select narrow slice getitem __getitem__ adjoint".split()
+)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """``size`` steps of ``stride`` through the flat parameter, of the ``full`` ones it was sliced from."""
+
+    stride: int
+    size: int
+    full: int
+
+
+Dimension = tuple[Factor, ...]
+
+
+@dataclass(frozen=True)
+class WeightView:
+    """A tensor that holds elements of one parameter, unchanged or scaled one by one.
+
+    Attributes:
+        parameter: The id of the Parameter.
+        shape_of: The parameter's shape.
+        dims: For each dimension, outermost first, the factors of the flat index it runs through, outermost first. A
+            factor of stride 0 repeats.
+        loose: Whether further leading dimensions may exist that are not known.
+    """
+
+    parameter: int
+    shape_of: tuple[int, ...]
+    dims: tuple[Dimension, ...]
+    loose: bool = False
+
+    @classmethod
+    def whole(cls, parameter: Tensor) -> "WeightView":
+        """The parameter itself.
+
+        Example:
+            >>> view = WeightView.whole(torch.empty(6, 4))
+            >>> [part.shape for part in view.through(torch.chunk, 2)], view.through(torch.t).dims[1]
+            ([(3, 4), (3, 4)], (Factor(stride=4, size=6, full=6),))
+        """
+        shape = tuple(parameter.shape)
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        dims = tuple((Factor(s, n, n),) if n != 1 else () for s, n in zip(strides, shape, strict=True))
+        return cls(id(parameter), shape, dims)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The view's own shape."""
+        return tuple(math.prod(factor.size for factor in dim) for dim in self.dims)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its dimensions are the parameter's, in order; slices count, selections do not."""
+        whole = [(s, n) for s, n in zip(_strides(self.shape_of), self.shape_of, strict=True)]
+        own = [[(f.stride, f.full) for f in dim] for dim in self.dims]
+        return len(own) == len(whole) and all(
+            dim == ([] if n == 1 else [(s, n)]) for dim, (s, n) in zip(own, whole, strict=True)
+        )
+
+    def through(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """What ``function``, one of :data:`VIEWS`, makes of the view: a view, a list of views, or None if unknown."""
+        probe = torch.empty(self.shape, device="meta")
+        try:
+            with torch.no_grad():
+                out = function(probe, *args, **kwargs)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # sizes that are not those of the real tensor
+            return None
+        if isinstance(out, Tensor):
+            return self._seen_as(probe, out)
+        return [self._seen_as(probe, part) for part in out] if isinstance(out, tuple | list) else None
+
+    def indexed(self, position: int, *, rank: int | None) -> "WeightView | None":
+        """The view with the dimension at ``position`` indexed by a tensor of ``rank`` dimensions (None: unknown)."""
+        before, after = self.dims[:position], self.dims[position + 1 :]
+        if rank is None:  # only leading dimensions can stay unknown
+            return None if position else WeightView(self.parameter, self.shape_of, after, loose=True)
+        if rank == 0:
+            return WeightView(self.parameter, self.shape_of, before + after, loose=self.loose)
+        new = ((),) * (rank - 1) + (self.dims[position],)
+        return WeightView(self.parameter, self.shape_of, before + new + after, loose=self.loose)
+
+    def split(self, position: int, outer: int) -> "WeightView":
+        """The view with the dimension at ``position`` split in two, the outer one of this size."""
+        shape = self.shape
+        found = self.through(torch.reshape, (*shape[:position], outer, -1, *shape[position + 1 :]))
+        return found if isinstance(found, WeightView) else self
+
+    def _seen_as(self, probe: Tensor, out: Tensor) -> "WeightView | None":
+        if out.untyped_storage()._cdata != probe.untyped_storage()._cdata:
+            return None
+        flat = [factor for dim in self.dims for factor in dim]
+        relative = [math.prod(factor.size for factor in flat[i + 1 :]) for i in range(len(flat))]
+        preserved = out.numel() == probe.numel()
+        dims: list[Dimension] = []
+        for stride, size in zip(out.stride(), out.shape, strict=True):
+            dim = _covered(list(zip(relative, flat, strict=True)), stride, size, preserved)
+            if dim is None:
+                return None
+            dims.append(dim)
+        return WeightView(self.parameter, self.shape_of, tuple(dims), loose=self.loose)
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+
+
+def _covered(flat: list[tuple[int, Factor]], stride: int, size: int, preserved: bool) -> Dimension | None:
+    """The factors that a dimension of this stride and size over contiguous ``flat`` factors runs through.
+
+    With ``preserved`` every element is still there, so a part of a factor means that it was split; else it was sliced.
+    """
+    if size == 1:
+        return ()
+    if stride == 0:
+        return (Factor(0, size, size),)
+    covered: list[Factor] = []
+    for relative, factor in reversed(flat):
+        if factor.size == 1 or relative * factor.size <= stride:
+            continue
+        if stride % relative:
+            return None
+        inner = stride // relative
+        if preserved:
+            available = factor.size // inner
+            take = min(size, available)
+            if factor.size % inner or available % take or size % take:
+                return None
+            full = factor.full // inner if take == available else take
+            covered.insert(0, Factor(factor.stride * inner, take, full))
+        else:
+            take = min(size, factor.size // inner if inner == 1 else size)
+            if size % take:
+                return None
+            covered.insert(0, Factor(factor.stride, take, factor.full))
+        size //= take
+        if size == 1:
+            return tuple(covered)
+        stride = relative * factor.size
+    return None

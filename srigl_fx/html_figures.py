@@ -1,0 +1,142 @@
+"""The geometry of the figures on a report's page: numbers in, coordinates out.
+
+Owns where things are drawn. It must not know HTML: the templates turn coordinates into SVG.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from srigl_fx.removal_report import FOLDS
+from srigl_fx.report import format_seconds
+
+Plain = Mapping[str, Any]
+
+WIDTH = 1000  # of the landscape, in its own units
+_LONGEST = 200  # the bar of the slowest form, in pixels
+_FULL, _GAP, _TOP = 48, 14, 20  # a bar of all channels, between bars, above the first: pixels of a removal figure
+_LEFT, _RIGHT, _BAR = 330, 600, 10  # where producer and consumers stand, and how wide their bars are
+_NAME = 44  # characters of a name that fit beside a bar
+_CONSUMERS = 6  # drawn for one producer; the caption counts the others
+
+
+def landscape(rows: Iterable[Plain]) -> list[dict[str, Any]]:
+    """One column a weight: as wide as it has weights when dense, as high as the fraction kept.
+
+    The area that is filled is what is left of the model.
+
+    Example:
+        >>> row = {"name": "fc", "neurons": 8, "dense_fan_in": 4, "kept": 16, "status": "condensed"}
+        >>> landscape([row, {**row, "name": "head", "kept": 32, "status": "dense"}])[1]["x"]
+        500.0
+    """
+    rows = list(rows)
+    sizes = [row["neurons"] * row["dense_fan_in"] for row in rows]
+    scale = WIDTH / max(sum(sizes), 1)
+    columns, x = [], 0.0
+    for row, size in zip(rows, sizes, strict=True):
+        width, height = size * scale, 100 * row["kept"] / max(size, 1)
+        columns.append(
+            {
+                "x": round(x, 2),
+                "width": round(width, 2),
+                "y": round(100 - height, 1),
+                "height": round(height, 1),
+                "dense": row["status"] == "dense",
+                "label": f"{row['name']}: {row['kept']:,} of {size:,} weights kept",
+            }
+        )
+        x += width
+    return columns
+
+
+def latency(layer: Plain) -> dict[str, dict[str, Any]]:
+    """For each batch size one bar a form, as long as its time against the slowest form's.
+
+    Example:
+        >>> layer = {"decision": "condensed", "seconds": {"1": {"dense": 3e-4, "condensed": 1e-4}}}
+        >>> figure = latency(layer)["1"]
+        >>> [(bar["width"], bar["chosen"]) for bar in figure["bars"]], figure["label"], figure["speedup"]
+        ([(200, False), (67, True)], 'dense 300 µs, condensed 100 µs', 3.0)
+    """
+    figures = {}
+    for batch, seconds in layer["seconds"].items():
+        slowest = max(seconds.values())
+        bars = [
+            {
+                "y": 18 * position + 3,
+                "width": round(_LONGEST * time / slowest),
+                "time": format_seconds(time),
+                "chosen": form == layer["decision"],
+            }
+            for position, (form, time) in enumerate(seconds.items())
+        ]
+        figures[batch] = {
+            "bars": bars,
+            "forms": "-".join(seconds),
+            "label": ", ".join(f"{form} {bar['time']}" for form, bar in zip(seconds, bars, strict=True)),
+            "speedup": round(seconds["dense"] / seconds.get(layer["decision"], seconds["dense"]), 2),
+        }
+    return figures
+
+
+def removal(record: Plain) -> dict[str, Any]:
+    """A producer, its consumers and two ribbons to each: the channels that stay, and those that are gone.
+
+    Bars are as high as the layer was wide, so the filled part is the layer after removal and the outline the one before.
+
+    Example:
+        >>> record = {"producer": "fc1.weight", "before": 8, "after": 4, "through": ["relu"], "kept": {},
+        ...     "consumers": [{"fqn": "fc2.weight", "before": 8, "after": 4, "folded": ["bias"]}]}
+        >>> figure = removal(record)
+        >>> figure["producer"]["kept"], figure["consumers"][0]["label"]
+        (24, '8 → 4 inputs; constants folded into the bias')
+    """
+    shown = list(record["consumers"])[:_CONSUMERS]
+    middle = _TOP + (max(len(shown), 1) - 1) * (_FULL + _GAP) // 2
+    producer = _bar(record["producer"], record, (_LEFT, middle), "channels", left=True)
+    consumers = []
+    for position, consumer in enumerate(shown):
+        words = "; ".join(["inputs", *filter(None, [", ".join(FOLDS.get(kind, kind) for kind in consumer["folded"])])])
+        bar = _bar(consumer["fqn"], consumer, (_RIGHT, _TOP + position * (_FULL + _GAP)), words)
+        bar["stays"] = _ribbon(producer, bar, (0, producer["kept"]), (0, bar["kept"]))
+        bar["gone"] = _ribbon(producer, bar, (producer["kept"], _FULL), (bar["kept"], _FULL))
+        consumers.append(bar)
+    return {
+        "label": f"{record['producer']}: {record['before']} channels before, {record['after']} after removal",
+        "producer": producer,
+        "consumers": consumers,
+        "more": len(record["consumers"]) - len(shown),
+        "through": _shorten(" → ".join(record["through"]), 38, tail=False),
+        "height": _TOP + max(len(shown), 1) * (_FULL + _GAP) - _GAP + 6,
+        "middle": (_LEFT + _BAR + _RIGHT) // 2,
+        "over": 12,
+    }
+
+
+def _bar(name: str, record: Plain, at: tuple[int, int], words: str, *, left: bool = False) -> dict[str, Any]:
+    return {
+        "name": _shorten(name, _NAME),
+        "full_name": name,
+        "label": f"{record['before']:,} → {record['after']:,} {words}",
+        "left": left,
+        "x": at[0],
+        "y": at[1],
+        "kept": max(round(_FULL * record["after"] / max(record["before"], 1)), 1),
+    }
+
+
+def _ribbon(source: Plain, sink: Plain, leaves: tuple[int, int], arrives: tuple[int, int]) -> str:
+    """The path of a ribbon between two bars; spans are (top, bottom) distances from the bars' upper ends."""
+    x0, x1 = source["x"] + _BAR, sink["x"]
+    mid = (x0 + x1) // 2
+    (top0, bottom0), (top1, bottom1) = (
+        [bar["y"] + edge for edge in span] for bar, span in ((source, leaves), (sink, arrives))
+    )
+    return f"M{x0} {top0}C{mid} {top0} {mid} {top1} {x1} {top1}V{bottom1}C{mid} {bottom1} {mid} {bottom0} {x0} {bottom0}Z"
+
+
+def _shorten(text: str, length: int, *, tail: bool = True) -> str:
+    """At most ``length`` characters; of names the end tells more, of sequences the beginning."""
+    if len(text) <= length:
+        return text
+    return "…" + text[1 - length :] if tail else text[: length - 1] + "…"

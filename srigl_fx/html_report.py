@@ -1,0 +1,166 @@
+"""Reports as one self-contained HTML page: no script, style, font or picture from elsewhere.
+
+Owns the page: its templates, figures and units. It must not know how a report came about: it reads the plain data of a
+report's ``as_dict()``. Every name and reason is untrusted text, so the templates escape all values, and the page's
+content security policy runs nothing but the one script whose hash it names.
+"""
+
+import base64
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import resources
+from typing import TYPE_CHECKING, Any
+
+from srigl_fx.graph_file import write
+from srigl_fx.html_figures import landscape, latency, removal
+from srigl_fx.report import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    import jinja2
+
+Plain = Mapping[str, Any]
+
+_SHOWN = 12  # figures of removed channels that are open at once; the others unfold
+
+
+def summary_page(plain: Plain, title: str = "Sparsity report") -> str:
+    """The page of a :func:`srigl_fx.summary`.
+
+    Args:
+        plain: The summary's ``as_dict()``.
+        title: The page's heading.
+
+    Example:
+        >>> import torch, srigl_fx as sx
+        >>> report = sx.summary(sx.sparsify(torch.nn.Linear(64, 32)))
+        >>> "<h1>Sparsity report</h1>" in summary_page(report.as_dict())
+        True
+    """
+    rows = [dict(row, bytes_before=None, place=" ".join(row["nodes"])) for row in plain["rows"]]
+    return _render("summary.html", title=title, report=plain, rows=rows, place="node", landscape=landscape(rows))
+
+
+def lowering_page(plain: Plain, title: str = "Lowering report") -> str:
+    """The page of the report of :func:`srigl_fx.lower`.
+
+    Args:
+        plain: The report's ``as_dict()``.
+        title: The page's heading.
+
+    Example:
+        >>> import torch, srigl_fx as sx
+        >>> model = sx.sparsify(torch.nn.Linear(64, 32)).eval()
+        >>> report = sx.lower(model, (torch.ones(1, 64),), min_speedup=0).report
+        >>> "condensed" in lowering_page(report.as_dict())
+        True
+    """
+    rows = [_lowered_row(layer) for layer in (*plain["layers"], *plain["others"])]
+    measured = [(layer, latency(layer)) for layer in plain["layers"] if layer["seconds"]]
+    removals = sorted(plain.get("removals", ()), key=lambda record: record["after"] - record["before"])
+    gone = [record for record in removals if record["after"] < record["before"]]
+    stay = [(record["producer"], rows, why) for record in removals for why, rows in record["kept"].items()]
+    figures = [removal(record) for record in gone]
+    return _render(
+        "lowering.html",
+        title=title,
+        report=plain,
+        rows=rows,
+        place="region",
+        landscape=landscape(rows),
+        decisions={form: sum(row["status"] == form for row in rows) for form in ("condensed", "shrunk", "dense")},
+        measured=measured,
+        shapes={figure["forms"]: figure["forms"].split("-") for _, figures in measured for figure in figures.values()},
+        totals=_latency_totals(plain["layers"]),
+        removed=figures[:_SHOWN],
+        more_removed=figures[_SHOWN:],
+        channels=(sum(r["before"] for r in removals), sum(r["before"] - r["after"] for r in removals)),
+        stay=sorted(stay, key=lambda item: -item[1]),
+        attempts=plain.get("capture_failures", ()),
+        notes=_by_pass(plain.get("notes", ())),
+    )
+
+
+def save_page(path: str | os.PathLike[str], page: str) -> None:
+    """Write a page as UTF-8; the file appears whole or not at all.
+
+    Raises:
+        OSError: The file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_page(f"{folder}/report.html", "<!doctype html>")
+    """
+    write(path, page.encode())
+
+
+def _lowered_row(layer: Plain) -> dict[str, Any]:
+    total = math.prod(layer["shape"])
+    return {
+        "name": layer["fqn"],
+        "shape": layer["shape"],
+        "fan_in": round(layer["kept"] / max(layer["active"], 1), 2),
+        "dense_fan_in": total // max(layer["neurons"], 1),
+        "active_neurons": layer["active"],
+        "neurons": layer["neurons"],
+        "kept": layer["kept"],
+        "sparsity": 1 - layer["kept"] / max(total, 1),
+        "status": layer["decision"],
+        "reason": layer["reason"],
+        "bytes": layer["bytes_after"],
+        "bytes_before": layer["bytes_before"],
+        "place": layer.get("region", ""),
+    }
+
+
+def _latency_totals(layers: Iterable[Plain]) -> dict[str, dict[str, float]]:
+    """Seconds of all measured layers together, by batch size: all dense, and each as decided."""
+    totals: dict[str, dict[str, float]] = {}
+    for layer in layers:
+        for batch, seconds in layer["seconds"].items():
+            total = totals.setdefault(str(batch), {"dense": 0.0, "lowered": 0.0})
+            total["dense"] += seconds["dense"]
+            total["lowered"] += seconds.get(layer["decision"], seconds["dense"])
+    return totals
+
+
+def _by_pass(notes: Iterable[Plain]) -> dict[str, list[Plain]]:
+    grouped: dict[str, list[Plain]] = {}
+    for note in notes:
+        grouped.setdefault(note["by"], []).append(note)
+    return grouped
+
+
+def _template_source(name: str) -> str:
+    return resources.files("srigl_fx").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> "jinja2.Environment":
+    import jinja2  # comes with torch, as does markupsafe; needed by nothing else here
+    import markupsafe
+
+    environment = jinja2.Environment(
+        autoescape=True,
+        loader=jinja2.FunctionLoader(_template_source),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    script = _template_source("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals.update(script=script, style=_template_source("report.css"), script_hash=f"sha256-{digest}")
+    environment.filters.update(
+        size=format_bytes,
+        seconds=format_seconds,
+        dims=lambda shape: "×".join(map(str, shape)),
+        dotted=lambda name: markupsafe.Markup(".<wbr>").join(name.split(".")),
+    )
+    return environment
+
+
+def _render(template: str, **values: Any) -> str:
+    return _environment().get_template(template).render(values)
