@@ -42,7 +42,7 @@ def train(steps: int) -> tuple[nn.Module, float]:
     torch.manual_seed(0)
     model = sx.sparsify(network(), sparsity=0.95, rules={"0": None, "11": None})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    sx.SRigL(model, optimizer, total_steps=steps, update_every=10, ablation=0.5)
+    sx.SRigL(model, optimizer, total_steps=steps, update_every=10, ablation=0.7)
     for _ in range(steps):
         chosen = torch.randint(0, len(inputs) - int(test.sum()), (64,))
         optimizer.zero_grad()

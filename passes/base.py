@@ -9,7 +9,7 @@ explicit tuple of passes: ``run((Discover(), AssignMasks(...), InsertMasks()), d
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -65,8 +65,16 @@ class Pass(ABC, Generic[Subject]):
         """Check what the pass promises of ``subject``; raise if it does not hold."""
 
 
-def run(passes: Sequence[Pass[Subject]], subject: Subject) -> PassResult[Subject]:
+def run(
+    passes: Sequence[Pass[Subject]], subject: Subject, *, check: Callable[[str, Subject], None] | None = None
+) -> PassResult[Subject]:
     """Run ``passes`` in order and return the last subject with all notes.
+
+    Args:
+        passes: In the order to run them.
+        subject: What the first one gets.
+        check: Called with a pass's name and its subject after each pass that changed something; raises where the
+            subject is wrong.
 
     Raises:
         SriglError: As a pass raised it.
@@ -87,6 +95,8 @@ def run(passes: Sequence[Pass[Subject]], subject: Subject) -> PassResult[Subject
             step.requires(subject)
             result = step.run(subject)
             step.ensures(result.subject)
+            if check is not None and result.changed:
+                check(step.name, result.subject)
         except SriglError:
             raise
         except Exception as error:

@@ -1,31 +1,68 @@
 """From a model and example inputs to a :class:`~srigl_fx.passes.program.Program`.
 
-Owns the chain of attempts of ``torch.export`` and what is said when all fail. It must not know masks. Capture is
-serialised by a lock (``torch.export`` is not thread-safe) and leaves the model as it was.
+Owns the chain of attempts of ``torch.export``, which of them can cure which error, and what is said when all fail. It
+must not know masks. Capture is serialised by a lock (``torch.export`` is not thread-safe) and leaves the model as it was.
 """
 
-import contextlib
 import inspect
-import io
-import logging
+import os
+import re
 import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import CaptureError
 from srigl_fx.passes.program import Program, resize
+from srigl_fx.passes.tracing import export, fit_for_capture
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+FreeSizes = Mapping[int, frozenset[int]]
 
 # torch.export puts fake parameters into the model while it traces, and so must run alone.
 EXPORT_LOCK = threading.RLock()
+
+_HINT = (
+    "a forward must not branch on the values of tensors (use torch.where or torch.cond), return caches or other objects "
+    "that are not tensors (pass use_cache=False), or call libraries other than torch"
+)
+_DATA_DEPENDENT = re.compile(r"data-dependent|unbacked|GuardOnDataDependent", re.IGNORECASE)
+_SYMBOLIC = re.compile(r"SymInt|SymBool|SymFloat|\bs\d+\b|constraint|speciali[sz]|dynamic shape", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """One attempt to capture a module, and why it failed.
+
+    Attributes:
+        name: The module's fully-qualified name ("" for the model itself).
+        type: Its class.
+        attempt: What was tried, as in "torch.export, dynamic batch".
+        error: The first line of the error, and the line of the model that raised it where that is known.
+    """
+
+    name: str
+    type: str
+    attempt: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.name or 'the model'} ({self.type}): {self.error}"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What came of the attempts on one module: its program, if one succeeded, and those that failed before."""
+
+    program: Program | None
+    failures: tuple[Failure, ...]
+    cause: Exception | None = None
 
 
 def normalise_inputs(example_inputs: Any) -> Inputs:
@@ -50,17 +87,24 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward pass that leaves no trace: no gradients, buffers and the random state as they were."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.is_floating_point()}
+    return run_and_watch(model, args, kwargs)[0]
+
+
+def run_and_watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, frozenset[str]]:
+    """As :func:`run_model`, and the names of the buffers that the forward pass wrote into."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype != torch.bool}
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return torch.func.functional_call(model, buffers, args, kwargs)
+        output = torch.func.functional_call(model, buffers, args, kwargs)
+    return output, frozenset(name for name, buffer in buffers.items() if buffer._version)
 
 
 def capture(model: nn.Module, example_inputs: Any) -> Program:
     """Capture the eval behaviour of ``model`` as one functional ATen graph.
 
-    Tried in turn: ``torch.export`` non-strict with a dynamic leading dimension, static, then both strict. Export takes
-    a size of 1 for a constant, so a leading dimension of 1 is repeated to 2 for the dynamic attempts.
+    Tried in turn, each only where it can cure what the one before failed with: ``torch.export`` non-strict with a
+    dynamic leading dimension, with whatever can be dynamic, static; then strict. Export takes a size of 1 for a
+    constant, so a leading dimension of 1 is repeated to 2 for the dynamic attempts.
 
     Args:
         model: In eval mode.
@@ -75,6 +119,15 @@ def capture(model: nn.Module, example_inputs: Any) -> Program:
         (True, 1, 'torch.export, dynamic batch')
     """
     args, kwargs = normalise_inputs(example_inputs)
+    check_runs(model, args, kwargs)
+    done = capture_whole(model, args, kwargs)
+    if done.program is None:
+        raise uncapturable(model, done)
+    return done.program
+
+
+def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise a CaptureError unless ``model`` is in eval mode and runs on the inputs."""
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise CaptureError(
@@ -86,53 +139,113 @@ def capture(model: nn.Module, example_inputs: Any) -> Program:
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} does not run on the example inputs {_describe(args, kwargs)}: "
-            f"{_first_line(error)}; its forward is {inspect.signature(model.forward)}"
+            f"{first_line(error)}; its forward is {inspect.signature(model.forward)}"
         ) from error
 
-    failures: list[Exception] = []
-    with EXPORT_LOCK, _plain_attention(), _quiet_torch():
-        for strict in (False, True):
-            for dynamic in (True, False):
-                try:
-                    exported = _export(model, args, kwargs, strict=strict, dynamic=dynamic)
-                except Exception as error:  # export raises nearly every type; the next rung may still do
-                    failures.append(error)
-                    continue
-                if exported is not None:
-                    how = f"torch.export{' strict' if strict else ''}, {'dynamic' if dynamic else 'static'} batch"
-                    return _program(model, exported, args, kwargs, how)
-    raise CaptureError(
-        f"torch.export cannot capture {type(model).__name__} whole: {_first_line(failures[0])}; a forward must not "
-        "branch on the values of tensors (use torch.where or torch.cond), return caches or other objects that are not "
-        "tensors (pass use_cache=False), or call libraries other than torch; mend that line, or lower the part of the "
-        "model that can be captured"
-    ) from failures[0]
+
+def uncapturable(model: nn.Module, done: Capture) -> CaptureError:
+    """The error to raise where a model cannot be captured whole."""
+    error = CaptureError(
+        f"torch.export cannot capture {type(model).__name__} whole: {done.failures[0].error}; {_HINT}; mend that line, "
+        "or lower the part of the model that can be captured"
+    )
+    error.__cause__ = done.cause
+    return error
+
+
+def capture_whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
+    """Try to capture ``model`` as one graph, the leading dimension that its inputs share free if that can be."""
+    batched = _batched(pytree.tree_leaves((args, kwargs)))
+    free = {position: frozenset({0}) for position, is_batched in enumerate(batched) if is_batched}
+    rungs = [_Rung(Dim.DYNAMIC, False), _Rung(Dim.AUTO, False), _Rung(None, False)]
+    return _climb(model, args, kwargs, free, [*rungs, _Rung(Dim.AUTO, True), _Rung(None, True)])
+
+
+def capture_region(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: FreeSizes, varying: FreeSizes, name: str
+) -> Capture:
+    """Try to capture a sub-module as a graph of its own.
+
+    Args:
+        model: The sub-module.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        free: For each flat input the sizes to leave free where that can be.
+        varying: Those that must be free.
+        name: The sub-module's fully-qualified name, for the failures.
+    """
+    rungs = [_Rung(Dim.AUTO, False), _Rung(None, False), _Rung(Dim.AUTO, True)]
+    return _climb(model, args, kwargs, free, rungs[:: 2 if varying else 1], name=name, required=varying)
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """One way to call ``torch.export``: ``dim`` is what to make of free sizes, None to fix them all."""
+
+    dim: Any
+    strict: bool
+
+    @property
+    def attempt(self) -> str:
+        sizes = "static" if self.dim is None else "automatic" if self.dim is Dim.AUTO else "dynamic"
+        return f"torch.export{' strict' if self.strict else ''}, {sizes} batch"
+
+    def worth(self, before: "_Rung | None", error: str, region: bool) -> bool:
+        """Whether this attempt may succeed where the one ``before`` failed with ``error``."""
+        if before is None:
+            return True
+        if _DATA_DEPENDENT.search(error):
+            return False
+        sizes = before.dim is not None and bool(_SYMBOLIC.search(error))
+        if self.strict == before.strict:
+            return sizes or (self.dim is None and not region)
+        return not (sizes and region)
+
+
+def _climb(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free: FreeSizes,
+    rungs: list[_Rung],
+    *,
+    name: str = "",
+    required: FreeSizes | None = None,
+) -> Capture:
+    failures: list[Failure] = []
+    cause: Exception | None = None
+    before: _Rung | None = None
+    with EXPORT_LOCK, fit_for_capture(model):
+        for rung in rungs:
+            if (rung.dim is not None and not free) or not rung.worth(before, _whole_text(cause), required is not None):
+                continue
+            before = rung
+            try:
+                exported = _export(model, args, kwargs, free if rung.dim is not None else {}, rung)
+                program = _program(model, exported, args, kwargs, rung.strict)
+                _check_free(program, free if rung.dim is not None else {}, args, kwargs, required or {})
+                if required is not None:
+                    _check_pure(exported)
+            except Exception as error:  # export raises nearly every type; the next rung may still do
+                cause = cause or error
+                text = first_line(error) + _raised_by(error)
+                failures.append(Failure(name=name, type=class_name(model), attempt=rung.attempt, error=text))
+                continue
+            return Capture(program, tuple(failures), cause)
+    return Capture(None, tuple(failures), cause)
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, strict: bool, dynamic: bool
-) -> ExportedProgram | None:
-    """The functional program; None where there is nothing dynamic about the inputs."""
-    shapes: Any = None
-    if dynamic:
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        batched = _batched(leaves)
-        if not any(batched):
-            return None
-        leaves = [
-            resize(leaf, max(2, leaf.shape[0])) if is_batched else leaf
-            for leaf, is_batched in zip(leaves, batched, strict=True)
-        ]
-        args, kwargs = pytree.tree_unflatten(leaves, spec)
-        shapes = ShapesCollection()  # type: ignore[no-untyped-call]
-        for leaf, is_batched in zip(leaves, batched, strict=True):
-            if is_batched:
-                shapes[leaf] = {0: Dim.DYNAMIC}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about torch's own internals; nothing a user could act on
-        exported: ExportedProgram = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=strict)
-        functional: ExportedProgram = exported.run_decompositions({})
-        return functional
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: FreeSizes, rung: _Rung
+) -> ExportedProgram:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    shared = _batched(leaves)
+    for position in free:
+        if shared[position] and leaves[position].shape[0] < 2:
+            leaves[position] = resize(leaves[position], 2)
+    args, kwargs = pytree.tree_unflatten(leaves, spec)
+    sizes = [dict.fromkeys(sorted(free[i]), rung.dim) if i in free else None for i in range(len(leaves))]
+    return export(model, args, kwargs, sizes, strict=rung.strict)
 
 
 def _batched(leaves: list[Any]) -> list[bool]:
@@ -143,49 +256,90 @@ def _batched(leaves: list[Any]) -> list[bool]:
 
 
 def _program(
-    model: nn.Module, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], how: str
+    model: nn.Module, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], strict: bool
 ) -> Program:
     module = exported.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
-    placeholders = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
-    batched = tuple(
-        isinstance(value, Tensor) and value.dim() > 0 and isinstance(value.shape[0], torch.SymInt)
-        for value in placeholders
-    )
-    if len(batched) != len(pytree.tree_leaves((args, kwargs))):
+    leaves = pytree.tree_leaves((args, kwargs))
+    values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    if len(values) != len(leaves):
         raise CaptureError("the captured graph takes other inputs than the model; this is a defect, please report it")
+    leading = [
+        leaf.shape[0] if 0 in _free_sizes(value) else None for value, leaf in zip(values, leaves, strict=True)
+    ]
+    batch = next((size for size in leading if size is not None), None)
+    how = f"torch.export{' strict' if strict else ''}, {'static' if batch is None else 'dynamic'} batch"
+    batched = tuple(size is not None and size == batch for size in leading)
     return Program(module=module, model=model, args=args, kwargs=kwargs, batched=batched, how=how)
 
 
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keep nn.MultiheadAttention from its fused inference path, which is one opaque operator."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+def _free_sizes(value: Any) -> set[int]:
+    """The dimensions of a placeholder's value whose sizes are free."""
+    shape = value.shape if isinstance(value, Tensor) else ()
+    return {dim for dim, size in enumerate(shape) if isinstance(size, torch.SymInt)}
 
 
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Keep torch from logging and printing graphs of attempts that fail here; the error that is raised says why."""
-    thread = threading.get_ident()
+def _check_free(
+    program: Program, free: FreeSizes, args: tuple[Any, ...], kwargs: dict[str, Any], required: FreeSizes
+) -> None:
+    """Refuse a program that was captured with a repeated batch and has kept its size, or a size that varies."""
+    values = [node.meta.get("val") for node in program.module.graph.nodes if node.op == "placeholder"]
+    for position, (value, leaf) in enumerate(zip(values, pytree.tree_leaves((args, kwargs)), strict=True)):
+        fixed = set(range(leaf.dim())) - _free_sizes(value) if isinstance(leaf, Tensor) else set()
+        if vary := fixed & required.get(position, frozenset()):
+            raise CaptureError(f"dimension {min(vary)} of input {position} varies from call to call, but is built in")
+        if 0 in fixed & free.get(position, frozenset()) and value.shape[0] != leaf.shape[0]:
+            raise CaptureError(f"dimension 0 of input {position} is specialized to a constant")
 
-    def of_others(record: logging.LogRecord) -> bool:
-        return record.thread != thread
 
-    loggers = [logger for name, logger in logging.root.manager.loggerDict.items() if name.partition(".")[0] == "torch"]
-    handlers = {id(h): h for logger in loggers if isinstance(logger, logging.Logger) for h in logger.handlers}
-    for handler in handlers.values():
-        handler.addFilter(of_others)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        for handler in handlers.values():
-            handler.removeFilter(of_others)
+def _check_pure(exported: ExportedProgram) -> None:
+    """A part of a model must not write where the rest of it may read."""
+    written = {**exported.graph_signature.buffers_to_mutate, **exported.graph_signature.user_inputs_to_mutate}
+    if written:
+        raise CaptureError(f"it writes into {', '.join(sorted(set(written.values())))}")
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's own class, without what a mask-managed layer adds to it.
+
+    Example:
+        >>> class_name(nn.Linear(2, 2))
+        'Linear'
+    """
+    return getattr(type(module), "_srigl_fx_dense_class", type(module)).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something.
+
+    Example:
+        >>> first_line(ValueError("\\n  too small\\nsee above"))
+        'too small'
+    """
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _raised_by(error: BaseException) -> str:
+    """The last line outside torch that led to the error, as " (model.py, line 7: if x > 0:)"; "" if there is none."""
+    inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside) and f.line]
+    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def _whole_text(error: BaseException | None) -> str:
+    return "" if error is None else f"{type(error).__name__} {error}"
+
+
+def leaf_problems(value: Any) -> Iterator[str]:
+    """What of a nested value a captured graph cannot take or return, by type; nothing where it can all of it.
+
+    Example:
+        >>> list(leaf_problems({"x": torch.ones(1), "n": 3})), list(leaf_problems([object()]))
+        ([], ['object'])
+    """
+    for leaf in pytree.tree_leaves(value):
+        if not isinstance(leaf, Tensor | bool | int | float | str | None):
+            yield type(leaf).__name__
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -195,7 +349,3 @@ def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         return type(value).__name__
 
     return "(" + ", ".join([*map(one, args), *(f"{name}={one(value)}" for name, value in kwargs.items())]) + ")"
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

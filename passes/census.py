@@ -1,18 +1,162 @@
-"""Which weights feed the outputs, seen in one forward pass over example inputs.
+"""What one forward pass over example inputs shows of a model's weights.
 
-Owns that question only. The answer comes from autograd's graph: from each output back to the first contraction on
-every path. The model is run in evaluation mode and left as it was.
+Owns the runs that discovery makes: which operations read each weight, which weights feed the outputs, and the shapes of
+lazy modules. It must not know how the findings are weighed. The model is run in evaluation mode and left as it was.
+
+Rules:
+    1. Every function of torch that a forward calls is seen with its operands, also where torch.fx cannot follow: what
+       it does with weights is read by the rules of :mod:`srigl_fx.passes.weight_uses`.
+    2. A weight feeds an output if no other weight stands on the way: autograd's graph is followed from each output back
+       to the first contraction on every path.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from srigl_fx.errors import SparsifyError
 from srigl_fx.passes.capture import normalise_inputs
+from srigl_fx.passes.contractions import name_of
+from srigl_fx.passes.weight_uses import CONSTANT, Data, Derived, Use, Value, Views, after, initial
+from srigl_fx.passes.weight_views import WeightView
+
+
+def uses_on(model: nn.Module, example_inputs: Any) -> dict[int, list[Use]]:
+    """Every use of the model's weights in one forward pass, by the Parameter's id; one that is not used is missing.
+
+    Raises:
+        SparsifyError: If the model does not run on the example inputs.
+        CaptureError: If they are neither a tuple nor (args, kwargs).
+
+    Example:
+        >>> layer = nn.Linear(4, 6)
+        >>> [use.layout.kind for use in uses_on(layer, (torch.ones(1, 4),))[id(layer.weight)]]
+        ['linear']
+    """
+    recorder = _Recorder(model)
+    with _evaluating(model, set()), torch.no_grad(), _plain_attention(), recorder:
+        _run(model, example_inputs)
+    return recorder.found
+
+
+def initialise_lazy(model: nn.Module, example_inputs: Any) -> None:
+    """Give the lazy modules of ``model`` their shapes by one forward pass; nothing happens where there is none.
+
+    Raises:
+        SparsifyError: If the model does not run on the example inputs.
+        CaptureError: If they are neither a tuple nor (args, kwargs).
+
+    Example:
+        >>> layer = nn.LazyLinear(6)
+        >>> initialise_lazy(layer, (torch.ones(1, 4),))
+        >>> layer
+        Linear(in_features=4, out_features=6, bias=True)
+    """
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        training = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            with torch.no_grad():
+                _run(model, example_inputs)
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+
+class _Recorder(TorchFunctionMode):
+    """Sees every function of torch and follows what becomes of weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.found: dict[int, list[Use]] = {}
+        self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        for parameter in model.parameters():
+            self.values[parameter] = initial(parameter)
+        for buffer in model.buffers():
+            self.values[buffer] = CONSTANT
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function, and note what it does with weights."""
+        result = func(*args, **(kwargs or {}))
+        name = name_of(func)
+        met: list[Tensor] = []
+
+        def value_of(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            met.append(leaf)
+            value = self.values.get(leaf)
+            return Data(leaf.dim()) if value is None else value
+
+        seen_args, seen_kwargs = _mapped((args, kwargs or {}), value_of)
+        if any(isinstance(self.values.get(tensor), Views | Derived) for tensor in met):
+            self._keep(result, after(name, func, seen_args, seen_kwargs, self._report))
+        return result
+
+    def _report(self, source: int, use: Use) -> None:
+        uses = self.found.setdefault(source, [])
+        if use not in uses:
+            uses.append(use)
+
+    def _keep(self, result: Any, value: Any) -> None:
+        if isinstance(result, tuple | list):
+            parts = value if isinstance(value, list) else [value] * len(result)
+            for each, part in zip(result, parts, strict=False):
+                self._keep(each, part)
+        elif isinstance(result, Tensor) and not isinstance(result, nn.Parameter):
+            if isinstance(value, Views) and len(value.views) == 1:
+                value = _fitted(value, tuple(result.shape))
+            self.values[result] = value
+
+
+def _fitted(value: Views, shape: tuple[int, ...]) -> Value:
+    """The weight with the shape that it really has: scaling it may have repeated it."""
+    view = value.views[0]
+    if view.shape == shape:
+        return value
+    repeated = view.through(torch.broadcast_to, shape)
+    return Views((repeated,)) if isinstance(repeated, WeightView) else Derived(value.sources, alone=False)
+
+
+def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_mapped(item, function) for item in value)
+    if isinstance(value, list):
+        return [_mapped(item, function) for item in value]
+    if isinstance(value, dict):
+        return {key: _mapped(item, function) for key, item in value.items()}
+    return function(value)
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep nn.MultiheadAttention from its fused inference path, whose operands are not the weights' functions."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _run(model: nn.Module, example_inputs: Any) -> Any:
+    args, kwargs = normalise_inputs(example_inputs)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return model(*args, **kwargs)
+        except Exception as error:  # user code: whatever it raises, the inputs do not fit
+            raise SparsifyError(
+                f"{type(model).__name__} does not run on the example inputs ({type(error).__name__}: {error}); pass "
+                "what its forward takes, as a tuple or as (args, kwargs)"
+            ) from error
 
 
 def weights_feeding_outputs(model: nn.Module, example_inputs: Any, weights: set[int]) -> set[int]:
@@ -22,15 +166,8 @@ def weights_feeding_outputs(model: nn.Module, example_inputs: Any, weights: set[
         SparsifyError: If the model does not run on the example inputs.
         CaptureError: If they are neither a tuple nor (args, kwargs).
     """
-    args, kwargs = normalise_inputs(example_inputs)
-    with _evaluating(model, weights), torch.enable_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            outputs = model(*args, **kwargs)
-        except Exception as error:  # user code: whatever it raises, the inputs do not fit
-            raise SparsifyError(
-                f"{type(model).__name__} does not run on the example inputs ({type(error).__name__}: {error}); pass "
-                "what its forward takes, as a tuple or as (args, kwargs)"
-            ) from error
+    with _evaluating(model, weights), torch.enable_grad():
+        outputs = _run(model, example_inputs)
     stack = [
         leaf.grad_fn for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None
     ]
@@ -63,7 +200,8 @@ def _parameter_behind(node: Any) -> Tensor | None:
 
 @contextmanager
 def _evaluating(model: nn.Module, weights: set[int]) -> Any:
-    """Evaluation mode, with every one of ``weights`` recording gradients."""
+    """Evaluation mode, with every one of ``weights`` recording gradients; buffers are given back as they were."""
+    buffers = [(module, dict(module._buffers), _values(module._buffers)) for module in model.modules()]
     training = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if id(p) in weights and not p.requires_grad]
     model.eval()
@@ -76,3 +214,19 @@ def _evaluating(model: nn.Module, weights: set[int]) -> Any:
             parameter.requires_grad_(False)
         for module, mode in training.items():
             module.training = mode
+        for module, own, values in buffers:
+            if not isinstance(module, torch.jit.ScriptModule):
+                module._buffers.clear()
+                module._buffers.update(own)
+            for name, before in values.items():
+                if not torch.equal(own[name], before):
+                    own[name].copy_(before)
+
+
+def _values(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Copies of the buffers that have values."""
+    return {
+        name: buffer.clone()
+        for name, buffer in buffers.items()
+        if buffer is not None and not buffer.is_meta and not isinstance(buffer, nn.parameter.UninitializedBuffer)
+    }

@@ -40,11 +40,10 @@ class Condense(Pass[Program]):
         """Rewrite the graph in place."""
         graph = subject.module.graph
         for layer in subject.layers:
-            before = _stored(subject.module)
+            names: set[str] = set()
             for use in layer.uses:
-                rewrite(subject.module, use, layer.weight.fqn, layer.decision)
-            added = {name: size for name, size in _stored(subject.module).items() if name not in before}
-            layer.bytes_after = sum(added.values())
+                names |= rewrite(subject.module, use, layer.weight.fqn, layer.decision)
+            layer.bytes_after = sum(tensor_at(subject.module, name).nbytes for name in names)
         graph.eliminate_dead_code()
         graph.lint()
         subject.module.delete_all_unused_submodules()
@@ -64,10 +63,6 @@ class Condense(Pass[Program]):
         """No condensed layer is still contracted densely."""
         left = {use.node for layer in subject.layers if layer.decision != "dense" for use in layer.uses}
         assert not left & set(subject.module.graph.nodes)
-
-
-def _stored(module: nn.Module) -> dict[str, int]:
-    return {name: buffer.nbytes for name, buffer in module.named_buffers()}
 
 
 def condensed_rows(use: Use) -> list[tuple[int, int, CondensedWeight]]:
@@ -99,16 +94,22 @@ def _filled_up(mask: "np.ndarray[Any, Any]", counts: "np.ndarray[Any, Any]") -> 
     return mask | (~mask & (free <= missing[:, None]))
 
 
-def rewrite(module: fx.GraphModule, use: Use, name: str, decision: Decision) -> None:
-    """Replace one use of the weight ``name`` in ``module``'s graph by the form ``decision`` names."""
+def rewrite(module: fx.GraphModule, use: Use, name: str, decision: Decision) -> set[str]:
+    """Replace one use of the weight ``name`` in ``module``'s graph by the form ``decision`` names.
+
+    Returns:
+        The targets of the buffers made for it.
+    """
     if decision == "dense":
-        return
+        return set()
     node = use.node
+    buffers = _Buffers(module)
     with module.graph.inserting_before(node):
-        new = (_condensed if decision == "condensed" else _shrunk)(module, use, name)
+        new = (_condensed if decision == "condensed" else _shrunk)(buffers, use, name)
     new.meta = dict(node.meta)
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
+    return buffers.targets
 
 
 def _geometry(use: Use) -> tuple[list[int], list[int], list[int], int]:
@@ -124,24 +125,24 @@ def _one(value: Any) -> list[int]:
     return [value] if isinstance(value, int) else list(value)
 
 
-def _condensed(module: fx.GraphModule, use: Use, name: str) -> fx.Node:
-    graph = module.graph
+def _condensed(buffers: "_Buffers", use: Use, name: str) -> fx.Node:
+    graph = buffers.module.graph
     pieces = condensed_rows(use)
     x = use.x if use.form != "conv1d" else graph.call_function(aten.unsqueeze.default, (use.x, 2))
     outputs = []
     for first, last, weight in pieces:
         stem = name if len(pieces) == 1 else f"{name}_rows{first}_{last}"
         operands = [
-            _buffer(module, f"{stem}_{part}", torch.from_numpy(array))
+            buffers.read(f"{stem}_{part}", torch.from_numpy(array))
             for part, array in (("values", weight.values), ("indices", weight.indices), ("active", weight.active))
         ]
         if use.bias is None:
-            operands.append(_buffer(module, f"{stem}_bias", torch.zeros(last - first)))
+            operands.append(buffers.read(f"{stem}_bias", torch.zeros(last - first)))
         elif len(pieces) == 1:
-            operands.append(_bias(module, use.bias, f"{stem}_bias"))
+            operands.append(buffers.bias(use.bias, f"{stem}_bias"))
         else:
             rows = (use.bias, 0, first, last)
-            operands.append(_bias(module, graph.call_function(aten.slice.Tensor, rows), f"{stem}_bias"))
+            operands.append(buffers.bias(graph.call_function(aten.slice.Tensor, rows), f"{stem}_bias"))
         if use.form == "linear":
             operator = torch.ops.srigl_fx.condensed_linear.default
             outputs.append(graph.call_function(operator, (x, *operands, use.mask.shape[1])))
@@ -163,21 +164,21 @@ def can_shrink(use: Use) -> bool:
     return bool(active.any()) and not bool(active.all()) and groups == 1
 
 
-def _shrunk(module: fx.GraphModule, use: Use, name: str) -> fx.Node:
+def _shrunk(buffers: "_Buffers", use: Use, name: str) -> fx.Node:
     """Pad the active rows' outputs with one channel of zeros, pick each row's channel from that, and add the bias."""
-    graph = module.graph
+    graph = buffers.module.graph
     active = use.mask.any(1)
     rows = use.weight[active]
     count = rows.shape[0]
     channel = torch.where(active, active.cumsum(0) - 1, count)
-    picked = _buffer(module, f"{name}_channel", channel)
+    picked = buffers.read(f"{name}_channel", channel)
     if use.form == "linear":
-        weight = _buffer(module, f"{name}_rows", rows)
+        weight = buffers.read(f"{name}_rows", rows)
         y = graph.call_function(aten.linear.default, (use.x, weight))
     else:
         given = arguments(use.node)
         settings = (given["stride"], given["padding"], given["dilation"], given["groups"])
-        weight = _buffer(module, f"{name}_rows", rows.reshape(count, -1, *use.kernel))
+        weight = buffers.read(f"{name}_rows", rows.reshape(count, -1, *use.kernel))
         assert callable(use.node.target)
         y = graph.call_function(use.node.target, (use.x, weight, None, *settings))
     inner = len(use.kernel)
@@ -192,37 +193,48 @@ def _shrunk(module: fx.GraphModule, use: Use, name: str) -> fx.Node:
     return graph.call_function(aten.add.Tensor, (y, bias))
 
 
-def _buffer(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
-    """A node that reads ``tensor`` from a buffer ``name``: the one that holds it already, or a new one."""
-    owner_name, _, attr = name.rpartition(".")
-    try:
-        owner = module.get_submodule(owner_name)
-    except AttributeError:
-        owner = nn.Module()
-        module.add_submodule(owner_name, owner)
-    while hasattr(owner, attr) and not _same(
-        getattr(owner, attr), tensor
-    ):  # the model has this name for something else
-        attr += "_"
-    if not hasattr(owner, attr):
-        owner.register_buffer(attr, tensor.contiguous())
-    node = module.graph.get_attr(f"{owner_name}.{attr}" if owner_name else attr)
-    node.meta["val"] = tensor
-    return node
+class _Buffers:
+    """Buffers that hold what replaces a weight.
+
+    Attributes:
+        module: Where they are.
+        targets: Those made or found so far.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module = module
+        self.targets: set[str] = set()
+
+    def read(self, name: str, tensor: Tensor) -> fx.Node:
+        """A node that reads ``tensor`` from a buffer ``name``: the one that holds it already, or a new one."""
+        owner_name, _, attr = name.rpartition(".")
+        try:
+            owner = self.module.get_submodule(owner_name)
+        except AttributeError:
+            owner = nn.Module()
+            self.module.add_submodule(owner_name, owner)
+        # The model may have this name for something else.
+        while hasattr(owner, attr) and not _same(getattr(owner, attr), tensor):
+            attr += "_"
+        if not hasattr(owner, attr):
+            owner.register_buffer(attr, tensor.contiguous())
+        node = self.module.graph.get_attr(f"{owner_name}.{attr}" if owner_name else attr)
+        node.meta["val"] = tensor
+        self.targets.add(str(node.target))
+        return node
+
+    def bias(self, node: fx.Node, name: str) -> fx.Node:
+        """The bias as one tensor read by name: rows of one are cut out once, here, rather than at every call."""
+        constant = _constant(self.module, node)
+        if node.op == "get_attr" or constant is None:
+            return node
+        return self.read(name, constant)
 
 
 def _same(held: object, tensor: Tensor) -> bool:
     if not isinstance(held, Tensor) or held.dtype != tensor.dtype:
         return False
     return np.array_equal(held.detach().numpy(), tensor.numpy(), equal_nan=True)
-
-
-def _bias(module: fx.GraphModule, node: fx.Node, name: str) -> fx.Node:
-    """The bias as one tensor read by name: rows of a parameter are cut out once, here, rather than at every call."""
-    constant = _constant(module, node)
-    if node.op == "get_attr" or constant is None:
-        return node
-    return _buffer(module, name, constant)
 
 
 def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor | None:

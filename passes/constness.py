@@ -21,9 +21,21 @@ from srigl_fx.passes.program import Program, arguments
 
 aten = torch.ops.aten
 
-# Between a softmax and the product with the values; each keeps the rows along the last axis.
-_KEEPS_ROWS = frozenset({aten.clone.default, aten._to_copy.default, aten.alias.default, aten.detach.default})
-_RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default})
+# Between a softmax and the product with the values; where the last size stays, the rows do.
+_KEEPS_ROWS = frozenset(
+    {
+        aten.clone.default,
+        aten._to_copy.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.reshape.default,
+        aten.expand.default,
+        aten.unsqueeze.default,
+        aten.squeeze.dim,
+    }
+)
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 
 
@@ -45,7 +57,7 @@ class Constness:
     """The result of the analysis.
 
     Attributes:
-        known: The nodes with at least one fixed element.
+        known: The operators with at least one fixed element; parameters and buffers are not listed.
         notes: The operators without a rule, whose results are taken to depend on everything.
     """
 
@@ -66,7 +78,7 @@ def constants(program: Program, keep: Callable[[fx.Node], bool] = lambda node: T
 
     Args:
         program: A functional graph; neither it nor any buffer is changed.
-        keep: The nodes to tell of; all of them by default.
+        keep: The operators to tell of; all of them by default.
 
     Source:
         Abstract interpretation after Cousot and Cousot (1977), on the domain "constant or not" of every element.
@@ -125,7 +137,7 @@ def _interpret(
             value = values[node]
             if isinstance(value, Tensor):
                 live[node] = simplify(live[node])
-                if keep(node) and live[node] is not True:
+                if node.op != "get_attr" and live[node] is not True and keep(node):
                     constant = _without_batch(node, value, live[node])
                     if constant is not None:
                         known[node] = constant
@@ -188,14 +200,14 @@ def _has_data_dependent_shape(node: fx.Node) -> bool:
 def _sums_to_one(node: fx.Node) -> bool:
     """Whether the rows of a node's value along its last axis come out of a softmax, and so sum to one."""
     while node.target not in _SOFTMAX:
-        if node.target not in _KEEPS_ROWS | _RESHAPES or not isinstance(node.args[0], fx.Node):
+        if node.target not in _KEEPS_ROWS or not isinstance(node.args[0], fx.Node):
             return False
         source = node.args[0]
         before, after = source.meta.get("val"), node.meta.get("val")
         if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not after.is_floating_point():
             return False
-        rows = {value.shape[-1] for value in (before, after) if value.dim() and isinstance(value.shape[-1], int)}
-        if len(rows) != 1:
+        rows = [value.shape[-1] for value in (before, after) if value.dim() and isinstance(value.shape[-1], int)]
+        if len(rows) != 2 or rows[0] != rows[1]:
             return False
         node = source
     value = node.meta.get("val")
@@ -211,12 +223,10 @@ def _without_batch(node: fx.Node, value: Tensor, live: bool | Tensor) -> Constan
     first = value
     for axis in axes:
         first = first.narrow(axis, 0, 1)
-    fixed = ~spread(live, value) & value.isfinite() & _same(value, first)
+    fixed = ~spread(live, value) & value.isfinite()
     if axes:
-        fixed, first = fixed.all(dim=axes), first.squeeze(axes)
-    if not bool(fixed.any()):
-        return None
-    return Constant(fixed=fixed.clone(), value=first.masked_fill(~fixed, 0))
+        fixed, first = (fixed & _same(value, first)).all(dim=axes), first.squeeze(axes)
+    return Constant(fixed=fixed, value=first.masked_fill(~fixed, 0)) if bool(fixed.any()) else None
 
 
 def _agreed(one: Constant, other: Constant) -> Constant | None:

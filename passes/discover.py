@@ -5,17 +5,20 @@ runs the model: each module's own forward is traced by torch.fx with its childre
 
 Rules:
     1. A module of a registered type names its own weights (:mod:`srigl_fx.passes.registry`).
-    2. Any other module is traced by torch.fx with its children as leaves; a GraphModule brings its graph. The data flow
-       from each parameter of two or more dimensions, its own or a child's, decides
-       (:mod:`srigl_fx.passes.weight_uses`).
+    2. Any other module is traced by torch.fx with its children as leaves (:mod:`srigl_fx.passes.local_trace`); a
+       GraphModule brings its graph. The data flow from each parameter of two or more dimensions, its own or a child's,
+       decides (:mod:`srigl_fx.passes.weight_uses`).
     3. A tied parameter is one weight, under the first of its names in registration order. Where it is also an embedding
        table, or its uses disagree on the layout, it stays dense.
     4. A depthwise convolution stays dense: its fan-in is the kernel alone.
-    5. With example inputs, each site also says whether it feeds an output (:mod:`srigl_fx.passes.census`).
+    5. With example inputs, one forward pass over them (:mod:`srigl_fx.passes.census`) decides what the graphs did not:
+       forwards that cannot be traced, sizes known only then. Each site then also says whether it feeds an output, and
+       a note names the weights that were not used. Lazy modules get their shapes from that pass.
     6. What could not be traced is reported with the error that stopped the tracer, as not reached.
+    7. A weight that is transformed before it is used goes by what can be masked behind the transform
+       (:mod:`srigl_fx.passes.transformed_weights`).
 """
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,28 +31,22 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from srigl_fx.errors import SparsifyError
 from srigl_fx.masks.records import WeightSite
-from srigl_fx.passes.base import Pass, PassResult
-from srigl_fx.passes.census import weights_feeding_outputs
+from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.passes.census import initialise_lazy, uses_on, weights_feeding_outputs
 from srigl_fx.passes.draft import Draft, Finding
+from srigl_fx.passes.local_trace import traces_of
+from srigl_fx.passes.parametrised_weights import as_stored
 from srigl_fx.passes.registry import Known, lookup
-from srigl_fx.passes.weight_uses import Use, uses_of
-
-log = logging.getLogger(__name__)
+from srigl_fx.passes.transformed_weights import TransformedWeights
+from srigl_fx.passes.weight_layout import Layout
+from srigl_fx.passes.weight_uses import Use, uses_in
 
 _PARAMETRISED = "its value is computed from a parametrisation (weight normalisation, say), which is not supported yet"
 
 
-class ChildrenAsLeaves(fx.Tracer):
-    """Traces one module's own forward; every child is a leaf, so nothing below it runs."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Every module is a leaf."""
-        return True
-
-
 @dataclass(frozen=True)
 class Discover(Pass[Draft]):
-    """Fill ``draft.findings`` with every parameter of two or more dimensions (rules 1-6 of the module)."""
+    """Fill ``draft.findings`` with every parameter of two or more dimensions (rules 1-7 of the module)."""
 
     example_inputs: Any = None
 
@@ -57,11 +54,13 @@ class Discover(Pass[Draft]):
         """Every parameter must have its shape and its values, and be one that training can write."""
         if isinstance(subject.model, torch.jit.ScriptModule):
             raise SparsifyError("a scripted model is opaque to torch.fx; call sparsify on the model it was made from")
+        if self.example_inputs is not None:
+            initialise_lazy(subject.model, self.example_inputs)
         for name, parameter in subject.model.named_parameters():
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise SparsifyError(
-                    f"the parameter {name!r} of a lazy module has no shape yet; run the model once on a batch, "
-                    "then call sparsify"
+                    f"the parameter {name!r} of a lazy module has no shape yet; pass example_inputs, or run the "
+                    "model once on a batch, then call sparsify"
                 )
             if parameter.is_meta:
                 raise SparsifyError(
@@ -81,12 +80,17 @@ class Discover(Pass[Draft]):
         with _unchanged_random_state():
             for name, module in model.named_modules():
                 evidence.look_at(name, module)
-        subject.findings = [evidence.finding(names) for names in _parameter_names(model)]
-        if self.example_inputs is not None:
-            subject.findings = self._with_census(model, subject.findings)
-        return PassResult(subject=subject, changed=False)
+        names = list(_parameter_names(model))
+        if self.example_inputs is None:
+            subject.findings = [evidence.finding(each) for each in names]
+            return PassResult(subject=subject, changed=False)
+        evidence.seen = uses_on(model, self.example_inputs)
+        subject.findings = self._with_outputs(model, [evidence.finding(each) for each in names])
+        unused = [each[0] for each in names if id(model.get_parameter(each[0])) not in evidence.seen]
+        notes = tuple(Note(where=name, reason="not used on the example inputs") for name in unused)
+        return PassResult(subject=subject, changed=False, notes=notes)
 
-    def _with_census(self, model: nn.Module, findings: list[Finding]) -> list[Finding]:
+    def _with_outputs(self, model: nn.Module, findings: list[Finding]) -> list[Finding]:
         weights = {id(model.get_parameter(finding.site.fqn)) for finding in findings if finding.site.kind != "other"}
         feeding = weights_feeding_outputs(model, self.example_inputs, weights)
         return [
@@ -104,35 +108,48 @@ class _Evidence:
         self.model = model
         self.known: dict[int, list[Known]] = {}
         self.uses: dict[int, list[tuple[bool, Use]]] = {}  # (the graph is the model's own, the use)
+        self.seen: dict[int, list[Use]] = {}  # uses in a run on the example inputs
         self.calls: dict[str, list[str]] = {}  # module FQN -> call_module nodes of the model's own graph
         self.failures: dict[str, str] = {}
+        self.transformed = TransformedWeights()
 
     def look_at(self, name: str, module: nn.Module) -> None:
         known = lookup(module)
+        stored = self.transformed.look_at(name, module)
         if known is not None:
             for attr, fact in known.items():
-                self.known.setdefault(id(getattr(module, attr)), []).append(fact)
+                parameter = stored[attr].parameter if attr in stored else getattr(module, attr)
+                self.known.setdefault(id(parameter), []).append(fact)
             return
         if isinstance(module, fx.GraphModule):
             self._read_graph(module, module.graph, own=name == "")
         elif _worth_tracing(module):
-            try:
-                graph = _trace(module)
-            except Exception as error:  # user code under the tracer may raise anything
-                self.failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                log.debug("local tracing of %r failed", name, exc_info=True)
-            else:
-                self._read_graph(module, graph, own=False)
+            found, failures = [], []
+            for trace in traces_of(module):
+                found.append(self._read_graph(module, trace.graph, own=False))
+                failures.append(trace.failure)
+                if not trace.failure and not self._has_open_weights(module):
+                    break
+            if all(failures):
+                self.failures[name] = failures[0]
+            self.transformed.read(name, module, found, traced=not all(failures))
 
-    def _read_graph(self, root: nn.Module, graph: fx.Graph, *, own: bool) -> None:
-        for node in graph.nodes:
-            if node.op == "get_attr":
-                parameter = _resolve(root, node.target)
-                if isinstance(parameter, nn.Parameter) and parameter.dim() >= 2:
-                    found = uses_of(node, parameter.dim())
-                    self.uses.setdefault(id(parameter), []).extend((own, use) for use in found)
-            elif own and node.op == "call_module":
+    def _has_open_weights(self, module: nn.Module) -> bool:
+        """Whether a parameter that no other forward accounts for was not seen as a weight yet."""
+        held = [*module.parameters(recurse=False)]
+        bare = [child for child in module.children() if getattr(type(child), "forward", None) is nn.Module.forward]
+        held += [parameter for child in bare for parameter in child.parameters()]
+        return any(p.dim() >= 2 and all(use.kind == "none" for _, use in self.uses.get(id(p), ())) for p in held)
+
+    def _read_graph(self, root: nn.Module, graph: fx.Graph, *, own: bool) -> dict[int, list[Use]]:
+        graph = as_stored(root, graph)
+        uses = uses_in(graph, lambda target: _resolve(root, target))
+        for source, found in uses.items():
+            self.uses.setdefault(source, []).extend((own, use) for use in found)
+        if own:
+            for node in graph.find_nodes(op="call_module"):
                 self.calls.setdefault(node.target, []).append(node.name)
+        return uses
 
     def finding(self, names: list[str]) -> Finding:
         """Decide what the parameter with these names is (the first is the one it goes by)."""
@@ -141,29 +158,34 @@ class _Evidence:
         parameter: nn.Parameter = getattr(owner, attr)
         known = self.known.get(id(parameter), [])
         uses = self.uses.get(id(parameter), [])
-        layouts = {(fact.kind, fact.groups, fact.blocks) for fact in known if not fact.reason}
-        layouts |= {(use.layout, use.groups, ()) for _, use in uses if use.kind == "weight"}
-        reason, reached = self._why_dense(owner_name, owner, known, [use for _, use in uses], layouts)
-        kind, groups, blocks = next(iter(layouts)) if len(layouts) == 1 else ("other", 1, ())
-        nodes = [use.node.name for own, use in uses if own and use.kind == "weight"]
+        evidence = _conclusive([use for _, use in uses], self.seen.get(id(parameter), []))
+        layouts = [fact.layout_of(parameter) for fact in known if not fact.reason]
+        evidence, transforms = self.transformed.settle(parameter, evidence, layouts)
+        layouts += [use.layout for use in evidence if use.layout is not None]
+        reason, reached = self._why_dense(owner_name, owner, known, evidence, layouts)
+        layout = layouts[0] if layouts and len(set(layouts)) == 1 else Layout.usual("other", parameter.shape)
+        nodes = [use.node.name for own, use in uses if own and use.node is not None and use.kind == "weight"]
         nodes += [call for name in names for call in self.calls.get(name.rpartition(".")[0], [])]
         site = WeightSite(
             owner=owner_name,
             attr=attr,
-            kind=kind,
+            kind=layout.kind,
             shape=tuple(parameter.shape),
-            groups=groups,
-            blocks=blocks,
+            groups=layout.groups,
+            view=layout.view,
+            neuron_axes=layout.neuron_axes,
+            input_axes=layout.input_axes,
+            blocks=layout.blocks,
             aliases=tuple(names[1:]),
             nodes=tuple(nodes),
         )
         if reason:
             return Finding(site=site, owner=owner, reason=reason, reached=reached)
         reason = _unsuitable(site)
-        return Finding(site=site, owner=owner, reason=reason, compensated=bool(reason))
+        return Finding(site=site, owner=owner, reason=reason, compensated=bool(reason), transforms=transforms)
 
     def _why_dense(
-        self, owner_name: str, owner: nn.Module, known: list[Known], uses: list[Use], layouts: set[Any]
+        self, owner_name: str, owner: nn.Module, known: list[Known], uses: list[Use], layouts: list[Layout]
     ) -> tuple[str, bool]:
         """(the reason the parameter can only stay dense or "", whether its use is understood)."""
         reasons = [fact.reason for fact in known if fact.reason]
@@ -174,22 +196,30 @@ class _Evidence:
         for use in uses:
             if use.kind in ("transformed", "unsupported"):
                 return use.detail, False
-        if len(layouts) > 1:
+        if len(set(layouts)) > 1:
             return "its uses read it in different layouts, so its neurons are not the same rows", False
         if layouts:
             return "", True
         if any(use.kind == "lookup" for use in uses):
             return "an embedding table is looked up, not multiplied", True
-        if uses:
-            return "not a contraction weight: it only meets other operations", True
+        if uses and (owner_name not in self.failures or self.seen):
+            detail = next((use.detail for use in uses if use.detail), "it only meets other operations")
+            return f"not a contraction weight: {detail}", True
         if isinstance(owner, ParametrizationList) or lookup(owner) is not None:
             return _PARAMETRISED, False
         if isinstance(owner, torch.jit.ScriptModule):
-            return "a scripted module is opaque to torch.fx", False
+            return "a scripted module cannot take a mask any more; call sparsify before torch.jit.script", False
         if owner_name in self.failures:
             where = f"{owner_name!r} ({type(owner).__name__})" if owner_name else type(owner).__name__
             return f"the forward of {where} cannot be traced by torch.fx: {self.failures[owner_name]}", False
         return "no forward that torch.fx can follow reads it", False
+
+
+def _conclusive(traced: list[Use], seen: list[Use]) -> list[Use]:
+    """What was seen to happen, where it shows the weight in a contraction and the graphs do not; else what they show."""
+    if any(use.kind == "weight" for use in seen) and not any(use.kind == "weight" for use in traced):
+        return seen
+    return traced or seen
 
 
 def _unsuitable(site: WeightSite) -> str:
@@ -221,19 +251,6 @@ def _worth_tracing(module: nn.Module) -> bool:
         return True
     own_code = not type(module).__module__.startswith("torch.nn.")
     return own_code and next(module.parameters(), None) is not None
-
-
-def _trace(module: nn.Module) -> fx.Graph:
-    """The graph of the module's own forward; whatever its code writes to the module under the tracer is undone."""
-    attributes = module.__dict__.copy()
-    buffers = dict(module._buffers)
-    try:
-        return ChildrenAsLeaves().trace(module)
-    finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        module._buffers.clear()
-        module._buffers.update(buffers)
 
 
 @contextmanager

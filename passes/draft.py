@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from srigl_fx.masks.records import WeightRecord, WeightSite
+from srigl_fx.nn.effective import Transform
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Finding:
         reason: Why it can only stay dense; "" where it can be made sparse.
         reached: False where the library could not find out how the weight is used.
         compensated: Whether the distribution covers it all the same, so that other weights make up for its density.
+        transforms: The forwards that transform it before they use it.
     """
 
     site: WeightSite
@@ -28,6 +30,7 @@ class Finding:
     reason: str = ""
     reached: bool = True
     compensated: bool = False
+    transforms: tuple[Transform, ...] = ()
 
 
 @dataclass

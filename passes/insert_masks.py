@@ -10,6 +10,8 @@ Rules:
        :class:`~srigl_fx.nn.contraction.MaskedContraction`, which owns no parameter: the weight stays a ``get_attr``
        operand, and the mask is another. Uses of one weight through one function share the module.
     5. Every found weight, dense ones too, leaves its record on its owner.
+    6. Where a forward transforms a mask-managed weight, or a parametrisation does, what it makes of the weight is
+       masked too (:mod:`srigl_fx.nn.effective`).
 """
 
 import contextlib
@@ -22,14 +24,16 @@ from torch import Tensor, fx, nn
 from srigl_fx.errors import SparsifyError
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, all_records, records_on, set_records
+from srigl_fx.nn import weight_norm
 from srigl_fx.nn.contraction import MaskedContraction
-from srigl_fx.nn.sparse_module import attach_masks, forget_loading
+from srigl_fx.nn.effective import Transform, attach_transforms, mixin_for
+from srigl_fx.nn.sparse_module import attach_masks, forget_loading, make_plain
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.draft import Draft
 
 
 class InsertMasks(Pass[Draft]):
-    """Write masks, values, records and classes to the model (rules 1-5 of the module)."""
+    """Write masks, values, records and classes to the model (rules 1-6 of the module)."""
 
     def requires(self, subject: Draft) -> None:
         """No name may be taken; checked before anything is written."""
@@ -46,7 +50,7 @@ class InsertMasks(Pass[Draft]):
         """Write the draft to the model; whatever fails on the way is undone."""
         model = subject.model
         keepers = _by_keeper(model, subject.records)
-        classes = {keeper: type(model.get_submodule(keeper)) for keeper in keepers}
+        readers = _by_reader(subject)
         former: dict[str, Tensor] = {}
         try:
             for fqn, values in subject.values.items():
@@ -56,12 +60,15 @@ class InsertMasks(Pass[Draft]):
                 prefix = f"{keeper}." if keeper else ""
                 masks = {fqn.removeprefix(prefix): subject.masks[fqn] for fqn in names if fqn in subject.masks}
                 records = {fqn.removeprefix(prefix): subject.records[fqn] for fqn in names}
-                attach_masks(model.get_submodule(keeper), masks, records)
+                module = model.get_submodule(keeper)
+                attach_masks(module, masks, records, mixin_for(module))
+            for reader, found in readers.items():
+                attach_transforms(model.get_submodule(reader), tuple(found))
             if isinstance(model, fx.GraphModule):
                 _rewrite_graph(model, subject.records)
             invariants.verify(model)
         except Exception as error:  # a user's class may refuse a buffer, another class or a write in any way it likes
-            _undo(model, subject.records, classes, former)
+            _undo(model, subject.records, [*readers, *keepers], former)
             at = next(reversed(former), "the model")
             raise SparsifyError(
                 f"the masks could not be inserted ({type(error).__name__}: {error}), at {at!r} or after it; leave what "
@@ -70,9 +77,7 @@ class InsertMasks(Pass[Draft]):
         return PassResult(subject=subject, changed=True)
 
 
-def _undo(
-    model: nn.Module, records: dict[str, WeightRecord], classes: dict[str, type], former: dict[str, Tensor]
-) -> None:
+def _undo(model: nn.Module, records: dict[str, WeightRecord], written: list[str], former: dict[str, Tensor]) -> None:
     """Take back what was written to the model so far."""
     if isinstance(model, fx.GraphModule):
         restore_graph(model)
@@ -80,16 +85,25 @@ def _undo(
         owner = model.get_submodule(record.site.owner)
         if record.sparse:
             owner._buffers.pop(record.site.attr + MASK_SUFFIX, None)
-    for keeper, cls in classes.items():
-        module = model.get_submodule(keeper)
-        if records_on(module):
-            set_records(module, {})
-        if type(module) is not cls:
-            module.__class__ = cls
-        forget_loading(module)
     for fqn, values in former.items():
         with contextlib.suppress(RuntimeError):  # the one that could not be written
             model.get_parameter(fqn).copy_(values)
+    for name in written:
+        module = model.get_submodule(name)
+        weight_norm.guard(module, False, set(records_on(module)))
+        if records_on(module):
+            set_records(module, {})
+        make_plain(module)
+        forget_loading(module)
+
+
+def _by_reader(subject: Draft) -> dict[str, list[Transform]]:
+    """The transforms of the weights that become sparse, by the module whose forward it is."""
+    readers: dict[str, list[Transform]] = {}
+    for finding in subject.findings:
+        for transform in finding.transforms if subject.records[finding.site.fqn].sparse else ():
+            readers.setdefault(transform.reader, []).append(transform)
+    return readers
 
 
 def _by_keeper(model: nn.Module, records: dict[str, WeightRecord]) -> dict[str, list[str]]:

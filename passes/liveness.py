@@ -228,7 +228,8 @@ def _filled(call: Call) -> Live:
     """``masked_fill`` with a known mask hides what it covers."""
     if not call.only("self"):
         return True
-    return spread(call.live["self"], call.given["self"]) & ~call.given["mask"]
+    mask: Tensor = call.given["mask"]
+    return spread(call.live["self"], call.given["self"]) & ~mask
 
 
 def _parametric(call: Call) -> Live:
@@ -249,7 +250,8 @@ def _mixes(call: Call) -> Any:
     """As for moves, with the known elements' values: one NaN makes the whole result one."""
     names = _data(call)
     values = list(_tensors([call.given[name] for name in names]))
-    if not call.only(*names) or not all(value.is_floating_point() for value in values):
+    counts = call.given.get("ord") == 0 or call.given.get("p") == 0  # the norm that counts takes a NaN for a number
+    if counts or not call.only(*names) or not all(value.is_floating_point() for value in values):
         return True
     marked = {name: pytree.tree_map(_poison, call.given[name], call.live[name]) for name in names}
     return _not_a_number(call.op(**{**call.given, **marked}))
@@ -290,7 +292,8 @@ def _scaled(call: Call) -> Live:
     """RMS norm: zero stays zero, anything else is live as soon as one element of its row is."""
     if not call.only("input"):
         return True
-    value, live = call.given["input"], spread(call.live["input"], call.given["input"])
+    value: Tensor = call.given["input"]
+    live = spread(call.live["input"], value)
     row = live.any(dim=tuple(range(-len(call.given["normalized_shape"]), 0)), keepdim=True)
     return live | (row & value.ne(0))
 

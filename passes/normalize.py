@@ -3,13 +3,13 @@
 Owns :class:`Normalize`. It must not know masks or weights.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from srigl_fx.passes.base import Pass, PassResult
-from srigl_fx.passes.program import Program, arguments, pair, tensor_at
+from srigl_fx.passes.program import Program, arguments, tensor_at
 
 aten = torch.ops.aten
 
@@ -24,6 +24,15 @@ _ASSERTIONS = frozenset(
     }
 )
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
+_NUMBERED = {
+    aten.conv1d.padding: aten.conv1d.default,
+    aten.conv2d.padding: aten.conv2d.default,
+    aten.conv3d.padding: aten.conv3d.default,
+}
+_SAME_TENSOR = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh.default})
+_COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default})
+_DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
+_WHOLE = 1 << 62  # from here on, the end of a slice means "to the last"
 
 
 class Normalize(Pass[Program]):
@@ -32,13 +41,18 @@ class Normalize(Pass[Program]):
     1. Assertions about metadata, sizes and ranges are dropped: the lowered module checks its inputs once.
     2. ``view`` and ``_unsafe_view`` become ``reshape``: a view was recorded for the strides that one particular kernel
        gave its output, and any replacement of that kernel would break it.
-    3. ``conv2d`` with the padding "valid", or "same" where that is symmetric, gets its numbers.
-    4. Nodes without users or effects go.
+    3. A 1d to 3d convolution with the padding "valid", or "same" where that is symmetric, gets its numbers.
+    4. What returns its operand goes: ``alias``, ``detach``, dropout that is off, slices of everything.
+    5. A copy of the same type and layout goes, unless its memory could be told from its operand's: where it reaches an
+       output through nothing but views, or where the graph reads strides.
+    6. Nodes without users or effects go.
     """
 
     def run(self, subject: Program) -> PassResult[Program]:
         """Rewrite the graph in place."""
         graph = subject.module.graph
+        escaping = _escaping(graph)
+        reads_strides = any(getattr(node.target, "_opname", "") in {"as_strided", "sym_stride"} for node in graph.nodes)
         changed = False
         for node in list(graph.nodes):
             if node.op != "call_function":
@@ -47,7 +61,12 @@ class Normalize(Pass[Program]):
                 graph.erase_node(node)
             elif node.target in _VIEWS:
                 node.target = aten.reshape.default
-            elif node.target is not aten.conv2d.padding or not _number_padding(subject.module, node):
+            elif _returns_its_operand(node) or (
+                node.target in _COPIES and node not in escaping and not reads_strides and _copies_nothing_new(node)
+            ):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                graph.erase_node(node)
+            elif node.target not in _NUMBERED or not _number_padding(subject.module, node):
                 continue
             changed = True
         changed |= graph.eliminate_dead_code()
@@ -60,21 +79,67 @@ class Normalize(Pass[Program]):
         assert not any(node.target in _ASSERTIONS | _VIEWS for node in subject.module.graph.nodes)
 
 
+def _escaping(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose memory an output may share."""
+    escaping: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or (node in escaping and _may_alias(node)):
+            escaping.update(node.all_input_nodes)
+    return escaping
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether the value of ``node`` may share its operands' memory."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return True
+    schema = node.target._schema
+    return node.target in _DROPOUTS or any(value.alias_info is not None for value in schema.returns)
+
+
+def _returns_its_operand(node: fx.Node) -> bool:
+    if node.target in _DROPOUTS:
+        return arguments(node)["train"] is False
+    if node.target is aten.slice.Tensor:
+        given = arguments(node)
+        end = given["end"]
+        return (
+            given["start"] in (None, 0)
+            and (end is None or (isinstance(end, int) and end >= _WHOLE))
+            and given["step"] == 1
+        )
+    return node.target in _SAME_TENSOR
+
+
+def _copies_nothing_new(node: fx.Node) -> bool:
+    """Whether a copy has its operand's type, device and layout."""
+    before, after = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    kept = arguments(node).get("memory_format") in (None, torch.preserve_format)
+    same_layout = kept or str(before.stride()) == str(after.stride())  # by name: sizes may be unknown
+    return same_layout and (before.dtype, before.device) == (after.dtype, after.device)
+
+
 def _number_padding(module: fx.GraphModule, node: fx.Node) -> bool:
-    """Give a conv2d its padding as numbers; False where it has none that are symmetric."""
+    """Give a convolution its padding as numbers; False where it has none that are symmetric."""
     given = arguments(node)
-    dilation = pair(given["dilation"])
     weight = cast(fx.Node, given["weight"])
-    padding = [0, 0]
+    value = tensor_at(module, str(weight.target)) if weight.op == "get_attr" else weight.meta["val"]
+    kernel = value.shape[2:]
+    stride, dilation = (_numbers(given[name], len(kernel)) for name in ("stride", "dilation"))
+    padding = [0] * len(kernel)
     if given["padding"] == "same":
-        if weight.op != "get_attr":
-            return False
-        kernel = tensor_at(module, str(weight.target)).shape[2:]
         totals = [d * (size - 1) for d, size in zip(dilation, kernel, strict=True)]
         if any(total % 2 for total in totals):
             return False
         padding = [total // 2 for total in totals]
-    node.target = aten.conv2d.default
-    node.args = (given["input"], weight, given["bias"], pair(given["stride"]), padding, dilation, given["groups"])
+    node.target = _NUMBERED[cast(Any, node.target)]
+    node.args = (given["input"], weight, given["bias"], stride, padding, dilation, given["groups"])
     node.kwargs = {}
     return True
+
+
+def _numbers(value: Any, count: int) -> list[int]:
+    """A setting for each dimension: it may be stored as one number for all."""
+    numbers = [value] if isinstance(value, int) else list(value)
+    return numbers * count if len(numbers) == 1 else numbers

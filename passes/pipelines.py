@@ -5,9 +5,10 @@ captured or measured.
 """
 
 from srigl_fx.passes.base import Pass
+from srigl_fx.passes.fold_batch_norm import FoldBatchNorm
 from srigl_fx.passes.fold_constants import FoldConstants
 from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Program
 
-LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants())
+LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants(), FoldBatchNorm())
 """What ``lower`` does to a captured graph before it looks for layers: a pass of your own goes anywhere among these."""

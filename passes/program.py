@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from srigl_fx.masks.records import SparseWeight
+from srigl_fx.passes.removal import Removals
 
 Decision = Literal["condensed", "shrunk", "dense"]
 Times = dict[int, dict[Decision, float]]
@@ -103,6 +104,7 @@ class Program:
         masked: The tensors of the graph that are masked, by the target of the ``get_attr`` nodes that read them. A pass
             that puts another tensor in a masked one's place (transposed, scaled, without some rows) enters it here.
         layers: The mask-managed weights, in the model's order; filled in by a pass.
+        removals: What became of dead channels; None before a pass removed them.
     """
 
     module: fx.GraphModule
@@ -113,6 +115,7 @@ class Program:
     how: str
     masked: dict[str, MaskedTensor] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
+    removals: Removals | None = None
 
     @property
     def dynamic(self) -> bool:
@@ -197,8 +200,14 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def operands(node: fx.Node) -> tuple[Any, Any, Any]:
-    """(data, weight, bias or None) of a node that contracts: a linear, a convolution, an addmm or a matrix product."""
+    """(data, weight, bias or None) of a node that contracts.
+
+    It may be a linear, a convolution, an addmm, a matrix product, or an einsum of two tensors.
+    """
     given = arguments(node)
+    if node.target is torch.ops.aten.einsum.default:
+        first, second = given["tensors"]
+        return (second, first, None) if first.op == "get_attr" else (first, second, None)
     if node.target is torch.ops.aten.addmm.default:
         return given["mat1"], given["mat2"], given["self"]
     if "weight" in given:

@@ -5,18 +5,26 @@ Owns the table from types to weight layouts; it must not know how the rest is di
 Rules:
     1. A type counts only while ``type(module).forward`` is the registered forward: a subclass with its own forward (a
        weight-standardising convolution, say) is looked at like any other module.
-    2. Only parameters the module itself holds count: a parametrised or weight-normed weight is not one.
+    2. Only parameters the module itself holds count, and those that a parametrisation or an old-style hook computes
+       (:mod:`srigl_fx.passes.parametrised_weights`).
     3. The packed in-projection of ``nn.MultiheadAttention`` is one weight with three blocks q, k and v; separate
        projections are three weights. None of them is ablated.
+    4. A recurrent layer's or cell's weights have one block a gate. None of them is ablated: a neuron lives as long as
+       one of its gates does.
+    5. A stack of experts has one block an expert (:mod:`srigl_fx.passes.expert_stacks`).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from srigl_fx.masks.records import Block, Kind
+from srigl_fx.passes.contractions import GATES, PACKED
+from srigl_fx.passes.expert_stacks import experts
+from srigl_fx.passes.parametrised_weights import computed_names
+from srigl_fx.passes.weight_layout import Layout, equal_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +34,12 @@ class Known:
     kind: Kind = "other"
     groups: int = 1
     blocks: tuple[Block, ...] = ()
+    layout: Layout | None = None
     reason: str = ""
+
+    def layout_of(self, parameter: Tensor) -> Layout:
+        """The layout of this parameter: the one given, else what is usual for the kind."""
+        return self.layout or Layout.usual(self.kind, parameter.shape, groups=self.groups, blocks=self.blocks)
 
 
 _CONVS: dict[type[nn.Module], Kind] = {
@@ -46,19 +59,35 @@ def _has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
 def _attention(module: nn.MultiheadAttention) -> dict[str, Known]:
     found: dict[str, Known] = {}
     if module.in_proj_weight is not None:
-        d = module.embed_dim
-        blocks = tuple(
-            Block(name=name, start=i * d, stop=(i + 1) * d, ablatable=False) for i, name in enumerate(("q", "k", "v"))
-        )
+        blocks = equal_blocks(module.in_proj_weight.shape[0], PACKED, ablatable=False)
         found["in_proj_weight"] = Known(kind="attention_in", blocks=blocks)
     for name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         weight = getattr(module, name)
         if weight is not None:
-            block = Block(name="", start=0, stop=weight.shape[0], ablatable=False)
-            found[name] = Known(kind="linear", blocks=(block,))
+            found[name] = Known(kind="linear", blocks=equal_blocks(weight.shape[0], (), ablatable=False))
     for name in ("bias_k", "bias_v"):
         if getattr(module, name) is not None:
             found[name] = Known(reason="a bias of the attention, not a contraction weight")
+    return found
+
+
+_RECURRENT: dict[type[nn.Module], str] = {
+    nn.RNN: "rnn_tanh",
+    nn.LSTM: "lstm",
+    nn.GRU: "gru",
+    nn.RNNCell: "rnn_tanh",
+    nn.LSTMCell: "lstm",
+    nn.GRUCell: "gru",
+}
+
+
+def _recurrent(module: nn.Module, cell: str) -> dict[str, Known]:
+    found: dict[str, Known] = {}
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 2:
+            gates = () if name.startswith("weight_hr") else GATES[cell]  # an LSTM's projection has no gates
+            blocks = equal_blocks(parameter.shape[0], gates, ablatable=False)
+            found[name] = Known(kind="rnn_gates", blocks=blocks)
     return found
 
 
@@ -78,12 +107,6 @@ def _constant_reason(reason: str) -> Callable[[nn.Module], dict[str, Known]]:
 _DENSE: dict[type[nn.Module], Callable[[nn.Module], dict[str, Known]]] = {
     nn.Embedding: _constant_reason("an embedding table is looked up, not multiplied"),
     nn.EmbeddingBag: _constant_reason("an embedding table is looked up, not multiplied"),
-    nn.RNN: _constant_reason("recurrent gate weights are not supported yet"),
-    nn.LSTM: _constant_reason("recurrent gate weights are not supported yet"),
-    nn.GRU: _constant_reason("recurrent gate weights are not supported yet"),
-    nn.RNNCell: _constant_reason("recurrent gate weights are not supported yet"),
-    nn.LSTMCell: _constant_reason("recurrent gate weights are not supported yet"),
-    nn.GRUCell: _constant_reason("recurrent gate weights are not supported yet"),
     nn.Bilinear: _constant_reason("a bilinear form contracts two inputs"),
     nn.LayerNorm: _constant_reason("a normalisation scale is not a contraction weight"),
 }
@@ -94,7 +117,7 @@ def lookup(module: nn.Module) -> dict[str, Known] | None:
 
     Example:
         >>> lookup(nn.Conv2d(4, 8, 3, groups=2))
-        {'weight': Known(kind='conv2d', groups=2, blocks=(), reason='')}
+        {'weight': Known(kind='conv2d', groups=2, blocks=(), layout=None, reason='')}
         >>> lookup(nn.Sequential()) is None
         True
     """
@@ -105,7 +128,15 @@ def lookup(module: nn.Module) -> dict[str, Known] | None:
         found = _attention(module)
     elif _is_hugging_face_conv1d(module):
         found = {"weight": Known(kind="linear_in_out")}
+    elif (stack := experts(module)) is not None:
+        found = {
+            name: Known(reason=fact) if isinstance(fact, str) else Known(kind="stack", layout=fact)
+            for name, fact in stack.items()
+        }
     else:
+        for cls, cell in _RECURRENT.items():
+            if _has_forward_of(module, cls):
+                found = _recurrent(module, cell)
         for cls, kind in _CONVS.items():
             if _has_forward_of(module, cls):
                 found = {"weight": Known(kind=kind, groups=_groups(module))}
@@ -114,7 +145,7 @@ def lookup(module: nn.Module) -> dict[str, Known] | None:
                 found = describe(module)
     if found is None:
         return None
-    held: dict[str, Any] = dict(module.named_parameters(recurse=False))
+    held = {*dict(module.named_parameters(recurse=False)), *computed_names(module)}
     return {attr: known for attr, known in found.items() if attr in held}
 
 

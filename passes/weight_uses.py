@@ -1,207 +1,315 @@
 """How a torch.fx graph uses its weights.
 
-Owns the data-flow rules from a ``get_attr`` node to the contraction that reads it; it must not know which module the
-graph came from, nor what will be done to the weight.
+Owns the data flow from a ``get_attr`` node to the contraction that reads it; it must not know which module the graph
+came from, nor what will be done to the weight. Function and method graphs and ATen graphs are read alike.
 
 Rules:
-    1. A parameter that reaches the weight operand of a linear, convolution, transposed convolution, ``matmul`` or
-       ``addmm`` directly, or through transposes, casts, ``contiguous`` and ``clone`` only, is a contraction weight; the
-       number of transposes decides whether its neurons are its rows or its columns.
-    2. One that reaches a weight operand through any other operation is *transformed*: masking the stored values is not
+    1. A parameter that a contraction (:mod:`srigl_fx.passes.contractions`) reads as its weight, whole or through
+       transposes, reshapes, slices, selections, casts and concatenations, is a contraction weight; what the contraction
+       does with each dimension decides which of the parameter's axes are neurons and which are inputs.
+    2. Scaling element by element keeps zeros where they are, so it counts as reading the weight, unless the scale is
+       computed from the weight itself.
+    3. One that reaches a weight operand through any other operation is *transformed*: masking the stored values is not
        masking what the contraction reads.
-    3. One that a lookup (``embedding``) reads is a table.
-    4. One that only meets a contraction as data, or meets none, is no weight.
+    4. One that a lookup (``embedding``) reads is a table.
+    5. One that only meets a contraction as data, or meets none, is no weight.
 """
 
 import operator
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx, nn
 
-from srigl_fx.masks.records import Kind
+from srigl_fx.passes.contractions import LOOKUPS, OPAQUE, Operand, name_of, operands
+from srigl_fx.passes.weight_layout import Layout, layout_of
+from srigl_fx.passes.weight_views import VIEWS, WeightView
 
-aten = torch.ops.aten
-
-_LINEAR: set[Any] = {F.linear, aten.linear.default}
-_CONVS: dict[Any, Kind] = {
-    F.conv1d: "conv1d",
-    F.conv2d: "conv2d",
-    F.conv3d: "conv3d",
-    aten.conv1d.default: "conv1d",
-    aten.conv2d.default: "conv2d",
-    aten.conv3d.default: "conv3d",
-    aten.conv1d.padding: "conv1d",
-    aten.conv2d.padding: "conv2d",
-    aten.conv3d.padding: "conv3d",
-    F.conv_transpose1d: "conv_transpose1d",
-    F.conv_transpose2d: "conv_transpose2d",
-    F.conv_transpose3d: "conv_transpose3d",
-    aten.conv_transpose1d.default: "conv_transpose1d",
-    aten.conv_transpose2d.input: "conv_transpose2d",
-    aten.conv_transpose3d.input: "conv_transpose3d",
-}
-_MATMULS: set[Any] = {operator.matmul, torch.matmul, torch.mm, aten.matmul.default, aten.mm.default, "matmul", "mm"}
-_ADDMMS: set[Any] = {torch.addmm, aten.addmm.default}
-_LOOKUPS: set[Any] = {F.embedding, F.embedding_bag, aten.embedding.default, torch.embedding}
-_OTHER_CONTRACTIONS: set[Any] = {
-    torch.einsum,
-    torch.bmm,
-    torch.baddbmm,
-    torch.tensordot,
-    F.bilinear,
-    F.multi_head_attention_forward,
-    aten.einsum.default,
-    aten.bmm.default,
-    aten.baddbmm.default,
-    "bmm",
-    "baddbmm",
-}
-_TRANSPOSES: set[Any] = {"t", aten.t.default, torch.t}
-_SWAPS: set[Any] = {"transpose", torch.transpose, aten.transpose.int}
-_PERMUTES: set[Any] = {"permute", torch.permute, aten.permute.default}
-_PASS_THROUGH: set[Any] = {
-    "to",
-    "type_as",
-    "contiguous",
-    "clone",
-    "float",
-    "half",
-    "bfloat16",
-    torch.clone,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.to.dtype,
-    aten._to_copy.default,
-}
+COPIES = frozenset(
+    "to type type_as contiguous clone float half bfloat16 double detach alias _to_copy cpu cuda requires_grad_ flip "
+    "lift_fresh_copy data convert_element_type neg positive".split()
+)
+SCALES = frozenset("mul __mul__ __rmul__ multiply imul div truediv __truediv__ true_divide divide".split())
 
 UseKind = Literal["weight", "transformed", "lookup", "unsupported", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Use:
-    """One way a graph uses a parameter.
+    """One way a parameter is used.
 
     Attributes:
         kind: What sort of use it is, by the rules above.
+        node: The node that reads it, where it was a graph's.
         layout: For a weight, how its neurons lie.
-        groups: For a convolution weight, its groups.
-        node: The node that reads it.
         detail: A few words for the report.
     """
 
     kind: UseKind
-    node: fx.Node
-    layout: Kind = "other"
-    groups: int = 1
+    node: fx.Node | None = None
+    layout: Layout | None = None
     detail: str = ""
 
 
-def _argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+@dataclass(frozen=True)
+class Views:
+    """A value that holds elements of parameters as they are: several, where they were concatenated."""
+
+    views: tuple[WeightView, ...]
+
+    @property
+    def sources(self) -> frozenset[int]:
+        """The ids of the parameters."""
+        return frozenset(view.parameter for view in self.views)
 
 
-def _operands(node: fx.Node) -> tuple[fx.Node | Any, ...]:
-    return (*node.args, *node.kwargs.values())
+@dataclass(frozen=True)
+class Derived:
+    """A value computed from parameters; ``alone`` if from parameters and constants only."""
+
+    sources: frozenset[int]
+    alone: bool
 
 
-def weight_operand(node: fx.Node) -> tuple[Any, Kind, int] | None:
-    """The (operand, layout, groups) that ``node`` contracts its data with, or None where it is no such contraction.
+@dataclass(frozen=True)
+class Data:
+    """A value that no weight went into, other than through a contraction; its number of dimensions where known."""
 
-    ``layout`` supposes the operand is the parameter itself, untransposed.
+    rank: int | None = None
+
+
+CONSTANT = Derived(frozenset(), alone=True)
+Value = Views | Derived | Data
+Report = Callable[[int, Use], None]
+
+
+def uses_in(graph: fx.Graph, attribute: Callable[[str], object]) -> dict[int, list[Use]]:
+    """Every use of the parameters of two or more dimensions that a graph makes, by the Parameter's id.
+
+    Args:
+        graph: A graph of torch functions, methods, ATen operators and child modules.
+        attribute: What a ``get_attr`` target is.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(4, 6)
+        >>> (uses,) = uses_in(fx.Tracer().trace(layer), lambda name: getattr(layer, name)).values()
+        >>> uses[0].kind, uses[0].layout.neuron_axes
+        ('weight', (0,))
     """
-    target = node.target
-    if node.op not in ("call_function", "call_method"):
-        return None
-    if target in _LINEAR:
-        return _argument(node, 1, "weight"), "linear", 1
-    if target in _CONVS:
-        kind = _CONVS[target]
-        transposed = kind.startswith("conv_transpose")
-        groups = _argument(node, 6, "groups", 1)
-        return _argument(node, 1, "weight"), kind, groups if isinstance(groups, int) else (1 if transposed else 0)
-    if target in _ADDMMS:
-        return _argument(node, 2, "mat2"), "linear_in_out", 1
-    if target in _MATMULS:
-        return _argument(node, 1, "other", _argument(node, 1, "mat2")), "linear_in_out", 1
-    return None
+    found: dict[int, list[Use]] = {}
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
 
+        def report(source: int, use: Use, node: fx.Node = node) -> None:
+            found.setdefault(source, []).append(replace(use, node=node))
 
-def _is_matrix_transpose(node: fx.Node) -> bool:
-    """Whether ``node`` swaps the two dimensions of a matrix (it is only asked of two-dimensional weights)."""
-    if node.target in _TRANSPOSES:
-        return True
-    if node.target is getattr and node.args[1] in ("T", "mT"):
-        return True
-    if node.target in _SWAPS:
-        return {_argument(node, 1, "dim0"), _argument(node, 2, "dim1")} in ({0, 1}, {-1, -2}, {0, -1}, {1, -2})
-    if node.target in _PERMUTES:
-        dims = node.args[1:] if len(node.args) > 2 else _argument(node, 1, "dims")
-        return tuple(dims) in ((1, 0), (-1, 0), (1, -2), (-1, -2)) if isinstance(dims, tuple | list) else False
-    return False
-
-
-def uses_of(source: fx.Node, dimensions: int) -> list[Use]:
-    """Every use of the parameter that the ``get_attr`` node ``source`` reads; it has this many dimensions."""
-    return list(_follow(source, source, dimensions, flipped=False, transformed=False, seen=set()))
-
-
-def _follow(
-    source: fx.Node,
-    value: fx.Node,
-    dimensions: int,
-    *,
-    flipped: bool,
-    transformed: bool,
-    seen: set[tuple[fx.Node, bool]],
-) -> Iterator[Use]:
-    for user in value.users:
-        if (user, transformed) in seen:
+        if node.op == "get_attr":
+            values[node] = initial(attribute(node.target))
             continue
-        seen.add((user, transformed))
-        contraction = weight_operand(user)
-        if contraction is not None and contraction[0] is value:
-            yield _weight_use(user, contraction[1], contraction[2], dimensions, flipped, transformed)
-        elif contraction is not None and user.target in _MATMULS and user.args[0] is value and not transformed:
-            # weight @ data: the rows of the left operand are the neurons.
-            yield _weight_use(user, "linear_in_out", 1, dimensions, not flipped, transformed)
-        elif contraction is not None or user.op == "output":
-            yield Use(kind="none", node=user)
-        elif user.target in _LOOKUPS:
-            yield Use(kind="lookup", node=user)
-        elif user.target in _OTHER_CONTRACTIONS:
-            yield Use(kind="unsupported", node=user, detail=f"{_name(user.target)} on a weight is not supported yet")
-        elif user.op == "call_module":
-            yield Use(kind="none", node=user)
-        elif user.target in _PASS_THROUGH:
-            yield from _follow(source, user, dimensions, flipped=flipped, transformed=transformed, seen=seen)
-        elif dimensions == 2 and not transformed and _is_matrix_transpose(user):
-            yield from _follow(source, user, dimensions, flipped=not flipped, transformed=False, seen=seen)
+        inputs = [values[each] for each in node.all_input_nodes]
+        if not any(isinstance(each, Views | Derived | list) for each in inputs):
+            values[node] = Data()
+        elif node.op in ("call_function", "call_method"):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = _called(node.target, args, kwargs, report)
         else:
-            reached = _follow(source, user, dimensions, flipped=flipped, transformed=True, seen=seen)
-            uses = [use for use in reached if use.kind in ("transformed", "unsupported")]
-            yield from uses or [Use(kind="none", node=user)]
+            for source in frozenset().union(*(value.sources for value in _tracked(inputs))):
+                report(source, Use(kind="none"))
+            values[node] = Data()
+    return found
 
 
-def _weight_use(node: fx.Node, layout: Kind, groups: int, dimensions: int, flipped: bool, transformed: bool) -> Use:
-    if transformed:
-        return Use(
-            kind="transformed", node=node, detail=f"the weight is transformed before {_name(node.target)} reads it"
-        )
-    if layout in ("linear", "linear_in_out"):
-        if dimensions != 2:
-            return Use(
-                kind="unsupported", node=node, detail=f"a stack of {dimensions - 1}-D weights is not supported yet"
-            )
-        if flipped:
-            layout = "linear_in_out" if layout == "linear" else "linear"
-    elif flipped or groups == 0:
-        return Use(kind="unsupported", node=node, detail="a convolution whose layout is not known statically")
-    return Use(kind="weight", node=node, layout=layout, groups=groups)
+def initial(value: object) -> Value:
+    """What a graph's or a model's own tensor is at first."""
+    if isinstance(value, nn.Parameter) and value.dim() >= 2 and value.numel() > 0:
+        return Views((WeightView.whole(value),))
+    return CONSTANT if isinstance(value, Tensor) else Data()
 
 
-def _name(target: str | Callable[..., Any]) -> str:
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+def _called(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> Any:
+    name, function = name_of(target), target
+    if target is getattr:
+        name = args[1] if isinstance(args[1], str) else ""
+        if name not in VIEWS and name != "data":
+            return Data()  # a shape, a dtype
+        args = args[:1]
+        function = _property(name)
+    elif target is operator.getitem and isinstance(args[0], list):
+        picked = args[0][args[1]] if isinstance(args[1], int | slice) else None
+        return Data() if picked is None else picked
+    elif isinstance(target, str):
+        function = _method(target)
+    return after(name, function, args, kwargs, report)
+
+
+def _property(name: str) -> Callable[[Tensor], Any]:
+    return lambda tensor: getattr(tensor, name)
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
+
+
+def after(
+    name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], report: Report
+) -> Any:
+    """Follow the weights through one operation; what it does with them goes to ``report``.
+
+    Args:
+        name: The operation's plain name.
+        function: What to call to see what a view does to a tensor's dimensions.
+        args: Its arguments, each tensor among them a :class:`Views`, a :class:`Derived` or a :class:`Data`.
+        kwargs: Its keyword arguments, likewise.
+        report: Told of every use of a parameter.
+
+    Returns:
+        What the result is: a value, or a list of them.
+    """
+    flat = list(_flatten((*args, *kwargs.values())))
+    met = _tracked(flat)
+    sources: frozenset[int] = frozenset().union(*(value.sources for value in met))
+    if (found := operands(name, args, kwargs)) is not None:
+        return _contract(name, found, sources, report)
+    if name in LOOKUPS or name in OPAQUE:
+        kind: UseKind = "lookup" if name in LOOKUPS else "none"
+        for source in sources:
+            report(source, Use(kind=kind, detail=OPAQUE.get(name, "")))
+        return Data()
+    first = args[0] if args else None
+    if isinstance(first, Views):
+        if name in COPIES or name == "index_select":
+            return first
+        if name in VIEWS:
+            return _viewed(first, function, name, args[1:], kwargs)
+    derived = Derived(sources, alone=not any(isinstance(v, Data) or (isinstance(v, Derived) and not v.alone) for v in flat))
+    if name in SCALES:
+        return _scaled(name, args) or derived
+    if name in ("cat", "concat", "concatenate", "stack"):
+        return _joined(name, args, kwargs) or derived
+    return derived
+
+
+def _contract(name: str, found: list[Operand], sources: frozenset[int], report: Report) -> Value:
+    values = [operand.value for operand in found if operand.value is not None]
+    if all(operand.either for operand in found) and all(_is_weight(value) for value in values) and len(values) > 1:
+        for source in sources:
+            detail = "it is multiplied with another parameter before any data is"
+            report(source, Use(kind="transformed", detail=detail))
+        return Derived(sources, alone=True)
+    read: set[int] = set()
+    for operand in found:
+        value = operand.value
+        if isinstance(value, Views):
+            for view in value.views:
+                layout = layout_of(view, operand)
+                known = isinstance(layout, Layout)
+                report(
+                    view.parameter,
+                    Use(kind="weight", layout=layout) if known else Use(kind="unsupported", detail=str(layout)),  # type: ignore[arg-type]
+                )
+        elif isinstance(value, Derived) and (value.alone or not operand.either):
+            for source in value.sources:
+                report(source, Use(kind="transformed", detail=f"the weight is transformed before {name} reads it"))
+        else:
+            continue
+        read |= value.sources
+    for source in sources - read:
+        report(source, Use(kind="none"))
+    return Data()
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, Views) or (isinstance(value, Derived) and value.alone and bool(value.sources))
+
+
+def _tracked(values: Iterable[Any]) -> list[Views | Derived]:
+    return [value for value in _flatten(list(values)) if isinstance(value, Views | Derived)]
+
+
+def _viewed(value: Views, function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    if name in ("getitem", "__getitem__"):
+        return _indexed(value, args[0])
+    if any(isinstance(each, Views | Derived | Data) for each in _flatten((*args, *kwargs.values()))):
+        return Derived(value.sources, alone=True)  # its sizes are only known at run time
+    results = [view.through(function, *args, **kwargs) for view in value.views]
+    if any(result is None for result in results):
+        return Derived(value.sources, alone=True)
+    if isinstance(results[0], list):
+        return [_views(parts, value) for parts in zip(*results, strict=False)]
+    return _views(results, value)
+
+
+def _views(views: Sequence[WeightView | None], value: Views) -> Value:
+    known = tuple(view for view in views if view is not None)
+    return Views(known) if len(known) == len(views) else Derived(value.sources, alone=True)
+
+
+def _indexed(value: Views, index: Any) -> Value:
+    parts = list(index) if isinstance(index, tuple) else [index]
+    views = [_indexed_view(view, parts) for view in value.views]
+    return _views(views, value)
+
+
+def _indexed_view(view: WeightView, parts: list[Any]) -> WeightView | None:
+    by_tensor = [i for i, part in enumerate(parts) if isinstance(part, Data | Derived | Views | list)]
+    if not by_tensor:
+        found = view.through(_get, tuple(parts))
+        return found if isinstance(found, WeightView) else None
+    position = by_tensor[0]
+    if len(by_tensor) > 1 or any(not isinstance(part, slice) for part in parts[:position]):
+        return None
+    index = parts[position]
+    rank = 1 if isinstance(index, list) else index.rank if isinstance(index, Data) else None
+    indexed = view.indexed(position, rank=rank)
+    whole = all(isinstance(part, slice) and part == slice(None) for i, part in enumerate(parts) if i != position)
+    return indexed if whole else None
+
+
+def _get(tensor: Tensor, index: Any) -> Tensor:
+    return tensor[index]
+
+
+def _scaled(name: str, args: Sequence[Any]) -> Value | None:
+    """The weight, if this is one scaled by a number or by a tensor that is not made from it."""
+    if len(args) < 2:
+        return None
+    value, scale = args[0], args[1]
+    if "div" in name and not isinstance(value, Views):
+        return None
+    if not isinstance(value, Views):
+        value, scale = scale, value
+    if not isinstance(value, Views):
+        return None
+    if isinstance(scale, Views) or (isinstance(scale, Derived) and scale.sources & value.sources):
+        return None
+    return value
+
+
+def _joined(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Value | None:
+    """Weights side by side: each keeps its dimensions, whatever the others are."""
+    parts = args[0] if args else kwargs.get("tensors")
+    if not isinstance(parts, tuple | list) or not all(isinstance(part, Views) for part in parts):
+        return None
+    views = [view for part in parts for view in part.views]
+    if name == "stack":
+        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+        if not isinstance(dim, int):
+            return None
+        views = [view.through(_unsqueezed, dim) for view in views]
+    return Views(tuple(views)) if all(isinstance(view, WeightView) for view in views) else None
+
+
+def _unsqueezed(tensor: Tensor, dim: int) -> Tensor:
+    return tensor.unsqueeze(dim)
+
+
+def _flatten(value: Any) -> Iterable[Any]:
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _flatten(item)
+    elif isinstance(value, slice):
+        yield from (value.start or 0, value.stop or 0, value.step or 1)
+    else:
+        yield value

@@ -3,20 +3,20 @@
 Owns where things are drawn. It must not know HTML: the templates turn coordinates into SVG.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from srigl_fx.removal_report import FOLDS
+from srigl_fx.removal_report import describe_folds
 from srigl_fx.report import format_seconds
 
 Plain = Mapping[str, Any]
 
 WIDTH = 1000  # of the landscape, in its own units
 _LONGEST = 200  # the bar of the slowest form, in pixels
-_FULL, _GAP, _TOP = 48, 14, 20  # a bar of all channels, between bars, above the first: pixels of a removal figure
+_FULL, _GAP, _TOP = 48, 24, 20  # a bar of all channels, between bars, above the first: pixels of a removal figure
 _LEFT, _RIGHT, _BAR = 330, 600, 10  # where producer and consumers stand, and how wide their bars are
-_NAME = 44  # characters of a name that fit beside a bar
-_CONSUMERS = 6  # drawn for one producer; the caption counts the others
+_NAME, _THROUGH = 44, 42  # characters that fit beside a bar, and above it
+_READERS = 6  # drawn for one weight; the caption counts the others
 
 
 def landscape(rows: Iterable[Plain]) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def latency(layer: Plain) -> dict[str, dict[str, Any]]:
     """
     figures = {}
     for batch, seconds in layer["seconds"].items():
-        slowest = max(seconds.values())
+        slowest = max(seconds.values()) or 1.0
         bars = [
             {
                 "y": 18 * position + 3,
@@ -72,56 +72,59 @@ def latency(layer: Plain) -> dict[str, dict[str, Any]]:
         ]
         figures[batch] = {
             "bars": bars,
-            "forms": "-".join(seconds),
+            "forms": tuple(seconds),
             "label": ", ".join(f"{form} {bar['time']}" for form, bar in zip(seconds, bars, strict=True)),
             "speedup": round(seconds["dense"] / seconds.get(layer["decision"], seconds["dense"]), 2),
         }
     return figures
 
 
-def removal(record: Plain) -> dict[str, Any]:
-    """A producer, its consumers and two ribbons to each: the channels that stay, and those that are gone.
+def removal(weight: Plain, readers: Sequence[tuple[Plain, Sequence[str]]]) -> dict[str, Any]:
+    """A weight that lost rows, the weights that read them, and two ribbons to each: what stays, and what is gone.
 
-    Bars are as high as the layer was wide, so the filled part is the layer after removal and the outline the one before.
+    A bar stands for the layer before removal, its filled part for the layer after.
+
+    Args:
+        weight: Its removal, as plain data.
+        readers: The removals of its readers, each with the operators between.
 
     Example:
-        >>> record = {"producer": "fc1.weight", "before": 8, "after": 4, "through": ["relu"], "kept": {},
-        ...     "consumers": [{"fqn": "fc2.weight", "before": 8, "after": 4, "folded": ["bias"]}]}
-        >>> figure = removal(record)
-        >>> figure["producer"]["kept"], figure["consumers"][0]["label"]
-        (24, '8 → 4 inputs; constants folded into the bias')
+        >>> fc1 = {"fqn": "fc1.weight", "rows": 8, "rows_removed": 4}
+        >>> fc2 = {"fqn": "fc2.weight", "columns": 8, "columns_removed": 4, "folded": {"bias": 4}}
+        >>> figure = removal(fc1, [(fc2, ["relu"])])
+        >>> figure["producer"]["kept"], figure["readers"][0]["label"]
+        (24, '8 → 4 inputs: 4 folded into the bias')
     """
-    shown = list(record["consumers"])[:_CONSUMERS]
+    shown = readers[:_READERS]
     middle = _TOP + (max(len(shown), 1) - 1) * (_FULL + _GAP) // 2
-    producer = _bar(record["producer"], record, (_LEFT, middle), "channels", left=True)
-    consumers = []
-    for position, consumer in enumerate(shown):
-        words = "; ".join(["inputs", *filter(None, [", ".join(FOLDS.get(kind, kind) for kind in consumer["folded"])])])
-        bar = _bar(consumer["fqn"], consumer, (_RIGHT, _TOP + position * (_FULL + _GAP)), words)
+    producer = _bar(weight["fqn"], weight["rows"], weight["rows_removed"], (_LEFT, middle))
+    producer["label"] += " channels"
+    bars = []
+    for position, (reader, through) in enumerate(shown):
+        at = (_RIGHT, _TOP + position * (_FULL + _GAP))
+        bar = _bar(reader["fqn"], reader["columns"], reader["columns_removed"], at)
+        bar["label"] += ": ".join([" inputs", *filter(None, [describe_folds(reader["folded"])])])
+        bar["through"] = _shorten(" → ".join(through), _THROUGH, tail=False)
         bar["stays"] = _ribbon(producer, bar, (0, producer["kept"]), (0, bar["kept"]))
         bar["gone"] = _ribbon(producer, bar, (producer["kept"], _FULL), (bar["kept"], _FULL))
-        consumers.append(bar)
+        bars.append(bar)
     return {
-        "label": f"{record['producer']}: {record['before']} channels before, {record['after']} after removal",
+        "label": f"{weight['fqn']}: {producer['label']}",
         "producer": producer,
-        "consumers": consumers,
-        "more": len(record["consumers"]) - len(shown),
-        "through": _shorten(" → ".join(record["through"]), 38, tail=False),
+        "readers": bars,
+        "more": len(readers) - len(shown),
         "height": _TOP + max(len(shown), 1) * (_FULL + _GAP) - _GAP + 6,
-        "middle": (_LEFT + _BAR + _RIGHT) // 2,
-        "over": 12,
     }
 
 
-def _bar(name: str, record: Plain, at: tuple[int, int], words: str, *, left: bool = False) -> dict[str, Any]:
+def _bar(name: str, before: int, removed: int, at: tuple[int, int]) -> dict[str, Any]:
     return {
         "name": _shorten(name, _NAME),
         "full_name": name,
-        "label": f"{record['before']:,} → {record['after']:,} {words}",
-        "left": left,
+        "label": f"{before:,} → {before - removed:,}",
         "x": at[0],
         "y": at[1],
-        "kept": max(round(_FULL * record["after"] / max(record["before"], 1)), 1),
+        "kept": max(round(_FULL * (before - removed) / max(before, 1)), 1),
     }
 
 
@@ -132,7 +135,9 @@ def _ribbon(source: Plain, sink: Plain, leaves: tuple[int, int], arrives: tuple[
     (top0, bottom0), (top1, bottom1) = (
         [bar["y"] + edge for edge in span] for bar, span in ((source, leaves), (sink, arrives))
     )
-    return f"M{x0} {top0}C{mid} {top0} {mid} {top1} {x1} {top1}V{bottom1}C{mid} {bottom1} {mid} {bottom0} {x0} {bottom0}Z"
+    return (
+        f"M{x0} {top0}C{mid} {top0} {mid} {top1} {x1} {top1}V{bottom1}C{mid} {bottom1} {mid} {bottom0} {x0} {bottom0}Z"
+    )
 
 
 def _shorten(text: str, length: int, *, tail: bool = True) -> str:

@@ -9,7 +9,7 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 Plain = Mapping[str, Any]
 
-_SHOWN = 12  # figures of removed channels that are open at once; the others unfold
+_SHOWN, _DRAWN = 12, 200  # of the weights that lost channels: figures open at once, and in all; the rest is a table
+_WORK = ("channels", "parameters", "flops")
 
 
 def summary_page(plain: Plain, title: str = "Sparsity report") -> str:
@@ -59,10 +60,10 @@ def lowering_page(plain: Plain, title: str = "Lowering report") -> str:
     """
     rows = [_lowered_row(layer) for layer in (*plain["layers"], *plain["others"])]
     measured = [(layer, latency(layer)) for layer in plain["layers"] if layer["seconds"]]
-    removals = sorted(plain.get("removals", ()), key=lambda record: record["after"] - record["before"])
-    gone = [record for record in removals if record["after"] < record["before"]]
-    stay = [(record["producer"], rows, why) for record in removals for why, rows in record["kept"].items()]
-    figures = [removal(record) for record in gone]
+    weights = [weight for removals in plain["removals"] for weight in removals["weights"]]
+    gone = sorted((one for removals in plain["removals"] for one in _removed(removals)), key=lambda one: -one[2])
+    figures = [removal(weight, readers) for weight, readers, _ in gone[:_DRAWN]]
+    stay = [(weight["fqn"], count, why) for weight in weights for why, count in weight["kept"].items()]
     return _render(
         "lowering.html",
         title=title,
@@ -72,14 +73,15 @@ def lowering_page(plain: Plain, title: str = "Lowering report") -> str:
         landscape=landscape(rows),
         decisions={form: sum(row["status"] == form for row in rows) for form in ("condensed", "shrunk", "dense")},
         measured=measured,
-        shapes={figure["forms"]: figure["forms"].split("-") for _, figures in measured for figure in figures.values()},
+        form_sets={figure["forms"] for _, each in measured for figure in each.values()},
         totals=_latency_totals(plain["layers"]),
         removed=figures[:_SHOWN],
         more_removed=figures[_SHOWN:],
-        channels=(sum(r["before"] for r in removals), sum(r["before"] - r["after"] for r in removals)),
+        undrawn=gone[_DRAWN:],
+        work={name: _sums(removals[name] for removals in plain["removals"]) for name in _WORK},
         stay=sorted(stay, key=lambda item: -item[1]),
-        attempts=plain.get("capture_failures", ()),
-        notes=_by_pass(plain.get("notes", ())),
+        attempts=plain["capture_failures"],
+        notes=_by_pass(plain["notes"], told={(row["name"], row["reason"]) for row in rows}),
     )
 
 
@@ -112,8 +114,23 @@ def _lowered_row(layer: Plain) -> dict[str, Any]:
         "reason": layer["reason"],
         "bytes": layer["bytes_after"],
         "bytes_before": layer["bytes_before"],
-        "place": layer.get("region", ""),
+        "place": layer["region"],
     }
+
+
+def _removed(removals: Plain) -> Iterator[tuple[Plain, list[tuple[Plain, list[str]]], int]]:
+    """The weights that lost rows, each with its readers and the operators on the way, and how many rows it lost."""
+    weights = removals["weights"]
+    readers: dict[int, list[tuple[Plain, list[str]]]] = {}
+    for link in removals["links"]:
+        readers.setdefault(link["producer"], []).append((weights[link["reader"]], link["through"]))
+    for position, weight in enumerate(weights):
+        if weight["rows_removed"]:
+            yield weight, readers.get(position, []), weight["rows_removed"]
+
+
+def _sums(pairs: Iterable[Sequence[int]]) -> list[int]:
+    return [sum(column) for column in zip(*pairs, strict=True)] or [0, 0]
 
 
 def _latency_totals(layers: Iterable[Plain]) -> dict[str, dict[str, float]]:
@@ -127,10 +144,12 @@ def _latency_totals(layers: Iterable[Plain]) -> dict[str, dict[str, float]]:
     return totals
 
 
-def _by_pass(notes: Iterable[Plain]) -> dict[str, list[Plain]]:
+def _by_pass(notes: Iterable[Plain], told: set[tuple[str, str]]) -> dict[str, list[Plain]]:
+    """The notes of each pass, but for those that the table of layers tells already."""
     grouped: dict[str, list[Plain]] = {}
     for note in notes:
-        grouped.setdefault(note["by"], []).append(note)
+        if (note["where"], note["reason"]) not in told:
+            grouped.setdefault(note["by"], []).append(note)
     return grouped
 
 
@@ -156,7 +175,6 @@ def _environment() -> "jinja2.Environment":
     environment.filters.update(
         size=format_bytes,
         seconds=format_seconds,
-        dims=lambda shape: "×".join(map(str, shape)),
         dotted=lambda name: markupsafe.Markup(".<wbr>").join(name.split(".")),
     )
     return environment

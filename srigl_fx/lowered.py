@@ -18,7 +18,9 @@ from srigl_fx import graph_file
 from srigl_fx.errors import LoweringError
 from srigl_fx.html_report import lowering_page, save_page
 from srigl_fx.passes.base import Note
-from srigl_fx.removal_report import RemovalReport, format_removals
+from srigl_fx.passes.capture import Failure
+from srigl_fx.passes.removal import Removals
+from srigl_fx.removal_report import format_removals
 from srigl_fx.report import format_bytes, format_table
 
 _STATE = "srigl_fx"
@@ -40,6 +42,8 @@ class LayerReport:
         bytes_before: Bytes of the dense weight.
         bytes_after: Bytes the lowered module stores for it.
         seconds: Median seconds a call as measured, by batch size and form; empty where nothing was measured.
+        region: The sub-modules whose graphs read it, by name, where the model is not one graph; "" where it is, or
+            where none does.
     """
 
     fqn: str
@@ -53,6 +57,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
+    region: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +71,9 @@ class LoweringReport:
         dynamic_batch: Whether any batch size may be given.
         max_error: The largest difference from the masked model in the verification, over the largest output; None where
             it was not verified.
-        removals: One for each weight that lost channels, or whose ablated rows could not go.
+        removals: What became of dead channels, for each captured graph.
         notes: What the passes did not do, and why.
+        capture_failures: The attempts to capture the model, or a part of it, that failed.
     """
 
     layers: tuple[LayerReport, ...]
@@ -75,8 +81,9 @@ class LoweringReport:
     dynamic_batch: bool
     others: tuple[LayerReport, ...] = ()
     max_error: float | None = None
-    removals: tuple[RemovalReport, ...] = ()
+    removals: tuple[Removals, ...] = ()
     notes: tuple[Note, ...] = ()
+    capture_failures: tuple[Failure, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -97,6 +104,7 @@ class LoweringReport:
                 layer["seconds"] = {str(batch): times for batch, times in layer["seconds"].items()}
         plain["removals"] = [removal.as_dict() for removal in self.removals]
         plain["notes"] = [asdict(note) for note in self.notes]
+        plain["capture_failures"] = [asdict(failure) for failure in self.capture_failures]
         return {**plain, "bytes_before": self.bytes_before, "bytes_after": self.bytes_after}
 
     @classmethod
@@ -115,8 +123,9 @@ class LoweringReport:
 
         fields = {key: value for key, value in plain.items() if key not in ("bytes_before", "bytes_after")}
         fields |= {name: tuple(map(read, plain[name])) for name in ("layers", "others")}
-        fields["removals"] = tuple(map(RemovalReport.from_dict, plain.get("removals", ())))
+        fields["removals"] = tuple(map(Removals.from_dict, plain.get("removals", ())))
         fields["notes"] = tuple(Note(**note) for note in plain.get("notes", ()))
+        fields["capture_failures"] = tuple(Failure(**failure) for failure in plain.get("capture_failures", ()))
         return cls(**fields)
 
     def to_html(self, title: str = "Lowering report") -> str:
@@ -161,7 +170,7 @@ class LoweringReport:
         total = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
         error = "not verified" if self.max_error is None else f"largest relative error {self.max_error:.1e}"
         table = f"{format_table(headers, rows, right=(2, 3, 5, 6))}\n{total}; {self.capture}; {error}"
-        return "\n\n".join(filter(None, (table, format_removals(self.removals))))
+        return "\n\n".join(filter(None, (table, *(format_removals(one) for one in self.removals))))
 
 
 class _CodeGen(_PyTreeCodeGen):
@@ -192,8 +201,8 @@ class LoweredModule(fx.GraphModule):
         Args:
             module: The graph and its tensors.
             report: What was done.
-            inputs: For each flat input its "dtype" and "shape" (None for a free size), its "value" if it is a constant
-                of the graph, or None where it may be anything.
+            inputs: For each flat input its "dtype" and "shape" (None for a free size; with "any_rank", only the last
+                size matters), its "value" if it is a constant of the graph, or None where it may be anything.
         """
         module.graph.set_codegen(_CodeGen(module.graph._codegen.pytree_info))  # type: ignore[attr-defined]
         lowered = cls(module, module.graph)
@@ -291,11 +300,15 @@ def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
             given, needed = repr(leaf), f"the constant {wanted['value']!r}"
         else:
             shape = wanted["shape"]
-            fits = isinstance(leaf, Tensor) and len(leaf.shape) == len(shape)
-            fits = fits and all(size is None or size == have for size, have in zip(shape, leaf.shape, strict=True))
+            sizes = tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
+            if wanted.get("any_rank"):
+                shape, sizes = shape[-1:], sizes[-1:]
+            fits = isinstance(leaf, Tensor) and len(sizes) == len(shape)
+            fits = fits and all(size is None or size == have for size, have in zip(shape, sizes, strict=True))
             fits = fits and str(leaf.dtype) == "torch." + wanted["dtype"]
             given = f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-            needed = f"{wanted['dtype']} ({', '.join('any' if size is None else str(size) for size in shape)})"
+            dimensions = ", ".join("any" if size is None else str(size) for size in shape)
+            needed = f"{wanted['dtype']} ({'..., ' if wanted.get('any_rank') else ''}{dimensions})"
         if not fits:
             raise LoweringError(
                 f"input {position} of the lowered module is {given}, but the graph was captured for {needed}: "

@@ -5,8 +5,8 @@ Owns the verbs, the checks before and the verification after. It must not know h
 
 import functools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +17,26 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
-from srigl_fx.masks.records import WeightRecord, all_records
-from srigl_fx.passes.base import Pass, run
-from srigl_fx.passes.capture import EXPORT_LOCK, capture, run_model
+from srigl_fx.lowered_regions import LoweredRegions
+from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
+from srigl_fx.passes.base import Note, Pass, run
+from srigl_fx.passes.capture import (
+    EXPORT_LOCK,
+    Capture,
+    Failure,
+    capture_whole,
+    check_runs,
+    normalise_inputs,
+    run_model,
+    uncapturable,
+)
 from srigl_fx.passes.condense import Condense, can_shrink, variants
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Decision, Program, Times, Use
 from srigl_fx.passes.select import Select
+from srigl_fx.region_lowering import lower_regions
+from srigl_fx.passes.verify_program import verifier
 from srigl_fx.runtime.autotune import measure
 
 
@@ -37,7 +49,7 @@ def lower(
     batch_sizes: Sequence[int] | None = None,
     verify: bool | Literal["each pass"] = True,
     passes: Sequence[Pass[Program]] = LOWERING,
-) -> LoweredModule:
+) -> LoweredModule | LoweredRegions:
     """Lower a sparse-trained model: its masks become condensed custom operators.
 
     The model itself is unchanged. Condensed weights are copies; every other parameter and buffer of the result is the
@@ -57,11 +69,13 @@ def lower(
             among those of ``srigl_fx.passes.pipelines.LOWERING``.
 
     Returns:
-        A ``torch.fx.GraphModule`` with ``.report`` and ``.save(path)``.
+        A ``torch.fx.GraphModule`` with ``.report`` and ``.save(path)``. Where the model cannot be captured as one graph, a
+        copy of the model whose largest parts that can be captured run as such graphs, with ``.report`` and
+        ``.regions``; ``report.capture_failures`` says what broke where.
 
     Raises:
         LoweringError: Nothing to lower, an unsupported device or dtype, or outputs beyond the tolerance.
-        CaptureError: The model is in training mode, does not run on the inputs, or cannot be captured.
+        CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: Values off the mask, or rows with different fan-ins.
 
     Example:
@@ -75,7 +89,12 @@ def lower(
     with EXPORT_LOCK:
         _check_parameters(model)
         options = _Options(min_speedup, batch_sizes, verify, tuple(passes))
-        return _lower_program(capture(model, example_inputs), options)
+        args, kwargs = normalise_inputs(example_inputs)
+        check_runs(model, args, kwargs)
+        attempts = capture_whole(model, args, kwargs)
+        if attempts.program is not None:
+            return _lower_program(attempts.program, options, attempts.failures)
+        return _lower_parts(model, args, kwargs, attempts, options)
 
 
 @dataclass(frozen=True)
@@ -88,18 +107,43 @@ class _Options:
     passes: tuple[Pass[Program], ...]
 
 
-def _lower_program(program: Program, options: _Options) -> LoweredModule:
-    """Lower one captured graph."""
-    inputs = describe_inputs([n.meta.get("val") for n in program.module.graph.nodes if n.op == "placeholder"])
-    result = run((*options.passes, MatchWeights()), program)
-    program = result.subject
-    times = _measure(program, options.batch_sizes) if options.min_speedup > 0 else {}
-    result = run((Select(times, options.min_speedup), Condense()), program)
-    program = result.subject
-    lowered = LoweredModule.build(program.module, _report(program, None), inputs)
+def _lower_parts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], attempts: Capture, options: _Options
+) -> LoweredRegions:
+    """Lower what can be captured of a model that cannot be captured whole."""
+    if not sparse_weights(model):
+        raise uncapturable(model, attempts)
+    leading = [leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
+
+    def lower_one(program: Program, part: nn.Module) -> LoweredModule:
+        batch = program.batch_size if program.dynamic else None
+        sizes = options.batch_sizes if leading and batch == leading[0] else None
+        check = verifier(replace(program, model=part)) if options.verify == "each pass" else None
+        return _run_passes(program, replace(options, batch_sizes=sizes), check)[0]
+
+    return lower_regions(model, args, kwargs, attempts, lower_one, verify=bool(options.verify))
+
+
+def _lower_program(program: Program, options: _Options, failures: tuple[Failure, ...]) -> LoweredModule:
+    """Lower a model captured whole; ``failures`` are the attempts to capture it that came before."""
+    check = verifier(program) if options.verify == "each pass" else None
+    lowered, program = _run_passes(program, options, check)
+    report = replace(lowered.report, capture_failures=failures)
     if options.verify:
-        lowered = LoweredModule.build(lowered, _report(program, _verify(program, lowered)), inputs)
-    return lowered
+        report = replace(report, max_error=_verify(program, lowered))
+    return LoweredModule.build(lowered, report, lowered.inputs)
+
+
+def _run_passes(
+    program: Program, options: _Options, check: Callable[[str, Program], None] | None
+) -> tuple[LoweredModule, Program]:
+    """Lower one captured graph; the program is what its passes made of it."""
+    inputs = describe_inputs([n.meta.get("val") for n in program.module.graph.nodes if n.op == "placeholder"])
+    first = run((*options.passes, MatchWeights()), program, check=check)
+    times = _measure(first.subject, options.batch_sizes) if options.min_speedup > 0 else {}
+    last = run((Select(times, options.min_speedup), Condense()), first.subject, check=check)
+    report = _report(last.subject, (*first.notes, *last.notes))
+    return LoweredModule.build(last.subject.module, report, inputs), last.subject
 
 
 def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
@@ -198,7 +242,7 @@ class _Recorder(fx.Interpreter):
             return super().run(*args, **kwargs)
 
 
-def _report(program: Program, max_error: float | None) -> LoweringReport:
+def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
     layers = []
     for layer in program.layers:
         weight = layer.weight.weight
@@ -227,7 +271,7 @@ def _report(program: Program, max_error: float | None) -> LoweringReport:
         ),
         capture=program.how,
         dynamic_batch=program.dynamic,
-        max_error=max_error,
+        notes=notes,
     )
 
 

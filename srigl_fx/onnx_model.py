@@ -18,6 +18,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import ExportError
+from srigl_fx.onnx_rewrites import rewrite
 from srigl_fx.passes.capture import EXPORT_LOCK
 from srigl_fx.passes.program import resize
 from srigl_fx.runtime.ort import abi
@@ -58,7 +59,7 @@ def build_model(
                 shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
     try:
         with EXPORT_LOCK, _quiet(), torch.no_grad():
-            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+            exported = torch.export.export(rewrite(module), args, kwargs, dynamic_shapes=shapes)
             program = torch.onnx.export(
                 exported,
                 dynamo=True,

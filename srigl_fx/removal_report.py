@@ -1,114 +1,74 @@
-"""What removing dead channels did to a model, in the words of its report.
+"""What removing dead channels came to, in words.
 
-Owns the records of removal and their text form. It must not know how channels are found or removed.
+Owns the text form of :class:`~srigl_fx.passes.removal.Removals`. It must not know how channels are found or removed.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping
 
+from srigl_fx.passes.removal import Removals
 from srigl_fx.report import format_table
 
-FOLDS = {
-    "bias": "constants folded into the bias",
-    "map": "constants added as a map",
-    "zero": "the removed inputs were zero",
+_FOLDS = {
+    "zero": "{} contributed nothing",
+    "bias": "{} folded into the bias",
+    "carrier": "{} carried by one constant channel",
+    "map": "{} added as a constant map",
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class ConsumerReport:
-    """A weight that lost the columns which read removed channels.
-
-    Attributes:
-        fqn: The weight's fully-qualified name.
-        before: Columns of the matrix view before.
-        after: Columns after.
-        folded: What became of the constants the removed channels carried: "bias", "map" or "zero"; several where
-            channels differ; empty where nothing was said.
-    """
-
-    fqn: str
-    before: int
-    after: int
-    folded: tuple[str, ...] = ()
-
-    @property
-    def fold(self) -> str:
-        """What became of the constants, in words.
-
-        Example:
-            >>> ConsumerReport(fqn="fc2.weight", before=512, after=310, folded=("bias",)).fold
-            'constants folded into the bias'
-        """
-        return ", ".join(FOLDS.get(kind, kind) for kind in self.folded)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RemovalReport:
-    """What became of the neurons of one weight that are ablated or that nothing reads.
-
-    Attributes:
-        producer: The fully-qualified name of the weight whose rows these are.
-        before: Rows before.
-        after: Rows after.
-        through: The operators between the producer and its consumers, in order.
-        consumers: The weights that read the removed channels.
-        kept: Ablated rows that stay, by reason.
-    """
-
-    producer: str
-    before: int
-    after: int
-    through: tuple[str, ...] = ()
-    consumers: tuple[ConsumerReport, ...] = ()
-    kept: dict[str, int] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, numbers and strings, as JSON would hold them."""
-        consumers = [{**asdict(consumer), "folded": list(consumer.folded)} for consumer in self.consumers]
-        return {**asdict(self), "through": list(self.through), "consumers": consumers}
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "RemovalReport":
-        """The inverse of :meth:`as_dict`.
-
-        Example:
-            >>> removal = RemovalReport(producer="fc1.weight", before=8, after=6, through=("relu",))
-            >>> RemovalReport.from_dict(removal.as_dict()) == removal
-            True
-        """
-        consumers = tuple(
-            ConsumerReport(**{**consumer, "folded": tuple(consumer["folded"])}) for consumer in plain["consumers"]
-        )
-        return cls(**{**plain, "through": tuple(plain["through"]), "consumers": consumers, "kept": dict(plain["kept"])})
-
-
-def format_removals(removals: Sequence[RemovalReport]) -> str:
-    """Removals as text: a table of the channels that went, then the ablated rows that stay and why; "" without any.
+def describe_folds(folded: Mapping[str, int]) -> str:
+    """What became of the constants in removed columns.
 
     Example:
-        >>> print(format_removals([RemovalReport(producer="fc1.weight", before=8, after=6, through=("relu",),
-        ...     consumers=(ConsumerReport(fqn="fc2.weight", before=8, after=6, folded=("bias",)),))]))
-        2 of 8 channels removed
-        producer    channels  through  consumer    inputs  constants
-        ----------  --------  -------  ----------  ------  ------------------------------
-        fc1.weight    8 -> 6  relu     fc2.weight  8 -> 6  constants folded into the bias
+        >>> describe_folds({"bias": 12, "zero": 3})
+        '12 folded into the bias, 3 contributed nothing'
     """
-    gone = [removal for removal in removals if removal.after < removal.before]
+    return ", ".join(_FOLDS.get(how, "{} " + how).format(count) for how, count in folded.items())
+
+
+def format_removals(removals: Removals) -> str:
+    """Totals, a table of the weights that lost channels, and one of the ablated rows that stay; "" without either.
+
+    Example:
+        >>> from srigl_fx.passes.removal import Link, Removal
+        >>> fc1 = Removal(fqn="fc1.weight", rows=8, ablated=2, rows_removed=2, columns=4, columns_removed=0)
+        >>> fc2 = Removal(fqn="fc2.weight", rows=3, ablated=0, rows_removed=0, columns=8, columns_removed=2,
+        ...     folded={"bias": 2})
+        >>> link = Link(producer=0, reader=1, through=("relu",))
+        >>> print(format_removals(Removals(weights=(fc1, fc2), channels=(11, 9), parameters=(67, 51), flops=(112, 84),
+        ...     links=(link,))))
+        channels 11 -> 9, parameters 67 -> 51, FLOPs a sample 112 -> 84
+        weight        rows  columns  read by     constants
+        ----------  ------  -------  ----------  -----------------------
+        fc1.weight  8 -> 6        4  fc2.weight
+        fc2.weight       3   8 -> 6              2 folded into the bias
+    """
     lines = []
-    if gone:
-        rows = []
-        for removal in gone:
-            head = (removal.producer, f"{removal.before} -> {removal.after}", ", ".join(removal.through))
-            tails = [(to.fqn, f"{to.before} -> {to.after}", to.fold) for to in removal.consumers] or [("", "", "")]
-            rows += [(*(head if first == 0 else ("", "", "")), *tail) for first, tail in enumerate(tails)]
-        before, after = (sum(getattr(removal, name) for removal in removals) for name in ("before", "after"))
-        lines.append(f"{before - after:,} of {before:,} channels removed")
-        headers = ("producer", "channels", "through", "consumer", "inputs", "constants")
-        lines.append(format_table(headers, rows, right=(1, 4)))
-    stay = [(removal.producer, count, reason) for removal in removals for reason, count in removal.kept.items()]
+    if any(weight.rows_removed or weight.columns_removed for weight in removals.weights):
+        names = (("channels", "channels"), ("parameters", "parameters"), ("flops", "FLOPs a sample"))
+        totals = ((label, *getattr(removals, name)) for name, label in names)
+        lines.append(", ".join(f"{label} {before:,} -> {after:,}" for label, before, after in totals))
+        readers: dict[int, list[str]] = {}
+        for link in removals.links:
+            readers.setdefault(link.producer, []).append(removals.weights[link.reader].fqn)
+        rows = [
+            (
+                weight.fqn,
+                _change(weight.rows, weight.rows_removed),
+                _change(weight.columns, weight.columns_removed),
+                ", ".join(readers.get(position, ())),
+                describe_folds(weight.folded),
+            )
+            for position, weight in enumerate(removals.weights)
+            if weight.rows_removed or weight.columns_removed
+        ]
+        lines.append(format_table(("weight", "rows", "columns", "read by", "constants"), rows, right=(1, 2)))
+    stay = [(weight.fqn, count, reason) for weight in removals.weights for reason, count in weight.kept.items()]
     if stay:
         lines.append(f"{sum(count for _, count, _ in stay):,} ablated rows stay")
         lines.append(format_table(("weight", "rows", "reason"), stay, right=(1,)))
     return "\n".join(lines)
+
+
+def _change(count: int, removed: int) -> str:
+    return f"{count} -> {count - removed}" if removed else str(count)

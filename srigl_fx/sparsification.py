@@ -12,7 +12,8 @@ from torch import fx, nn
 from srigl_fx.errors import SparsifyError, StructureError
 from srigl_fx.masks.records import Structure, all_records
 from srigl_fx.masks.structures import MaskInit
-from srigl_fx.nn.sparse_module import detach_masks
+from srigl_fx.nn.effective import irreplaceable, prepare_plain
+from srigl_fx.nn.sparse_module import detach_masks, make_plain
 from srigl_fx.passes.assign_budgets import DISTRIBUTIONS, AssignBudgets, Distribution
 from srigl_fx.passes.base import run
 from srigl_fx.passes.discover import Discover
@@ -112,7 +113,10 @@ def finalize(model: Model) -> Model:
     A trainer that is still attached is detached. The outputs do not change.
 
     Raises:
-        SparsifyError: If nothing in ``model`` was sparsified, or its weights are spread over processes.
+        SparsifyError: If nothing in ``model`` was sparsified, its weights are spread over processes, or its own forward
+            makes something else than zeros of zeros (weight standardisation does) and so cannot do without its masks.
+
+    In each case the model is as it was.
 
     Example:
         >>> import torch
@@ -127,16 +131,32 @@ def finalize(model: Model) -> Model:
     if not owners:
         raise SparsifyError(f"this {type(model).__name__} was not sparsified: there are no masks to take away")
     distributed.check_unwrapped(model, "finalize")
+    _check_replaceable(model)
     detach_from(model)
     masks.apply(model)
     for module in model.modules():
         distributed.forget_masks(module)
     for owner in owners.values():
+        prepare_plain(owner)
         detach_masks(owner)
     for module in model.modules():
+        make_plain(module)
         if isinstance(module, fx.GraphModule):
             restore_graph(module)
     return model
+
+
+def _check_replaceable(model: nn.Module) -> None:
+    """Require that the outputs stay what they are when the masks are gone."""
+    names = [
+        f"{name}.{path}" if name else path for name, module in model.named_modules() for path in irreplaceable(module)
+    ]
+    if names:
+        raise SparsifyError(
+            f"finalize would change the outputs: the model transforms {', '.join(map(repr, names[:5]))} before use, "
+            "and makes other values than zeros of pruned weights. Keep the masks: the model trains, lowers, exports and "
+            "saves its state_dict as it is"
+        )
 
 
 def _check_arguments(

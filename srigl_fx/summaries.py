@@ -8,7 +8,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import nn
 
 from srigl_fx.errors import SriglError
 from srigl_fx.html_report import save_page, summary_page
@@ -165,8 +165,11 @@ def summary(model: nn.Module) -> Summary:
         320 of 2,176 weights kept (85.29% sparse; 90.62% over the 1 sparse of 2 weights)
     """
     report = getattr(model, "report", None)
-    if isinstance(model, fx.GraphModule) and report is not None:
-        return Summary(tuple(_lowered_row(layer) for layer in (*report.layers, *report.others)))
+    if report is not None:
+        from srigl_fx.lowered import LoweringReport  # imported only where it may be one: it loads the operators
+
+        if isinstance(report, LoweringReport):
+            return Summary(tuple(_lowered_row(layer) for layer in (*report.layers, *report.others)))
     rows = [_row(fqn, owner, record) for fqn, owner, record in all_records(model)]
     if not rows:
         raise SriglError(f"nothing in this {type(model).__name__} was sparsified; call srigl_fx.sparsify(model) first")

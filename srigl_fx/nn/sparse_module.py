@@ -2,7 +2,8 @@
 
 Owns the generated classes and what they add: a repr that shows the sparsity, projection of loaded weights, and
 pickling. It must not know how masks are found or trained. The forward is the base class's own, untouched: the
-stored weight is exactly zero off the mask, so there is nothing to do there.
+stored weight is exactly zero off the mask, so there is nothing to do there, except where a weight is transformed
+before it is used (:mod:`srigl_fx.nn.effective` adds to the class then).
 """
 
 import weakref
@@ -13,11 +14,15 @@ from torch import Tensor, fx, nn
 
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, records_on, set_records
 from srigl_fx.masks.shards import local, part
+from srigl_fx.nn import weight_norm
 
 if TYPE_CHECKING:
     from srigl_fx.runtime.format import CondensedWeight
 
-_CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = weakref.WeakKeyDictionary()
+_CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], dict[type[SparseModule], type[nn.Module]]]" = (
+    weakref.WeakKeyDictionary()
+)
+_OWN = "_srigl_fx_"  # what our attributes begin with
 
 
 class SparseModule:
@@ -71,7 +76,16 @@ class SparseModule:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A generated class cannot be pickled by name: rebuild it from its base.
-        return _blank, (dense_class(type(self)),), cast(Any, self).__getstate__()
+        state = cast(Any, self).__getstate__()
+        # A weight computed before the forward (old weight_norm) is no leaf then, and torch copies none but leaves.
+        state = {name: value.detach() if _is_computed(value) else value for name, value in state.items()}
+        cls = cast(Any, type(self))
+        return _blank, (dense_class(cls), cls._srigl_fx_mixin), state
+
+    @classmethod
+    def _members(cls, base: type[nn.Module]) -> dict[str, Any]:
+        """What the class generated from ``base`` has besides."""
+        return {}
 
 
 def describe(module: nn.Module, attr: str, record: WeightRecord) -> str:
@@ -108,8 +122,12 @@ def project_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, e
             state_dict[key] = nn.Parameter(projected) if isinstance(weight, nn.Parameter) else projected
 
 
-def sparse_class(base: type[nn.Module]) -> type[nn.Module]:
-    """The mask-managed subclass of ``base``: one for each class, made on first use.
+def _is_computed(value: object) -> bool:
+    return isinstance(value, Tensor) and value.grad_fn is not None
+
+
+def sparse_class(base: type[nn.Module], mixin: type[SparseModule] = SparseModule) -> type[nn.Module]:
+    """The mask-managed subclass of ``base``: one for each class and mixin, made on first use.
 
     It carries its base's ``__module__``, so that tracers which treat torch's own layers as leaves still do.
 
@@ -117,10 +135,17 @@ def sparse_class(base: type[nn.Module]) -> type[nn.Module]:
         >>> sparse_class(nn.Linear).__name__, issubclass(sparse_class(nn.Linear), nn.Linear)
         ('SparseLinear', True)
     """
-    if base not in _CLASSES:
-        namespace = {"__module__": base.__module__, "__doc__": base.__doc__, "_srigl_fx_dense_class": base}
-        _CLASSES[base] = type(f"Sparse{base.__name__}", (SparseModule, base), namespace)
-    return _CLASSES[base]
+    classes = _CLASSES.setdefault(base, {})
+    if mixin not in classes:
+        namespace = {
+            "__module__": base.__module__,
+            "__doc__": base.__doc__,
+            "_srigl_fx_dense_class": base,
+            "_srigl_fx_mixin": mixin,
+            **mixin._members(base),
+        }
+        classes[mixin] = type(f"Sparse{base.__name__}", (mixin, base), namespace)
+    return classes[mixin]
 
 
 def dense_class(cls: type) -> type[nn.Module]:
@@ -128,12 +153,17 @@ def dense_class(cls: type) -> type[nn.Module]:
     return cast("type[nn.Module]", cls._srigl_fx_dense_class)  # type: ignore[attr-defined]
 
 
-def _blank(base: type[nn.Module]) -> nn.Module:
-    cls = sparse_class(base)
+def _blank(base: type[nn.Module], mixin: type[SparseModule] = SparseModule) -> nn.Module:
+    cls = sparse_class(base, mixin)
     return cls.__new__(cls)
 
 
-def attach_masks(module: nn.Module, masks: dict[str, Tensor], records: dict[str, WeightRecord]) -> None:
+def attach_masks(
+    module: nn.Module,
+    masks: dict[str, Tensor],
+    records: dict[str, WeightRecord],
+    mixin: type[SparseModule] = SparseModule,
+) -> None:
     """Give ``module`` its masks and records, by the weight's name relative to it, and swap its class.
 
     A GraphModule's class is its own, made anew with its code: it keeps a hook on loading instead.
@@ -145,7 +175,8 @@ def attach_masks(module: nn.Module, masks: dict[str, Tensor], records: dict[str,
     if masks and isinstance(module, fx.GraphModule):
         module.register_load_state_dict_pre_hook(_project_hook)  # type: ignore[no-untyped-call]
     elif masks:
-        module.__class__ = sparse_class(type(module))
+        module.__class__ = sparse_class(type(module), mixin)
+        weight_norm.guard(module, True, set(masks))
 
 
 def detach_masks(module: nn.Module) -> None:
@@ -154,11 +185,19 @@ def detach_masks(module: nn.Module) -> None:
         if record.sparse:
             path, _, attr = name.rpartition(".")
             delattr(module.get_submodule(path), attr + MASK_SUFFIX)
+    weight_norm.guard(module, False, set(records_on(module)))
     set_records(module, {})
+    make_plain(module)
+    forget_loading(module)
+
+
+def make_plain(module: nn.Module) -> None:
+    """Give the module its own class back, without our attributes."""
     cls = type(module)
     if issubclass(cls, SparseModule):
         module.__class__ = dense_class(cls)
-    forget_loading(module)
+    for name in [name for name in vars(module) if name.startswith(_OWN)]:
+        del vars(module)[name]
 
 
 def forget_loading(module: nn.Module) -> None:

@@ -9,14 +9,14 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const order = turn[header.getAttribute("aria-sort") || "none"];
       table.querySelectorAll("th[aria-sort]").forEach((other) => other.removeAttribute("aria-sort"));
       const column = header.cellIndex;
-      const key = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
+      const text = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
       const sign = order === "descending" ? -1 : 1;
-      const sorted = [...original];
-      if (order !== "none") {
-        header.setAttribute("aria-sort", order);
-        sorted.sort((a, b) => sign * key(a).localeCompare(key(b), undefined, { numeric: true }));
-        if (header.classList.contains("n")) sorted.sort((a, b) => sign * (key(a) - key(b)));
-      }
+      const numeric = header.classList.contains("n");
+      const keyed = original.map((row) => [numeric ? parseFloat(text(row)) : text(row), row]);
+      const names = new Intl.Collator(undefined, { numeric: true });
+      const compare = numeric ? ([a], [b]) => sign * (a - b) : ([a], [b]) => sign * names.compare(a, b);
+      const sorted = order === "none" ? original : keyed.sort(compare).map(([, row]) => row);
+      if (order !== "none") header.setAttribute("aria-sort", order);
       body.append(...sorted);
     });
   });

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from srigl_fx.masks.projection import Projection, keep_only
 from srigl_fx.masks.records import SparseWeight
 from srigl_fx.masks.shards import Slices, as_shard, local
+from srigl_fx.nn.effective import want_dense_gradient
 
 
 @dataclass
@@ -104,6 +105,7 @@ class ManagedWeight:
 
     def look_early(self, wanted: bool) -> None:
         """Look at ``.grad`` before each accumulation, or no longer: only captured gradients need it."""
+        want_dense_gradient(self.handle.owner, wanted)
         if self._early_hook is not None:
             self._early_hook.remove()
             self._early_hook = None

@@ -51,3 +51,18 @@ def test_our_own_errors_pass_through() -> None:
 
 def test_no_pass_changes_nothing() -> None:
     assert not run((), ["x"]).changed
+
+
+def test_the_check_runs_after_each_pass_that_changed_something() -> None:
+    checked: list[str] = []
+
+    def check(name: str, subject: list[str]) -> None:
+        checked.append(subject[-1])
+        if "ensures:b" in subject:
+            raise PassError(f"{name} broke it")
+
+    run((Append("a"), Append("c")), [], check=check)
+    assert checked == []
+    with pytest.raises(PassError, match="Append broke it"):
+        run((Append("a"), Append("b"), Append("c")), [], check=check)
+    assert checked == ["ensures:b"]

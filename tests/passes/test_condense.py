@@ -1,17 +1,18 @@
 """From masked weights to condensed nodes: which nodes match, what replaces them, and that it is the same function."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lowering_support import mask_by_hand, randomise
+from lowering_support import fan_in_mask, mask_by_hand, randomise
 from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import InvariantError, LoweringError
-from srigl_fx.masks.records import sparse_weights
+from srigl_fx.masks.records import WeightRecord, WeightSite, set_records, sparse_weights
 from srigl_fx.passes.base import run
 from srigl_fx.passes.capture import capture
 from srigl_fx.passes.condense import Condense, can_shrink, condensed_rows, rewrite, variants
@@ -175,6 +176,46 @@ def test_products_with_a_matrix_on_the_right() -> None:
     assert [layer.decision for layer in program.layers] == ["condensed"] * 3
     assert called(program, ours.condensed_linear.default) == 3
     assert_same(program, model, torch.randn(5, 3, 6))
+
+
+class Einsum(nn.Module):
+    def __init__(self, equation: str, shape: tuple[int, ...], *, weight_first: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        self.equation, self.weight_first = equation, weight_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum(self.equation, *((self.weight, x) if self.weight_first else (x, self.weight)))
+
+
+@pytest.mark.parametrize(
+    ("equation", "shape", "weight_first", "linear"),
+    [
+        ("btc,cd->btd", (6, 5), False, True),
+        ("btc,dc->btd", (5, 6), False, True),
+        ("...c,dc->...d", (5, 6), False, True),
+        ("dc,btc->btd", (5, 6), True, True),
+        ("btc,dc->bdt", (5, 6), False, False),
+        ("btc,dt->bdc", (5, 3), False, False),
+        ("btc,tdc->btd", (3, 5, 6), False, False),
+        ("btc,cc->btc", (6, 6), False, False),
+    ],
+)
+def test_einsums_that_are_linear_layers(equation: str, shape: Any, weight_first: bool, linear: bool) -> None:
+    model: Any = randomise(Einsum(equation, shape, weight_first=weight_first))
+    site = WeightSite(owner="", attr="weight", kind="linear", shape=(shape[0], math.prod(shape[1:])))
+    mask = torch.from_numpy(fan_in_mask(shape[0], math.prod(shape[1:]), 2)).reshape(shape)
+    if equation == "btc,cd->btd":  # its neurons are columns
+        mask = torch.from_numpy(fan_in_mask(shape[1], shape[0], 2)).t()
+        site = WeightSite(owner="", attr="weight", kind="linear_in_out", shape=shape)
+    model.register_buffer("weight_mask", mask.clone())
+    model.weight.data.mul_(mask)
+    set_records(model, {"weight": WeightRecord(site=site, structure="constant_fan_in")})
+    program = condensed(model, torch.randn(2, 3, 6))
+    assert called(program, ours.condensed_linear.default) == linear
+    assert_same(program, model, torch.randn(4, 3, 6))
+    if not linear:
+        assert "einsum" in program.layers[0].reason
 
 
 def test_rows_that_lost_inputs_are_filled_up() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lowering_support import randomise
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class Views(nn.Module):
         return x.to(torch.float32).view(x.shape[0], -1).transpose(0, 1).reshape(-1)
 
 
-def test_views_become_reshapes_and_assertions_and_dead_nodes_go() -> None:
+def test_rules_1_2_and_6_assertions_views_and_dead_nodes() -> None:
     program = normalise(Views().eval(), torch.randn(2, 3, 4))
     called = targets(program)
     assert aten.reshape.default in called
@@ -39,13 +40,94 @@ def test_views_become_reshapes_and_assertions_and_dead_nodes_go() -> None:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(
-    ("padding", "kernel", "dilation", "numbered"),
-    [("same", (3, 5), (1, 2), True), ("valid", (2, 2), (1, 1), True), ("same", (2, 3), (1, 1), False)],
+    ("kind", "padding", "kernel", "dilation", "numbered"),
+    [
+        (nn.Conv2d, "same", (3, 5), (1, 2), True),
+        (nn.Conv2d, "valid", (2, 2), (1, 1), True),
+        (nn.Conv2d, "same", (2, 3), (1, 1), False),
+        (nn.Conv1d, "same", (5,), (2,), True),
+        (nn.Conv1d, "valid", (4,), (1,), True),
+        (nn.Conv3d, "same", (1, 3, 5), (1, 1, 1), True),
+        (nn.Conv3d, "same", (1, 3, 4), (1, 1, 1), False),
+    ],
 )
-def test_padding_by_name(padding: str, kernel: tuple[int, int], dilation: tuple[int, int], numbered: bool) -> None:
-    model = randomise(nn.Conv2d(2, 3, kernel, padding=padding, dilation=dilation)).eval()
-    program = normalise(model, torch.randn(2, 2, 12, 12))
-    assert (aten.conv2d.default in targets(program)) == numbered
-    x = torch.randn(3, 2, 12, 12)
+def test_rule_3_padding_by_name(
+    kind: type[nn.Conv2d], padding: str, kernel: tuple[int, int], dilation: tuple[int, int], numbered: bool
+) -> None:
+    model = randomise(kind(2, 3, kernel, padding=padding, dilation=dilation)).eval()
+    space = (12, 12, 12)[: len(kernel)]
+    program = normalise(model, torch.randn(2, 2, *space))
+    (target,) = targets(program)
+    assert str(target).endswith(".default") == numbered
+    x = torch.randn(3, 2, *space)
     with torch.no_grad():
         torch.testing.assert_close(program.module(x), model(x))
+
+
+class Detours(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(torch.relu(x).detach()).clone()
+        out: Tensor = torch.tanh(y[:].float()[:, :, :]) + y[:, 1:]
+        return out
+
+
+def test_rules_4_and_5_what_returns_or_copies_its_operand_goes() -> None:
+    program = normalise(Detours().eval(), torch.randn(2, 1, 4))
+    assert targets(program) == [aten.relu.default, aten.tanh.default, aten.slice.Tensor, aten.add.Tensor]
+    x = torch.randn(3, 1, 4)
+    torch.testing.assert_close(program.module(x), Detours().eval()(x))
+
+
+def test_rule_4_keeps_dropout_that_is_on() -> None:
+    class On(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = F.dropout(x, 0.5, training=True)
+            return y + 1
+
+    called = targets(normalise(On().eval(), torch.randn(2, 4)))
+    assert any("dropout" in str(target) or "bernoulli" in str(target) for target in called)
+
+
+class Copied(nn.Module):
+    """Copies of an input and of one of two outputs, through views."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.relu(x)
+        return x.clone().transpose(0, 1)[1:], y, y.clone().reshape(-1)
+
+
+def test_rule_5_keeps_copies_that_an_output_may_show() -> None:
+    program = normalise(Copied().eval(), torch.randn(2, 3))
+    assert targets(program).count(aten.clone.default) == 2
+    x = torch.randn(4, 3)
+    before = x.clone()
+    first, y, second = program.module(x)
+    first.fill_(7.0)
+    second.fill_(7.0)
+    torch.testing.assert_close(x, before)
+    torch.testing.assert_close(y, before.relu())
+
+
+class Recast(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.double().mul(3).float()
+        z = y.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return torch.as_strided(z, (2, 2), (1, 2)) + 1
+
+
+def test_rule_5_keeps_casts_and_the_layout_that_strides_are_read_from() -> None:
+    program = normalise(Recast().eval(), torch.randn(2, 3, 4))
+    called = targets(program)
+    assert called.count(aten._to_copy.default) == 2
+    assert aten.clone.default in called
+    x = torch.randn(2, 3, 4)
+    torch.testing.assert_close(program.module(x), Recast()(x))
+
+
+def test_normal_form_is_stable() -> None:
+    program = normalise(Copied().eval(), torch.randn(2, 3))
+    assert not run((Normalize(),), program).changed

@@ -1,10 +1,9 @@
 """One model's whole way: discovery, sparse training, lowering, ONNX, ONNX Runtime; and what came of it.
 
-Owns the steps and their checks; what comes out is a :class:`Row` of the coverage table. Whatever fails raises.
+Owns the steps and their checks; what comes out is a row of the coverage table. Whatever fails raises.
 """
 
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,50 +18,18 @@ from srigl_fx.errors import CaptureError, ExportError
 from srigl_fx.lowered import LoweringReport
 from srigl_fx.masks.records import all_records, sparse_weights
 from srigl_fx.train.protect import protected_weights
+from zoo.coverage import Row
 from zoo.entry import Entry, Inputs
 
-SPARSITY = 0.6
+SPARSITY = 0.7
 CAPTURED, OTHER = 2, 3  # batch sizes: the one of the example inputs, and another one
 TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Row:
-    """What came of one model.
-
-    Attributes:
-        model: Its name.
-        family: Where it comes from.
-        weights: Weights of two or more dimensions.
-        sparse: Those made sparse.
-        dense: The others, counted by reason.
-        gradients: In which mode it was trained.
-        capture: How the graph was captured.
-        regions: Graphs it was captured as; 1 where it is whole.
-        condensed: Sparse weights that became condensed operators.
-        not_condensed: The other sparse weights, counted by reason.
-        removed: Neurons that lowering took out of the graph, out of those ablated.
-        onnx: "whole", or how many of the regions were exported, or why not.
-    """
-
-    model: str
-    family: str
-    weights: int
-    sparse: int
-    dense: str
-    gradients: str
-    capture: str
-    regions: int
-    condensed: int
-    not_condensed: str
-    removed: str
-    onnx: str
 
 
 def travel(entry: Entry, folder: Path) -> Row:
     """Take the model of ``entry`` all the way; files are written to ``folder``."""
     torch.manual_seed(0)
-    model = sx.sparsify(randomise(entry.make()), sparsity=SPARSITY)
+    model = sx.sparsify(randomise(entry.make()), sparsity=SPARSITY, distribution="uniform")
     train(model, entry)
     ablated = ablate(model)
     model.eval()
@@ -85,7 +52,8 @@ def travel(entry: Entry, folder: Path) -> Row:
         regions=len(lowered_regions(lowered)) or 1,
         condensed=sum(layer.decision == "condensed" for layer in report.layers),
         not_condensed=count(layer.reason for layer in report.layers if layer.decision != "condensed"),
-        removed=f"?/{ablated}",
+        ablated=ablated,
+        removed=sum(removal.before - removal.after for removal in report.removals),
         onnx=onnx,
     )
 
@@ -109,20 +77,33 @@ def train(model: nn.Module, entry: Entry) -> None:
     sx.verify(model)
 
 
+@torch.no_grad()
 def ablate(model: nn.Module) -> int:
-    """Ablate every third neuron of every layer whose neurons may be; return how many that are."""
+    """Ablate every third neuron of every layer whose neurons may be; return how many that are.
+
+    The others take over the budget, with random new weights, as an update of SRigL would leave them.
+    """
     protected = protected_weights(model, "output")
     ablated = 0
     for handle in sparse_weights(model):
         if handle.fqn in protected:
             continue
         site = handle.record.site
-        matrix = site.to_matrix(handle.mask).clone()
-        for block in site.blocks:
-            if block.ablatable and block.rows > 3:
-                matrix[block.start : block.stop : 3] = False
-        handle.mask.copy_(site.from_matrix(matrix))
-        ablated += int((~matrix.any(1)).sum())
+        weight, mask = site.to_matrix(handle.weight).clone(), site.to_matrix(handle.mask).clone()
+        for block, budget in zip(site.blocks, handle.record.budgets, strict=True):
+            rows = slice(block.start, block.stop)
+            dead = torch.arange(0, block.rows, 3)[: block.rows + (-budget // mask.shape[1])]
+            if block.ablatable and block.rows > 3 and len(dead):
+                fan_in = budget // (block.rows - len(dead))
+                kept = (mask[rows] + torch.rand_like(weight[rows])).topk(fan_in).indices
+                new = torch.zeros_like(mask[rows]).scatter_(1, kept, True)
+                new[dead] = False
+                grown = new & ~mask[rows]
+                weight[rows][grown] = 0.1 * torch.randn(int(grown.sum()))
+                mask[rows] = new
+                ablated += len(dead)
+        handle.weight.copy_(site.from_matrix(weight))
+        handle.mask.copy_(site.from_matrix(mask))
     sx.masks.apply(model)
     sx.verify(model)
     return ablated

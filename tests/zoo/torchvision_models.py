@@ -97,7 +97,13 @@ def _pictures_with_targets(batch: int) -> Inputs:
     return (_pictures(batch), [target] * batch), {}
 
 
-_FEW_BOXES = {"rpn_pre_nms_top_n_test": 50, "rpn_post_nms_top_n_test": 20, "box_detections_per_img": 5}
+_FEW_BOXES = {
+    "rpn_pre_nms_top_n_train": 50,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_pre_nms_top_n_test": 50,
+    "rpn_post_nms_top_n_test": 20,
+    "box_detections_per_img": 5,
+}
 _CLASSIFIERS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "shufflenet_v2_x0_5", "squeezenet1_1")
 
 ENTRIES = [

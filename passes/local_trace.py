@@ -1,0 +1,180 @@
+"""The torch.fx graphs of one module's own forward, made only to be looked at.
+
+Owns the tracer of discovery; it must not know what is read from its graphs. Nothing is run: inputs are symbols, and
+children are leaves, unless they are handed one of the module's own weights. Where the forward's way depends on data or
+on optional arguments, there is a trace for each of a few ways; a loop over data goes round once. What the code writes to the module meanwhile is undone.
+"""
+
+import inspect
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from srigl_fx.passes.contractions import name_of
+from srigl_fx.passes.weight_uses import COPIES
+from srigl_fx.passes.weight_views import VIEWS
+
+log = logging.getLogger(__name__)
+
+_MAX_CONDITIONS = 200  # more of them, all true, are a loop without end
+_TRANSPARENT = (nn.Dropout, nn.Identity)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One way through a forward, and what stopped the tracer on it ("" for nothing).
+
+    A graph that the tracer could not finish shows what is so, only not everything.
+    """
+
+    graph: fx.Graph
+    failure: str
+
+
+def traces_of(module: nn.Module) -> Iterator[Trace]:
+    """The ways through the module's own forward, the most usual one first; the next is only traced when asked for.
+
+    Optional arguments are left out first and then given; conditions on data are false first and then true.
+
+    Example:
+        >>> [trace.failure for trace in traces_of(nn.Linear(2, 2))]
+        ['']
+    """
+    defaults = _defaults(module)
+    for given in (defaults, None) if defaults else (None,):
+        for answer in (False, True):
+            tracer = _Tracer(answer)
+            failure = ""
+            with _restored(module):
+                try:
+                    tracer.trace(module, given)
+                except Exception as error:  # user code under the tracer may raise anything
+                    failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                    log.debug("tracing %s failed", type(module).__name__, exc_info=True)
+            yield Trace(getattr(tracer, "graph", None) or fx.Graph(), failure)
+            if not tracer.conditions:
+                break
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """The optional arguments of the module's forward."""
+    try:
+        parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
+    except (TypeError, ValueError):  # a forward that is no function
+        return {}
+    plain = (bool, int, float, str, type(None))
+    return {name: p.default for name, p in parameters.items() if isinstance(p.default, plain)}
+
+
+def _outside(*args: Any, **kwargs: Any) -> None:
+    """Stands in graphs for a module that is no part of the model, such as a loss made on the spot."""
+
+
+class _Tracer(fx.Tracer):
+    """Follows one way through a forward: every condition on data has the same answer."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__(autowrap_modules=(), param_shapes_constant=True)  # functions of math take symbols for numbers
+        self.answer = answer
+        self.conditions = 0
+        self.weights: dict[fx.Node, bool] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A symbol that can also stand for a number or a length."""
+        return _Symbol(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """Symbols for the inputs of the forward below its decorators: those take whatever they are given."""
+        fn, args = super().create_args_for_root(inspect.unwrap(root_fn), is_module, concrete_args)
+        return fn, args
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Every child that is not handed a weight."""
+        return True
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A node, or for a child that is handed a weight the nodes of its forward."""
+        own_code = not type(m).__module__.startswith("torch.nn.") or isinstance(m, _TRANSPARENT)
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)]
+        if own_code and any(self._is_weight(value.node) for value in given):
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except NameError:  # not a child
+            return self.create_proxy("call_function", _outside, args, kwargs)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """The answer of this way to a condition on data."""
+        self.conditions += 1
+        if self.conditions > _MAX_CONDITIONS:
+            raise fx.proxy.TraceError("a loop on data has no end under the tracer")
+        return self.answer
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """One round of a loop over data."""
+        return iter((obj[0],))
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        """No further keyword arguments."""
+        return iter(())
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        """Whether the node is one of the module's own weights, or a part of one."""
+        if node not in self.weights:
+            if node.op == "get_attr":
+                value = _resolve(self.root, str(node.target))
+                self.weights[node] = isinstance(value, nn.Parameter) and value.dim() >= 2
+            else:
+                name = str(node.args[1]) if node.target is getattr else name_of(node.target)
+                first = node.args[0] if node.args else None
+                part = name in VIEWS or name in COPIES
+                self.weights[node] = part and isinstance(first, fx.Node) and self._is_weight(first)
+        return self.weights[node]
+
+
+class _Symbol(fx.Proxy):
+    """Where Python insists on a number, it is 1: loops go round once."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __len__(self) -> int:  # type: ignore[override]
+        return 1
+
+    def __index__(self) -> int:
+        return 1
+
+    def __int__(self) -> int:
+        return 1
+
+    def __float__(self) -> float:
+        return 1.0
+
+
+def _resolve(root: nn.Module, target: str) -> object:
+    value: object = root
+    for part in target.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Undo whatever the module's code writes to it."""
+    attributes, buffers = module.__dict__.copy(), dict(module._buffers)
+    try:
+        yield
+    finally:
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        module._buffers.clear()
+        module._buffers.update(buffers)

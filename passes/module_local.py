@@ -1,0 +1,101 @@
+"""The graph of a single layer, built without ``torch.export``.
+
+Owns the layers for which that can be done: linear and convolution modules that are called by their own forward. Such a
+graph takes inputs of any leading shape. It must not know regions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from srigl_fx.passes.program import Program
+from srigl_fx.passes.recording import Call
+
+aten = torch.ops.aten
+
+_CONVOLUTIONS: dict[type[nn.Module], tuple[Any, Any]] = {
+    nn.Conv1d: (aten.conv1d.default, aten.conv1d.padding),
+    nn.Conv2d: (aten.conv2d.default, aten.conv2d.padding),
+    nn.Conv3d: (aten.conv3d.default, aten.conv3d.padding),
+}
+
+
+def module_local(model: nn.Module, module: nn.Module, calls: list[Call]) -> Program | None:
+    """The program of one layer as it was called; None where it is not a layer that this can be done for.
+
+    Args:
+        model: The model it is part of.
+        module: The layer.
+        calls: What it was called with.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> leaves, spec = pytree.tree_flatten(((torch.ones(4, 3),), {}))
+        >>> program = module_local(layer, layer, [Call(leaves, spec)])
+        >>> program.module(torch.ones(5, 7, 3)).shape
+        torch.Size([5, 7, 2])
+    """
+    built = _operator(module)
+    plain = pytree.tree_structure(((0,), {}))
+    if built is None or any(call.spec != plain or not isinstance(call.leaves[0], Tensor) for call in calls):
+        return None
+    operator, settings, spatial = built
+    if spatial is not None and any(call.leaves[0].dim() != spatial + 2 for call in calls):
+        return None
+    example = calls[0].leaves[0]
+    if example.dtype != module.weight.dtype or not example.dim():
+        return None
+    graph = fx.Graph()
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(["input"], plain, pytree.tree_structure(0))))
+    nodes = [graph.placeholder("input"), graph.get_attr("weight")]
+    if module.bias is not None:
+        nodes.append(graph.get_attr("bias"))
+    operands = [*nodes, None][:3]
+    result = graph.call_function(operator, (*operands, *settings))
+    graph.output((result,))
+    holder = nn.Module()
+    holder.weight, holder.bias = module.weight, module.bias
+    for node, value in zip([*nodes, result], _values(example, module, operator, settings, spatial), strict=True):
+        node.meta["val"] = value
+        node.meta["nn_module_stack"] = {"": ("", type(module).__qualname__)}
+    return Program(
+        module=fx.GraphModule(holder, graph),
+        model=model,
+        args=(example,),
+        kwargs={},
+        batched=(True,),
+        how="module-local, any leading shape",
+    )
+
+
+def _operator(module: nn.Module) -> tuple[Any, tuple[Any, ...], int | None] | None:
+    """The operator of a layer, what it takes after the bias, and its number of spatial dimensions (None for linear)."""
+    if module._forward_hooks or module._forward_pre_hooks or "weight" not in module._parameters:
+        return None
+    if type(module).forward is nn.Linear.forward:
+        return aten.linear.default, (), None
+    for cls, (by_number, by_name) in _CONVOLUTIONS.items():
+        if isinstance(module, cls) and type(module).forward is cls.forward and module.padding_mode == "zeros":
+            settings = (module.stride, module.padding, module.dilation, module.groups)
+            operator = by_name if isinstance(module.padding, str) else by_number
+            listed = tuple(list(value) if isinstance(value, tuple) else value for value in settings)
+            return operator, listed, len(module.kernel_size)
+    return None
+
+
+def _values(example: Tensor, module: nn.Module, operator: Any, settings: tuple[Any, ...], spatial: int | None) -> list[Any]:
+    """Fake values of input, weight, bias where there is one, and result; all leading and spatial sizes free."""
+    shapes = ShapeEnv(specialize_zero_one=False, duck_shape=False)
+    mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
+    fixed = example.dim() - 1 if spatial is None else 1
+    sizes = [DimDynamic.STATIC if dim == fixed else DimDynamic.DYNAMIC for dim in range(example.dim())]
+    with torch.no_grad():
+        x = mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+        operands = [mode.from_tensor(p.detach(), static_shapes=True) for p in (module.weight, module.bias) if p is not None]
+        with mode:
+            return [x, *operands, operator(x, *[*operands, None][:2], *settings)]

@@ -1,0 +1,106 @@
+"""What every sub-module was called with in one run of a model.
+
+Owns :class:`Call` and the recording; it must not know what the calls are compared for. Nothing of the model changes.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from srigl_fx.passes.capture import leaf_problems, run_and_watch
+
+
+@dataclass
+class Call:
+    """One call of a module; others with the same structure, types and sizes are not kept.
+
+    Attributes:
+        leaves: The flat inputs; tensors are copies.
+        spec: The structure of (args, kwargs).
+        problem: What it takes or returns that a graph cannot, in words; "" where there is no such thing.
+    """
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    problem: str = ""
+
+    @property
+    def inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The inputs as (args, kwargs)."""
+        args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
+        return args, kwargs
+
+
+@dataclass
+class Recording:
+    """One run of a model.
+
+    Attributes:
+        output: What the model returned.
+        written: The names of the buffers it wrote into.
+        calls: The distinct calls of each module that was called, in order.
+    """
+
+    output: Any = None
+    written: frozenset[str] = frozenset()
+    calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+    """Run ``model`` once and keep what each of its modules was called with.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+        >>> [call.leaves[0].shape for call in record(model, (torch.ones(4, 3),), {}).calls[model[1]]]
+        [torch.Size([4, 2])]
+    """
+    recording = Recording()
+    known: dict[nn.Module, dict[Any, Call]] = {}
+    running: list[tuple[nn.Module, Call]] = []
+    thread = threading.get_ident()  # other threads may be using the model
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:
+            return
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        key = (repr(spec), *map(signature, leaves))
+        calls = known.setdefault(module, {})
+        if key not in calls:
+            copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            calls[key] = Call(copies, spec)
+            if foreign := sorted(set(leaf_problems(leaves))):
+                calls[key].problem = f"it takes a {', a '.join(foreign)}"
+        running.append((module, calls[key]))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        while running and threading.get_ident() == thread:
+            called, call = running.pop()
+            if called is module:
+                if not call.problem and (foreign := sorted(set(leaf_problems(output)))):
+                    hint = ": pass use_cache=False" if any("Cache" in name for name in foreign) else ""
+                    call.problem = f"it returns a {', a '.join(foreign)}{hint}"
+                return
+
+    handles = []
+    try:
+        for module in model.modules():
+            if not isinstance(module, torch.jit.ScriptModule):
+                handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+                handles.append(module.register_forward_hook(after))
+        recording.output, recording.written = run_and_watch(model, args, kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    recording.calls = {module: list(calls.values()) for module, calls in known.items()}
+    return recording
+
+
+def signature(leaf: Any) -> Any:
+    """What must be the same for two inputs to count as one: type and sizes of a tensor, a constant itself."""
+    if isinstance(leaf, Tensor):
+        return Tensor, leaf.dtype, tuple(leaf.shape)
+    return type(leaf), leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)

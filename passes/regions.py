@@ -1,0 +1,175 @@
+"""The parts of a model that can be captured, where the model as a whole cannot.
+
+Owns the search for regions: the largest sub-modules that ``torch.export`` captures and that, between them, reach as many
+mask-managed weights as can be reached. It must not know what is done with a region, nor the graph passes.
+
+A region's program names the whole model as its ``model``: weights keep their full names, and one that is tied across
+regions is known in each.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from srigl_fx.errors import CaptureError
+from srigl_fx.masks.records import sparse_weights
+from srigl_fx.passes.capture import Failure, capture_region, class_name
+from srigl_fx.passes.module_local import module_local
+from srigl_fx.passes.program import Program
+from srigl_fx.passes.recording import Call, Recording, record
+
+_ENOUGH = 2  # failed modules of a class after which further ones are not tried
+
+
+@dataclass(frozen=True)
+class Region:
+    """A sub-module with a graph of its own.
+
+    Attributes:
+        name: Its fully-qualified name.
+        module: The sub-module, as the model holds it.
+        program: Its graph, with one of its recorded calls as example inputs.
+        any_rank: Whether it takes inputs of any number of leading dimensions.
+    """
+
+    name: str
+    module: nn.Module
+    program: Program
+    any_rank: bool = False
+
+
+class RegionFinder:
+    """Searches one model for regions, top-down; what could not be captured is in ``failures``.
+
+    Example:
+        >>> import srigl_fx as sx
+        >>> class Branches(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(16, 8)
+        ...     def forward(self, x):
+        ...         return self.fc(x) if x.sum() > 0 else x
+        >>> finder = RegionFinder(sx.sparsify(Branches(), sparsity=0.5).eval(), (torch.ones(2, 16),), {})
+        >>> [region.name for region in finder.below("")]
+        ['fc']
+    """
+
+    def __init__(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], failures: tuple[Failure, ...] = ()
+    ) -> None:
+        """Run ``model`` once on the inputs to record what its sub-modules are called with.
+
+        ``failures`` are those of the attempts on the model itself.
+        """
+        self.model = model
+        self.recording: Recording = record(model, args, kwargs)
+        self.failures = list(failures)
+        self.exports = 0
+        self._masked = {id(weight.weight) for weight in sparse_weights(model)}
+        self._seen = {id(model)}
+        self._failed: Counter[type] = Counter()
+
+    def below(self, name: str) -> list[Region]:
+        """The regions among the children of the module ``name`` and theirs; each module is looked at once."""
+        module = self.model.get_submodule(name) if name else self.model
+        found: list[Region] = []
+        for child_name, child in _children(module):
+            found += self._visit(f"{name}.{child_name}" if name else child_name, child)
+        return found
+
+    def why_not(self, owner: str) -> str:
+        """Why the weights that the module ``owner`` holds are in no region."""
+        failures = [failure for failure in self.failures if _within(owner, failure.name)]
+        return f"in no captured region: {max(failures, key=lambda failure: len(failure.name))}"
+
+    def give_up(self, region: Region, error: str) -> None:
+        """Enter a region among the failures: it can be captured, but not be used."""
+        self.failures.append(
+            Failure(name=region.name, type=class_name(region.module), attempt=region.program.how, error=error)
+        )
+
+    def _visit(self, name: str, module: nn.Module) -> list[Region]:
+        if id(module) in self._seen or not any(id(parameter) in self._masked for parameter in module.parameters()):
+            return []
+        self._seen.add(id(module))
+        if isinstance(module, torch.jit.ScriptModule):
+            self._fail(name, module, "it is compiled by TorchScript, which has no graph that can be rewritten")
+            return []
+        calls = self.recording.calls.get(module)
+        region = self._region(name, module, calls) if calls else None
+        return [region] if region else self.below(name)
+
+    def _region(self, name: str, module: nn.Module, calls: list[Call]) -> Region | None:
+        local = module_local(self.model, module, calls)
+        if local is not None:
+            return Region(name, module, local, any_rank=isinstance(module, nn.Linear))
+        if self._failed[type(module)] >= _ENOUGH:
+            self._fail(name, module, f"as {_ENOUGH} others of its class")
+            return None
+        try:
+            example, free, varying = _merge(calls)
+            if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
+                raise CaptureError("a module inside it is compiled by TorchScript")
+        except CaptureError as error:
+            self._fail(name, module, str(error))
+            return None
+        self.exports += 1
+        args, kwargs = example.inputs
+        done = capture_region(module, args, kwargs, free, varying, name)
+        if done.program is None:
+            self.failures += done.failures[:1]
+            self._failed[type(module)] += 1
+            return None
+        self._failed[type(module)] = -(1 << 30)  # one of its class can be captured: try them all
+        done.program.model = self.model
+        return Region(name, module, done.program)
+
+    def _fail(self, name: str, module: nn.Module, error: str) -> None:
+        self.failures.append(Failure(name=name, type=class_name(module), attempt="not tried", error=error))
+
+
+def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module._modules.items():
+        if child is not None:
+            yield name, child
+
+
+def _within(name: str, part: str) -> bool:
+    return not part or name == part or name.startswith(part + ".")
+
+
+def _merge(calls: list[Call]) -> tuple[Call, dict[int, frozenset[int]], dict[int, frozenset[int]]]:
+    """The call to capture with, and by flat input the sizes that may and those that must be free.
+
+    Raises:
+        CaptureError: One graph cannot serve all calls.
+    """
+    if problem := next((call.problem for call in calls if call.problem), ""):
+        raise CaptureError(problem)
+    first = calls[0]
+    if any(call.spec != first.spec for call in calls):
+        raise CaptureError("its calls differ in the number or structure of their inputs")
+    free, varying = {}, {}
+    for position, leaves in enumerate(zip(*(call.leaves for call in calls), strict=True)):
+        if not isinstance(leaves[0], Tensor):
+            if any(type(leaf) is not type(leaves[0]) or leaf != leaves[0] for leaf in leaves):
+                raise CaptureError(f"the constant input {position} differs from call to call")
+            continue
+        if any(not isinstance(x, Tensor) or x.dtype != leaves[0].dtype or x.dim() != leaves[0].dim() for x in leaves):
+            raise CaptureError(f"input {position} differs in type or rank from call to call")
+        if leaves[0].dim():
+            vary = frozenset(dim for dim in range(leaves[0].dim()) if len({leaf.shape[dim] for leaf in leaves}) > 1)
+            free[position] = vary | {0}
+            if vary:
+                varying[position] = vary
+    # Export takes sizes of 0 and 1 for constants: the call that has the largest among its smallest.
+    example = max(calls, key=lambda call: min((call.leaves[i].shape[d] for i, dims in free.items() for d in dims), default=0))
+    leaves = [
+        leaf.new_zeros((2, *leaf.shape[1:])) if i in free and not leaf.shape[0] else leaf
+        for i, leaf in enumerate(example.leaves)
+    ]
+    return Call(leaves, example.spec), free, varying

@@ -1,0 +1,276 @@
+"""Which channels can go: the largest set for which every reader agrees.
+
+Owns the conditions of exactness, and the fixpoint over them. It must not change the graph.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from srigl_fx.passes.channel_flow import Flow, Pairing, Reading, Site, shape_of
+from srigl_fx.passes.channel_groups import FIXED, Groups, kept_shape, surplus
+from srigl_fx.passes.constness import Constant
+from srigl_fx.passes.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
+from srigl_fx.passes.program import Program, arguments, tensor_at
+
+
+@dataclass
+class Columns:
+    """What arrives at the columns of a contraction: each a tensor (groups, columns).
+
+    Attributes:
+        fixed: Whether the channel does not depend on any input.
+        uniform: Whether it is one number all over.
+        value: That number, where it is fixed and uniform.
+    """
+
+    fixed: Tensor
+    uniform: Tensor
+    value: Tensor
+
+
+@dataclass
+class Fold:
+    """How the constant channels that a contraction loses are made up for.
+
+    Attributes:
+        bias: (groups, columns) bool; what their uniform values contribute goes into the bias.
+        carried: (groups, columns) bool; the columns are added, scaled, to the one of a constant channel that stays.
+        carrier: (groups,), that channel; -1 where there is none.
+        mapped: (groups, columns) bool; what they contribute is a constant that is added.
+    """
+
+    bias: Tensor
+    carried: Tensor
+    carrier: Tensor
+    mapped: Tensor
+
+
+def known_of(node: fx.Node, known: dict[fx.Node, Constant]) -> Constant | None:
+    """What is known of a node, with axes of size 1 for those that depend on the batch."""
+    constant = known.get(node)
+    if constant is None:
+        return None
+    fixed, value = constant.fixed, constant.value
+    for axis, size in enumerate(node.meta["val"].shape):
+        if not isinstance(size, int):
+            fixed, value = fixed.unsqueeze(axis), value.unsqueeze(axis)
+    return Constant(fixed=fixed, value=value)
+
+
+def columns_of(site: Site | Reading, data: fx.Node, shape: torch.Size, known: dict[fx.Node, Constant]) -> Columns:
+    """What arrives along the channel axis of ``data``, in the shape of the columns."""
+    constant = known_of(data, known)
+    if constant is None:
+        nothing = torch.zeros(shape, dtype=torch.bool)
+        return Columns(nothing, nothing, nothing.double())
+    channels = math.prod(shape)
+    fixed, value = (t.movedim(site.axis, 0).reshape(channels, -1) for t in (constant.fixed, constant.value))
+    first = value.double().mean(1, keepdim=True)
+    all_fixed = fixed.all(1)
+    return Columns(
+        all_fixed.reshape(shape), (all_fixed & even(value, first).all(1)).reshape(shape), first.reshape(shape)
+    )
+
+
+def even(value: Tensor, reference: Tensor) -> Tensor:
+    """Where a value is the reference, up to the rounding of kernels that treat equal positions differently."""
+    precision = torch.finfo(value.dtype).eps if value.is_floating_point() else 0.0
+    return (value.double() - reference).abs() <= 16 * precision * reference.abs()
+
+
+def has_borders(site: Site) -> bool:
+    """Whether a uniform channel may contribute differently at the borders of the result."""
+    name = plain_name(site.node.target)
+    if name in TRANSPOSED:
+        return True
+    if name not in CONVOLUTIONS:
+        return False
+    padding = arguments(site.node)["padding"]
+    return padding != "valid" and (isinstance(padding, str) or any(padding))
+
+
+class Removable:
+    """The state of the decision: which coupling groups are removed, and why the others are not."""
+
+    def __init__(self, program: Program, flow: Flow, groups: Groups, known: dict[fx.Node, Constant]) -> None:
+        self.flow, self.groups, self.known = flow, groups, known
+        self.removed = ~groups.pinned
+        self.reason = dict(groups.reason)
+        self._reading = [s for s in flow.sites if s.data is not None and not s.coupled]
+        self._columns = {s.node: columns_of(s, s.data, s.columns.shape, known) for s in self._reading if s.data}
+        self._nonzero = {
+            s.node: s.matrix(tensor_at(program.module, str(s.weight.target)).detach().ne(0)).any(-1)
+            for s in self._reading
+        }
+        self._exact = [self._pairing(pairing) for pairing in flow.pairings]
+        self._values = _distinct(flow, groups)
+        self._rows: dict[fx.Node, Tensor] = {}
+
+    # -- questions ------------------------------------------------------------------------------------------------
+
+    def gone(self, ids: Tensor) -> Tensor:
+        """Which elements of an array of classes are removed."""
+        return self.removed[self.groups.of(ids)]
+
+    def arriving(self, site: Site) -> Columns:
+        """What arrives at the columns of a contraction."""
+        return self._columns[site.node]
+
+    def fold(self, site: Site) -> Fold:
+        """How a contraction makes up for the constant channels it loses."""
+        columns, gone = self._columns[site.node], self.gone(site.columns)
+        lost = gone & self._used(site) & ~(columns.uniform & (columns.value == 0))
+        uniform = lost & columns.uniform
+        borders = has_borders(site)
+        carrier = torch.full((len(gone),), -1)
+        if borders:
+            for group in uniform.any(1).nonzero().flatten().tolist():
+                carrier[group] = self._carrier(columns, ~gone, group)
+        return Fold(
+            bias=uniform & (not borders),
+            carried=uniform & borders,
+            carrier=carrier,
+            mapped=lost & ~columns.uniform,
+        )
+
+    # -- the fixpoint ---------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Take back what must stay until nothing does any more."""
+        while True:
+            before = int(self.removed.sum())
+            for site in reversed(self._reading):
+                self._check_site(site)
+            for pairing, exact in zip(self.flow.pairings, self._exact, strict=True):
+                self._check_pairing(pairing, exact)
+            for reading in self.flow.readings:
+                self._check_reading(reading)
+            for whole, members in self.flow.hulls:
+                self._check_hull(whole, members)
+            if before == int(self.removed.sum()):
+                # Only what all readers agree on competes for a place in a rectangular array.
+                for ids, name in self._values:
+                    self._check_shape(ids, name)
+            if before == int(self.removed.sum()):
+                return
+
+    def keep(self, labels: Tensor, reason: str) -> None:
+        """Take groups back, and remember why."""
+        labels = labels[self.removed[labels]].unique()
+        self.removed[labels] = False
+        for label in labels.tolist():
+            self.reason.setdefault(label, reason)
+
+    def _keep_where(self, ids: Tensor, where: Tensor, reason: str) -> None:
+        if bool(where.any()):
+            self.keep(self.groups.of(ids)[where], reason)
+
+    def _used(self, site: Site) -> Tensor:
+        """(groups, columns) bool: which columns a row that stays reads."""
+        rows = ~self.gone(site.rows)
+        return (self._nonzero[site.node] & rows[:, :, None]).any(1)
+
+    def _check_site(self, site: Site) -> None:
+        columns, name = self._columns[site.node], str(site.weight.target)
+        gone = self.gone(site.columns)
+        if not bool(gone.any()):
+            return
+        used = gone & self._used(site)
+        self._keep_where(site.columns, used & ~columns.fixed, f"not constant where {name} reads it")
+        lost = used & columns.fixed & self.gone(site.columns)
+        if not bool(lost.any()):
+            return
+        mapped = lost & ~columns.uniform
+        if bool(mapped.any()):
+            size = math.prod(size for size in site.node.meta["val"].shape if isinstance(size, int))
+            saved = int(self._nonzero[site.node].shape[1] * mapped.sum() * self._kernel(site))
+            if size > saved:
+                reason = f"a constant that is not uniform, and the map to add after {name} is larger than what it saves"
+                self._keep_where(site.columns, mapped, reason)
+        if has_borders(site):
+            uneven = lost & columns.uniform & (columns.value != 0)
+            for group in uneven.any(1).nonzero().flatten().tolist():
+                kept = ~self.gone(site.columns)
+                if self._carrier(columns, kept, group) < 0:
+                    best = self._carrier(columns, uneven, group)
+                    label = self.groups.of(site.columns[group, best])[None]
+                    self.keep(label, f"carries the constant channels that {name} reads beyond its borders")
+
+    def _kernel(self, site: Site) -> int:
+        count = site.weight.meta["val"].numel()
+        return max(1, count // (site.rows.numel() * site.columns.shape[1]))
+
+    @staticmethod
+    def _carrier(columns: Columns, among: Tensor, group: int) -> int:
+        """The column with the largest uniform constant among those given; -1 if there is none."""
+        value = torch.where(among[group] & columns.uniform[group], columns.value[group].abs(), 0)
+        best = int(value.argmax())
+        return best if value[best] > 0 else -1
+
+    def _pairing(self, pairing: Pairing) -> Tensor:
+        """(groups,) bool; which summed channels contribute nothing, or the same to all that a softmax compares."""
+        sides = []
+        for node, axis in ((pairing.left, pairing.left_axis), (pairing.right, pairing.right_axis)):
+            free = -1 if axis == -2 else -2
+            ids = self.flow.ids[node].expand(shape_of(node)).narrow(free, 0, 1).squeeze(free)
+            constant = known_of(node, self.known)
+            exact = torch.zeros(ids.shape, dtype=torch.bool)
+            if constant is not None:
+                shifts = pairing.softmax and node is pairing.right
+                wanted = constant.value.double().mean(free, keepdim=True) if shifts else torch.zeros(())
+                exact = (constant.fixed & even(constant.value, wanted)).all(free).expand(ids.shape)
+            # A group is exact on this side if it is so wherever it occurs there.
+            side = torch.ones(self.groups.count, dtype=torch.bool)
+            side[self.groups.of(ids)[~exact]] = False
+            sides.append(side)
+        return sides[0] | sides[1]
+
+    def _check_pairing(self, pairing: Pairing, exact: Tensor) -> None:
+        rows = pairing.members[~self.gone(pairing.whole)]
+        needed = ~exact[self.groups.of(rows)]
+        self._keep_where(rows, needed, f"multiplied with what varies in {pairing.node.name}")
+
+    def _check_reading(self, reading: Reading) -> None:
+        ids = self.flow.ids[reading.data]
+        ids = ids.expand(shape_of(reading.data)) if ids.numel() == 1 else ids
+        columns = columns_of(reading, reading.data, torch.Size([shape_of(reading.data)[reading.axis]]), self.known)
+        zero = columns.uniform & (columns.value == 0)
+        self._keep_where(ids.reshape(-1), self.gone(ids.reshape(-1)) & ~zero, f"summed over, in {reading.node.name}")
+
+    def _check_hull(self, whole: Tensor, members: Tensor) -> None:
+        inner = self.gone(members).all(1)
+        self._keep_where(whole, self.gone(whole) & ~inner, "part of it stays")
+        empty = ~self.gone(whole) & inner
+        if bool(empty.any()):
+            self.keep(self.groups.of(members[empty][:, 0]), "the last one of a group that stays")
+
+    def _check_shape(self, ids: Tensor, name: str) -> None:
+        kept = ~self.gone(ids)
+        if not bool(kept.any()):
+            self.keep(self.groups.of(ids).flatten()[:1], f"the last channel of {name}")
+        elif kept_shape(kept) is None:
+            self._keep_where(ids, surplus(kept), f"unequal numbers along an axis of {name}")
+
+
+def _distinct(flow: Flow, groups: Groups) -> list[tuple[Tensor, str]]:
+    """The different arrays of groups among all values, with the name of a node that has it."""
+    seen: dict[int, tuple[Tensor, str]] = {}
+    arrays = [(ids, node.name) for node, found in flow.ids.items() for ids in pytree.tree_leaves(found)]
+    for site in flow.sites:
+        arrays += [(site.rows, site.node.name), (site.columns, site.node.name)]
+    for ids, name in arrays:
+        if isinstance(ids, Tensor) and bool((ids != FIXED).any()):
+            key = hash((ids.shape, groups.of(ids).numpy().tobytes()))
+            seen.setdefault(key, (ids, name))
+    return list(seen.values())
+
+
+def count_reasons(decision: Removable, ids: Tensor) -> Counter[str]:
+    """How many of the classes stay, by reason."""
+    kept = decision.groups.of(ids)[~decision.gone(ids)]
+    return Counter(decision.reason.get(label, "it is live") for label in kept.tolist())

@@ -1,0 +1,141 @@
+"""One call of ``torch.export``, and the state of a model and of torch in which it can succeed.
+
+Owns what has to be so while a model is traced, and that it is as before afterwards: the attention and expert
+implementations, signatures with a variable number of arguments, silence. It must not know which attempt comes next.
+"""
+
+import contextlib
+import inspect
+import io
+import logging
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+aten = torch.ops.aten
+
+
+def export(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sizes: list[dict[int, Any] | None],
+    *,
+    strict: bool,
+) -> ExportedProgram:
+    """Export ``model`` and bring the program into functional form.
+
+    Args:
+        model: In eval mode.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        sizes: For each flat input, what its free dimensions are to be; None where all its sizes are fixed.
+        strict: Trace with torch's bytecode analysis instead of plain Python.
+    """
+    model = _with_plain_signature(model, args, kwargs)
+    names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
+    values = [*args, *kwargs.values()]
+    by_name = dict(zip([*names[: len(args)], *kwargs], values, strict=True))
+    leaves = iter(sizes)
+    shapes = pytree.tree_map(lambda _: next(leaves), by_name) if any(sizes) else None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about torch's own internals; nothing a user could act on
+        exported: ExportedProgram = torch.export.export(
+            model, args, kwargs, dynamic_shapes=shapes and {name: shapes[name] for name in names}, strict=strict
+        )
+        _reshape_views(exported.graph_module)
+        functional: ExportedProgram = exported.run_decompositions({})
+        return functional
+
+
+def _with_plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+    """``model`` with one parameter for each argument where its forward takes a variable number of them.
+
+    Export cannot give such arguments free sizes. The module returned has the very attributes of ``model``.
+    """
+    signature = inspect.signature(model.forward)
+    given = signature.bind(*args, **kwargs).arguments
+    variable = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+    if not any(signature.parameters[name].kind in variable for name in given):
+        return model
+    cls = type(model)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return cls.forward(self, *args, **kwargs)
+
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    one_each = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(args))]
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs]
+    forward.__signature__ = inspect.Signature([own, *one_each, *named])  # type: ignore[attr-defined]
+    plain: nn.Module = cls.__new__(type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__}))
+    plain.__dict__ = model.__dict__
+    return plain
+
+
+def _reshape_views(module: fx.GraphModule) -> None:
+    """Make views reshapes: a view is recorded for the strides that one particular attention kernel gives its output."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default
+
+
+@contextmanager
+def fit_for_capture(model: nn.Module) -> Iterator[None]:
+    """The state in which ``model`` can be captured: plain attention and experts, and torch silent."""
+    with _plain_attention(), _plain_experts(model), _quiet_torch():
+        yield
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep nn.MultiheadAttention from its fused inference path, which is one opaque operator."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def _plain_experts(model: nn.Module) -> Iterator[None]:
+    """Let mixtures of experts multiply batches of matrices: grouped products have no ONNX form."""
+    before = [
+        (module, module.get_experts_implementation())
+        for module in model.modules()
+        if callable(getattr(module, "set_experts_implementation", None))
+        and callable(getattr(module, "get_experts_implementation", None))
+    ]
+    try:
+        for module, _ in before:
+            module.set_experts_implementation("batched_mm")
+        yield
+    finally:
+        for module, implementation in reversed(before):
+            module.set_experts_implementation(implementation)
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Keep torch from logging and printing graphs of attempts that fail here; the error that is raised says why."""
+    thread = threading.get_ident()
+
+    def of_others(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    loggers = [logger for name, logger in logging.root.manager.loggerDict.items() if name.partition(".")[0] == "torch"]
+    handlers = {id(h): h for logger in loggers if isinstance(logger, logging.Logger) for h in logger.handlers}
+    for handler in handlers.values():
+        handler.addFilter(of_others)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for handler in handlers.values():
+            handler.removeFilter(of_others)

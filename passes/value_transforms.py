@@ -1,0 +1,185 @@
+"""Whether what a graph makes of a weight can be masked: one value for each stored value, in the same place.
+
+Owns the tables of operations and the look at the values of a transform; it must not know where the graph came from, nor
+what is done with the answer.
+
+Rules:
+    1. A transform is of the weight alone, element by element, or with statistics (a mean, a norm) of the weight.
+       Parameters as large as a dimension of the weight may scale or shift it.
+    2. A transform that mixes the values of one neuron leaves a neuron of zeros as it is, unless it gives that neuron
+       values all the same.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, fx, nn
+
+from srigl_fx.nn import regenerated
+from srigl_fx.nn.effective import Masking, masked
+from srigl_fx.nn.regenerated import RegenerationError
+from srigl_fx.passes.weight_layout import Layout
+
+
+def _names(listed: str) -> frozenset[str]:
+    return frozenset(listed.split())
+
+
+_ELEMENTWISE = _names(
+    "add sub mul div truediv true_divide pow neg pos abs square sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos "
+    "tanh sigmoid logsigmoid relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign hardtanh hardsigmoid "
+    "hardswish threshold erf sign sgn round floor ceil trunc frac fix clamp clamp_min clamp_max clip minimum maximum "
+    "where masked_fill eq ne lt le gt ge logical_and logical_or logical_not and_ or_ dropout alpha_dropout lerp "
+    "addcmul addcdiv floordiv floor_divide remainder fmod tanhshrink softshrink hardshrink "
+    "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine nan_to_num copysign "
+    "to type type_as float half bfloat16 double contiguous clone detach"
+)
+_STATISTICS = _names(
+    "mean sum std var norm vector_norm linalg_norm linalg_vector_norm amax amin max min std_mean var_mean median "
+    "logsumexp prod aminmax nansum nanmean count_nonzero all any"
+)
+_NORMALISATIONS = _names(
+    "batch_norm layer_norm group_norm instance_norm rms_norm normalize softmax log_softmax softmin"
+)
+_RESHAPES = _names("view reshape flatten unflatten view_as reshape_as unsqueeze squeeze ravel")
+_SIZES = _names("size numel dim ndimension shape ndim dtype device")
+
+
+class UnfitError(Exception):
+    """A transform that cannot be masked; the message is the reason."""
+
+
+class CompanionError(Exception):
+    """The parameter is no weight, but scales or shifts one."""
+
+
+def attribute(module: nn.Module, target: str) -> object:
+    """What a ``get_attr`` target is.
+
+    Example:
+        >>> attribute(nn.Linear(3, 2), "weight").shape
+        torch.Size([2, 3])
+    """
+    value: object = module
+    for part in target.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _name(node: fx.Node) -> str:
+    if isinstance(node.target, str):
+        return node.target
+    return str(getattr(node.target, "__name__", node.target)).strip("_")
+
+
+def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Tensor) -> bool:
+    """Rule 2: whether ``end`` is made of ``source`` element by element; else it is made with statistics of it.
+
+    Raises:
+        UnfitError: It is made in another way.
+    """
+    roles: dict[fx.Node, str] = {source: "value"}  # value, statistic, size or other
+    elementwise = True
+    needed = regenerated.ancestors(end)
+    for node in source.graph.nodes:
+        if node not in needed or node is source:
+            continue
+        met = {roles[each] for each in node.all_input_nodes if each in roles}
+        if node.op == "placeholder":
+            raise UnfitError("its effective value depends on the data")
+        if node.op == "get_attr":
+            _check_companion(node, attribute(module, str(node.target)), weight)
+            roles[node] = "other"
+            continue
+        name = "module" if node.op == "call_module" else _name(node)
+        if name == "getattr":
+            name = str(node.args[1])
+        if not met & {"value", "statistic"} or name in _SIZES:
+            roles[node] = "other"
+        elif name in _RESHAPES or name == "getitem":
+            if name == "getitem" and "value" in met:
+                raise UnfitError("it is cut in pieces")
+            roles[node] = "value" if "value" in met else "statistic"
+        elif name in _ELEMENTWISE:
+            roles[node] = "value" if "value" in met else "statistic"
+            elementwise &= not {"value", "statistic"} <= met
+        elif name in _STATISTICS:
+            roles[node] = "statistic"
+        elif name in _NORMALISATIONS:
+            roles[node], elementwise = "value", False
+        elif name == "module":
+            elementwise &= _module_is_elementwise(module, node, weight)
+            roles[node] = "value"
+        else:
+            raise UnfitError(f"{name} does not keep each value in its place")
+    if roles[end] != "value":
+        raise UnfitError("what is used is not of its shape")
+    return elementwise
+
+
+def _module_is_elementwise(module: nn.Module, node: fx.Node, weight: Tensor) -> bool:
+    child = module.get_submodule(str(node.target))
+    if any(cls.__name__ == "FakeQuantizeBase" for cls in type(child).__mro__):
+        return True  # its scale, which it observes, has no gradient, and zero is always one of its values
+    if len(node.args) != 1 or node.kwargs:
+        raise UnfitError(f"the child {node.target!r} does not take it alone")
+    elementwise = True
+    for training in (False, True):
+        try:
+            graph = regenerated.trace(child, training=training, exact=False)
+        except RegenerationError as error:
+            raise UnfitError(f"the child {node.target!r} cannot be looked into: {error}") from error
+        (source,) = [each for each in graph.nodes if each.op == "placeholder"]
+        ends = graph.output_node().all_input_nodes
+        if len(ends) != 1:
+            raise UnfitError(f"the child {node.target!r} gives several values")
+        elementwise &= is_elementwise(child, source, ends[0], weight)
+    return elementwise
+
+
+def _check_companion(node: fx.Node, value: object, weight: Tensor) -> None:
+    if isinstance(value, nn.Parameter) and value.numel() > max(weight.shape):
+        if weight.numel() <= max(value.shape):
+            raise CompanionError(f"it scales or shifts the weight {node.target!r}")
+        raise UnfitError(
+            f"it is made of two weights, the other one is {node.target!r}: masking one leaves the other whole"
+        )
+
+
+@torch.no_grad()
+def _values(transform: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return transform(value)
+        except Exception as error:  # user code; in a mode it may never have run in
+            raise UnfitError(f"it could not be computed ({type(error).__name__}: {error})") from error
+
+
+def check_values(transform: Callable[[Tensor], Tensor], weight: Tensor) -> None:
+    values = _values(transform, weight.detach())
+    if not isinstance(values, Tensor) or values.shape != weight.shape:
+        found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise UnfitError(f"what is used is not of its shape but {found}")
+
+
+def zero_dims(
+    transform: Callable[[Tensor], Tensor], weight: Tensor, layout: Layout, *, elementwise: bool
+) -> tuple[int, ...]:
+    """Rule 3: the dimensions over which a neuron of zeros is looked for, or none."""
+    if elementwise:
+        return ()
+    without = weight.detach().clone()
+    dims = layout.input_axes if layout.view == tuple(weight.shape) else ()
+    neuron = tuple(slice(None) if dim in dims else 0 for dim in range(weight.dim()))
+    if not dims:
+        raise UnfitError("its neurons do not lie along its dimensions")
+    without[neuron] = 0.0
+    there = _values(transform, without)[neuron]
+    if bool(there.isfinite().all()) and bool(there.any()):
+        return ()
+    first_input = tuple(0 if dim == dims[0] else slice(None) for dim in range(weight.dim()))
+    without[first_input] = 0.0
+    masking = Masking(elementwise=False, zero_dims=dims)
+    if not bool(_values(lambda value: masked(value, value != 0, transform, masking), without).isfinite().all()):
+        raise UnfitError("it divides by zero where inputs are pruned")
+    return dims

@@ -1,0 +1,67 @@
+"""What torch.onnx cannot translate, in terms that it can.
+
+Owns :func:`rewrite`, from a graph to one that computes the same. It must not know ONNX, files or masks.
+"""
+
+import operator
+import sys
+from typing import Any
+
+import torch
+from torch import fx
+
+from srigl_fx.passes.program import arguments
+
+aten = torch.ops.aten
+
+_REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
+
+
+def rewrite(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of a graph that ``torch.onnx`` translates; parameters and buffers are shared.
+
+    1. ``split`` into pieces whose size depends on the batch becomes slices: the optimizer of ONNX models fails on a
+       sequence of unknown length.
+    2. ``amax`` and ``amin`` of everything name all dimensions.
+
+    Args:
+        module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
+
+    Example:
+        >>> class Range(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x.amax() - x.amin()
+        >>> module = torch.export.export(Range(), (torch.ones(4, 3),)).module()
+        >>> [node.args[1:] for node in rewrite(module).graph.nodes if node.target is aten.amax.default]
+        [([0, 1],)]
+    """
+    graph = fx.Graph()
+    copies: dict[fx.Node, Any] = {}
+    returned = graph.graph_copy(module.graph, copies)
+    graph.output(returned)
+    graph.set_codegen(module.graph._codegen)
+    for node in list(graph.nodes):
+        if node.target is aten.split.Tensor and isinstance(node.args[1], fx.Node):
+            _slice(graph, node)
+        elif node.target in _REDUCTIONS and not arguments(node)["dim"]:
+            given = arguments(node)
+            node.args = (given["self"], list(range(given["self"].meta["val"].dim())), given["keepdim"])
+            node.kwargs = {}
+    graph.lint()
+    return fx.GraphModule(module, graph)
+
+
+def _slice(graph: fx.Graph, split: fx.Node) -> None:
+    given = arguments(split)
+    data, size, dim = given["self"], given["split_size"], given["dim"]
+    last = len(split.meta["val"]) - 1
+    for item in list(split.users):
+        index = item.args[1]
+        with graph.inserting_before(item):
+            start = graph.call_function(operator.mul, (size, index))
+            stop = sys.maxsize if index == last else graph.call_function(operator.add, (start, size))
+            piece = graph.call_function(aten.slice.Tensor, (data, dim, start, stop))
+        piece.meta = dict(item.meta)
+        item.replace_all_uses_with(piece)
+        graph.erase_node(item)
+    graph.erase_node(split)

@@ -1,0 +1,199 @@
+"""Lowering a model that is not one graph: find regions, lower each, put the model together again and check it.
+
+Owns the order of these steps, which regions are given up, and the report on the whole. It must not know how one graph is
+lowered.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from srigl_fx.comparison import TOLERANCE, relative_error
+from srigl_fx.errors import LoweringError
+from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport
+from srigl_fx.lowered_regions import LoweredRegions, assemble
+from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.passes.capture import Capture, first_line, run_model, uncapturable
+from srigl_fx.passes.program import Program
+from srigl_fx.passes.regions import Region, RegionFinder
+
+
+@dataclass(frozen=True)
+class _Lowered:
+    """A region and its graph.
+
+    ``full`` is the report on all weights of the model that lowering it gave, ``error`` the largest relative difference
+    from the sub-module on the recorded inputs; 0 where that was not asked for.
+    """
+
+    region: Region
+    graph: LoweredModule
+    full: LoweringReport
+    error: float
+
+
+def lower_regions(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    attempts: Capture,
+    lower_one: Callable[[Program, nn.Module], LoweredModule],
+    *,
+    verify: bool,
+) -> LoweredRegions:
+    """Lower the parts of ``model`` that can be captured.
+
+    A region without which the model's own code still runs, and with which it does not give the same outputs, is given
+    up, and the regions inside it are tried.
+
+    Args:
+        model: A model with masks, in eval mode.
+        args: Example arguments.
+        kwargs: Example keyword arguments.
+        attempts: What came of the attempts to capture the model whole.
+        lower_one: Lowers one graph, captured from the sub-module it is given too; its report is on all the weights of
+            the model.
+        verify: Put the largest error into the report, and raise where it is beyond the tolerance.
+
+    Raises:
+        CaptureError: There is no region.
+        LoweringError: The model cannot be copied, or does not give the same outputs.
+    """
+    finder = RegionFinder(model, args, kwargs, attempts.failures)
+
+    def lowered(name: str) -> list[_Lowered]:
+        return [_lower_one(region, lower_one, verify=verify) for region in finder.below(name)]
+
+    kept = lowered("")
+    if not kept:
+        raise uncapturable(model, attempts)
+    error = _error(finder, kept, args, kwargs)
+    if isinstance(error, str):
+        waiting, kept = kept, []
+        while waiting:
+            candidate = waiting.pop(0)
+            alone = _error(finder, [*kept, candidate], args, kwargs)
+            if isinstance(alone, str):
+                finder.give_up(candidate.region, alone)
+                waiting[:0] = lowered(candidate.region.name)
+            else:
+                kept.append(candidate)
+                error = alone
+    if not kept:
+        raise uncapturable(model, Capture(None, tuple(finder.failures), attempts.cause))
+    if isinstance(error, str):
+        raise LoweringError(f"the parts of {type(model).__name__} do not make a whole: {error}")
+    regions = {one.region.name: one.graph for one in kept}
+    copied = assemble(model, regions, finder.recording.written)
+    report = _report(finder, kept, copied, error if verify else None)
+    return LoweredRegions(
+        copied, regions, report, {one.region.name: (one.region.program.args, one.region.program.kwargs) for one in kept}
+    )
+
+
+def _lower_one(
+    region: Region, lower_one: Callable[[Program, nn.Module], LoweredModule], *, verify: bool
+) -> _Lowered:
+    """Lower a region; its report is on the weights that its graph reads."""
+    owned = {id(tensor) for tensor in region.program.module.parameters()}
+    read = {weight.fqn for weight in sparse_weights(region.program.model) if id(weight.weight) in owned}
+    graph = lower_one(region.program, region.module)
+    inside = region.name + "."
+    report = replace(
+        graph.report,
+        layers=tuple(replace(one, region=region.name) for one in graph.report.layers if one.fqn in read),
+        others=tuple(one for one in graph.report.others if one.fqn.startswith(inside)),
+    )
+    inputs = [item and {**item, "any_rank": True} for item in graph.inputs] if region.any_rank else graph.inputs
+    built = LoweredModule.build(graph, report, inputs)
+    error = 0.0
+    if verify:
+        args, kwargs = region.program.args, region.program.kwargs
+        found = _difference(run_model(region.module, args, kwargs), run_model(built, args, kwargs))
+        if not found <= TOLERANCE:
+            raise LoweringError(
+                f"the lowered region {region.name} is off by {found:.2e} of its largest value (allowed: {TOLERANCE:.0e}). "
+                "A module whose outputs depend on more than its inputs cannot be verified: pass verify=False if that is so"
+            )
+        built = LoweredModule.build(built, replace(report, max_error=found), inputs)
+        error = found
+    return _Lowered(region, built, graph.report, error)
+
+
+def _error(
+    finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> float | str:
+    """The largest relative error of the model with these parts lowered, or what is wrong with its outputs."""
+    copied = assemble(finder.model, {one.region.name: one.graph for one in parts}, finder.recording.written)
+    try:
+        output = run_model(copied, args, kwargs)
+    except Exception as error:  # the model's own code, which did run before: any type
+        return f"with its graph in place the code around it fails: {type(error).__name__}: {first_line(error)}"
+    worst = _difference(finder.recording.output, output)
+    if not worst <= TOLERANCE:
+        return (
+            f"with its graph in place the outputs are off by {worst:.1e} of the largest value: the code around it reads "
+            "its weights, or the outputs depend on more than the inputs"
+        )
+    return worst
+
+
+def _difference(expected: Any, got: Any) -> float:
+    """The largest relative error of an output; infinite where there are more or fewer of them."""
+    ours, theirs = list(_leaves(got, set())), list(_leaves(expected, set()))
+    if len(ours) != len(theirs):
+        return float("inf")
+    return max((relative_error(one, other) for one, other in zip(theirs, ours, strict=True)), default=0.0)
+
+
+def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
+    """The tensors and numbers of an output, also those in objects that are no containers of torch's."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor | bool | int | float | str | None):
+            yield leaf
+        elif id(leaf) not in seen:
+            seen.add(id(leaf))
+            yield from _leaves(list(getattr(leaf, "__dict__", {}).values()), seen)
+
+
+def _report(finder: RegionFinder, parts: list[_Lowered], copied: nn.Module, error: float | None) -> LoweringReport:
+    reports = [one.graph.report for one in parts]
+    full = parts[0].full
+    alive = {id(parameter) for parameter in copied.parameters()}
+    known = {layer.fqn: layer for layer in full.layers}
+    local = sum("module-local" in one.region.program.how for one in parts)
+    return LoweringReport(
+        layers=tuple(_layer(finder, weight, known[weight.fqn], parts, alive) for weight in sparse_weights(finder.model)),
+        others=full.others,
+        capture=f"{len(parts)} regions ({len(parts) - local} by torch.export, {local} module-local), the rest as it was",
+        dynamic_batch=all(report.dynamic_batch for report in reports),
+        max_error=None if error is None else max([error, *(one.error for one in parts)]),
+        removals=tuple(removal for report in reports for removal in report.removals),
+        notes=tuple(note for report in reports for note in report.notes),
+        capture_failures=tuple(finder.failures),
+    )
+
+
+def _layer(
+    finder: RegionFinder, weight: SparseWeight, known: LayerReport, parts: list[_Lowered], alive: set[int]
+) -> LayerReport:
+    """What became of one weight in all regions that read it."""
+    found = [(one, layer) for one in parts for layer in one.graph.report.layers if layer.fqn == weight.fqn]
+    if not found:
+        owner = weight.fqn.rpartition(".")[0]
+        return replace(known, decision="dense", reason=finder.why_not(owner), bytes_after=known.bytes_before)
+    best = next((layer for _, layer in found if layer.decision != "dense"), found[0][1])
+    dense = weight.weight.nbytes
+    stored = sum(
+        layer.bytes_after - dense * any(tensor is weight.weight for tensor in one.graph.parameters())
+        for one, layer in found
+    )
+    kept = id(weight.weight) in alive
+    reason = best.reason
+    if kept and best.decision != "dense" and not reason:
+        reason = "its dense form is kept: it is read outside that region too"
+    names = ", ".join(one.region.name for one, _ in found)
+    return replace(best, region=names, reason=reason, bytes_after=stored + dense * kept)
