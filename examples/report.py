@@ -6,6 +6,7 @@ report is written as one HTML file that opens in any browser. Run it with
 """
 
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -17,20 +18,21 @@ import srigl_fx as sx
 
 def network() -> nn.Sequential:
     """(N, 1, 8, 8) pictures to (N, 10) logits."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, padding=1, bias=False),
-        nn.BatchNorm2d(64),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1024, 512),
-        nn.ReLU(),
-        nn.Linear(512, 256),
-        nn.ReLU(),
-        nn.Linear(256, 10),
-    )
+    layers = {
+        "stem": nn.Conv2d(1, 32, 3, padding=1),
+        "relu0": nn.ReLU(),
+        "conv": nn.Conv2d(32, 64, 3, padding=1, bias=False),
+        "norm": nn.BatchNorm2d(64),
+        "relu1": nn.ReLU(),
+        "pool": nn.MaxPool2d(2),
+        "flatten": nn.Flatten(),
+        "fc1": nn.Linear(1024, 512),
+        "relu2": nn.ReLU(),
+        "fc2": nn.Linear(512, 256),
+        "relu3": nn.ReLU(),
+        "head": nn.Linear(256, 10),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 def train(steps: int) -> tuple[nn.Module, float]:
@@ -40,7 +42,7 @@ def train(steps: int) -> tuple[nn.Module, float]:
     targets = torch.tensor(bundle.target)
     test = torch.arange(len(inputs)) % 3 == 0
     torch.manual_seed(0)
-    model = sx.sparsify(network(), sparsity=0.95, rules={"0": None, "11": None})
+    model = sx.sparsify(network(), sparsity=0.95, rules={"stem": None, "head": None})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     sx.SRigL(model, optimizer, total_steps=steps, update_every=10, ablation=0.7)
     for _ in range(steps):

@@ -1,7 +1,8 @@
 """From a model and example inputs to a :class:`~srigl_fx.passes.program.Program`.
 
 Owns the chain of attempts of ``torch.export``, which of them can cure which error, and what is said when all fail. It
-must not know masks. Capture is serialised by a lock (``torch.export`` is not thread-safe) and leaves the model as it was.
+must not know masks. Capture is serialised by a lock (``torch.export`` is not thread-safe) and leaves the model as it
+was.
 """
 
 import inspect
@@ -9,7 +10,7 @@ import os
 import re
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,8 @@ FreeSizes = Mapping[int, frozenset[int]]
 EXPORT_LOCK = threading.RLock()
 
 _HINT = (
-    "a forward must not branch on the values of tensors (use torch.where or torch.cond), return caches or other objects "
-    "that are not tensors (pass use_cache=False), or call libraries other than torch"
+    "a forward must not branch on the values of tensors (use torch.where or torch.cond), return caches or other "
+    "objects that are not tensors (pass use_cache=False), or call libraries other than torch"
 )
 _DATA_DEPENDENT = re.compile(r"data-dependent|unbacked|GuardOnDataDependent", re.IGNORECASE)
 _SYMBOLIC = re.compile(r"SymInt|SymBool|SymFloat|\bs\d+\b|constraint|speciali[sz]|dynamic shape", re.IGNORECASE)
@@ -119,15 +120,14 @@ def capture(model: nn.Module, example_inputs: Any) -> Program:
         (True, 1, 'torch.export, dynamic batch')
     """
     args, kwargs = normalise_inputs(example_inputs)
-    check_runs(model, args, kwargs)
     done = capture_whole(model, args, kwargs)
     if done.program is None:
         raise uncapturable(model, done)
     return done.program
 
 
-def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise a CaptureError unless ``model`` is in eval mode and runs on the inputs."""
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What ``model`` returns; a CaptureError unless it is in eval mode and runs on the inputs."""
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise CaptureError(
@@ -135,7 +135,7 @@ def check_runs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             "eval behaviour: call model.eval() first"
         )
     try:
-        run_model(model, args, kwargs)
+        return run_model(model, args, kwargs)
     except Exception as error:
         raise CaptureError(
             f"{type(model).__name__} does not run on the example inputs {_describe(args, kwargs)}: "
@@ -154,7 +154,14 @@ def uncapturable(model: nn.Module, done: Capture) -> CaptureError:
 
 
 def capture_whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Capture:
-    """Try to capture ``model`` as one graph, the leading dimension that its inputs share free if that can be."""
+    """Try to capture ``model`` as one graph, the leading dimension that its inputs share free if that can be.
+
+    Raises:
+        CaptureError: The model is in training mode, or does not run on the inputs.
+    """
+    problem = foreign_types((args, kwargs), _run_once(model, args, kwargs))
+    if problem:
+        return Capture(None, (Failure(name="", type=class_name(model), attempt="not tried", error=problem),))
     batched = _batched(pytree.tree_leaves((args, kwargs)))
     free = {position: frozenset({0}) for position, is_batched in enumerate(batched) if is_batched}
     rungs = [_Rung(Dim.DYNAMIC, False), _Rung(Dim.AUTO, False), _Rung(None, False)]
@@ -264,9 +271,7 @@ def _program(
     values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     if len(values) != len(leaves):
         raise CaptureError("the captured graph takes other inputs than the model; this is a defect, please report it")
-    leading = [
-        leaf.shape[0] if 0 in _free_sizes(value) else None for value, leaf in zip(values, leaves, strict=True)
-    ]
+    leading = [leaf.shape[0] if 0 in _free_sizes(value) else None for value, leaf in zip(values, leaves, strict=True)]
     batch = next((size for size in leading if size is not None), None)
     how = f"torch.export{' strict' if strict else ''}, {'static' if batch is None else 'dynamic'} batch"
     batched = tuple(size is not None and size == batch for size in leading)
@@ -276,19 +281,31 @@ def _program(
 def _free_sizes(value: Any) -> set[int]:
     """The dimensions of a placeholder's value whose sizes are free."""
     shape = value.shape if isinstance(value, Tensor) else ()
-    return {dim for dim, size in enumerate(shape) if isinstance(size, torch.SymInt)}
+    return {dim for dim, size in enumerate(shape) if is_free(size)}
+
+
+def is_free(size: int | torch.SymInt) -> bool:
+    """Whether a size of a captured graph may vary: a symbol that tracing has not found to be one number.
+
+    Example:
+        >>> is_free(3)
+        False
+    """
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
 
 
 def _check_free(
     program: Program, free: FreeSizes, args: tuple[Any, ...], kwargs: dict[str, Any], required: FreeSizes
 ) -> None:
-    """Refuse a program that was captured with a repeated batch and has kept its size, or a size that varies."""
+    """Refuse a program that has kept the size of a repeated batch, or one that varies, or all that were to be free."""
     values = [node.meta.get("val") for node in program.module.graph.nodes if node.op == "placeholder"]
+    if free and not any(_free_sizes(value) for value in values):
+        raise CaptureError("all sizes are specialized to constants")
     for position, (value, leaf) in enumerate(zip(values, pytree.tree_leaves((args, kwargs)), strict=True)):
         fixed = set(range(leaf.dim())) - _free_sizes(value) if isinstance(leaf, Tensor) else set()
         if vary := fixed & required.get(position, frozenset()):
             raise CaptureError(f"dimension {min(vary)} of input {position} varies from call to call, but is built in")
-        if 0 in fixed & free.get(position, frozenset()) and value.shape[0] != leaf.shape[0]:
+        if 0 in fixed & free.get(position, frozenset()) and int(value.shape[0]) != leaf.shape[0]:
             raise CaptureError(f"dimension 0 of input {position} is specialized to a constant")
 
 
@@ -310,10 +327,10 @@ def class_name(module: nn.Module) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something.
+    r"""The first line of an error that says something.
 
     Example:
-        >>> first_line(ValueError("\\n  too small\\nsee above"))
+        >>> first_line(ValueError("\n  too small\nsee above"))
         'too small'
     """
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -330,16 +347,22 @@ def _whole_text(error: BaseException | None) -> str:
     return "" if error is None else f"{type(error).__name__} {error}"
 
 
-def leaf_problems(value: Any) -> Iterator[str]:
-    """What of a nested value a captured graph cannot take or return, by type; nothing where it can all of it.
+def foreign_types(inputs: Any, output: Any) -> str:
+    """What a module takes or returns that a captured graph cannot, in words; "" where there is no such thing.
 
     Example:
-        >>> list(leaf_problems({"x": torch.ones(1), "n": 3})), list(leaf_problems([object()]))
-        ([], ['object'])
+        >>> foreign_types({"x": torch.ones(1), "n": 3}, [None]), foreign_types((), [object()])
+        ('', 'it returns a value of type object')
     """
-    for leaf in pytree.tree_leaves(value):
-        if not isinstance(leaf, Tensor | bool | int | float | str | None):
-            yield type(leaf).__name__
+    for verb, value in (("takes", inputs), ("returns", output)):
+        leaves = pytree.tree_leaves(value)
+        names = sorted(
+            {type(x).__name__ for x in leaves if not isinstance(x, Tensor | bool | int | float | str | None)}
+        )
+        if names:
+            hint = ": pass use_cache=False" if any("Cache" in name for name in names) else ""
+            return f"it {verb} a value of type {', '.join(names)}{hint}"
+    return ""
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

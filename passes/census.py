@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from srigl_fx.errors import SparsifyError
 from srigl_fx.passes.capture import normalise_inputs
 from srigl_fx.passes.contractions import name_of
-from srigl_fx.passes.weight_uses import CONSTANT, Data, Derived, Use, Value, Views, after, initial
+from srigl_fx.passes.weight_uses import Data, Derived, Use, Value, Views, after, initial
 from srigl_fx.passes.weight_views import WeightView
 
 
@@ -75,11 +75,11 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.found: dict[int, list[Use]] = {}
-        self.values: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.values: Any = WeakIdKeyDictionary()
         for parameter in model.parameters():
             self.values[parameter] = initial(parameter)
         for buffer in model.buffers():
-            self.values[buffer] = CONSTANT
+            self.values[buffer] = initial(buffer)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,8 +120,8 @@ class _Recorder(TorchFunctionMode):
 def _fitted(value: Views, shape: tuple[int, ...]) -> Value:
     """The weight with the shape that it really has: scaling it may have repeated it."""
     view = value.views[0]
-    if view.shape == shape:
-        return value
+    if len(view.shape) == len(shape) and all(own in (1, real) for own, real in zip(view.shape, shape, strict=True)):
+        return value  # where it has size 1, rows were picked by index or the whole was repeated
     repeated = view.through(torch.broadcast_to, shape)
     return Views((repeated,)) if isinstance(repeated, WeightView) else Derived(value.sources, alone=False)
 
@@ -219,8 +219,9 @@ def _evaluating(model: nn.Module, weights: set[int]) -> Any:
                 module._buffers.clear()
                 module._buffers.update(own)
             for name, before in values.items():
-                if not torch.equal(own[name], before):
-                    own[name].copy_(before)
+                now = own[name]
+                if now is not None and not torch.equal(now, before):
+                    now.copy_(before)
 
 
 def _values(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:

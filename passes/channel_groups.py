@@ -56,7 +56,9 @@ class Channels:
         self._axes: nx.Graph[int] = nx.Graph()
         self._axes.add_node(0, name="fixed")
         self._maps: dict[int, list[NDArray[np.int64]]] = {}
-        self._pins: list[tuple[Tensor, str]] = [(torch.tensor([FIXED]), "it is coupled with an input or another fixed axis")]
+        self._pins: list[tuple[Tensor, str]] = [
+            (torch.tensor([FIXED]), "it is coupled with an input or another fixed axis")
+        ]
 
     def fresh(self, count: int, axis: str) -> Tensor:
         """``count`` new classes, for an axis of that name."""
@@ -70,7 +72,7 @@ class Channels:
         """Classes at the same place of two arrays, broadcast, go together."""
         if one is other:
             return
-        a, b = (t.reshape(-1).numpy() for t in torch.broadcast_tensors(one, other))
+        a, b = (array.reshape(-1) for array in np.broadcast_arrays(one.numpy(), other.numpy()))
         different = a != b
         if not different.any():
             return
@@ -93,7 +95,7 @@ class Channels:
 
     def pin(self, ids: Tensor, reason: str) -> None:
         """No class in ``ids`` may be removed."""
-        self._pins.append((ids.unique(), reason))
+        self._pins.append((distinct(ids), reason))
 
     def resolve(self) -> Groups:
         """The coupling groups: connected components over the axes, then over the classes of each component."""
@@ -105,7 +107,7 @@ class Channels:
         roots, label = np.unique(parent, return_inverse=True)
         groups = Groups(torch.from_numpy(label), torch.zeros(len(roots), dtype=torch.bool), {}, len(roots))
         for ids, reason in reversed(self._pins):
-            found = groups.of(ids).unique()
+            found = distinct(groups.of(ids))
             groups.pinned[found] = True
             groups.reason.update(dict.fromkeys(found.tolist(), reason))
         return groups
@@ -122,6 +124,11 @@ def _unite(parent: NDArray[np.int64], a: NDArray[np.int64], b: NDArray[np.int64]
             np.minimum.at(parent, parent[end], low)
             np.minimum.at(parent, end, low)
         parent[members] = parent[parent[members]]
+
+
+def distinct(numbers: Tensor) -> Tensor:
+    """The different numbers in a tensor, ascending."""
+    return torch.from_numpy(np.unique(numbers.numpy()))
 
 
 def compress(ids: Tensor) -> Tensor:
@@ -152,7 +159,7 @@ def kept_shape(kept: Tensor) -> list[int] | None:
     shape: list[int] = []
     while kept.dim():
         counts = kept.sum(-1)
-        sizes = counts[counts > 0].unique()
+        sizes = distinct(counts[counts > 0])
         if len(sizes) != 1:
             return None
         shape.insert(0, int(sizes))

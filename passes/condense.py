@@ -19,7 +19,8 @@ from srigl_fx.runtime.format import CondensedWeight
 
 aten = torch.ops.aten
 
-_MOST_PIECES = 4  # runs of rows with equal fan-ins that become operators of their own, rather than padded rows
+_MOST_PIECES = 4  # runs of rows with equal fan-ins that become operators of their own, rather than filled up
+_WORTH_CUTTING = 0.1  # the share of zeros that filling up must add before it is worth more operators
 
 
 class Condense(Pass[Program]):
@@ -28,9 +29,9 @@ class Condense(Pass[Program]):
     1. "condensed": the node becomes a condensed operator; values, indices and active rows are buffers named after the
        weight. A layer without bias gets a buffer of zeros. A convolution over one axis becomes one over two, the first
        of size 1.
-    2. Where a few runs of a matrix's rows keep different fan-ins (the blocks of a packed projection), the node becomes
-       one operator a run and their concatenation; else, where inputs were removed, the shorter rows are filled up
-       with weights that are zero.
+    2. Where a few runs of a matrix's rows keep fan-ins that differ much (the blocks of a packed projection), the node
+       becomes one operator a run and their concatenation; else, where inputs were removed, the shorter rows are filled
+       up with weights that are zero.
     3. "shrunk": the dense operator computes the active rows only; the others are filled with their bias.
     4. "dense": nothing changes.
     5. Dense weights that no node reads any more are gone from the module.
@@ -70,7 +71,8 @@ def condensed_rows(use: Use) -> list[tuple[int, int, CondensedWeight]]:
     weight, mask = use.weight.numpy(), use.mask.numpy()
     counts = mask.sum(axis=1)
     cuts = _runs(counts)
-    if len(cuts) > (_MOST_PIECES if use.form == "linear" else 1):
+    missing = int(np.where(counts > 0, counts.max(initial=0) - counts, 0).sum())
+    if len(cuts) > (_MOST_PIECES if use.form == "linear" else 1) or missing < _WORTH_CUTTING * counts.sum():
         mask = _filled_up(mask, counts)
         cuts = [(0, len(counts))]
     return [(first, last, CondensedWeight.from_dense(weight[first:last], mask[first:last])) for first, last in cuts]

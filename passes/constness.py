@@ -16,7 +16,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.base import Note
-from srigl_fx.passes.liveness import Call, any_live, liveness, simplify, spread
+from srigl_fx.passes.live_values import Call, any_live, simplify, spread
+from srigl_fx.passes.liveness import liveness
 from srigl_fx.passes.program import Program, arguments
 
 aten = torch.ops.aten
@@ -117,7 +118,13 @@ def _interpret(
     """One run; adds the operators without a rule, and where each stands first, to ``unknown``."""
     nodes = list(program.module.graph.nodes)
     last_reader = {operand: node for node in nodes for operand in node.all_input_nodes}
-    mutated = {node.args[0] for node in nodes if _mutates(node)}
+    mutated = {
+        id(_attribute(program.module, str(operand.target)))
+        for node in nodes
+        if _mutates(node)
+        for operand in node.all_input_nodes
+        if operand.op == "get_attr"
+    }
     inputs = iter(pytree.tree_leaves(program.inputs(batch)))
     values: dict[fx.Node, Any] = {}
     live: dict[fx.Node, Any] = {}
@@ -131,7 +138,7 @@ def _interpret(
                 live[node] = isinstance(values[node], Tensor)
             elif node.op == "get_attr":
                 values[node] = _attribute(program.module, str(node.target))
-                live[node] = node in mutated
+                live[node] = id(values[node]) in mutated
             else:
                 values[node], live[node] = _call(program.module, node, values, live, unknown)
             value = values[node]
@@ -223,9 +230,9 @@ def _without_batch(node: fx.Node, value: Tensor, live: bool | Tensor) -> Constan
     first = value
     for axis in axes:
         first = first.narrow(axis, 0, 1)
-    fixed = ~spread(live, value) & value.isfinite()
+    fixed = ~spread(live, value) & _same(value, first)
     if axes:
-        fixed, first = (fixed & _same(value, first)).all(dim=axes), first.squeeze(axes)
+        fixed, first = fixed.all(dim=axes), first.squeeze(axes)
     return Constant(fixed=fixed, value=first.masked_fill(~fixed, 0)) if bool(fixed.any()) else None
 
 
@@ -238,7 +245,7 @@ def _agreed(one: Constant, other: Constant) -> Constant | None:
 
 
 def _same(one: Tensor, other: Tensor) -> Tensor:
-    """Equal up to the rounding of kernels that do not sum all samples in the same order."""
+    """Equal up to the rounding of kernels that do not sum all samples in the same order; false if not finite."""
     if not one.is_floating_point():
         return one == other
-    return torch.isclose(one, other, rtol=1e-5, atol=1e-6)
+    return (one - other).abs() <= 1e-6 + 1e-5 * other.abs()

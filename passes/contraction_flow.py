@@ -1,18 +1,20 @@
 """What becomes of channels in contractions: with constant weights, and of activations with each other.
 
 Owns the rules for ``linear``, convolutions, products and attention, as functions of a
-:class:`~srigl_fx.passes.channel_flow.Transport`. It must not know masks, values of weights, nor what is removed.
+:class:`~srigl_fx.passes.transport.Transport`. It must not know masks, values of weights, nor what is removed.
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
-from srigl_fx.passes.channel_flow import Pairing, Site, Transport, align, compress, shape_of, tensor_count
-from srigl_fx.passes.channel_groups import FIXED
+from srigl_fx.passes.channel_flow import Pairing, Site, align, padded, shape_of, tensor_count
+from srigl_fx.passes.channel_groups import FIXED, compress
 from srigl_fx.passes.op_table import CONVOLUTIONS, PRODUCTS, TRANSPOSED, is_pointwise, plain_name
 from srigl_fx.passes.program import arguments
+from srigl_fx.passes.transport import Transport
 
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
@@ -31,14 +33,21 @@ def contract(transport: Transport, node: fx.Node) -> Any:
         given = arguments(node)
         if given["alpha"] != 1 or given["beta"] != 1 or len(shape_of(given["self"])) != 1:
             return None
-        return _weighted(
-            transport, node, given["mat1"], given["mat2"], given["self"], -1, -1, "columns first"
-        )
+        return _weighted(transport, node, given["mat1"], given["mat2"], given["self"], -1, -1, "columns first")
     if name in PRODUCTS:
         left, right = node.args
         assert isinstance(left, fx.Node)
         assert isinstance(right, fx.Node)
         return _product(transport, node, left, right)
+    if name == "baddbmm":
+        given = arguments(node)
+        scores = _product(transport, node, given["batch1"], given["batch2"])
+        if scores is not None and transport.is_constant(given["self"]):
+            transport.adopt(given["self"], scores, node)
+        elif scores is not None:
+            added = align(transport.ids(given["self"]), scores.dim())
+            scores = transport.join(scores, shape_of(node), added, padded(shape_of(given["self"]), scores.dim()))
+        return scores
     if name == "scaled_dot_product_attention":
         return _attention(transport, node, arguments(node))
     return None
@@ -104,6 +113,7 @@ def _embedding(transport: Transport, node: fx.Node, given: dict[str, Any]) -> Te
     weight = given["weight"]
     if not _is_weight(transport, weight):
         return None
+    transport.pin_others(node, weight)
     entries, width = shape_of(weight)
     rows = transport.channels.fresh(width, node.name)[None]
     columns = torch.full((1, entries), FIXED)
@@ -117,7 +127,7 @@ def _product(transport: Transport, node: fx.Node, left: fx.Node, right: fx.Node)
     if _is_weight(transport, right) and len(shape_of(right)) == 2 and len(shape_of(left)) >= 2:
         return _weighted(transport, node, left, right, None, -1, -1, "columns first")
     shapes = shape_of(left), shape_of(right)
-    if min(map(len, shapes)) < 2 or left.op == "get_attr" and right.op == "get_attr":
+    if min(map(len, shapes)) < 2 or (left.op == "get_attr" and right.op == "get_attr"):
         return None
     rank = len(shape_of(node))
     if left.op == "get_attr" or right.op == "get_attr":
@@ -139,14 +149,18 @@ def _product(transport: Transport, node: fx.Node, left: fx.Node, right: fx.Node)
     passing, outer = (other, one) if other.shape[-1] > 1 else (one, other)
     passing_shape, outer_shape = (shapes[1], shapes[0]) if other.shape[-1] > 1 else shapes
     if passing.shape[-1] == passing.shape[-2] == 1:
-        return transport.join(one, [*shapes[0][:-2], 1, 1], other, [*shapes[1][:-2], 1, 1]) if len(
-            shapes[0]
-        ) == len(shapes[1]) else _pinned(transport, one, other)
+        return (
+            transport.join(one, [*shapes[0][:-2], 1, 1], other, [*shapes[1][:-2], 1, 1])
+            if len(shapes[0]) == len(shapes[1])
+            else _pinned(transport, one, other)
+        )
     if all(passing.shape[axis] == outer.shape[axis] == 1 for axis in batch):
         return passing
     if len(passing_shape) != rank or len(outer_shape) != rank:
         return _pinned(transport, one, other)
-    if any(passing_shape[axis] != outer_shape[axis] for axis in batch if max(passing.shape[axis], outer.shape[axis]) > 1):
+    if any(
+        passing_shape[axis] != outer_shape[axis] for axis in batch if max(passing.shape[axis], outer.shape[axis]) > 1
+    ):
         return _pinned(transport, one, other)
     _follow(transport, outer, passing)
     return passing
@@ -168,7 +182,8 @@ def _paired(
     softmax: bool,
 ) -> Tensor:
     """A product summed over channels; the classes of its outer axes: one goes exactly if all its channels go."""
-    rows, inverse = members.reshape(-1, members.shape[-1]).unique(dim=0, return_inverse=True)
+    matrix = members.reshape(-1, members.shape[-1]).numpy()
+    rows, inverse = map(torch.from_numpy, np.unique(matrix, axis=0, return_inverse=True))
     whole = transport.channels.fresh(len(rows), f"outer axes of {node.name}")
     transport.flow.hulls.append((whole, rows))
     transport.flow.pairings.append(Pairing(node, *operands, *axes, softmax, whole, rows))
@@ -177,11 +192,11 @@ def _paired(
 
 def _follow(transport: Transport, outer: Tensor, inner: Tensor) -> None:
     """Along all axes but the last two: each of ``outer`` goes exactly if all of ``inner`` at its place go."""
-    lead = torch.broadcast_shapes(outer.shape[:-2], inner.shape[:-2])
+    lead = np.broadcast_shapes(outer.shape[:-2], inner.shape[:-2])
     members = inner.expand(*lead, -1, -1).reshape(-1, inner.shape[-2] * inner.shape[-1])
     owners = outer.expand(*lead, -1, -1).reshape(len(members), -1)
     owners = transport.channels.merge(owners, [1])
-    pairs = torch.cat([owners, members], 1).unique(dim=0)
+    pairs = torch.from_numpy(np.unique(torch.cat([owners, members], 1).numpy(), axis=0))
     transport.flow.hulls.append((pairs[:, 0], pairs[:, 1:]))
 
 
@@ -207,10 +222,10 @@ def _attention(transport: Transport, node: fx.Node, given: dict[str, Any]) -> Te
         if transport.is_constant(mask):
             transport.adopt(mask, whole, node)
         else:
-            size = len(shape_of(mask))
-            transport.join(
-                whole, [*shape[:-2], 1, 1], align(transport.ids(mask), rank), [1] * (rank - size) + shape_of(mask)
-            )
+            ids = align(transport.ids(mask), rank)
+            if ids.shape[-1] > 1 or ids.shape[-2] > 1:
+                channels.pin(ids, f"it is a mask of {node.name}")
+            transport.join(whole, [*shape[:-2], 1, 1], ids, padded(shape_of(mask), rank))
     return v
 
 
@@ -229,7 +244,7 @@ def _reaches_softmax(node: fx.Node) -> bool:
                 return False
         elif name in {"mul", "div", "_to_copy", "clone", "add"} and is_pointwise(user.target):
             others = [a for a in user.all_input_nodes if a is not node]
-            if name == "add" and user.kwargs.get("alpha", 1) == 0 or user.args[0] is not node and name == "div":
+            if (name == "add" and user.kwargs.get("alpha", 1) == 0) or (user.args[0] is not node and name == "div"):
                 return False
             if name != "add" and any(shape_of(a) not in ([], [1]) for a in others):
                 return False

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from srigl_fx.masks.records import Block, Kind
+from srigl_fx.masks.records import Kind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,12 @@ class Operand:
 
 
 _CONVS: dict[str, tuple[Kind, str]] = {
-    **{f"conv{n}d": (f"conv{n}d", "ni" + "i" * n) for n in (1, 2, 3)},  # type: ignore[dict-item]
-    **{f"conv_transpose{n}d": (f"conv_transpose{n}d", "in" + "i" * n) for n in (1, 2, 3)},  # type: ignore[dict-item]
+    "conv1d": ("conv1d", "nii"),
+    "conv2d": ("conv2d", "niii"),
+    "conv3d": ("conv3d", "niiii"),
+    "conv_transpose1d": ("conv_transpose1d", "ini"),
+    "conv_transpose2d": ("conv_transpose2d", "inii"),
+    "conv_transpose3d": ("conv_transpose3d", "iniii"),
 }
 GATES = {
     "lstm": ("i", "f", "g", "o"),
@@ -130,9 +134,7 @@ def _linear(name: str, at: _Arguments) -> list[Operand]:
 def _conv(name: str, at: _Arguments) -> list[Operand]:
     kind, roles = _CONVS[name]
     groups = at(6, "groups", default=1)
-    return [
-        Operand(value=at(1, "weight"), roles=roles, kind=kind, groups=groups if isinstance(groups, int) else 0)
-    ]
+    return [Operand(value=at(1, "weight"), roles=roles, kind=kind, groups=groups if isinstance(groups, int) else 0)]
 
 
 def _product(first: int, left: str, right: str) -> Callable[[str, _Arguments], list[Operand]]:
@@ -193,8 +195,10 @@ def _tensordot(name: str, at: _Arguments) -> list[Operand]:
 
 
 def _attention(name: str, at: _Arguments) -> list[Operand]:
-    separate = [at.kwargs.get(f"{part}_proj_weight", at.args[18 + i] if len(at.args) > 18 + i else None)
-                for i, part in enumerate(PACKED)]
+    separate = [
+        at.kwargs.get(f"{part}_proj_weight", at.args[18 + i] if len(at.args) > 18 + i else None)
+        for i, part in enumerate(PACKED)
+    ]
     return [
         Operand(value=at(5, "in_proj_weight"), roles="ni", kind="attention_in", blocks=PACKED, ablatable=False),
         Operand(value=at(11, "out_proj_weight"), roles="ni", kind="linear"),
@@ -204,10 +208,10 @@ def _attention(name: str, at: _Arguments) -> list[Operand]:
 
 def _recurrent(name: str, at: _Arguments) -> list[Operand]:
     gates = GATES[name.removesuffix("_cell")] if not name.endswith("tanh_cell") else ()
-    weights = at.args[2:4] if name.endswith("_cell") else next((a for a in at.args[2:] if isinstance(a, list | tuple)), ())
-    return [
-        Operand(value=value, roles="ni", kind="rnn_gates", blocks=gates, ablatable=False) for value in weights
-    ]
+    weights = (
+        at.args[2:4] if name.endswith("_cell") else next((a for a in at.args[2:] if isinstance(a, list | tuple)), ())
+    )
+    return [Operand(value=value, roles="ni", kind="rnn_gates", blocks=gates, ablatable=False) for value in weights]
 
 
 def _grouped(name: str, at: _Arguments) -> list[Operand]:

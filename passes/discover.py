@@ -20,14 +20,15 @@ Rules:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
 from srigl_fx.errors import SparsifyError
 from srigl_fx.masks.records import WeightSite
@@ -126,7 +127,7 @@ class _Evidence:
         elif _worth_tracing(module):
             found, failures = [], []
             for trace in traces_of(module):
-                found.append(self._read_graph(module, trace.graph, own=False))
+                found.append(self._read_graph(module, trace.graph, own=False, constants=trace.constants))
                 failures.append(trace.failure)
                 if not trace.failure and not self._has_open_weights(module):
                     break
@@ -141,9 +142,11 @@ class _Evidence:
         held += [parameter for child in bare for parameter in child.parameters()]
         return any(p.dim() >= 2 and all(use.kind == "none" for _, use in self.uses.get(id(p), ())) for p in held)
 
-    def _read_graph(self, root: nn.Module, graph: fx.Graph, *, own: bool) -> dict[int, list[Use]]:
+    def _read_graph(
+        self, root: nn.Module, graph: fx.Graph, *, own: bool, constants: Mapping[str, object] = MappingProxyType({})
+    ) -> dict[int, list[Use]]:
         graph = as_stored(root, graph)
-        uses = uses_in(graph, lambda target: _resolve(root, target))
+        uses = uses_in(graph, lambda target: constants[target] if target in constants else _resolve(root, target))
         for source, found in uses.items():
             self.uses.setdefault(source, []).extend((own, use) for use in found)
         if own:
@@ -161,6 +164,7 @@ class _Evidence:
         evidence = _conclusive([use for _, use in uses], self.seen.get(id(parameter), []))
         layouts = [fact.layout_of(parameter) for fact in known if not fact.reason]
         evidence, transforms = self.transformed.settle(parameter, evidence, layouts)
+        holder = self.transformed.holder(parameter, owner)
         layouts += [use.layout for use in evidence if use.layout is not None]
         reason, reached = self._why_dense(owner_name, owner, known, evidence, layouts)
         layout = layouts[0] if layouts and len(set(layouts)) == 1 else Layout.usual("other", parameter.shape)
@@ -180,9 +184,9 @@ class _Evidence:
             nodes=tuple(nodes),
         )
         if reason:
-            return Finding(site=site, owner=owner, reason=reason, reached=reached)
+            return Finding(site=site, owner=holder, reason=reason, reached=reached)
         reason = _unsuitable(site)
-        return Finding(site=site, owner=owner, reason=reason, compensated=bool(reason), transforms=transforms)
+        return Finding(site=site, owner=holder, reason=reason, compensated=bool(reason), transforms=transforms)
 
     def _why_dense(
         self, owner_name: str, owner: nn.Module, known: list[Known], uses: list[Use], layouts: list[Layout]
@@ -216,7 +220,7 @@ class _Evidence:
 
 
 def _conclusive(traced: list[Use], seen: list[Use]) -> list[Use]:
-    """What was seen to happen, where it shows the weight in a contraction and the graphs do not; else what they show."""
+    """What was seen to happen, where only that shows the weight in a contraction; else what the graphs show."""
     if any(use.kind == "weight" for use in seen) and not any(use.kind == "weight" for use in traced):
         return seen
     return traced or seen
@@ -249,7 +253,7 @@ def _worth_tracing(module: nn.Module) -> bool:
         return False
     if any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
         return True
-    own_code = not type(module).__module__.startswith("torch.nn.")
+    own_code = not type_before_parametrizations(module).__module__.startswith("torch.nn.")
     return own_code and next(module.parameters(), None) is not None
 
 

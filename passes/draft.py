@@ -18,7 +18,7 @@ class Finding:
 
     Attributes:
         site: Where it is and how its neurons lie.
-        owner: The module that holds it.
+        owner: The module that holds it; of a parametrised weight, the one with the parametrisation.
         reason: Why it can only stay dense; "" where it can be made sparse.
         reached: False where the library could not find out how the weight is used.
         compensated: Whether the distribution covers it all the same, so that other weights make up for its density.

@@ -1,20 +1,19 @@
 """How one operator passes on what is live: which elements of its result depend on live elements of its operands.
 
-Owns a rule for each family of ATen operators, and nothing else: it must not know graphs, masks or what is done with the
-answer. An element is live if it may depend on an input of the model. The rules err on the live side only, under one
-assumption: activations are finite, so that zero times anything is zero.
+Owns the table of rules, and those of operators other than contractions. It must not know graphs, masks or what is done
+with the answer. An element is live if it may depend on an input of the model. The rules err on the live side only,
+under one assumption: activations are finite, so that zero times anything is zero.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-Live = bool | Tensor  # nothing, everything, or a bool tensor that broadcasts to the value's shape
+from srigl_fx.passes.live_products import PRODUCT_RULES
+from srigl_fx.passes.live_values import Call, Live, any_live, spread, tensors_in
 
 
 def _names(text: str) -> frozenset[str]:
@@ -22,9 +21,7 @@ def _names(text: str) -> frozenset[str]:
 
 
 # Only the shape and type of the first operand matter.
-_SHAPES = _names(
-    "zeros_like ones_like full_like new_zeros new_ones new_full fill zero sym_size sym_numel sym_stride expand_as"
-)
+_SHAPES = _names("zeros_like ones_like full_like new_zeros new_ones new_full fill zero sym_size sym_numel sym_stride")
 # Element by element, though not tagged so: casts, and what has no tag for historical reasons.
 _POINTWISE = _names(
     "_to_copy to type_as contiguous alias detach lift_fresh_copy lift_fresh hardswish _prelu_kernel log_sigmoid "
@@ -33,7 +30,7 @@ _POINTWISE = _names(
 # Elements change places; the data are the first argument unless named below, and every other operand must be known.
 _MOVES = _names(
     "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T mT movedim slice select narrow unsqueeze "
-    "squeeze expand flatten unflatten cat concat stack split split_with_sizes chunk unbind tensor_split swapaxes "
+    "squeeze expand expand_as flatten unflatten cat concat stack split split_with_sizes chunk unbind tensor_split "
     "pixel_shuffle pixel_unshuffle channel_shuffle roll flip rot90 pad constant_pad_nd reflection_pad1d "
     "reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d repeat repeat_interleave "
     "tile unfold im2col index index_select gather take_along_dim embedding slice_scatter select_scatter index_put "
@@ -55,69 +52,6 @@ _DATA = {
     "select_scatter": ("self", "src"),
     "index_put": ("self", "values"),
 }
-_CONVOLUTIONS = _names("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution")
-_PRODUCTS = _names("matmul bmm mm mv dot vdot")
-
-
-@dataclass(frozen=True)
-class Call:
-    """One evaluated call of an operator.
-
-    Attributes:
-        op: The operator.
-        given: Its arguments by name, defaults filled in.
-        live: What is live in each argument: of the same structure, a ``Live`` in place of each leaf.
-        out: The value or values it returned.
-        weighted_mean: The first operand's rows along the last axis are known to sum to one.
-    """
-
-    op: torch._ops.OpOverload
-    given: dict[str, Any]
-    live: dict[str, Any]
-    out: Any
-    weighted_mean: bool = False
-
-    @property
-    def name(self) -> str:
-        """The operator's name without namespace and overload."""
-        return str(self.op._schema.name).removeprefix("aten::")
-
-    def only(self, *names: str) -> bool:
-        """Whether nothing but the arguments called ``names`` is live."""
-        return not any(any_live(live) for name, live in self.live.items() if name not in names)
-
-
-def any_live(live: Any) -> bool:
-    """Whether anything in a structure of ``Live`` is live.
-
-    Example:
-        >>> any_live([False, None]), any_live([False, torch.tensor([False, True])])
-        (False, True)
-    """
-    return any(leaf is not None and leaf is not False for leaf in pytree.tree_leaves(live))
-
-
-def simplify(live: Live) -> Live:
-    """``live``, as a bool where it says the same of all elements.
-
-    Example:
-        >>> simplify(torch.ones(2, dtype=torch.bool)), simplify(torch.zeros(2, dtype=torch.bool))
-        (True, False)
-    """
-    if isinstance(live, bool):
-        return live
-    return live if bool(live.any()) and not bool(live.all()) else bool(live.any())
-
-
-def spread(live: Live, value: Tensor) -> Tensor:
-    """``live`` element by element.
-
-    Example:
-        >>> spread(True, torch.zeros(2)).tolist()
-        [True, True]
-    """
-    mask = torch.tensor(live) if isinstance(live, bool) else live
-    return mask.expand(value.shape)
 
 
 def liveness(call: Call) -> Any:
@@ -133,13 +67,13 @@ def liveness(call: Call) -> Any:
         >>> given = {"input": x, "weight": weight, "bias": None}
         >>> call = Call(op, given, {"input": True, "weight": False, "bias": False}, op(x, weight))
         >>> liveness(call).tolist()
-        [[False, True]]
+        [False, True]
     """
     if (torch.Tag.nondeterministic_seeded in call.op.tags and not _is_off(call)) or "empty" in call.name:
         return True
     if not any_live(call.live) or (call.name in _SHAPES and call.only(*_data(call))):
         return False
-    if _live_number(call) or any(leaf.is_complex() for leaf in _tensors((call.given, call.out))):
+    if _live_number(call) or any(leaf.is_complex() for leaf in tensors_in((call.given, call.out))):
         return None
     rule = _rule(call)
     return None if rule is None else rule(call)
@@ -155,13 +89,9 @@ def _is_off(call: Call) -> bool:
 def _live_number(call: Call) -> bool:
     """Whether an argument that is no tensor (a fill value, a size) depends on an input."""
     for name, value in call.given.items():
-        if not any(True for _ in _tensors(value)) and any_live(call.live.get(name)):
+        if not any(True for _ in tensors_in(value)) and any_live(call.live.get(name)):
             return True
     return False
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _rule(call: Call) -> Callable[[Call], Any] | None:
@@ -169,7 +99,7 @@ def _rule(call: Call) -> Callable[[Call], Any] | None:
         return None  # its data are counts
     if call.name in _SPECIAL:
         return _SPECIAL[call.name]
-    for names, rule in ((_CONVOLUTIONS, _convolution), (_PRODUCTS, _product), (_MOVES, _moves), (_MIXES, _mixes)):
+    for names, rule in ((_MOVES, _moves), (_MIXES, _mixes)):
         if call.name in names:
             return rule
     if torch.Tag.pointwise in call.op.tags or call.name in _POINTWISE:
@@ -186,10 +116,9 @@ def _pointwise(call: Call) -> Live:
         for leaf, value in zip(pytree.tree_leaves(live), pytree.tree_leaves(call.given[name]), strict=True):
             if leaf is None or leaf is False or not isinstance(value, Tensor):
                 continue
-            mask = spread(leaf, value)
-            if leaf is True or not _broadcasts(mask.shape, call.out.shape):
+            if leaf is True or not _broadcasts(value.shape, call.out.shape):
                 return True
-            union = union | mask
+            union = union | leaf
     return union
 
 
@@ -249,7 +178,7 @@ def _moves(call: Call) -> Any:
 def _mixes(call: Call) -> Any:
     """As for moves, with the known elements' values: one NaN makes the whole result one."""
     names = _data(call)
-    values = list(_tensors([call.given[name] for name in names]))
+    values = list(tensors_in([call.given[name] for name in names]))
     counts = call.given.get("ord") == 0 or call.given.get("p") == 0  # the norm that counts takes a NaN for a number
     if counts or not call.only(*names) or not all(value.is_floating_point() for value in values):
         return True
@@ -298,123 +227,8 @@ def _scaled(call: Call) -> Live:
     return live | (row & value.ne(0))
 
 
-def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, live_a: Live, b: Tensor, live_b: Live) -> Live:
-    """What is live in a sum of products: the terms with one live factor and another that is not known to be zero."""
-    parts = []
-    if live_a is not False:
-        parts.append((spread(live_a, a), (b != 0) | spread(live_b, b)))
-    if live_b is not False:
-        parts.append(((a != 0) | spread(live_a, a), spread(live_b, b)))
-    return sum(multiply(one.float(), other.float()) for one, other in parts) > 0.5
-
-
-def _plus(live: Live, call: Call, addend: str, trailing: int = 0) -> Live:
-    """``live``, and where the addend is, which has that many dimensions of size 1 behind it."""
-    value, more = call.given[addend], call.live[addend]
-    if more is False or more is None:
-        return live
-    return live | spread(more, value).view(*value.shape, *[1] * trailing)
-
-
-def _linear(call: Call) -> Live:
-    x, live, weight = call.given["input"], call.live["input"], call.given["weight"]
-    if live is True and not any_live(call.live["weight"]):
-        out: Live = (weight != 0).any(-1).expand(call.out.shape)
-    else:
-        x, live = _one_sample(x, live)
-        out = _bilinear(F.linear, x, live, weight, call.live["weight"])
-    return _plus(out, call, "bias")
-
-
-def _one_sample(value: Tensor, live: Live) -> tuple[Tensor, Live]:
-    """One sample for all where they do not differ in what is live."""
-    if value.dim() < 2:
-        return value, live
-    mask = spread(live, value)
-    return (value[:1], mask[:1]) if bool((mask == mask[:1]).all()) else (value, live)
-
-
-def _convolution(call: Call) -> Live:
-    x, live, weight = call.given["input"], call.live["input"], call.given["weight"]
-    settings = {name: value for name, value in call.given.items() if name not in {"input", "weight", "bias"}}
-    batched, transposed = call.out.dim() == weight.dim(), "transpose" in call.name or call.given.get("transposed")
-    if live is True and not any_live(call.live["weight"]) and batched and not transposed:
-        out: Live = (weight != 0).flatten(1).any(1).view(-1, *[1] * (weight.dim() - 2))
-    else:
-        if batched and not any_live(call.live["weight"]):
-            x, live = _one_sample(x, live)
-        out = _bilinear(
-            lambda one, other: call.op(input=one, weight=other, bias=None, **settings),
-            x,
-            live,
-            weight,
-            call.live["weight"],
-        )
-    return _plus(out, call, "bias", weight.dim() - 2)
-
-
-def _product(call: Call) -> Live:
-    """Products of two tensors. A weighted mean of equal numbers is that number."""
-    names = [argument.name for argument in call.op._schema.arguments[:2]]
-    (a, live_a), (b, live_b) = ((call.given[name], call.live[name]) for name in names)
-    live = True if live_a is True and live_b is True else _bilinear(call.op, a, live_a, b, live_b)
-    if not call.weighted_mean or min(a.dim(), b.dim()) < 2:
-        return live
-    constant = _equal_rows(b, live_b)
-    return spread(live, call.out) & ~constant if bool(constant.any()) else live
-
-
-def _equal_rows(value: Tensor, live: Live) -> Tensor:
-    """The columns that are known and equal in all rows, as (..., 1, columns)."""
-    known = ~spread(live, value).any(-2, keepdim=True)
-    return known & (value == value[..., :1, :]).all(-2, keepdim=True)
-
-
-def _sum_of_products(call: Call) -> Live:
-    """``addmm`` and ``baddbmm``."""
-    names = [argument.name for argument in call.op._schema.arguments[1:3]]
-    (a, live_a), (b, live_b) = ((call.given[name], call.live[name]) for name in names)
-    return _plus(_bilinear(torch.matmul, a, live_a, b, live_b), call, "self")
-
-
-def _einsum(call: Call) -> Live:
-    """``einsum`` of two operands; of another number, all is live."""
-    tensors, lives = call.given["tensors"], call.live["tensors"]
-    if len(tensors) != 2:
-        return True
-    equation = call.given["equation"]
-    return _bilinear(lambda a, b: torch.einsum(equation, a, b), tensors[0], lives[0], tensors[1], lives[1])
-
-
-def _attention(call: Call) -> Live:
-    """Every row is a weighted mean of the values, so a value channel that is equal at all positions stays.
-
-    A row that the mask hides wholly gives zero: unless there is none, only zeros stay.
-    """
-    if not call.only("query", "key", "value", "attn_mask"):
-        return True
-    value = call.given["value"]
-    constant = _equal_rows(value, call.live["value"])
-    if not _sees_something(call):
-        constant = constant & (value[..., :1, :] == 0)
-    heads = call.out.dim() - 3
-    if call.given["enable_gqa"] and value.shape[heads] != call.out.shape[heads]:
-        constant = constant.repeat_interleave(call.out.shape[heads] // value.shape[heads], heads)
-    return ~constant.expand(call.out.shape)
-
-
-def _sees_something(call: Call) -> bool:
-    """Whether every query is known to see a key."""
-    mask = call.given["attn_mask"]
-    if mask is None:
-        return True
-    if any_live(call.live["attn_mask"]) or call.given["is_causal"]:
-        return False
-    seen = mask if mask.dtype == torch.bool else mask > -torch.inf
-    return bool(seen.any(-1).all())
-
-
 _SPECIAL: dict[str, Callable[[Call], Any]] = {
+    **PRODUCT_RULES,
     "mul": _multiplied,
     "div": _multiplied,
     "where": _chosen,
@@ -424,9 +238,4 @@ _SPECIAL: dict[str, Callable[[Call], Any]] = {
     "_native_batch_norm_legit_no_training": _normalised,
     "batch_norm": _normalised,
     "rms_norm": _scaled,
-    "linear": _linear,
-    "addmm": _sum_of_products,
-    "baddbmm": _sum_of_products,
-    "einsum": _einsum,
-    "scaled_dot_product_attention": _attention,
 }

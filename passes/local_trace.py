@@ -2,7 +2,8 @@
 
 Owns the tracer of discovery; it must not know what is read from its graphs. Nothing is run: inputs are symbols, and
 children are leaves, unless they are handed one of the module's own weights. Where the forward's way depends on data or
-on optional arguments, there is a trace for each of a few ways; a loop over data goes round once. What the code writes to the module meanwhile is undone.
+on optional arguments, there is a trace for each of a few ways; a loop over data goes round once. What the code writes
+to the module meanwhile is undone.
 """
 
 import inspect
@@ -11,9 +12,9 @@ import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from srigl_fx.passes.contractions import name_of
 from srigl_fx.passes.weight_uses import COPIES
@@ -29,11 +30,13 @@ _TRANSPARENT = (nn.Dropout, nn.Identity)
 class Trace:
     """One way through a forward, and what stopped the tracer on it ("" for nothing).
 
-    A graph that the tracer could not finish shows what is so, only not everything.
+    A graph that the tracer could not finish shows what is so, only not everything. ``constants`` are the tensors that
+    the forward made on the way, by the names the graph has for them.
     """
 
     graph: fx.Graph
     failure: str
+    constants: dict[str, Tensor]
 
 
 def traces_of(module: nn.Module) -> Iterator[Trace]:
@@ -56,7 +59,8 @@ def traces_of(module: nn.Module) -> Iterator[Trace]:
                 except Exception as error:  # user code under the tracer may raise anything
                     failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                     log.debug("tracing %s failed", type(module).__name__, exc_info=True)
-            yield Trace(getattr(tracer, "graph", None) or fx.Graph(), failure)
+            constants = {name: tensor for tensor, name in getattr(tracer, "tensor_attrs", {}).items()}
+            yield Trace(getattr(tracer, "graph", None) or fx.Graph(), failure, constants)
             if not tracer.conditions:
                 break
 
@@ -79,7 +83,8 @@ class _Tracer(fx.Tracer):
     """Follows one way through a forward: every condition on data has the same answer."""
 
     def __init__(self, answer: bool) -> None:
-        super().__init__(autowrap_modules=(), param_shapes_constant=True)  # functions of math take symbols for numbers
+        modules: Any = ()  # functions of math take symbols for numbers
+        super().__init__(autowrap_modules=modules, param_shapes_constant=True)
         self.answer = answer
         self.conditions = 0
         self.weights: dict[fx.Node, bool] = {}
@@ -121,7 +126,7 @@ class _Tracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """One round of a loop over data."""
-        return iter((obj[0],))
+        return iter((operator.getitem(cast(Any, obj), 0),))
 
     def keys(self, obj: fx.Proxy) -> Any:
         """No further keyword arguments."""
@@ -131,8 +136,9 @@ class _Tracer(fx.Tracer):
         """Whether the node is one of the module's own weights, or a part of one."""
         if node not in self.weights:
             if node.op == "get_attr":
-                value = _resolve(self.root, str(node.target))
-                self.weights[node] = isinstance(value, nn.Parameter) and value.dim() >= 2
+                path, _, attr = str(node.target).rpartition(".")
+                parameter = self.root.get_submodule(path)._parameters.get(attr)  # a plain look-up gives a symbol
+                self.weights[node] = parameter is not None and parameter.dim() >= 2
             else:
                 name = str(node.args[1]) if node.target is getattr else name_of(node.target)
                 first = node.args[0] if node.args else None
@@ -147,7 +153,7 @@ class _Symbol(fx.Proxy):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
 
-    def __len__(self) -> int:  # type: ignore[override]
+    def __len__(self) -> int:
         return 1
 
     def __index__(self) -> int:
@@ -160,21 +166,29 @@ class _Symbol(fx.Proxy):
         return 1.0
 
 
-def _resolve(root: nn.Module, target: str) -> object:
-    value: object = root
-    for part in target.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
 @contextmanager
 def _restored(module: nn.Module) -> Iterator[None]:
-    """Undo whatever the module's code writes to it."""
-    attributes, buffers = module.__dict__.copy(), dict(module._buffers)
+    """Undo what the code writes to the module and those below it: attributes, buffers, caches in dicts and lists."""
+    attributes = [(each.__dict__, each.__dict__.copy()) for each in module.modules()]
+    containers: list[tuple[Any, Any]] = [
+        (value, value.copy()) for _, own in attributes for value in own.values() if type(value) in (dict, list, set)
+    ]
     try:
         yield
     finally:
-        module.__dict__.clear()
-        module.__dict__.update(attributes)
-        module._buffers.clear()
-        module._buffers.update(buffers)
+        for value, before in (*attributes, *containers):
+            if not _same(value, before):
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+def _same(value: Any, before: Any) -> bool:
+    """Whether a container still holds the very same things."""
+    if len(value) != len(before) or (isinstance(value, dict) and value.keys() != before.keys()):
+        return False
+    pairs = (
+        zip(value.values(), before.values(), strict=True)
+        if isinstance(value, dict)
+        else zip(value, before, strict=True)
+    )
+    return all(one is other for one, other in pairs)

@@ -40,7 +40,8 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[Call]) -> Prog
         >>> program.module(torch.ones(5, 7, 3)).shape
         torch.Size([5, 7, 2])
     """
-    built = _operator(module)
+    layer: Any = module
+    built = _operator(layer)
     plain = pytree.tree_structure(((0,), {}))
     if built is None or any(call.spec != plain or not isinstance(call.leaves[0], Tensor) for call in calls):
         return None
@@ -48,19 +49,19 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[Call]) -> Prog
     if spatial is not None and any(call.leaves[0].dim() != spatial + 2 for call in calls):
         return None
     example = calls[0].leaves[0]
-    if example.dtype != module.weight.dtype or not example.dim():
+    if example.dtype != layer.weight.dtype or not example.dim():
         return None
     graph = fx.Graph()
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(["input"], plain, pytree.tree_structure(0))))
     nodes = [graph.placeholder("input"), graph.get_attr("weight")]
-    if module.bias is not None:
+    if layer.bias is not None:
         nodes.append(graph.get_attr("bias"))
     operands = [*nodes, None][:3]
     result = graph.call_function(operator, (*operands, *settings))
     graph.output((result,))
-    holder = nn.Module()
-    holder.weight, holder.bias = module.weight, module.bias
-    for node, value in zip([*nodes, result], _values(example, module, operator, settings, spatial), strict=True):
+    holder: Any = nn.Module()
+    holder.weight, holder.bias = layer.weight, layer.bias
+    for node, value in zip([*nodes, result], _values(example, layer, operator, settings, spatial), strict=True):
         node.meta["val"] = value
         node.meta["nn_module_stack"] = {"": ("", type(module).__qualname__)}
     return Program(
@@ -73,22 +74,27 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[Call]) -> Prog
     )
 
 
-def _operator(module: nn.Module) -> tuple[Any, tuple[Any, ...], int | None] | None:
+def _operator(layer: Any) -> tuple[Any, tuple[Any, ...], int | None] | None:
     """The operator of a layer, what it takes after the bias, and its number of spatial dimensions (None for linear)."""
-    if module._forward_hooks or module._forward_pre_hooks or "weight" not in module._parameters:
+    if (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or "forward" in vars(layer)
+        or "weight" not in layer._parameters
+    ):
         return None
-    if type(module).forward is nn.Linear.forward:
+    if type(layer).forward is nn.Linear.forward:
         return aten.linear.default, (), None
     for cls, (by_number, by_name) in _CONVOLUTIONS.items():
-        if isinstance(module, cls) and type(module).forward is cls.forward and module.padding_mode == "zeros":
-            settings = (module.stride, module.padding, module.dilation, module.groups)
-            operator = by_name if isinstance(module.padding, str) else by_number
+        if type(layer).forward is cls.forward and layer.padding_mode == "zeros":
+            settings = (layer.stride, layer.padding, layer.dilation, layer.groups)
+            operator = by_name if isinstance(layer.padding, str) else by_number
             listed = tuple(list(value) if isinstance(value, tuple) else value for value in settings)
-            return operator, listed, len(module.kernel_size)
+            return operator, listed, len(layer.kernel_size)
     return None
 
 
-def _values(example: Tensor, module: nn.Module, operator: Any, settings: tuple[Any, ...], spatial: int | None) -> list[Any]:
+def _values(example: Tensor, layer: Any, operator: Any, settings: tuple[Any, ...], spatial: int | None) -> list[Any]:
     """Fake values of input, weight, bias where there is one, and result; all leading and spatial sizes free."""
     shapes = ShapeEnv(specialize_zero_one=False, duck_shape=False)
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
@@ -96,6 +102,8 @@ def _values(example: Tensor, module: nn.Module, operator: Any, settings: tuple[A
     sizes = [DimDynamic.STATIC if dim == fixed else DimDynamic.DYNAMIC for dim in range(example.dim())]
     with torch.no_grad():
         x = mode.from_tensor(example, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
-        operands = [mode.from_tensor(p.detach(), static_shapes=True) for p in (module.weight, module.bias) if p is not None]
+        operands = [
+            mode.from_tensor(p.detach(), static_shapes=True) for p in (layer.weight, layer.bias) if p is not None
+        ]
         with mode:
             return [x, *operands, operator(x, *[*operands, None][:2], *settings)]

@@ -31,23 +31,33 @@ LAYOUT = _names(
 )
 """Elements only change places, so the operator is run on the classes themselves."""
 
-PADS = _names("pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
-              "replication_pad1d replication_pad2d replication_pad3d")
+PADS = _names(
+    "pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d "
+    "replication_pad1d replication_pad2d replication_pad3d"
+)
 
 SPATIAL = {
     **dict.fromkeys(_names("avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d lp_pool1d"), 1),
     **dict.fromkeys(
-        _names("avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices lp_pool2d "
-               "_adaptive_avg_pool2d fractional_max_pool2d"), 2
+        _names(
+            "avg_pool2d max_pool2d adaptive_avg_pool2d adaptive_max_pool2d max_pool2d_with_indices lp_pool2d "
+            "_adaptive_avg_pool2d fractional_max_pool2d"
+        ),
+        2,
     ),
     **dict.fromkeys(
-        _names("avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d max_pool3d_with_indices "
-               "_adaptive_avg_pool3d"), 3
+        _names(
+            "avg_pool3d max_pool3d adaptive_avg_pool3d adaptive_max_pool3d max_pool3d_with_indices _adaptive_avg_pool3d"
+        ),
+        3,
     ),
     **dict.fromkeys(_names("upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d"), 1),
     **dict.fromkeys(
-        _names("upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
-               "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"), 2
+        _names(
+            "upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
+            "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"
+        ),
+        2,
     ),
     **dict.fromkeys(_names("upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact3d"), 3),
 }
@@ -70,6 +80,7 @@ CREATION = _names("new_zeros new_ones new_full new_empty sym_size sym_numel sym_
 CONVOLUTIONS = _names("conv1d conv2d conv3d")
 TRANSPOSED = _names("conv_transpose1d conv_transpose2d conv_transpose3d")
 PRODUCTS = _names("matmul mm bmm")
+"""Of two operands, either of which may be a weight."""
 
 
 def plain_name(target: object) -> str:

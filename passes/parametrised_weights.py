@@ -132,7 +132,7 @@ def _chain_masking(chain: ParametrizationList, stored: nn.Parameter, *, training
     elementwise = True
     for part in chain:
         try:
-            graph = regenerated.trace(part, training=training, exact=False)
+            graph = regenerated.trace(part, training=training, exact=False, like=stored)
             (source,) = [node for node in graph.nodes if node.op == "placeholder"]
             (end,) = graph.output_node().all_input_nodes
             elementwise &= is_elementwise(part, source, end, stored)

@@ -9,6 +9,7 @@ from srigl_fx.passes.fold_batch_norm import FoldBatchNorm
 from srigl_fx.passes.fold_constants import FoldConstants
 from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Program
+from srigl_fx.passes.remove_dead import RemoveDead
 
-LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants(), FoldBatchNorm())
+LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants(), FoldBatchNorm(), RemoveDead())
 """What ``lower`` does to a captured graph before it looks for layers: a pass of your own goes anywhere among these."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.capture import leaf_problems, run_and_watch
+from srigl_fx.passes.capture import foreign_types, run_and_watch
 
 
 @dataclass
@@ -71,18 +71,14 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         calls = known.setdefault(module, {})
         if key not in calls:
             copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            calls[key] = Call(copies, spec)
-            if foreign := sorted(set(leaf_problems(leaves))):
-                calls[key].problem = f"it takes a {', a '.join(foreign)}"
+            calls[key] = Call(copies, spec, foreign_types(leaves, None))
         running.append((module, calls[key]))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         while running and threading.get_ident() == thread:
             called, call = running.pop()
             if called is module:
-                if not call.problem and (foreign := sorted(set(leaf_problems(output)))):
-                    hint = ": pass use_cache=False" if any("Cache" in name for name in foreign) else ""
-                    call.problem = f"it returns a {', a '.join(foreign)}{hint}"
+                call.problem = call.problem or foreign_types((), output)
                 return
 
     handles = []

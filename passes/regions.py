@@ -1,7 +1,7 @@
 """The parts of a model that can be captured, where the model as a whole cannot.
 
-Owns the search for regions: the largest sub-modules that ``torch.export`` captures and that, between them, reach as many
-mask-managed weights as can be reached. It must not know what is done with a region, nor the graph passes.
+Owns the search for regions: the largest sub-modules that ``torch.export`` captures and that, between them, reach as
+many mask-managed weights as can be reached. It must not know what is done with a region, nor the graph passes.
 
 A region's program names the whole model as its ``model``: weights keep their full names, and one that is tied across
 regions is known in each.
@@ -21,6 +21,7 @@ from srigl_fx.passes.capture import Failure, capture_region, class_name
 from srigl_fx.passes.module_local import module_local
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.recording import Call, Recording, record
+from srigl_fx.passes.tracing import plain_experts
 
 _ENOUGH = 2  # failed modules of a class after which further ones are not tried
 
@@ -119,7 +120,8 @@ class RegionFinder:
             return None
         self.exports += 1
         args, kwargs = example.inputs
-        done = capture_region(module, args, kwargs, free, varying, name)
+        with plain_experts(self.model):
+            done = capture_region(module, args, kwargs, free, varying, name)
         if done.program is None:
             self.failures += done.failures[:1]
             self._failed[type(module)] += 1
@@ -167,9 +169,11 @@ def _merge(calls: list[Call]) -> tuple[Call, dict[int, frozenset[int]], dict[int
             if vary:
                 varying[position] = vary
     # Export takes sizes of 0 and 1 for constants: the call that has the largest among its smallest.
-    example = max(calls, key=lambda call: min((call.leaves[i].shape[d] for i, dims in free.items() for d in dims), default=0))
-    leaves = [
+    example = max(
+        calls, key=lambda call: min((call.leaves[i].shape[d] for i, dims in free.items() for d in dims), default=0)
+    )
+    roomy = [
         leaf.new_zeros((2, *leaf.shape[1:])) if i in free and not leaf.shape[0] else leaf
         for i, leaf in enumerate(example.leaves)
     ]
-    return Call(leaves, example.spec), free, varying
+    return Call(roomy, example.spec), free, varying

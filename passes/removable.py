@@ -5,14 +5,14 @@ Owns the conditions of exactness, and the fixpoint over them. It must not change
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.channel_flow import Flow, Pairing, Reading, Site, shape_of
-from srigl_fx.passes.channel_groups import FIXED, Groups, kept_shape, surplus
+from srigl_fx.passes.channel_groups import FIXED, Groups, distinct, kept_shape, surplus
 from srigl_fx.passes.constness import Constant
 from srigl_fx.passes.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
 from srigl_fx.passes.program import Program, arguments, tensor_at
@@ -161,7 +161,7 @@ class Removable:
 
     def keep(self, labels: Tensor, reason: str) -> None:
         """Take groups back, and remember why."""
-        labels = labels[self.removed[labels]].unique()
+        labels = distinct(labels[self.removed[labels]])
         self.removed[labels] = False
         for label in labels.tolist():
             self.reason.setdefault(label, reason)
@@ -181,29 +181,26 @@ class Removable:
         if not bool(gone.any()):
             return
         used = gone & self._used(site)
-        self._keep_where(site.columns, used & ~columns.fixed, f"not constant where {name} reads it")
+        self._keep_where(site.columns, used & ~columns.fixed, f"combined with what is live before {name} reads it")
         lost = used & columns.fixed & self.gone(site.columns)
         if not bool(lost.any()):
             return
         mapped = lost & ~columns.uniform
         if bool(mapped.any()):
             size = math.prod(size for size in site.node.meta["val"].shape if isinstance(size, int))
-            saved = int(self._nonzero[site.node].shape[1] * mapped.sum() * self._kernel(site))
+            kernel = site.weight.meta["val"].numel() // self._nonzero[site.node].numel()
+            saved = int(site.rows.shape[1] * mapped.sum()) * kernel
             if size > saved:
                 reason = f"a constant that is not uniform, and the map to add after {name} is larger than what it saves"
                 self._keep_where(site.columns, mapped, reason)
         if has_borders(site):
             uneven = lost & columns.uniform & (columns.value != 0)
             for group in uneven.any(1).nonzero().flatten().tolist():
-                kept = ~self.gone(site.columns)
+                best = self._carrier(columns, uneven, group)
+                kept = ~self.gone(site.columns) & (columns.value.abs() > 0.01 * columns.value[group, best].abs())
                 if self._carrier(columns, kept, group) < 0:
-                    best = self._carrier(columns, uneven, group)
                     label = self.groups.of(site.columns[group, best])[None]
                     self.keep(label, f"carries the constant channels that {name} reads beyond its borders")
-
-    def _kernel(self, site: Site) -> int:
-        count = site.weight.meta["val"].numel()
-        return max(1, count // (site.rows.numel() * site.columns.shape[1]))
 
     @staticmethod
     def _carrier(columns: Columns, among: Tensor, group: int) -> int:

@@ -21,6 +21,15 @@ def removal_links(sites: Sequence[Site], decision: Removable) -> tuple[Link, ...
     """The pairs of a producer and a reader of removed channels, by their positions among ``sites``.
 
     The graph must still be the one that ``decision`` was taken for. A depthwise convolution is passed through.
+
+    Example:
+        >>> import torch
+        >>> from srigl_fx.passes.capture import capture
+        >>> from srigl_fx.passes.remove_dead import RemoveDead
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2)).eval()
+        >>> model[2].weight.data[:, 0] = 0.0
+        >>> RemoveDead().run(capture(model, (torch.ones(2, 4),))).subject.removals.links
+        (Link(producer=0, reader=1, through=('relu',)),)
     """
     makers = {site.node: position for position, site in enumerate(sites)}
     rows = [_groups(decision, site.rows) for site in sites]
@@ -37,12 +46,10 @@ def removal_links(sites: Sequence[Site], decision: Removable) -> tuple[Link, ...
 
 
 def _groups(decision: Removable, ids: Tensor) -> set[int]:
-    return set(decision.groups.of(ids[decision.gone(ids)]).unique().tolist())
+    return set(decision.groups.of(ids[decision.gone(ids)]).tolist())
 
 
-def _sources(
-    data: fx.Node, ends: Collection[fx.Node], wanted: Collection[fx.Node]
-) -> dict[fx.Node, tuple[str, ...]]:
+def _sources(data: fx.Node, ends: Collection[fx.Node], wanted: Collection[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:
     """The nearest ``wanted`` nodes that ``data`` is computed from, with the operators on the way; ``ends`` stop it."""
     paths: dict[fx.Node, tuple[str, ...]] = {data: ()}
     queue = deque([data])

@@ -9,21 +9,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import PassError
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.channel_flow import Flow, Site, Transport, concrete
+from srigl_fx.passes.channel_flow import Flow, Site, concrete
 from srigl_fx.passes.constness import Constant, constants
+from srigl_fx.passes.contraction_flow import contract
+from srigl_fx.passes.moves import Moves
 from srigl_fx.passes.op_table import CONVOLUTIONS, CREATION, PRODUCTS, TRANSPOSED, plain_name
 from srigl_fx.passes.program import Program, tensor_at
 from srigl_fx.passes.removable import Removable, count_reasons
 from srigl_fx.passes.removal import Removal, Removals
 from srigl_fx.passes.removal_links import removal_links
 from srigl_fx.passes.shrink import Shrink
+from srigl_fx.passes.transport import Transport
 
 _READERS = CONVOLUTIONS | TRANSPOSED | PRODUCTS | {
-    "linear", "addmm", "scaled_dot_product_attention", "mean", "sum", "rms_norm",
+    "linear", "addmm", "baddbmm", "scaled_dot_product_attention", "mean", "sum", "rms_norm",
 }  # fmt: skip
 
 
@@ -59,16 +63,16 @@ class RemoveDead(Pass[Program]):
         _one_user_each(module)
         before = _size(subject)
         known, independent = _known(subject)
-        flow = Transport(subject, independent).run()
+        flow = Transport(subject, independent, contract).run()
         decision = Removable(subject, flow, flow.channels.resolve(), known)
-        shrink = _feasible(subject, flow, decision, known)
+        moves = _feasible(subject, flow, decision)
         changed = bool(decision.removed.any())
         entries = [_removal(subject, site, decision) for site in flow.sites]
         links = removal_links(flow.sites, decision)
         rows = sum(site.rows.numel() for site in flow.sites), 0
         if changed:
-            expected = _expected(flow, shrink)
-            shrink.apply()
+            expected = _expected(flow, moves)
+            Shrink(subject, flow, decision, moves, known).apply()
             _refresh(subject, expected)
         _merge_readers(module)
         module.graph.eliminate_dead_code()
@@ -116,8 +120,9 @@ def _known(program: Program) -> tuple[dict[fx.Node, Constant], frozenset[fx.Node
     wanted: set[fx.Node] = set()
     for node in program.module.graph.nodes:
         name = plain_name(node.target)
-        if node.op == "get_attr" or node.op == "call_function" and (
-            name in CREATION or all(operand in independent for operand in node.all_input_nodes)
+        if node.op == "get_attr" or (
+            node.op == "call_function"
+            and (name in CREATION or all(operand in independent for operand in node.all_input_nodes))
         ):
             independent.add(node)
         if name in _READERS:
@@ -127,14 +132,14 @@ def _known(program: Program) -> tuple[dict[fx.Node, Constant], frozenset[fx.Node
     return known, frozenset(node for node in independent if node in known and bool(known[node].fixed.all()))
 
 
-def _feasible(program: Program, flow: Flow, decision: Removable, known: dict[fx.Node, Constant]) -> Shrink:
+def _feasible(program: Program, flow: Flow, decision: Removable) -> Moves:
     """Settle, and take back what an operator cannot be rewritten for, until all can."""
     while True:
         decision.settle()
-        shrink = Shrink(program, flow, decision, known)
-        conflicts = shrink.conflicts()
+        moves = Moves(program, flow, decision)
+        conflicts = moves.conflicts()
         if not conflicts:
-            return shrink
+            return moves
         for node in conflicts:
             for operand in (node, *node.all_input_nodes):
                 for ids in pytree.tree_leaves(flow.ids.get(operand)):
@@ -142,48 +147,49 @@ def _feasible(program: Program, flow: Flow, decision: Removable, known: dict[fx.
                         decision.keep(decision.groups.of(ids).flatten(), f"cannot be cut out of {node.name}")
 
 
-def _expected(flow: Flow, shrink: Shrink) -> dict[fx.Node, list[list[int]]]:
+def _expected(flow: Flow, moves: Moves) -> dict[fx.Node, list[list[int]]]:
     """The shapes that all values will have at batch 2."""
     found = {}
     for node, ids in flow.ids.items():
         values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
         arrays = [leaf for leaf in pytree.tree_leaves(ids) if isinstance(leaf, Tensor)]
-        found[node] = [shrink.shape(concrete(v.shape), i) for v, i in zip(values, arrays, strict=True)]
+        found[node] = [moves.shape(concrete(v.shape), i) for v, i in zip(values, arrays, strict=True)]
     return found
 
 
 def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None:
-    """Compute the metadata of all nodes anew, and compare the shapes with those expected."""
+    """Compute the metadata of all nodes that changed anew, and compare the shapes with those expected."""
     graph = program.module.graph
-    mode = next(
-        leaf.fake_mode
-        for node in graph.nodes
-        for leaf in pytree.tree_leaves(node.meta.get("val"))
-        if isinstance(leaf, torch._subclasses.FakeTensor)
-    )
+    leaves = (leaf for node in graph.nodes for leaf in pytree.tree_leaves(node.meta.get("val")))
+    mode = next(leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
+    changed: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op == "get_attr":
-            tensor = tensor_at(program.module, str(node.target))
-            node.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
-        elif node.op == "call_function":
+        value: Any = node.meta.get("val")
+        if node.op == "get_attr" and isinstance(value, Tensor) and not isinstance(value, FakeTensor):
+            node.meta["val"] = mode.from_tensor(value.detach(), static_shapes=True)
+            changed.add(node)
+        elif node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta.get("val"))
             with mode, torch.no_grad():
                 assert callable(node.target)
-                value: Any = node.target(*args, **kwargs)
-            node.meta["val"] = value
-        if node.op == "get_attr" or node not in expected:
-            continue
-        shapes = [concrete(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
-        if shapes != expected[node]:
+                node.meta["val"] = node.target(*args, **kwargs)
+            if _shapes(value) != _shapes(node.meta["val"]):
+                changed.add(node)
+        if node.op == "call_function" and node in expected and _shapes(node.meta["val"]) != expected[node]:
             raise PassError(
-                f"removing channels gave {node.name} ({node.target}) the shape {shapes}, not {expected[node]}; this is "
-                "a defect: please report it with the model, or leave RemoveDead out of the pipeline"
+                f"removing channels gave {node.name} ({node.target}) the shape {_shapes(node.meta['val'])}, not "
+                f"{expected[node]}; this is a defect: please report it with the model, or leave RemoveDead out"
             )
 
 
+def _shapes(value: Any) -> list[list[int]]:
+    return [concrete(leaf.shape) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
 def _size(program: Program) -> int:
-    targets = {str(node.target) for node in program.module.graph.nodes if node.op == "get_attr" and node.users}
-    return sum({id(t): t.numel() for t in (tensor_at(program.module, target) for target in targets)}.values())
+    nodes = [node for node in program.module.graph.nodes if node.op == "get_attr" and node.users]
+    tensors = [tensor_at(program.module, str(n.target)) for n in nodes if isinstance(n.meta.get("val"), Tensor)]
+    return sum({id(tensor): tensor.numel() for tensor in tensors}.values())
 
 
 def _flops(flow: Flow, decision: Removable | None) -> int:

@@ -1,187 +1,36 @@
-"""A graph without the channels that go: new constants, new numbers in operators that move elements.
+"""A graph without the channels that go: new constants, new numbers, and what makes up for constant channels.
 
-Owns :class:`Shrink`: the check that every rewritten operator moves the channels that are left as before, and the
-rewriting. It must not know why a channel goes.
+Owns :class:`Shrink`, the rewriting. It must not know why a channel goes.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.channel_flow import Flow, Reading, Site, align, concrete, execute, padded, shape_of
+from srigl_fx.passes.channel_flow import Flow, Reading, Site, align, padded, shape_of
 from srigl_fx.passes.channel_groups import kept_shape
 from srigl_fx.passes.constness import Constant
-from srigl_fx.passes.op_table import CONVOLUTIONS, LAYOUT, PADS, TRANSPOSED, plain_name
+from srigl_fx.passes.moves import Moves
+from srigl_fx.passes.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
 from srigl_fx.passes.program import MaskedTensor, Program, arguments, new_buffer, tensor_at
 from srigl_fx.passes.removable import Fold, Removable, known_of
 
 aten = torch.ops.aten
-_RESHAPES = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "unflatten": "sizes"}
-
-
-class Infeasible(Exception):
-    """An operator cannot be rewritten for the channels that are left."""
 
 
 class Shrink:
     """The rewriting of one program by one decision."""
 
-    def __init__(self, program: Program, flow: Flow, decision: Removable, known: dict[fx.Node, Constant]) -> None:
-        self.program, self.flow, self.decision, self.known = program, flow, decision, known
-        self._plans: dict[fx.Node, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
-        self._made: dict[Any, str] = {}
-
-    # -- reduced values -------------------------------------------------------------------------------------------
-
-    def kept(self, ids: Tensor) -> Tensor:
-        """Which elements of an array of classes stay."""
-        return ~self.decision.gone(ids)
-
-    def shape(self, full: Sequence[int], ids: Tensor) -> list[int]:
-        """The shape that a value of shape ``full`` has left."""
-        left = kept_shape(self.kept(ids))
-        if left is None:
-            raise Infeasible
-        return [after if ids.shape[axis] > 1 else full[axis] for axis, after in enumerate(left)]
-
-    def reduced(self, full: Sequence[int], ids: Tensor) -> Tensor:
-        """The groups of what is left of a value, at its shape."""
-        kept = self.kept(ids)
-        shape = kept_shape(kept)
-        if shape is None:
-            raise Infeasible
-        return self.decision.groups.of(ids)[kept].reshape(shape).expand(self.shape(full, ids))
-
-    def _touched(self, node: fx.Node) -> bool:
-        return any(
-            bool(self.decision.gone(ids).any())
-            for operand in (node, *node.all_input_nodes)
-            for ids in pytree.tree_leaves(self.flow.ids.get(operand))
-            if isinstance(ids, Tensor)
-        )
-
-    # -- the check ------------------------------------------------------------------------------------------------
-
-    def conflicts(self) -> list[fx.Node]:
-        """Plan all operators that move elements; those for which that fails."""
-        failed = []
-        for node in self.program.module.graph.nodes:
-            if plain_name(node.target) in LAYOUT | PADS and self._touched(node):
-                try:
-                    self._plan(node)
-                except (Infeasible, RuntimeError, IndexError):
-                    failed.append(node)
-        return failed
-
-    def _plan(self, node: fx.Node) -> None:
-        target, given = self._new_arguments(node)
-        schema = target._schema.arguments
-        args = tuple(given[a.name] for a in schema if not a.kwarg_only)
-        kwargs = {a.name: given[a.name] for a in schema if a.kwarg_only and given[a.name] != a.default_value}
-
-        def value(operand: fx.Node) -> Any:
-            if operand not in self.flow.ids:  # an index
-                return tensor_at(self.program.module, str(operand.target))
-            return self.reduced(shape_of(operand), self.flow.ids[operand])
-
-        if plain_name(node.target) not in PADS and plain_name(node.target) not in {"index", "index_select"}:
-            out = pytree.tree_leaves(execute(target, args, kwargs, value))
-        elif plain_name(node.target) in PADS:
-            out = self._pad_out(node, given, value)
-        else:
-            out = self._index_out(node, given, value)
-        ids, values = pytree.tree_leaves(self.flow.ids[node]), pytree.tree_leaves(node.meta["val"])
-        for one, each, meta in zip(out, ids, values, strict=True):
-            if not torch.equal(one, self.reduced(concrete(meta.shape), each)):
-                raise Infeasible
-        self._plans[node] = (target, args, kwargs)
-
-    def _pad_out(self, node: fx.Node, given: dict[str, Any], value: Any) -> list[Tensor]:
-        ids = self.flow.ids[node]
-        first = given["self"]
-        if bool((self.flow.ids[first].numel() == ids.numel()) and self.flow.ids[first].shape == ids.shape):
-            return [self.reduced(shape_of(node), ids)]
-        return [torch.nn.functional.pad(value(first), list(given["pad"]), value=0)]
-
-    def _index_out(self, node: fx.Node, given: dict[str, Any], value: Any) -> list[Tensor]:
-        data = value(given["self"])
-
-        def index(operand: Any, axis: int) -> Any:
-            if not isinstance(operand, fx.Node):
-                return operand
-            if self.flow.ids[given["self"]].shape[axis] == 1:
-                return torch.zeros(shape_of(operand), dtype=torch.long)
-            return tensor_at(self.program.module, str(operand.target))
-
-        if "indices" in given:
-            out = aten.index.Tensor(data, [index(operand, axis) for axis, operand in enumerate(given["indices"])])
-        else:
-            out = data.index_select(given["dim"], index(given["index"], given["dim"]))
-        return [out]
-
-    def _new_arguments(self, node: fx.Node) -> tuple[Any, dict[str, Any]]:
-        """Operator and arguments that move what is left as ``node`` moved all."""
-        name, given = plain_name(node.target), dict(arguments(node))
-        target: Any = node.target
-        if name in {"cat", "concat", "stack"}:
-            return target, given
-        data = given["self"]
-        before, after = shape_of(data), self.shape(shape_of(data), self.flow.ids[data])
-        if name in _RESHAPES or name == "expand":
-            key = _RESHAPES.get(name, "size")
-            out = shape_of(node), self.shape(shape_of(node), self.flow.ids[node])
-            if name == "unflatten":
-                span = slice(given["dim"] % len(before), given["dim"] % len(before) + len(given[key]))
-                out = out[0][span], out[1][span]
-            given[key] = _new_sizes(given[key], *out, keep=name == "expand")
-        elif name in {"split", "split_with_sizes", "chunk"} and before != after:
-            values = zip(node.meta["val"], self.flow.ids[node], strict=True)
-            axis = given["dim"] % len(before)
-            sizes = [self.shape(concrete(value.shape), ids)[axis] for value, ids in values]
-            target, given = aten.split_with_sizes.default, {"self": data, "split_sizes": sizes, "dim": axis}
-        elif name in {"slice", "select", "narrow"}:
-            self._new_positions(node, name, given, before, after)
-        elif name == "index_select" and before[given["dim"]] != after[given["dim"]]:
-            raise Infeasible
-        elif name == "index":
-            changed = [b != a for b, a in zip(before, after, strict=True)]
-            if any(index is not None and c for index, c in zip(given["indices"], changed, strict=False)):
-                raise Infeasible
-        return target, given
-
-    def _new_positions(
-        self, node: fx.Node, name: str, given: dict[str, Any], before: list[int], after: list[int]
+    def __init__(
+        self, program: Program, flow: Flow, decision: Removable, moves: Moves, known: dict[fx.Node, Constant]
     ) -> None:
-        axis = given["dim"] % len(before)
-        if before[axis] == after[axis]:
-            return
-        if given.get("step", 1) != 1:
-            raise Infeasible
-        kept = self.kept(self.flow.ids[given["self"]]).movedim(axis, -1).reshape(-1, before[axis])
-        row = kept[kept.any(1)][0]
-        if name == "select":
-            index = given["index"] % before[axis]
-            if not bool(row[index]):
-                raise Infeasible
-            given["index"] = int(row[:index].sum())
-            return
-        start = given["start"] if isinstance(given["start"], int) else 0
-        first = int(row[: slice(start, None).indices(before[axis])[0]].sum())
-        length = self.shape(shape_of(node), self.flow.ids[node])[axis]
-        given["start"] = first
-        if name == "slice":
-            given["end"] = first + length
-        else:
-            given["length"] = length
-
-    # -- the rewriting --------------------------------------------------------------------------------------------
+        self.program, self.flow, self.decision, self.moves, self.known = program, flow, decision, moves, known
+        self._made: dict[Any, str] = {}
 
     def apply(self) -> None:
         """Rewrite the graph."""
-        for node, (target, args, kwargs) in self._plans.items():
+        for node, (target, args, kwargs) in self.moves.plans.items():
             node.target, node.args, node.kwargs = target, args, kwargs
         for site in self.flow.sites:
             self._site(site)
@@ -203,7 +52,7 @@ class Shrink:
                     node.args = (node.args[0], groups, *node.args[2:])
 
     def _left(self, node: fx.Node) -> list[int]:
-        return self.shape(shape_of(node), self.flow.ids[node])
+        return self.moves.shape(shape_of(node), self.flow.ids[node])
 
     def _buffer(self, before: fx.Node, like: str, tensor: Tensor, mask: Tensor | None = None) -> fx.Node:
         """A constant read before a node; equal ones made from one tensor are one buffer, so that tied stays tied."""
@@ -222,7 +71,7 @@ class Shrink:
         return node
 
     def _site(self, site: Site) -> None:
-        rows, columns = self.kept(site.rows), self.kept(site.columns)
+        rows, columns = self.moves.kept(site.rows), self.moves.kept(site.columns)
         if bool(rows.all()) and bool(columns.all()):
             return
         target = str(site.weight.target)
@@ -323,10 +172,10 @@ class Shrink:
         schema = site.node.target._schema.arguments
         args = [given[a.name] for a in schema if not a.kwarg_only]
         out: Tensor = site.node.target(*args, **{a.name: given[a.name] for a in schema if a.kwarg_only})
-        return out.index_select(site.axis, self.kept(site.rows).reshape(-1).nonzero().flatten())
+        return out.index_select(site.axis, self.moves.kept(site.rows).reshape(-1).nonzero().flatten())
 
     def _constant(self, constant: fx.Node, reader: fx.Node, ids: Tensor) -> None:
-        kept = self.kept(ids)
+        kept = self.moves.kept(ids)
         if bool(kept.all()):
             return
         masked = None
@@ -361,7 +210,7 @@ class Shrink:
                 user.replace_input_with(node, scaled)
         elif name == "rms_norm":
             gain = torch.ones(before, dtype=node.meta["val"].dtype)
-            kept = self.kept(self.flow.ids[reading.data]).reshape(-1)
+            kept = self.moves.kept(self.flow.ids[reading.data]).reshape(-1)
             like = f"{node.name}_gain"
             if given["weight"] is not None:
                 like = str(given["weight"].target)
@@ -370,23 +219,6 @@ class Shrink:
             eps = given["eps"] if given["eps"] is not None else torch.finfo(node.meta["val"].dtype).eps
             node.args = (given["input"], [after], self._buffer(node, like, gain), eps * before / after)
             node.kwargs = {}
-
-
-def _new_sizes(sizes: Any, before: Sequence[int], after: Sequence[int], *, keep: bool) -> list[Any]:
-    """Sizes of a reshape, or of an expansion (``keep``), for what is left."""
-    new: list[Any] = []
-    for size, old, now in zip(sizes, before, after, strict=True):
-        if old == now or size == -1 and keep:
-            new.append(size)
-        elif isinstance(size, int):
-            new.append(now)
-        else:
-            new.append(-1)
-    if not keep and new.count(-1) > 1:
-        new = [now if size == -1 and isinstance(old, int) else size for size, old, now in zip(new, sizes, after, strict=True)]
-        if new.count(-1) > 1:
-            raise Infeasible
-    return new
 
 
 def _cut(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -431,11 +263,10 @@ def cut_constant(tensor: Tensor, kept: Tensor) -> Tensor:
     sizes = [kept.shape[axis] if axis in active else whole.shape[axis] for axis in range(rank)]
     ordered = whole.expand(sizes).permute(active + others)
     inner = kept.permute(active + others).reshape([kept.shape[axis] for axis in active])
-    shape = kept_shape(inner)
-    assert shape is not None
-    out = ordered[inner].reshape(*shape, *[whole.shape[axis] for axis in others])
+    left = kept_shape(inner)
+    assert left is not None
+    out = ordered[inner].reshape(*left, *[whole.shape[axis] for axis in others])
     back = sorted(range(rank), key=(active + others).__getitem__)
     out = out.permute(back)
     lead = next((axis for axis in range(rank) if out.shape[axis] > 1), rank - 1)
     return out.reshape(out.shape[min(lead, rank - tensor.dim()) :])
-

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
+_LOG = logging.getLogger(__name__)
 
 
 def export(
@@ -88,7 +89,7 @@ def _reshape_views(module: fx.GraphModule) -> None:
 @contextmanager
 def fit_for_capture(model: nn.Module) -> Iterator[None]:
     """The state in which ``model`` can be captured: plain attention and experts, and torch silent."""
-    with _plain_attention(), _plain_experts(model), _quiet_torch():
+    with _plain_attention(), plain_experts(model), _quiet_torch():
         yield
 
 
@@ -104,21 +105,22 @@ def _plain_attention() -> Iterator[None]:
 
 
 @contextmanager
-def _plain_experts(model: nn.Module) -> Iterator[None]:
+def plain_experts(model: nn.Module) -> Iterator[None]:
     """Let mixtures of experts multiply batches of matrices: grouped products have no ONNX form."""
-    before = [
-        (module, module.get_experts_implementation())
-        for module in model.modules()
-        if callable(getattr(module, "set_experts_implementation", None))
-        and callable(getattr(module, "get_experts_implementation", None))
-    ]
+    before: list[tuple[Any, Any]] = []
     try:
-        for module, _ in before:
-            module.set_experts_implementation("batched_mm")
+        for module in model.modules():
+            get, put = (getattr(module, f"{verb}_experts_implementation", None) for verb in ("get", "set"))
+            if callable(get) and callable(put):
+                before.append((put, get()))
+                try:
+                    put("batched_mm")
+                except (RuntimeError, ValueError) as error:  # one that cannot be changed: captured as it is
+                    _LOG.debug("%s keeps its experts implementation: %s", type(module).__name__, error)
         yield
     finally:
-        for module, implementation in reversed(before):
-            module.set_experts_implementation(implementation)
+        for put, implementation in reversed(before):
+            put(implementation)
 
 
 @contextmanager

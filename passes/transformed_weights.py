@@ -13,7 +13,7 @@ Rules:
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
@@ -76,6 +76,10 @@ class TransformedWeights:
             if key not in self._stored:
                 self._read.setdefault(key, []).append(recognised)
 
+    def holder(self, parameter: nn.Parameter, owner: nn.Module) -> nn.Module:
+        """The module that a parameter belongs to: of a parametrised one, not the list that keeps it."""
+        return self._stored[id(parameter)][0] if id(parameter) in self._stored else owner
+
     def settle(
         self, parameter: nn.Parameter, uses: list[Use], layouts: list[Layout]
     ) -> tuple[list[Use], tuple[Transform, ...]]:
@@ -106,7 +110,9 @@ class TransformedWeights:
         if not recognised:
             return uses, ()
         if reason := next((found.reason for found in recognised if found.reason), ""):
-            return [*plain, Use(kind="transformed", detail=reason)], ()
+            return [
+                replace(use, detail=f"{use.detail}: {reason}") if use.kind == "transformed" else use for use in uses
+            ], ()
         if all(found.no_weight for found in recognised):
             return [*plain, Use(kind="none", detail=recognised[0].no_weight)], ()
         plain = [use for use in plain if use.kind != "none"]
@@ -131,13 +137,13 @@ def recognise(name: str, module: nn.Module, uses: dict[int, list[Use]] | None) -
         >>> found.layout.kind, found.transform.training.zero_dims
         ('linear', (1,))
     """
-    wanted = None if uses is None else {key for key, all_ in uses.items() if any(u.kind == "transformed" for u in all_)}
+    wanted = None if uses is None else {key for key, all_ in uses.items() if any(map(_may_transform, all_))}
     if wanted is not None and not wanted:
         return {}
     try:
         graphs = [regenerated.trace(module, training=training) for training in (False, True)]
     except RegenerationError as error:
-        reason = f"the weight is transformed before it is used, and its forward cannot be regenerated: {error}"
+        reason = f"the forward around it cannot be regenerated: {error}"
         return dict.fromkeys(wanted or (), Recognised(reason=reason))
     targets: dict[int, str] = {}
     for node in graphs[0].nodes:
@@ -146,8 +152,14 @@ def recognise(name: str, module: nn.Module, uses: dict[int, list[Use]] | None) -
             targets[id(value)] = node.target
     if wanted is None:  # the first look saw nothing: this one may
         seen = uses_in(graphs[0], functools.partial(attribute, module))
-        wanted = {key for key, all_ in seen.items() if any(use.kind == "transformed" for use in all_)}
+        wanted = {key for key, all_ in seen.items() if any(map(_may_transform, all_))}
     return {key: _recognised(name, module, graphs, targets[key]) for key in wanted if key in targets}
+
+
+def _may_transform(use: Use) -> bool:
+    """Whether a look behind this use is worth it; a child may be what transforms the weight."""
+    child = use.kind == "none" and use.node is not None and use.node.op == "call_module"
+    return use.kind == "transformed" or child
 
 
 def _recognised(name: str, module: nn.Module, graphs: list[fx.Graph], target: str) -> Recognised:
@@ -159,7 +171,7 @@ def _recognised(name: str, module: nn.Module, graphs: list[fx.Graph], target: st
             elementwise = is_elementwise(module, source, end, weight)
             transform = functools.partial(regenerated.between(graph, target, end.name), module)
             dims: tuple[int, ...] = ()
-            if not any(node.op == "call_module" for node in regenerated.ancestors(end)):
+            if not elementwise or not any(node.op == "call_module" for node in regenerated.ancestors(end)):
                 check_values(transform, weight)
                 dims = zero_dims(transform, weight, layout, elementwise=elementwise)
             maskings.append(Masking(elementwise=elementwise, zero_dims=dims, node=end.name))
@@ -167,7 +179,7 @@ def _recognised(name: str, module: nn.Module, graphs: list[fx.Graph], target: st
     except CompanionError as error:
         return Recognised(no_weight=str(error))
     except UnfitError as error:
-        return Recognised(reason=f"the weight is transformed before it is used: {error}")
+        return Recognised(reason=str(error))
     if layouts[0] != layouts[-1]:
         return Recognised(reason="training and evaluation read it in different layouts")
     found = Transform(reader=name, path=target, evaluation=maskings[0], training=maskings[-1])

@@ -73,10 +73,23 @@ def _name(node: fx.Node) -> str:
 
 
 def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Tensor) -> bool:
-    """Rule 2: whether ``end`` is made of ``source`` element by element; else it is made with statistics of it.
+    """Rule 1: whether ``end`` is made of ``source`` element by element; else it is made with statistics of it.
+
+    Args:
+        module: The module whose graph it is.
+        source: The node that has the weight's values.
+        end: The node that is used in their place.
+        weight: The stored weight.
 
     Raises:
         UnfitError: It is made in another way.
+        CompanionError: The parameter is no weight.
+
+    Example:
+        >>> graph = regenerated.trace(nn.Softmax(1), training=False)
+        >>> source, end, _ = graph.nodes
+        >>> is_elementwise(nn.Softmax(1), source, end, torch.ones(3, 2))
+        False
     """
     roles: dict[fx.Node, str] = {source: "value"}  # value, statistic, size or other
     elementwise = True
@@ -126,7 +139,7 @@ def _module_is_elementwise(module: nn.Module, node: fx.Node, weight: Tensor) -> 
     elementwise = True
     for training in (False, True):
         try:
-            graph = regenerated.trace(child, training=training, exact=False)
+            graph = regenerated.trace(child, training=training, exact=False, like=weight)
         except RegenerationError as error:
             raise UnfitError(f"the child {node.target!r} cannot be looked into: {error}") from error
         (source,) = [each for each in graph.nodes if each.op == "placeholder"]
@@ -156,6 +169,14 @@ def _values(transform: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
 
 
 def check_values(transform: Callable[[Tensor], Tensor], weight: Tensor) -> None:
+    """Require that the transform of ``weight`` has its shape.
+
+    Raises:
+        UnfitError: It has not, or the transform fails.
+
+    Example:
+        >>> check_values(torch.tanh, torch.ones(3, 2))
+    """
     values = _values(transform, weight.detach())
     if not isinstance(values, Tensor) or values.shape != weight.shape:
         found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
@@ -165,7 +186,18 @@ def check_values(transform: Callable[[Tensor], Tensor], weight: Tensor) -> None:
 def zero_dims(
     transform: Callable[[Tensor], Tensor], weight: Tensor, layout: Layout, *, elementwise: bool
 ) -> tuple[int, ...]:
-    """Rule 3: the dimensions over which a neuron of zeros is looked for, or none."""
+    """Rule 2: the dimensions over which a neuron of zeros is looked for, or none.
+
+    Raises:
+        UnfitError: The transform of a neuron of zeros is not finite, and nothing can be done about it.
+
+    Example:
+        >>> layout = Layout.usual("linear", (3, 2))
+        >>> zero_dims(lambda w: w / w.norm(dim=1, keepdim=True), torch.randn(3, 2), layout, elementwise=False)
+        (1,)
+        >>> zero_dims(lambda w: w.softmax(1), torch.randn(3, 2), layout, elementwise=False)
+        ()
+    """
     if elementwise:
         return ()
     without = weight.detach().clone()
@@ -178,8 +210,14 @@ def zero_dims(
     if bool(there.isfinite().all()) and bool(there.any()):
         return ()
     first_input = tuple(0 if dim == dims[0] else slice(None) for dim in range(weight.dim()))
-    without[first_input] = 0.0
     masking = Masking(elementwise=False, zero_dims=dims)
-    if not bool(_values(lambda value: masked(value, value != 0, transform, masking), without).isfinite().all()):
-        raise UnfitError("it divides by zero where inputs are pruned")
+    for zeros in (neuron, first_input):
+        pruned = weight.detach().clone()
+        pruned[zeros] = 0.0
+        pruned.requires_grad_()
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            effective = masked(pruned, pruned != 0, transform, masking, dense_gradient=True)
+            (gradient,) = torch.autograd.grad(effective.sum(), pruned)
+        if not bool(gradient.isfinite().all()):
+            raise UnfitError("it divides by zero where inputs are pruned")
     return dims

@@ -7,10 +7,13 @@ not know graphs, modules or the names of operations.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from srigl_fx.masks.records import Block, Kind, WeightSite
 from srigl_fx.passes.contractions import Operand
 from srigl_fx.passes.weight_views import WeightView
+
+LOOKED_UP = "its rows are looked up by index"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +31,7 @@ class Layout:
     blocks: tuple[Block, ...] = field(default=(), compare=False)
 
     @classmethod
-    def usual(
-        cls, kind: Kind, shape: Sequence[int], *, groups: int = 1, blocks: tuple[Block, ...] = ()
-    ) -> "Layout":
+    def usual(cls, kind: Kind, shape: Sequence[int], *, groups: int = 1, blocks: tuple[Block, ...] = ()) -> "Layout":
         """The layout of a parameter of this shape that is laid out as is usual for its kind.
 
         Example:
@@ -113,6 +114,9 @@ def _from_roles(view: WeightView, roles: str, operand: Operand) -> Layout | str:
         axes.append((stride, size, role))
         end = stride
     axes += _missing(view.shape_of, 1, end)
+    kept = {role for _, _, role in pieces}
+    if "n" not in kept and len(pieces) < len(axes):
+        return LOOKED_UP
     if {role for _, _, role in axes} <= {"b", "n"}:
         return "it is multiplied element by element, not summed over with the data"
     merged = _merged(axes, view.shape_of)
@@ -123,7 +127,7 @@ def _missing(shape: tuple[int, ...], start: int, end: int) -> list[tuple[int, in
     """The parameter's own axes between two strides, which the view selects from."""
     borders = {math.prod(shape[i:]) for i in range(len(shape) + 1)}
     cuts = sorted({start, end} | {border for border in borders if start < border < end}, reverse=True)
-    return [(low, high // low, "b") for high, low in zip(cuts, cuts[1:], strict=False) if high % low == 0]
+    return [(low, high // low, "b") for high, low in pairwise(cuts) if high % low == 0]
 
 
 def _merged(axes: list[tuple[int, int, str]], shape: tuple[int, ...]) -> list[tuple[int, str]]:

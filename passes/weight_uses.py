@@ -23,14 +23,37 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 
 from srigl_fx.passes.contractions import LOOKUPS, OPAQUE, Operand, name_of, operands
-from srigl_fx.passes.weight_layout import Layout, layout_of
+from srigl_fx.passes.weight_layout import LOOKED_UP, Layout, layout_of
 from srigl_fx.passes.weight_views import VIEWS, WeightView
 
 COPIES = frozenset(
-    "to type type_as contiguous clone float half bfloat16 double detach alias _to_copy cpu cuda requires_grad_ flip "
-    "lift_fresh_copy data convert_element_type neg positive".split()
+    [
+        "to",
+        "type",
+        "type_as",
+        "contiguous",
+        "clone",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "detach",
+        "alias",
+        "_to_copy",
+        "cpu",
+        "cuda",
+        "requires_grad_",
+        "flip",
+        "lift_fresh_copy",
+        "data",
+        "convert_element_type",
+        "neg",
+        "positive",
+    ]
 )
-SCALES = frozenset("mul __mul__ __rmul__ multiply imul div truediv __truediv__ true_divide divide".split())
+SCALES = frozenset(
+    ["mul", "__mul__", "__rmul__", "multiply", "imul", "div", "truediv", "__truediv__", "true_divide", "divide"]
+)
 
 UseKind = Literal["weight", "transformed", "lookup", "unsupported", "none"]
 
@@ -70,6 +93,7 @@ class Derived:
 
     sources: frozenset[int]
     alone: bool
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +103,6 @@ class Data:
     rank: int | None = None
 
 
-CONSTANT = Derived(frozenset(), alone=True)
 Value = Views | Derived | Data
 Report = Callable[[int, Use], None]
 
@@ -125,7 +148,7 @@ def initial(value: object) -> Value:
     """What a graph's or a model's own tensor is at first."""
     if isinstance(value, nn.Parameter) and value.dim() >= 2 and value.numel() > 0:
         return Views((WeightView.whole(value),))
-    return CONSTANT if isinstance(value, Tensor) else Data()
+    return Derived(frozenset(), alone=True, rank=value.dim()) if isinstance(value, Tensor) else Data()
 
 
 def _called(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], report: Report) -> Any:
@@ -152,9 +175,7 @@ def _method(name: str) -> Callable[..., Any]:
     return lambda tensor, *args, **kwargs: getattr(tensor, name)(*args, **kwargs)
 
 
-def after(
-    name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], report: Report
-) -> Any:
+def after(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], report: Report) -> Any:
     """Follow the weights through one operation; what it does with them goes to ``report``.
 
     Args:
@@ -179,11 +200,15 @@ def after(
         return Data()
     first = args[0] if args else None
     if isinstance(first, Views):
-        if name in COPIES or name == "index_select":
+        if name in COPIES:
             return first
+        if name == "index_select" and len(args) > 1 and isinstance(args[1], int):
+            return _views([view.indexed(args[1] % len(view.dims), rank=1) for view in first.views], first)
         if name in VIEWS:
             return _viewed(first, function, name, args[1:], kwargs)
-    derived = Derived(sources, alone=not any(isinstance(v, Data) or (isinstance(v, Derived) and not v.alone) for v in flat))
+    derived = Derived(
+        sources, alone=not any(isinstance(v, Data) or (isinstance(v, Derived) and not v.alone) for v in flat)
+    )
     if name in SCALES:
         return _scaled(name, args) or derived
     if name in ("cat", "concat", "concatenate", "stack"):
@@ -203,12 +228,7 @@ def _contract(name: str, found: list[Operand], sources: frozenset[int], report: 
         value = operand.value
         if isinstance(value, Views):
             for view in value.views:
-                layout = layout_of(view, operand)
-                known = isinstance(layout, Layout)
-                report(
-                    view.parameter,
-                    Use(kind="weight", layout=layout) if known else Use(kind="unsupported", detail=str(layout)),  # type: ignore[arg-type]
-                )
+                report(view.parameter, _as_use(layout_of(view, operand)))
         elif isinstance(value, Derived) and (value.alone or not operand.either):
             for source in value.sources:
                 report(source, Use(kind="transformed", detail=f"the weight is transformed before {name} reads it"))
@@ -218,6 +238,12 @@ def _contract(name: str, found: list[Operand], sources: frozenset[int], report: 
     for source in sources - read:
         report(source, Use(kind="none"))
     return Data()
+
+
+def _as_use(layout: Layout | str) -> Use:
+    if isinstance(layout, Layout):
+        return Use(kind="weight", layout=layout)
+    return Use(kind="none" if layout == LOOKED_UP else "unsupported", detail=layout)
 
 
 def _is_weight(value: object) -> bool:
@@ -253,7 +279,7 @@ def _indexed(value: Views, index: Any) -> Value:
 
 
 def _indexed_view(view: WeightView, parts: list[Any]) -> WeightView | None:
-    by_tensor = [i for i, part in enumerate(parts) if isinstance(part, Data | Derived | Views | list)]
+    by_tensor = [i for i, part in enumerate(parts) if isinstance(part, Tensor | Data | Derived | Views | list)]
     if not by_tensor:
         found = view.through(_get, tuple(parts))
         return found if isinstance(found, WeightView) else None
@@ -261,7 +287,9 @@ def _indexed_view(view: WeightView, parts: list[Any]) -> WeightView | None:
     if len(by_tensor) > 1 or any(not isinstance(part, slice) for part in parts[:position]):
         return None
     index = parts[position]
-    rank = 1 if isinstance(index, list) else index.rank if isinstance(index, Data) else None
+    rank = 1 if isinstance(index, list) else None
+    if isinstance(index, Data | Derived | Tensor):
+        rank = index.dim() if isinstance(index, Tensor) else index.rank
     indexed = view.indexed(position, rank=rank)
     whole = all(isinstance(part, slice) and part == slice(None) for i, part in enumerate(parts) if i != position)
     return indexed if whole else None
@@ -272,7 +300,7 @@ def _get(tensor: Tensor, index: Any) -> Tensor:
 
 
 def _scaled(name: str, args: Sequence[Any]) -> Value | None:
-    """The weight, if this is one scaled by a number or by a tensor that is not made from it."""
+    """The weight, if this is one scaled by a number or by a tensor that is not made from a weight."""
     if len(args) < 2:
         return None
     value, scale = args[0], args[1]
@@ -282,7 +310,7 @@ def _scaled(name: str, args: Sequence[Any]) -> Value | None:
         value, scale = scale, value
     if not isinstance(value, Views):
         return None
-    if isinstance(scale, Views) or (isinstance(scale, Derived) and scale.sources & value.sources):
+    if isinstance(scale, Views) or (isinstance(scale, Derived) and scale.sources):
         return None
     return value
 

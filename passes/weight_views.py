@@ -16,9 +16,45 @@ from torch import Tensor
 
 # Operations that only rearrange, slice or select; by name, whether function, method or operator.
 VIEWS = frozenset(
-    "t T mT H transpose permute swapaxes swapdims movedim moveaxis numpy_T view reshape _unsafe_view flatten unflatten "
-    "ravel squeeze unsqueeze expand broadcast_to expand_as view_as reshape_as chunk split split_with_sizes tensor_split "
-    "unsafe_chunk unsafe_split unbind select narrow slice getitem __getitem__ adjoint".split()
+    [
+        "t",
+        "T",
+        "mT",
+        "H",
+        "transpose",
+        "permute",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "numpy_T",
+        "view",
+        "reshape",
+        "_unsafe_view",
+        "flatten",
+        "unflatten",
+        "ravel",
+        "squeeze",
+        "unsqueeze",
+        "expand",
+        "broadcast_to",
+        "expand_as",
+        "view_as",
+        "reshape_as",
+        "chunk",
+        "split",
+        "split_with_sizes",
+        "tensor_split",
+        "unsafe_chunk",
+        "unsafe_split",
+        "unbind",
+        "select",
+        "narrow",
+        "slice",
+        "getitem",
+        "__getitem__",
+        "adjoint",
+    ]
 )
 
 
@@ -92,20 +128,16 @@ class WeightView:
         return [self._seen_as(probe, part) for part in out] if isinstance(out, tuple | list) else None
 
     def indexed(self, position: int, *, rank: int | None) -> "WeightView | None":
-        """The view with the dimension at ``position`` indexed by a tensor of ``rank`` dimensions (None: unknown)."""
+        """The view with the dimension at ``position`` indexed by a tensor of ``rank`` dimensions (None: unknown).
+
+        Rows that are picked from the front are selected, whichever they are; further behind it is a slice.
+        """
         before, after = self.dims[:position], self.dims[position + 1 :]
+        if position and rank == 1:
+            return self
         if rank is None:  # only leading dimensions can stay unknown
             return None if position else WeightView(self.parameter, self.shape_of, after, loose=True)
-        if rank == 0:
-            return WeightView(self.parameter, self.shape_of, before + after, loose=self.loose)
-        new = ((),) * (rank - 1) + (self.dims[position],)
-        return WeightView(self.parameter, self.shape_of, before + new + after, loose=self.loose)
-
-    def split(self, position: int, outer: int) -> "WeightView":
-        """The view with the dimension at ``position`` split in two, the outer one of this size."""
-        shape = self.shape
-        found = self.through(torch.reshape, (*shape[:position], outer, -1, *shape[position + 1 :]))
-        return found if isinstance(found, WeightView) else self
+        return WeightView(self.parameter, self.shape_of, before + ((),) * rank + after, loose=self.loose)
 
     def _seen_as(self, probe: Tensor, out: Tensor) -> "WeightView | None":
         if out.untyped_storage()._cdata != probe.untyped_storage()._cdata:

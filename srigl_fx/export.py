@@ -4,6 +4,7 @@ Owns the verb: the order of its steps, the file on disk and its verification in 
 model is lowered or translated, nor how the library works.
 """
 
+import functools
 import os
 import tempfile
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.errors import ExportError, LibraryError
 from srigl_fx.lowered import LoweredModule
+from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.lowering import lower
 from srigl_fx.onnx_file import CondensedNode, inspect_file
 from srigl_fx.onnx_model import build_model
@@ -107,7 +109,8 @@ def export_onnx(
         model: A model with masks, in eval mode, float32 on the CPU; or what :func:`srigl_fx.lower` returned.
         path: The file to write; it appears whole or not at all.
         example_inputs: A tuple of arguments, or (args, kwargs).
-        dynamic_batch: Let the file take any batch size, where the model does.
+        dynamic_batch: Let the file take any batch size, where the model does and ONNX can say it; the report notes
+            where it cannot.
         fallback: Put the functions for a stock ONNX Runtime into the file.
         min_speedup: As for :func:`srigl_fx.lower`; 0 condenses every layer that has an operator.
         verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one.
@@ -116,7 +119,8 @@ def export_onnx(
         A report; ``str()`` is a few lines, ``.path`` the file.
 
     Raises:
-        ExportError: The graph has an operator without ONNX form, or ONNX Runtime's outputs differ.
+        ExportError: The graph has an operator without ONNX form, or ONNX Runtime's outputs differ. Or the model is not
+            one graph: the message says what broke, and how the parts that are graphs are exported.
         LoweringError, CaptureError, InvariantError: As :func:`srigl_fx.lower` raises them.
 
     An existing file at ``path`` is left alone in each case.
@@ -134,22 +138,25 @@ def export_onnx(
         problem = "it is a folder" if target.is_dir() else f"there is no folder {target.parent}; create it first"
         raise ExportError(f"cannot write {target}: {problem}")
     lowered = model
-    if not isinstance(lowered, LoweredModule):
+    if not isinstance(lowered, LoweredModule | LoweredRegions):
         lowered = lower(model, example_inputs, min_speedup=min_speedup, verify=verify)
+    if isinstance(lowered, LoweredRegions):
+        raise _not_one_graph(lowered)
     args, kwargs = normalise_inputs(example_inputs)
     batched = _batched(lowered, args, kwargs, dynamic_batch)
-    proto = build_model(lowered, args, kwargs, batched)
-    if fallback:
-        proto.functions.extend(fallback_functions())
-    errors: dict[str, float] = {}
+    write = functools.partial(_write, target, lowered, args, kwargs, fallback=fallback, verify=verify)
     notes: list[str] = []
-    written = _write_beside(target, proto)
     try:
-        if verify:
-            errors, notes = _check(written, lowered, args, kwargs, batched, fallback=fallback)
-        os.replace(written, target)
-    finally:
-        written.unlink(missing_ok=True)
+        errors, notes = write(batched)
+    except ExportError as error:
+        if not any(batched):
+            raise
+        try:
+            errors, notes = write([False] * len(batched))
+        except ExportError:
+            raise error from error.__cause__
+        batched = []
+        notes.append(f"the file takes the batch of the example inputs only; with any batch, {error}")
     contents = inspect_file(target)
     return ExportReport(
         path=target,
@@ -162,6 +169,43 @@ def export_onnx(
         library_error=errors.get("library"),
         fallback_error=errors.get("fallback"),
         notes=tuple(notes),
+    )
+
+
+def _write(
+    target: Path,
+    lowered: LoweredModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batched: Sequence[bool],
+    *,
+    fallback: bool,
+    verify: bool,
+) -> tuple[dict[str, float], list[str]]:
+    """Write the file and check it; return the largest relative errors, and what was not checked."""
+    proto = build_model(lowered, args, kwargs, batched)
+    if fallback:
+        proto.functions.extend(fallback_functions())
+    written = _write_beside(target, proto)
+    try:
+        checked = _check(written, lowered, args, kwargs, batched, fallback=fallback) if verify else ({}, [])
+        os.replace(written, target)
+    finally:
+        written.unlink(missing_ok=True)
+    return checked
+
+
+def _not_one_graph(lowered: LoweredRegions) -> ExportError:
+    """The error for a model that is not one graph: what broke, and how its parts are exported."""
+    failures = lowered.report.capture_failures
+    broken = [one for one in failures if not any(other.name.startswith(f"{one.name}.") for other in failures)]
+    causes = dict.fromkeys(str(failure) for failure in (*failures[:1], *broken))
+    return ExportError(
+        "the model is not one graph, and one file holds one graph. What broke: "
+        f"{'; '.join(causes)}. Mend that, or export the parts that are graphs ({', '.join(lowered.regions)}):\n"
+        "    lowered = srigl_fx.lower(model, example_inputs, min_speedup=0)\n"
+        "    for name, part in lowered.regions.items():\n"
+        '        srigl_fx.export_onnx(part, f"{name}.onnx", lowered.region_inputs[name])'
     )
 
 

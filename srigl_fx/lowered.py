@@ -18,7 +18,7 @@ from srigl_fx import graph_file
 from srigl_fx.errors import LoweringError
 from srigl_fx.html_report import lowering_page, save_page
 from srigl_fx.passes.base import Note
-from srigl_fx.passes.capture import Failure
+from srigl_fx.passes.capture import Failure, is_free
 from srigl_fx.passes.removal import Removals
 from srigl_fx.removal_report import format_removals
 from srigl_fx.report import format_bytes, format_table
@@ -153,7 +153,7 @@ class LoweringReport:
         save_page(path, self.to_html(title))
 
     def __str__(self) -> str:
-        headers = ("weight", "shape", "active", "fan-in", "decision", "bytes", "lowered", "reason")
+        headers = ("weight", "shape", "active", "fan-in", "decision", "bytes", "lowered", "region", "reason")
         rows = [
             (
                 layer.fqn,
@@ -163,10 +163,13 @@ class LoweringReport:
                 layer.decision,
                 format_bytes(layer.bytes_before),
                 format_bytes(layer.bytes_after),
+                layer.region,
                 layer.reason,
             )
             for layer in (*self.layers, *self.others)
         ]
+        if not any(layer.region for layer in self.layers):
+            headers, rows = (*headers[:7], headers[8]), [(*row[:7], row[8]) for row in rows]
         total = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
         error = "not verified" if self.max_error is None else f"largest relative error {self.max_error:.1e}"
         table = f"{format_table(headers, rows, right=(2, 3, 5, 6))}\n{total}; {self.capture}; {error}"
@@ -272,7 +275,7 @@ def describe_inputs(placeholders: list[Any]) -> list[dict[str, Any] | None]:
 
     def one(value: Any) -> dict[str, Any] | None:
         if isinstance(value, Tensor):
-            shape = [int(size) if isinstance(size, int) else None for size in value.shape]
+            shape = [None if is_free(size) else int(size) for size in value.shape]
             return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
         return {"value": value} if isinstance(value, bool | int | float | str) else None
 

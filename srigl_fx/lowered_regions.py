@@ -3,9 +3,9 @@
 Owns :class:`LoweredRegions` and how a lowered graph takes the place of a sub-module. It must not know how regions are
 found or lowered.
 
-The copy shares parameters with the model. A sub-module that is replaced keeps its class, its name and its attributes, so
-that code around it which reads them goes on working; tensors that its graph no longer reads leave a stand-in of the same
-type and shape, filled with NaN and taking no memory, so that code which computes with them is found out.
+The copy shares parameters with the model. A sub-module that is replaced keeps its class, its name and its attributes,
+so that code around it which reads them goes on working; tensors that its graph no longer reads leave a stand-in of the
+same type and shape, filled with NaN and taking no memory, so that code which computes with them is found out.
 """
 
 import copy
@@ -80,9 +80,9 @@ class LoweredRegions(nn.Module):
             LoweringError: Always; regions can be saved one by one.
         """
         raise LoweringError(
-            f"cannot save {path}: the model is not one graph, but the model's own code around {len(self._names)} graphs "
-            f"({', '.join(self._names)}), which has no file form; save a region with lowered.regions[name].save(path), "
-            "or lower the model again where it is needed"
+            f"cannot save {path}: the model is not one graph, but its own code around {len(self._names)} graphs "
+            f"({', '.join(self._names)}), and code has no file form; save a region with "
+            "lowered.regions[name].save(path), or lower the model again where it is needed"
         )
 
 
@@ -129,8 +129,8 @@ def _copy(model: nn.Module, written: set[str]) -> nn.Module:
         return copy.deepcopy(model, memo)
     except Exception as error:
         raise LoweringError(
-            f"{type(model).__name__} cannot be copied ({error}), and so not be lowered in parts: remove attributes that "
-            "copy.deepcopy does not take (locks, files, generators), or make the model one that torch.export captures"
+            f"{type(model).__name__} cannot be copied ({error}), and so not be lowered in parts: remove attributes "
+            "that copy.deepcopy does not take (locks, files, generators), or make it a model that torch.export captures"
         ) from error
 
 
@@ -191,4 +191,6 @@ def _release(module: nn.Module, used: set[int]) -> None:
                 del store[name]
                 module._non_persistent_buffers_set.discard(name)
                 value = float("nan") if tensor.is_floating_point() else 0
-                vars(module)[name] = torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+                vars(module)[name] = torch.full((), value, dtype=tensor.dtype, device=tensor.device).expand(
+                    tensor.shape
+                )

@@ -25,7 +25,6 @@ from srigl_fx.passes.capture import (
     Capture,
     Failure,
     capture_whole,
-    check_runs,
     normalise_inputs,
     run_model,
     uncapturable,
@@ -35,8 +34,8 @@ from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Decision, Program, Times, Use
 from srigl_fx.passes.select import Select
-from srigl_fx.region_lowering import lower_regions
 from srigl_fx.passes.verify_program import verifier
+from srigl_fx.region_lowering import lower_regions
 from srigl_fx.runtime.autotune import measure
 
 
@@ -69,8 +68,8 @@ def lower(
             among those of ``srigl_fx.passes.pipelines.LOWERING``.
 
     Returns:
-        A ``torch.fx.GraphModule`` with ``.report`` and ``.save(path)``. Where the model cannot be captured as one graph, a
-        copy of the model whose largest parts that can be captured run as such graphs, with ``.report`` and
+        A ``torch.fx.GraphModule`` with ``.report`` and ``.save(path)``. Where the model cannot be captured as one
+        graph, a copy of the model whose largest parts that can be captured run as such graphs, with ``.report`` and
         ``.regions``; ``report.capture_failures`` says what broke where.
 
     Raises:
@@ -90,7 +89,6 @@ def lower(
         _check_parameters(model)
         options = _Options(min_speedup, batch_sizes, verify, tuple(passes))
         args, kwargs = normalise_inputs(example_inputs)
-        check_runs(model, args, kwargs)
         attempts = capture_whole(model, args, kwargs)
         if attempts.program is not None:
             return _lower_program(attempts.program, options, attempts.failures)
@@ -272,6 +270,7 @@ def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
         capture=program.how,
         dynamic_batch=program.dynamic,
         notes=notes,
+        removals=() if program.removals is None else (program.removals,),
     )
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.program import arguments
 
 aten = torch.ops.aten
 
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
 
 
@@ -23,6 +25,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     1. ``split`` into pieces whose size depends on the batch becomes slices: the optimizer of ONNX models fails on a
        sequence of unknown length.
     2. ``amax`` and ``amin`` of everything name all dimensions.
+    3. What is returned beside tensors (numbers, strings, sizes) is left out, as None is.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -33,12 +36,12 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
         ...         return x.amax() - x.amin()
         >>> module = torch.export.export(Range(), (torch.ones(4, 3),)).module()
         >>> [node.args[1:] for node in rewrite(module).graph.nodes if node.target is aten.amax.default]
-        [([0, 1],)]
+        [([0, 1], False)]
     """
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     returned = graph.graph_copy(module.graph, copies)
-    graph.output(returned)
+    graph.output(pytree.tree_map(_tensor_only, returned))
     graph.set_codegen(module.graph._codegen)
     for node in list(graph.nodes):
         if node.target is aten.split.Tensor and isinstance(node.args[1], fx.Node):
@@ -49,6 +52,11 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
             node.kwargs = {}
     graph.lint()
     return fx.GraphModule(module, graph)
+
+
+def _tensor_only(value: Any) -> fx.Node | None:
+    is_tensor = isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), _NUMBERS)
+    return value if is_tensor else None
 
 
 def _slice(graph: fx.Graph, split: fx.Node) -> None:

@@ -1,7 +1,7 @@
 """Lowering a model that is not one graph: find regions, lower each, put the model together again and check it.
 
-Owns the order of these steps, which regions are given up, and the report on the whole. It must not know how one graph is
-lowered.
+Owns the order of these steps, which regions are given up, and the report on the whole. It must not know how one graph
+is lowered.
 """
 
 from collections.abc import Callable, Iterator
@@ -94,9 +94,7 @@ def lower_regions(
     )
 
 
-def _lower_one(
-    region: Region, lower_one: Callable[[Program, nn.Module], LoweredModule], *, verify: bool
-) -> _Lowered:
+def _lower_one(region: Region, lower_one: Callable[[Program, nn.Module], LoweredModule], *, verify: bool) -> _Lowered:
     """Lower a region; its report is on the weights that its graph reads."""
     owned = {id(tensor) for tensor in region.program.module.parameters()}
     read = {weight.fqn for weight in sparse_weights(region.program.model) if id(weight.weight) in owned}
@@ -115,17 +113,16 @@ def _lower_one(
         found = _difference(run_model(region.module, args, kwargs), run_model(built, args, kwargs))
         if not found <= TOLERANCE:
             raise LoweringError(
-                f"the lowered region {region.name} is off by {found:.2e} of its largest value (allowed: {TOLERANCE:.0e}). "
-                "A module whose outputs depend on more than its inputs cannot be verified: pass verify=False if that is so"
+                f"the lowered region {region.name} is off by {found:.2e} of its largest value (allowed: "
+                f"{TOLERANCE:.0e}). A module whose outputs depend on more than its inputs cannot be verified: pass "
+                "verify=False if that is so"
             )
         built = LoweredModule.build(built, replace(report, max_error=found), inputs)
         error = found
     return _Lowered(region, built, graph.report, error)
 
 
-def _error(
-    finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> float | str:
+def _error(finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | str:
     """The largest relative error of the model with these parts lowered, or what is wrong with its outputs."""
     copied = assemble(finder.model, {one.region.name: one.graph for one in parts}, finder.recording.written)
     try:
@@ -135,8 +132,8 @@ def _error(
     worst = _difference(finder.recording.output, output)
     if not worst <= TOLERANCE:
         return (
-            f"with its graph in place the outputs are off by {worst:.1e} of the largest value: the code around it reads "
-            "its weights, or the outputs depend on more than the inputs"
+            f"with its graph in place the outputs are off by {worst:.1e} of the largest value: the code around it "
+            "reads its weights, or the outputs depend on more than the inputs"
         )
     return worst
 
@@ -166,9 +163,11 @@ def _report(finder: RegionFinder, parts: list[_Lowered], copied: nn.Module, erro
     known = {layer.fqn: layer for layer in full.layers}
     local = sum("module-local" in one.region.program.how for one in parts)
     return LoweringReport(
-        layers=tuple(_layer(finder, weight, known[weight.fqn], parts, alive) for weight in sparse_weights(finder.model)),
+        layers=tuple(
+            _layer(finder, weight, known[weight.fqn], parts, alive) for weight in sparse_weights(finder.model)
+        ),
         others=full.others,
-        capture=f"{len(parts)} regions ({len(parts) - local} by torch.export, {local} module-local), the rest as it was",
+        capture=f"{len(parts)} regions ({len(parts) - local} by torch.export, {local} module-local), the rest eager",
         dynamic_batch=all(report.dynamic_batch for report in reports),
         max_error=None if error is None else max([error, *(one.error for one in parts)]),
         removals=tuple(removal for report in reports for removal in report.removals),

@@ -9,10 +9,10 @@ from srigl_fx.passes.removal import Removals
 from srigl_fx.report import format_table
 
 _FOLDS = {
-    "zero": "{} contributed nothing",
-    "bias": "{} folded into the bias",
-    "carrier": "{} carried by one constant channel",
-    "map": "{} added as a constant map",
+    "zero": "contributed nothing",
+    "bias": "folded into the bias",
+    "carrier": "carried by one constant channel",
+    "map": "added as a constant map",
 }
 
 
@@ -23,7 +23,7 @@ def describe_folds(folded: Mapping[str, int]) -> str:
         >>> describe_folds({"bias": 12, "zero": 3})
         '12 folded into the bias, 3 contributed nothing'
     """
-    return ", ".join(_FOLDS.get(how, "{} " + how).format(count) for how, count in folded.items())
+    return ", ".join(f"{count} {_FOLDS.get(how, how)}" for how, count in folded.items())
 
 
 def format_removals(removals: Removals) -> str:
@@ -39,7 +39,7 @@ def format_removals(removals: Removals) -> str:
         ...     links=(link,))))
         channels 11 -> 9, parameters 67 -> 51, FLOPs a sample 112 -> 84
         weight        rows  columns  read by     constants
-        ----------  ------  -------  ----------  -----------------------
+        ----------  ------  -------  ----------  ----------------------
         fc1.weight  8 -> 6        4  fc2.weight
         fc2.weight       3   8 -> 6              2 folded into the bias
     """

@@ -154,8 +154,8 @@ def _check_replaceable(model: nn.Module) -> None:
     if names:
         raise SparsifyError(
             f"finalize would change the outputs: the model transforms {', '.join(map(repr, names[:5]))} before use, "
-            "and makes other values than zeros of pruned weights. Keep the masks: the model trains, lowers, exports and "
-            "saves its state_dict as it is"
+            "and makes other values than zeros of pruned weights. Keep the masks: the model trains, lowers, exports "
+            "and saves its state_dict as it is"
         )
 
 

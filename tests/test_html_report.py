@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +20,8 @@ from srigl_fx.html_figures import landscape, latency, removal
 from srigl_fx.html_report import lowering_page, save_page
 from srigl_fx.lowered import LayerReport, LoweringReport
 from srigl_fx.passes.base import Note
-from srigl_fx.removal_report import ConsumerReport, RemovalReport, format_removals
+from srigl_fx.passes.removal import Link, Removal, Removals
+from srigl_fx.removal_report import format_removals
 from srigl_fx.summaries import Summary, WeightSummary
 
 NASTY = (
@@ -84,29 +86,48 @@ def layer(fqn: str, decision: str = "condensed", **changes: object) -> LayerRepo
     return LayerReport(**{**fields, **changes})  # type: ignore[arg-type]
 
 
-def lowering_report(names: list[str], consumers: int = 1) -> LoweringReport:
-    decisions = ("condensed", "shrunk", "dense")
-    removals = tuple(
-        RemovalReport(
-            producer=name,
-            before=512,
-            after=400 - position % 300,
-            through=("relu", "max_pool2d"),
-            consumers=tuple(
-                ConsumerReport(fqn=f"{name}.{reader}", before=512, after=400 - position % 300, folded=("bias",))
-                for reader in range(consumers)
-            ),
-            kept={"its channels reach a layer norm": 3} if position % 5 == 4 else {},
+def removals_of(names: list[str], readers: int = 1) -> Removals:
+    """Each weight loses rows that ``readers`` further weights read."""
+    weights: list[Removal] = []
+    links: list[Link] = []
+    for position, name in enumerate(names):
+        gone = 112 + position % 300
+        stays = {"its channels reach a layer norm": 3} if position % 5 == 4 else {}
+        links += [Link(producer=len(weights), reader=len(weights) + 1 + r, through=("relu",)) for r in range(readers)]
+        weights.append(
+            Removal(fqn=name, rows=512, ablated=gone, rows_removed=gone, columns=9, columns_removed=0, kept=stays)
         )
-        for position, name in enumerate(names)
+        weights += [
+            Removal(
+                fqn=f"{name}.{reader}",
+                rows=4,
+                ablated=0,
+                rows_removed=0,
+                columns=512,
+                columns_removed=gone,
+                folded={"bias": gone - 12, "zero": 12},
+            )
+            for reader in range(readers)
+        ]
+    left = sum(weight.rows - weight.rows_removed for weight in weights)
+    return Removals(
+        weights=tuple(weights),
+        channels=(sum(weight.rows for weight in weights), left),
+        parameters=(9000, 6000),
+        flops=(20_000, 15_000),
+        links=tuple(links),
     )
+
+
+def lowering_report(names: list[str], readers: int = 1) -> LoweringReport:
+    decisions = ("condensed", "shrunk", "dense")
     return LoweringReport(
         layers=tuple(layer(name, decisions[position % 3]) for position, name in enumerate(names)),
         others=(layer("head.weight", "dense", reason="the rule 'head' leaves it dense", seconds={}),),
         capture="torch.export, dynamic batch",
         dynamic_batch=True,
         max_error=2.1e-7,
-        removals=removals,
+        removals=(removals_of(names, readers),),
         notes=tuple(
             Note(where=name, reason="read twice", by=("Select", "RemoveDead")[len(name) % 2]) for name in names
         ),
@@ -137,9 +158,11 @@ def nasty_summary() -> Summary:
 def nasty_lowering() -> LoweringReport:
     report = lowering_report([f"{name}.weight" for name in NASTY])
     worse = report.as_dict()
-    for removed, name in zip(worse["removals"], NASTY, strict=True):
-        removed["through"], removed["kept"] = [name], {name: 2}
-        removed["consumers"][0]["folded"] = [name]
+    (removals,) = worse["removals"]
+    for weight, name in zip(removals["weights"], [name for name in NASTY for _ in range(2)], strict=True):
+        weight["kept"], weight["folded"] = {name: 2}, {name: 1}
+    for link, name in zip(removals["links"], NASTY, strict=True):
+        link["through"] = [name]
     for plain, name in zip(worse["layers"], NASTY, strict=True):
         plain["reason"], plain["decision"] = name, "condensed"
     for note, name in zip(worse["notes"], NASTY, strict=True):
@@ -191,7 +214,7 @@ def test_every_table_has_headers_for_its_rows_and_columns(report: Summary | Lowe
 
 
 def test_figures_are_well_formed_and_named() -> None:
-    html = lowering_report(["a.weight", "b.weight"], consumers=3).to_html()
+    html = lowering_report(["a.weight", "b.weight"], readers=3).to_html()
     figures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
     assert len(figures) == 1 + 2 + 4 + 2  # landscape, definitions, latency a layer and batch size, removals
     assert all(figure.get("aria-label") or figure.get("aria-hidden") for figure in figures)
@@ -262,11 +285,11 @@ def test_removals_and_notes_survive_json_and_show() -> None:
     assert LoweringReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
     page = Page(report.to_html())
     assert "512 → 396 channels" in page.text
-    assert "512 → 396 inputs; constants folded into the bias" in page.text
-    assert "relu → max_pool2d" in page.text
+    assert "512 → 396 inputs: 104 folded into the bias, 12 contributed nothing" in page.text
     assert "its channels reach a layer norm" in page.text
+    assert "25.0 %" in page.text  # of the FLOPs
+    assert "and 3,000 of 9,000 parameters" in page.text
     assert "Select (" in page.text or "RemoveDead (" in page.text
-    assert "5 rows" not in page.text
 
 
 def test_a_note_that_a_layer_gives_as_its_reason_is_told_once() -> None:
@@ -281,13 +304,15 @@ def test_a_note_that_a_layer_gives_as_its_reason_is_told_once() -> None:
 
 def test_the_text_has_a_removal_section_only_where_channels_went_or_stayed() -> None:
     with_removals = lowering_report(["a.weight"])
-    assert "112 of 512 channels removed" in str(with_removals)
+    assert "channels 516 -> 404, parameters 9,000 -> 6,000, FLOPs a sample 20,000 -> 15,000" in str(with_removals)
     assert "512 -> 400" in str(with_removals)
     bare = LoweringReport(layers=with_removals.layers, capture="torch.export", dynamic_batch=True)
     assert "channels" not in str(bare)
     assert "channels" not in Page(bare.to_html()).text
-    assert format_removals([]) == ""
-    stays = format_removals([RemovalReport(producer="a.weight", before=8, after=8, kept={"a layer norm": 2})])
+    weight = Removal(fqn="a", rows=8, ablated=2, rows_removed=0, columns=4, columns_removed=0)
+    nothing = Removals(weights=(weight,), channels=(8, 8), parameters=(9, 9), flops=(64, 64))
+    assert format_removals(nothing) == ""
+    stays = format_removals(replace(nothing, weights=(replace(weight, kept={"a layer norm": 2}),)))
     assert stays.splitlines()[0] == "2 ablated rows stay"
     assert "->" not in stays
 
@@ -312,21 +337,18 @@ def test_bars_are_as_long_as_the_times_they_stand_for() -> None:
 
 
 def test_ribbons_leave_and_arrive_at_the_bars() -> None:
-    record = RemovalReport(
-        producer="fc1.weight",
-        before=100,
-        after=75,
-        consumers=(ConsumerReport(fqn="fc2.weight", before=4900, after=3675, folded=("bias", "zero")),) * 8,
-    ).as_dict()
-    figure = removal(record)
-    producer, first = figure["producer"], figure["consumers"][0]
+    weight = {"fqn": "fc1.weight", "rows": 100, "rows_removed": 25}
+    reader = {"fqn": "fc2.weight", "columns": 4900, "columns_removed": 1225, "folded": {"bias": 1225}}
+    figure = removal(weight, [(reader, ["relu", "max_pool2d"])] * 8)
+    producer, first = figure["producer"], figure["readers"][0]
     assert producer["kept"] == first["kept"] == 36  # of 48
     assert first["stays"].startswith(f"M{producer['x'] + 10} {producer['y']}C")
     assert f"{first['x']} {first['y']}V{first['y'] + 36}" in first["stays"]
     assert f"{first['x']} {first['y'] + 36}V{first['y'] + 48}" in first["gone"]
-    assert len(figure["consumers"]) + figure["more"] == 8
-    assert figure["height"] > figure["consumers"][-1]["y"] + 48
-    assert removal({**record, "consumers": []})["consumers"] == []
+    assert first["through"] == "relu → max_pool2d"
+    assert len(figure["readers"]) + figure["more"] == 8
+    assert figure["height"] > figure["readers"][-1]["y"] + 48
+    assert removal(weight, [])["readers"] == []
 
 
 def test_a_page_of_a_thousand_layers_stays_small() -> None:
@@ -372,6 +394,7 @@ def test_several_regions_are_named_and_failed_captures_told() -> None:
     assert len(list(_tables(html))) == len(list(_tables(lowering_page(plain)))) + 1
 
 
+@pytest.mark.slow
 def test_the_example_writes_both_pages(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,5 +402,5 @@ def test_the_example_writes_both_pages(
     monkeypatch.syspath_prepend(str(checkout / "examples"))
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # other tests of this process keep theirs
     written = import_module("report").main(tmp_path, steps=20)
-    assert all("7.weight" in Page(path.read_text(encoding="utf-8")).text for path in written)
+    assert all("fc1.weight" in Page(path.read_text(encoding="utf-8")).text for path in written)
     assert "summary.html" in capsys.readouterr().out

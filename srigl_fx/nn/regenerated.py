@@ -16,7 +16,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from srigl_fx.errors import SriglError
 
@@ -27,37 +27,59 @@ class RegenerationError(SriglError, RuntimeError):
     """A forward does more than its graph shows; the message says what."""
 
 
-class _ExactTracer(fx.Tracer):
+class _Tracer(fx.Tracer):
     """Children and given functions are leaves; what a graph cannot show is refused."""
 
     proxy_buffer_attributes = True  # else writes to a buffer would happen now, and never again
 
-    def __init__(self, forward_name: str, leaves: tuple[Callable[..., Any], ...], exact: bool) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        forward_name: str,
+        leaves: tuple[Callable[..., Any], ...],
+        exact: bool,
+        like: Tensor | None,
+    ) -> None:
         super().__init__(autowrap_functions=leaves)
         self.traced_func_name = forward_name
-        self._exact = exact
+        self._exact, self._like = exact, like
+        self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Every module is a leaf."""
         return True
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """The shapes of parameters are known, and so is that of an argument if all are as large as ``like``."""
+        known = self._like if node.op == "placeholder" else self._parameters.get(str(node.target))
+        if known is None or node.op not in ("placeholder", "get_attr"):
+            return super().proxy(node)
+        return fx.proxy.ParameterProxy(self, node, node.name, nn.Parameter(known))
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refuse a node that is not all there is to it."""
         if not self._exact:
             return super().create_node(*args, **kwargs)
         if not torch.is_grad_enabled():
+            frame = sys._getframe()
+            while frame := frame.f_back:  # type: ignore[assignment]
+                if frame.f_code is _APPLY:
+                    raise RegenerationError("it has a gradient of its own (torch.autograd.Function)")
             raise RegenerationError("it computes under torch.no_grad()")
         if (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")) != self._autocast:
             raise RegenerationError("it switches autocast")
-        frame = sys._getframe()
-        while frame := frame.f_back:  # type: ignore[assignment]
-            if frame.f_code is _APPLY:
-                raise RegenerationError("it has a gradient of its own (torch.autograd.Function)")
         return super().create_node(*args, **kwargs)
 
 
-def trace(module: nn.Module, *, training: bool, forward_name: str = "forward", exact: bool = True) -> fx.Graph:
+def trace(
+    module: nn.Module,
+    *,
+    training: bool,
+    forward_name: str = "forward",
+    exact: bool = True,
+    like: Tensor | None = None,
+) -> fx.Graph:
     """The graph of the module's own forward in training or evaluation mode; the module is left as it was.
 
     Functions of the forward's own source file that cannot be traced are called as they are.
@@ -67,6 +89,7 @@ def trace(module: nn.Module, *, training: bool, forward_name: str = "forward", e
         training: The mode.
         forward_name: The method to trace.
         exact: Whether code will be made of the graph; else it is only looked at, and may leave something out.
+        like: A tensor of the shape that all arguments have, where that is known.
 
     Raises:
         RegenerationError: The graph would not be all of it.
@@ -84,12 +107,12 @@ def trace(module: nn.Module, *, training: bool, forward_name: str = "forward", e
     helpers = [value for value in forward.__globals__.values() if isinstance(value, FunctionType)]
     helpers = [helper for helper in helpers if not helper.__module__.startswith("torch")]
     try:
-        return _trace(module, training, _ExactTracer(forward_name, (), exact), exact)
+        return _trace(module, training, _Tracer(module, forward_name, (), exact, like), exact)
     except RegenerationError:
         raise
     except Exception as first:  # user code under the tracer may raise anything
         try:
-            return _trace(module, training, _ExactTracer(forward_name, tuple(helpers), exact), exact)
+            return _trace(module, training, _Tracer(module, forward_name, tuple(helpers), exact, like), exact)
         except RegenerationError:
             raise
         except Exception:

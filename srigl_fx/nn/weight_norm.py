@@ -5,6 +5,8 @@ other transform. Off the mask ``v`` is zero and so is the effective weight, and 
 the effective weight times ``g / ||v||``: nothing else needs masking, and growth has its dense gradient.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -95,7 +97,8 @@ def write_zero_magnitudes(module: nn.Module, name: str) -> None:
         hook = hooks[name]
         v, g, dim = getattr(module, name), getattr(module, hook.name + "_g"), hook.dim
     elif isinstance(module, ParametrizationList) and is_weight_norm(module[0]):
-        v, g, dim = module.original1, module.original0, module[0].dim
+        parametrization: Any = module[0]
+        v, g, dim = module.original1, module.original0, parametrization.dim
     else:
         return
     dead = _dead(v, dim)

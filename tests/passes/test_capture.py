@@ -8,7 +8,7 @@ from lowering_support import randomise
 from torch import Tensor, nn
 
 from srigl_fx.errors import CaptureError
-from srigl_fx.passes.capture import capture, normalise_inputs
+from srigl_fx.passes.capture import capture, capture_whole, normalise_inputs
 
 
 def outputs(program: Any, *args: Any, **kwargs: Any) -> Any:
@@ -176,3 +176,143 @@ def test_a_failed_capture_says_why_and_prints_nothing(capfd: pytest.CaptureFixtu
     with pytest.raises(CaptureError, match=r"cannot capture BranchesOnValues whole.*torch\.cond"):
         capture(BranchesOnValues().eval(), (torch.randn(2, 8),))
     assert capfd.readouterr() == ("", "")
+
+
+class Varargs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        y: Tensor = self.fc(torch.stack(args).sum(0)) * kwargs["scale"]
+        return y
+
+
+def test_a_variable_number_of_arguments_has_a_free_batch() -> None:
+    model = randomise(Varargs()).eval()
+    program = capture(model, ((torch.randn(2, 4), torch.randn(2, 4)), {"scale": torch.rand(2, 1)}))
+    assert program.batched == (True, True, True)
+    x, scale = torch.randn(5, 4), torch.rand(5, 1)
+    torch.testing.assert_close(outputs(program, x, -2 * x, scale=scale), model(x, -2 * x, scale=scale))
+    assert type(model) is Varargs
+    assert "forward" not in vars(model)
+
+
+class FixedSecond(nn.Module):
+    """Its second input has the batch size by chance, and must keep it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) + table.view(3, 1).sum()
+        return y
+
+
+def test_what_can_be_free_is_free_where_not_everything_can() -> None:
+    model = randomise(FixedSecond()).eval()
+    table = torch.randn(3)
+    done = capture_whole(model, (torch.randn(3, 4), table), {})
+    assert [failure.attempt for failure in done.failures] == ["torch.export, dynamic batch"]
+    assert done.program is not None
+    assert done.program.batched == (True, False)
+    x = torch.randn(6, 4)
+    torch.testing.assert_close(outputs(done.program, x, table), model(x, table))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_batch_that_cannot_be_free_is_captured_as_it_was_given(batch: int) -> None:
+    class Splits(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([row * (i + 1) for i, row in enumerate(x.unbind(0))])
+
+    x = torch.randn(batch, 4)
+    program = capture(Splits().eval(), (x,))
+    assert program.how == "torch.export, static batch"
+    torch.testing.assert_close(outputs(program, x), Splits()(x))
+
+
+def test_only_attempts_that_can_cure_the_error_are_made() -> None:
+    assert len(capture_whole(Branches().eval(), (torch.randn(2, 4),), {}).failures) == 1
+    numpy = capture_whole(UsesNumpy().eval(), (torch.randn(2, 4),), {})
+    assert [failure.attempt for failure in numpy.failures] == [
+        "torch.export, dynamic batch",
+        "torch.export, static batch",
+    ]
+
+
+def test_a_failure_names_the_line_of_the_model() -> None:
+    (failure,) = capture_whole(Branches().eval(), (torch.randn(2, 4),), {}).failures
+    assert str(failure).startswith("the model (Branches): Could not guard on data-dependent expression")
+    assert "(test_capture.py, line " in failure.error
+    assert "return x + 1 if x.sum() > 0 else x - 1)" in failure.error
+
+
+_CAPTURED_WITH: list[str | None] = []
+
+
+class Experts(nn.Module):
+    """A mixture of experts as Hugging Face has them: an implementation that can be set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+        self.implementation: dict[str, str | None] = {"": "grouped_mm"}
+
+    def get_experts_implementation(self) -> dict[str, str | None]:
+        return dict(self.implementation)
+
+    def set_experts_implementation(self, implementation: str | dict[str, str | None]) -> None:
+        self.implementation = implementation if isinstance(implementation, dict) else {"": implementation}
+
+    def forward(self, x: Tensor) -> Tensor:
+        _CAPTURED_WITH.append(self.implementation[""])
+        y: Tensor = self.fc(x)
+        return y
+
+
+def test_experts_are_captured_as_batched_products_and_restored() -> None:
+    model = nn.Sequential(Experts()).eval()
+    capture(model, (torch.randn(2, 4),))
+    assert isinstance(model[0], Experts)
+    assert _CAPTURED_WITH == ["grouped_mm", "batched_mm"]
+    assert model[0].implementation == {"": "grouped_mm"}
+
+
+class KeyValueCache:
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+class ReturnsCache(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, KeyValueCache]:
+        return x + 1, KeyValueCache(x)
+
+
+def test_a_cache_among_the_outputs_is_told_without_an_attempt() -> None:
+    done = capture_whole(ReturnsCache().eval(), (torch.randn(2, 4),), {})
+    assert [(failure.attempt, failure.error) for failure in done.failures] == [
+        ("not tried", "it returns a value of type KeyValueCache: pass use_cache=False")
+    ]
+    with pytest.raises(CaptureError, match=r"ReturnsCache whole: it returns .*KeyValueCache: pass use_cache=False"):
+        capture(ReturnsCache().eval(), (torch.randn(2, 4),))
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, inputs: dict[str, Any], scale: float, mode: str, nothing: None) -> Tensor:
+        y: Tensor = self.fc(inputs["x"][0]) * scale + inputs["offset"]
+        return y if mode == "plus" else -y
+
+
+def test_constants_scalars_and_tensors_without_a_batch() -> None:
+    model = randomise(Odd()).eval()
+    inputs = {"x": [torch.randn(2, 4)], "offset": torch.tensor(0.5)}
+    program = capture(model, (inputs, 2.0, "plus", None))
+    assert program.batched == (True, False, False, False, False)
+    inputs = {"x": [torch.randn(5, 4)], "offset": torch.tensor(-1.5)}
+    torch.testing.assert_close(outputs(program, inputs, 2.0, "plus", None), model(inputs, 2.0, "plus", None))

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes import liveness as rules
-from srigl_fx.passes.liveness import Call, liveness, spread
+from srigl_fx.passes.live_values import Call, spread
+from srigl_fx.passes.liveness import liveness
 
 aten = torch.ops.aten
 
@@ -69,6 +70,16 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (aten.max.other, {"self": X, "other": X * 0}),
     (aten.reshape.default, {"self": X, "shape": [2, -1]}),
     (aten.permute.default, {"self": X, "dims": [2, 0, 3, 1]}),
+    (aten.expand.default, {"self": X, "size": [3, 2, 4, 6, 6]}),
+    (aten.expand_as.default, {"self": X, "other": torch.zeros(3, 2, 4, 6, 6)}),
+    (aten.reshape_as.default, {"self": X, "other": torch.zeros(8, 36)}),
+    (aten.repeat.default, {"self": X, "repeats": [2, 1, 1, 3]}),
+    (aten.flip.default, {"self": X, "dims": [1, 2]}),
+    (aten.channel_shuffle.default, {"self": X, "groups": 2}),
+    (aten.repeat_interleave.self_int, {"self": X, "repeats": 2, "dim": 1}),
+    (aten.type_as.default, {"self": X, "other": X}),
+    (aten.full_like.default, {"self": X, "fill_value": 2.0}),
+    (aten.fill.Scalar, {"self": X, "value": 2.0}),
     (aten.slice.Tensor, {"self": X, "dim": 2, "start": 1, "end": 5, "step": 2}),
     (aten.split.Tensor, {"self": X, "split_size": 3, "dim": 1}),
     (aten.unbind.int, {"self": X, "dim": 1}),
@@ -125,14 +136,27 @@ def weight_of(*shape: int) -> Tensor:
     return weight * some(*shape, share=0.3, seed=3)
 
 
-@pytest.mark.parametrize("live", [LIVE, some(1, 4, 1, 1, share=0.5, seed=1).expand(2, 4, 6, 6), True])
+@pytest.mark.parametrize(
+    "live",
+    [
+        LIVE,
+        some(1, 4, 1, 1, share=0.5, seed=1).expand(2, 4, 6, 6),
+        torch.tensor([True, False, False, False]).view(1, 4, 1, 1),
+        torch.tensor([False, False, True, False]).view(4, 1, 1),
+        some(2, 1, 1, 6),
+        True,
+    ],
+    ids=["scattered", "expanded", "channel", "trailing", "by sample", "all"],
+)
 @pytest.mark.parametrize(
     ("op", "weight", "settings"),
     [
         (aten.conv2d.default, weight_of(6, 4, 3, 3), {"padding": [1]}),
         (aten.conv2d.default, weight_of(6, 2, 3, 3), {"groups": 2, "stride": [2], "dilation": [2]}),
         (aten.conv2d.padding, weight_of(6, 4, 3, 3), {"padding": "same"}),
+        (aten.conv2d.default, weight_of(8, 1, 3, 3), {"groups": 4}),
         (aten.conv_transpose2d.input, weight_of(4, 3, 3, 3), {"groups": 2, "stride": [2], "output_padding": [1]}),
+        (aten.conv_transpose2d.input, weight_of(4, 3, 3, 3), {}),
         (aten.linear.default, weight_of(5, 6), {}),
         (aten.batch_norm.default, torch.tensor([1.0, 0.0, 2.0, 1.0]), {"statistics": True}),
         (aten._native_batch_norm_legit_no_training.default, torch.tensor([1.0, 0.0, 2.0, 1.0]), {"statistics": True}),
@@ -183,6 +207,17 @@ def test_operators_of_two_tensors(op: Any, shapes: Any, names: tuple[str, str], 
         if which in live
     }
     moves(op, args, masks)
+
+
+def test_a_convolution_by_its_live_channels() -> None:
+    weight = torch.zeros(4, 2, 3, 3)
+    weight[0, 1, 0, 0], weight[1, 0, 1, 1], weight[2, 0, 2, 2] = 1.0, 1.0, 1.0
+    live = torch.tensor([True, False, False, True]).view(1, 4, 1, 1)
+    call = call_of(aten.conv2d.default, {"input": X, "weight": weight, "groups": 2}, {"input": live})
+    assert spread(liveness(call), call.out).flatten(2).all(2)[0].tolist() == [False, True, False, False]
+    call = call_of(aten.conv_transpose2d.input, {"input": X, "weight": weight, "groups": 2}, {"input": live})
+    # in (group 0: 0, 1; group 1: 2, 3), out / 2: input 0 feeds the group's second output, input 3 nothing
+    assert spread(liveness(call), call.out).flatten(2).all(2)[0].tolist() == [False, True, False, False]
 
 
 def test_lists_of_tensors() -> None:
@@ -236,7 +271,7 @@ def test_no_rule(op: Any, args: dict[str, Any]) -> None:
 
 
 def test_the_tables_name_operators_once_and_rightly() -> None:
-    tables = [rules._SHAPES, rules._POINTWISE, rules._MOVES, rules._MIXES, rules._CONVOLUTIONS, rules._PRODUCTS]
+    tables = [rules._SHAPES, rules._POINTWISE, rules._MOVES, rules._MIXES]
     names = [name for table in tables for name in table]
     assert len(names) == len(set(names))
     assert not set(rules._SPECIAL) & set(names) - {"_prelu_kernel"}

@@ -22,6 +22,7 @@ class Entry:
         train_inputs: Where training takes others.
         train: False where it cannot train on such small inputs: gradients are then taken in eval mode.
         static: Whether its inputs have no batch dimension.
+        never_ablated: Globs of weights that the test ablates no neurons of.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Entry:
     train_inputs: Callable[[int], Inputs] | None = None
     train: bool = True
     static: bool = False
+    never_ablated: tuple[str, ...] = ()
 
 
 def images(size: int, channels: int = 3) -> Callable[[int], Inputs]:

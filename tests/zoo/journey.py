@@ -21,7 +21,7 @@ from srigl_fx.train.protect import protected_weights
 from zoo.coverage import Row
 from zoo.entry import Entry, Inputs
 
-SPARSITY = 0.7
+SPARSITY = 0.5
 CAPTURED, OTHER = 2, 3  # batch sizes: the one of the example inputs, and another one
 TOLERANCE = 1e-4
 
@@ -31,7 +31,7 @@ def travel(entry: Entry, folder: Path) -> Row:
     torch.manual_seed(0)
     model = sx.sparsify(randomise(entry.make()), sparsity=SPARSITY, distribution="uniform")
     train(model, entry)
-    ablated = ablate(model)
+    ablated = ablate(model, entry.never_ablated)
     model.eval()
     example = entry.inputs(CAPTURED)
     lowered = sx.lower(model, example, min_speedup=0)
@@ -53,7 +53,7 @@ def travel(entry: Entry, folder: Path) -> Row:
         condensed=sum(layer.decision == "condensed" for layer in report.layers),
         not_condensed=count(layer.reason for layer in report.layers if layer.decision != "condensed"),
         ablated=ablated,
-        removed=sum(removal.before - removal.after for removal in report.removals),
+        removed=sum(weight.rows_removed for graph in report.removals for weight in graph.weights),
         onnx=onnx,
     )
 
@@ -78,12 +78,12 @@ def train(model: nn.Module, entry: Entry) -> None:
 
 
 @torch.no_grad()
-def ablate(model: nn.Module) -> int:
+def ablate(model: nn.Module, never: tuple[str, ...]) -> int:
     """Ablate every third neuron of every layer whose neurons may be; return how many that are.
 
     The others take over the budget, with random new weights, as an update of SRigL would leave them.
     """
-    protected = protected_weights(model, "output")
+    protected = protected_weights(model, "output") | (protected_weights(model, never) if never else frozenset())
     ablated = 0
     for handle in sparse_weights(model):
         if handle.fqn in protected:
