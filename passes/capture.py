@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import CaptureError
 from srigl_fx.passes.program import Program, resize
-from srigl_fx.passes.tracing import export, fit_for_capture
+from srigl_fx.passes.tracing import export, fit_for_capture, plain_execution
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 FreeSizes = Mapping[int, frozenset[int]]
@@ -94,7 +94,7 @@ def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 def run_and_watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, frozenset[str]]:
     """As :func:`run_model`, and the names of the buffers that the forward pass wrote into."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype != torch.bool}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), plain_execution():
         torch.manual_seed(0)
         output = torch.func.functional_call(model, buffers, args, kwargs)
     return output, frozenset(name for name, buffer in buffers.items() if buffer._version)
@@ -128,6 +128,8 @@ def capture(model: nn.Module, example_inputs: Any) -> Program:
 
 def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What ``model`` returns; a CaptureError unless it is in eval mode and runs on the inputs."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a model compiled by TorchScript cannot be captured: capture the module it was made from")
     training = next((name for name, module in model.named_modules() if module.training), None)
     if training is not None:
         raise CaptureError(
@@ -363,6 +365,13 @@ def foreign_types(inputs: Any, output: Any) -> str:
             hint = ": pass use_cache=False" if any("Cache" in name for name in names) else ""
             return f"it {verb} a value of type {', '.join(names)}{hint}"
     return ""
+
+
+def _in_graphs(leaf: Any) -> bool:
+    """Whether a captured graph can take or return a value: constants and ordinary, strided tensors."""
+    if isinstance(leaf, Tensor):
+        return leaf.layout is torch.strided and not leaf.is_nested
+    return isinstance(leaf, bool | int | float | str | None)
 
 
 def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

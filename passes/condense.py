@@ -105,10 +105,16 @@ def rewrite(module: fx.GraphModule, use: Use, name: str, decision: Decision) -> 
     if decision == "dense":
         return set()
     node = use.node
+    before = node.prev
     buffers = _Buffers(module)
     with module.graph.inserting_before(node):
         new = (_condensed if decision == "condensed" else _shrunk)(buffers, use, name)
-    new.meta = dict(node.meta)
+    made = before.next
+    while made is not node:
+        made.meta = {**node.meta, **made.meta}
+        if made is not new and made.op == "call_function":
+            del made.meta["val"]
+        made = made.next
     node.replace_all_uses_with(new)
     module.graph.erase_node(node)
     return buffers.targets

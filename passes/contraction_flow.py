@@ -84,9 +84,7 @@ def _weighted(
         if groups > 1:
             whole = channels.fresh(groups, f"groups of {node.name}")
             transport.flow.hulls += [(whole, rows), (whole, columns)]
-    known = transport.weights.setdefault(f"{weight.target} {layout} {groups}", (rows, columns))
-    channels.couple(known[0], rows)
-    channels.couple(known[1], columns)
+    _tie(transport, weight, rows, columns, layout)
     if bias is not None and not _is_weight(transport, bias):
         transport.adopt(bias, rows.reshape(-1), node)
         bias = None
@@ -97,6 +95,14 @@ def _weighted(
     shape = [1] * len(out_shape)
     shape[out_axis] = out_shape[out_axis]
     return rows.reshape(shape)
+
+
+def _tie(transport: Transport, weight: fx.Node, rows: Tensor, columns: Tensor, layout: str) -> None:
+    """Two uses of one weight lose the same of each of its axes."""
+    axes = (rows, columns) if layout == "rows first" else (columns, rows)
+    key = str(weight.target) if len(rows) == 1 else f"{weight.target} in {len(rows)} groups"
+    for one, other in zip(transport.weights.setdefault(key, axes), axes, strict=True):
+        transport.channels.couple(one, other)
 
 
 def _convolution(
@@ -117,8 +123,7 @@ def _embedding(transport: Transport, node: fx.Node, given: dict[str, Any]) -> Te
     entries, width = shape_of(weight)
     rows = transport.channels.fresh(width, node.name)[None]
     columns = torch.full((1, entries), FIXED)
-    known = transport.weights.setdefault(f"{weight.target} columns first 1", (rows, columns))
-    transport.channels.couple(known[0], rows)
+    _tie(transport, weight, rows, columns, "columns first")
     transport.flow.sites.append(Site(node, weight, None, None, -1, rows, columns, "columns first"))
     return align(rows.reshape(-1), len(shape_of(node)))
 

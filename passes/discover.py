@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
 from srigl_fx.errors import SparsifyError
@@ -42,8 +43,6 @@ from srigl_fx.passes.transformed_weights import TransformedWeights
 from srigl_fx.passes.weight_layout import Layout
 from srigl_fx.passes.weight_uses import Use, uses_in
 
-_PARAMETRISED = "its value is computed from a parametrisation (weight normalisation, say), which is not supported yet"
-
 
 @dataclass(frozen=True)
 class Discover(Pass[Draft]):
@@ -53,7 +52,7 @@ class Discover(Pass[Draft]):
 
     def requires(self, subject: Draft) -> None:
         """Every parameter must have its shape and its values, and be one that training can write."""
-        if isinstance(subject.model, torch.jit.ScriptModule):
+        if isinstance(subject.model, ScriptModule):
             raise SparsifyError("a scripted model is opaque to torch.fx; call sparsify on the model it was made from")
         if self.example_inputs is not None:
             initialise_lazy(subject.model, self.example_inputs)
@@ -88,7 +87,7 @@ class Discover(Pass[Draft]):
         evidence.seen = uses_on(model, self.example_inputs)
         subject.findings = self._with_outputs(model, [evidence.finding(each) for each in names])
         unused = [each[0] for each in names if id(model.get_parameter(each[0])) not in evidence.seen]
-        notes = tuple(Note(where=name, reason="not used on the example inputs") for name in unused)
+        notes = tuple(Note(where=name, reason="no use of it was seen on the example inputs") for name in unused)
         return PassResult(subject=subject, changed=False, notes=notes)
 
     def _with_outputs(self, model: nn.Module, findings: list[Finding]) -> list[Finding]:
@@ -163,10 +162,12 @@ class _Evidence:
         uses = self.uses.get(id(parameter), [])
         evidence = _conclusive([use for _, use in uses], self.seen.get(id(parameter), []))
         layouts = [fact.layout_of(parameter) for fact in known if not fact.reason]
-        evidence, transforms = self.transformed.settle(parameter, evidence, layouts)
+        evidence, transforms = self.transformed.settle(parameter, owner, evidence, layouts)
         holder = self.transformed.holder(parameter, owner)
         layouts += [use.layout for use in evidence if use.layout is not None]
         reason, reached = self._why_dense(owner_name, owner, known, evidence, layouts)
+        if not reached and self.seen and id(parameter) not in self.seen and not isinstance(owner, ScriptModule):
+            reason = f"no use of it was seen on the example inputs, and {reason}"
         layout = layouts[0] if layouts and len(set(layouts)) == 1 else Layout.usual("other", parameter.shape)
         nodes = [use.node.name for own, use in uses if own and use.node is not None and use.kind == "weight"]
         nodes += [call for name in names for call in self.calls.get(name.rpartition(".")[0], [])]
@@ -209,9 +210,9 @@ class _Evidence:
         if uses and (owner_name not in self.failures or self.seen):
             detail = next((use.detail for use in uses if use.detail), "it only meets other operations")
             return f"not a contraction weight: {detail}", True
-        if isinstance(owner, ParametrizationList) or lookup(owner) is not None:
-            return _PARAMETRISED, False
-        if isinstance(owner, torch.jit.ScriptModule):
+        if isinstance(owner, ParametrizationList):
+            return "its values come from a parametrisation that is not understood", False
+        if isinstance(owner, ScriptModule):
             return "a scripted module cannot take a mask any more; call sparsify before torch.jit.script", False
         if owner_name in self.failures:
             where = f"{owner_name!r} ({type(owner).__name__})" if owner_name else type(owner).__name__
@@ -249,7 +250,7 @@ def _worth_tracing(module: nn.Module) -> bool:
 
     torch's own containers pass data through their children; one that holds a matrix itself is always looked at.
     """
-    if isinstance(module, torch.jit.ScriptModule | ParametrizationList):
+    if isinstance(module, ScriptModule | ParametrizationList):
         return False
     if any(parameter.dim() >= 2 for parameter in module.parameters(recurse=False)):
         return True

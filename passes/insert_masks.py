@@ -122,8 +122,10 @@ def _rewrite_graph(model: fx.GraphModule, records: dict[str, WeightRecord]) -> N
     for name, _, record in list(all_records(model)):
         if not record.sparse:
             continue
-        uses = [nodes[node] for node in records[name].site.nodes]
-        names = tuple(node.name if node.op == "call_module" else _to_module(model, node, name).name for node in uses)
+        for use in records[name].site.nodes:
+            if nodes[use].op != "call_module":  # one that reads two masked weights has been replaced for the first
+                nodes[use] = _to_module(model, nodes[use], name)
+        names = tuple(nodes[use].name for use in records[name].site.nodes)
         keeper, key = _keeper_of(model, name)
         set_records(keeper, {**records_on(keeper), key: replace(record, site=replace(record.site, nodes=names))})
     model.graph.lint()

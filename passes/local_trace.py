@@ -9,6 +9,7 @@ to the module meanwhile is undone.
 import inspect
 import logging
 import operator
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def traces_of(module: nn.Module) -> Iterator[Trace]:
         for answer in (False, True):
             tracer = _Tracer(answer)
             failure = ""
-            with _restored(module):
+            with _restored(module), _silent():
                 try:
                     tracer.trace(module, given)
                 except Exception as error:  # user code under the tracer may raise anything
@@ -180,6 +181,19 @@ def _restored(module: nn.Module) -> Iterator[None]:
             if not _same(value, before):
                 value.clear()
                 value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep back what the code warns of or logs: nothing that it says of symbols concerns the user."""
+    level = logging.root.manager.disable
+    logging.disable(max(level, logging.WARNING))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _same(value: Any, before: Any) -> bool:

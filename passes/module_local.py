@@ -43,7 +43,9 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[Call]) -> Prog
     layer: Any = module
     built = _operator(layer)
     plain = pytree.tree_structure(((0,), {}))
-    if built is None or any(call.spec != plain or not isinstance(call.leaves[0], Tensor) for call in calls):
+    if built is None or any(
+        call.problem or call.spec != plain or not isinstance(call.leaves[0], Tensor) for call in calls
+    ):
         return None
     operator, settings, spatial = built
     if spatial is not None and any(call.leaves[0].dim() != spatial + 2 for call in calls):

@@ -98,5 +98,5 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
 def signature(leaf: Any) -> Any:
     """What must be the same for two inputs to count as one: type and sizes of a tensor, a constant itself."""
     if isinstance(leaf, Tensor):
-        return Tensor, leaf.dtype, tuple(leaf.shape)
+        return type(leaf), leaf.dtype, () if leaf.is_nested else tuple(leaf.shape)
     return type(leaf), leaf if isinstance(leaf, bool | int | float | str | None) else id(leaf)

@@ -5,11 +5,12 @@ and how a graph is cut are in modules of their own.
 """
 
 from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import PassError
@@ -170,7 +171,7 @@ def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None
             changed.add(node)
         elif node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta.get("val"))
-            with mode, torch.no_grad():
+            with _without_guards(mode), mode, torch.no_grad():
                 assert callable(node.target)
                 node.meta["val"] = node.target(*args, **kwargs)
             if _shapes(value) != _shapes(node.meta["val"]):
@@ -180,6 +181,11 @@ def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None
                 f"removing channels gave {node.name} ({node.target}) the shape {_shapes(node.meta['val'])}, not "
                 f"{expected[node]}; this is a defect: please report it with the model, or leave RemoveDead out"
             )
+
+
+def _without_guards(mode: FakeTensorMode) -> AbstractContextManager[object]:
+    """Let no operator's own checks fix the batch size."""
+    return nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
 
 
 def _shapes(value: Any) -> list[list[int]]:

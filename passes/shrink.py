@@ -215,7 +215,7 @@ class Shrink:
             if given["weight"] is not None:
                 like = str(given["weight"].target)
                 gain = tensor_at(self.program.module, like).detach()
-            gain = gain[kept] * (after / before) ** 0.5
+            gain = gain[kept] * (before / after) ** 0.5
             eps = given["eps"] if given["eps"] is not None else torch.finfo(node.meta["val"].dtype).eps
             node.args = (given["input"], [after], self._buffer(node, like, gain), eps * before / after)
             node.kwargs = {}

@@ -94,6 +94,13 @@ def fit_for_capture(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def plain_execution() -> Iterator[None]:
+    """Run models as they are captured: plain attention, and as Python what ``torch.compile`` has wrapped."""
+    with _plain_attention(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
 def _plain_attention() -> Iterator[None]:
     """Keep nn.MultiheadAttention from its fused inference path, which is one opaque operator."""
     enabled = torch.backends.mha.get_fastpath_enabled()

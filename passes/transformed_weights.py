@@ -42,12 +42,14 @@ class Recognised:
         transform: How it is masked.
         reason: Why it can only stay dense, or "".
         no_weight: Why it is no contraction weight at all, or "".
+        owner: The module through which the forward reads it.
     """
 
     layout: Layout | None = None
     transform: Transform | None = None
     reason: str = ""
     no_weight: str = ""
+    owner: nn.Module | None = None
 
 
 class TransformedWeights:
@@ -62,6 +64,8 @@ class TransformedWeights:
         """The computed attributes of a module; they are remembered."""
         found = stored_weights(name, module)
         for stored in found.values():
+            if id(stored.parameter) in self._stored:
+                stored = replace(stored, reason="two parametrisations share it")
             self._stored[id(stored.parameter)] = module, stored
             self._magnitudes.update(stored.others)
         return found
@@ -81,12 +85,13 @@ class TransformedWeights:
         return self._stored[id(parameter)][0] if id(parameter) in self._stored else owner
 
     def settle(
-        self, parameter: nn.Parameter, uses: list[Use], layouts: list[Layout]
+        self, parameter: nn.Parameter, owner: nn.Module, uses: list[Use], layouts: list[Layout]
     ) -> tuple[list[Use], tuple[Transform, ...]]:
         """The uses of a parameter, its transforms looked through, and what has to be masked behind them.
 
         Args:
             parameter: Any.
+            owner: The module under whose name it goes, and that gets its mask.
             uses: Its uses, where they are known.
             layouts: The layouts in which modules are known to read it, or what is computed from it.
         """
@@ -109,7 +114,10 @@ class TransformedWeights:
         recognised = self._read.get(id(parameter), [])
         if not recognised:
             return uses, ()
-        if reason := next((found.reason for found in recognised if found.reason), ""):
+        reason = next((found.reason for found in recognised if found.reason), "")
+        if any(found.owner is not None and found.owner is not owner for found in recognised):
+            reason = "modules share it, and the one that transforms it is not the first of them"
+        if reason:
             return [
                 replace(use, detail=f"{use.detail}: {reason}") if use.kind == "transformed" else use for use in uses
             ], ()
@@ -183,7 +191,7 @@ def _recognised(name: str, module: nn.Module, graphs: list[fx.Graph], target: st
     if layouts[0] != layouts[-1]:
         return Recognised(reason="training and evaluation read it in different layouts")
     found = Transform(reader=name, path=target, evaluation=maskings[0], training=maskings[-1])
-    return Recognised(layout=layouts[0], transform=found)
+    return Recognised(layout=layouts[0], transform=found, owner=module.get_submodule(target.rpartition(".")[0]))
 
 
 def _span(module: nn.Module, graph: fx.Graph, target: str, weight: nn.Parameter) -> tuple[fx.Node, fx.Node, Layout]:
@@ -192,7 +200,7 @@ def _span(module: nn.Module, graph: fx.Graph, target: str, weight: nn.Parameter)
     below = _descendants(source)
     for node in graph.nodes:
         if (
-            node not in below
+            node not in below | {source}
             or node.op == "output"
             or below - _descendants(node) - regenerated.ancestors(node) - {node}
         ):

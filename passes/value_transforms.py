@@ -42,7 +42,9 @@ _NORMALISATIONS = _names(
     "batch_norm layer_norm group_norm instance_norm rms_norm normalize softmax log_softmax softmin"
 )
 _RESHAPES = _names("view reshape flatten unflatten view_as reshape_as unsqueeze squeeze ravel")
-_SIZES = _names("size numel dim ndimension shape ndim dtype device")
+_SIZES = _names(
+    "size numel dim ndimension shape ndim dtype device zeros_like ones_like full_like empty_like rand_like randn_like"
+)
 
 
 class UnfitError(Exception):

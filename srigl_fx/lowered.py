@@ -153,8 +153,9 @@ class LoweringReport:
         save_page(path, self.to_html(title))
 
     def __str__(self) -> str:
-        headers = ("weight", "shape", "active", "fan-in", "decision", "bytes", "lowered", "region", "reason")
-        rows = [
+        in_parts = any(layer.region for layer in self.layers)
+        headers = ("weight", "shape", "active", "fan-in", "decision", "bytes", "lowered", "reason")
+        rows: list[tuple[object, ...]] = [
             (
                 layer.fqn,
                 "x".join(map(str, layer.shape)),
@@ -163,17 +164,18 @@ class LoweringReport:
                 layer.decision,
                 format_bytes(layer.bytes_before),
                 format_bytes(layer.bytes_after),
-                layer.region,
                 layer.reason,
+                *([layer.region] if in_parts else []),
             )
             for layer in (*self.layers, *self.others)
         ]
-        if not any(layer.region for layer in self.layers):
-            headers, rows = (*headers[:7], headers[8]), [(*row[:7], row[8]) for row in rows]
         total = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
         error = "not verified" if self.max_error is None else f"largest relative error {self.max_error:.1e}"
-        table = f"{format_table(headers, rows, right=(2, 3, 5, 6))}\n{total}; {self.capture}; {error}"
-        return "\n\n".join(filter(None, (table, *(format_removals(one) for one in self.removals))))
+        table = format_table((*headers, "region") if in_parts else headers, rows, right=(2, 3, 5, 6))
+        table += f"\n{total}; {self.capture}; {error}"
+        first = {failure.name: failure for failure in reversed(self.capture_failures)}
+        failures = "\n".join(f"not captured ({one.attempt}): {one}" for one in reversed(first.values()))
+        return "\n\n".join(filter(None, (table, failures, *(format_removals(one) for one in self.removals))))
 
 
 class _CodeGen(_PyTreeCodeGen):

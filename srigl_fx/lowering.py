@@ -233,6 +233,8 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n in self._wanted:
             self.inputs[n] = self.env[self._wanted[n]]
+        if n.target is torch.ops.aten.copy_.default:  # a buffer that the model updates: it is the model's own
+            return self.env[n.args[1]]  # type: ignore[index]
         return super().run_node(n)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -72,8 +72,8 @@ def build_model(
             model: onnx.ModelProto = program.model_proto
     except Exception as error:  # the exporters raise nearly every type
         raise ExportError(
-            f"torch.onnx cannot translate the model: {_innermost(error)}; replace that operation in the model by one "
-            "that ONNX has, or serve the lowered model with PyTorch (lower(...).save(path))"
+            f"torch.onnx cannot translate the model{_where(module, error)}: {_innermost(error)}; replace that by "
+            "something that ONNX has, or serve the lowered model with PyTorch (lower(...).save(path))"
         ) from error
     model.ir_version = min(model.ir_version, IR_VERSION)
     _strip(model)
@@ -194,12 +194,29 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     }
 
 
+def _where(module: fx.GraphModule, error: BaseException) -> str:
+    """The sub-module that holds the operator without translation, where the error names the operator."""
+    if not (found := re.search(r"op='([\w.]+)', overload='(\w+)'", str(_root(error)))):
+        return ""
+    for node in module.graph.nodes:
+        if str(node.target) == ".".join(found.groups()):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            return f" (in {stack[-1][0]})" if stack and stack[-1][0] else ""
+    return ""
+
+
 def _innermost(error: BaseException) -> str:
-    """The first line of the exception that started it: the exporter wraps it several times."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """The first line of the exception that started it."""
+    error = _root(error)
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {line}"
+
+
+def _root(error: BaseException) -> BaseException:
+    """The exception that started it: the exporter wraps it several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextlib.contextmanager

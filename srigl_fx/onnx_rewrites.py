@@ -16,6 +16,7 @@ from srigl_fx.passes.program import arguments
 aten = torch.ops.aten
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+_SPLITS = frozenset({aten.split.Tensor, aten.unsafe_split.Tensor})
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
 
 
@@ -44,7 +45,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph.output(pytree.tree_map(_tensor_only, returned))
     graph.set_codegen(module.graph._codegen)
     for node in list(graph.nodes):
-        if node.target is aten.split.Tensor and isinstance(node.args[1], fx.Node):
+        if node.target in _SPLITS and isinstance(node.args[1], fx.Node):
             _slice(graph, node)
         elif node.target in _REDUCTIONS and not arguments(node)["dim"]:
             given = arguments(node)

@@ -125,10 +125,17 @@ def _lower_one(region: Region, lower_one: Callable[[Program, nn.Module], Lowered
 def _error(finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | str:
     """The largest relative error of the model with these parts lowered, or what is wrong with its outputs."""
     copied = assemble(finder.model, {one.region.name: one.graph for one in parts}, finder.recording.written)
+    ran: set[nn.Module] = set()
+    hooks = [one.graph.register_forward_hook(lambda graph, *_: ran.add(graph)) for one in parts]
     try:
         output = run_model(copied, args, kwargs)
     except Exception as error:  # the model's own code, which did run before: any type
         return f"with its graph in place the code around it fails: {type(error).__name__}: {first_line(error)}"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if any(one.graph not in ran for one in parts):
+        return "a copy of the model does not call it: a function inside the model holds on to the original"
     worst = _difference(finder.recording.output, output)
     if not worst <= TOLERANCE:
         return (

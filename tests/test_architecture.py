@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "errors": (),
     "specs": ("errors", "masks"),
     "report": (),
+    "comparison": (),
     "masks": ("errors",),
     "runtime.format": ("errors",),
     "runtime.reference": ("errors",),
@@ -28,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "nn": ("masks", "runtime.format", *COMMON),
     "train": ("masks", "nn", *COMMON),
     "integrations": ("masks", "nn", "train", *COMMON),
-    "passes": ("masks", "nn", "runtime.format", "runtime.ops", *COMMON),
+    "passes": ("masks", "nn", "runtime.format", "runtime.ops", "comparison", *COMMON),
     "runtime": ("masks", *COMMON),
 }
 KERNELS_KNOW_NOT = {"torch", "onnx", "onnxruntime", "onnxscript"}

@@ -521,3 +521,25 @@ def test_arguments_are_checked(arguments: dict[str, Any]) -> None:
         sx.lower(model, (torch.ones(2, 64),), **arguments)
     with pytest.raises(LoweringError, match=r"torch\.nn\.Module"):
         sx.lower(5, (torch.ones(2, 64),))  # type: ignore[arg-type]
+
+
+def test_measuring_leaves_the_buffers_that_a_model_writes() -> None:
+    class Counting(nn.Module):
+        calls: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+            self.register_buffer("calls", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            y: Tensor = self.fc(x) * 2
+            return y
+
+    model = mask_by_hand(randomise(Counting()), 0.1).eval()
+    before = model.calls.clone()  # type: ignore[operator, union-attr]
+    lowered = lower(model, (torch.randn(2, 64),), min_speedup=1.0)
+    assert torch.equal(model.calls, before)  # type: ignore[arg-type]
+    lowered(torch.randn(2, 64))
+    assert torch.equal(lowered.calls, before + 1)  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ class ScriptedChild(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(12, 12)
-        self.script = torch.jit.script(nn.Sequential(nn.Linear(12, 12), nn.ReLU()))
+        self.script = torch.jit.script(nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU()).eval())
         self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,10 +138,13 @@ class ReadsWeight(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = block(), nn.Linear(12, 5)
+        self.body: nn.Sequential = block()
+        self.head = nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        penalty = sum(part.weight.square().sum() for part in self.body[:1] if isinstance(part, nn.Linear))
+        weight = self.body[0].weight
+        assert isinstance(weight, Tensor)
+        penalty = weight.square().sum()
         y: Tensor = self.head(branch(self.body(x))) + penalty
         return y
 
@@ -373,6 +376,10 @@ def test_the_report_says_what_broke_and_where() -> None:
     assert dense.reason.startswith("in no captured region: body.0 (Linear)")
     assert dense.bytes_after == dense.bytes_before
     assert type(report).from_dict(report.as_dict()) == report
+    text = str(report)
+    assert "not captured (torch.export, dynamic batch): the model (ReadsWeight): Could not guard" in text
+    assert "reason" in text.splitlines()[0]
+    assert text.splitlines()[0].endswith("region")
 
 
 def test_weights_that_a_model_uses_itself_stay_dense_with_the_error() -> None:
@@ -479,6 +486,37 @@ def test_where_no_part_can_be_captured_the_error_says_why() -> None:
 
     with pytest.raises(CaptureError, match=r"cannot capture Alone whole.*data-dependent.*item\(\) > 0.*torch\.where"):
         lower(masked(Alone), vectors(2))
+
+
+class HoldsOn(nn.Module):
+    """A function made in the constructor calls the very module it was made for, whatever the model is copied to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = block(), nn.Linear(12, 5)
+        self.function = lambda x: self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(branch(self.function(x)))
+        return y
+
+
+def test_a_region_that_the_copy_does_not_call_is_given_up() -> None:
+    model = masked(HoldsOn)
+    lowered = lowered_regions(model, vectors(2))
+    assert set(lowered.regions) == {"head"}
+    assert_same(model, lowered, vectors(3))
+    assert {layer.fqn for layer in lowered.report.layers if "holds on to the original" in layer.reason} == {
+        "body.0.weight",
+        "body.2.weight",
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_refused_with_the_reason() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(12, 5), nn.ReLU()).eval())
+    with pytest.raises(CaptureError, match="compiled by TorchScript"):
+        lower(scripted, vectors(2))
 
 
 def test_a_model_that_cannot_be_copied_is_refused() -> None:

@@ -222,7 +222,7 @@ def test_sparsifying_twice() -> None:
 
 
 def test_strict_refuses_weights_that_are_not_understood() -> None:
-    model = nn.Sequential(nn.Linear(64, 64), nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)))
+    model = nn.Sequential(nn.Linear(64, 64), nn.utils.parametrizations.orthogonal(nn.Linear(64, 64)))
     refused(model, SparsifyError, r"strict=True.*1\.parametrizations", strict=True)
 
 

@@ -27,6 +27,14 @@ class RegenerationError(SriglError, RuntimeError):
     """A forward does more than its graph shows; the message says what."""
 
 
+class _Shaped(fx.proxy.ParameterProxy):
+    """A parameter's symbol, whose shape is known."""
+
+    def size(self, dim: int | None = None) -> Any:
+        """All sizes, or one of them."""
+        return self.param.size() if dim is None else self.param.size(dim)
+
+
 class _Tracer(fx.Tracer):
     """Children and given functions are leaves; what a graph cannot show is refused."""
 
@@ -55,7 +63,7 @@ class _Tracer(fx.Tracer):
         known = self._like if node.op == "placeholder" else self._parameters.get(str(node.target))
         if known is None or node.op not in ("placeholder", "get_attr"):
             return super().proxy(node)
-        return fx.proxy.ParameterProxy(self, node, node.name, nn.Parameter(known))
+        return _Shaped(self, node, node.name, nn.Parameter(known))
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Refuse a node that is not all there is to it."""

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,14 @@ IN, OUT = 16, 24
 
 def standardise(w: Tensor) -> Tensor:
     dims = tuple(range(1, w.dim()))
-    return (w - w.mean(dims, keepdim=True)) / w.std(dims, keepdim=True)
+    centred: Tensor = w - w.mean(dims, keepdim=True)
+    standardised: Tensor = centred / w.std(dims, keepdim=True)
+    return standardised
 
 
 def l2(w: Tensor) -> Tensor:
-    return w / w.norm(dim=1, keepdim=True)
+    normed: Tensor = w / w.norm(dim=1, keepdim=True)
+    return normed
 
 
 class Functional(nn.Module):
@@ -86,7 +90,8 @@ class Standardisation(nn.Module):
 
 class WSConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, standardise(self.weight), self.bias)
+        y: Tensor = self._conv_forward(input, standardise(self.weight), self.bias)
+        return y
 
 
 def _conv() -> nn.Module:
@@ -102,21 +107,21 @@ def _old_weight_norm() -> nn.Module:
 
 
 # name -> (the layer, what its effective weight is made of its stored weight)
-Make = Callable[[nn.Module, Tensor], Tensor]
+Make = Callable[[Any, Tensor], Tensor]
 LAYERS: dict[str, tuple[Callable[[], nn.Module], Make]] = {
     "weight_norm": (
         lambda: parametrizations.weight_norm(nn.Linear(IN, OUT)),
-        lambda layer, v: layer.parametrizations.weight.original0 * l2(v),  # type: ignore[union-attr, index]
+        lambda layer, v: layer.parametrizations.weight.original0 * l2(v),
     ),
     "weight_norm of all": (
         lambda: parametrizations.weight_norm(nn.Linear(IN, OUT), dim=None),  # type: ignore[arg-type]
-        lambda layer, v: layer.parametrizations.weight.original0 * v / v.norm(),  # type: ignore[union-attr, index]
+        lambda layer, v: layer.parametrizations.weight.original0 * v / v.norm(),
     ),
-    "old weight_norm": (_old_weight_norm, lambda layer, v: layer.weight_g * l2(v)),  # type: ignore[operator]
+    "old weight_norm": (_old_weight_norm, lambda layer, v: layer.weight_g * l2(v)),
     "standardising parametrisation": (lambda: _parametrised(Standardisation()), lambda _, w: standardise(w)),
     "softplus parametrisation": (lambda: _parametrised(nn.Softplus()), lambda _, w: F.softplus(w)),
     "tanh": (Tanh, lambda _, w: torch.tanh(w)),
-    "normed": (Normed, lambda layer, w: l2(w) * layer.scale),  # type: ignore[operator]
+    "normed": (Normed, lambda layer, w: l2(w) * layer.scale),
     "in-out": (InOut, lambda _, w: w - w.mean(0)),
     "softmax": (Softmax, lambda _, w: w.softmax(1)),
     "child": (ReadsChild, lambda _, w: standardise(w)),
@@ -131,7 +136,7 @@ pytestmark = [
 ]
 
 
-def build(name: str, sparsity: float = 0.5) -> tuple[nn.Module, SparseWeight]:
+def build(name: str, sparsity: float = 0.5) -> tuple[nn.Sequential, SparseWeight]:
     torch.manual_seed(0)
     layer = LAYERS[name][0]()
     with torch.no_grad():
@@ -149,9 +154,9 @@ def kill(handle: SparseWeight, row: int) -> None:
         handle.weight.mul_(handle.mask)
 
 
-def reference(name: str, model: nn.Module, handle: SparseWeight, x: Tensor, weight: Tensor) -> Tensor:
+def reference(name: str, model: nn.Sequential, handle: SparseWeight, x: Tensor, weight: Tensor) -> Tensor:
     """The output, in plain torch: the transform of ``weight``, masked."""
-    effective = LAYERS[name][1](model[0], weight)  # type: ignore[index]
+    effective = LAYERS[name][1](model[0], weight)
     effective = torch.where(handle.mask, effective.nan_to_num(), 0.0)
     matrix = handle.record.site.to_matrix(effective)
     bias = next(p for n, p in model.named_parameters() if n.endswith("bias"))
@@ -198,7 +203,7 @@ def test_copies_compute_the_same_and_stand_alone(name: str, how: str) -> None:
     model.eval()
     x = torch.randn(5, IN)
     expected = model(x)  # old weight_norm leaves a computed weight behind
-    if how == "pickle" and parametrize.is_parametrized(model[0]):  # type: ignore[index]
+    if how == "pickle" and parametrize.is_parametrized(model[0]):
         pytest.skip("torch pickles no parametrised module")
     twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
     assert torch.equal(twin(x), expected)
@@ -252,12 +257,12 @@ def test_training_mode_keeps_its_own_transform() -> None:
     x = torch.eye(IN)
     kept = handle.mask.t()
     model.train()
-    noisy = model(x) - model[0].bias  # type: ignore[index, operator]
+    noisy = model(x) - model[0].bias
     assert not noisy[~kept].abs().gt(1e-6).any()
     share = noisy[kept].abs().gt(1e-6).double().mean()
     assert 0.3 < share < 0.7
     model.eval()
-    assert (model(x) - model[0].bias)[kept].ne(0).all()  # type: ignore[index, operator]
+    assert (model(x) - model[0].bias)[kept].ne(0).all()
 
 
 def test_the_state_dict_loads_back_and_dense_ones_are_projected() -> None:

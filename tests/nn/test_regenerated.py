@@ -54,6 +54,9 @@ class Rounded(torch.autograd.Function):
         return grads[0]
 
 
+rounded: Callable[[Tensor], Tensor] = Rounded.apply
+
+
 def without_gradient(module: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         scale = module.w.abs().mean()
@@ -81,7 +84,7 @@ def autocast(module: Any, x: Tensor) -> Tensor:
         (remembers, "writes to 'seen'"),
         (makes_constants, "makes constant tensors"),
         (autocast, "switches autocast"),
-        (lambda module, x: F.linear(x, Rounded.apply(module.w)), "a gradient of its own"),
+        (lambda module, x: F.linear(x, rounded(module.w)), "a gradient of its own"),
         (lambda module, x: F.linear(x, module.w) if x.sum() > 0 else x, "torch.fx cannot trace it"),
     ],
 )
@@ -91,7 +94,7 @@ def test_what_a_graph_cannot_show_is_refused(use: Callable[[Any, Tensor], Tensor
     with pytest.raises(RegenerationError, match=reason):
         regenerated.trace(module, training=True)
     assert vars(module) == before
-    assert module.count.item() == 0
+    assert module.get_buffer("count").item() == 0
 
 
 def test_optional_arguments_and_replaced_forwards_are_refused() -> None:
@@ -114,10 +117,10 @@ def test_writes_to_a_buffer_happen_when_the_code_runs() -> None:
 
     module = Holder(counts)
     program = regenerated.with_values(regenerated.trace(module, training=True), ())
-    assert module.count.item() == 0
+    assert module.get_buffer("count").item() == 0
     x = torch.randn(2, 4)
     assert torch.equal(program(module, x), F.linear(x, module.w))
-    assert module.count.item() == 1
+    assert module.get_buffer("count").item() == 1
 
 
 def test_a_function_that_needs_its_data_is_called_as_it_is() -> None:

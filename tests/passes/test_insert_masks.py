@@ -224,6 +224,37 @@ def test_what_fails_on_the_way_is_undone(layer: Callable[[], nn.Module]) -> None
     sx.sparsify(model, sparsity=0.5, rules={"1": None})
 
 
+class Standardised(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_effective_masks_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(40, 40))
+    model = nn.Sequential(Standardised(40, 40), normed, nn.utils.weight_norm(nn.Linear(40, 40)))
+    x, before = torch.randn(3, 40), copy.deepcopy(model.state_dict())
+    classes = [type(module) for module in model.modules()]
+    expected = model(x)
+
+    def refuse(_: nn.Module) -> None:
+        raise RuntimeError("no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("srigl_fx.passes.insert_masks.invariants.verify", refuse)
+        with pytest.raises(SparsifyError, match="The model is as it was"):
+            sx.sparsify(model, sparsity=0.5)
+    assert [type(module) for module in model.modules()] == classes
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert not any("srigl" in name for module in model.modules() for name in vars(module))
+    assert (
+        type(next(iter(model[2]._forward_pre_hooks.values()))) is torch.nn.utils.weight_norm.__globals__["WeightNorm"]
+    )
+    assert torch.equal(model(x), expected)
+    sx.sparsify(model, sparsity=0.5)
+    assert len(sparse_weights(model)) == 3
+
+
 def test_what_fails_in_a_graph_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = fx.symbolic_trace(Shared())
     x, before = torch.randn(3, 40), copy.deepcopy(graph.state_dict())

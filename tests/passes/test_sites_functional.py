@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from sites_support import Functional, assert_blocks_tile, assert_rows_are_neurons, discover, train_some
 from torch import Tensor, fx, nn
 
 import srigl_fx as sx
-from sites_support import Functional, assert_blocks_tile, assert_rows_are_neurons, discover, train_some
 
 Use = Callable[[Tensor, Tensor], Tensor]
 
@@ -181,3 +181,24 @@ def test_a_graph_module_runs_with_its_masks_and_is_restored(
     sx.finalize(graph)
     assert torch.equal(graph(x), expected)
     assert len(list(graph.graph.nodes)) == len(nodes)
+
+
+def test_a_graph_node_that_reads_two_masked_weights_is_replaced_once() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = nn.Parameter(torch.randn(24, 8))
+            self.out = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, _ = F.multi_head_attention_forward(
+                x, x, x, 8, 2, self.packed, None, None, None, False, 0.0, self.out, None
+            )
+            return y
+
+    graph, x = fx.symbolic_trace(Pool()), torch.randn(3, 2, 8)
+    sx.sparsify(graph, sparsity=0.5)
+    assert [name for name, _ in sx.masks.named_masks(graph)] == ["packed", "out"]
+    sparse = graph(x)
+    sx.finalize(graph)
+    assert torch.equal(graph(x), sparse)

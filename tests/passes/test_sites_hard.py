@@ -1,15 +1,16 @@
 """Whole models that make discovery hard: what the graph cannot show, what only a run shows, and what looking leaves."""
 
 import copy
+import time
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from sites_support import discover, train_some
 from torch import Tensor, fx, nn
 
 import srigl_fx as sx
-from sites_support import discover, train_some
 
 
 class Branching(nn.Module):
@@ -116,7 +117,7 @@ def test_a_weight_that_no_run_used_is_noted_and_keeps_its_finding() -> None:
     inputs = (torch.randn(2, 5, 8), torch.randint(0, 5, (2, 5)))
     result = run((Discover(inputs),), Draft(Untraceable()))
     assert [note.where for note in result.notes] == ["unused", "unused_layer.weight"]
-    assert all("not used on the example inputs" in note.reason for note in result.notes)
+    assert all("no use of it was seen" in note.reason for note in result.notes)
 
 
 def test_a_run_changes_nothing() -> None:
@@ -279,7 +280,7 @@ def test_functional_transforms_of_a_model_still_work() -> None:
             self.net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
 
         def forward(self, x: Tensor) -> Tensor:
-            parameters = dict(self.net.named_parameters())
+            parameters: dict[str, Tensor] = dict(self.net.named_parameters())
 
             def u(point: Tensor) -> Tensor:
                 value: Tensor = torch.func.functional_call(self.net, parameters, point[None])
@@ -311,3 +312,28 @@ def test_sparsify_keeps_outputs_gradients_and_names() -> None:
     expected.square().sum().backward()
     for name, parameter in reference.named_parameters():
         assert torch.equal(parameter.grad, model.get_parameter(name).grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by_run", [False, True])
+def test_a_thousand_layers_are_found_in_time_linear_in_their_number(by_run: bool) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(8, 8))
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, x: Tensor, scale: float | None = None) -> Tensor:
+            y = F.linear(self.norm(x), self.w)
+            return x + (y if scale is None else y * scale)
+
+    def seconds(layers: int) -> float:
+        model = nn.Sequential(*(Block() for _ in range(layers)))
+        start = time.process_time()
+        found = discover(model, (torch.randn(2, 8),) if by_run else None)
+        assert sum(not finding.reason for finding in found.values()) == layers
+        return time.process_time() - start
+
+    seconds(10)
+    half, whole = seconds(500), seconds(1000)
+    assert whole < 5
+    assert whole < 4 * half + 0.2

@@ -33,10 +33,12 @@ class Rounded(torch.autograd.Function):
         return grads[0]
 
 
+rounded: Callable[[Tensor], Tensor] = Rounded.apply
+
+
 class Binary(nn.Module):
     def forward(self, w: Tensor) -> Tensor:
-        result: Tensor = Rounded.apply(w)
-        return result
+        return rounded(w)
 
 
 class Symmetric(nn.Module):
@@ -64,7 +66,8 @@ class Holder(nn.Module):
         self.a = nn.Parameter(torch.randn(8, 2))
         self.b = nn.Parameter(torch.randn(2, 8))
         self.squash = nn.Tanh()
-        self.quantise = torch.ao.quantization.FakeQuantize()
+        fake_quantize: Any = torch.ao.quantization.FakeQuantize
+        self.quantise = fake_quantize()
         self.use = use
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,6 +92,8 @@ def parametrised(parametrization: nn.Module) -> nn.Module:
         (lambda m, x: x @ F.layer_norm(m.w, (8,)).t(), "linear", False, (1,)),
         (lambda m, x: F.linear(x, m.w.softmax(1)), "linear", False, ()),
         (lambda m, x: torch.einsum("bi,oi->bo", x, m.w - m.w.mean(1, keepdim=True)), "einsum", False, (1,)),
+        (lambda m, x: F.linear(x, (m.w.view(m.w.size(0), -1) + 1).view_as(m.w)), "linear", True, ()),
+        (lambda m, x: F.linear(x, m.w + torch.randn_like(m.w) if m.training else m.w), "linear", True, ()),
         (lambda m, x: F.conv2d(x, m.w.view(8, 8, 1, 1).tanh()), "", True, ()),
     ],
 )
@@ -118,7 +123,7 @@ def no_grad_scale(m: Any, x: Tensor) -> Tensor:
         (lambda m, x: F.linear(x, m.w + m.a @ m.b), "made of two weights, the other one is 'a'"),
         (lambda m, x: F.linear(x, torch.matrix_exp(m.w)), "matrix_exp does not keep each value in its place"),
         (lambda m, x: F.linear(x, m.w.triu() + m.w.triu(1).t()), "triu does not keep each value in its place"),
-        (lambda m, x: F.linear(x, Rounded.apply(m.w)), "a gradient of its own"),
+        (lambda m, x: F.linear(x, rounded(m.w)), "a gradient of its own"),
         (no_grad_scale, "no_grad"),
         (lambda m, x: F.linear(x, m.w / m.w.norm(dim=0)), "divides by zero where inputs are pruned"),
         (lambda m, x: F.linear(x, m.w.tanh()) + x @ m.w.exp(), "no one value that takes its place"),
@@ -189,7 +194,8 @@ class ReadsOthers(nn.Module):
         parametrizations.spectral_norm(self, "w")
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.new.weight) + x @ self.w + self.old(x)
+        y: Tensor = F.linear(x, self.new.weight) + x @ self.w + self.old(x)
+        return y
 
 
 @pytest.mark.parametrize("with_inputs", [False, True])
@@ -218,7 +224,27 @@ def test_rules_and_distributions_cover_parametrised_layers() -> None:
 class WSConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         w = self.weight
-        return self._conv_forward(input, (w - w.mean((1, 2, 3), keepdim=True)).tanh(), self.bias)
+        y: Tensor = self._conv_forward(input, (w - w.mean((1, 2, 3), keepdim=True)).tanh(), self.bias)
+        return y
+
+
+def test_shared_weights_that_one_of_several_modules_transforms() -> None:
+    first, second, plain = WSConv(4, 4, 2), WSConv(4, 4, 2), nn.Conv2d(4, 4, 2)
+    second.weight = first.weight
+    found = discover(nn.Sequential(first, second))["0.weight"]
+    assert found.reason.endswith("modules share it, and the one that transforms it is not the first of them")
+    plain.weight = first.weight = nn.Parameter(torch.randn(4, 4, 2, 2))
+    assert discover(nn.Sequential(plain, first))["0.weight"].reason
+    found = discover(nn.Sequential(first, first, plain))["0.weight"]
+    assert found.reason == ""
+    assert len(found.transforms) == 1
+    model = sx.sparsify(nn.Sequential(first, plain), sparsity=0.5)
+    with torch.no_grad():
+        model[0].weight_mask[1] = False  # type: ignore[operator]
+        sx.masks.apply(model)
+    y = first(torch.randn(2, 4, 3, 3))
+    assert first.bias is not None
+    assert torch.equal(y[:, 1], first.bias[1].expand(2, 2, 2))
 
 
 def test_nothing_is_run_on_the_users_module_while_it_is_looked_at() -> None:

@@ -10,10 +10,8 @@ from torch.utils import _pytree as pytree
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import PassResult, run
 from srigl_fx.passes.capture import capture, run_model
-from srigl_fx.passes.fold_constants import FoldConstants
-from srigl_fx.passes.normalize import Normalize
+from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.remove_dead import RemoveDead
 
 
 def masked(model: nn.Module, dead: dict[str, list[int]], *, columns: dict[str, list[int]] | None = None) -> nn.Module:
@@ -33,7 +31,7 @@ def masked(model: nn.Module, dead: dict[str, list[int]], *, columns: dict[str, l
 
 def removed(model: nn.Module, inputs: Any) -> PassResult[Program]:
     """The program of a model after removal."""
-    return run((Normalize(), FoldConstants(), RemoveDead()), capture(model.eval(), inputs))
+    return run(LOWERING, capture(model.eval(), inputs))
 
 
 def relative_error(model: nn.Module, program: Program, batch: int | None = None) -> float:

@@ -1,4 +1,4 @@
-"""What the tests of discovery share: discovery by name, an oracle for matrix views, one update on whatever was found."""
+"""What the tests of discovery share: discovery by name, an oracle for matrix views, updates on what was found."""
 
 from collections.abc import Callable
 from typing import Any
@@ -55,8 +55,7 @@ def assert_blocks_tile(site: WeightSite) -> None:
 def train_some(model: nn.Module, *args: Any, updates: int = 2, sparsity: float = 0.5, **options: Any) -> list[str]:
     """Sparsify, train through some SRigL updates with ablation, and verify; the names of the masked weights.
 
-    Along the way: outputs and gradients are those of the dense model with zeros written in, names stay, and the state
-    goes into a second model.
+    Along the way: no name changes, every step keeps the invariants, some mask changes, and the state loads again.
     """
     names = list(model.state_dict())
     sx.sparsify(model, sparsity=sparsity, distribution="uniform", **options)

@@ -25,7 +25,8 @@ class WSConv(nn.Conv2d):
     """Weight standardisation as written by hand: without an eps."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, standardise(self.weight) * 0.1, self.bias)
+        y: Tensor = self._conv_forward(input, standardise(self.weight) * 0.1, self.bias)
+        return y
 
 
 class WSLinear(nn.Linear):
@@ -69,7 +70,7 @@ def standardised() -> nn.Module:
 MODELS = {"weight-normed": weight_normed, "standardised": standardised}
 
 
-def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+def loss_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     target = torch.stack([x[:, :6].sum(1), x[:, 6:12].sum(1), x[:, 0], x[:, 1]], dim=1).tanh()
     return F.mse_loss(model(x), target)
 
@@ -99,7 +100,7 @@ def test_the_captured_gradient_is_dense_and_the_trained_one_masked(layer: nn.Mod
             )
         hidden = F.linear(x, effective, dict(model.named_parameters())["0.bias"])
         target = torch.stack([x[:, :6].sum(1), x[:, 6:12].sum(1), x[:, 0], x[:, 1]], dim=1).tanh()
-        return F.mse_loss(model[1](hidden), target)  # type: ignore[index, operator]
+        return F.mse_loss(model[1](hidden), target)
 
     weight = handle.weight.detach().clone().requires_grad_()
     (dense,) = torch.autograd.grad(reference(weight), weight)
@@ -125,7 +126,7 @@ def test_the_captured_gradient_is_dense_and_the_trained_one_masked(layer: nn.Mod
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
-def test_a_whole_run_with_ablation(name: str, optimizer_class: type[torch.optim.Optimizer]) -> None:
+def test_a_whole_run_with_ablation(name: str, optimizer_class: type[torch.optim.SGD | torch.optim.AdamW]) -> None:
     torch.manual_seed(1)
     model = sx.sparsify(MODELS[name](), sparsity=0.75, distribution="uniform")
     before = {handle.fqn: handle.mask.clone() for handle in sparse_weights(model)}

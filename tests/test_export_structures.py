@@ -1,0 +1,205 @@
+"""``export_onnx`` on models whose inputs, outputs or operators are no matter of course."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lowering_support import randomise
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import srigl_fx as sx
+from srigl_fx.comparison import relative_error
+from srigl_fx.errors import ExportError
+from srigl_fx.export import ExportReport
+from srigl_fx.onnx_rewrites import rewrite
+
+
+class Net(nn.Module):
+    """Two layers, and a function of ``self`` and the inputs for a forward."""
+
+    def __init__(self, function: Callable[..., Any] = lambda net, x: net.fc(x)) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+        self.back = nn.Linear(8, 16)
+        self.table = nn.Buffer(torch.randn(3, 4))
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
+
+
+class Pair(NamedTuple):
+    first: Tensor
+    second: Tensor
+
+
+def sparse(function: Callable[..., Any]) -> nn.Module:
+    return sx.sparsify(randomise(Net(function)), sparsity=0.5, distribution="uniform").eval()
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def check(function: Callable[..., Any], example: Any, other: Any, folder: Path) -> ExportReport:
+    """Export with the inputs ``example``; with ``other``, both kinds of session must give what the model gives."""
+    model = sparse(function)
+    report = sx.export_onnx(model, folder / "model.onnx", example)
+    assert report.library_error is not None
+    assert report.condensed_layers > 0
+    import onnxruntime
+
+    args, kwargs = other if len(other) == 2 and isinstance(other[1], dict) else (other, {})
+    with torch.no_grad():
+        expected = tensors(model(*args, **kwargs))
+    stock = onnxruntime.InferenceSession(str(report.path), providers=["CPUExecutionProvider"])
+    for session in (sx.runtime.load(report.path), stock):
+        names = [item.name for item in session.get_inputs()]
+        given = dict(zip(names, (leaf.numpy() for leaf in tensors((args, kwargs))), strict=True))
+        got = [torch.from_numpy(array) for array in session.run(None, given)]
+        assert max(relative_error(*both) for both in zip(expected, got, strict=True)) < 1e-5
+    return report
+
+
+def x(batch: int) -> Tensor:
+    return torch.randn(batch, 16, generator=torch.Generator().manual_seed(batch))
+
+
+def structures(net: Net, x: Tensor) -> Any:
+    y = net.fc(x)
+    return {"none": None, "classes": y.argmax(-1), "positive": y > 0, "y": [y, None, y], "mean": y.mean(), "x": x}
+
+
+def numbers(net: Net, x: Tensor) -> Any:
+    return net.fc(x), 3, 0.5, "text", None, x.shape[0], net.table, net.fc.bias
+
+
+def named(net: Net, x: Tensor) -> Any:
+    return Pair(net.fc(x), net.fc(x).relu())
+
+
+@pytest.mark.parametrize("function", [structures, numbers, named])
+def test_outputs(function: Callable[..., Any], tmp_path: Path) -> None:
+    assert check(function, (x(2),), (x(5),), tmp_path).dynamic_batch
+
+
+def nested(net: Net, given: dict[str, Any], unused: Tensor, *, times: int, mask: Tensor | None = None) -> Tensor:
+    y = given["a"] + given["b"][0].masked_fill(given["b"][1], 0.5)
+    for _ in range(times):
+        y = net.back(net.fc(y))
+    return y if mask is None else y * mask
+
+
+def test_inputs(tmp_path: Path) -> None:
+    def inputs(batch: int) -> Any:
+        given = {"a": x(batch), "b": (x(batch) + 1, x(batch) > 0)}
+        return (given, torch.ones(batch, 3)), {"times": 2, "mask": None}
+
+    assert check(nested, inputs(2), inputs(3), tmp_path).dynamic_batch
+
+
+def attention(net: Net, x: Tensor) -> Any:
+    b, t, _ = x.shape
+    heads = x.view(b, t, 4, 4).transpose(1, 2)
+    causal = torch.ones(t, t, dtype=torch.bool).tril()
+    mixed = F.scaled_dot_product_attention(heads, heads, heads, attn_mask=causal)
+    return net.fc(mixed.transpose(1, 2).reshape(b, t, 16))
+
+
+def test_attention_with_a_mask(tmp_path: Path) -> None:
+    assert check(attention, (torch.randn(2, 5, 16),), (torch.randn(3, 5, 16),), tmp_path).dynamic_batch
+
+
+def split(net: Net, x: Tensor) -> Any:
+    y = net.fc(torch.cat([x, x + 1]))
+    first, second = torch.split(y, x.shape[0])
+    return first, second, torch.unsafe_chunk(y, 2)[1], y[:, :3].amax(), torch.amin(y)
+
+
+def test_rules_1_and_2_splits_by_the_batch_and_whole_reductions(tmp_path: Path) -> None:
+    assert check(split, (x(2),), (x(5),), tmp_path).dynamic_batch
+
+
+def test_rule_3_what_is_no_tensor_is_left_out() -> None:
+    lowered = sx.lower(sparse(numbers), (x(2),), min_speedup=0)
+    (returned,) = next(node for node in rewrite(lowered).graph.nodes if node.op == "output").args
+    assert [leaf is None for leaf in returned] == [False, True, True, True, True, True, False, False]
+
+
+def test_rewriting_leaves_the_lowered_graph_alone() -> None:
+    lowered = sx.lower(sparse(split), (x(2),), min_speedup=0)
+    before = str(lowered.graph)
+    rewrite(lowered)
+    assert str(lowered.graph) == before
+
+
+def membership(net: Net, x: Tensor) -> Any:
+    y = net.fc(x)
+    return y, torch.isin(y.argmax(-1), torch.tensor([1, 2]))
+
+
+def test_a_static_file_where_onnx_cannot_leave_the_batch_free(tmp_path: Path) -> None:
+    report = check(membership, (x(4),), (x(4) + 1,), tmp_path)
+    assert not report.dynamic_batch
+    assert "batch of the example inputs only" in str(report)
+    assert "searchsorted" in str(report)
+
+
+class Outer(nn.Module):
+    """Has a sub-module with an operator that ONNX does not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Net(lambda net, x: net.fc(x).median(0).values)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.inner(x)
+
+
+def test_an_operator_without_translation_is_placed(tmp_path: Path) -> None:
+    model = sx.sparsify(Outer(), sparsity=0.5).eval()
+    with pytest.raises(ExportError, match=r"\(in inner\).*aten\.median"):
+        sx.export_onnx(model, tmp_path / "model.onnx", (x(2),))
+    assert not list(tmp_path.iterdir())
+
+
+class Branching(nn.Module):
+    """One block branches on values, the others are graphs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Sequential(nn.Linear(16, 16), nn.ReLU())
+        self.gate = Net(lambda net, x: net.back(net.fc(x)) if x.sum() > 0 else x)
+        self.after = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.after(self.gate(self.before(x)))
+
+
+def test_a_model_that_is_not_one_graph_says_what_broke_and_its_parts_are_exported(tmp_path: Path) -> None:
+    model = sx.sparsify(randomise(Branching()), sparsity=0.5, distribution="uniform").eval()
+    path = tmp_path / "model.onnx"
+    with pytest.raises(ExportError, match=r"not one graph.*gate \(Net\): .*data-dependent") as caught:
+        sx.export_onnx(model, path, (x(2),))
+    assert not path.exists()
+
+    code = str(caught.value).partition("\n")[2].replace('f"{name}', 'f"{folder}/{name}')
+    lines = "\n".join(line.removeprefix("    ") for line in code.splitlines())
+    names: dict[str, Any] = {"srigl_fx": sx, "model": model, "example_inputs": (x(2),), "folder": tmp_path}
+    exec(lines, names)
+    lowered = names["lowered"]
+    assert {"before", "gate.fc", "gate.back", "after"} == set(lowered.regions)
+    assert {file.stem for file in tmp_path.iterdir()} == set(lowered.regions)
+    part, (args, kwargs) = lowered.regions["after"], lowered.region_inputs["after"]
+    session = sx.runtime.load(tmp_path / "after.onnx")
+    with torch.no_grad():
+        expected = part(*args, **kwargs)
+    (got,) = session.run(None, {session.get_inputs()[0].name: args[0].detach().numpy()})
+    assert relative_error(expected, torch.from_numpy(got)) < 1e-5
+
+    with pytest.raises(ExportError, match="not one graph"):
+        sx.export_onnx(lowered, path, (x(2),))
