@@ -358,9 +358,7 @@ def foreign_types(inputs: Any, output: Any) -> str:
     """
     for verb, value in (("takes", inputs), ("returns", output)):
         leaves = pytree.tree_leaves(value)
-        names = sorted(
-            {type(x).__name__ for x in leaves if not isinstance(x, Tensor | bool | int | float | str | None)}
-        )
+        names = sorted({type(leaf).__name__ for leaf in leaves if not _in_graphs(leaf)})
         if names:
             hint = ": pass use_cache=False" if any("Cache" in name for name in names) else ""
             return f"it {verb} a value of type {', '.join(names)}{hint}"

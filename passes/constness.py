@@ -100,7 +100,7 @@ def constants(program: Program, keep: Callable[[fx.Node], bool] = lambda node: T
     else:
         try:
             runs = [_interpret(program, size, keep, unknown) for size in (2, 3)]
-        except RuntimeError:  # a model may fold its batch into groups: multiples of the captured size always do
+        except (RuntimeError, IndexError):  # a batch folded into groups, or indices into it: multiples of the size do
             size = max(2, program.batch_size)
             runs = [_interpret(program, size, keep, unknown) for size in (size, 2 * size)]
         both = {node: _agreed(runs[0][node], runs[1][node]) for node in runs[0] if node in runs[1]}

@@ -85,7 +85,10 @@ class RegionFinder:
     def why_not(self, owner: str) -> str:
         """Why the weights that the module ``owner`` holds are in no region."""
         failures = [failure for failure in self.failures if _within(owner, failure.name)]
-        return f"in no captured region: {max(failures, key=lambda failure: len(failure.name))}"
+        module = self.model.get_submodule(owner) if owner else self.model
+        called = module in self.recording.calls or isinstance(module, torch.jit.ScriptModule)
+        hint = "" if called else f" ({owner} is not called on the example inputs)"
+        return f"in no captured region: {max(failures, key=lambda failure: len(failure.name))}{hint}"
 
     def give_up(self, region: Region, error: str) -> None:
         """Enter a region among the failures: it can be captured, but not be used."""

@@ -109,7 +109,12 @@ class Removable:
         }
         self._exact = [self._pairing(pairing) for pairing in flow.pairings]
         self._values = _distinct(flow, groups)
-        self._rows: dict[fx.Node, Tensor] = {}
+        # The elements of weights that go with a group.
+        self._worth = torch.zeros(groups.count, dtype=torch.long)
+        for site in flow.sites:
+            for ids in (site.rows, site.columns):
+                each = torch.full((ids.numel(),), site.weight.meta["val"].numel() // ids.numel())
+                self._worth.index_add_(0, groups.of(ids).reshape(-1), each)
 
     # -- questions ------------------------------------------------------------------------------------------------
 
@@ -188,9 +193,7 @@ class Removable:
         mapped = lost & ~columns.uniform
         if bool(mapped.any()):
             size = math.prod(size for size in site.node.meta["val"].shape if isinstance(size, int))
-            kernel = site.weight.meta["val"].numel() // self._nonzero[site.node].numel()
-            saved = int(site.rows.shape[1] * mapped.sum()) * kernel
-            if size > saved:
+            if size > int(self._worth[distinct(self.groups.of(site.columns)[mapped])].sum()):
                 reason = f"a constant that is not uniform, and the map to add after {name} is larger than what it saves"
                 self._keep_where(site.columns, mapped, reason)
         if has_borders(site):

@@ -264,6 +264,32 @@ def add_one(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
     return output + 1
 
 
+class CompiledChild(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = torch.compile(block(), backend="eager"), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(branch(self.body(x)))
+        return y
+
+
+class Experts(nn.Module):
+    """Its experts see whatever rows are routed to them; in place, as such models are often written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.route, self.experts = nn.Linear(12, 2), nn.ModuleList(block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, chosen = x * 2, self.route(x).argmax(-1)
+        for i, expert in enumerate(self.experts):
+            rows = (chosen == i).nonzero().squeeze(1)
+            if rows.numel() > 0:
+                y[rows] = expert(x[rows])
+        return y
+
+
 class Parametrised(nn.Module):
     """Weights that the forward pass computes, which plain copying refuses."""
 
@@ -304,11 +330,17 @@ CASES: dict[str, Case] = {
     "in_place_on_input": (InPlaceOnInput, vectors, {"body.1", "head"}, set()),
     "constants_differ": (ConstantsDiffer, vectors, {"switch.fc"}, set()),
     "hooked": (Hooked, vectors, {"body", "leaf"}, set()),
+    "compiled_child": (CompiledChild, vectors, {"body._orig_mod", "head"}, set()),
+    "experts": (Experts, lambda n: (torch.randn(8 * n, 12),), {"experts.0", "experts.1"}, set()),
 }
 
 
 def masked(make: Callable[[], nn.Module]) -> nn.Module:
-    skip = ("script.0", "second.0.weight" if make is Tied else "none")  # a tied weight has one mask, on its first owner
+    skip = (
+        "script.0",
+        "route",
+        "second.0.weight" if make is Tied else "none",
+    )  # a tied weight has one mask, on its first owner
     return mask_by_hand(randomise(make()), 0.3, ablated=2, skip=skip).eval()
 
 
@@ -402,6 +434,7 @@ def test_weights_that_a_model_uses_itself_stay_dense_with_the_error() -> None:
     for fqn in ("own_weight", "child.weight"):
         assert reasons[fqn].startswith("in no captured region: the model (Functional): ")
         assert "data-dependent" in reasons[fqn]
+    assert reasons["child.weight"].endswith("(child is not called on the example inputs)")
 
 
 def test_dense_weights_that_were_replaced_are_gone() -> None:
@@ -494,7 +527,7 @@ class HoldsOn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body, self.head = block(), nn.Linear(12, 5)
-        self.function = lambda x: self.body(x)
+        self.function: Callable[[Tensor], Any] = lambda x: self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.head(branch(self.function(x)))

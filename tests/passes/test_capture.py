@@ -8,7 +8,7 @@ from lowering_support import randomise
 from torch import Tensor, nn
 
 from srigl_fx.errors import CaptureError
-from srigl_fx.passes.capture import capture, capture_whole, normalise_inputs
+from srigl_fx.passes.capture import capture, capture_whole, foreign_types, normalise_inputs, run_model
 
 
 def outputs(program: Any, *args: Any, **kwargs: Any) -> Any:
@@ -316,3 +316,20 @@ def test_constants_scalars_and_tensors_without_a_batch() -> None:
     assert program.batched == (True, False, False, False, False)
     inputs = {"x": [torch.randn(5, 4)], "offset": torch.tensor(-1.5)}
     torch.testing.assert_close(outputs(program, inputs, 2.0, "plus", None), model(inputs, 2.0, "plus", None))
+
+
+def test_padded_attention_is_compared_with_what_is_captured() -> None:
+    """The fused path gives zeros where there is padding, and passes nested tensors between layers."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False)
+    model = randomise(nn.TransformerEncoder(layer, 1)).eval()
+    x, padding = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    program = capture(model, ((x,), {"src_key_padding_mask": padding}))
+    torch.testing.assert_close(
+        outputs(program, x, src_key_padding_mask=padding), run_model(model, (x,), {"src_key_padding_mask": padding})
+    )
+
+
+def test_only_ordinary_tensors_and_constants_are_taken() -> None:
+    assert foreign_types(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), None) != ""
+    assert foreign_types(torch.ones(2, 2).to_sparse(), None) != ""
+    assert foreign_types((torch.ones(2), None, 3, "x"), {"y": [torch.ones(2)]}) == ""

@@ -402,3 +402,20 @@ def test_claims_hold_on_real_models(name: str) -> None:
     args, kwargs = entry.inputs(2)
     program = program_of(ablate(entry.make()), *args, **kwargs)
     assert claims_hold(program, constants(program), entry.inputs(2), entry.inputs(3))
+
+
+def test_indices_into_the_batch_are_not_cut_out_of_range() -> None:
+    class Gathering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, source: Tensor) -> Tensor:
+            return torch.relu(self.fc(x))[source]
+
+    model = randomise(Gathering()).eval()
+    with torch.no_grad():
+        model.fc.weight[1] = 0  # type: ignore[union-attr, operator, index]
+    program = capture(model, (torch.randn(6, 4), torch.tensor([5, 0, 3, 1, 2, 4])))
+    found = constants(program, lambda node: "relu" in node.name)
+    assert [known.fixed.tolist() for known in found.known.values()] == [[False, True, False]]

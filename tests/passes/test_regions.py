@@ -7,7 +7,7 @@ import torch
 from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 
-from srigl_fx.passes.capture import is_free
+from srigl_fx.passes.capture import capture_whole, is_free
 from srigl_fx.passes.module_local import module_local
 from srigl_fx.passes.recording import Call, record
 from srigl_fx.passes.regions import RegionFinder
@@ -66,9 +66,14 @@ def test_a_class_that_was_captured_once_is_always_tried() -> None:
 
 
 def test_weights_that_are_never_called_name_the_module_that_reads_them() -> None:
-    search = finder(Deep(1), torch.randn(3, 6))
+    x = torch.randn(3, 6)
+    failures = capture_whole(Deep(1).eval(), (x,), {}).failures
+    search = RegionFinder(mask_by_hand(randomise(Deep(1)), 0.4).eval(), (x,), {}, failures)
     search.below("")
-    assert search.why_not("layers.0.somewhere").startswith("in no captured region: layers.0 (Sub): Could not guard")
+    reason = search.why_not("unused")
+    assert reason.startswith("in no captured region: the model (Deep): Could not")
+    assert reason.endswith("(unused is not called on the example inputs)")
+    assert search.why_not("layers.0").startswith("in no captured region: layers.0 (Sub): Could not guard")
 
 
 def test_modules_without_masked_weights_are_left_alone() -> None:

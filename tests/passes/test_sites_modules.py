@@ -257,3 +257,22 @@ def test_a_functional_use_of_an_embedding_keeps_it_dense() -> None:
 
     for inputs in (None, (torch.tensor([1, 2]),)):
         assert "tied with an embedding" in discover(Tied(), inputs)["embedding.weight"].reason
+
+
+@pytest.mark.parametrize("by_run", [False, True])
+def test_a_weight_read_by_somebody_elses_forward_needs_both_to_agree(by_run: bool) -> None:
+    class Reads(nn.Module):
+        def __init__(self, transposed: bool) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(8, 8, bias=False)
+            self.bias = nn.Parameter(torch.randn(8))
+            self.transposed = transposed
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.linear(x, self.qkv.weight, torch.cat([self.bias[:4], torch.zeros(4)]))
+            return F.linear(y, self.qkv.weight.t()) if self.transposed else y
+
+    inputs = (torch.randn(2, 8),) if by_run else None
+    assert discover(Reads(False), inputs)["qkv.weight"].reason == ""
+    assert "different layouts" in discover(Reads(True), inputs)["qkv.weight"].reason
+    assert train_some(Reads(False), torch.randn(2, 8)) == ["qkv.weight"]

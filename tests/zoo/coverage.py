@@ -4,7 +4,9 @@ Owns the row, its file and its two printed forms. It must not know how a model i
 """
 
 import csv
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,26 @@ def text(rows: Sequence[Row]) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table for the documentation."""
-    lines = [_HEADERS, ("---", *["---:"] * 3, "---", "---:", "---:", "---"), *map(_cells, rows)]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    """The table for the documentation, and one of the reasons why weights stay dense."""
+    reasons = _reasons([row.dense for row in rows]), _reasons([row.not_condensed for row in rows])
+    why = [(stage, *counted) for stage, found in zip(("sparsify", "lower"), reasons, strict=True) for counted in found]
+    models = _markdown_table(_HEADERS, "-rrr-rr-", map(_cells, rows))
+    return models + "\n\n" + _markdown_table(("stage", "weights", "models", "why dense"), "-rr-", why)
+
+
+def _reasons(cells: Sequence[str]) -> list[tuple[int, int, str]]:
+    """Weights, models and reason, from cells like "3 x a | 1 x b"."""
+    weights: Counter[str] = Counter()
+    models: Counter[str] = Counter()
+    for cell in filter(None, cells):
+        for part in cell.split(" | "):
+            times, _, reason = part.partition(" x ")
+            reason = re.sub(r" of [\d.]+ of \d+ inputs", " times the inputs", reason)
+            weights[reason] += int(times)
+            models[reason] += 1
+    return [(count, models[reason], reason) for reason, count in weights.most_common()]
+
+
+def _markdown_table(headers: Sequence[str], align: str, rows: Iterable[Sequence[object]]) -> str:
+    rule = ["---:" if side == "r" else "---" for side in align]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in (headers, rule, *rows))

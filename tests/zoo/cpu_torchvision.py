@@ -38,7 +38,8 @@ class _Loader(SourceFileLoader):
         if hasattr(torch.ops.torchvision, "nms") or _library_loads(Path(self.path).parent):
             super().exec_module(module)
             return
-        library = torch.library.Library("torchvision", "DEF")
+        make: Any = torch.library.Library
+        library = make("torchvision", "DEF")
         for operator in ("nms", "qnms"):
             library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.impl("nms", _nms, "CPU")
@@ -52,9 +53,10 @@ class _Loader(SourceFileLoader):
 def _library_loads(folder: Path) -> bool:
     import torch
 
+    load: Any = torch.ops.load_library
     for library in folder.glob("_C*.so"):
         try:
-            torch.ops.load_library(str(library))
+            load(str(library))
         except OSError:
             continue
         return True
@@ -80,4 +82,4 @@ def _nms(dets: Any, scores: Any, iou_threshold: float) -> Any:
 
 
 if not any(getattr(finder, "__module__", "").endswith("cpu_torchvision") for finder in sys.meta_path):
-    sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, _Finder)

@@ -68,7 +68,7 @@ def train(model: nn.Module, entry: Entry) -> None:
         args, kwargs = (entry.train_inputs if entry.train and entry.train_inputs else entry.inputs)(4)
         optimizer.zero_grad()
         floats = [leaf for leaf in tensors(model(*args, **kwargs)) if leaf.is_floating_point() and leaf.numel()]
-        torch.stack([leaf.square().mean() for leaf in floats]).sum().backward()  # type: ignore[no-untyped-call]
+        torch.stack([leaf.square().mean() for leaf in floats]).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     assert trainer.last_update == 2
@@ -171,4 +171,4 @@ def check_same(expected: Any, got: Any) -> None:
 
 def count(reasons: Any) -> str:
     """Reasons and how often each was given."""
-    return "; ".join(f"{times} x {reason}" for reason, times in Counter(reasons).most_common())
+    return " | ".join(f"{times} x {reason}" for reason, times in Counter(reasons).most_common())

@@ -13,7 +13,7 @@ import torch
 from zoo import ZOO, coverage, journey
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
-TABLE = re.compile(r"(<!-- coverage table -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(?<=<!-- coverage table -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     print(coverage.text(list(rows.values())))
     page = DOCS.read_text(encoding="utf-8")
     table = coverage.markdown([rows[name] for name in ZOO if name in rows])
-    DOCS.write_text(TABLE.sub(lambda match: match[1] + table + match[2], page), encoding="utf-8")
+    DOCS.write_text(TABLE.sub(lambda _: f"\n{table}\n\n", page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def _model(name: str, configuration: str, **settings: Any) -> nn.Module:
 def _detr() -> nn.Module:
     import transformers
 
-    backbone = transformers.ResNetConfig(
+    configuration: Any = transformers.ResNetConfig
+    backbone = configuration(
         embedding_size=16, hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 1, 1], out_features=["stage4"]
     )
     return _model(

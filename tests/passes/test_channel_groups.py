@@ -1,0 +1,109 @@
+"""Classes of channels: coupling, and the arrays that are left when some go."""
+
+import networkx as nx
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from srigl_fx.passes.channel_groups import FIXED, Channels, compress, kept_shape, surplus
+
+
+@given(st.integers(1, 40), st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60))
+@settings(deadline=None, max_examples=50)
+def test_groups_are_the_connected_components(count: int, edges: list[tuple[int, int]]) -> None:
+    edges = [(a % count, b % count) for a, b in edges]
+    channels = Channels()
+    ids = torch.cat([channels.fresh(len(part), "axis") for part in torch.arange(count).tensor_split(3)])
+    for a, b in edges:
+        channels.couple(ids[a : a + 1], ids[b : b + 1])
+    groups = channels.resolve()
+    plain: nx.Graph[int] = nx.Graph(edges)
+    plain.add_nodes_from(range(count))
+    label = groups.of(ids).tolist()
+    for component in nx.connected_components(plain):
+        assert len({label[i] for i in component}) == 1
+    assert len(set(label)) == nx.number_connected_components(plain)
+
+
+def test_coupling_broadcasts() -> None:
+    channels = Channels()
+    one, other = channels.fresh(3, "one").reshape(1, 3), channels.fresh(6, "other").reshape(2, 3)
+    channels.couple(one, other)
+    label = channels.resolve().of(other)
+    assert torch.equal(label[0], label[1])
+    assert len(label[0].unique()) == 3
+
+
+def test_a_long_chain_is_one_group() -> None:
+    channels = Channels()
+    ids = channels.fresh(5000, "chain")
+    channels.couple(ids[:-1], ids[1:])
+    assert len(channels.resolve().of(ids).unique()) == 1
+
+
+def test_pins_reach_the_whole_group_with_the_first_reason() -> None:
+    channels = Channels()
+    one, other = channels.fresh(3, "one"), channels.fresh(3, "other")
+    channels.couple(one, other)
+    channels.pin(other[1:2], "first")
+    channels.pin(one[1:], "second")
+    groups = channels.resolve()
+    assert groups.pinned[groups.of(one)].tolist() == [False, True, True]
+    assert [groups.reason[int(label)] for label in groups.of(one)[1:]] == ["first", "second"]
+    assert bool(groups.pinned[groups.label[FIXED]])
+
+
+def test_merging_couples_along_axes() -> None:
+    channels = Channels()
+    ids = channels.fresh(6, "heads").reshape(1, 2, 1, 3)
+    merged = channels.merge(ids, [3])
+    assert merged.shape == (1, 2, 1, 1)
+    label = channels.resolve().of(ids)[0, :, 0]
+    assert [len(row.unique()) for row in label] == [1, 1]
+    assert label[0, 0] != label[1, 0]
+
+
+def test_compressing_drops_what_does_not_vary() -> None:
+    ids = torch.arange(3)[None, :, None].expand(4, 3, 5)
+    assert compress(ids).shape == (1, 3, 1)
+    assert compress(ids.contiguous()).shape == (1, 3, 1)
+    assert compress(torch.tensor([[0, 1], [1, 0]])).shape == (2, 2)
+
+
+KEPT = arrays(np.bool_, st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4)))
+
+
+def nested_shape(kept: torch.Tensor) -> list[int] | None:
+    """By recursion: what is left of each index along the first axis must have one shape."""
+    if kept.dim() == 0:
+        return []
+    inner = [nested_shape(row) for row in kept if bool(row.any())]
+    if not inner or any(shape is None or shape != inner[0] for shape in inner):
+        return None
+    return [len(inner), *(inner[0] or [])]
+
+
+@given(KEPT)
+@settings(deadline=None, max_examples=200)
+def test_what_is_left_is_an_array_or_it_is_not(array: np.ndarray) -> None:  # type: ignore[type-arg]
+    kept = torch.from_numpy(array)
+    assert kept_shape(kept) == nested_shape(kept)
+
+
+@given(KEPT)
+@settings(deadline=None, max_examples=200)
+def test_taking_back_ends_in_an_array(array: np.ndarray) -> None:  # type: ignore[type-arg]
+    kept = torch.from_numpy(array)
+    if not bool(kept.any()):
+        return
+    for _ in range(kept.numel() + 1):
+        back = surplus(kept)
+        assert not bool((back & kept).any())
+        if kept_shape(kept) is not None:
+            assert not bool(back.any())
+            return
+        assert bool(back.any())
+        kept = kept | back
+    raise AssertionError("no end")

@@ -1,0 +1,49 @@
+"""Removal is exact on every model of the zoo that is one graph, with 30 % of the neurons of its hidden layers ablated."""
+
+import pytest
+import torch
+from lowering_support import randomise
+from passes_support import relative_error
+from torch import nn
+from zoo import ZOO
+
+import srigl_fx as sx
+from srigl_fx.errors import CaptureError
+from srigl_fx.masks.records import sparse_weights
+from srigl_fx.passes.base import run
+from srigl_fx.passes.capture import capture
+from srigl_fx.passes.pipelines import LOWERING
+
+QUICK = {"tv_resnet18", "hf_llama", "hf_vit", "nasty_ckpt", "nasty_fused_qkv", "hf_gpt2"}
+
+
+def with_dead_neurons(name: str) -> nn.Module:
+    """The model with random masks of half the weights, of which all hidden layers lose 30 % of their rows."""
+    model = sx.sparsify(randomise(ZOO[name].make().eval()), sparsity=0.5)
+    generator = torch.Generator().manual_seed(0)
+    for handle in sparse_weights(model)[:-1]:
+        matrix = handle.record.site.to_matrix(handle.mask).clone()
+        rows = matrix.shape[0]
+        matrix[torch.randperm(rows, generator=generator)[: int(0.3 * rows)]] = False
+        with torch.no_grad():
+            handle.mask.copy_(handle.record.site.from_matrix(matrix))
+            handle.weight.mul_(handle.mask)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO]
+)
+def test_removal_is_exact(name: str) -> None:
+    model = with_dead_neurons(name)
+    try:
+        program = capture(model, ZOO[name].inputs(2))
+    except CaptureError:
+        pytest.skip("not one graph")
+    dense = relative_error(model, program)
+    program = run(LOWERING, program).subject
+    assert relative_error(model, program) <= max(1e-5, 2 * dense)
+    if program.dynamic:
+        assert relative_error(model, program, 3) <= 1e-5
+    assert program.removals is not None
+    assert program.removals.parameters[1] <= program.removals.parameters[0]
