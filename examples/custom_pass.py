@@ -8,7 +8,7 @@ Run ``python examples/custom_pass.py``.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import srigl_fx as sx
 from srigl_fx.passes import Note, Pass, PassResult
@@ -79,6 +79,7 @@ def main() -> None:
     x = torch.randn(4, 256)
     lowered = sx.lower(model, (x,), min_speedup=0, verify="each pass", passes=(*LOWERING, FoldScale()))
     print(lowered.report)
+    assert isinstance(lowered, fx.GraphModule)
     print([str(node.target) for node in lowered.graph.nodes if node.op == "call_function"])
     with torch.no_grad():
         print("largest difference:", f"{(lowered(x) - model(x)).abs().max():.1e}")

@@ -23,7 +23,7 @@ from srigl_fx.passes.program import Program
 from srigl_fx.passes.recording import Call, Recording, record
 from srigl_fx.passes.tracing import plain_experts
 
-_ENOUGH = 2  # failed modules of a class after which further ones are not tried
+_ENOUGH = 2  # failed modules of a class of which none was captured, after which further ones are not tried
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class RegionFinder:
         self._masked = {id(weight.weight) for weight in sparse_weights(model)}
         self._seen = {id(model)}
         self._failed: Counter[type] = Counter()
+        self._captured: set[type] = set()
 
     def below(self, name: str) -> list[Region]:
         """The regions among the children of the module ``name`` and theirs; each module is looked at once."""
@@ -111,7 +112,7 @@ class RegionFinder:
         local = module_local(self.model, module, calls)
         if local is not None:
             return Region(name, module, local, any_rank=isinstance(module, nn.Linear))
-        if self._failed[type(module)] >= _ENOUGH:
+        if self._failed[type(module)] >= _ENOUGH and type(module) not in self._captured:
             self._fail(name, module, f"as {_ENOUGH} others of its class")
             return None
         try:
@@ -129,7 +130,7 @@ class RegionFinder:
             self.failures += done.failures[:1]
             self._failed[type(module)] += 1
             return None
-        self._failed[type(module)] = -(1 << 30)  # one of its class can be captured: try them all
+        self._captured.add(type(module))
         done.program.model = self.model
         return Region(name, module, done.program)
 

@@ -46,8 +46,8 @@ def lower_regions(
 ) -> LoweredRegions:
     """Lower the parts of ``model`` that can be captured.
 
-    A region without which the model's own code still runs, and with which it does not give the same outputs, is given
-    up, and the regions inside it are tried.
+    A region with which the model's own code fails, or does not give the same outputs, is given up, and the regions
+    inside it are tried.
 
     Args:
         model: A model with masks, in eval mode.

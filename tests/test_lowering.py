@@ -88,7 +88,9 @@ CASES: dict[str, Case] = {
 def case(request: pytest.FixtureRequest) -> tuple[nn.Module, LoweredModule, tuple[int, ...]]:
     make, shape = CASES[request.param]
     model = mask_by_hand(randomise(make()), 0.3, ablated=2).eval()
-    return model, lower(model, (torch.randn(1, *shape),), min_speedup=0), shape
+    lowered = lower(model, (torch.randn(1, *shape),), min_speedup=0)
+    assert isinstance(lowered, LoweredModule)
+    return model, lowered, shape
 
 
 def assert_same(model: nn.Module, lowered: Callable[[Tensor], Tensor], x: Tensor) -> None:
@@ -538,7 +540,7 @@ def test_measuring_leaves_the_buffers_that_a_model_writes() -> None:
             return y
 
     model = mask_by_hand(randomise(Counting()), 0.1).eval()
-    before = model.calls.clone()  # type: ignore[operator, union-attr]
+    before = model.calls.clone()  # type: ignore[operator]
     lowered = lower(model, (torch.randn(2, 64),), min_speedup=1.0)
     assert torch.equal(model.calls, before)  # type: ignore[arg-type]
     lowered(torch.randn(2, 64))

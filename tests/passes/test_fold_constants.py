@@ -27,8 +27,9 @@ def folded(model: nn.Module, *inputs: Tensor) -> Program:
 
 
 def contraction(program: Program, target: Any = aten.linear.default) -> fx.Node:
-    (node,) = program.module.graph.find_nodes(op="call_function", target=target)
-    return node
+    found: list[fx.Node] = list(program.module.graph.find_nodes(op="call_function", target=target))
+    assert len(found) == 1
+    return found[0]
 
 
 class OnWeight(nn.Module):
@@ -44,7 +45,7 @@ class OnWeight(nn.Module):
         return nn.functional.linear(x, self.function(self))
 
 
-def masked(model: nn.Module, density: float = 0.4, **options: Any) -> nn.Module:
+def masked(model: nn.Module, density: float = 0.4, **options: Any) -> Any:
     return mask_by_hand(randomise(model), density, skip=("scale",), **options)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lowering_support import mask_by_hand, randomise
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import PassError
@@ -69,6 +69,7 @@ def test_the_example_folds_the_scale(checkout: Path) -> None:
     model = sx.sparsify(randomise(example["Scaled"]()), sparsity=0.9).eval()
     x: Tensor = torch.randn(4, 256)
     lowered = sx.lower(model, (x,), min_speedup=0, verify="each pass", passes=(*LOWERING, example["FoldScale"]()))
+    assert isinstance(lowered, fx.GraphModule)
     called = [node.target for node in lowered.graph.nodes if node.op == "call_function"]
     ours = torch.ops.srigl_fx.condensed_linear.default
     assert called == [ours, aten.relu.default, aten.linear.default]  # too few outputs in the head to be sparse
