@@ -11,11 +11,15 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.program import arguments
+import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
+from srigl_fx.passes.program import arguments, new_buffer, tensor_at
 
 aten = torch.ops.aten
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+_CONVOLUTIONS = frozenset(
+    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, torch.ops.srigl_fx.condensed_conv2d.default}
+)
 _SPLITS = frozenset({aten.split.Tensor, aten.unsafe_split.Tensor})
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
 
@@ -26,7 +30,9 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     1. ``split`` into pieces whose size depends on the batch becomes slices: the optimizer of ONNX models fails on a
        sequence of unknown length.
     2. ``amax`` and ``amin`` of everything name all dimensions.
-    3. What is returned beside tensors (numbers, strings, sizes) is left out, as None is.
+    3. A convolution's bias that only an instance normalisation reads, which takes it away again, becomes zero: a
+       channel without weights is then exactly zero everywhere, where rounding would be magnified by 1 / sqrt(eps).
+    4. What is returned beside tensors (numbers, strings, sizes) is left out, as None is.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -44,6 +50,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     returned = graph.graph_copy(module.graph, copies)
     graph.output(pytree.tree_map(_tensor_only, returned))
     graph.set_codegen(module.graph._codegen)
+    normalised = []
     for node in list(graph.nodes):
         if node.target in _SPLITS and isinstance(node.args[1], fx.Node):
             _slice(graph, node)
@@ -51,8 +58,24 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
             given = arguments(node)
             node.args = (given["self"], list(range(given["self"].meta["val"].dim())), given["keepdim"])
             node.kwargs = {}
+        elif node.target is aten.instance_norm.default and arguments(node)["use_input_stats"]:
+            normalised.append(node)
+    rewritten = fx.GraphModule(module, graph)
+    for node in normalised:
+        _clear_bias(rewritten, arguments(node)["input"])
     graph.lint()
-    return fx.GraphModule(module, graph)
+    rewritten.recompile()
+    return rewritten
+
+
+def _clear_bias(module: fx.GraphModule, node: fx.Node) -> None:
+    bias = arguments(node)["bias"] if node.target in _CONVOLUTIONS and len(node.users) == 1 else None
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr":
+        return
+    with module.graph.inserting_before(node):
+        node.replace_input_with(
+            bias, new_buffer(module, str(bias.target), torch.zeros_like(tensor_at(module, str(bias.target))))
+        )
 
 
 def _tensor_only(value: Any) -> fx.Node | None:

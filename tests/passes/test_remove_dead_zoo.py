@@ -31,9 +31,7 @@ def with_dead_neurons(name: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO])
 def test_removal_is_exact(name: str) -> None:
     model = with_dead_neurons(name)
     try:
