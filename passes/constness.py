@@ -2,7 +2,7 @@
 
 Owns the interpretation of a whole graph: the values on the example inputs and, beside them, which elements may depend
 on an input. It must not know what is done about it, nor change the graph. How a single operator passes that on is in
-:mod:`srigl_fx.passes.liveness`.
+:mod:`srigl_fx.passes.liveness.rules`.
 """
 
 import operator
@@ -16,8 +16,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.base import Note
-from srigl_fx.passes.live_values import Call, any_live, simplify, spread
-from srigl_fx.passes.liveness import liveness
+from srigl_fx.passes.liveness.rules import liveness
+from srigl_fx.passes.liveness.values import Call, any_live, simplify, spread
 from srigl_fx.passes.program import Program, arguments
 
 aten = torch.ops.aten

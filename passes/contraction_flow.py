@@ -102,7 +102,11 @@ def _tie(transport: Transport, weight: fx.Node, rows: Tensor, columns: Tensor, l
     axes = (rows, columns) if layout == "rows first" else (columns, rows)
     key = str(weight.target) if len(rows) == 1 else f"{weight.target} in {len(rows)} groups"
     for one, other in zip(transport.weights.setdefault(key, axes), axes, strict=True):
-        transport.channels.couple(one, other)
+        if one.shape == other.shape:
+            transport.channels.couple(one, other)
+        else:
+            for ids in (one, other):
+                transport.channels.pin(ids, f"{weight.target} is read in two ways")
 
 
 def _convolution(

@@ -4,19 +4,19 @@ Owns discovery; it must not know which of the weights will be made sparse. Works
 runs the model: each module's own forward is traced by torch.fx with its children as leaves, and only to look at.
 
 Rules:
-    1. A module of a registered type names its own weights (:mod:`srigl_fx.passes.registry`).
-    2. Any other module is traced by torch.fx with its children as leaves (:mod:`srigl_fx.passes.local_trace`); a
+    1. A module of a registered type names its own weights (:mod:`srigl_fx.passes.sites.registry`).
+    2. Any other module is traced by torch.fx with its children as leaves (:mod:`srigl_fx.passes.sites.local_trace`); a
        GraphModule brings its graph. The data flow from each parameter of two or more dimensions, its own or a child's,
-       decides (:mod:`srigl_fx.passes.weight_uses`).
+       decides (:mod:`srigl_fx.passes.sites.weight_uses`).
     3. A tied parameter is one weight, under the first of its names in registration order. Where it is also an embedding
        table, or its uses disagree on the layout, it stays dense.
     4. A depthwise convolution stays dense: its fan-in is the kernel alone.
-    5. With example inputs, one forward pass over them (:mod:`srigl_fx.passes.census`) decides what the graphs did not:
-       forwards that cannot be traced, sizes known only then. Each site then also says whether it feeds an output, and
+    5. With example inputs, one forward pass over them (:mod:`srigl_fx.passes.sites.census`) decides what the graphs did
+       not: forwards that cannot be traced, sizes known only then. Each site then also says whether it feeds an output, and
        a note names the weights that were not used. Lazy modules get their shapes from that pass.
     6. What could not be traced is reported with the error that stopped the tracer, as not reached.
     7. A weight that is transformed before it is used goes by what can be masked behind the transform
-       (:mod:`srigl_fx.passes.transformed_weights`).
+       (:mod:`srigl_fx.passes.sites.transformed_weights`).
 """
 
 import math
@@ -34,14 +34,14 @@ from torch.nn.utils.parametrize import ParametrizationList, type_before_parametr
 from srigl_fx.errors import SparsifyError
 from srigl_fx.masks.records import WeightSite
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.census import initialise_lazy, uses_on, weights_feeding_outputs
 from srigl_fx.passes.draft import Draft, Finding
-from srigl_fx.passes.local_trace import traces_of
-from srigl_fx.passes.parametrised_weights import as_stored
-from srigl_fx.passes.registry import Known, lookup
-from srigl_fx.passes.transformed_weights import TransformedWeights
-from srigl_fx.passes.weight_layout import Layout
-from srigl_fx.passes.weight_uses import Use, uses_in
+from srigl_fx.passes.sites.census import initialise_lazy, uses_on, weights_feeding_outputs
+from srigl_fx.passes.sites.local_trace import traces_of
+from srigl_fx.passes.sites.parametrised_weights import as_stored
+from srigl_fx.passes.sites.registry import Known, lookup
+from srigl_fx.passes.sites.transformed_weights import TransformedWeights
+from srigl_fx.passes.sites.weight_layout import Layout
+from srigl_fx.passes.sites.weight_uses import Use, uses_in
 
 
 @dataclass(frozen=True)

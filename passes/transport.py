@@ -127,7 +127,7 @@ class Transport:
         """Whether a node can be replaced by a buffer where it is read."""
         if node.op == "get_attr":
             return node not in self.flow.ids and str(node.target) not in self.written
-        return node in self.constant and all(not bool(leaf.any()) for leaf in pytree.tree_leaves(self.flow.ids[node]))
+        return node in self.constant and not bool(self.flow.ids[node].any())  # not made of classes of its own
 
     # -- operators ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from srigl_fx.lowered_regions import LoweredRegions, assemble
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes.capture import Capture, first_line, run_model, uncapturable
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.regions import Region, RegionFinder
+from srigl_fx.passes.regions.finder import Region, RegionFinder
 
 
 @dataclass(frozen=True)

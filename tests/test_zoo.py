@@ -1,27 +1,50 @@
-"""Every model of the zoo, from discovery to ONNX Runtime, against the committed coverage table."""
+"""Every model of the zoo, from discovery to ONNX Runtime, against the committed coverage table.
+
+``python -m zoo.table``, in this folder, makes the table anew.
+"""
 
 import importlib.util
 import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from zoo import ZOO, coverage
+from zoo import ZOO, coverage, journey
 from zoo.table import TABLE
 
 PACKAGES = ("torchvision", "timm", "transformers")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 NEEDS = {"torchvision": PACKAGES[:1], "timm": PACKAGES[:2], "transformers": PACKAGES[2:]}
-SLOW = frozenset(name for name in ZOO if not name.startswith("nasty"))
+QUICK = {  # of the models of libraries; those made by hand all are
+    "tv_alexnetish_flatten",
+    "timm_vit_tiny_patch16_224",
+    "timm_deit_tiny_distilled_patch16_224",
+    "timm_beit_base_patch16_224",
+    "timm_eva02_tiny_patch14_224",
+    "timm_mambaout_femto",
+    "timm_mixer",
+    "hf_bert_mlm_tied",
+    "hf_distilbert",
+    "hf_resnet",
+    "hf_wav2vec2",
+}
+MODELS = [
+    pytest.param(name, marks=[] if name in QUICK or entry.family == "by hand" else [pytest.mark.slow])
+    for name, entry in ZOO.items()
+]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ZOO])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore")  # of the libraries that the models come from
 def test_the_whole_way(name: str, tmp_path: Path) -> None:
-    from zoo import journey
-
     if missing := [package for package in NEEDS.get(ZOO[name].family, ()) if package in MISSING]:
         pytest.skip(f"needs {' and '.join(missing)}: make test installs what the zoo needs")
-    assert journey.travel(ZOO[name], tmp_path) == coverage.read()[name]
+    row, expected = journey.travel(ZOO[name], tmp_path), coverage.read()[name]
+    assert replace(row, removed=0) == replace(expected, removed=0)
+    # Which weights remain after training may depend on the processor, and with them what nothing reads any more.
+    assert row.removed == pytest.approx(expected.removed, rel=0.02, abs=2)
 
 
 def test_every_model_has_its_row() -> None:
@@ -42,3 +65,17 @@ def test_the_documentation_shows_the_table(checkout: Path) -> None:
 @pytest.mark.skipif("CI" not in os.environ, reason="only where CI is set must nothing be left out")
 def test_ci_has_all_packages() -> None:
     assert not MISSING
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(MISSING), reason="make test installs what the zoo needs")
+def test_the_libraries_work_in_a_process_of_their_own() -> None:
+    code = """if True:
+        import torch, torchvision, timm
+        from transformers import Trainer
+
+        boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 10, 10], [20, 20, 30, 30]])
+        print(torchvision.ops.nms(boxes, torch.tensor([0.5, 0.9, 0.1]), 0.5).tolist())
+    """
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[1, 2]"

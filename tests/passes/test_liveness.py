@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes import liveness as rules
-from srigl_fx.passes.live_values import Call, spread
-from srigl_fx.passes.liveness import liveness
+from srigl_fx.passes.liveness import rules
+from srigl_fx.passes.liveness.rules import liveness
+from srigl_fx.passes.liveness.values import Call, spread
 
 aten = torch.ops.aten
 

@@ -8,9 +8,9 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 
 from srigl_fx.passes.capture import capture_whole, is_free
-from srigl_fx.passes.module_local import module_local
-from srigl_fx.passes.recording import Call, record
-from srigl_fx.passes.regions import RegionFinder
+from srigl_fx.passes.regions.finder import RegionFinder
+from srigl_fx.passes.regions.module_local import module_local
+from srigl_fx.passes.regions.recording import Call, record
 
 
 def refuse(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Dead channels of linear layers and convolutions leave the graph, and nothing else changes: case by case."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -93,7 +93,9 @@ def test_without_padding_the_bias_takes_all(padding: Any) -> None:
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_padding_with_the_data_itself_keeps_a_constant_uniform(mode: str) -> None:
+def test_padding_with_the_data_itself_keeps_a_constant_uniform(
+    mode: Literal["reflect", "replicate", "circular"],
+) -> None:
     net = Net(
         lambda m, x: m["b"](torch.sigmoid(m["a"](x))),
         a=nn.Conv2d(3, 6, 3),
@@ -259,7 +261,7 @@ POOLS: list[Callable[[Tensor], Tensor]] = [
     lambda x: F.interpolate(x, size=(5, 5), mode="bilinear"),
     lambda x: x.mean((2, 3), keepdim=True),
     lambda x: x.amax(3, keepdim=True) + x.sum(2, keepdim=True),
-    lambda x: F.softmax(x.flatten(2), -1).unflatten(2, (x.shape[2], x.shape[3])),
+    lambda x: F.softmax(x.flatten(2), -1).reshape(x.shape),
     lambda x: F.pad(x, (1, 0, 1, 0), mode="reflect"),
     lambda x: F.instance_norm(x),
 ]
@@ -552,6 +554,8 @@ def test_transposed_linear_layers() -> None:
 
 def test_a_buffer_that_is_written_is_left_alone() -> None:
     class Counting(nn.Module):
+        seen: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 4)

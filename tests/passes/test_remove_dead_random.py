@@ -1,5 +1,6 @@
 """Random networks with random dead channels compute the same without them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class Random(nn.Module):
 
     def _layer(self, step: Step, one: int) -> tuple[nn.Module, int]:
         out, bias = step.width, step.bias
-        make = {
+        make: dict[str, Callable[[], tuple[nn.Module, int]]] = {
             "conv": lambda: (nn.Conv2d(one, out, 1, bias=bias), out),
             "padded": lambda: (nn.Conv2d(one, out, 3, padding=1, bias=bias), out),
             "depthwise": lambda: (nn.Conv2d(one, one, 3, padding=1, groups=one, bias=bias), one),
@@ -94,7 +95,7 @@ class Random(nn.Module):
         if step.kind == "cat":
             return torch.cat([x.narrow(axis, 0, 2), other.narrow(axis, width - 2, 2)], axis)
         if step.kind == "split":
-            a, b = x.split([1, width - 1], axis)
+            a, b = torch.split(x, [1, width - 1], axis)
             return torch.cat([F.relu(b), a], axis)
         if step.kind == "pool":
             return F.avg_pool2d(x, 3, 1, 1)
@@ -103,10 +104,10 @@ class Random(nn.Module):
         if step.kind == "squeeze":
             return x * torch.sigmoid(layer(x.mean((2, 3), keepdim=True)))  # type: ignore[no-any-return]
         if step.kind == "attention":
-            q, k, v = layer(x).unflatten(-1, (3, 2, width // 2)).permute(2, 0, 3, 1, 4)
+            q, k, v = layer(x).reshape(*x.shape[:2], 3, 2, width // 2).permute(2, 0, 3, 1, 4)
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         if step.kind == "heads":
-            return layer(x.unflatten(-1, (2, width // 2))).flatten(-2)  # type: ignore[no-any-return]
+            return layer(x.reshape(*x.shape[:2], 2, width // 2)).flatten(-2)  # type: ignore[no-any-return]
         if step.kind == "glu":
             return F.glu(layer(x))
         if step.kind == "first":

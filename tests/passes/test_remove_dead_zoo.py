@@ -1,4 +1,4 @@
-"""Removal is exact on every model of the zoo that is one graph, with 30 % of the neurons of its hidden layers ablated."""
+"""Removal is exact on every model of the zoo that is one graph, with 30 % of its hidden neurons ablated."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from srigl_fx.passes.weight_views import WeightView
+from srigl_fx.passes.sites.weight_views import WeightView
 
 SHAPES = [(6, 4), (2, 3, 4), (12,), (2, 6, 1, 4)]
 

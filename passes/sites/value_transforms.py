@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from srigl_fx.nn import regenerated
 from srigl_fx.nn.effective import Masking, masked
 from srigl_fx.nn.regenerated import RegenerationError
-from srigl_fx.passes.weight_layout import Layout
+from srigl_fx.passes.sites.weight_layout import Layout
 
 
 def _names(listed: str) -> frozenset[str]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from srigl_fx.passes.live_values import Call, Live, any_live, spread
+from srigl_fx.passes.liveness.values import Call, Live, any_live, spread
 
 
 def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, live_a: Live, b: Tensor, live_b: Live) -> Live:

@@ -5,10 +5,11 @@ know how the masking is done (:mod:`srigl_fx.nn.effective` does it).
 
 Rules:
     1. There must be one value in the module's graph that takes the weight's place in every contraction, and what the
-       graph makes it of must be fit to be masked (:mod:`srigl_fx.passes.value_transforms`).
+       graph makes it of must be fit to be masked (:mod:`srigl_fx.passes.sites.value_transforms`).
     2. The forward must be regenerable from its graph (:mod:`srigl_fx.nn.regenerated`), in training mode and in
        evaluation mode.
-    3. A parametrised weight goes by the parameter it is computed from (:mod:`srigl_fx.passes.parametrised_weights`).
+    3. A parametrised weight goes by the parameter it is computed from
+       (:mod:`srigl_fx.passes.sites.parametrised_weights`).
     4. Everything else stays dense, with the reason.
 """
 
@@ -20,8 +21,8 @@ from torch import fx, nn
 from srigl_fx.nn import regenerated
 from srigl_fx.nn.effective import Masking, Transform
 from srigl_fx.nn.regenerated import RegenerationError
-from srigl_fx.passes.parametrised_weights import Stored, kind_of, stored_weights, with_zero_neurons
-from srigl_fx.passes.value_transforms import (
+from srigl_fx.passes.sites.parametrised_weights import Stored, kind_of, stored_weights, with_zero_neurons
+from srigl_fx.passes.sites.value_transforms import (
     CompanionError,
     UnfitError,
     attribute,
@@ -29,8 +30,8 @@ from srigl_fx.passes.value_transforms import (
     is_elementwise,
     zero_dims,
 )
-from srigl_fx.passes.weight_layout import Layout
-from srigl_fx.passes.weight_uses import Use, uses_in
+from srigl_fx.passes.sites.weight_layout import Layout
+from srigl_fx.passes.sites.weight_uses import Use, uses_in
 
 
 @dataclass(frozen=True, kw_only=True)

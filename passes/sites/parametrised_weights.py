@@ -6,7 +6,7 @@ Rules:
     1. Weight normalisation, in both forms torch has, keeps zeros where they are: its direction is the masked weight.
        So does spectral normalisation.
     2. What any other parametrisation makes of one parameter is masked, if it can be
-       (:mod:`srigl_fx.passes.value_transforms`).
+       (:mod:`srigl_fx.passes.sites.value_transforms`).
     3. Everything else stays dense, with the reason.
 """
 
@@ -23,8 +23,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from srigl_fx.nn import regenerated, weight_norm
 from srigl_fx.nn.effective import Masking, Transform
 from srigl_fx.nn.regenerated import RegenerationError
-from srigl_fx.passes.value_transforms import UnfitError, check_values, is_elementwise, zero_dims
-from srigl_fx.passes.weight_layout import Layout
+from srigl_fx.passes.sites.value_transforms import UnfitError, check_values, is_elementwise, zero_dims
+from srigl_fx.passes.sites.weight_layout import Layout
 
 _SPECTRAL: type[nn.Module] = parametrizations._SpectralNorm
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from srigl_fx.errors import CaptureError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.capture import Failure, capture_region, class_name
-from srigl_fx.passes.module_local import module_local
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.recording import Call, Recording, record
+from srigl_fx.passes.regions.module_local import module_local
+from srigl_fx.passes.regions.recording import Call, Recording, record
 from srigl_fx.passes.tracing import plain_experts
 
 _ENOUGH = 2  # failed modules of a class of which none was captured, after which further ones are not tried

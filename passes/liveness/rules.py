@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.live_products import PRODUCT_RULES
-from srigl_fx.passes.live_values import Call, Live, any_live, spread, tensors_in
+from srigl_fx.passes.liveness.products import PRODUCT_RULES
+from srigl_fx.passes.liveness.values import Call, Live, any_live, spread, tensors_in
 
 
 def _names(text: str) -> frozenset[str]:

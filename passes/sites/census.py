@@ -5,7 +5,7 @@ lazy modules. It must not know how the findings are weighed. The model is run in
 
 Rules:
     1. Every function of torch that a forward calls is seen with its operands, also where torch.fx cannot follow: what
-       it does with weights is read by the rules of :mod:`srigl_fx.passes.weight_uses`.
+       it does with weights is read by the rules of :mod:`srigl_fx.passes.sites.weight_uses`.
     2. A weight feeds an output if no other weight stands on the way: autograd's graph is followed from each output back
        to the first contraction on every path.
 """
@@ -22,9 +22,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from srigl_fx.errors import SparsifyError
 from srigl_fx.passes.capture import normalise_inputs
-from srigl_fx.passes.contractions import name_of
-from srigl_fx.passes.weight_uses import Data, Derived, Use, Value, Views, after, initial
-from srigl_fx.passes.weight_views import WeightView
+from srigl_fx.passes.sites.contractions import name_of
+from srigl_fx.passes.sites.weight_uses import Data, Derived, Use, Value, Views, after, initial
+from srigl_fx.passes.sites.weight_views import WeightView
 
 
 def uses_on(model: nn.Module, example_inputs: Any) -> dict[int, list[Use]]:

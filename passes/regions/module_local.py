@@ -14,7 +14,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.recording import Call
+from srigl_fx.passes.regions.recording import Call
 
 aten = torch.ops.aten
 

@@ -6,12 +6,12 @@ Rules:
     1. A type counts only while ``type(module).forward`` is the registered forward: a subclass with its own forward (a
        weight-standardising convolution, say) is looked at like any other module.
     2. Only parameters the module itself holds count, and those that a parametrisation or an old-style hook computes
-       (:mod:`srigl_fx.passes.parametrised_weights`).
+       (:mod:`srigl_fx.passes.sites.parametrised_weights`).
     3. The packed in-projection of ``nn.MultiheadAttention`` is one weight with three blocks q, k and v; separate
        projections are three weights. None of them is ablated.
     4. A recurrent layer's or cell's weights have one block a gate. None of them is ablated: a neuron lives as long as
        one of its gates does.
-    5. A stack of experts has one block an expert (:mod:`srigl_fx.passes.expert_stacks`).
+    5. A stack of experts has one block an expert (:mod:`srigl_fx.passes.sites.expert_stacks`).
 """
 
 from collections.abc import Callable
@@ -21,10 +21,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from srigl_fx.masks.records import Block, Kind
-from srigl_fx.passes.contractions import GATES, PACKED
-from srigl_fx.passes.expert_stacks import experts
-from srigl_fx.passes.parametrised_weights import computed_names
-from srigl_fx.passes.weight_layout import Layout, equal_blocks
+from srigl_fx.passes.sites.contractions import GATES, PACKED
+from srigl_fx.passes.sites.expert_stacks import experts
+from srigl_fx.passes.sites.parametrised_weights import computed_names
+from srigl_fx.passes.sites.weight_layout import Layout, equal_blocks
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from srigl_fx.masks.records import Block, Kind, WeightSite
-from srigl_fx.passes.contractions import Operand
-from srigl_fx.passes.weight_views import WeightView
+from srigl_fx.passes.sites.contractions import Operand
+from srigl_fx.passes.sites.weight_views import WeightView
 
 LOOKED_UP = "its rows are looked up by index"
 

@@ -17,9 +17,9 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from srigl_fx.passes.contractions import name_of
-from srigl_fx.passes.weight_uses import COPIES
-from srigl_fx.passes.weight_views import VIEWS
+from srigl_fx.passes.sites.contractions import name_of
+from srigl_fx.passes.sites.weight_uses import COPIES
+from srigl_fx.passes.sites.weight_views import VIEWS
 
 log = logging.getLogger(__name__)
 

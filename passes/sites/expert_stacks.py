@@ -11,7 +11,7 @@ Rules:
 
 from torch import nn
 
-from srigl_fx.passes.weight_layout import Layout, equal_blocks
+from srigl_fx.passes.sites.weight_layout import Layout, equal_blocks
 
 _SAYS = ("is_transposed", "has_gate", "is_concatenated")
 _MATRICES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")

@@ -4,7 +4,7 @@ Owns the data flow from a ``get_attr`` node to the contraction that reads it; it
 came from, nor what will be done to the weight. Function and method graphs and ATen graphs are read alike.
 
 Rules:
-    1. A parameter that a contraction (:mod:`srigl_fx.passes.contractions`) reads as its weight, whole or through
+    1. A parameter that a contraction (:mod:`srigl_fx.passes.sites.contractions`) reads as its weight, whole or through
        transposes, reshapes, slices, selections, casts and concatenations, is a contraction weight; what the contraction
        does with each dimension decides which of the parameter's axes are neurons and which are inputs.
     2. Scaling element by element keeps zeros where they are, so it counts as reading the weight, unless the scale is
@@ -22,9 +22,9 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-from srigl_fx.passes.contractions import LOOKUPS, OPAQUE, Operand, name_of, operands
-from srigl_fx.passes.weight_layout import LOOKED_UP, Layout, layout_of
-from srigl_fx.passes.weight_views import VIEWS, WeightView
+from srigl_fx.passes.sites.contractions import LOOKUPS, OPAQUE, Operand, name_of, operands
+from srigl_fx.passes.sites.weight_layout import LOOKED_UP, Layout, layout_of
+from srigl_fx.passes.sites.weight_views import VIEWS, WeightView
 
 COPIES = frozenset(
     [

@@ -1,0 +1,1 @@
+"""Where the weights of a model are: the evidence that :class:`~srigl_fx.passes.discover.Discover` weighs."""
