@@ -109,9 +109,8 @@ class Flow:
         pairings: The products of activations.
         readings: Reductions over channels that can tell what a constant adds.
         hulls: Pairs of (n,) and (n, m) classes: each of the n goes exactly if all m of its row go.
-        adopted: ``get_attr`` nodes of other constants, or nodes that depend on the batch size only, with the classes of
-            the values they are combined with (aligned at the last axis).
-        norms: Fused root mean square norms over channels.
+        adopted: Other constants (``get_attr`` nodes, or nodes that depend on the batch size only), the node that reads
+            each, and the classes of the values it is combined with there, aligned at the last axis.
     """
 
     ids: dict[fx.Node, Any] = field(default_factory=dict)
