@@ -12,8 +12,8 @@ Rules:
        table, or its uses disagree on the layout, it stays dense.
     4. A depthwise convolution stays dense: its fan-in is the kernel alone.
     5. With example inputs, one forward pass over them (:mod:`srigl_fx.passes.sites.census`) decides what the graphs did
-       not: forwards that cannot be traced, sizes known only then. Each site then also says whether it feeds an output, and
-       a note names the weights that were not used. Lazy modules get their shapes from that pass.
+       not: forwards that cannot be traced, sizes known only then. Each site then also says whether it feeds an output,
+       and a note names the weights that were not used. Lazy modules get their shapes from that pass.
     6. What could not be traced is reported with the error that stopped the tracer, as not reached.
     7. A weight that is transformed before it is used goes by what can be masked behind the transform
        (:mod:`srigl_fx.passes.sites.transformed_weights`).

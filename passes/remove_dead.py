@@ -15,17 +15,17 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import PassError
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.channel_flow import Flow, Site, concrete
+from srigl_fx.passes.channels.contraction_flow import contract
+from srigl_fx.passes.channels.flow import Flow, Site, concrete
+from srigl_fx.passes.channels.links import removal_links
+from srigl_fx.passes.channels.moves import Moves
+from srigl_fx.passes.channels.op_table import CONVOLUTIONS, CREATION, PRODUCTS, TRANSPOSED, plain_name
+from srigl_fx.passes.channels.removable import Removable, count_reasons
+from srigl_fx.passes.channels.shrink import Shrink
+from srigl_fx.passes.channels.transport import Transport
 from srigl_fx.passes.constness import Constant, constants
-from srigl_fx.passes.contraction_flow import contract
-from srigl_fx.passes.moves import Moves
-from srigl_fx.passes.op_table import CONVOLUTIONS, CREATION, PRODUCTS, TRANSPOSED, plain_name
 from srigl_fx.passes.program import Program, tensor_at
-from srigl_fx.passes.removable import Removable, count_reasons
 from srigl_fx.passes.removal import Removal, Removals
-from srigl_fx.passes.removal_links import removal_links
-from srigl_fx.passes.shrink import Shrink
-from srigl_fx.passes.transport import Transport
 
 _READERS = CONVOLUTIONS | TRANSPOSED | PRODUCTS | {
     "linear", "addmm", "baddbmm", "scaled_dot_product_attention", "mean", "sum", "rms_norm",

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from srigl_fx.passes.channel_groups import FIXED, Channels, compress, distinct, kept_shape, surplus
+from srigl_fx.passes.channels.groups import FIXED, Channels, compress, distinct, kept_shape, surplus
 
 
 @given(st.integers(1, 40), st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60))

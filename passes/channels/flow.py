@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srigl_fx.passes.channel_groups import FIXED, Channels
+from srigl_fx.passes.channels.groups import FIXED, Channels
 from srigl_fx.passes.program import Program, tensor_at
 
 _BATCH = 2

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from srigl_fx.passes.channel_flow import Pairing, Site, align, padded, shape_of, tensor_count
-from srigl_fx.passes.channel_groups import FIXED, compress
-from srigl_fx.passes.op_table import CONVOLUTIONS, PRODUCTS, TRANSPOSED, is_pointwise, plain_name
+from srigl_fx.passes.channels.flow import Pairing, Site, align, padded, shape_of, tensor_count
+from srigl_fx.passes.channels.groups import FIXED, compress
+from srigl_fx.passes.channels.op_table import CONVOLUTIONS, PRODUCTS, TRANSPOSED, is_pointwise, plain_name
+from srigl_fx.passes.channels.transport import Transport
 from srigl_fx.passes.program import arguments
-from srigl_fx.passes.transport import Transport
 
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.channel_flow import Flow, Pairing, Reading, Site, shape_of
-from srigl_fx.passes.channel_groups import FIXED, Groups, distinct, kept_shape, surplus
+from srigl_fx.passes.channels.flow import Flow, Pairing, Reading, Site, shape_of
+from srigl_fx.passes.channels.groups import FIXED, Groups, distinct, kept_shape, surplus
+from srigl_fx.passes.channels.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
 from srigl_fx.passes.constness import Constant
-from srigl_fx.passes.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
 from srigl_fx.passes.program import Program, arguments, tensor_at
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.channel_flow import (
+from srigl_fx.passes.channels.flow import (
     Flow,
     Reading,
     align,
@@ -22,8 +22,8 @@ from srigl_fx.passes.channel_flow import (
     shape_of,
     tensor_count,
 )
-from srigl_fx.passes.channel_groups import FIXED, compress
-from srigl_fx.passes.op_table import (
+from srigl_fx.passes.channels.groups import FIXED, compress
+from srigl_fx.passes.channels.op_table import (
     ALONG_AXIS,
     CREATION,
     LAYOUT,

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.channel_flow import Flow, concrete, execute, index_values, shape_of
-from srigl_fx.passes.channel_groups import FIXED, kept_shape
-from srigl_fx.passes.op_table import LAYOUT, PADS, plain_name
+from srigl_fx.passes.channels.flow import Flow, concrete, execute, index_values, shape_of
+from srigl_fx.passes.channels.groups import FIXED, kept_shape
+from srigl_fx.passes.channels.op_table import LAYOUT, PADS, plain_name
+from srigl_fx.passes.channels.removable import Removable
 from srigl_fx.passes.program import Program, arguments
-from srigl_fx.passes.removable import Removable
 
 aten = torch.ops.aten
 _RESHAPES = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "unflatten": "sizes"}

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srigl_fx.passes.channel_flow import Flow, Reading, Site, align, padded, shape_of
-from srigl_fx.passes.channel_groups import kept_shape
+from srigl_fx.passes.channels.flow import Flow, Reading, Site, align, padded, shape_of
+from srigl_fx.passes.channels.groups import kept_shape
+from srigl_fx.passes.channels.moves import Moves
+from srigl_fx.passes.channels.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
+from srigl_fx.passes.channels.removable import Fold, Removable, known_of
 from srigl_fx.passes.constness import Constant
-from srigl_fx.passes.moves import Moves
-from srigl_fx.passes.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
 from srigl_fx.passes.program import MaskedTensor, Program, arguments, new_buffer, tensor_at
-from srigl_fx.passes.removable import Fold, Removable, known_of
 
 aten = torch.ops.aten
 
