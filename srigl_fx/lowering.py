@@ -85,6 +85,10 @@ def lower(
         (['condensed', 'condensed'], torch.Size([5, 4]))
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
+    if verify not in (True, False, "each pass"):
+        raise LoweringError(f'verify must be True, False or "each pass", not {verify!r}')
+    if not isinstance(passes, Sequence) or not all(isinstance(step, Pass) for step in passes):
+        raise LoweringError(f"passes must be a tuple of graph passes, as (*LOWERING, MyPass()), not {passes!r}")
     with EXPORT_LOCK:
         _check_parameters(model)
         options = _Options(min_speedup, batch_sizes, verify, tuple(passes))
@@ -137,11 +141,11 @@ def _run_passes(
 ) -> tuple[LoweredModule, Program]:
     """Lower one captured graph; the program is what its passes made of it."""
     inputs = describe_inputs([n.meta.get("val") for n in program.module.graph.nodes if n.op == "placeholder"])
-    first = run((*options.passes, MatchWeights()), program, check=check)
-    times = _measure(first.subject, options.batch_sizes) if options.min_speedup > 0 else {}
-    last = run((Select(times, options.min_speedup), Condense()), first.subject, check=check)
-    report = _report(last.subject, (*first.notes, *last.notes))
-    return LoweredModule.build(last.subject.module, report, inputs), last.subject
+    rewritten = run(options.passes, program, check=check)
+    program = run((MatchWeights(),), rewritten.subject).subject
+    times = _measure(program, options.batch_sizes) if options.min_speedup > 0 else {}
+    program = run((Select(times, options.min_speedup), Condense()), program, check=check).subject
+    return LoweredModule.build(program.module, _report(program, rewritten.notes), inputs), program
 
 
 def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:

@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, fx, nn
 
 import srigl_fx as sx
-from srigl_fx.errors import PassError
+from srigl_fx.errors import LoweringError, PassError
 from srigl_fx.passes import Pass, PassResult
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Program
@@ -56,6 +57,14 @@ def test_a_pass_may_stand_anywhere(position: int) -> None:
 def test_each_pass_is_verified_on_demand() -> None:
     with pytest.raises(PassError, match="SpoilRelu"):
         sx.lower(network(), (torch.randn(3, 8),), min_speedup=0, verify="each pass", passes=(*LOWERING, SpoilRelu()))
+
+
+@pytest.mark.parametrize(
+    "options", [{"passes": (*LOWERING, Spy)}, {"passes": Spy()}, {"passes": ("RemoveDead",)}, {"verify": "each"}]
+)
+def test_what_is_no_pass_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(LoweringError, match=next(iter(options))):
+        sx.lower(network(), (torch.randn(3, 8),), min_speedup=0, **options)
 
 
 def test_the_pipelines_are_tuples() -> None:
