@@ -31,7 +31,9 @@ class FoldScale(Pass[Program]):
         notes, changed = [], False
         for node in list(graph.find_nodes(op="call_function", target=aten.mul.Tensor)):
             linear, scale = node.args
-            if not isinstance(scale, int | float) or linear.target is not aten.linear.default:
+            if not isinstance(linear, fx.Node) or linear.target is not aten.linear.default:
+                continue  # a number may stand on the left
+            if not isinstance(scale, int | float):
                 continue
             if len(linear.users) > 1:
                 notes.append(Note(where=linear.name, reason="its output is used unscaled too"))

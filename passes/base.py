@@ -54,6 +54,9 @@ class Pass(ABC, Generic[Subject]):
         """The name shown in reports: the class name."""
         return type(self).__name__
 
+    def __repr__(self) -> str:
+        return f"{self.name}()"
+
     def requires(self, subject: Subject) -> None:
         """Check what the pass needs of ``subject``; raise if it is missing."""
 
@@ -73,8 +76,8 @@ def run(
     Args:
         passes: In the order to run them.
         subject: What the first one gets.
-        check: Called with a pass's name and its subject after each pass that changed something; raises where the
-            subject is wrong.
+        check: Called with a pass's name and its subject after each pass, whatever it says it changed; raises where
+            the subject is wrong.
 
     Raises:
         SriglError: As a pass raised it.
@@ -94,17 +97,25 @@ def run(
         try:
             step.requires(subject)
             result = step.run(subject)
+            if not isinstance(result, PassResult):
+                raise TypeError(f"its run returned {type(result).__name__}, not a PassResult")
             step.ensures(result.subject)
-            if check is not None and result.changed:
+            if check is not None:
                 check(step.name, result.subject)
         except SriglError:
             raise
         except Exception as error:
             raise PassError(
-                f"the pass {step.name} failed ({type(error).__name__}: {error}); this is a defect of the pass: "
-                "please report it with the model, or leave the pass out of the pipeline"
+                f"the pass {step.name} failed ({type(error).__name__}: {error}); {_advice(step)}, or leave it out of "
+                "the pipeline"
             ) from error
         subject = result.subject
         changed |= result.changed
         notes += [Note(where=note.where, reason=note.reason, by=note.by or step.name) for note in result.notes]
     return PassResult(subject=subject, changed=changed, notes=tuple(notes))
+
+
+def _advice(step: Pass[Subject]) -> str:
+    if type(step).__module__.startswith("srigl_fx."):
+        return "this is a defect of the pass: please report it with the model"
+    return f"the pass is yours: mend {type(step).__module__}.{type(step).__qualname__}"

@@ -31,8 +31,9 @@ EXPORT_LOCK = threading.RLock()
 
 _HINT = (
     "a forward must not branch on the values of tensors (use torch.where or torch.cond), return caches or other "
-    "objects that are not tensors (pass use_cache=False), or call libraries other than torch"
+    "objects that are not tensors (model.config.use_cache = False), or call libraries other than torch"
 )
+_NO_CACHE = ": set model.config.use_cache = False, or give use_cache=False in the example inputs"
 _DATA_DEPENDENT = re.compile(r"data-dependent|unbacked|GuardOnDataDependent", re.IGNORECASE)
 _SYMBOLIC = re.compile(r"SymInt|SymBool|SymFloat|\bs\d+\b|constraint|speciali[sz]|dynamic shape", re.IGNORECASE)
 
@@ -45,7 +46,7 @@ class Failure:
         name: The module's fully-qualified name ("" for the model itself).
         type: Its class.
         attempt: What was tried, as in "torch.export, dynamic batch".
-        error: The first line of the error, and the line of the model that raised it where that is known.
+        error: The line of the model that raised it, where that is known, and the first line of the error.
     """
 
     name: str
@@ -237,7 +238,7 @@ def _climb(
                     _check_pure(exported)
             except Exception as error:  # export raises nearly every type; the next rung may still do
                 cause = cause or error
-                text = first_line(error) + _raised_by(error)
+                text = _raised_by(error) + first_line(error)
                 failures.append(Failure(name=name, type=class_name(model), attempt=rung.attempt, error=text))
                 continue
             return Capture(program, tuple(failures), cause)
@@ -339,10 +340,10 @@ def first_line(error: BaseException) -> str:
 
 
 def _raised_by(error: BaseException) -> str:
-    """The last line outside torch that led to the error, as " (model.py, line 7: if x > 0:)"; "" if there is none."""
+    """The last line outside torch that led to the error, as "model.py, line 7, `if x > 0:`: "; "" if there is none."""
     inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside) and f.line]
-    return f" ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    return f"{os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}, `{frames[-1].line}`: " if frames else ""
 
 
 def _whole_text(error: BaseException | None) -> str:
@@ -360,7 +361,7 @@ def foreign_types(inputs: Any, output: Any) -> str:
         leaves = pytree.tree_leaves(value)
         names = sorted({type(leaf).__name__ for leaf in leaves if not _in_graphs(leaf)})
         if names:
-            hint = ": pass use_cache=False" if any("Cache" in name for name in names) else ""
+            hint = _NO_CACHE if any("Cache" in name for name in names) else ""
             return f"it {verb} a value of type {', '.join(names)}{hint}"
     return ""
 

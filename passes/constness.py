@@ -16,6 +16,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.base import Note
+from srigl_fx.passes.channels.op_table import plain_name
+from srigl_fx.passes.liveness.batch import KEEPS_ZERO, batch_axes, depends_on_batch_size, sample_axes
 from srigl_fx.passes.liveness.rules import liveness
 from srigl_fx.passes.liveness.values import Call, any_live, simplify, spread
 from srigl_fx.passes.program import Program, arguments
@@ -71,8 +73,9 @@ def constants(program: Program, keep: Callable[[fx.Node], bool] = lambda node: T
 
     The graph is run on the example inputs; beside each value runs a mask of the elements that may depend on an input.
     It starts full at the inputs, and every operator passes it on by its rule: a contraction by the zeros of its weight,
-    an operator without a rule in full. With a dynamic batch this is done at two batch sizes, and only what agrees along
-    the batch axes and at both sizes is constant; the batch axes of a node are those with a symbolic size.
+    an operator without a rule in full. With a dynamic batch, the batch axes of a node are those with a symbolic size:
+    what mixes elements along these, computes with such a size, or is not the same for all samples counts as dependent
+    on an input, but for zeros. This is done at two batch sizes, and only what agrees at both is constant.
 
     Exact in exact arithmetic, for finite activations and sizes other than the batch's as captured. Values are dropped
     once their last reader ran, but for the nodes of ``keep``.
@@ -143,6 +146,8 @@ def _interpret(
                 values[node], live[node] = _call(program.module, node, values, live, unknown)
             value = values[node]
             if isinstance(value, Tensor):
+                if program.dynamic and node.op == "call_function":
+                    live[node] = _unlike_samples(node, value, live[node])
                 live[node] = simplify(live[node])
                 if node.op != "get_attr" and live[node] is not True and keep(node):
                     constant = _without_batch(node, value, live[node])
@@ -190,10 +195,28 @@ def _call(
             weighted_mean=isinstance(node.args[0], fx.Node) and _sums_to_one(node.args[0]) if node.args else False,
         )
         found = liveness(call)
+    if found is not None and found is not True and depends_on_batch_size(node):
+        found = _but_zero(out, found) if plain_name(node.target) in KEEPS_ZERO else True
     if found is None:
         unknown.setdefault(str(node.target).removesuffix(".default"), node.name)
         found = True
     return out, pytree.tree_map(lambda _: found, out) if isinstance(found, bool) else found
+
+
+def _but_zero(out: Any, live: Any) -> Any:
+    """All is live but zeros that were not."""
+    return spread(live, out) | (out != 0) if isinstance(out, Tensor) else True
+
+
+def _unlike_samples(node: fx.Node, value: Tensor, live: bool | Tensor) -> bool | Tensor:
+    """What is live, and what is not the same for all samples: it may be anything for more of them."""
+    axes = sample_axes(node)
+    if live is True or not axes or value.numel() == 0 or value.dim() != node.meta["val"].dim() or value.is_complex():
+        return live
+    first = value
+    for axis in axes:
+        first = first.narrow(axis, 0, 1)
+    return (spread(live, value) | ~_same(value, first)).any(dim=axes, keepdim=True)
 
 
 def _has_data_dependent_shape(node: fx.Node) -> bool:
@@ -226,7 +249,7 @@ def _without_batch(node: fx.Node, value: Tensor, live: bool | Tensor) -> Constan
     shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else None
     if shape is None or len(shape) != value.dim() or value.numel() == 0 or value.is_complex():
         return None
-    axes = tuple(axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt))
+    axes = batch_axes(node)
     first = value
     for axis in axes:
         first = first.narrow(axis, 0, 1)

@@ -15,7 +15,8 @@ Rules:
        not: forwards that cannot be traced, sizes known only then. Each site then also says whether it feeds an output,
        and a note names the weights that were not used. Lazy modules get their shapes from that pass.
     6. What could not be traced is reported with the error that stopped the tracer, as not reached.
-    7. A weight that is transformed before it is used goes by what can be masked behind the transform
+    7. A weight whose values are not real floating-point numbers of 16 bits or more stays dense.
+    8. A weight that is transformed before it is used goes by what can be masked behind the transform
        (:mod:`srigl_fx.passes.sites.transformed_weights`).
 """
 
@@ -43,10 +44,12 @@ from srigl_fx.passes.sites.transformed_weights import TransformedWeights
 from srigl_fx.passes.sites.weight_layout import Layout
 from srigl_fx.passes.sites.weight_uses import Use, uses_in
 
+_REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+
 
 @dataclass(frozen=True)
 class Discover(Pass[Draft]):
-    """Fill ``draft.findings`` with every parameter of two or more dimensions (rules 1-7 of the module)."""
+    """Fill ``draft.findings`` with every parameter of two or more dimensions (rules 1-8 of the module)."""
 
     example_inputs: Any = None
 
@@ -158,6 +161,9 @@ class _Evidence:
         owner_name, _, attr = names[0].rpartition(".")
         owner = self.model.get_submodule(owner_name)
         parameter: nn.Parameter = getattr(owner, attr)
+        if unsupported := _unsupported_dtype(parameter):
+            site = WeightSite(owner=owner_name, attr=attr, kind="other", shape=tuple(parameter.shape))
+            return Finding(site=site, owner=owner, reason=unsupported)
         known = self.known.get(id(parameter), [])
         uses = self.uses.get(id(parameter), [])
         evidence = _conclusive([use for _, use in uses], self.seen.get(id(parameter), []))
@@ -225,6 +231,15 @@ def _conclusive(traced: list[Use], seen: list[Use]) -> list[Use]:
     if any(use.kind == "weight" for use in seen) and not any(use.kind == "weight" for use in traced):
         return seen
     return traced or seen
+
+
+def _unsupported_dtype(parameter: nn.Parameter) -> str:
+    """Why values of this type cannot be masked and trained, or ""."""
+    if parameter.is_complex():
+        return "complex weights are not supported"
+    if parameter.dtype in _REAL:
+        return ""
+    return f"weights of type {str(parameter.dtype).removeprefix('torch.')} are not supported"
 
 
 def _unsuitable(site: WeightSite) -> str:

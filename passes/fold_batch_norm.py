@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.program import MaskedTensor, Program, arguments, new_buffer, tensor_at
+from srigl_fx.passes.program import MaskedTensor, Program, arguments, attribute_at, new_buffer, tensor_at
 
 aten = torch.ops.aten
 
@@ -70,7 +70,7 @@ def _readers(module: fx.GraphModule) -> dict[int, set[fx.Node]]:
     found: dict[int, set[fx.Node]] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            found.setdefault(id(tensor_at(module, str(node.target))), set()).update(node.users)
+            found.setdefault(id(attribute_at(module, str(node.target))), set()).update(node.users)
     return found
 
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.errors import InvariantError, LoweringError
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.program import MaskedTensor, Program, new_buffer, tensor_at
+from srigl_fx.passes.program import MaskedTensor, Program, attribute_at, new_buffer, tensor_at
 
 aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ class FoldConstants(Pass[Program]):
         module, graph = subject.module, subject.module.graph
         handles = {id(handle.weight): handle for handle in sparse_weights(subject.model)}
         for node in graph.find_nodes(op="get_attr"):
-            handle = handles.get(id(tensor_at(module, str(node.target))))
+            handle = handles.get(id(attribute_at(module, str(node.target))))
             if handle is not None:
                 subject.masked.setdefault(str(node.target), MaskedTensor(fqn=handle.fqn, mask=handle.mask))
         frozen = _Frozen(module, _written(graph))
@@ -104,15 +104,19 @@ class FoldConstants(Pass[Program]):
         if not sources:
             return None, ""
         names = ", ".join(sorted({source.fqn for source in sources.values()}))
-        if len(sources) > 1:
-            return None, f"made from several masked weights ({names}): it counts as dense"
-        ((target, source),) = sources.items()
-        mask = frozen.mask(node, target, source.mask)
-        if mask is None or mask.shape != made.shape:
-            return None, f"made from {names} by operators whose zeros are not those of the mask: it counts as dense"
-        if bool((made.ne(0) & ~mask).any()):
-            return None, f"made from {names}, but not zero where that is masked: it counts as dense"
-        return MaskedTensor(fqn=source.fqn, mask=mask), ""
+        (target, source), *others = sources.items()
+        mask = None if others else frozen.mask(node, target, source.mask)
+        if others:
+            problem = f"made from several masked weights ({names})"
+        elif mask is None or mask.shape != made.shape:
+            problem = f"made from {names} by operators whose zeros are not those of the mask"
+        elif bool((made.ne(0) & ~mask).any()):
+            problem = f"made from {names}, but not zero where that is masked"
+        else:
+            return MaskedTensor(fqn=source.fqn, mask=mask), ""
+        for source in sources.values():
+            subject.folded[source.fqn] = f"computed once, before any input is known: a constant {problem}"
+        return None, f"{problem}: it counts as dense"
 
 
 def _check(handle: SparseWeight) -> None:
@@ -171,7 +175,7 @@ class _Frozen:
         self._values: dict[fx.Node, Any] = {}
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                if str(node.target) not in written:
+                if str(node.target) not in written and isinstance(attribute_at(module, str(node.target)), Tensor):
                     self.constant[node] = True
             elif node.op == "call_function" and _pure(node) and all(n in self.constant for n in node.all_input_nodes):
                 self.constant[node] = any(self.constant[source] for source in node.all_input_nodes)

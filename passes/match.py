@@ -11,21 +11,18 @@ from torch import Tensor, fx
 
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.program import Layer, Program, Use, arguments, operands, tensor_at
+from srigl_fx.passes.program import Layer, Program, Use, operands, tensor_at
 
 aten = torch.ops.aten
 
 _CONVOLUTIONS: dict[Any, tuple[Any, int]] = {aten.conv1d.default: ("conv1d", 3), aten.conv2d.default: ("conv2d", 4)}
-_PRODUCTS = frozenset({aten.matmul.default, aten.mm.default})
 _NO_OPERATOR = "{} weights have no condensed operator yet"
 
 
 class MatchWeights(Pass[Program]):
     """Make one :class:`~srigl_fx.passes.program.Layer` of every mask-managed weight.
 
-    1. ``linear`` on a masked (out, in) matrix, and ``addmm``, ``mm`` and ``matmul`` with a masked (in, out) matrix on
-       the right, are uses that a condensed linear operator can replace; ``addmm`` only with a bias vector, unscaled.
-       So is an ``einsum`` that contracts the last axis of the data with one of a masked matrix, in place.
+    1. ``linear`` on a masked (out, in) matrix is a use that a condensed linear operator can replace.
     2. ``conv2d`` and ``conv1d`` on batches are uses that a condensed convolution can replace.
     3. The data must be float32 and depend on the inputs.
     4. Any other node that reads the weight is remembered by its operator; it keeps the dense tensor.
@@ -56,7 +53,7 @@ def _match(program: Program, layer: Layer, readers: list[fx.Node]) -> None:
                 layer.others.append(_name(user))
                 refused.append(found)
     if not readers:
-        layer.reason = "not used by the captured graph"
+        layer.reason = program.folded.get(layer.weight.fqn, "not used by the captured graph")
     elif layer.weight.record.structure == "unstructured":
         layer.reason = "unstructured masks have no condensed form"
     elif not layer.uses:
@@ -76,33 +73,16 @@ def _use(program: Program, user: fx.Node, operand: fx.Node, kind: str) -> Use | 
     tensor, mask = tensor_at(program.module, target).detach(), program.masked[target].mask
     form: Any = "linear"
     dimensions = 0
-    turned: bool | None = user.target in _PRODUCTS | {aten.addmm.default}
     if user.target in _CONVOLUTIONS:
         form, dimensions = _CONVOLUTIONS[user.target]
     elif user.target in {aten.conv1d.padding, aten.conv2d.padding}:
         return "an even kernel with padding 'same' pads unevenly; give the padding in numbers"
-    elif user.target is aten.addmm.default:
-        given = arguments(user)
-        bias = given["self"]
-        shape = getattr(bias.meta.get("val"), "shape", None) if isinstance(bias, fx.Node) else None
-        if given["alpha"] != 1 or given["beta"] != 1 or shape != mask.shape[1:]:
-            return "read by aten.addmm with a scale, or with a bias that is no vector"
-    elif user.target is aten.einsum.default:
-        turned = _orientation(user, operand)
-        if turned is None:
-            return "read by an einsum that is no linear layer on the last axis"
-    elif user.target not in _PRODUCTS and user.target is not aten.linear.default:
+    elif user.target is not aten.linear.default:
         known = kind in ("linear", "linear_in_out", "attention_in", "conv1d", "conv2d")
         return f"read by {_name(user)}, which has no condensed form" if known else _NO_OPERATOR.format(kind)
     x, weight, bias = operands(user)
-    if x is operand and weight is not operand:
-        return f"read by {_name(user)} on the left, which has no condensed form"
     if weight is not operand or operand in (x, bias):
         return "also the data of the operator that reads it"
-    if turned and mask.dim() != 2:
-        return _NO_OPERATOR.format(kind)
-    if turned:
-        tensor, mask = tensor.t(), mask.t()
     value = x.meta.get("val") if isinstance(x, fx.Node) else None
     if not isinstance(value, Tensor) or value.dtype != torch.float32:
         return "its input is not float32"
@@ -117,21 +97,3 @@ def _use(program: Program, user: fx.Node, operand: fx.Node, kind: str) -> Use | 
         mask=mask.reshape(rows, -1),
         kernel=tuple(mask.shape[2:]) if form != "linear" else (),
     )
-
-
-def _orientation(node: fx.Node, weight: fx.Node) -> bool | None:
-    """Whether an einsum reads a matrix as (in, out), or None where it is no linear layer on the data's last axis."""
-    equation, tensors = node.args[:2]
-    assert isinstance(equation, str)
-    assert isinstance(tensors, list | tuple)
-    inputs, arrow, result = equation.replace(" ", "").partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2 or not arrow or tensors.count(weight) != 1 or weight not in tensors:
-        return None
-    matrix = terms[tensors.index(weight)]
-    data = terms[1 - tensors.index(weight)]
-    if not matrix.isalpha() or len(set(matrix)) != 2 or len(matrix) != 2 or not data or data[-1] not in matrix:
-        return None
-    neurons = matrix.replace(data[-1], "")
-    fits = result == data[:-1] + neurons and neurons not in data and data.count(data[-1]) == 1
-    return matrix[0] == data[-1] if fits else None

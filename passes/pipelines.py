@@ -10,6 +10,7 @@ from srigl_fx.passes.fold_constants import FoldConstants
 from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.remove_dead import RemoveDead
+from srigl_fx.passes.to_linear import ToLinear
 
-LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants(), FoldBatchNorm(), RemoveDead())
+LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants(), ToLinear(), FoldBatchNorm(), RemoveDead())
 """What ``lower`` does to a captured graph before it looks for layers: a pass of your own goes anywhere among these."""

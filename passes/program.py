@@ -103,6 +103,7 @@ class Program:
         how: How it was captured, for the report.
         masked: The tensors of the graph that are masked, by the target of the ``get_attr`` nodes that read them. A pass
             that puts another tensor in a masked one's place (transposed, scaled, without some rows) enters it here.
+        folded: Why mask-managed weights were made into constants that are not masked, by the weights' names.
         layers: The mask-managed weights, in the model's order; filled in by a pass.
         removals: What became of dead channels; None before a pass removed them.
     """
@@ -114,6 +115,7 @@ class Program:
     batched: tuple[bool, ...]
     how: str
     masked: dict[str, MaskedTensor] = field(default_factory=dict)
+    folded: dict[str, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     removals: Removals | None = None
 
@@ -151,10 +153,15 @@ def resize(tensor: Tensor, batch: int) -> Tensor:
     return tensor[torch.arange(batch, device=tensor.device) % tensor.shape[0]]
 
 
+def attribute_at(module: nn.Module, target: str) -> object:
+    """What a ``get_attr`` node with this target reads: a tensor, the graph of a branch, a random generator."""
+    owner, _, attr = target.rpartition(".")
+    return getattr(module.get_submodule(owner), attr)
+
+
 def tensor_at(module: nn.Module, target: str) -> Tensor:
     """The parameter or buffer that a ``get_attr`` node with this target reads."""
-    owner, _, attr = target.rpartition(".")
-    tensor = getattr(module.get_submodule(owner), attr)
+    tensor = attribute_at(module, target)
     assert isinstance(tensor, Tensor)
     return tensor
 
@@ -200,19 +207,9 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 
 
 def operands(node: fx.Node) -> tuple[Any, Any, Any]:
-    """(data, weight, bias or None) of a node that contracts.
-
-    It may be a linear, a convolution, an addmm, a matrix product, or an einsum of two tensors.
-    """
+    """(data, weight, bias or None) of a linear node or a convolution."""
     given = arguments(node)
-    if node.target is torch.ops.aten.einsum.default:
-        first, second = given["tensors"]
-        return (second, first, None) if first.op == "get_attr" else (first, second, None)
-    if node.target is torch.ops.aten.addmm.default:
-        return given["mat1"], given["mat2"], given["self"]
-    if "weight" in given:
-        return given["input"], given["weight"], given["bias"]
-    return node.args[0], node.args[1], None
+    return given["input"], given["weight"], given["bias"]
 
 
 def pair(value: Any) -> list[int]:

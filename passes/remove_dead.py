@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from srigl_fx.errors import PassError
+from srigl_fx.errors import PassError, SriglError
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.channels.contraction_flow import contract
 from srigl_fx.passes.channels.flow import Flow, Site, concrete
@@ -28,8 +28,11 @@ from srigl_fx.passes.program import Program, tensor_at
 from srigl_fx.passes.removal import Removal, Removals
 
 _READERS = CONVOLUTIONS | TRANSPOSED | PRODUCTS | {
-    "linear", "addmm", "baddbmm", "scaled_dot_product_attention", "mean", "sum", "rms_norm",
+    "linear", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "mean", "sum", "rms_norm",
 }  # fmt: skip
+
+
+FAILED = "no channels were removed"
 
 
 class RemoveDead(Pass[Program]):
@@ -59,20 +62,30 @@ class RemoveDead(Pass[Program]):
     """
 
     def run(self, subject: Program) -> PassResult[Program]:
-        """Rewrite the graph in place and enter what was removed in ``subject.removals``."""
+        """Rewrite the graph in place and enter what was removed in ``subject.removals``.
+
+        Where the decision itself fails, the graph stays as it is, and a note says why.
+        """
         module = subject.module
         _one_user_each(module)
         before = _size(subject)
-        known, independent = _known(subject)
-        flow = Transport(subject, independent, contract).run()
-        decision = Removable(subject, flow, flow.channels.resolve(), known)
-        moves = _feasible(subject, flow, decision)
+        try:
+            flow, decision, moves, known = _decide(subject)
+            expected = _expected(flow, moves)
+        except SriglError:
+            _merge_readers(module)
+            raise
+        except Exception as error:  # an operator in a use nobody thought of: the model is right without the removal
+            _merge_readers(module)
+            module.recompile()
+            subject.removals = Removals(weights=(), channels=(0, 0), parameters=(before, before), flops=(0, 0))
+            note = Note(where="graph", reason=f"{FAILED}: {_first_line(error)}")
+            return PassResult(subject=subject, changed=False, notes=(note,))
         changed = bool(decision.removed.any())
         entries = [_removal(subject, site, decision) for site in flow.sites]
         links = removal_links(flow.sites, decision)
         rows = sum(site.rows.numel() for site in flow.sites), 0
         if changed:
-            expected = _expected(flow, moves)
             Shrink(subject, flow, decision, moves, known).apply()
             _refresh(subject, expected)
         _merge_readers(module)
@@ -86,6 +99,18 @@ class RemoveDead(Pass[Program]):
             weights=tuple(entries), channels=(rows[0], left), parameters=(before, after), flops=flops, links=links
         )
         return PassResult(subject=subject, changed=changed, notes=tuple(_notes(entries)))
+
+
+def _decide(program: Program) -> tuple[Flow, Removable, Moves, dict[fx.Node, Constant]]:
+    """Find out what goes and what becomes of operators that move it; the graph is only read."""
+    known, independent = _known(program)
+    flow = Transport(program, independent, contract).run()
+    decision = Removable(program, flow, flow.channels.resolve(), known)
+    return flow, decision, _feasible(program, flow, decision), known
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(f"{type(error).__name__}: {error}".splitlines()))
 
 
 def _one_user_each(module: fx.GraphModule) -> None:
@@ -171,9 +196,16 @@ def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None
             changed.add(node)
         elif node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta.get("val"))
-            with _without_guards(mode), mode, torch.no_grad():
-                assert callable(node.target)
-                node.meta["val"] = node.target(*args, **kwargs)
+            assert callable(node.target)
+            try:
+                with _without_guards(mode), mode, torch.no_grad():
+                    node.meta["val"] = node.target(*args, **kwargs)
+            except Exception as error:
+                raise PassError(
+                    f"removing channels left {node.name} ({node.target}) with operands it cannot take "
+                    f"({_first_line(error)}); this is a defect: please report it with the model, or leave RemoveDead "
+                    "out"
+                ) from error
             if _shapes(value) != _shapes(node.meta["val"]):
                 changed.add(node)
         if node.op == "call_function" and node in expected and _shapes(node.meta["val"]) != expected[node]:

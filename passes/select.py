@@ -21,9 +21,9 @@ def decide(times: Times, min_speedup: float) -> tuple[Decision, str]:
 
     Example:
         >>> decide({1: {"dense": 3e-4, "condensed": 1e-4}, 64: {"dense": 4e-4, "condensed": 8e-4}}, 1.0)
-        ('dense', 'condensed is 0.50x dense at batch 64')
+        ('dense', 'condensed is 0.50 times as fast as dense at batch 64')
         >>> decide({1: {"dense": 3e-4, "condensed": 1e-4}}, 1.0)
-        ('condensed', '3.00x dense at batch 1')
+        ('condensed', '3.00 times as fast as dense at batch 1')
     """
 
     def worst(form: Decision) -> tuple[float, int]:
@@ -34,9 +34,9 @@ def decide(times: Times, min_speedup: float) -> tuple[Decision, str]:
     fit = [form for form in forms if speedups[form][0] >= min_speedup]
     if fit:
         best = max(fit, key=lambda form: speedups[form][0])
-        return best, f"{speedups[best][0]:.2f}x dense at batch {speedups[best][1]}"
+        return best, f"{speedups[best][0]:.2f} times as fast as dense at batch {speedups[best][1]}"
     return "dense", "; ".join(
-        f"{form} is {speedups[form][0]:.2f}x dense at batch {speedups[form][1]}" for form in forms
+        f"{form} is {speedups[form][0]:.2f} times as fast as dense at batch {speedups[form][1]}" for form in forms
     )
 
 

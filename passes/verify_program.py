@@ -13,7 +13,10 @@ from srigl_fx.errors import PassError
 from srigl_fx.passes.capture import run_model
 from srigl_fx.passes.program import Program
 
-_ADVICE = "this is a defect of the pass: please report it with the model, or leave the pass out of the pipeline"
+_ADVICE = (
+    "this is a defect of the pass: mend it if it is yours, report it with the model if it came with srigl_fx, or leave "
+    "it out of the pipeline"
+)
 
 
 def verifier(program: Program, *, tolerance: float = TOLERANCE) -> Callable[[str, Program], None]:
@@ -44,6 +47,7 @@ def verifier(program: Program, *, tolerance: float = TOLERANCE) -> Callable[[str
     ]
 
     def check(name: str, subject: Program) -> None:
+        subject.module.recompile()  # a pass that forgot to would be found out only after the next
         for size, outputs in expected:
             got = pytree.tree_leaves(run_model(subject.module, *subject.inputs(size)))
             where = "" if size is None else f" at batch {size}"

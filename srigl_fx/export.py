@@ -78,7 +78,8 @@ class ExportReport:
 
         ratio = self.sparse_bytes / self.dense_bytes if self.dense_bytes else 1.0
         lines = [
-            f"{self.path}: {format_bytes(self.bytes)}, {self.condensed_layers} condensed layers "
+            f"{self.path}: {format_bytes(self.bytes)}, {self.condensed_layers} condensed "
+            f"layer{'' if self.condensed_layers == 1 else 's'} "
             f"({format_bytes(self.sparse_bytes)} instead of {format_bytes(self.dense_bytes)}, {ratio:.3f} of dense)",
             f"batch: {'any' if self.dynamic_batch else 'as in the example inputs'}; "
             f"without the library: {'runs densely' if self.fallback else 'does not run'}",

@@ -33,7 +33,7 @@ avg_pool3d baddbmm batch_norm bilinear bincount bmm broadcast_to bucketize chann
 constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
 cosine_similarity cumprod cumsum detach diag_embed diagonal diff dot dropout einsum embedding embedding_bag
 empty_like expand expand_as feature_dropout flatten flip floor_divide full full_like gather grid_sampler group_norm
-gru gru_cell histc im2col index index_add index_copy index_put index_select instance_norm layer_norm lift_fresh_copy
+hardswish gru gru_cell histc im2col index index_add index_copy index_put index_select instance_norm layer_norm lift_fresh_copy
 linalg_norm linalg_vector_norm linear linspace log_softmax logsumexp lstm lstm_cell masked_fill masked_select matmul
 max max_pool1d max_pool2d max_pool3d mean meshgrid min mm movedim mv narrow new_empty new_full new_ones new_zeros
 norm one_hot ones ones_like outer pad permute pixel_shuffle pixel_unshuffle prod reflection_pad1d reflection_pad2d

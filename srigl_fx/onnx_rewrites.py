@@ -33,6 +33,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     3. A convolution's bias that only an instance normalisation reads, which takes it away again, becomes zero: a
        channel without weights is then exactly zero everywhere, where rounding would be magnified by 1 / sqrt(eps).
     4. What is returned beside tensors (numbers, strings, sizes) is left out, as None is.
+    5. Integers that are subtracted from a float (``1.0 - mask``) become floats first: type promotion fails on
+       ``rsub``, which has no overload of that order.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -58,6 +60,12 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
             given = arguments(node)
             node.args = (given["self"], list(range(given["self"].meta["val"].dim())), given["keepdim"])
             node.kwargs = {}
+        elif node.target is aten.rsub.Scalar and _promotes(node):
+            with graph.inserting_before(node):
+                given = arguments(node)["self"]
+                node.replace_input_with(
+                    given, graph.call_function(aten._to_copy.default, (given,), {"dtype": _dtype(node)})
+                )
         elif node.target is aten.instance_norm.default and arguments(node)["use_input_stats"]:
             normalised.append(node)
     rewritten = fx.GraphModule(module, graph)
@@ -66,6 +74,15 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     rewritten.recompile()
     return rewritten
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def _promotes(node: fx.Node) -> bool:
+    return _dtype(node) != _dtype(arguments(node)["self"])
 
 
 def _clear_bias(module: fx.GraphModule, node: fx.Node) -> None:

@@ -34,6 +34,8 @@ def contract(transport: Transport, node: fx.Node) -> Any:
         if given["alpha"] != 1 or given["beta"] != 1 or len(shape_of(given["self"])) != 1:
             return None
         return _weighted(transport, node, given["mat1"], given["mat2"], given["self"], -1, -1, "columns first")
+    if name == "einsum":
+        return _einsum(transport, node)
     if name in PRODUCTS:
         left, right = node.args
         assert isinstance(left, fx.Node)
@@ -76,6 +78,8 @@ def _weighted(
     count = shape_of(data)[axis]
     ids = channels.merge(ids, [a for a in range(ids.dim()) if a - ids.dim() != axis])
     columns = ids.reshape(-1).expand(count).reshape(groups, -1)
+    if weight.meta["val"].dtype.itemsize < 4:
+        channels.pin(columns, f"another order of sums shows in {node.name}, which has few digits")
     coupled = groups > 1 and columns.shape[1] == 1 and out_shape[out_axis] == groups
     if coupled:
         rows = columns
@@ -130,6 +134,23 @@ def _embedding(transport: Transport, node: fx.Node, given: dict[str, Any]) -> Te
     _tie(transport, weight, rows, columns, "columns first")
     transport.flow.sites.append(Site(node, weight, None, None, -1, rows, columns, "columns first"))
     return align(rows.reshape(-1), len(shape_of(node)))
+
+
+def _einsum(transport: Transport, node: fx.Node) -> Tensor | None:
+    """An einsum with a matrix that is a linear layer on the last axis of the data, or None."""
+    given = arguments(node)
+    terms, _, result = given["equation"].replace(" ", "").partition("->")
+    pairs = list(zip(terms.split(","), given["tensors"], strict=True))
+    if len(pairs) != 2 or pairs[0][1] is pairs[1][1]:
+        return None
+    for (matrix, weight), (letters, data) in (pairs, pairs[::-1]):
+        summed = letters[-1:]
+        made = matrix.replace(summed, "")
+        linear = matrix.isalpha() and len(matrix) == 2 and len(made) == 1 and made not in letters
+        if linear and letters.count(summed) == 1 and result == letters[:-1] + made and _is_weight(transport, weight):
+            layout = "columns first" if matrix[0] == summed else "rows first"
+            return _weighted(transport, node, data, weight, None, -1, -1, layout)
+    return None
 
 
 def _product(transport: Transport, node: fx.Node, left: fx.Node, right: fx.Node) -> Tensor | None:

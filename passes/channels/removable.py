@@ -186,7 +186,8 @@ class Removable:
         if not bool(gone.any()):
             return
         used = gone & self._used(site)
-        self._keep_where(site.columns, used & ~columns.fixed, f"combined with what is live before {name} reads it")
+        reason = f"they are added to, or multiplied with, channels that are live, before {name} reads them"
+        self._keep_where(site.columns, used & ~columns.fixed, f"{reason} (a residual stream, say)")
         lost = used & columns.fixed & self.gone(site.columns)
         if not bool(lost.any()):
             return

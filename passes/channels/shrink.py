@@ -57,7 +57,8 @@ class Shrink:
     def _buffer(self, before: fx.Node, like: str, tensor: Tensor, mask: Tensor | None = None) -> fx.Node:
         """A constant read before a node; equal ones made from one tensor are one buffer, so that tied stays tied."""
         module = self.program.module
-        key = (like, tuple(tensor.shape), tensor.dtype, hash(tensor.contiguous().numpy().tobytes()))
+        content = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()  # of any type
+        key = (like, tuple(tensor.shape), tensor.dtype, hash(content))
         with module.graph.inserting_before(before):
             if key in self._made:
                 node = module.graph.get_attr(self._made[key])
@@ -167,7 +168,7 @@ class Shrink:
         operands = {site.data: data, site.weight: weight}
         if site.bias is not None:
             operands[site.bias] = torch.zeros(1, dtype=torch.float64).expand(site.rows.numel())
-        given = {k: operands.get(v, v) if isinstance(v, fx.Node) else v for k, v in given.items()}
+        given = {k: fx.node.map_arg(v, lambda operand: operands.get(operand, operand)) for k, v in given.items()}
         assert isinstance(site.node.target, torch._ops.OpOverload)
         schema = site.node.target._schema.arguments
         args = [given[a.name] for a in schema if not a.kwarg_only]

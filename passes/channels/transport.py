@@ -16,6 +16,7 @@ from srigl_fx.passes.channels.flow import (
     Flow,
     Reading,
     align,
+    concrete,
     execute,
     index_values,
     padded,
@@ -37,6 +38,7 @@ from srigl_fx.passes.channels.op_table import (
 from srigl_fx.passes.program import Program, arguments
 
 _LARGEST_CONSTANT = 1 << 21
+_LIKE = frozenset({"to", "type_as"})  # of the other operand, only the type matters
 
 
 class Transport:
@@ -71,7 +73,7 @@ class Transport:
             else:
                 ids = self._contract(self, node)
                 ids = self.visit(node) if ids is None else ids
-                self.flow.ids[node] = self.unknown(node) if ids is None else ids
+                self.flow.ids[node] = self.unknown(node) if ids is None or _is_empty(ids) else ids
         return self.flow
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -143,18 +145,20 @@ class Transport:
         given = arguments(node)
         first = next((value for value in given.values() if _is_tensor(value)), None)
         if name in SAME and first is not None and first.op != "get_attr":
+            if name not in _LIKE:
+                self.pin_others(node, first)
             return self.ids(first)
         if name in CREATION:
             return self.fixed(node)
         if is_pointwise(node.target):
-            return self.pointwise(node)
+            return self.pointwise(node) if isinstance(node.meta["val"], Tensor) else None
         special: Callable[[fx.Node, dict[str, Any]], Any] | None = getattr(self, f"_{name.strip('_')}", None)
         if special is not None:
             return special(node, given)
         if name in LAYOUT:
             return self.layout(node)
-        if first is None:
-            return self.fixed(node)
+        if first is None:  # none, or some in a list
+            return None
         rank = len(shape_of(first))
         self.pin_others(node, first)
         if name in PADS:
@@ -254,6 +258,8 @@ class Transport:
     def _padded(self, node: fx.Node, given: dict[str, Any], first: fx.Node) -> Any:
         ids = self.ids(first)
         amounts: list[int] = list(given["pad"] if "pad" in given else given["padding"])
+        if not all(isinstance(amount, int) and amount >= 0 for amount in amounts):
+            return None  # it cuts, which fake tensors of a symbolic size cannot do again
         axes = [ids.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0]
         if all(ids.shape[axis] == 1 for axis in axes):
             return ids
@@ -314,7 +320,11 @@ class Transport:
         for key in ("weight", "bias", "running_mean", "running_var"):
             self.adopt(given.get(key), vector, node)
         value = node.meta["val"]
-        return ids if isinstance(value, Tensor) else [ids, *self.fixed(node)[1:]]
+        if isinstance(value, Tensor):
+            return ids
+        statistics = zip(value[1:], self.fixed(node)[1:], strict=True)
+        by_channel = [shape_of(data)[1]]
+        return [ids, *(vector if concrete(one.shape) == by_channel else fixed for one, fixed in statistics)]
 
     _native_batch_norm_legit_no_training = _batch_norm
     _native_batch_norm_legit = _batch_norm
@@ -335,6 +345,10 @@ class Transport:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor)
+
+
+def _is_empty(ids: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and leaf.numel() == 0 for leaf in pytree.tree_leaves(ids))
 
 
 def _is_written(node: fx.Node) -> bool:

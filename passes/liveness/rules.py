@@ -46,6 +46,8 @@ _MIXES = _names(
     "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
     "_upsample_bicubic2d_aa grid_sampler grid_sampler_2d grid_sampler_3d glu diff col2im"
 )
+# Element by element, by a rule of their own.
+_ELEMENTWISE = _names("mul div where masked_fill prelu _native_batch_norm_legit_no_training")
 _DATA = {
     "embedding": ("weight",),
     "slice_scatter": ("self", "src"),
@@ -77,6 +79,27 @@ def liveness(call: Call) -> Any:
         return None
     rule = _rule(call)
     return None if rule is None else rule(call)
+
+
+def is_move(name: str) -> bool:
+    """Whether the operator of that name only moves elements.
+
+    Example:
+        >>> is_move("permute"), is_move("softmax")
+        (True, False)
+    """
+    return name in _MOVES or name in _SHAPES
+
+
+def is_elementwise(op: torch._ops.OpOverload) -> bool:
+    """Whether each element of the result depends on the operands' elements at its place only.
+
+    Example:
+        >>> is_elementwise(torch.ops.aten.gelu.default), is_elementwise(torch.ops.aten.softmax.int)
+        (True, False)
+    """
+    name = str(op._schema.name).removeprefix("aten::")
+    return torch.Tag.pointwise in op.tags or name in _POINTWISE or name in _ELEMENTWISE
 
 
 def _is_off(call: Call) -> bool:

@@ -90,7 +90,7 @@ def masked(
     """
 
     def safe(weight: Tensor) -> Tensor:
-        return _with_zero_neurons(weight, transform, masking.zero_dims) if masking.zero_dims else transform(weight)
+        return weight_norm.zeros_kept(weight, transform, masking.zero_dims) if masking.zero_dims else transform(weight)
 
     effective = safe(weight)
     if not dense_gradient:
@@ -98,16 +98,6 @@ def masked(
     # Zero in value off the mask, but with the gradient of the transform there.
     off = effective if masking.elementwise else safe(torch.where(mask, weight.detach(), weight))
     return torch.where(mask, effective, off - off.detach())
-
-
-def _with_zero_neurons(weight: Tensor, transform: Callable[[Tensor], Tensor], dims: tuple[int, ...]) -> Tensor:
-    """The transform, but a neuron whose weights are all zero stays as it is."""
-    dead = weight.detach().abs().amax(dims, keepdim=True) == 0
-    # Values that differ from each other, so that the transform is finite there, as is its gradient: it is multiplied
-    # by zero, and zero times infinity would not be zero.
-    filler = torch.arange(1, weight.numel() + 1, device=weight.device).to(torch.float32).sin()
-    filled = torch.where(dead, filler.reshape(weight.shape).to(weight.dtype), weight)
-    return torch.where(dead, weight, transform(filled))
 
 
 class EffectiveModule(SparseModule):
@@ -199,8 +189,8 @@ class EffectiveParametrizations(SparseModule):
 
 
 def _chain(parametrizations: ParametrizationList, value: Tensor, first: int = 0) -> Tensor:
-    for parametrization in list(parametrizations)[first:]:
-        value = parametrization(value)
+    for part in list(parametrizations)[first:]:
+        value = weight_norm.whole_kept(value, part) if weight_norm.is_spectral_norm(part) else part(value)
     return value
 
 
@@ -250,6 +240,7 @@ def irreplaceable(module: nn.Module) -> Iterator[str]:
         []
     """
     transforms: tuple[Transform, ...] = vars(module).get(_TRANSFORMS, ())
+    yield from weight_norm.without_spectrum(module, set(records_on(module)))
     if isinstance(module, ParametrizationList):
         for transform in transforms:
             if not torch.equal(module(), _chain(module, module.original)):

@@ -1,19 +1,23 @@
-"""Weight normalisation of a masked weight, in both forms torch has.
+"""Weight and spectral normalisation of a masked weight, in both forms torch has.
 
-Owns what happens to ``g * v / ||v||`` where ``v``, the masked parameter, has a norm of zero. It must not know of any
-other transform. Off the mask ``v`` is zero and so is the effective weight, and the gradient of ``v`` there is that of
+Owns what happens to ``g * v / ||v||`` where ``v``, the masked parameter, has a norm of zero, and to ``W / sigma(W)``
+where all of ``W`` is zero. It must not know of any other transform. Of weight normalisation: off the mask ``v`` is zero and so is the effective weight, and the gradient of ``v`` there is that of
 the effective weight times ``g / ||v||``: nothing else needs masking, and growth has its dense gradient.
 """
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 _PARAMETRIZATION: type[nn.Module] = parametrizations._WeightNorm
+_SPECTRAL: type[nn.Module] = parametrizations._SpectralNorm
 
 
 def is_weight_norm(parametrization: nn.Module) -> bool:
@@ -24,6 +28,49 @@ def is_weight_norm(parametrization: nn.Module) -> bool:
         False
     """
     return type(parametrization) is _PARAMETRIZATION
+
+
+def is_spectral_norm(parametrization: nn.Module) -> bool:
+    """Whether this is what :func:`torch.nn.utils.parametrizations.spectral_norm` registers.
+
+    Example:
+        >>> is_spectral_norm(nn.Identity())
+        False
+    """
+    return type(parametrization) is _SPECTRAL
+
+
+def zeros_kept(weight: Tensor, transform: Callable[[Tensor], Tensor], dims: tuple[int, ...]) -> Tensor:
+    """The transform of ``weight``, but where all values along ``dims`` are zero they stay as they are.
+
+    Their gradient is that of what is returned, and finite: a neuron without weights can be revived.
+
+    Args:
+        weight: Any shape and floating dtype.
+        transform: Gives a tensor of the same shape.
+        dims: The dimensions over which a neuron's weights lie; all of them: the weight as a whole.
+
+    Example:
+        >>> zeros_kept(torch.tensor([[3.0, 4.0], [0.0, 0.0]]), lambda w: w / w.norm(dim=1, keepdim=True), (1,))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    dead = weight.detach().abs().amax(dims, keepdim=True) == 0
+    # Values that differ from each other, so that the transform is finite there, as is its gradient: it is multiplied
+    # by zero, and zero times infinity would not be zero.
+    filler = torch.arange(1, weight.numel() + 1, device=weight.device).to(torch.float32).sin()
+    filled = torch.where(dead, filler.reshape(weight.shape).to(weight.dtype), weight)
+    return torch.where(dead, weight, transform(filled))
+
+
+def whole_kept(weight: Tensor, transform: Callable[[Tensor], Tensor]) -> Tensor:
+    """The transform of ``weight``, but a weight that is zero everywhere stays as it is.
+
+    Example:
+        >>> whole_kept(torch.zeros(2), lambda w: w / w.norm())
+        tensor([0., 0.])
+    """
+    return zeros_kept(weight, transform, tuple(range(weight.dim())))
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int) -> Tensor:
@@ -62,6 +109,20 @@ class GuardedWeightNorm(WeightNorm):
         return weight_norm(getattr(module, self.name + "_v"), getattr(module, self.name + "_g"), self.dim)
 
 
+class GuardedSpectralNorm(SpectralNorm):
+    """The hook of the old ``torch.nn.utils.spectral_norm``, for which a weight of zeros stays as it is."""
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        """The effective weight; the singular vectors, which the iteration writes, never become zero."""
+        stored, u, v = (f"{self.name}_{part}" for part in ("orig", "u", "v"))
+
+        def normalised(weight: Tensor) -> Tensor:
+            view: Any = SimpleNamespace(**{stored: weight, u: getattr(module, u), v: getattr(module, v)})
+            return SpectralNorm.compute_weight(self, view, do_power_iteration)
+
+        return whole_kept(getattr(module, stored), normalised)
+
+
 def hooks_on(module: nn.Module) -> dict[str, WeightNorm]:
     """The old-style weight normalisations of a module, by the name of the direction.
 
@@ -71,6 +132,29 @@ def hooks_on(module: nn.Module) -> dict[str, WeightNorm]:
     """
     hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
     return {f"{hook.name}_v": hook for hook in hooks}
+
+
+def spectral_hooks_on(module: nn.Module) -> list[SpectralNorm]:
+    """The old-style spectral normalisations of a module.
+
+    Example:
+        >>> spectral_hooks_on(nn.Linear(3, 2))
+        []
+    """
+    return [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, SpectralNorm)]
+
+
+def without_spectrum(module: nn.Module, masked: set[str]) -> list[str]:
+    """Those of the ``masked`` weights that are zero everywhere, and that torch would divide by their spectral norm.
+
+    Example:
+        >>> without_spectrum(nn.Linear(3, 2), {"weight"})
+        []
+    """
+    names = {f"{hook.name}_orig" for hook in spectral_hooks_on(module)}
+    if isinstance(module, ParametrizationList) and any(map(is_spectral_norm, module)):
+        names = {"original", "original1"}
+    return [name for name in sorted(names & masked) if not module.get_parameter(name).any()]
 
 
 def guard(module: nn.Module, wanted: bool, masked: set[str]) -> None:
@@ -84,6 +168,9 @@ def guard(module: nn.Module, wanted: bool, masked: set[str]) -> None:
             hook.__class__ = GuardedWeightNorm if wanted else WeightNorm
             with torch.no_grad():
                 hook(module, None)  # what the module shows as its weight is up to date
+    for spectral in spectral_hooks_on(module):
+        if f"{spectral.name}_orig" in masked:
+            spectral.__class__ = GuardedSpectralNorm if wanted else SpectralNorm
 
 
 @torch.no_grad()

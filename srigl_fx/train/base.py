@@ -178,6 +178,10 @@ class Trainer(ABC):
         check_layout(state["weights"], layout(self.model))
         check_tensors(state, self.model)
 
+    def __repr__(self) -> str:
+        shown = f"steps={self.steps}, last_update={self.last_update}, update_every={self.update_every}, end={self.end}"
+        return f"{type(self).__name__}({shown})"
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Trainer":
         """A copy would follow the same optimizer's steps no more."""
         raise self._uncopyable("copied")

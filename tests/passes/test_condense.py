@@ -21,12 +21,13 @@ from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Decision, Layer, Program, arguments
 from srigl_fx.passes.select import Select
+from srigl_fx.passes.to_linear import ToLinear
 
 ours = torch.ops.srigl_fx
 
 
 def matched(model: nn.Module, *inputs: Tensor) -> Program:
-    return run((Normalize(), FoldConstants(), MatchWeights()), capture(model.eval(), inputs)).subject
+    return run((Normalize(), FoldConstants(), ToLinear(), MatchWeights()), capture(model.eval(), inputs)).subject
 
 
 def condensed(model: nn.Module, *inputs: Tensor) -> Program:
@@ -137,7 +138,7 @@ def test_what_stays_dense_says_why() -> None:
         "conv1.weight": "",
         "conv3.weight": "conv3d weights have no condensed operator yet",
         "up.weight": "conv_transpose1d weights have no condensed operator yet",
-        "product.weight": "read by aten.matmul on the left, which has no condensed form",
+        "product.weight": "",
         "unused.weight": "not used by the captured graph",
         "even.weight": "an even kernel with padding 'same' pads unevenly; give the padding in numbers",
     }
@@ -200,21 +201,27 @@ class Einsum(nn.Module):
         ("btc,dt->bdc", (5, 3), False, False),
         ("btc,tdc->btd", (3, 5, 6), False, False),
         ("btc,cc->btc", (6, 6), False, False),
+        ("btc,bc->bt", (2, 6), False, False),
+        ("btc,cde->btde", (6, 4, 3), False, True),
+        ("...c,dec->...de", (4, 3, 6), False, True),
+        ("btc,tcd->bd", (3, 6, 5), False, True),
+        ("btc,dtc->bd", (5, 3, 6), False, True),
+        ("btc,ctd->bd", (6, 3, 5), False, False),
     ],
 )
 def test_einsums_that_are_linear_layers(equation: str, shape: Any, weight_first: bool, linear: bool) -> None:
     model: Any = randomise(Einsum(equation, shape, weight_first=weight_first))
-    site = WeightSite(owner="", attr="weight", kind="linear", shape=(shape[0], math.prod(shape[1:])))
-    mask = torch.from_numpy(fan_in_mask(shape[0], math.prod(shape[1:]), 2)).reshape(shape)
-    if equation == "btc,cd->btd":  # its neurons are columns
-        mask = torch.from_numpy(fan_in_mask(shape[1], shape[0], 2)).t()
-        site = WeightSite(owner="", attr="weight", kind="linear_in_out", shape=shape)
-    model.register_buffer("weight_mask", mask.clone())
-    model.weight.data.mul_(mask)
-    set_records(model, {"weight": WeightRecord(site=site, structure="constant_fan_in")})
+    if linear:
+        sx.sparsify(model, sparsity=0.5)
+    else:
+        site = WeightSite(owner="", attr="weight", kind="linear", shape=(shape[0], math.prod(shape[1:])))
+        mask = torch.from_numpy(fan_in_mask(shape[0], math.prod(shape[1:]), 2)).reshape(shape)
+        model.register_buffer("weight_mask", mask)
+        model.weight.data.mul_(mask)
+        set_records(model, {"weight": WeightRecord(site=site, structure="constant_fan_in")})
     program = condensed(model, torch.randn(2, 3, 6))
     assert called(program, ours.condensed_linear.default) == linear
-    assert_same(program, model, torch.randn(4, 3, 6))
+    assert_same(program, model, torch.randn(2 if equation == "btc,bc->bt" else 4, 3, 6))
     if not linear:
         assert "einsum" in program.layers[0].reason
 

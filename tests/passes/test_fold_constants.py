@@ -200,3 +200,41 @@ def test_a_weight_normed_layer_lowers_to_a_condensed_one() -> None:
     assert {layer.decision for layer in lowered.report.layers} == {"condensed"}
     with torch.no_grad():
         torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_attributes_that_are_no_tensors_are_left() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(x)
+            z: Tensor = torch.cond(x.sum() > 0, torch.sin, torch.cos, (y,))
+            return z
+
+    model = sx.sparsify(randomise(Branch()), sparsity=0.5).eval()
+    lowered = sx.lower(model, (torch.randn(3, 8),), min_speedup=0)
+    assert lowered.report.layers[0].decision == "condensed"
+    with torch.no_grad():
+        for x in (torch.rand(3, 8), -torch.rand(5, 8)):
+            torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_that_only_meets_constants_says_so() -> None:
+    class Prompt(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt = nn.Parameter(torch.randn(4, 8))
+            self.mix = nn.Linear(8, 8)
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.fc(x) @ self.mix(self.prompt).T
+            return y
+
+    model = sx.sparsify(randomise(Prompt()), sparsity=0.5).eval()
+    report = sx.lower(model, (torch.randn(3, 8),), min_speedup=0).report
+    reasons = {layer.fqn: layer.reason for layer in report.layers}
+    assert reasons["fc.weight"] == ""
+    assert reasons["mix.weight"].startswith("computed once, before any input is known: a constant made from mix.weight")

@@ -170,7 +170,7 @@ def test_a_residual_channel_with_a_live_writer_stays_with_the_reason() -> None:
     assert shapes(result.subject, "linear")[0] == (6, 5)
     (note,) = [note for note in result.notes if note.by == "RemoveDead"]
     assert note.where == "layers.a.weight"
-    assert "combined with what is live" in note.reason
+    assert "added to, or multiplied with, channels that are live" in note.reason
 
 
 def test_the_stem_of_a_residual_pins_it() -> None:

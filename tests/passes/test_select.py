@@ -17,14 +17,19 @@ BOTH: Times = {1: {"dense": 6.0, "condensed": 2.0, "shrunk": 3.0}, 8: {"dense": 
 @pytest.mark.parametrize(
     ("times", "min_speedup", "decision", "reason"),
     [
-        (FAST, 1.0, "condensed", "4.00x dense at batch 1"),
-        (FAST, 4.0, "condensed", "4.00x dense at batch 1"),
-        (FAST, 4.1, "dense", "condensed is 4.00x dense at batch 1"),
-        (MIXED, 1.0, "dense", "condensed is 0.50x dense at batch 64"),
-        (MIXED, 0.5, "condensed", "0.50x dense at batch 64"),
-        (ABLATED, 1.0, "shrunk", "2.00x dense at batch 1"),
-        (ABLATED, 3.0, "dense", "condensed is 0.80x dense at batch 1; shrunk is 2.00x dense at batch 1"),
-        (BOTH, 1.0, "shrunk", "2.00x dense at batch 1"),
+        (FAST, 1.0, "condensed", "4.00 times as fast as dense at batch 1"),
+        (FAST, 4.0, "condensed", "4.00 times as fast as dense at batch 1"),
+        (FAST, 4.1, "dense", "condensed is 4.00 times as fast as dense at batch 1"),
+        (MIXED, 1.0, "dense", "condensed is 0.50 times as fast as dense at batch 64"),
+        (MIXED, 0.5, "condensed", "0.50 times as fast as dense at batch 64"),
+        (ABLATED, 1.0, "shrunk", "2.00 times as fast as dense at batch 1"),
+        (
+            ABLATED,
+            3.0,
+            "dense",
+            "condensed is 0.80 times as fast as dense at batch 1; shrunk is 2.00 times as fast as dense at batch 1",
+        ),
+        (BOTH, 1.0, "shrunk", "2.00 times as fast as dense at batch 1"),
     ],
 )
 def test_decide(times: Times, min_speedup: float, decision: str, reason: str) -> None:

@@ -24,6 +24,7 @@ from zoo.entry import Entry, Inputs
 SPARSITY = 0.5
 CAPTURED, OTHER = 2, 3  # batch sizes: the one of the example inputs, and another one
 TOLERANCE = 1e-4
+SENSITIVE = 0.01  # how much other inputs must change the outputs
 
 
 def travel(entry: Entry, folder: Path) -> Row:
@@ -31,9 +32,12 @@ def travel(entry: Entry, folder: Path) -> Row:
     torch.manual_seed(0)
     model = sx.sparsify(randomise(entry.make()), sparsity=SPARSITY, distribution="uniform")
     train(model, entry)
+    calibrate(model, entry)
     ablated = ablate(model, entry.never_ablated)
     model.eval()
     example = entry.inputs(CAPTURED)
+    if not entry.static:  # a detector may find nothing; its parts are compared one by one as well
+        check_sensitive(model, example, entry.inputs(CAPTURED))
     lowered = sx.lower(model, example, min_speedup=0)
     other = example if entry.static else entry.inputs(OTHER)
     if lowered.report.dynamic_batch or lowered_regions(lowered):
@@ -75,6 +79,28 @@ def train(model: nn.Module, entry: Entry) -> None:
     assert any(not torch.equal(mask, before[name]) for name, mask in sx.masks.named_masks(model))
     trainer.detach()
     sx.verify(model)
+
+
+def calibrate(model: nn.Module, entry: Entry) -> None:
+    """Give batch normalisations the statistics of a batch: with random ones a deep model ignores its inputs."""
+    model.eval()
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    run(model, entry.inputs(16))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+def check_sensitive(model: nn.Module, one: Inputs, another: Inputs) -> None:
+    """The outputs depend on the inputs: else a comparison of outputs would see nothing but the last biases."""
+    pairs = zip(tensors(run(model, one)), tensors(run(model, another)), strict=True)
+    floats = [(first, second) for first, second in pairs if first.is_floating_point()]
+    differ = [first.shape != second.shape or relative_error(first, second) > SENSITIVE for first, second in floats]
+    assert any(differ), "the outputs hardly depend on the inputs"
 
 
 @torch.no_grad()

@@ -1,0 +1,142 @@
+"""Which results may change with the batch size, although no input does.
+
+Owns the question for one node of a graph, answered by the axes whose size in its metadata is symbolic. It must not know
+values, nor what is live. A size is no element: ``B`` as a number, and what is summed over ``B`` samples, are right for
+the sizes they were tried at and no other.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from srigl_fx.passes.liveness.rules import is_elementwise, is_move
+from srigl_fx.passes.program import arguments
+
+aten = torch.ops.aten
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_RESHAPES = _names("view reshape _unsafe_view view_as reshape_as flatten unflatten")
+# A size among the arguments becomes a size of the result.
+_SIZED = _RESHAPES | _names(
+    "expand repeat tile zeros ones empty full rand randn new_zeros new_ones new_empty new_full split split_with_sizes "
+    "sym_size sym_numel sym_stride broadcast_to pixel_shuffle"
+)
+_FILLS = _names("full new_full full_like fill masked_fill")
+_PARTS = _names("slice select narrow split split_with_sizes chunk unbind tensor_split index_select")
+_PRODUCTS = _names("matmul mm bmm mv dot vdot addmm baddbmm linear")
+# With statistics over the batch.
+_BATCH_NORMS = _names("batch_norm native_batch_norm _native_batch_norm_legit")
+# Over zeros these are zero, however many.
+KEEPS_ZERO = _PRODUCTS | _names("sum mean amax amin einsum")
+
+
+def batch_axes(node: Any) -> tuple[int, ...]:
+    """The axes of a node's value whose size depends on the batch; none where it is no tensor."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if not isinstance(value, Tensor):
+        return ()
+    return tuple(axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
+
+
+def sample_axes(node: fx.Node) -> tuple[int, ...]:
+    """The batch axes that count samples, or samples and others: not samples times something else, merged."""
+    return tuple(axis for axis in batch_axes(node) if not node.meta["val"].shape[axis].node.expr.is_Mul)
+
+
+def depends_on_batch_size(node: fx.Node) -> bool:
+    """Whether the elements of a node may depend on how many samples there are.
+
+    So it is for what is reduced, normalised, sorted or contracted over an axis whose size is symbolic, for a reshape
+    that does not keep samples apart, for a part of an axis that merges samples with others, and for what computes with
+    a size as a number.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    name = str(node.target._schema.name).removeprefix("aten::")
+    given = arguments(node)
+    if _computes_with_size(name, given):
+        return True
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, fx.Node) and batch_axes(leaf)]
+    if not tensors:
+        return False
+    first = next(iter(given.values()))
+    if name == "einsum":
+        return _sums_over_batch(given["equation"], given["tensors"])
+    if name in _PRODUCTS:
+        left = given.get("batch1", given.get("mat1", first))
+        return _rank(left) - 1 in batch_axes(left)
+    if name == "scaled_dot_product_attention":
+        return any(_rank(given[key]) - axis in batch_axes(given[key]) for key in ("key", "value") for axis in (1, 2))
+    if name in _BATCH_NORMS:
+        return bool(given.get("training", True))
+    if name in _RESHAPES:
+        return not _keeps_samples(first, node)
+    if name in _PARTS:
+        return any(axis in set(batch_axes(first)) - set(sample_axes(first)) for axis in _dims(given, first) or ())
+    if is_move(name) or is_elementwise(node.target):
+        return False
+    dims = _dims(given, first)
+    if dims:
+        return not set(dims).isdisjoint(batch_axes(first))
+    outs = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
+    kept = all(out.dim() and isinstance(out.shape[0], torch.SymInt) for out in outs)
+    return not kept or any(batch_axes(leaf) != (0,) for leaf in tensors)
+
+
+def _rank(node: fx.Node) -> int:
+    return int(node.meta["val"].dim())
+
+
+def _dims(given: dict[str, Any], data: Any) -> list[int] | None:
+    """The axes that an operator names; None where it names none."""
+    dims = given.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    if not isinstance(dims, list | tuple) or not batch_axes(data):
+        return None
+    return [dim % _rank(data) for dim in dims if isinstance(dim, int)]
+
+
+def _is_size(value: Any) -> bool:
+    number = value.meta.get("val") if isinstance(value, fx.Node) else value
+    return isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def _computes_with_size(name: str, given: dict[str, Any]) -> bool:
+    """Whether a size is an operand, not only the size of the result."""
+    sized = [key for key, value in given.items() if any(map(_is_size, pytree.tree_leaves(value)))]
+    if not sized:
+        return False
+    if name in _FILLS:
+        return any(key in {"fill_value", "value"} for key in sized)
+    if name in {"slice", "narrow"}:
+        return given["dim"] % _rank(given["self"]) not in sample_axes(given["self"])
+    return name not in _SIZED
+
+
+def _sums_over_batch(equation: str, tensors: list[fx.Node]) -> bool:
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    if not arrow:
+        return True
+    for term, tensor in zip(inputs.split(","), tensors, strict=True):
+        before, _, behind = term.partition("...")
+        labels = {axis: label for axis, label in enumerate(before)}
+        labels |= {_rank(tensor) - len(behind) + axis: label for axis, label in enumerate(behind)}
+        if any(labels.get(axis, "...") not in result for axis in batch_axes(tensor)):
+            return True
+    return False
+
+
+def _keeps_samples(before: Any, after: fx.Node) -> bool:
+    """Whether a reshape leaves each sample's elements together, in as many outer places."""
+    one, other = batch_axes(before), batch_axes(after)
+    if len(one) != 1 or len(other) != 1:
+        return [*before.meta["val"].shape] == [*after.meta["val"].shape]
+    outer = (math.prod(node.meta["val"].shape[: axes[0]]) for node, axes in ((before, one), (after, other)))
+    return next(outer) == next(outer)
