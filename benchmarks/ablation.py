@@ -130,7 +130,7 @@ def row(name: str, model: nn.Module, inputs: Any) -> tuple[str, str, list[str]]:
     reasons: Counter[str] = Counter()
     for weight in weights:
         for why, count in weight.kept.items():
-            reasons[re.sub(r" (before|that|in|of) \S*[._\d]\S*( reads.*)?$", "", why)] += count
+            reasons[re.sub(r",? (before|that|in|of) \S+( reads.*)?$", "", why)] += count
     return (
         counts,
         speed,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -25,6 +25,10 @@ from srigl_fx.passes.tracing import export, fit_for_capture, plain_execution
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 FreeSizes = Mapping[int, frozenset[int]]
+
+aten = torch.ops.aten
+
+_GRAPH_ATTRIBUTES = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - frozenset(dir(nn.Module()))
 
 # torch.export puts fake parameters into the model while it traces, and so must run alone.
 EXPORT_LOCK = threading.RLock()
@@ -87,6 +91,19 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
     return example_inputs, {}
 
 
+def copies(inputs: Inputs) -> Inputs:
+    """The inputs with a copy of each tensor, for a run that may write into them.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> (copied,), _ = copies(((x,), {}))
+        >>> copied.add_(1), x
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+    copied: Inputs = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, inputs)
+    return copied
+
+
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One forward pass that leaves no trace: no gradients, buffers and the random state as they were."""
     return run_and_watch(model, args, kwargs)[0]
@@ -97,6 +114,7 @@ def run_and_watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers() if buffer.dtype != torch.bool}
     with torch.no_grad(), torch.random.fork_rng(devices=[]), plain_execution():
         torch.manual_seed(0)
+        args, kwargs = copies((args, kwargs))  # a forward may write into its inputs
         output = torch.func.functional_call(model, buffers, args, kwargs)
     return output, frozenset(name for name, buffer in buffers.items() if buffer._version)
 
@@ -225,6 +243,8 @@ def _climb(
     failures: list[Failure] = []
     cause: Exception | None = None
     before: _Rung | None = None
+    if clash := _clashing_name(model):
+        return Capture(None, (Failure(name=name, type=class_name(model), attempt="not tried", error=clash),))
     with EXPORT_LOCK, fit_for_capture(model):
         for rung in rungs:
             if (rung.dim is not None and not free) or not rung.worth(before, _whole_text(cause), required is not None):
@@ -239,10 +259,23 @@ def _climb(
             except Exception as error:  # export raises nearly every type; the next rung may still do
                 cause = cause or error
                 text = _raised_by(error) + first_line(error)
-                failures.append(Failure(name=name, type=class_name(model), attempt=rung.attempt, error=text))
+                if all(failure.error != text for failure in failures):
+                    failures.append(Failure(name=name, type=class_name(model), attempt=rung.attempt, error=text))
                 continue
             return Capture(program, tuple(failures), cause)
     return Capture(None, tuple(failures), cause)
+
+
+def _clashing_name(model: nn.Module) -> str:
+    """Why ``model`` cannot become a graph with the names that it has, or ""."""
+    for names in (model._parameters, model._buffers, model._modules):
+        for name in names:
+            if name in _GRAPH_ATTRIBUTES:
+                return (
+                    f"its attribute {name!r} is called like one of torch.fx.GraphModule, which a captured graph is: "
+                    "rename it"
+                )
+    return ""
 
 
 def _export(
@@ -270,6 +303,9 @@ def _program(
 ) -> Program:
     module = exported.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
+    for node in module.graph.find_nodes(op="call_function", target=aten.copy_.default):
+        written, value, *_ = node.args  # of an input or a buffer, added by export without a value
+        node.meta.setdefault("val", written.meta.get("val", value.meta.get("val")))
     leaves = pytree.tree_leaves((args, kwargs))
     values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     if len(values) != len(leaves):

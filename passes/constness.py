@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.channels.op_table import plain_name
-from srigl_fx.passes.liveness.batch import KEEPS_ZERO, batch_axes, depends_on_batch_size, sample_axes
+from srigl_fx.passes.liveness.batch import KEEPS_ZERO, batch_axes, depends_on_batch_size, regrouped_axes, sample_axes
 from srigl_fx.passes.liveness.rules import liveness
 from srigl_fx.passes.liveness.values import Call, any_live, simplify, spread
 from srigl_fx.passes.program import Program, arguments
@@ -147,7 +147,7 @@ def _interpret(
             value = values[node]
             if isinstance(value, Tensor):
                 if program.dynamic and node.op == "call_function":
-                    live[node] = _unlike_samples(node, value, live[node])
+                    live[node] = _unlike(sample_axes(node), value, live[node])
                 live[node] = simplify(live[node])
                 if node.op != "get_attr" and live[node] is not True and keep(node):
                     constant = _without_batch(node, value, live[node])
@@ -176,21 +176,24 @@ def _call(
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     if _mutates(node):
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-    lives = [live[operand] for operand in node.all_input_nodes]
     target = node.target if callable(node.target) else module.get_submodule(str(node.target))
     out = target(*args, **kwargs)
     if node.target is operator.getitem:
-        return out, lives[0][node.args[1]]
+        return out, live[node.all_input_nodes[0]][node.args[1]]
     if not isinstance(node.target, torch._ops.OpOverload):
-        found: Any = None if any_live(lives) else False
+        found: Any = None if any(any_live(live[operand]) for operand in node.all_input_nodes) else False
     elif _mutates(node) or _has_data_dependent_shape(node):
         found = True
     else:
         given = arguments(node)
+        lives = {operand: live[operand] for operand in node.all_input_nodes}
+        if axes := regrouped_axes(node):
+            source = node.all_input_nodes[0]
+            lives[source] = _unlike(axes, values[source], live[source])
         call = Call(
             op=node.target,
             given=fx.node.map_arg(given, values.__getitem__),
-            live=fx.node.map_aggregate(given, lambda leaf: live[leaf] if isinstance(leaf, fx.Node) else False),
+            live=fx.node.map_aggregate(given, lambda leaf: lives[leaf] if isinstance(leaf, fx.Node) else False),
             out=out,
             weighted_mean=isinstance(node.args[0], fx.Node) and _sums_to_one(node.args[0]) if node.args else False,
         )
@@ -208,10 +211,9 @@ def _but_zero(out: Any, live: Any) -> Any:
     return spread(live, out) | (out != 0) if isinstance(out, Tensor) else True
 
 
-def _unlike_samples(node: fx.Node, value: Tensor, live: bool | Tensor) -> bool | Tensor:
-    """What is live, and what is not the same for all samples: it may be anything for more of them."""
-    axes = sample_axes(node)
-    if live is True or not axes or value.numel() == 0 or value.dim() != node.meta["val"].dim() or value.is_complex():
+def _unlike(axes: tuple[int, ...], value: Tensor, live: bool | Tensor) -> bool | Tensor:
+    """What is live, and what is not the same all along some axes: it may be anything for more samples."""
+    if live is True or not axes or value.numel() == 0 or value.is_complex():
         return live
     first = value
     for axis in axes:

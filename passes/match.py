@@ -16,7 +16,15 @@ from srigl_fx.passes.program import Layer, Program, Use, operands, tensor_at
 aten = torch.ops.aten
 
 _CONVOLUTIONS: dict[Any, tuple[Any, int]] = {aten.conv1d.default: ("conv1d", 3), aten.conv2d.default: ("conv2d", 4)}
-_NO_OPERATOR = "{} weights have no condensed operator yet"
+_WORDS = {
+    "conv3d": "3-D convolutions",
+    "conv_transpose1d": "transposed convolutions",
+    "conv_transpose2d": "transposed convolutions",
+    "conv_transpose3d": "transposed convolutions",
+    "rnn_gates": "recurrent gates",
+    "stack": "stacks of experts",
+    "einsum": "weights of an einsum",
+}
 
 
 class MatchWeights(Pass[Program]):
@@ -63,6 +71,10 @@ def _match(program: Program, layer: Layer, readers: list[fx.Node]) -> None:
         layer.uses = []
 
 
+def _no_operator(kind: str) -> str:
+    return f"{_WORDS.get(kind, 'such weights')} have no condensed operator yet"
+
+
 def _name(node: fx.Node) -> str:
     return str(node.target).removesuffix(".default")
 
@@ -79,7 +91,7 @@ def _use(program: Program, user: fx.Node, operand: fx.Node, kind: str) -> Use | 
         return "an even kernel with padding 'same' pads unevenly; give the padding in numbers"
     elif user.target is not aten.linear.default:
         known = kind in ("linear", "linear_in_out", "attention_in", "conv1d", "conv2d")
-        return f"read by {_name(user)}, which has no condensed form" if known else _NO_OPERATOR.format(kind)
+        return f"read by {_name(user)}, which has no condensed form" if known else _no_operator(kind)
     x, weight, bias = operands(user)
     if weight is not operand or operand in (x, bias):
         return "also the data of the operator that reads it"

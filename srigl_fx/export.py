@@ -23,7 +23,7 @@ from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.lowering import lower
 from srigl_fx.onnx_file import CondensedNode, inspect_file
 from srigl_fx.onnx_model import build_model
-from srigl_fx.passes.capture import normalise_inputs
+from srigl_fx.passes.capture import copies, normalise_inputs
 from srigl_fx.passes.program import resize
 from srigl_fx.report import format_bytes
 from srigl_fx.runtime.ort.fallback import fallback_functions
@@ -253,7 +253,7 @@ def _check(
     hosts = ["library", "fallback"] if fallback else ["library"]
     for host in hosts:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is wrong is raised
         if host == "library":
             try:
                 register(options)
@@ -288,7 +288,7 @@ def _compare(
             for leaf, free in zip(leaves, batched, strict=True)
         ]
         with torch.no_grad():
-            call_args, call_kwargs = pytree.tree_unflatten(given, spec)
+            call_args, call_kwargs = copies(pytree.tree_unflatten(given, spec))
             expected = [
                 leaf for leaf in pytree.tree_leaves(lowered(*call_args, **call_kwargs)) if isinstance(leaf, Tensor)
             ]

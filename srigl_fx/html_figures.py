@@ -20,9 +20,9 @@ _READERS = 6  # drawn for one weight; the caption counts the others
 
 
 def landscape(rows: Iterable[Plain]) -> list[dict[str, Any]]:
-    """One column a weight: as wide as it has weights when dense, as high as the fraction kept.
+    """One column a weight: as wide as it has weights when dense, as high as the fraction that is left.
 
-    The area that is filled is what is left of the model.
+    The area that is filled is what is left of the model. A dense form has all weights, whatever its mask keeps.
 
     Example:
         >>> row = {"name": "fc", "neurons": 8, "dense_fan_in": 4, "kept": 16, "status": "condensed"}
@@ -34,7 +34,13 @@ def landscape(rows: Iterable[Plain]) -> list[dict[str, Any]]:
     scale = WIDTH / max(sum(sizes), 1)
     columns, x = [], 0.0
     for row, size in zip(rows, sizes, strict=True):
-        width, height = size * scale, 100 * row["kept"] / max(size, 1)
+        left = row["kept"]
+        if row["status"] == "dense":
+            left = size
+        elif row["status"] in ("shrunk", "active rows (dense compute)"):
+            left = row["active_neurons"] * row["dense_fan_in"]
+        width, height = size * scale, 100 * left / max(size, 1)
+        told = f"{row['name']}: {row['kept']:,} of {size:,} weights kept"
         columns.append(
             {
                 "x": round(x, 2),
@@ -42,7 +48,7 @@ def landscape(rows: Iterable[Plain]) -> list[dict[str, Any]]:
                 "y": round(100 - height, 1),
                 "height": round(height, 1),
                 "dense": row["status"] == "dense",
-                "label": f"{row['name']}: {row['kept']:,} of {size:,} weights kept",
+                "label": told if left == row["kept"] else f"{told}, {left:,} stored",
             }
         )
         x += width

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from srigl_fx.graph_file import write
 from srigl_fx.html_figures import landscape, latency, removal
+from srigl_fx.removal_report import why_kept
 from srigl_fx.report import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def summary_page(plain: Plain, title: str = "Sparsity report") -> str:
         >>> "<h1>Sparsity report</h1>" in summary_page(report.as_dict())
         True
     """
-    rows = [dict(row, bytes_before=None, place=" ".join(row["nodes"])) for row in plain["rows"]]
+    rows = [
+        dict(row, bytes_before=None, place=" ".join(row["nodes"]), contracts=is_contraction(row["reason"]))
+        for row in plain["rows"]
+    ]
     return _render("summary.html", title=title, report=plain, rows=rows, place="node", landscape=landscape(rows))
 
 
@@ -63,7 +67,15 @@ def lowering_page(plain: Plain, title: str = "Lowering report") -> str:
     weights = [weight for removals in plain["removals"] for weight in removals["weights"]]
     gone = sorted((one for removals in plain["removals"] for one in _removed(removals)), key=lambda one: -one[2])
     figures = [removal(weight, readers) for weight, readers, _ in gone[:_DRAWN]]
-    stay = [(weight["fqn"], count, why) for weight in weights for why, count in weight["kept"].items()]
+    in_parts = any(layer["region"] for layer in plain["layers"])
+    stay = [
+        (weight["fqn"], count, why_kept(why, in_parts=in_parts))
+        for weight in weights
+        for why, count in weight["kept"].items()
+    ]
+    told = {(row["name"], row["reason"]) for row in rows}
+    tabled = {fqn for fqn, _, _ in stay}
+    notes = [note for note in plain["notes"] if not (note["where"] in tabled and "rows stay in" in note["reason"])]
     return _render(
         "lowering.html",
         title=title,
@@ -81,8 +93,39 @@ def lowering_page(plain: Plain, title: str = "Lowering report") -> str:
         work={name: _sums(removals[name] for removals in plain["removals"]) for name in _WORK},
         stay=sorted(stay, key=lambda item: -item[1]),
         attempts=plain["capture_failures"],
-        notes=_by_pass(plain["notes"], told={(row["name"], row["reason"]) for row in rows}),
+        notes=_by_pass(notes, told),
     )
+
+
+def is_contraction(reason: str) -> bool:
+    """Whether a weight has neurons and a fan-in, by the reason why it is dense.
+
+    Example:
+        >>> is_contraction(""), is_contraction("not a contraction weight: it only meets other operations")
+        (True, False)
+    """
+    return "not a contraction weight" not in reason
+
+
+def format_neurons(kept: int, active: int, neurons: int, total: int, reason: str) -> tuple[str, str]:
+    """Fan-in, the mean where neurons differ, and active neurons, as tables have them.
+
+    Args:
+        kept: Weights kept.
+        active: Neurons with at least one weight.
+        neurons: All neurons.
+        total: Weights of the dense form.
+        reason: Why the weight is dense.
+
+    Example:
+        >>> format_neurons(18, 3, 4, 32, ""), format_neurons(32, 4, 4, 32, "")
+        (('6/8', '3/4'), ('8', '4/4'))
+    """
+    if not is_contraction(reason):
+        return "-", "-"
+    dense = total // max(neurons, 1)
+    fan_in = str(dense) if kept == total else f"{round(kept / max(active, 1), 2):g}/{dense}"
+    return fan_in, f"{active}/{neurons}"
 
 
 def save_page(path: str | os.PathLike[str], page: str) -> None:
@@ -115,6 +158,7 @@ def _lowered_row(layer: Plain) -> dict[str, Any]:
         "bytes": layer["bytes_after"],
         "bytes_before": layer["bytes_before"],
         "place": layer["region"],
+        "contracts": is_contraction(layer["reason"]),
     }
 
 

@@ -3,6 +3,7 @@
 Owns :class:`LoweredModule` and the report. It must not know how a model is lowered.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs call
 from srigl_fx import graph_file
 from srigl_fx.errors import LoweringError
-from srigl_fx.html_report import lowering_page, save_page
+from srigl_fx.html_report import format_neurons, lowering_page, save_page
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.capture import Failure, is_free
 from srigl_fx.passes.removal import Removals
@@ -60,7 +61,7 @@ class LayerReport:
     region: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoweringReport:
     """What was lowered, what was not, and why.
 
@@ -154,13 +155,12 @@ class LoweringReport:
 
     def __str__(self) -> str:
         in_parts = any(layer.region for layer in self.layers)
-        headers = ("weight", "shape", "active", "fan-in", "decision", "bytes", "lowered", "reason")
+        headers = ("weight", "shape", "fan-in", "active", "decision", "bytes", "lowered", "reason")
         rows: list[tuple[object, ...]] = [
             (
                 layer.fqn,
                 "x".join(map(str, layer.shape)),
-                f"{layer.active}/{layer.neurons}",
-                layer.fan_in or "-",
+                *format_neurons(layer.kept, layer.active, layer.neurons, math.prod(layer.shape), layer.reason),
                 layer.decision,
                 format_bytes(layer.bytes_before),
                 format_bytes(layer.bytes_after),
@@ -175,7 +175,23 @@ class LoweringReport:
         table += f"\n{total}; {self.capture}; {error}"
         first = {failure.name: failure for failure in reversed(self.capture_failures)}
         failures = "\n".join(f"not captured ({one.attempt}): {one}" for one in reversed(first.values()))
-        return "\n\n".join(filter(None, (table, failures, *(format_removals(one) for one in self.removals))))
+        return "\n\n".join(filter(None, (table, failures, format_removals(self.removals, in_parts=in_parts))))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.outline})"
+
+    @property
+    def outline(self) -> str:
+        """Layers, memory and error in one line.
+
+        Example:
+            >>> LoweringReport(layers=(), capture="torch.export", dynamic_batch=True).outline
+            '0 of 0 masked weights condensed, 0 B -> 0 B, not verified'
+        """
+        condensed = sum(layer.decision == "condensed" for layer in self.layers)
+        size = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
+        error = "not verified" if self.max_error is None else f"largest relative error {self.max_error:.1e}"
+        return f"{condensed} of {len(self.layers)} masked weights condensed, {size}, {error}"
 
 
 class _CodeGen(_PyTreeCodeGen):
@@ -214,6 +230,9 @@ class LoweredModule(fx.GraphModule):
         lowered.eval()
         lowered.meta[_STATE] = {"report": report, "inputs": inputs}
         return lowered
+
+    def __repr__(self) -> str:
+        return f"LoweredModule({self.report.outline})" if _STATE in self.meta else super().__repr__()
 
     @property
     def report(self) -> LoweringReport:

@@ -54,6 +54,10 @@ class LoweredRegions(nn.Module):
         self._region_inputs = dict(region_inputs)
         self.eval()
 
+    def __repr__(self) -> str:
+        graphs = f"{len(self._names)} graph{'' if len(self._names) == 1 else 's'}"
+        return f"LoweredRegions({graphs} in {type(self.model).__name__}: {self._report.outline})"
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own forward."""
         return self.model(*args, **kwargs)

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.errors import ExportError
 from srigl_fx.onnx_rewrites import rewrite
 from srigl_fx.passes.capture import EXPORT_LOCK
-from srigl_fx.passes.program import resize
+from srigl_fx.passes.program import arguments, resize
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.fallback import CONV_ATTRIBUTES, IR_VERSION, OPSET_VERSION, WEIGHT_ATTRIBUTES
 
@@ -45,6 +45,7 @@ def build_model(
     Raises:
         ExportError: torch.export or torch.onnx cannot translate the graph; the message names the operator.
     """
+    _refuse_projections(module)
     shapes: Any = None
     if any(batched):
         leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -79,6 +80,19 @@ def build_model(
     _strip(model)
     _name_batch(model, batched)
     return model
+
+
+def _refuse_projections(module: fx.GraphModule) -> None:
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.lstm.input):
+        given = arguments(node)
+        weights = len(given["params"]) // (given["num_layers"] * (1 + given["bidirectional"]))
+        if weights == (5 if given["has_biases"] else 3):  # without one there are 4 or 2
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            name = f" {stack[-1][0]!r}" if stack and stack[-1][0] else ""
+            raise ExportError(
+                f"the LSTM{name} projects its outputs (proj_size), and ONNX's LSTM has no projections: build it with "
+                "proj_size=0, or serve the lowered model with PyTorch (lower(...).save(path))"
+            )
 
 
 def _output_names(module: fx.GraphModule) -> list[str] | None:
@@ -206,10 +220,13 @@ def _where(module: fx.GraphModule, error: BaseException) -> str:
 
 
 def _innermost(error: BaseException) -> str:
-    """The first line of the exception that started it."""
+    """What the exception that started it says first."""
     error = _root(error)
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {line}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    what = lines[0]
+    if what.endswith(":"):  # a list follows, and the first of its lines that expects something says what is wrong
+        what = " ".join([what, *[line for line in lines[1:] if "xpected" in line][:1]])
+    return f"{type(error).__name__}: {what}"
 
 
 def _root(error: BaseException) -> BaseException:

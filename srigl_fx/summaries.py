@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from srigl_fx.errors import SriglError
-from srigl_fx.html_report import save_page, summary_page
+from srigl_fx.html_report import format_neurons, save_page, summary_page
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, all_records
 from srigl_fx.report import format_bytes, format_table
 
@@ -123,12 +123,10 @@ class Summary:
         headers += (["node"] if with_nodes else []) + ["why dense"]
         cells = []
         for row in self.rows:
-            sparse = row.status != "dense"
             line: list[object] = [
                 row.name,
                 "x".join(map(str, row.shape)),
-                f"{row.fan_in:g}/{row.dense_fan_in}" if sparse else row.dense_fan_in,
-                f"{row.active_neurons}/{row.neurons}",
+                *format_neurons(row.kept, row.active_neurons, row.neurons, math.prod(row.shape), row.reason),
                 f"{row.sparsity:.2%}",
                 row.status,
                 format_bytes(row.bytes),

@@ -311,8 +311,8 @@ def test_the_text_has_a_removal_section_only_where_channels_went_or_stayed() -> 
     assert "channels" not in Page(bare.to_html()).text
     weight = Removal(fqn="a", rows=8, ablated=2, rows_removed=0, columns=4, columns_removed=0)
     nothing = Removals(weights=(weight,), channels=(8, 8), parameters=(9, 9), flops=(64, 64))
-    assert format_removals(nothing) == ""
-    stays = format_removals(replace(nothing, weights=(replace(weight, kept={"a layer norm": 2}),)))
+    assert format_removals([nothing]) == ""
+    stays = format_removals([replace(nothing, weights=(replace(weight, kept={"a layer norm": 2}),))])
     assert stays.splitlines()[0] == "2 ablated rows stay"
     assert "->" not in stays
 

@@ -270,7 +270,8 @@ class Transport:
     def _reduced(self, node: fx.Node, first: fx.Node, dims: list[int], keepdim: bool) -> Any:
         ids = self.ids(first)
         active = [axis for axis, size in enumerate(ids.shape) if size > 1]
-        if plain_name(node.target) in {"mean", "sum"} and len(active) == 1 and active[0] in dims:
+        static = all(isinstance(first.meta["val"].shape[axis], int) for axis in active)
+        if plain_name(node.target) in {"mean", "sum"} and len(active) == 1 and active[0] in dims and static:
             self.flow.readings.append(Reading(node, first, active[0] - ids.dim()))
             ids = torch.full((1,) * ids.dim(), FIXED)
         ids = self.channels.merge(ids, dims)

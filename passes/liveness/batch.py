@@ -53,9 +53,9 @@ def sample_axes(node: fx.Node) -> tuple[int, ...]:
 def depends_on_batch_size(node: fx.Node) -> bool:
     """Whether the elements of a node may depend on how many samples there are.
 
-    So it is for what is reduced, normalised, sorted or contracted over an axis whose size is symbolic, for a reshape
-    that does not keep samples apart, for a part of an axis that merges samples with others, and for what computes with
-    a size as a number.
+    So it is for what is reduced, normalised, sorted or contracted over an axis whose size is symbolic, for a part of an
+    axis that merges samples with others, and for what computes with a size as a number. Reshapes are told of by
+    :func:`regrouped_axes`.
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
@@ -76,8 +76,6 @@ def depends_on_batch_size(node: fx.Node) -> bool:
         return any(_rank(given[key]) - axis in batch_axes(given[key]) for key in ("key", "value") for axis in (1, 2))
     if name in _BATCH_NORMS:
         return bool(given.get("training", True))
-    if name in _RESHAPES:
-        return not _keeps_samples(first, node)
     if name in _PARTS:
         return any(axis in set(batch_axes(first)) - set(sample_axes(first)) for axis in _dims(given, first) or ())
     if is_move(name) or is_elementwise(node.target):
@@ -126,17 +124,31 @@ def _sums_over_batch(equation: str, tensors: list[fx.Node]) -> bool:
         return True
     for term, tensor in zip(inputs.split(","), tensors, strict=True):
         before, _, behind = term.partition("...")
-        labels = {axis: label for axis, label in enumerate(before)}
+        labels = dict(enumerate(before))
         labels |= {_rank(tensor) - len(behind) + axis: label for axis, label in enumerate(behind)}
         if any(labels.get(axis, "...") not in result for axis in batch_axes(tensor)):
             return True
     return False
 
 
-def _keeps_samples(before: Any, after: fx.Node) -> bool:
-    """Whether a reshape leaves each sample's elements together, in as many outer places."""
-    one, other = batch_axes(before), batch_axes(after)
-    if len(one) != 1 or len(other) != 1:
-        return [*before.meta["val"].shape] == [*after.meta["val"].shape]
-    outer = (math.prod(node.meta["val"].shape[: axes[0]]) for node, axes in ((before, one), (after, other)))
-    return next(outer) == next(outer)
+def regrouped_axes(node: fx.Node) -> tuple[int, ...]:
+    """The axes of its operand along which all must be the same, or else a reshape may mix samples.
+
+    None where the reshape leaves each sample's elements together in as many outer places.
+    """
+    name = str(node.target._schema.name) if isinstance(node.target, torch._ops.OpOverload) else ""
+    before = node.args[0] if node.args else None
+    if name.removeprefix("aten::") not in _RESHAPES or not isinstance(before, fx.Node):
+        return ()
+    one, other = batch_axes(before), batch_axes(node)
+    sizes, made = before.meta["val"].shape, node.meta["val"].shape
+    if not one or [*sizes] == [*made]:
+        return ()
+    if len(one) == len(other) == 1:
+        if math.prod(sizes[: one[0]]) == math.prod(made[: other[0]]):
+            return ()
+        # Numbers that repeat with the period of the inner axes still do so where outer places are whole periods apart.
+        inner, symbols = math.prod(sizes[one[0] + 1 :]), made[other[0]].node.expr.as_coeff_Mul()
+        if symbols[1].is_Symbol and int(symbols[0]) * math.prod(made[other[0] + 1 :]) % max(1, inner) == 0:
+            return tuple(range(one[0] + 1))
+    return tuple(range(len(sizes)))

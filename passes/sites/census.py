@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from srigl_fx.errors import SparsifyError
-from srigl_fx.passes.capture import normalise_inputs
+from srigl_fx.passes.capture import copies, normalise_inputs
 from srigl_fx.passes.sites.contractions import name_of
 from srigl_fx.passes.sites.weight_uses import Data, Derived, Use, Value, Views, after, initial
 from srigl_fx.passes.sites.weight_views import WeightView
@@ -148,7 +148,7 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:
-    args, kwargs = normalise_inputs(example_inputs)
+    args, kwargs = copies(normalise_inputs(example_inputs))
     with torch.random.fork_rng(devices=[]):
         try:
             return model(*args, **kwargs)

@@ -93,6 +93,7 @@ def _parametrised(name: str, attr: str, chain: ParametrizationList) -> Stored | 
     """What is known of one parametrised attribute; None where no parameter is behind it."""
     own = dict(chain.named_parameters(recurse=False))
     path = f"parametrizations.{attr}"
+    reader = f"{name}.{path}" if name else path
     rest = list(chain)
     if weight_norm.is_weight_norm(rest[0]) and "original1" in own:
         wrong = next((part for part in rest[1:] if type(part) is not _SPECTRAL), None)
@@ -108,12 +109,13 @@ def _parametrised(name: str, attr: str, chain: ParametrizationList) -> Stored | 
     if all(type(part) is _SPECTRAL for part in rest):
         return Stored(name=f"{path}.original", parameter=stored)
     try:
-        maskings = [_chain_masking(chain, stored, training=training) for training in (False, True)]
+        maskings = [
+            _chain_masking(chain, stored, f"{name}.{path}" if name else path, training=training)
+            for training in (False, True)
+        ]
     except (UnfitError, RegenerationError) as error:
         return Stored(name=f"{path}.original", parameter=stored, reason=str(error))
-    transform = Transform(
-        reader=f"{name}.{path}" if name else path, path="original", evaluation=maskings[0], training=maskings[1]
-    )
+    transform = Transform(reader=reader, path="original", evaluation=maskings[0], training=maskings[1])
     return Stored(name=f"{path}.original", parameter=stored, transform=transform)
 
 
@@ -127,15 +129,15 @@ def kind_of(module: nn.Module) -> str:
     return type(module).__name__.lstrip("_")
 
 
-def _chain_masking(chain: ParametrizationList, stored: nn.Parameter, *, training: bool) -> Masking:
+def _chain_masking(chain: ParametrizationList, stored: nn.Parameter, name: str, *, training: bool) -> Masking:
     """How what a chain of parametrisations gives is masked; where neurons lie in it is not known here."""
     elementwise = True
-    for part in chain:
+    for i, part in enumerate(chain):
         try:
             graph = regenerated.trace(part, training=training, exact=False, like=stored)
             (source,) = [node for node in graph.nodes if node.op == "placeholder"]
             (end,) = graph.output_node().all_input_nodes
-            elementwise &= is_elementwise(part, source, end, stored)
+            elementwise &= is_elementwise(part, source, end, stored, f"{name}.{i}")
         except (RegenerationError, UnfitError, ValueError) as error:
             raise UnfitError(
                 f"its values come from {kind_of(part)}, which fills pruned weights again: {error}"

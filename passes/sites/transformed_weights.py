@@ -173,11 +173,13 @@ def _may_transform(use: Use) -> bool:
 
 def _recognised(name: str, module: nn.Module, graphs: list[fx.Graph], target: str) -> Recognised:
     weight: nn.Parameter = module.get_parameter(target)
+    if not weight.is_floating_point():
+        return Recognised(reason="its values are not real numbers")
     maskings, layouts = [], []
     try:
         for graph in graphs[: 1 if str(graphs[0]) == str(graphs[1]) else 2]:
             source, end, layout = _span(module, graph, target, weight)
-            elementwise = is_elementwise(module, source, end, weight)
+            elementwise = is_elementwise(module, source, end, weight, name)
             transform = functools.partial(regenerated.between(graph, target, end.name), module)
             dims: tuple[int, ...] = ()
             if not elementwise or not any(node.op == "call_module" for node in regenerated.ancestors(end)):

@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from srigl_fx.nn import regenerated
 from srigl_fx.nn.effective import Masking, masked
 from srigl_fx.nn.regenerated import RegenerationError
+from srigl_fx.passes.sites.contractions import name_of, operands
 from srigl_fx.passes.sites.weight_layout import Layout
 
 
@@ -74,7 +75,7 @@ def _name(node: fx.Node) -> str:
     return str(getattr(node.target, "__name__", node.target)).strip("_")
 
 
-def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Tensor) -> bool:
+def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Tensor, name: str = "") -> bool:
     """Rule 1: whether ``end`` is made of ``source`` element by element; else it is made with statistics of it.
 
     Args:
@@ -82,6 +83,7 @@ def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Ten
         source: The node that has the weight's values.
         end: The node that is used in their place.
         weight: The stored weight.
+        name: The module's FQN, for the reasons.
 
     Raises:
         UnfitError: It is made in another way.
@@ -103,36 +105,36 @@ def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Ten
         if node.op == "placeholder":
             raise UnfitError("its effective value depends on the data")
         if node.op == "get_attr":
-            _check_companion(node, attribute(module, str(node.target)), weight)
+            _check_companion(node, attribute(module, str(node.target)), weight, name)
             roles[node] = "other"
             continue
-        name = "module" if node.op == "call_module" else _name(node)
-        if name == "getattr":
-            name = str(node.args[1])
-        if not met & {"value", "statistic"} or name in _SIZES:
+        operation = "module" if node.op == "call_module" else _name(node)
+        if operation == "getattr":
+            operation = str(node.args[1])
+        if not met & {"value", "statistic"} or operation in _SIZES:
             roles[node] = "other"
-        elif name in _RESHAPES or name == "getitem":
-            if name == "getitem" and "value" in met:
+        elif operation in _RESHAPES or operation == "getitem":
+            if operation == "getitem" and "value" in met:
                 raise UnfitError("it is cut in pieces")
             roles[node] = "value" if "value" in met else "statistic"
-        elif name in _ELEMENTWISE:
+        elif operation in _ELEMENTWISE:
             roles[node] = "value" if "value" in met else "statistic"
             elementwise &= not {"value", "statistic"} <= met
-        elif name in _STATISTICS:
+        elif operation in _STATISTICS:
             roles[node] = "statistic"
-        elif name in _NORMALISATIONS:
+        elif operation in _NORMALISATIONS:
             roles[node], elementwise = "value", False
-        elif name == "module":
-            elementwise &= _module_is_elementwise(module, node, weight)
+        elif operation == "module":
+            elementwise &= _module_is_elementwise(module, node, weight, _joined(name, str(node.target)))
             roles[node] = "value"
         else:
-            raise UnfitError(f"{name} does not keep each value in its place")
+            raise UnfitError(f"{operation} does not keep each value in its place")
     if roles[end] != "value":
         raise UnfitError("what is used is not of its shape")
     return elementwise
 
 
-def _module_is_elementwise(module: nn.Module, node: fx.Node, weight: Tensor) -> bool:
+def _module_is_elementwise(module: nn.Module, node: fx.Node, weight: Tensor, name: str) -> bool:
     child = module.get_submodule(str(node.target))
     if any(cls.__name__ == "FakeQuantizeBase" for cls in type(child).__mro__):
         return True  # its scale, which it observes, has no gradient, and zero is always one of its values
@@ -148,17 +150,25 @@ def _module_is_elementwise(module: nn.Module, node: fx.Node, weight: Tensor) -> 
         ends = graph.output_node().all_input_nodes
         if len(ends) != 1:
             raise UnfitError(f"the child {node.target!r} gives several values")
-        elementwise &= is_elementwise(child, source, ends[0], weight)
+        elementwise &= is_elementwise(child, source, ends[0], weight, name)
     return elementwise
 
 
-def _check_companion(node: fx.Node, value: object, weight: Tensor) -> None:
+def _joined(name: str, target: str) -> str:
+    return f"{name}.{target}" if name else target
+
+
+def _check_companion(node: fx.Node, value: object, weight: Tensor, name: str) -> None:
     if isinstance(value, nn.Parameter) and value.numel() > max(weight.shape):
+        fqn = _joined(name, str(node.target))
         if weight.numel() <= max(value.shape):
-            raise CompanionError(f"it scales or shifts the weight {node.target!r}")
-        raise UnfitError(
-            f"it is made of two weights, the other one is {node.target!r}: masking one leaves the other whole"
-        )
+            contracted = any(operands(name_of(user.target), user.args, user.kwargs) for user in node.users)
+            raise CompanionError(
+                f"it is data, which the weight {fqn!r} multiplies"
+                if contracted
+                else f"it scales or shifts the weight {fqn!r}"
+            )
+        raise UnfitError(f"it is made of two weights, the other one is {fqn!r}: masking one leaves the other whole")
 
 
 @torch.no_grad()

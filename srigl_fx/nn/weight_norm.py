@@ -1,8 +1,9 @@
 """Weight and spectral normalisation of a masked weight, in both forms torch has.
 
 Owns what happens to ``g * v / ||v||`` where ``v``, the masked parameter, has a norm of zero, and to ``W / sigma(W)``
-where all of ``W`` is zero. It must not know of any other transform. Of weight normalisation: off the mask ``v`` is zero and so is the effective weight, and the gradient of ``v`` there is that of
-the effective weight times ``g / ||v||``: nothing else needs masking, and growth has its dense gradient.
+where all of ``W`` is zero. It must not know of any other transform. Under weight normalisation, off the mask ``v`` is
+zero and so is the effective weight, and the gradient of ``v`` there is that of the effective weight times
+``g / ||v||``: nothing else needs masking, and growth has its dense gradient.
 """
 
 from collections.abc import Callable

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def model(request: pytest.FixtureRequest) -> nn.Sequential:
     return sx.sparsify(nn.Sequential(normalise(nn.Linear(12, 8)), nn.ReLU(), nn.Linear(8, 4)), sparsity=0.5)
 
 
-def _stored(model: nn.Sequential) -> tuple[nn.Parameter, torch.Tensor]:
+def _stored(model: nn.Module) -> tuple[nn.Parameter, torch.Tensor]:
     """The masked weight of the first layer, and its mask."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     name = next(name for name in tensors if name.startswith("0.") and name + MASK_SUFFIX in tensors)
@@ -43,7 +44,8 @@ def test_a_weight_of_zeros_has_finite_values_and_gradients(model: nn.Sequential,
     weight = _kill(model)
     x = torch.randn(5, 12)
     y = model.train(training)(x)
-    torch.testing.assert_close(model[0](x), model[0].bias.expand(5, 8))
+    layer: Any = model[0]
+    torch.testing.assert_close(layer(x), layer.bias.expand(5, 8))
     y.square().sum().backward()
     assert weight.grad is not None
     assert weight.grad.isfinite().all()

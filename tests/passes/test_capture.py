@@ -236,17 +236,14 @@ def test_a_batch_that_cannot_be_free_is_captured_as_it_was_given(batch: int) -> 
 def test_only_attempts_that_can_cure_the_error_are_made() -> None:
     assert len(capture_whole(Branches().eval(), (torch.randn(2, 4),), {}).failures) == 1
     numpy = capture_whole(UsesNumpy().eval(), (torch.randn(2, 4),), {})
-    assert [failure.attempt for failure in numpy.failures] == [
-        "torch.export, dynamic batch",
-        "torch.export, static batch",
-    ]
+    # The static attempt fails in the same words, which are not said again.
+    assert [failure.attempt for failure in numpy.failures] == ["torch.export, dynamic batch"]
 
 
 def test_a_failure_names_the_line_of_the_model() -> None:
     (failure,) = capture_whole(Branches().eval(), (torch.randn(2, 4),), {}).failures
-    assert str(failure).startswith("the model (Branches): Could not guard on data-dependent expression")
-    assert "(test_capture.py, line " in failure.error
-    assert "return x + 1 if x.sum() > 0 else x - 1)" in failure.error
+    assert "return x + 1 if x.sum() > 0 else x - 1`: Could not guard on data-dependent expression" in str(failure)
+    assert failure.error.startswith("test_capture.py, line ")
 
 
 _CAPTURED_WITH: list[str | None] = []
@@ -293,9 +290,15 @@ class ReturnsCache(nn.Module):
 def test_a_cache_among_the_outputs_is_told_without_an_attempt() -> None:
     done = capture_whole(ReturnsCache().eval(), (torch.randn(2, 4),), {})
     assert [(failure.attempt, failure.error) for failure in done.failures] == [
-        ("not tried", "it returns a value of type KeyValueCache: pass use_cache=False")
+        (
+            "not tried",
+            "it returns a value of type KeyValueCache: set model.config.use_cache = False, "
+            "or give use_cache=False in the example inputs",
+        )
     ]
-    with pytest.raises(CaptureError, match=r"ReturnsCache whole: it returns .*KeyValueCache: pass use_cache=False"):
+    with pytest.raises(
+        CaptureError, match=r"ReturnsCache whole: it returns .*KeyValueCache: set model.config.use_cache"
+    ):
         capture(ReturnsCache().eval(), (torch.randn(2, 4),))
 
 

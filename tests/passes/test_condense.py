@@ -136,8 +136,8 @@ def test_what_stays_dense_says_why() -> None:
     reasons = {layer.weight.fqn: layer.reason for layer in program.layers}
     assert reasons == {
         "conv1.weight": "",
-        "conv3.weight": "conv3d weights have no condensed operator yet",
-        "up.weight": "conv_transpose1d weights have no condensed operator yet",
+        "conv3.weight": "3-D convolutions have no condensed operator yet",
+        "up.weight": "transposed convolutions have no condensed operator yet",
         "product.weight": "",
         "unused.weight": "not used by the captured graph",
         "even.weight": "an even kernel with padding 'same' pads unevenly; give the padding in numbers",

@@ -150,7 +150,14 @@ ONE_OF_FOUR = [False, True, False, False]
         (lambda h: h.cumsum(1), [False] * 4, 0.0),
         (lambda h: F.pad(h, (1, 0)), [True, *ONE_OF_FOUR], 0.0),
         (lambda h: h.sum(0), [False] * 4, 0.0),  # the constant's sum depends on the batch size
-        (lambda h: h.amax(0), ONE_OF_FOUR, 2.0),
+        (lambda h: h.amax(0), [False] * 4, 0.0),
+        (lambda h: F.relu(h - 3).sum(0), ONE_OF_FOUR, 0.0),  # but not that of zeros
+        (lambda h: h.t() @ F.relu(h - 3), [False, True, False, False] * 4, 0.0),
+        (lambda h: h.t() @ torch.ones_like(h), [False] * 16, 0.0),
+        (lambda h: h.reshape(4, -1), [False] * 4, 0.0),
+        (lambda h: torch.stack([h, h]).reshape(-1, 4).reshape(2, -1, 4)[0], ONE_OF_FOUR, 2.0),
+        (lambda h: torch.ones(h.shape[0]).sum().clamp(max=1) * h, [False] * 4, 0.0),
+        (lambda h: h[-1] + torch.arange(h.shape[0])[:1].clamp(max=0), [False] * 4, 0.0),
     ],
 )
 def test_what_is_constant_by_hand(function: Any, fixed: list[bool], value: float) -> None:

@@ -170,7 +170,7 @@ def test_parametrised_weights_are_of_their_modules_kind(layer: Callable[[], nn.M
             "come from Orthogonal, which fills pruned weights again",
         ),
         (lambda: parametrised(Symmetric()), "come from Symmetric, which fills pruned weights again: triu"),
-        (lambda: parametrised(LowRank()), "the other one is 'a'"),
+        (lambda: parametrised(LowRank()), "the other one is '0.parametrizations.weight.0.a'"),
     ],
 )
 def test_parametrisations_that_fill_pruned_weights_stay_dense(layer: Callable[[], nn.Module], reason: str) -> None:
