@@ -317,6 +317,38 @@ def test_the_text_has_a_removal_section_only_where_channels_went_or_stayed() -> 
     assert "->" not in stays
 
 
+def test_what_is_told_of_rows_that_stay() -> None:
+    weight = Removal(
+        fqn="a.weight", rows=8, ablated=2, rows_removed=0, columns=4, columns_removed=0,
+        kept={"it is an output of the model": 2},
+    )  # fmt: skip
+    removals = Removals(weights=(weight,), channels=(8, 8), parameters=(9, 9), flops=(64, 64))
+    note = Note(where="a.weight", reason="2 of 2 ablated rows stay in the graph: 2 because ...", by="RemoveDead")
+    for region, why in (("", "it is an output of the model"), ("a", "code outside this graph reads it")):
+        report = LoweringReport(
+            layers=(layer("a.weight", region=region),),
+            capture="",
+            dynamic_batch=True,
+            removals=(removals, removals),
+            notes=(note,),
+        )
+        text, page = str(report), Page(report.to_html()).text
+        assert text.count("4 ablated rows stay") == 1
+        assert why in text
+        assert why in page
+        assert "Channels removed" in page  # as 0
+        assert "Removed channels" not in page
+        assert "Notes by pass" not in page
+        assert len(repr(report)) < 200
+
+
+def test_a_masked_weight_that_runs_densely_is_drawn_as_it_is_stored() -> None:
+    row = {"name": "a", "neurons": 6, "active_neurons": 3, "dense_fan_in": 100, "kept": 60}
+    dense, shrunk, condensed = landscape([{**row, "status": status} for status in ("dense", "shrunk", "condensed")])
+    assert (dense["height"], shrunk["height"], condensed["height"]) == (100, 50, 10)
+    assert dense["label"] == "a: 60 of 600 weights kept, 600 stored"
+
+
 def test_the_area_of_the_landscape_is_what_is_left() -> None:
     rows = [
         {"name": "a", "neurons": 6, "dense_fan_in": 100, "kept": 60, "status": "condensed"},
