@@ -26,20 +26,20 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 
 # Operators of aten beyond those that torch tags as core or pointwise.
 _ATEN_NAMES = """
-__and__ __or__ _native_batch_norm_legit _native_batch_norm_legit_no_training _softmax _log_softmax _to_copy
+__and__ __or__ _log_softmax _native_batch_norm_legit _native_batch_norm_legit_no_training _softmax _to_copy
 _unsafe_view _weight_norm adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d
 adaptive_max_pool2d addbmm addmm addmv affine_grid_generator arange argmax argmin argsort avg_pool1d avg_pool2d
 avg_pool3d baddbmm batch_norm bilinear bincount bmm broadcast_to bucketize channel_shuffle chunk clone col2im concat
-constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
-cosine_similarity cumprod cumsum detach diag_embed diagonal diff dot dropout einsum embedding embedding_bag
-empty_like expand expand_as feature_dropout flatten flip floor_divide full full_like gather grid_sampler group_norm
-hardswish gru gru_cell histc im2col index index_add index_copy index_put index_select instance_norm layer_norm lift_fresh_copy
-linalg_norm linalg_vector_norm linear linspace log_softmax logsumexp lstm lstm_cell masked_fill masked_select matmul
-max max_pool1d max_pool2d max_pool3d mean meshgrid min mm movedim mv narrow new_empty new_full new_ones new_zeros
-norm one_hot ones ones_like outer pad permute pixel_shuffle pixel_unshuffle prod reflection_pad1d reflection_pad2d
-repeat repeat_interleave replication_pad1d replication_pad2d reshape rms_norm rnn_relu rnn_relu_cell rnn_tanh
-rnn_tanh_cell roll scalar_tensor scaled_dot_product_attention scatter scatter_add searchsorted select select_scatter
-slice slice_scatter softmax sort split split_with_sizes squeeze stack std std_mean sum swapaxes sym_numel sym_size
+constant_pad_nd contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cosine_similarity
+cumprod cumsum detach diag_embed diagonal diff dot dropout einsum embedding embedding_bag empty_like expand expand_as
+feature_dropout flatten flip floor_divide full full_like gather grid_sampler group_norm gru gru_cell hardswish histc
+im2col index index_add index_copy index_put index_select instance_norm layer_norm lift_fresh_copy linalg_norm
+linalg_vector_norm linear linspace log_softmax logsumexp lstm lstm_cell masked_fill masked_select matmul max
+max_pool1d max_pool2d max_pool3d mean meshgrid min mm movedim mv narrow new_empty new_full new_ones new_zeros norm
+one_hot ones ones_like outer pad permute pixel_shuffle pixel_unshuffle prod reflection_pad1d reflection_pad2d repeat
+repeat_interleave replication_pad1d replication_pad2d reshape rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell
+roll scalar_tensor scaled_dot_product_attention scatter scatter_add searchsorted select select_scatter slice
+slice_scatter softmax sort split split_with_sizes squeeze stack std std_mean sum swapaxes sym_numel sym_size
 sym_stride t take_along_dim tensordot tile to topk transpose tril triu type_as unbind unflatten unfold unsqueeze
 upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_nearest3d
 upsample_trilinear3d var var_mean vdot view_as where zeros zeros_like
