@@ -115,7 +115,9 @@ class FoldConstants(Pass[Program]):
         else:
             return MaskedTensor(fqn=source.fqn, mask=mask), ""
         for source in sources.values():
-            subject.folded[source.fqn] = f"computed once, before any input is known: a constant {problem}"
+            subject.folded[source.fqn] = (
+                "it only meets constants: the result is computed once and stored, without a mask"
+            )
         return None, f"{problem}: it counts as dense"
 
 
