@@ -89,19 +89,19 @@ def _reshape_views(module: fx.GraphModule) -> None:
 @contextmanager
 def fit_for_capture(model: nn.Module) -> Iterator[None]:
     """The state in which ``model`` can be captured: plain attention and experts, and torch silent."""
-    with _plain_attention(), plain_experts(model), _quiet_torch():
+    with plain_attention(), plain_experts(model), _quiet_torch():
         yield
 
 
 @contextmanager
 def plain_execution() -> Iterator[None]:
     """Run models as they are captured: plain attention, and as Python what ``torch.compile`` has wrapped."""
-    with _plain_attention(), torch.compiler.set_stance("force_eager"):
+    with plain_attention(), torch.compiler.set_stance("force_eager"):
         yield
 
 
 @contextmanager
-def _plain_attention() -> Iterator[None]:
+def plain_attention() -> Iterator[None]:
     """Keep nn.MultiheadAttention from its fused inference path, which is one opaque operator."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -10,7 +10,7 @@ Rules:
        to the first contraction on every path.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ from srigl_fx.passes.capture import copies, normalise_inputs
 from srigl_fx.passes.sites.contractions import name_of
 from srigl_fx.passes.sites.weight_uses import Data, Derived, Use, Value, Views, after, initial
 from srigl_fx.passes.sites.weight_views import WeightView
+from srigl_fx.passes.tracing import plain_attention
 
 
 def uses_on(model: nn.Module, example_inputs: Any) -> dict[int, list[Use]]:
@@ -40,7 +41,7 @@ def uses_on(model: nn.Module, example_inputs: Any) -> dict[int, list[Use]]:
         ['linear']
     """
     recorder = _Recorder(model)
-    with _evaluating(model, set()), torch.no_grad(), _plain_attention(), recorder:
+    with _evaluating(model, set()), torch.no_grad(), plain_attention(), recorder:
         _run(model, example_inputs)
     return recorder.found
 
@@ -134,17 +135,6 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: _mapped(item, function) for key, item in value.items()}
     return function(value)
-
-
-@contextmanager
-def _plain_attention() -> Iterator[None]:
-    """Keep nn.MultiheadAttention from its fused inference path, whose operands are not the weights' functions."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _run(model: nn.Module, example_inputs: Any) -> Any:

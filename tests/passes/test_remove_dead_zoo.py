@@ -33,6 +33,7 @@ def with_dead_neurons(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO])
+@pytest.mark.filterwarnings("ignore")  # of the libraries that the models come from
 def test_removal_is_exact(name: str) -> None:
     model = with_dead_neurons(name)
     try:
