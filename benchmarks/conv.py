@@ -86,7 +86,7 @@ def row(layer: tuple[int, int, int, int, int], sparsity: float, batch: int) -> s
     operands = [torch.from_numpy(array) for array in arrays]
     dense, x = torch.from_numpy(weight).reshape(shape), torch.randn(batch, channels, size, size)
     geometry = shape, [stride] * 2, [padding] * 2, [1, 1], 1
-    operator = torch.ops.srigl_fx.condensed_conv2d.default
+    operator = torch.ops.srigl_fx.condensed_conv.default
     model, feeds = onnx_model(condensed, shape, stride, padding), {"x": x.numpy()}
     stock, ours = session(model, library=False), session(model, library=True)
     with torch.inference_mode():

@@ -158,7 +158,7 @@ def _condensed(buffers: "_Buffers", use: Use, name: str) -> fx.Node:
             stride, padding, dilation, groups = _geometry(use)
             kernel = use.kernel if use.form == "conv2d" else (1, *use.kernel)
             shape = [last - first, use.mask.shape[1] // int(np.prod(kernel)), *kernel]
-            operator = torch.ops.srigl_fx.condensed_conv2d.default
+            operator = torch.ops.srigl_fx.condensed_conv.default
             outputs.append(graph.call_function(operator, (x, *operands, shape, stride, padding, dilation, groups)))
     axis = -1 if use.form == "linear" else 1
     y = outputs[0] if len(outputs) == 1 else graph.call_function(aten.cat.default, (outputs, axis))

@@ -45,7 +45,7 @@ upsample_bicubic2d upsample_bilinear2d upsample_linear1d upsample_nearest1d upsa
 upsample_trilinear3d var var_mean vdot view_as where zeros zeros_like
 """
 _ATEN = frozenset(_ATEN_NAMES.split())
-_OURS = frozenset({"condensed_linear", "condensed_conv2d"})
+_OURS = frozenset({"condensed_linear", "condensed_conv"})
 _BUFFER_UPDATE = "copy_"  # how a captured graph writes a buffer that the model updates; checks shapes like any operator
 
 

@@ -204,7 +204,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     return {
         torch.ops.srigl_fx.condensed_linear.default: translate_linear,
-        torch.ops.srigl_fx.condensed_conv2d.default: translate_conv2d,
+        torch.ops.srigl_fx.condensed_conv.default: translate_conv2d,
     }
 
 

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 _CONVOLUTIONS = frozenset(
-    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, torch.ops.srigl_fx.condensed_conv2d.default}
+    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, torch.ops.srigl_fx.condensed_conv.default}
 )
 _SPLITS = frozenset({aten.split.Tensor, aten.unsafe_split.Tensor})
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})

@@ -159,7 +159,7 @@ def test_torch_operator(case: tuple[Node, Array]) -> None:
     weights = [torch.from_numpy(node.weights[name]) for name in WEIGHTS]
     attributes = [node.attributes[name] for name in ("weight_shape", "strides", "pads", "dilations", "group")]
     attributes[2] = attributes[2][:2]
-    y = torch.ops.srigl_fx.condensed_conv2d(torch.from_numpy(x), *weights, *attributes)
+    y = torch.ops.srigl_fx.condensed_conv(torch.from_numpy(x), *weights, *attributes)
     _compare(y.numpy(), node, x)
 
 

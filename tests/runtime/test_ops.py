@@ -16,7 +16,7 @@ from srigl_fx.errors import FormatError
 from srigl_fx.runtime import ops, reference
 
 linear = torch.ops.srigl_fx.condensed_linear
-conv2d = torch.ops.srigl_fx.condensed_conv2d
+conv2d = torch.ops.srigl_fx.condensed_conv
 CONV = {"weight_shape": [6, 2, 3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 2}
 
 
@@ -145,9 +145,9 @@ def test_linear_refuses(position: int, operand: Tensor, message: str) -> None:
         ({"weight_shape": [6, 2, 2, 3]}, "index of"),
         ({"weight_shape": [7, 2, 3, 3]}, "needs"),
         ({"stride": [0, 1]}, "at least 1"),
-        ({"stride": [1]}, "two numbers"),
+        ({"stride": [1]}, "2 numbers"),
         ({"padding": [-1, 0]}, "at least 0"),
-        ({"dilation": [4, 4]}, "larger than the padded input"),
+        ({"dilation": [4, 4]}, "does not fit the padded input"),
         ({"groups": 1}, "needs 2"),
         ({"groups": 0}, "at least 1"),
     ],

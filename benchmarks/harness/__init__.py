@@ -1,0 +1,1 @@
+"""What the benchmark of peers is made of: layers, contenders, timing, ceilings, tables and plots."""

@@ -1,0 +1,208 @@
+"""What the machine can do: bytes read a second from each cache and memory, multiply-adds a second, on one thread.
+
+Owns the loops, written in LLVM's own language so that no compiler's taste is measured, and the time below which a cell
+cannot go. It must not know the contenders.
+"""
+
+import ctypes
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from harness.machine import cache_bytes, cpu_flags
+
+ACCUMULATORS = 12  # more than latency times throughput of any core's FMA units
+MEMORY_BUFFER = 1 << 30
+ROUNDS = 7
+
+_LOOP = """
+define void @sweep(ptr %x, ptr %y, i64 %groups, i64 %repeats) {{
+entry:
+  %factor = load <{lanes} x float>, ptr %y, align 4
+  br label %outer
+outer:
+  %turn = phi i64 [0, %entry], [%next_turn, %outer_end]
+  {outer_phis}
+  br label %inner
+inner:
+  %group = phi i64 [0, %outer], [%next_group, %inner]
+  {inner_phis}
+  %first = mul i64 %group, {accumulators}
+  {steps}
+  %next_group = add i64 %group, 1
+  %more = icmp slt i64 %next_group, %groups
+  br i1 %more, label %inner, label %outer_end
+outer_end:
+  %next_turn = add i64 %turn, 1
+  %again = icmp slt i64 %next_turn, %repeats
+  br i1 %again, label %outer, label %done
+done:
+  {stores}
+  ret void
+}}
+declare <{lanes} x float> @llvm.fma.v{lanes}f32(<{lanes} x float>, <{lanes} x float>, <{lanes} x float>)
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """A buffer: the smallest cache that can hold it, or memory; its bytes, and the bytes read from it a second."""
+
+    name: str
+    buffer: int
+    rate: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ceilings:
+    """What one thread reaches.
+
+    Attributes:
+        levels: Buffers in caches and memory, small ones first.
+        register_fmas: Multiply-adds a second with all operands in registers.
+        load_fmas: The same where each vector of multiply-adds loads one operand from the first cache.
+    """
+
+    levels: tuple[Level, ...]
+    register_fmas: float
+    load_fmas: float
+
+    def limit(self, moved: int, fmas: int) -> tuple[float, str]:
+        """Seconds below which nothing moves so many bytes and does so many multiply-adds, and what limits it.
+
+        Example:
+            >>> ceilings = Ceilings(levels=(Level(name="L2", buffer=100, rate=10.0),), register_fmas=2.0, load_fmas=1.0)
+            >>> ceilings.limit(20, 1), ceilings.limit(20, 5)
+            ((2.0, 'bytes from L2'), (5.0, 'multiply-adds'))
+        """
+        rate, name = self._read(moved)
+        return max((moved / rate, f"bytes from {name}"), (fmas / self.load_fmas, "multiply-adds"))
+
+    def _read(self, nbytes: int) -> tuple[float, str]:
+        """Bytes a second read from a buffer of this size, between the measured sizes by their logarithms."""
+        sizes = [math.log(level.buffer) for level in self.levels]
+        rates = [math.log(level.rate) for level in self.levels]
+        rate = math.exp(float(np.interp(math.log(max(1, nbytes)), sizes, rates)))
+        return rate, next((level.name for level in self.levels if nbytes <= level.buffer), self.levels[-1].name)
+
+
+def lanes() -> int:
+    """Floats in the widest vector register."""
+    flags = cpu_flags()
+    return 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
+
+
+def _assembly(width: int, *, load: bool) -> str:
+    """LLVM code that goes ``repeats`` times over groups of vectors of x, each vector into an accumulator of its own.
+
+    Without ``load`` the same number of multiply-adds takes its operands from registers.
+    """
+    numbers = range(ACCUMULATORS)
+    vector = f"<{width} x float>"
+    steps = []
+    for i in numbers:
+        if load:
+            steps += [
+                f"%place{i} = add i64 %first, {i}",
+                f"%at{i} = getelementptr {vector}, ptr %x, i64 %place{i}",
+                f"%operand{i} = load {vector}, ptr %at{i}, align {4 * width}",
+            ]
+        operand = f"%operand{i}" if load else "%factor"
+        arguments = ", ".join(f"{vector} {name}" for name in (operand, "%factor", f"%sum{i}"))
+        steps.append(f"%new{i} = call {vector} @llvm.fma.v{width}f32({arguments})")
+    stores = []
+    for i in numbers:
+        stores += [
+            f"%to{i} = getelementptr {vector}, ptr %y, i64 {i}",
+            f"store {vector} %new{i}, ptr %to{i}, align 4",
+        ]
+    between = "\n  "
+    return _LOOP.format(
+        lanes=width,
+        accumulators=ACCUMULATORS,
+        outer_phis=between.join(
+            f"%kept{i} = phi {vector} [zeroinitializer, %entry], [%new{i}, %outer_end]" for i in numbers
+        ),
+        inner_phis=between.join(f"%sum{i} = phi {vector} [%kept{i}, %outer], [%new{i}, %inner]" for i in numbers),
+        steps=between.join(steps),
+        stores=between.join(stores),
+    )
+
+
+def _compiled(code: str) -> tuple[Callable[[int, int, int, int], None], object]:
+    """The loop as a function of (x, y, groups, repeats), and what keeps its machine code alive."""
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=2
+    )
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(code), machine)
+    engine.finalize_object()
+    prototype = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+    return prototype(engine.get_function_address("sweep")), engine
+
+
+def measure_ceilings(seconds: float = 0.1, largest: int = MEMORY_BUFFER) -> Ceilings:
+    """Measure them; the best of a few rounds counts, as it is what the machine can do.
+
+    Args:
+        seconds: Of each round.
+        largest: Bytes of the largest buffer; each is twice the one before.
+    """
+    width = lanes()
+    group = ACCUMULATORS * width * 4
+    caches = cache_bytes() or {1: 32 << 10, 2: 1 << 20, 3: 16 << 20}
+    sizes = [min(caches[1] // 2, largest)]
+    while 2 * sizes[-1] <= largest:
+        sizes.append(2 * sizes[-1])
+    buffer = np.ones(sizes[-1] // 4 + width, np.float32)
+    x = -(-buffer.ctypes.data // 64) * 64
+    y = np.ones(ACCUMULATORS * width, np.float32)
+    loads, keep_loads = _compiled(_assembly(width, load=True))
+    registers, keep_registers = _compiled(_assembly(width, load=False))
+
+    def rate(loop: Callable[[int, int, int, int], None], nbytes: int) -> float:
+        """Multiply-adds a second over the first ``nbytes`` of the buffer."""
+        groups, repeats, best = max(1, (nbytes - 64) // group), 1, 0.0
+        for _ in range(ROUNDS):
+            start = time.perf_counter()
+            loop(x, y.ctypes.data, groups, repeats)
+            taken = time.perf_counter() - start
+            best = max(best, groups * repeats * ACCUMULATORS * width / taken)
+            repeats = max(1, int(repeats * seconds / taken))
+        return best
+
+    levels = []
+    for size in sizes:
+        name = next((f"L{level}" for level, capacity in caches.items() if size <= capacity), "memory")
+        levels.append(Level(name=name, buffer=size, rate=4 * rate(loads, size)))
+    ceilings = Ceilings(
+        levels=tuple(levels), register_fmas=rate(registers, levels[0].buffer), load_fmas=levels[0].rate / 4
+    )
+    del keep_loads, keep_registers
+    return ceilings
+
+
+def write_ceilings(path: Path, ceilings: Ceilings) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("name", "buffer", "rate"))
+        writer.writerow(("register FMAs", 0, f"{ceilings.register_fmas:.6e}"))
+        writer.writerow(("load FMAs", 0, f"{ceilings.load_fmas:.6e}"))
+        writer.writerows((level.name, level.buffer, f"{level.rate:.6e}") for level in ceilings.levels)
+
+
+def read_ceilings(path: Path) -> Ceilings:
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [(row["name"], int(row["buffer"]), float(row["rate"])) for row in csv.DictReader(file)]
+    return Ceilings(
+        levels=tuple(Level(name=name, buffer=buffer, rate=rate) for name, buffer, rate in rows[2:]),
+        register_fmas=rows[0][2],
+        load_fmas=rows[1][2],
+    )
