@@ -7,6 +7,7 @@ alone; each part has files of its own, and the table of bars is made from all th
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,22 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the files")
     parser.add_argument("--peers", type=Path, help="folder of DeepSparse's environment (default: the cache)")
     parser.add_argument("--setup-deepsparse", action="store_true", help="make DeepSparse's environment, and stop")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.command = " ".join(["python benchmarks/peers.py", *_without_folders(arguments)])
+    return options
+
+
+def _without_folders(arguments: Sequence[str]) -> list[str]:
+    """The command line as it is printed in the results: folders of one machine say nothing to readers."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        name, given, _ = argument.partition("=")
+        if skip or name in ("--out", "--peers"):
+            skip = not skip and not given
+        else:
+            kept.append(shlex.quote(argument))
+    return kept
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,18 +4,20 @@ Owns the rewriting of one node in each of its forms, and :class:`Condense`, whic
 know how a decision came about, nor any kernel: the operators are named through ``torch.ops``.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
+from srigl_fx.errors import LoweringError
 from srigl_fx.passes.base import Pass, PassResult
-from srigl_fx.passes.program import Decision, Program, Use, arguments, pair, tensor_at
-from srigl_fx.runtime.format import CondensedWeight
+from srigl_fx.passes.program import Decision, Program, Use, arguments, tensor_at
+from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
 
 aten = torch.ops.aten
 
@@ -27,8 +29,8 @@ class Condense(Pass[Program]):
     """Rewrite the uses of each layer as its decision says.
 
     1. "condensed": the node becomes a condensed operator; values, indices and active rows are buffers named after the
-       weight. A layer without bias gets a buffer of zeros. A convolution over one axis becomes one over two, the first
-       of size 1.
+       weight, the values in the program's ``value_dtype``. A layer without bias gets a buffer of zeros. What an even
+       kernel with padding "same" needs on the far side is padded before it.
     2. Where a few runs of a matrix's rows keep fan-ins that differ much (the blocks of a packed projection), the node
        becomes one operator a run and their concatenation; else, where inputs were removed, the shorter rows are filled
        up with weights that are zero.
@@ -43,7 +45,7 @@ class Condense(Pass[Program]):
         for layer in subject.layers:
             names: set[str] = set()
             for use in layer.uses:
-                names |= rewrite(subject.module, use, layer.weight.fqn, layer.decision)
+                names |= rewrite(subject.module, use, layer.weight.fqn, layer.decision, subject.value_dtype)
             layer.bytes_after = sum(tensor_at(subject.module, name).nbytes for name in names)
         graph.eliminate_dead_code()
         graph.lint()
@@ -66,16 +68,38 @@ class Condense(Pass[Program]):
         assert not left & set(subject.module.graph.nodes)
 
 
-def condensed_rows(use: Use) -> list[tuple[int, int, CondensedWeight]]:
+def refuse_overflow(program: Program) -> None:
+    """Refuse weights that the program's ``value_dtype`` cannot hold.
+
+    Raises:
+        LoweringError: A kept weight of a layer that can be condensed is finite, but not in that dtype.
+    """
+    value_dtype = program.value_dtype
+    for layer in program.layers:
+        for use in layer.uses:
+            kept = use.weight[use.mask]
+            if lost := kept[kept.isfinite() & ~kept.to(value_dtype).isfinite()].tolist():
+                raise LoweringError(
+                    f"{layer.weight.fqn} {tuple(layer.weight.weight.shape)} holds {max(lost, key=abs):.5g}, and "
+                    f"{value_dtype} nothing above {torch.finfo(value_dtype).max:.5g}: lower it with value_dtype="
+                    "torch.bfloat16 or torch.float32 (a batch norm may have been folded into it)"
+                )
+
+
+def condensed_rows(use: Use, value_dtype: torch.dtype = torch.float32) -> list[tuple[int, int, CondensedWeight]]:
     """The rows of a use as condensed weights with the first and last row of each (rule 2 of :class:`Condense`)."""
     weight, mask = use.weight.numpy(), use.mask.numpy()
     counts = mask.sum(axis=1)
     cuts = _runs(counts)
     missing = int(np.where(counts > 0, counts.max(initial=0) - counts, 0).sum())
-    if len(cuts) > (_MOST_PIECES if use.form == "linear" else 1) or missing < _WORTH_CUTTING * counts.sum():
+    if len(cuts) > (_MOST_PIECES if use.geometry is None else 1) or missing < _WORTH_CUTTING * counts.sum():
         mask = _filled_up(mask, counts)
         cuts = [(0, len(counts))]
-    return [(first, last, CondensedWeight.from_dense(weight[first:last], mask[first:last])) for first, last in cuts]
+    dtype = cast(ValueDtype, str(value_dtype).removeprefix("torch."))
+    return [
+        (first, last, CondensedWeight.from_dense(weight[first:last], mask[first:last], dtype=dtype))
+        for first, last in cuts
+    ]
 
 
 def _runs(counts: "np.ndarray[Any, Any]") -> list[tuple[int, int]]:
@@ -96,7 +120,9 @@ def _filled_up(mask: "np.ndarray[Any, Any]", counts: "np.ndarray[Any, Any]") -> 
     return mask | (~mask & (free <= missing[:, None]))
 
 
-def rewrite(module: fx.GraphModule, use: Use, name: str, decision: Decision) -> set[str]:
+def rewrite(
+    module: fx.GraphModule, use: Use, name: str, decision: Decision, value_dtype: torch.dtype = torch.float32
+) -> set[str]:
     """Replace one use of the weight ``name`` in ``module``'s graph by the form ``decision`` names.
 
     Returns:
@@ -108,7 +134,7 @@ def rewrite(module: fx.GraphModule, use: Use, name: str, decision: Decision) -> 
     before = node.prev
     buffers = _Buffers(module)
     with module.graph.inserting_before(node):
-        new = (_condensed if decision == "condensed" else _shrunk)(buffers, use, name)
+        new = _shrunk(buffers, use, name) if decision == "shrunk" else _condensed(buffers, use, name, value_dtype)
     made = before.next
     while made is not node:
         made.meta = {**node.meta, **made.meta}
@@ -120,29 +146,20 @@ def rewrite(module: fx.GraphModule, use: Use, name: str, decision: Decision) -> 
     return buffers.targets
 
 
-def _geometry(use: Use) -> tuple[list[int], list[int], list[int], int]:
-    """(stride, padding, dilation, groups) over two axes."""
-    given = arguments(use.node)
-    stride, padding, dilation = ((given[name]) for name in ("stride", "padding", "dilation"))
-    if use.form == "conv1d":
-        stride, padding, dilation = [1, *_one(stride)], [0, *_one(padding)], [1, *_one(dilation)]
-    return pair(stride), pair(padding), pair(dilation), given["groups"]
-
-
-def _one(value: Any) -> list[int]:
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _condensed(buffers: "_Buffers", use: Use, name: str) -> fx.Node:
+def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtype) -> fx.Node:
     graph = buffers.module.graph
-    pieces = condensed_rows(use)
-    x = use.x if use.form != "conv1d" else graph.call_function(aten.unsqueeze.default, (use.x, 2))
+    pieces = condensed_rows(use, value_dtype)
+    x, geometry = use.x, use.geometry
+    if geometry is not None and any(geometry.extra):
+        zeros = [number for extra in reversed(geometry.extra) for number in (0, extra)]
+        x = graph.call_function(aten.constant_pad_nd.default, (x, zeros, 0.0))
     outputs = []
     for first, last, weight in pieces:
         stem = name if len(pieces) == 1 else f"{name}_rows{first}_{last}"
+        parts = {"values": _values(weight), "indices": weight.indices, "active": weight.active}
         operands = [
-            buffers.read(f"{stem}_{part}", torch.from_numpy(array))
-            for part, array in (("values", weight.values), ("indices", weight.indices), ("active", weight.active))
+            buffers.read(f"{stem}_{part}", held if isinstance(held, Tensor) else torch.from_numpy(held))
+            for part, held in parts.items()
         ]
         if use.bias is None:
             operands.append(buffers.read(f"{stem}_bias", torch.zeros(last - first)))
@@ -151,24 +168,31 @@ def _condensed(buffers: "_Buffers", use: Use, name: str) -> fx.Node:
         else:
             rows = (use.bias, 0, first, last)
             operands.append(buffers.bias(graph.call_function(aten.slice.Tensor, rows), f"{stem}_bias"))
-        if use.form == "linear":
+        if geometry is None:
             operator = torch.ops.srigl_fx.condensed_linear.default
             outputs.append(graph.call_function(operator, (x, *operands, use.mask.shape[1])))
         else:
-            stride, padding, dilation, groups = _geometry(use)
-            kernel = use.kernel if use.form == "conv2d" else (1, *use.kernel)
-            shape = [last - first, use.mask.shape[1] // int(np.prod(kernel)), *kernel]
+            channels = use.mask.shape[1] // math.prod(geometry.kernel)
+            numbers = (geometry.stride, geometry.padding, geometry.dilation)
+            settings = ([last - first, channels, *geometry.kernel], *map(list, numbers), geometry.groups)
+            more = {"transposed": True, "output_padding": list(geometry.output_padding)} if geometry.transposed else {}
             operator = torch.ops.srigl_fx.condensed_conv.default
-            outputs.append(graph.call_function(operator, (x, *operands, shape, stride, padding, dilation, groups)))
-    axis = -1 if use.form == "linear" else 1
-    y = outputs[0] if len(outputs) == 1 else graph.call_function(aten.cat.default, (outputs, axis))
-    return y if use.form != "conv1d" else graph.call_function(aten.squeeze.dim, (y, 2))
+            outputs.append(graph.call_function(operator, (x, *operands, *settings), more))
+    axis = -1 if geometry is None else 1
+    return outputs[0] if len(outputs) == 1 else graph.call_function(aten.cat.default, (outputs, axis))
+
+
+def _values(weight: CondensedWeight) -> Tensor:
+    """The values as a tensor: torch does not read NumPy arrays of bfloat16."""
+    if weight.values.dtype == VALUE_DTYPES["bfloat16"]:
+        return torch.from_numpy(weight.values.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(weight.values)
 
 
 def can_shrink(use: Use) -> bool:
     """Whether computing the active rows only would spare work: some are ablated, and no groups tie them together."""
     active = use.mask.any(1)
-    groups = 1 if use.form == "linear" else arguments(use.node)["groups"]
+    groups = 1 if use.geometry is None else use.geometry.groups
     return bool(active.any()) and not bool(active.all()) and groups == 1
 
 
@@ -180,17 +204,12 @@ def _shrunk(buffers: "_Buffers", use: Use, name: str) -> fx.Node:
     count = rows.shape[0]
     channel = torch.where(active, active.cumsum(0) - 1, count)
     picked = buffers.read(f"{name}_channel", channel)
-    if use.form == "linear":
-        weight = buffers.read(f"{name}_rows", rows)
-        y = graph.call_function(aten.linear.default, (use.x, weight))
-    else:
-        given = arguments(use.node)
-        settings = (given["stride"], given["padding"], given["dilation"], given["groups"])
-        weight = buffers.read(f"{name}_rows", rows.reshape(count, -1, *use.kernel))
-        assert callable(use.node.target)
-        y = graph.call_function(use.node.target, (use.x, weight, None, *settings))
-    inner = len(use.kernel)
-    axis = -1 if use.form == "linear" else 1
+    weight = buffers.read(f"{name}_rows", rows if use.geometry is None else use.geometry.from_matrix(rows))
+    given = {**arguments(use.node), "weight": weight, "bias": None}
+    assert callable(use.node.target)
+    y = graph.call_function(use.node.target, tuple(given.values()))
+    inner = 0 if use.geometry is None else len(use.geometry.kernel)
+    axis = 1 if inner else -1
     y = graph.call_function(aten.constant_pad_nd.default, (y, [0, 0] * inner + [0, 1], 0.0))
     y = graph.call_function(aten.index_select.default, (y, axis, picked))
     if use.bias is None:
@@ -242,7 +261,8 @@ class _Buffers:
 def _same(held: object, tensor: Tensor) -> bool:
     if not isinstance(held, Tensor) or held.dtype != tensor.dtype:
         return False
-    return np.array_equal(held.detach().numpy(), tensor.numpy(), equal_nan=True)
+    # NumPy has no bfloat16; every number held here is exact in float64.
+    return np.array_equal(held.detach().double().numpy(), tensor.double().numpy(), equal_nan=True)
 
 
 def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
@@ -257,7 +277,9 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def variants(use: Use, decisions: Iterable[Decision]) -> Iterator[tuple[Decision, fx.GraphModule]]:
+def variants(
+    use: Use, decisions: Iterable[Decision], value_dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[Decision, fx.GraphModule]]:
     """The one contraction of ``use`` on its own, in each form: what a measurement compares.
 
     Each module takes the input of the node and returns its output.
@@ -276,7 +298,7 @@ def variants(use: Use, decisions: Iterable[Decision]) -> Iterator[tuple[Decision
         node = graph.node_copy(use.node, lambda source, copies=copies: copies[source])  # type: ignore[misc]
         graph.output(node)
         module = fx.GraphModule(root, graph)
-        rewrite(module, replace(use, node=node), "weight", decision)
+        rewrite(module, replace(use, node=node), "weight", decision, value_dtype)
         graph.eliminate_dead_code()
         module.recompile()
         yield decision, module

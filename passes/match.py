@@ -11,19 +11,27 @@ from torch import Tensor, fx
 
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.program import Layer, Program, Use, operands, tensor_at
+from srigl_fx.passes.program import Geometry, Layer, Program, Use, arguments, operands, tensor_at
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS: dict[Any, tuple[Any, int]] = {aten.conv1d.default: ("conv1d", 3), aten.conv2d.default: ("conv2d", 4)}
-_WORDS = {
-    "conv3d": "3-D convolutions",
-    "conv_transpose1d": "transposed convolutions",
-    "conv_transpose2d": "transposed convolutions",
-    "conv_transpose3d": "transposed convolutions",
-    "rnn_gates": "recurrent gates",
-    "stack": "stacks of experts",
-    "einsum": "weights of an einsum",
+_CONVOLUTIONS = frozenset(
+    {
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.conv1d.padding,
+        aten.conv2d.padding,
+        aten.conv3d.padding,
+        aten.conv_transpose1d.default,
+        aten.conv_transpose2d.input,
+        aten.conv_transpose3d.input,
+        aten.convolution.default,
+    }
+)
+_FUSED = {
+    "rnn_gates": "recurrent gates are part of one fused operator of torch ({}): they run dense",
+    "stack": "a stack of experts is read as one tensor ({}): it runs dense",
 }
 
 
@@ -31,7 +39,8 @@ class MatchWeights(Pass[Program]):
     """Make one :class:`~srigl_fx.passes.program.Layer` of every mask-managed weight.
 
     1. ``linear`` on a masked (out, in) matrix is a use that a condensed linear operator can replace.
-    2. ``conv2d`` and ``conv1d`` on batches are uses that a condensed convolution can replace.
+    2. Convolutions over one to three axes on batches, grouped and transposed ones too, are uses that a condensed
+       convolution can replace.
     3. The data must be float32 and depend on the inputs.
     4. Any other node that reads the weight is remembered by its operator; it keeps the dense tensor.
     5. A weight without a use that can be condensed stays dense, and its layer says why.
@@ -71,10 +80,6 @@ def _match(program: Program, layer: Layer, readers: list[fx.Node]) -> None:
         layer.uses = []
 
 
-def _no_operator(kind: str) -> str:
-    return f"{_WORDS.get(kind, 'such weights')} have no condensed operator yet"
-
-
 def _name(node: fx.Node) -> str:
     return str(node.target).removesuffix(".default")
 
@@ -83,29 +88,63 @@ def _use(program: Program, user: fx.Node, operand: fx.Node, kind: str) -> Use | 
     """``user`` as a use of the masked ``operand``, or why it is none."""
     target = str(operand.target)
     tensor, mask = tensor_at(program.module, target).detach(), program.masked[target].mask
-    form: Any = "linear"
-    dimensions = 0
-    if user.target in _CONVOLUTIONS:
-        form, dimensions = _CONVOLUTIONS[user.target]
-    elif user.target in {aten.conv1d.padding, aten.conv2d.padding}:
-        return "an even kernel with padding 'same' pads unevenly; give the padding in numbers"
-    elif user.target is not aten.linear.default:
-        known = kind in ("linear", "linear_in_out", "attention_in", "conv1d", "conv2d")
-        return f"read by {_name(user)}, which has no condensed form" if known else _no_operator(kind)
+    if user.target not in _CONVOLUTIONS and user.target is not aten.linear.default:
+        return _FUSED.get(kind, "read by {}, which has no condensed form").format(_name(user))
     x, weight, bias = operands(user)
     if weight is not operand or operand in (x, bias):
         return "also the data of the operator that reads it"
     value = x.meta.get("val") if isinstance(x, fx.Node) else None
     if not isinstance(value, Tensor) or value.dtype != torch.float32:
         return "its input is not float32"
-    if dimensions and value.dim() != dimensions:
+    if user.target is aten.linear.default:
+        return Use(node=user, target=target, weight=tensor, mask=mask)
+    if value.dim() != tensor.dim():
         return "its input has no batch dimension"
-    rows = mask.shape[0]
+    geometry = _geometry(user, tuple(tensor.shape[2:]))
+    if isinstance(geometry, str):
+        return geometry
     return Use(
         node=user,
         target=target,
-        form=form,
-        weight=tensor.reshape(rows, -1),
-        mask=mask.reshape(rows, -1),
-        kernel=tuple(mask.shape[2:]) if form != "linear" else (),
+        weight=geometry.to_matrix(tensor),
+        mask=geometry.to_matrix(mask),
+        geometry=geometry,
     )
+
+
+def _geometry(node: fx.Node, kernel: tuple[int, ...]) -> Geometry | str:
+    """The settings of a convolution, or why they cannot be stated."""
+    given = arguments(node)
+    rank = len(kernel)
+    settings = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
+    settings["output_padding"] = given.get("output_padding", 0)
+    if any(isinstance(source, fx.Node) for value in settings.values() for source in _flat(value)):
+        return "its settings are computed from the input"
+    padding = settings["padding"]
+    stride, dilation, more = (_numbers(settings[name], rank) for name in ("stride", "dilation", "output_padding"))
+    extra = (0,) * rank
+    if isinstance(padding, str):
+        # "same" without a remainder: torch puts the odd zero on the far side.
+        totals = [d * (size - 1) if padding == "same" else 0 for d, size in zip(dilation, kernel, strict=True)]
+        padding, extra = tuple(total // 2 for total in totals), tuple(total % 2 for total in totals)
+    transposed = given.get("transposed", "transpose" in str(node.target))
+    return Geometry(
+        kernel=kernel,
+        stride=stride,
+        padding=_numbers(padding, rank),
+        dilation=dilation,
+        groups=settings["groups"],
+        transposed=transposed,
+        output_padding=more if transposed else (),
+        extra=extra,
+    )
+
+
+def _flat(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _numbers(value: Any, count: int) -> tuple[int, ...]:
+    """A setting for each axis: it may be stored as one number for all."""
+    numbers = _flat(value)
+    return tuple(numbers * count if len(numbers) == 1 else numbers)

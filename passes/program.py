@@ -4,6 +4,7 @@ Owns :class:`Program` and what its passes share: finding a tensor by name, readi
 another batch size. It must not know how a graph is captured, nor what is decided for a layer.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from srigl_fx.comparison import tolerance
 from srigl_fx.masks.records import SparseWeight
 from srigl_fx.passes.removal import Removals
 
@@ -31,7 +33,49 @@ class MaskedTensor:
     mask: Tensor
 
 
-Form = Literal["linear", "conv2d", "conv1d"]
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """The settings of a convolution, one number for each of its axes.
+
+    Attributes:
+        kernel: The kernel's sizes.
+        stride: Steps of the window; of a transposed convolution, of the output.
+        padding: Zeros on both sides.
+        dilation: Distances between taps.
+        groups: Groups of channels.
+        transposed: Whether it is a transposed convolution.
+        output_padding: What a transposed convolution's output has more on the far side.
+        extra: Zeros on the far side in addition to ``padding``: an even kernel with padding "same" needs them.
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    extra: tuple[int, ...] = ()
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """The (n, C / groups * prod(kernel)) matrix view of a weight as torch's convolution takes it.
+
+        Example:
+            >>> one = (1,)
+            >>> geometry = Geometry(kernel=one, stride=one, padding=(0,), dilation=one, groups=2, transposed=True)
+            >>> geometry.to_matrix(torch.arange(8).reshape(4, 2, 1)).tolist()
+            [[0, 2], [1, 3], [4, 6], [5, 7]]
+        """
+        if not self.transposed:
+            return weight.reshape(weight.shape[0], -1)
+        per_group = weight.shape[1]
+        apart = weight.reshape(self.groups, -1, per_group, *self.kernel)
+        return apart.transpose(1, 2).reshape(self.groups * per_group, -1)
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """The inverse of :meth:`to_matrix`, where there is one group."""
+        weight = matrix.reshape(matrix.shape[0], matrix.shape[1] // math.prod(self.kernel), *self.kernel)
+        return weight.transpose(0, 1).contiguous() if self.transposed else weight
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,18 +85,16 @@ class Use:
     Attributes:
         node: The node.
         target: The tensor it reads.
-        form: The operator that can take its place: a convolution over one axis is one over two.
         weight: (n, F) matrix view of the tensor.
         mask: bool (n, F).
-        kernel: The kernel's sizes of a convolution.
+        geometry: The settings of a convolution; None of a linear layer.
     """
 
     node: fx.Node
     target: str
-    form: Form
     weight: Tensor
     mask: Tensor
-    kernel: tuple[int, ...] = ()
+    geometry: Geometry | None = None
 
     @property
     def x(self) -> fx.Node:
@@ -78,6 +120,7 @@ class Layer:
         decision: What the lowered graph does with it.
         reason: Why, in one sentence ("" where it is simply condensed).
         times: Seconds a call, by batch size and by what could be decided; empty where nothing was measured.
+        estimates: The same by the cost model; empty where nothing was estimated.
         bytes_after: What the lowered module stores for the weight; filled in by the rewrite.
     """
 
@@ -87,6 +130,7 @@ class Layer:
     decision: Decision = "dense"
     reason: str = ""
     times: Times = field(default_factory=dict)
+    estimates: Times = field(default_factory=dict)
     bytes_after: int = 0
 
 
@@ -106,6 +150,7 @@ class Program:
         folded: Why mask-managed weights were made into constants that are not masked, by the weights' names.
         layers: The mask-managed weights, in the model's order; filled in by a pass.
         removals: What became of dead channels; None before a pass removed them.
+        value_dtype: What condensed values are stored in.
     """
 
     module: fx.GraphModule
@@ -118,6 +163,12 @@ class Program:
     folded: dict[str, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
     removals: Removals | None = None
+    value_dtype: torch.dtype = torch.float32
+
+    @property
+    def tolerance(self) -> float:
+        """The largest error of the graph, relative to the largest output, that rounding may have caused so far."""
+        return tolerance(self.value_dtype, sum(layer.decision == "condensed" for layer in self.layers))
 
     @property
     def dynamic(self) -> bool:
@@ -210,14 +261,3 @@ def operands(node: fx.Node) -> tuple[Any, Any, Any]:
     """(data, weight, bias or None) of a linear node or a convolution."""
     given = arguments(node)
     return given["input"], given["weight"], given["bias"]
-
-
-def pair(value: Any) -> list[int]:
-    """A convolution setting as two numbers: it may be stored as one, for both dimensions.
-
-    Example:
-        >>> pair(1), pair([2]), pair([3, 4])
-        ([1, 1], [2, 2], [3, 4])
-    """
-    numbers = [value] if isinstance(value, int) else list(value)
-    return numbers * 2 if len(numbers) == 1 else numbers

@@ -1,4 +1,4 @@
-"""Which form each layer takes, from measured times.
+"""Which form each layer takes, from its times.
 
 Owns the rule and :class:`Select`. It must not measure: the times are handed to it.
 """
@@ -6,15 +6,21 @@ Owns the rule and :class:`Select`. It must not measure: the times are handed to 
 from collections.abc import Mapping
 
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.program import Decision, Program, Times
+from srigl_fx.passes.program import Decision, Layer, Program, Times
+
+NOISE = 1.05  # forms whose times differ by less than this factor count as equally fast
 
 
-def decide(times: Times, min_speedup: float) -> tuple[Decision, str]:
+def decide(times: Times, min_speedup: float, sizes: Mapping[Decision, int] | None = None) -> tuple[Decision, str]:
     """The fastest form that is at least ``min_speedup`` times as fast as dense at every batch size measured.
+
+    How fast a form is, is its smallest speedup over these batch sizes. Of forms that are equally fast within
+    :data:`NOISE`, the one that stores fewest bytes is taken; against dense there is no such allowance.
 
     Args:
         times: Seconds a call, by batch size and form; each batch size has the same forms, "dense" among them.
         min_speedup: The smallest acceptable ratio.
+        sizes: Bytes that each form stores, if that should count.
 
     Returns:
         The decision, and the reason in one sentence.
@@ -24,6 +30,8 @@ def decide(times: Times, min_speedup: float) -> tuple[Decision, str]:
         ('dense', 'condensed is 0.50 times as fast as dense at batch 64')
         >>> decide({1: {"dense": 3e-4, "condensed": 1e-4}}, 1.0)
         ('condensed', '3.00 times as fast as dense at batch 1')
+        >>> decide({1: {"dense": 3e-4, "condensed": 1.02e-4, "shrunk": 1e-4}}, 1.0, {"condensed": 6, "shrunk": 9})
+        ('condensed', '2.94 times as fast as dense at batch 1')
     """
 
     def worst(form: Decision) -> tuple[float, int]:
@@ -34,6 +42,9 @@ def decide(times: Times, min_speedup: float) -> tuple[Decision, str]:
     fit = [form for form in forms if speedups[form][0] >= min_speedup]
     if fit:
         best = max(fit, key=lambda form: speedups[form][0])
+        if sizes is not None:
+            close = [form for form in fit if speedups[form][0] * NOISE >= speedups[best][0]]
+            best = min(close, key=lambda form: sizes[form])
         return best, f"{speedups[best][0]:.2f} times as fast as dense at batch {speedups[best][1]}"
     return "dense", "; ".join(
         f"{form} is {speedups[form][0]:.2f} times as fast as dense at batch {speedups[form][1]}" for form in forms
@@ -44,30 +55,54 @@ class Select(Pass[Program]):
     """Decide the form of every layer that has a choice.
 
     1. A layer without uses that can be condensed stays dense; its reason is known already.
-    2. Without times for a layer, it is condensed.
-    3. Else the measured speedups decide (:func:`decide`).
+    2. With times for a layer, the measured speedups decide (:func:`decide`). "shrunk" has times only where rows are
+       ablated.
+    3. Without, but with estimates and a speedup to reach, the estimates decide in the same way, and the reason says so.
+    4. Without either, or with no speedup to reach, it is condensed.
 
     Args:
         times: Measured times by weight name.
         min_speedup: How much faster than dense a form must be.
+        estimates: Estimated times by weight name.
     """
 
-    def __init__(self, times: Mapping[str, Times], min_speedup: float) -> None:
+    def __init__(
+        self, times: Mapping[str, Times], min_speedup: float, estimates: Mapping[str, Times] | None = None
+    ) -> None:
         self._times = times
+        self._estimates = estimates or {}
         self._min_speedup = min_speedup
 
     def run(self, subject: Program) -> PassResult[Program]:
-        """Fill in decision, reason and times of each layer."""
+        """Fill in decision, reason, times and estimates of each layer."""
         notes = []
         for layer in subject.layers:
             if not layer.uses:
                 continue
-            times = self._times.get(layer.weight.fqn)
-            layer.times = times or {}
-            layer.decision, layer.reason = decide(times, self._min_speedup) if times else ("condensed", "")
+            layer.times = self._times.get(layer.weight.fqn, {})
+            layer.estimates = self._estimates.get(layer.weight.fqn, {})
+            layer.decision, layer.reason = self._decide(layer)
             if layer.others and layer.decision != "dense":
                 also = f"also read by {', '.join(sorted(set(layer.others)))}: the dense weight stays too"
                 layer.reason = f"{layer.reason}; {also}" if layer.reason else also
             if layer.reason:
                 notes.append(Note(where=layer.weight.fqn, reason=layer.reason))
         return PassResult(subject=subject, changed=bool(subject.layers), notes=tuple(notes))
+
+    def _decide(self, layer: Layer) -> tuple[Decision, str]:
+        sizes = _sizes(layer)
+        if layer.times:
+            return decide(layer.times, self._min_speedup, sizes)
+        if layer.estimates and self._min_speedup > 0:
+            decision, reason = decide(layer.estimates, self._min_speedup, sizes)
+            return decision, f"estimated: {reason}"
+        return "condensed", ""
+
+
+def _sizes(layer: Layer) -> dict[Decision, int]:
+    """About the bytes that the forms store."""
+    masks = [use.mask for use in layer.uses]
+    return {
+        "condensed": sum(6 * int(mask.sum()) for mask in masks),
+        "shrunk": sum(4 * int(mask.any(1).sum()) * mask.shape[1] for mask in masks),
+    }

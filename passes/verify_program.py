@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import TOLERANCE, relative_error
+from srigl_fx.comparison import relative_error
 from srigl_fx.errors import PassError
 from srigl_fx.passes.capture import run_model
 from srigl_fx.passes.program import Program
@@ -19,14 +19,15 @@ _ADVICE = (
 )
 
 
-def verifier(program: Program, *, tolerance: float = TOLERANCE) -> Callable[[str, Program], None]:
+def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[str, Program], None]:
     """A check that compares a program's outputs with the model's, on the example inputs and at another batch size.
 
     The model runs here, once for each batch size; the check itself runs the graph alone.
 
     Args:
         program: As captured; its model and inputs are what later programs are compared with.
-        tolerance: The largest error allowed, relative to the largest value of an output.
+        tolerance: The largest error allowed, relative to the largest value of an output; by default what
+            :attr:`Program.tolerance` says of each program.
 
     Returns:
         ``check(name of the pass, program)``, which raises PassError naming the pass, the output and the error.
@@ -47,6 +48,7 @@ def verifier(program: Program, *, tolerance: float = TOLERANCE) -> Callable[[str
     ]
 
     def check(name: str, subject: Program) -> None:
+        allowed = subject.tolerance if tolerance is None else tolerance
         subject.module.recompile()  # a pass that forgot to would be found out only after the next
         for size, outputs in expected:
             got = pytree.tree_leaves(run_model(subject.module, *subject.inputs(size)))
@@ -58,10 +60,10 @@ def verifier(program: Program, *, tolerance: float = TOLERANCE) -> Callable[[str
                 )
             for position, (one, other) in enumerate(zip(outputs, got, strict=True)):
                 error = relative_error(one, other)
-                if not error <= tolerance:
+                if not error <= allowed:
                     raise PassError(
                         f"after the pass {name}, output {position}{where} is off by {error:.2e} of its largest value "
-                        f"(allowed: {tolerance:.0e}); {_ADVICE}"
+                        f"(allowed: {allowed:.0e}); {_ADVICE}"
                     )
 
     return check

@@ -5,15 +5,22 @@ torch, ONNX or any kernel; a kernel that wants another layout packs this one.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.errors import FormatError
 
 Array = NDArray[Any]
+ValueDtype = Literal["float32", "bfloat16", "float16"]
 UINT16_LIMIT = 65536  # the largest fan-in whose indices all fit into uint16
+VALUE_DTYPES: dict[ValueDtype, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),  # NumPy has none of its own
+    "float16": np.dtype(np.float16),
+}
 
 
 def index_dtype(in_features: int) -> np.dtype[Any]:
@@ -31,7 +38,7 @@ class CondensedWeight:
     """A constant fan-in weight without its zeros ("condensed" in SRigL, Lasby et al., ICLR 2024).
 
     Attributes:
-        values: float32 (n_active, k), the kept weights of each active neuron.
+        values: float32, bfloat16 or float16 (n_active, k), the kept weights of each active neuron.
         indices: uint16 or int32 (n_active, k), their columns in the (n, F) matrix view, ascending in a row.
         active: int32 (n_active,), the rows of the neurons that are not ablated, ascending.
         bias: float32 (out_features,), zeros where the layer has none. An ablated neuron yields its bias.
@@ -47,7 +54,9 @@ class CondensedWeight:
     in_features: int
 
     @classmethod
-    def from_dense(cls, weight: Array, mask: Array, bias: Array | None = None) -> "CondensedWeight":
+    def from_dense(
+        cls, weight: Array, mask: Array, bias: Array | None = None, *, dtype: ValueDtype = "float32"
+    ) -> "CondensedWeight":
         """Condense a dense weight.
 
         What is kept is decided by the mask alone: a live weight may be exactly zero.
@@ -56,9 +65,11 @@ class CondensedWeight:
             weight: (n, F) matrix view of the weight; anything NumPy can cast to float32.
             mask: bool (n, F).
             bias: (n,), or None for zeros.
+            dtype: What the values are stored in, each rounded to the nearest.
 
         Raises:
-            FormatError: Shapes that do not fit, or active rows that keep unequal numbers of weights.
+            FormatError: Shapes that do not fit, active rows that keep unequal numbers of weights, or a weight that is
+                too large for ``dtype``.
 
         Example:
             >>> weight = np.array([[0.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
@@ -84,7 +95,7 @@ class CondensedWeight:
             )
         columns = np.nonzero(mask)[1].reshape(active.size, k)
         condensed = cls(
-            values=np.ascontiguousarray(weight[active[:, None], columns], dtype=np.float32),
+            values=_rounded(np.ascontiguousarray(weight[active[:, None], columns], dtype=np.float32), dtype),
             indices=np.ascontiguousarray(columns, dtype=index_dtype(fan_in)),
             active=active.astype(np.int32),
             bias=np.zeros(n, np.float32) if bias is None else np.array(bias, dtype=np.float32),
@@ -106,7 +117,7 @@ class CondensedWeight:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the four arrays: about six per kept weight."""
+        """The bytes of the four arrays: about six per kept weight, four with values of 16 bits."""
         return int(self.values.nbytes + self.indices.nbytes + self.active.nbytes + self.bias.nbytes)
 
     def to_dense(self) -> tuple[Array, Array]:
@@ -141,7 +152,7 @@ class CondensedWeight:
 
     def _problem(self) -> str:
         for name, array, dimensions, dtypes in (
-            ("values", self.values, 2, (np.float32,)),
+            ("values", self.values, 2, tuple(VALUE_DTYPES.values())),
             ("indices", self.indices, 2, (np.uint16, np.int32)),
             ("active", self.active, 1, (np.int32,)),
             ("bias", self.bias, 1, (np.float32,)),
@@ -158,6 +169,21 @@ class CondensedWeight:
         if self.k > self.in_features or (self.n_active and not self.k):
             return f"a fan-in of {self.k} is not in 1..{self.in_features}"
         return range_problem(self.indices, self.active, self.in_features, self.out_features)
+
+
+def _rounded(values: Array, dtype: ValueDtype) -> Array:
+    """float32 values in another dtype; none that is finite may become infinite."""
+    if dtype not in VALUE_DTYPES:
+        raise FormatError(f"values are stored in one of {', '.join(VALUE_DTYPES)}, not in {dtype}")
+    with np.errstate(over="ignore"):
+        rounded = values.astype(VALUE_DTYPES[dtype])
+    lost = values[np.isfinite(values) & ~np.isfinite(rounded)]
+    if lost.size:
+        raise FormatError(
+            f"a weight of {lost[np.abs(lost).argmax()]:.5g} is too large for {dtype} "
+            f"(largest: {float(ml_dtypes.finfo(VALUE_DTYPES[dtype]).max):.5g}); store the values in bfloat16 or float32"
+        )
+    return rounded
 
 
 def range_problem(indices: Array, active: Array, in_features: int, out_features: int) -> str:

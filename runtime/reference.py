@@ -3,7 +3,8 @@
 Owns what the operators mean. It must not know how they are executed; every kernel is compared with it.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,18 +12,43 @@ from numpy.typing import DTypeLike, NDArray
 
 Array = NDArray[Any]
 
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "none": lambda y: y,
+    "relu": lambda y: np.maximum(y, 0),
+    "relu6": lambda y: np.clip(y, 0, 6),
+    "gelu": lambda y: y * (1 + _erf(y / math.sqrt(2))) / 2,
+    "gelu_tanh": lambda y: y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))) / 2,
+    "silu": lambda y: y / (1 + np.exp(-y)),
+    "hardswish": lambda y: y * np.clip(y + 3, 0, 6) / 6,
+}
+
 
 def condensed_linear(
-    x: Array, values: Array, indices: Array, active: Array, bias: Array, *, accumulate: DTypeLike = np.float64
+    x: Array,
+    values: Array,
+    indices: Array,
+    active: Array,
+    bias: Array,
+    *,
+    residual: Array | None = None,
+    activation: str = "none",
+    accumulate: DTypeLike = np.float64,
 ) -> Array:
-    """``y[..., active] = sum_j values[:, j] * x[..., indices[:, j]] + bias``, and the bias in every other column.
+    """The condensed linear layer.
+
+    ``y[..., active] = sum_j values[:, j] * x[..., indices[:, j]] + bias``, the bias alone in every other column; then
+    the residual is added and the activation applied, in every column.
 
     Args:
         x: float32 (..., in_features).
-        values: float32 (n_active, k).
+        values: float32, bfloat16 or float16 (n_active, k).
         indices: Integers (n_active, k).
         active: Integers (n_active,).
         bias: float32 (n,).
+        residual: float32 (..., n), or None.
+        activation: A key of ``ACTIVATIONS``.
         accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
 
     Returns:
@@ -37,7 +63,12 @@ def condensed_linear(
     y = np.broadcast_to(bias.astype(accumulate), (*x.shape[:-1], bias.shape[0])).copy()
     gathered = x.astype(accumulate)[..., indices.astype(np.int64)]
     y[..., active.astype(np.int64)] += (gathered * values.astype(accumulate)).sum(axis=-1)
-    return y.astype(x.dtype)
+    return _finish(y, residual, activation).astype(x.dtype)
+
+
+def _finish(y: Array, residual: Array | None, activation: str) -> Array:
+    with np.errstate(over="ignore"):  # of exp, where the quotient is zero all the same
+        return ACTIVATIONS[activation](y if residual is None else y + residual)
 
 
 def condensed_conv(
@@ -52,21 +83,30 @@ def condensed_conv(
     pads: Sequence[int] | None = None,
     dilations: Sequence[int] | None = None,
     group: int = 1,
+    transposed: bool = False,
+    output_padding: Sequence[int] | None = None,
+    residual: Array | None = None,
+    activation: str = "none",
     accumulate: DTypeLike = np.float64,
 ) -> Array:
-    """The condensed convolution for any number of spatial dimensions, with ONNX Conv's attributes.
+    """The condensed convolution for any number of spatial dimensions, with the attributes of ONNX's convolutions.
 
     Args:
         x: float32 (N, C, spatial...).
-        values: float32 (n_active, k).
+        values: float32, bfloat16 or float16 (n_active, k).
         indices: (n_active, k), each a flat tap into C / group * prod(kernel).
         active: (n_active,) filters that are not ablated.
         bias: float32 (n,).
-        weight_shape: The dense shape (n, C / group, kernel...).
+        weight_shape: The dense shape (n, C / group, kernel...), of a transposed convolution too.
         strides: One for each spatial dimension; ones by default.
-        pads: Zeros before every dimension, then after every dimension; none by default.
+        pads: Zeros before every dimension, then after every dimension; none by default. A transposed convolution
+            leaves out as much of its output.
         dilations: One for each spatial dimension; ones by default.
         group: The number of groups.
+        transposed: Whether each input is spread over the outputs that the kernel reaches from it.
+        output_padding: What a transposed convolution's output has more, after every dimension; none by default.
+        residual: float32 of the output's shape, or None.
+        activation: A key of ``ACTIVATIONS``.
         accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
 
     Returns:
@@ -81,14 +121,18 @@ def condensed_conv(
     rank = x.ndim - 2
     strides = strides or (1,) * rank
     dilations = dilations or (1,) * rank
-    pads = pads or (0,) * (2 * rank)
+    before, after = (pads[:rank], pads[rank:]) if pads else ((0,) * rank, (0,) * rank)
     filters, group_channels, *kernel = weight_shape
-    padded = np.pad(x.astype(accumulate), [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)])
-    out = [
-        (size - dilation * (taps - 1) - 1) // stride + 1
-        for size, taps, stride, dilation in zip(padded.shape[2:], kernel, strides, dilations, strict=True)
-    ]
-    y = np.empty((x.shape[0], filters, *out), accumulate)
+    reach = [dilation * (taps - 1) + 1 for dilation, taps in zip(dilations, kernel, strict=True)]
+    data = x.astype(accumulate)
+    if transposed:
+        extra = output_padding or (0,) * rank
+        steps = list(x.shape[2:])
+        sizes = [(n - 1) * s + r + e for n, s, r, e in zip(steps, strides, reach, extra, strict=True)]
+    else:
+        data = np.pad(data, [(0, 0), (0, 0), *zip(before, after, strict=True)])
+        steps = sizes = [(n - r) // s + 1 for n, s, r in zip(data.shape[2:], strides, reach, strict=True)]
+    y = np.empty((x.shape[0], filters, *sizes), accumulate)
     y[:] = bias.astype(accumulate).reshape(-1, *([1] * rank))
     for row, taps_of_row in enumerate(indices):
         filter_ = int(active[row])
@@ -97,7 +141,12 @@ def condensed_conv(
             channel, *offsets = (int(i) for i in np.unravel_index(int(tap), (group_channels, *kernel)))
             window = tuple(
                 slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)
-                for offset, dilation, size, stride in zip(offsets, dilations, out, strides, strict=True)
+                for offset, dilation, size, stride in zip(offsets, dilations, steps, strides, strict=True)
             )
-            y[:, filter_] += value * padded[:, first_channel + channel][:, *window]
-    return y.astype(x.dtype)
+            if transposed:
+                y[:, filter_][:, *window] += value * data[:, first_channel + channel]
+            else:
+                y[:, filter_] += value * data[:, first_channel + channel][:, *window]
+    if transposed:
+        y = y[:, :, *(slice(b, size - a) for b, a, size in zip(before, after, sizes, strict=True))]
+    return _finish(y, residual, activation).astype(x.dtype)

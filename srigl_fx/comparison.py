@@ -3,12 +3,29 @@
 Owns the one measure that lowering and export verify with; it must not know what is compared.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 TOLERANCE = 1e-4  # of the largest output, for float32
+
+
+def tolerance(value_dtype: torch.dtype, layers: int) -> float:
+    """The largest error allowed of a model, ``layers`` of whose weights are rounded to ``value_dtype``.
+
+    A weight is off by at most 3.9e-3 of itself in bfloat16, 4.9e-4 in float16. The layers' errors are independent, so
+    they add up as their squares do: whole networks are off by a third of that bound times the root of the number of
+    layers, small ones with few outputs by up to all of it. Twice as much is allowed.
+
+    Example:
+        >>> tolerance(torch.float32, 50), tolerance(torch.bfloat16, 1), tolerance(torch.bfloat16, 16)
+        (0.0001, 0.0078125, 0.03125)
+    """
+    if value_dtype is torch.float32:
+        return TOLERANCE
+    return max(TOLERANCE, torch.finfo(value_dtype).eps * math.sqrt(layers))
 
 
 def relative_error(expected: Any, got: Any) -> float:

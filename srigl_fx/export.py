@@ -22,11 +22,10 @@ from srigl_fx.lowered import LoweredModule
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.lowering import lower
 from srigl_fx.onnx_file import CondensedNode, inspect_file
-from srigl_fx.onnx_model import build_model
+from srigl_fx.onnx_model import build_model, functions_for
 from srigl_fx.passes.capture import copies, normalise_inputs
 from srigl_fx.passes.program import resize
 from srigl_fx.report import format_bytes
-from srigl_fx.runtime.ort.fallback import fallback_functions
 
 if TYPE_CHECKING:
     import onnx
@@ -98,11 +97,13 @@ def export_onnx(
     dynamic_batch: bool = True,
     fallback: bool = True,
     min_speedup: float = 0.0,
+    value_dtype: torch.dtype = torch.float32,
     verify: bool = True,
 ) -> ExportReport:
     """Write a sparse-trained or lowered model as one ONNX file, and check it in ONNX Runtime.
 
-    Sparse layers become ``CondensedLinear`` and ``CondensedConv`` nodes of domain ``srigl_fx``. A session opened by
+    Sparse layers become ``CondensedLinear``, ``CondensedConv`` and ``CondensedConvTranspose`` nodes of domain
+    ``srigl_fx``, an activation or addition that follows being part of them and their names. A session opened by
     ``srigl_fx.runtime.load`` runs them with the operator library; a stock ONNX Runtime runs the function of the same
     name inside the file, densely. Opset 18; ONNX Runtime 1.17 and newer read it.
 
@@ -114,6 +115,7 @@ def export_onnx(
             where it cannot.
         fallback: Put the functions for a stock ONNX Runtime into the file.
         min_speedup: As for :func:`srigl_fx.lower`; 0 condenses every layer that has an operator.
+        value_dtype: As for :func:`srigl_fx.lower`; what is lowered already keeps its own.
         verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one.
 
     Returns:
@@ -140,7 +142,7 @@ def export_onnx(
         raise ExportError(f"cannot write {target}: {problem}")
     lowered = model
     if not isinstance(lowered, LoweredModule | LoweredRegions):
-        lowered = lower(model, example_inputs, min_speedup=min_speedup, verify=verify)
+        lowered = lower(model, example_inputs, min_speedup=min_speedup, value_dtype=value_dtype, verify=verify)
     if isinstance(lowered, LoweredRegions):
         raise _not_one_graph(lowered)
     args, kwargs = normalise_inputs(example_inputs)
@@ -186,7 +188,7 @@ def _write(
     """Write the file and check it; return the largest relative errors, and what was not checked."""
     proto = build_model(lowered, args, kwargs, batched)
     if fallback:
-        proto.functions.extend(fallback_functions())
+        proto.functions.extend(functions_for(proto))
     written = _write_beside(target, proto)
     try:
         checked = _check(written, lowered, args, kwargs, batched, fallback=fallback) if verify else ({}, [])

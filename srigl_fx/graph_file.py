@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,10 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import FormatError, LoweringError, SriglError
 from srigl_fx.graph_ops import function_name, function_named
-from srigl_fx.runtime.format import CondensedWeight
+from srigl_fx.passes.condensed_nodes import condensed_nodes
+from srigl_fx.passes.program import arguments
+from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight
+from srigl_fx.runtime.ops import ACTIVATIONS
 
 Value = TypeVar("Value")
 
@@ -286,7 +290,7 @@ def condensed_weights(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Condens
         operands = node.args[1:5]
         if not all(isinstance(operand, fx.Node) and operand.op == "get_attr" for operand in operands):
             continue
-        values, indices, active, bias = (_tensor(module, str(operand.target)).detach().numpy() for operand in operands)
+        values, indices, active, bias = (_array(_tensor(module, str(operand.target)).detach()) for operand in operands)
         in_features = node.args[5] if isinstance(node.args[5], int) else math.prod(node.args[5][1:])
         yield (
             node,
@@ -301,6 +305,16 @@ def condensed_weights(module: fx.GraphModule) -> Iterator[tuple[fx.Node, Condens
         )
 
 
+def _array(tensor: Tensor) -> "np.ndarray[Any, Any]":
+    """A tensor as an array: NumPy has no bfloat16 of its own, and torch gives none away."""
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.uint16).numpy().view(VALUE_DTYPES["bfloat16"])
+    return tensor.numpy()
+
+
 def _check_condensed(module: fx.GraphModule) -> None:
+    for node in condensed_nodes(module.graph):
+        if (activation := arguments(node)["activation"]) not in ACTIVATIONS:
+            raise ValueError(f"a condensed operator with the activation {activation!r}")
     for _, weight in condensed_weights(module):
         weight.check()

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs call
 from srigl_fx import graph_file
+from srigl_fx.comparison import tolerance
 from srigl_fx.errors import LoweringError
 from srigl_fx.html_report import format_neurons, lowering_page, save_page
 from srigl_fx.passes.base import Note
@@ -43,6 +44,7 @@ class LayerReport:
         bytes_before: Bytes of the dense weight.
         bytes_after: Bytes the lowered module stores for it.
         seconds: Median seconds a call as measured, by batch size and form; empty where nothing was measured.
+        estimates: The same by the cost model, whether measured or not; empty where nothing was estimated.
         region: The sub-modules whose graphs read it, by name, where the model is not one graph; "" where it is, or
             where none does.
     """
@@ -58,6 +60,7 @@ class LayerReport:
     bytes_before: int
     bytes_after: int
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
+    estimates: dict[int, dict[str, float]] = field(default_factory=dict)
     region: str = ""
 
 
@@ -75,6 +78,7 @@ class LoweringReport:
         removals: What became of dead channels, for each captured graph.
         notes: What the passes did not do, and why.
         capture_failures: The attempts to capture the model, or a part of it, that failed.
+        value_dtype: What condensed values are stored in: "float32", "bfloat16" or "float16".
     """
 
     layers: tuple[LayerReport, ...]
@@ -85,6 +89,13 @@ class LoweringReport:
     removals: tuple[Removals, ...] = ()
     notes: tuple[Note, ...] = ()
     capture_failures: tuple[Failure, ...] = ()
+    value_dtype: str = "float32"
+
+    @property
+    def tolerance(self) -> float:
+        """The largest ``max_error`` that the verification lets pass: 1e-4, or what rounding the values explains."""
+        condensed = sum(layer.decision == "condensed" for layer in self.layers)
+        return tolerance(getattr(torch, self.value_dtype), condensed)
 
     @property
     def bytes_before(self) -> int:
@@ -102,7 +113,8 @@ class LoweringReport:
         for name in ("layers", "others"):
             plain[name] = [{**layer, "shape": list(layer["shape"])} for layer in plain[name]]
             for layer in plain[name]:
-                layer["seconds"] = {str(batch): times for batch, times in layer["seconds"].items()}
+                for times in ("seconds", "estimates"):
+                    layer[times] = {str(batch): forms for batch, forms in layer[times].items()}
         plain["removals"] = [removal.as_dict() for removal in self.removals]
         plain["notes"] = [asdict(note) for note in self.notes]
         plain["capture_failures"] = [asdict(failure) for failure in self.capture_failures]
@@ -119,8 +131,11 @@ class LoweringReport:
         """
 
         def read(layer: dict[str, Any]) -> LayerReport:
-            seconds = {int(batch): dict(times) for batch, times in layer["seconds"].items()}
-            return LayerReport(**{**layer, "shape": tuple(layer["shape"]), "seconds": seconds})
+            times = {
+                name: {int(batch): dict(forms) for batch, forms in layer.get(name, {}).items()}
+                for name in ("seconds", "estimates")
+            }
+            return LayerReport(**{**layer, "shape": tuple(layer["shape"]), **times})
 
         fields = {key: value for key, value in plain.items() if key not in ("bytes_before", "bytes_after")}
         fields |= {name: tuple(map(read, plain[name])) for name in ("layers", "others")}
@@ -172,7 +187,8 @@ class LoweringReport:
         total = f"{format_bytes(self.bytes_before)} -> {format_bytes(self.bytes_after)}"
         error = "not verified" if self.max_error is None else f"largest relative error {self.max_error:.1e}"
         table = format_table((*headers, "region") if in_parts else headers, rows, right=(2, 3, 5, 6))
-        table += f"\n{total}; {self.capture}; {error}"
+        stored = "" if self.value_dtype == "float32" else f"; values in {self.value_dtype}"
+        table += f"\n{total}{stored}; {self.capture}; {error}"
         first = {failure.name: failure for failure in reversed(self.capture_failures)}
         failures = "\n".join(f"not captured ({one.attempt}): {one}" for one in reversed(first.values()))
         return "\n\n".join(filter(None, (table, failures, format_removals(self.removals, in_parts=in_parts))))

@@ -3,7 +3,6 @@
 Owns the verbs, the checks before and the verification after. It must not know how any single step works.
 """
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +10,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import TOLERANCE, relative_error
+from srigl_fx.comparison import relative_error
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
+from srigl_fx.measuring import Costs, layer_costs
 from srigl_fx.passes.base import Note, Pass, run
 from srigl_fx.passes.capture import (
     EXPORT_LOCK,
@@ -29,14 +29,16 @@ from srigl_fx.passes.capture import (
     run_model,
     uncapturable,
 )
-from srigl_fx.passes.condense import Condense, can_shrink, variants
+from srigl_fx.passes.condense import Condense, refuse_overflow
+from srigl_fx.passes.feature_major import FeatureMajor
+from srigl_fx.passes.fuse_epilogues import FuseEpilogues
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.pipelines import LOWERING
-from srigl_fx.passes.program import Decision, Program, Times, Use
+from srigl_fx.passes.program import Program, Times
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 from srigl_fx.region_lowering import lower_regions
-from srigl_fx.runtime.autotune import measure
+from srigl_fx.runtime.format import VALUE_DTYPES
 
 
 def lower(
@@ -46,6 +48,7 @@ def lower(
     target: Literal["cpu"] = "cpu",
     min_speedup: float = 1.0,
     batch_sizes: Sequence[int] | None = None,
+    value_dtype: torch.dtype = torch.float32,
     verify: bool | Literal["each pass"] = True,
     passes: Sequence[Pass[Program]] = LOWERING,
 ) -> LoweredModule | LoweredRegions:
@@ -61,9 +64,15 @@ def lower(
         target: The hardware; "cpu" is the only one so far.
         min_speedup: A layer is condensed only if measured at least this much faster than dense on this machine; else it
             is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring.
+            Times are kept in the folder that SRIGL_FX_CACHE names (``~/.cache/srigl_fx``) and used again; with at most
+            1, layers whose estimates are three times apart are not measured.
         batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
+        value_dtype: What condensed weights are stored in: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16``
+            for two bytes less for each. Everything else is float32: activations, biases, sums, dense weights.
         verify: Compare with the model on the example inputs, and at another batch size where that is free; with
-            "each pass", after every pass that changed the graph.
+            "each pass", after every pass that changed the graph. Errors up to 1e-4 of the largest output pass; with
+            values of 16 bits up to 7.8e-3 (bfloat16) or 9.8e-4 (float16) times the square root of the number of
+            condensed layers, which is what rounding their weights may cause.
         passes: The graph passes that run before layers are matched and condensed; a pass of your own goes anywhere
             among those of ``srigl_fx.passes.pipelines.LOWERING``.
 
@@ -73,7 +82,8 @@ def lower(
         ``.regions``; ``report.capture_failures`` says what broke where.
 
     Raises:
-        LoweringError: Nothing to lower, an unsupported device or dtype, or outputs beyond the tolerance.
+        LoweringError: Nothing to lower, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold, or
+            outputs beyond the tolerance.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: Values off the mask, or rows with different fan-ins.
 
@@ -85,13 +95,15 @@ def lower(
         (['condensed', 'condensed'], torch.Size([5, 4]))
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
+    if not isinstance(value_dtype, torch.dtype) or str(value_dtype).removeprefix("torch.") not in VALUE_DTYPES:
+        raise LoweringError(f"value_dtype must be torch.float32, torch.bfloat16 or torch.float16, not {value_dtype!r}")
     if verify not in (True, False, "each pass"):
         raise LoweringError(f'verify must be True, False or "each pass", not {verify!r}')
     if not isinstance(passes, Sequence) or not all(isinstance(step, Pass) for step in passes):
         raise LoweringError(f"passes must be a tuple of graph passes, as (*LOWERING, MyPass()), not {passes!r}")
     with EXPORT_LOCK:
         _check_parameters(model)
-        options = _Options(min_speedup, batch_sizes, verify, tuple(passes))
+        options = _Options(min_speedup, batch_sizes, value_dtype, verify, tuple(passes))
         args, kwargs = normalise_inputs(example_inputs)
         attempts = capture_whole(model, args, kwargs)
         if attempts.program is not None:
@@ -105,6 +117,7 @@ class _Options:
 
     min_speedup: float
     batch_sizes: Sequence[int] | None
+    value_dtype: torch.dtype
     verify: bool | Literal["each pass"]
     passes: tuple[Pass[Program], ...]
 
@@ -143,9 +156,15 @@ def _run_passes(
     inputs = describe_inputs([n.meta.get("val") for n in program.module.graph.nodes if n.op == "placeholder"])
     rewritten = run(options.passes, program, check=check)
     program = run((MatchWeights(),), rewritten.subject).subject
-    times = _measure(program, options.batch_sizes) if options.min_speedup > 0 else {}
-    program = run((Select(times, options.min_speedup), Condense()), program, check=check).subject
-    return LoweredModule.build(program.module, _report(program, rewritten.notes), inputs), program
+    program.value_dtype = options.value_dtype
+    refuse_overflow(program)
+    costs = _costs(program, options)
+    select = Select(costs.measured, options.min_speedup, costs.estimated)
+    program = run((select, Condense()), program, check=check).subject
+    batch = min(options.batch_sizes) if options.batch_sizes else None
+    finished = run((FuseEpilogues(), FeatureMajor(batch)), program, check=check)
+    program = finished.subject
+    return LoweredModule.build(program.module, _report(program, rewritten.notes + finished.notes), inputs), program
 
 
 def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
@@ -191,59 +210,18 @@ def _check_parameters(model: nn.Module) -> None:
             )
 
 
-def _measure(program: Program, batch_sizes: Sequence[int] | None) -> dict[str, Times]:
-    """The times of every layer's forms at every batch size, by weight name."""
-    sizes = list(batch_sizes or [program.batch_size])
-    if not program.dynamic and sizes != [program.batch_size]:
-        raise LoweringError(
-            f"batch_sizes {sizes} cannot be measured: the model was captured for batch {program.batch_size} only; "
-            "leave batch_sizes out"
-        )
-    times: dict[str, Times] = {layer.weight.fqn: {} for layer in program.layers if layer.uses}
-    known: dict[tuple[Any, ...], dict[Decision, float]] = {}
-    for batch in sizes:
-        recorder = _Recorder(program)
-        recorder.run(*pytree.tree_leaves(program.inputs(batch)), enable_io_processing=False)
-        for layer in program.layers:
-            forms: list[Decision] = ["dense", "condensed"]
-            if layer.uses and all(can_shrink(use) for use in layer.uses):
-                forms.append("shrunk")
-            for use in layer.uses:
-                x, mask = recorder.inputs[use.node], use.mask
-                settings = [arg for arg in use.node.args if not isinstance(arg, fx.Node)]
-                key = (use.node.target, x.shape, str(settings), mask.shape, int(mask.sum()), int(mask.any(1).sum()))
-                if key not in known:
-                    known[key] = _measure_use(use, x, forms)
-                total = times[layer.weight.fqn].setdefault(batch, dict.fromkeys(forms, 0.0))
-                for form in forms:
-                    total[form] += known[key][form]
-    return times
-
-
-def _measure_use(use: Use, x: Tensor, forms: list[Decision]) -> dict[Decision, float]:
-    calls = {form: functools.partial(module.forward, x) for form, module in variants(use, forms)}
-    with torch.no_grad():
-        return measure(calls)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a program's graph and keeps the inputs of the layers' nodes."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.module)
-        self._wanted = {use.node: use.x for layer in program.layers for use in layer.uses}
-        self.inputs: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n in self._wanted:
-            self.inputs[n] = self.env[self._wanted[n]]
-        if n.target is torch.ops.aten.copy_.default:  # a buffer that the model updates: it is the model's own
-            return self.env[n.args[1]]  # type: ignore[index]
-        return super().run_node(n)
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return super().run(*args, **kwargs)
+def _costs(program: Program, options: _Options) -> Costs:
+    """What every layer costs in each form, at every batch size asked for."""
+    own = [program.batch_size]
+    sizes = list(options.batch_sizes or own)
+    if not program.dynamic and sizes != own:
+        if options.min_speedup > 0:
+            raise LoweringError(
+                f"batch_sizes {sizes} cannot be measured: the model was captured for batch {program.batch_size} only; "
+                "leave batch_sizes out"
+            )
+        sizes = own
+    return layer_costs(program, sizes, options.min_speedup)
 
 
 def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
@@ -265,7 +243,8 @@ def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
                 reason=layer.reason,
                 bytes_before=weight.nbytes,
                 bytes_after=layer.bytes_after,
-                seconds={batch: {str(form): s for form, s in forms.items()} for batch, forms in layer.times.items()},
+                seconds=_plain(layer.times),
+                estimates=_plain(layer.estimates),
             )
         )
     return LoweringReport(
@@ -277,7 +256,12 @@ def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
         dynamic_batch=program.dynamic,
         notes=notes,
         removals=() if program.removals is None else (program.removals,),
+        value_dtype=str(program.value_dtype).removeprefix("torch."),
     )
+
+
+def _plain(times: Times) -> dict[int, dict[str, float]]:
+    return {batch: {str(form): seconds for form, seconds in forms.items()} for batch, forms in times.items()}
 
 
 def _unmasked(fqn: str, owner: nn.Module, record: WeightRecord) -> LayerReport:
@@ -311,12 +295,13 @@ def _verify(program: Program, lowered: LoweredModule) -> float:
             )
         for position, (one, other) in enumerate(zip(expected, got, strict=True)):
             error = relative_error(one, other)
-            if not error <= TOLERANCE:
+            if not error <= program.tolerance:
                 layers = ", ".join(layer.weight.fqn for layer in program.layers if layer.decision != "dense")
+                exact = "" if program.value_dtype is torch.float32 else "; value_dtype=torch.float32 rounds no weights"
                 raise LoweringError(
                     f"output {position} of the lowered model is off by {error:.2e} of the largest value at batch "
-                    f"{size} (allowed: {TOLERANCE:.0e}); lowered layers: {layers}. A model whose outputs depend on "
-                    "more than its inputs cannot be verified: pass verify=False if that is so"
+                    f"{size} (allowed: {program.tolerance:.0e}); lowered layers: {layers}{exact}. A model whose "
+                    "outputs depend on more than its inputs cannot be verified: pass verify=False if that is so"
                 )
             worst = max(worst, error)
     return worst

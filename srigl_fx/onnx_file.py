@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 from srigl_fx.errors import FormatError
 from srigl_fx.report import format_bytes, format_table
+from srigl_fx.runtime.ort.abi import DOMAIN, operator_names
 
 if TYPE_CHECKING:
     import onnx
 
-DOMAIN = "srigl_fx"
-OPERATORS = ("CondensedLinear", "CondensedConv")
 OPERANDS = ("values", "indices", "active", "bias")
 
 
@@ -27,8 +26,8 @@ class CondensedNode:
 
     Attributes:
         name: The weight it comes from.
-        operator: ``CondensedLinear`` or ``CondensedConv``.
-        weight_shape: The dense weight's shape.
+        operator: ``CondensedLinear``, ``CondensedConv`` or ``CondensedConvTranspose``, with the epilogue it computes.
+        weight_shape: The dense weight's shape, output channels first.
         fan_in: Weights kept by each active neuron.
         active_neurons: Neurons that keep weights.
         bytes: What its four constants take in the file.
@@ -123,30 +122,34 @@ def inspect_file(path: Path) -> FileReport:
     if not model.graph.node:
         raise FormatError(f"{path} holds no ONNX graph: it is empty or no ONNX file")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    known = operator_names()
     nodes = tuple(
-        _read_node(node, constants, path)
-        for node in _all_nodes(model.graph)
-        if node.domain == DOMAIN and node.op_type in OPERATORS
+        _read_node(node, constants, path, residual=known[node.op_type][1])
+        for node in all_nodes(model.graph)
+        if node.domain == DOMAIN and node.op_type in known
     )
     fallback = {function.name for function in model.functions if function.domain == DOMAIN}
     return FileReport(path, size, nodes, fallback >= {node.operator for node in nodes})
 
 
-def _all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
+def all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
     """Every node of ``graph`` and of the branches and loops inside it."""
     for node in graph.node:
         yield node
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from _all_nodes(attribute.g)
+                yield from all_nodes(attribute.g)
 
 
-def _read_node(node: "onnx.NodeProto", constants: "dict[str, onnx.TensorProto]", path: Path) -> CondensedNode:
+def _read_node(
+    node: "onnx.NodeProto", constants: "dict[str, onnx.TensorProto]", path: Path, *, residual: bool
+) -> CondensedNode:
     where = f"{path}: the {node.op_type} node {node.name!r}"
-    if len(node.input) != 1 + len(OPERANDS):
-        raise FormatError(f"{where} has {len(node.input)} inputs instead of {1 + len(OPERANDS)}; export the model anew")
+    inputs = 1 + len(OPERANDS) + residual
+    if len(node.input) != inputs:
+        raise FormatError(f"{where} has {len(node.input)} inputs instead of {inputs}; export the model anew")
     operands = {}
-    for operand, name in zip(OPERANDS, node.input[1:], strict=True):
+    for operand, name in zip(OPERANDS, node.input[1:], strict=False):
         if name not in constants:
             raise FormatError(f"{where} has no constant {operand}; export the model anew")
         operands[operand] = constants[name]

@@ -1,10 +1,11 @@
 """From a lowered graph to an ONNX model in memory.
 
-Owns the translation of the condensed operators to nodes of domain ``srigl_fx``, the options of ``torch.onnx``, and what
-must not stay in a model. It must not know files, sessions or masks.
+Owns the translation of the condensed operators to nodes of domain ``srigl_fx``, the options of ``torch.onnx``, what must
+not stay in a model, and which fallback functions it needs. It must not know files on disk, sessions or masks.
 """
 
 import contextlib
+import functools
 import io
 import logging
 import math
@@ -18,16 +19,19 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import ExportError
+from srigl_fx.onnx_file import all_nodes
 from srigl_fx.onnx_rewrites import rewrite
 from srigl_fx.passes.capture import EXPORT_LOCK
+from srigl_fx.passes.condensed_nodes import CONV, LINEAR
+from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments, resize
 from srigl_fx.runtime.ort import abi
-from srigl_fx.runtime.ort.fallback import CONV_ATTRIBUTES, IR_VERSION, OPSET_VERSION, WEIGHT_ATTRIBUTES
+from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, attributes_of, fallback_functions
 
 if TYPE_CHECKING:
     import onnx
 
-_LINEAR, _CONV = abi.OPERATORS
+_LINEAR, _CONV, _TRANSPOSED = abi.BASES
 _SINGLE_NUMBERS = ("in_features", "flat_size", "group")
 
 
@@ -61,13 +65,14 @@ def build_model(
     try:
         with EXPORT_LOCK, _quiet(), torch.no_grad():
             exported = torch.export.export(rewrite(module), args, kwargs, dynamic_shapes=shapes)
+            _settle_layouts(exported.graph)
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
                 verbose=False,
                 output_names=_output_names(module),
                 opset_version=OPSET_VERSION,
-                custom_translation_table=_translations(),
+                custom_translation_table=_TRANSLATIONS,
             )
             assert program is not None
             model: onnx.ModelProto = program.model_proto
@@ -78,8 +83,49 @@ def build_model(
         ) from error
     model.ir_version = min(model.ir_version, IR_VERSION)
     _strip(model)
+    _forget_logical_shapes(model.graph)
     _name_batch(model, batched)
     return model
+
+
+def functions_for(model: "onnx.ModelProto") -> "list[onnx.FunctionProto]":
+    """The fallback functions of the operators that a model uses, in the order of their names.
+
+    Example:
+        >>> import onnx.parser
+        >>> text = '<ir_version: 9, opset_import: ["srigl_fx": 1]> g (float[2] x) => (float[2] y) {'
+        >>> text += "y = srigl_fx.CondensedLinearRelu <x_perm = [0], y_perm = [0]> (x, x, x, x, x) }"
+        >>> [function.name for function in functions_for(onnx.parser.parse_model(text))]
+        ['CondensedLinearRelu']
+    """
+    permuted: dict[str, set[str]] = {}
+    for node in all_nodes(model.graph):
+        if node.domain == abi.DOMAIN:
+            moved = {item.name for item in node.attribute if item.name.endswith("_perm") and _moves(item.ints)}
+            permuted.setdefault(node.op_type, set()).update(moved)
+    return fallback_functions(sorted(permuted), permuted)
+
+
+def _moves(permutation: Sequence[int]) -> bool:
+    return list(permutation) != sorted(permutation)
+
+
+def _settle_layouts(graph: fx.Graph) -> None:
+    """Keep the layouts between layers only where all of a tensor's readers agree: a graph may have been edited."""
+    linears = graph.find_nodes(op="call_function", target=LINEAR)
+    settle_layouts(graph, [node for node in linears if arguments(node)["y_feature_major"]])
+
+
+def _forget_logical_shapes(graph: "onnx.GraphProto") -> None:
+    """Drop the shapes recorded for what is stored permuted: the exporter took them from torch, which has strides."""
+    permuted = set()
+    for node in graph.node:  # in topological order
+        perms = {item.name: item.ints for item in node.attribute} if node.domain == abi.DOMAIN else {}
+        if _moves(perms.get("y_perm", ())) or (node.domain != abi.DOMAIN and permuted.intersection(node.input)):
+            permuted.update(node.output)
+    kept = [value for value in graph.value_info if value.name not in permuted]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def _refuse_projections(module: fx.GraphModule) -> None:
@@ -140,13 +186,16 @@ def _strip(model: "onnx.ModelProto") -> None:
         item.ClearField("doc_string")
 
 
-def _operator(name: str, attributes: Sequence[str]) -> Any:
+@functools.cache
+def _operator(base: str, residual: bool, activation: str) -> Any:
     """The operator as onnxscript calls it."""
     import onnx.defs
     from onnxscript.values import Op, Opset
 
     schema = onnx.defs.OpSchema
-    types = {"indices": "I", "active": "tensor(int32)"}
+    name = abi.operator_name(base, residual, activation)
+    types = {"values": "V", "indices": "I", "active": "tensor(int32)"}
+    inputs = (*abi.INPUTS, *(["residual"] if residual else []))
     return Op(
         Opset(abi.DOMAIN, abi.DOMAIN_VERSION),
         name,
@@ -154,58 +203,78 @@ def _operator(name: str, attributes: Sequence[str]) -> Any:
             name,
             abi.DOMAIN,
             abi.DOMAIN_VERSION,
-            inputs=[schema.FormalParameter(item, types.get(item, "tensor(float)")) for item in abi.INPUTS],
+            inputs=[schema.FormalParameter(item, types.get(item, "tensor(float)")) for item in inputs],
             outputs=[schema.FormalParameter("y", "tensor(float)")],
-            type_constraints=[("I", ["tensor(uint16)", "tensor(int32)"], "")],
+            type_constraints=[
+                ("V", ["tensor(float)", "tensor(bfloat16)", "tensor(float16)"], ""),
+                ("I", ["tensor(uint16)", "tensor(int32)"], ""),
+            ],
             attributes=[
                 schema.Attribute(item, schema.AttrType.INT if item in _SINGLE_NUMBERS else schema.AttrType.INTS, "")
-                for item in attributes
+                for item in attributes_of(base)
             ],
         ),
     )
 
 
-def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """How torch.onnx writes the two operators of torch."""
-    linear = _operator(_LINEAR, WEIGHT_ATTRIBUTES)
-    conv = _operator(_CONV, (*WEIGHT_ATTRIBUTES, *CONV_ATTRIBUTES))
+def _translate_linear(
+    x: Any,
+    values: Any,
+    indices: Any,
+    active: Any,
+    bias: Any,
+    in_features: int,
+    residual: Any = None,
+    activation: str = "none",
+    x_feature_major: bool = False,
+    y_feature_major: bool = False,
+) -> Any:
+    n, rank = int(bias.shape[0]), len(x.shape)
+    rows = list(range(rank))
+    operator = _operator(_LINEAR, residual is not None, activation)
+    return operator(
+        *(x, values, indices, active, bias, *([] if residual is None else [residual])),
+        in_features=in_features,
+        weight_shape=[n, in_features],
+        flat_size=n * in_features,
+        x_perm=[*rows[1:], 0] if x_feature_major else rows,
+        y_perm=[rank - 1, *rows[:-1]] if y_feature_major else rows,
+    )
 
-    def translate_linear(x: Any, values: Any, indices: Any, active: Any, bias: Any, in_features: int) -> Any:
-        n = int(bias.shape[0])
-        attributes = {"in_features": in_features, "weight_shape": [n, in_features], "flat_size": n * in_features}
-        return linear(x, values, indices, active, bias, **attributes)
 
-    def translate_conv2d(
-        x: Any,
-        values: Any,
-        indices: Any,
-        active: Any,
-        bias: Any,
-        weight_shape: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-    ) -> Any:
-        return conv(
-            x,
-            values,
-            indices,
-            active,
-            bias,
-            in_features=math.prod(weight_shape[1:]),
-            weight_shape=list(weight_shape),
-            flat_size=math.prod(weight_shape),
-            strides=list(stride),
-            pads=[*padding, *padding],
-            dilations=list(dilation),
-            group=groups,
-        )
+def _translate_conv(
+    x: Any,
+    values: Any,
+    indices: Any,
+    active: Any,
+    bias: Any,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    residual: Any = None,
+    activation: str = "none",
+    transposed: bool = False,
+    output_padding: Sequence[int] = (),
+) -> Any:
+    operator = _operator(_TRANSPOSED if transposed else _CONV, residual is not None, activation)
+    extra = {"output_padding": list(output_padding) or [0] * len(stride)} if transposed else {}
+    return operator(
+        *(x, values, indices, active, bias, *([] if residual is None else [residual])),
+        in_features=math.prod(weight_shape[1:]),
+        weight_shape=list(weight_shape),
+        flat_size=math.prod(weight_shape),
+        strides=list(stride),
+        pads=[*padding, *padding],
+        dilations=list(dilation),
+        group=groups,
+        **extra,
+    )
 
-    return {
-        torch.ops.srigl_fx.condensed_linear.default: translate_linear,
-        torch.ops.srigl_fx.condensed_conv.default: translate_conv2d,
-    }
+
+# How torch.onnx writes the two operators of torch.
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {LINEAR: _translate_linear, CONV: _translate_conv}
 
 
 def _where(module: fx.GraphModule, error: BaseException) -> str:

@@ -86,7 +86,12 @@ def _promotes(node: fx.Node) -> bool:
 
 
 def _clear_bias(module: fx.GraphModule, node: fx.Node) -> None:
-    bias = arguments(node)["bias"] if node.target in _CONVOLUTIONS and len(node.users) == 1 else None
+    if node.target not in _CONVOLUTIONS or len(node.users) > 1:
+        return
+    given = arguments(node)
+    bias = given["bias"]
+    if given.get("residual") is not None or given.get("activation", "none") != "none":
+        return
     if not isinstance(bias, fx.Node) or bias.op != "get_attr":
         return
     with module.graph.inserting_before(node):

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import TOLERANCE, relative_error
+from srigl_fx.comparison import relative_error
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowered_regions import LoweredRegions, assemble
@@ -111,11 +111,11 @@ def _lower_one(region: Region, lower_one: Callable[[Program, nn.Module], Lowered
     if verify:
         args, kwargs = region.program.args, region.program.kwargs
         found = _difference(run_model(region.module, args, kwargs), run_model(built, args, kwargs))
-        if not found <= TOLERANCE:
+        if not found <= report.tolerance:
             raise LoweringError(
                 f"the lowered region {region.name} is off by {found:.2e} of its largest value (allowed: "
-                f"{TOLERANCE:.0e}). A module whose outputs depend on more than its inputs cannot be verified: pass "
-                "verify=False if that is so"
+                f"{report.tolerance:.0e}). A module whose outputs depend on more than its inputs cannot be verified: "
+                "pass verify=False if that is so"
             )
         built = LoweredModule.build(built, replace(report, max_error=found), inputs)
         error = found
@@ -137,7 +137,8 @@ def _error(finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], k
     if any(one.graph not in ran for one in parts):
         return "a copy of the model does not call it: a function inside the model holds on to the original"
     worst = _difference(finder.recording.output, output)
-    if not worst <= TOLERANCE:
+    layers = tuple(layer for one in parts for layer in one.graph.report.layers)
+    if not worst <= replace(parts[0].full, layers=layers).tolerance:
         return (
             f"with its graph in place the outputs are off by {worst:.1e} of the largest value: the code around it "
             "reads its weights, or the outputs depend on more than the inputs"
@@ -180,6 +181,7 @@ def _report(finder: RegionFinder, parts: list[_Lowered], copied: nn.Module, erro
         removals=tuple(removal for report in reports for removal in report.removals),
         notes=tuple(note for report in reports for note in report.notes),
         capture_failures=tuple(finder.failures),
+        value_dtype=full.value_dtype,
     )
 
 

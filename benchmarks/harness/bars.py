@@ -5,15 +5,17 @@ Owns the bars. It must not know how figures are measured or drawn.
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness.cells import (
     CSR_TORCH,
     DEEPSPARSE,
     DENSE,
+    DENSE_STEP,
     ORT_DENSE,
     OURS,
     OURS_BF16,
+    SPARSE_STEP,
     Cell,
     Record,
     best,
@@ -41,12 +43,23 @@ Cells = dict[Cell, dict[str, Record]]
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One bar: what is aimed at, what was measured, and where."""
+    """One bar: what is aimed at, what was measured, and where.
+
+    Attributes:
+        bar: In words.
+        target: How many times faster ours is to be.
+        measured: How many times faster it is; in the worst cell, where the bar is one for every cell.
+        where: That cell, in words.
+        cell: That cell.
+        microseconds: Of ours in that cell.
+    """
 
     bar: str
     target: float
     measured: float
     where: str = ""
+    cell: Cell | None = None
+    microseconds: float = math.nan
 
     @property
     def verdict(self) -> str:
@@ -75,86 +88,80 @@ def outcomes(records: Iterable[Record]) -> list[Outcome]:
     return found
 
 
-def _worst(bar: str, target: float, ratios: dict[str, float]) -> Outcome:
-    """The bar for every cell: the worst of them decides."""
-    measured = {where: value for where, value in ratios.items() if not math.isnan(value)}
+def _worst(bar: str, target: float, cells: Cells, slower: Sequence[str], faster: Sequence[str] = OURS) -> list[Outcome]:
+    """The bar for every cell: the worst of them decides. Nothing where there are no cells."""
+    if not cells:
+        return []
+    ratios = {key: ratio(cell, slower, faster) for key, cell in cells.items()}
+    measured = {key: value for key, value in ratios.items() if not math.isnan(value)}
     if not measured:
-        return Outcome(bar=bar, target=target, measured=math.nan)
-    where = min(measured, key=measured.__getitem__)
+        return [Outcome(bar=bar, target=target, measured=math.nan)]
+    key = min(measured, key=measured.__getitem__)
+    _, layer, sparsity, batch, _ = key
     met = sum(value >= target for value in measured.values())
-    return Outcome(bar=bar, target=target, measured=measured[where], where=f"worst at {where}; {met}/{len(measured)} met")
+    return [
+        Outcome(
+            bar=bar,
+            target=target,
+            measured=measured[key],
+            where=f"worst at {layer}, {sparsity:.0%}, batch {batch}; {met} of {len(measured)} met",
+            cell=key,
+            microseconds=best(cells[key], faster),
+        )
+    ]
+
+
+def _at(cells: Cells, sparsity: float, batch: int) -> Cells:
+    return {key: cell for key, cell in cells.items() if key[2:4] == (sparsity, batch)}
 
 
 def _linear(cells: Cells) -> list[Outcome]:
     found = []
     for batch, targets in LINEAR_BARS.items():
         for sparsity, target in targets.items():
-            chosen = {
-                layer: ratio(cell, DENSE, OURS)
-                for (_, layer, at, size, _), cell in cells.items()
-                if (at, size) == (sparsity, batch)
-            }
-            if chosen:
-                found.append(_worst(f"linear, batch {batch}, {sparsity:.0%}, over dense", target, chosen))
-    peer = {
-        f"{layer}, {at:.0%}, batch {size}": ratio(cell, [DEEPSPARSE], OURS)
-        for (_, layer, at, size, _), cell in cells.items()
-    }
-    found.append(_worst("linear, every cell, over DeepSparse", DEEPSPARSE_BAR, peer))
+            bar = f"linear, batch {batch}, {sparsity:.0%}, over dense"
+            found += _worst(bar, target, _at(cells, sparsity, batch), DENSE)
+    found += _worst("linear, every cell, over DeepSparse", DEEPSPARSE_BAR, cells, [DEEPSPARSE])
     for batch, target in CSR_BARS.items():
-        chosen = {
-            layer: ratio(cell, [CSR_TORCH], OURS)
-            for (_, layer, at, size, _), cell in cells.items()
-            if (at, size) == (0.9, batch)
-        }
-        if chosen:
-            found.append(_worst(f"linear, batch {batch}, 90%, over torch CSR", target, chosen))
+        found += _worst(f"linear, batch {batch}, 90%, over torch CSR", target, _at(cells, 0.9, batch), [CSR_TORCH])
     return found
 
 
 def _conv(cells: Cells) -> list[Outcome]:
-    dense = {f"{key[1]}, batch {key[3]}": ratio(cell, [ORT_DENSE], OURS) for key, cell in cells.items()}
-    peer = {f"{key[1]}, batch {key[3]}": ratio(cell, [DEEPSPARSE], OURS) for key, cell in cells.items()}
-    found = [
-        Outcome(
-            bar="convolution, geometric mean, over ORT dense",
-            target=CONV_MEAN_BAR,
-            measured=geometric_mean(dense.values()),
-            where=f"{len(dense)} cells",
-        ),
-        Outcome(
-            bar="convolution, geometric mean, over DeepSparse",
-            target=CONV_DEEPSPARSE_BAR,
-            measured=geometric_mean(peer.values()),
-            where=f"{sum(not math.isnan(value) for value in peer.values())} cells",
-        ),
-        _worst("convolution, every cell, over ORT dense", CONV_WORST_BAR, dense),
-    ]
-    return found
+    found = []
+    for peer, target in ((ORT_DENSE, CONV_MEAN_BAR), (DEEPSPARSE, CONV_DEEPSPARSE_BAR)):
+        ratios = [value for cell in cells.values() if not math.isnan(value := ratio(cell, [peer], OURS))]
+        bar, mean = f"convolution, geometric mean, over {peer}", geometric_mean(ratios)
+        found.append(Outcome(bar=bar, target=target, measured=mean, where=f"{len(ratios)} cells"))
+    return found + _worst("convolution, every cell, over ORT dense", CONV_WORST_BAR, cells, [ORT_DENSE])
 
 
 def _bf16(cells: Cells) -> list[Outcome]:
     found = []
     for sparsity, target in BF16_BARS.items():
-        chosen = {key[1]: ratio(cell, DENSE, OURS_BF16) for key, cell in cells.items() if key[2:4] == (sparsity, 1)}
-        if chosen:
-            found.append(_worst(f"linear, bf16 values, batch 1, {sparsity:.0%}, over dense", target, chosen))
+        bar = f"linear, bf16 values, batch 1, {sparsity:.0%}, over dense"
+        found += _worst(bar, target, _at(cells, sparsity, 1), DENSE, OURS_BF16)
     return found
 
 
 def _train(cells: Cells) -> list[Outcome]:
-    steps = {key[1]: ratio(cell, ["dense step"], ["sparse step"]) for key, cell in cells.items()}
-    return [_worst("training step, batch 256, 95%, over the dense step", TRAIN_BAR, steps)]
+    bar = "training step, 95%, batch 256, over the dense step"
+    return _worst(bar, TRAIN_BAR, cells, [DENSE_STEP], [SPARSE_STEP])
 
 
 def _threads(cells: Cells) -> list[Outcome]:
-    ratios = {}
-    for (section, layer, sparsity, batch, threads), cell in cells.items():
-        if threads == 1 and (section, layer, sparsity, batch, 2) in cells:
-            twice = cells[section, layer, sparsity, batch, 2]
-            for name in OURS:
-                ratios[f"{name}, {layer}, {sparsity:.0%}, batch {batch}"] = best(cell, [name]) / best(twice, [name])
-    return [_worst("two threads over one, batch 16 and more", THREADS_BAR, ratios)]
+    """Each of ours against itself: one thread stands for the slower, two for the faster contender."""
+    found = []
+    for name in OURS:
+        pairs: Cells = {}
+        for key, cell in cells.items():
+            twice = cells.get((*key[:4], 2), {})
+            if key[3] >= 16 and key[4] == 1 and name in cell and name in twice:
+                pairs[key] = {"one": cell[name], "two": twice[name]}
+        bar = f"{name}, two threads over one, batch 16 and more"
+        # The limits are those of one thread.
+        found += [replace(one, cell=None) for one in _worst(bar, THREADS_BAR, pairs, ["one"], ["two"])]
+    return found
 
 
 _JUDGES = (("linear", _linear), ("conv", _conv), ("bf16", _bf16), ("train", _train), ("threads", _threads))

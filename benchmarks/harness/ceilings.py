@@ -4,8 +4,8 @@ Owns the loops, written in LLVM's own language so that no compiler's taste is me
 cannot go. It must not know the contenders.
 """
 
-import ctypes
 import csv
+import ctypes
 import math
 import time
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from harness.machine import cache_bytes, cpu_flags
 
 ACCUMULATORS = 12  # more than latency times throughput of any core's FMA units

@@ -16,13 +16,13 @@ OURS_TORCH_BF16, OURS_ORT_BF16 = "ours in torch, bf16", "ours in ORT, bf16"
 DEEPSPARSE, DEEPSPARSE_ORT = "DeepSparse", "ORT dense beside DeepSparse"
 CSR_TORCH, CSR_SCIPY = "torch CSR", "SciPy CSR"
 GATHER, GATHER_EAGER = "gather, torch.compile", "gather, eager"
+DENSE_STEP, SPARSE_STEP = "dense step", "sparse step"
 
 DENSE = (TORCH_DENSE, ORT_DENSE)
 OURS = (OURS_TORCH, OURS_ORT)
 OURS_BF16 = (OURS_TORCH_BF16, OURS_ORT_BF16)
 LINEAR = (*DENSE, *OURS, DEEPSPARSE, DEEPSPARSE_ORT, CSR_TORCH, CSR_SCIPY, GATHER)
 CONV = (*DENSE, *OURS, DEEPSPARSE, DEEPSPARSE_ORT)
-MODELS = (ORT_DENSE, *OURS, DEEPSPARSE, DEEPSPARSE_ORT)
 
 Cell = tuple[str, str, float, int, int]
 
@@ -100,4 +100,4 @@ def read_csv(path: Path) -> list[Record]:
     """The records of a file that :func:`write_csv` wrote."""
     types = {field.name: field.type for field in fields(Record)}
     with path.open(newline="", encoding="utf-8") as file:
-        return [Record(**{name: types[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]  # type: ignore[operator, arg-type]
+        return [Record(**{name: types[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]  # type: ignore[operator]

@@ -1,9 +1,10 @@
 """Who computes a layer: each contender as a function of no arguments, over the same weights and the same input.
 
 Owns how each peer is called at its best, and our operators. It must not know how times are taken. A contender that
-cannot run says why, as text in its place.
+cannot run, or whose output is wrong, gets its reason in the table in place of a time.
 """
 
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,6 +13,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from torch import Tensor
+from torch.nn import functional
+
+import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
 from harness.cells import (
     CSR_SCIPY,
     CSR_TORCH,
@@ -27,10 +32,6 @@ from harness.cells import (
 )
 from harness.layers import Array, Layer, condensed_onnx, dense_onnx, dense_weight
 from harness.timing import fastest
-from torch import Tensor
-from torch.nn import functional
-
-import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
 from srigl_fx.errors import SriglError
 from srigl_fx.runtime import register
 from srigl_fx.runtime.format import CondensedWeight
@@ -40,6 +41,7 @@ Call = Callable[[], Any]
 TOLERANCE = 1e-4  # of the largest output; sums are taken in another order, and DeepSparse's are fp32 too
 BF16_TOLERANCE = 1e-2
 GATHER_LIMIT = 1e10  # gathered elements: beyond, the formulation takes more than ten seconds a call
+EAGER_LIMIT = 2e8  # the same, where all that is gathered is held in memory
 
 
 def ort_session(model: bytes | str, threads: int, *, library: bool = False) -> Any:
@@ -88,13 +90,13 @@ class LayerContenders:
             GATHER: self._gather_compiled,
             GATHER_EAGER: self._gather_eager,
         }
-        reference = self._torch_dense(x)()
+        reference = self.expected(x)
         for name in self.wanted:
             if name in makers:
                 try:
                     call = makers[name](x)
                     problem = difference(call(), reference, BF16_TOLERANCE if name in OURS_BF16 else TOLERANCE)
-                except Unavailable as error:
+                except NotAvailableError as error:
                     missing[name] = str(error)
                     continue
                 if problem:
@@ -102,6 +104,11 @@ class LayerContenders:
                 else:
                     made[name] = call
         return made, missing
+
+    def expected(self, x: Array) -> Tensor:
+        """The right output."""
+        output: Tensor = self._torch_dense(x)()
+        return output
 
     def _torch_dense(self, x: Array) -> Call:
         layer, tensor = self.layer, torch.from_numpy(x)
@@ -140,7 +147,7 @@ class LayerContenders:
         try:
             call()
         except SriglError as error:
-            raise Unavailable(f"not available: {error}") from error
+            raise NotAvailableError(f"not available: {error}") from error
         return call
 
     def _ours_ort_bf16(self, x: Array) -> Call:
@@ -148,7 +155,7 @@ class LayerContenders:
             try:
                 return ort_session(condensed_onnx(self.layer, self.weight, bf16=True), self.threads, library=True)
             except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-                raise Unavailable(f"not available: {error}") from error
+                raise NotAvailableError(f"not available: {error}") from error
 
         return self._session_call(OURS_ORT_BF16, x, make)
 
@@ -169,7 +176,7 @@ class LayerContenders:
         try:
             from scipy.sparse import csr_array
         except ImportError as error:
-            raise Unavailable("not available: pip install scipy") from error
+            raise NotAvailableError("not available: pip install scipy") from error
         csr, bias = csr_array(self.dense.numpy()), self.weight.bias
         transposed, feature_major = csr.T.tocsr(), np.ascontiguousarray(x.T)
         if len(x) == 1:
@@ -184,24 +191,31 @@ class LayerContenders:
     def _gathered(self, x: Array) -> tuple[Callable[[Tensor, Tensor, Tensor, Tensor], Tensor], tuple[Tensor, ...]]:
         elements = len(x) * self.weight.values.size
         if elements > GATHER_LIMIT:
-            raise Unavailable(f"not run: {elements / 1e9:.1f}e9 gathered elements a call")
+            raise NotAvailableError(f"not run: {elements / 1e9:.1f}e9 gathered elements a call")
         values, indices = self.operands[:2]
         return _gather, (torch.from_numpy(x), indices.to(torch.int64), values, self.bias)
 
     def _gather_compiled(self, x: Array) -> Call:
         function, operands = self._gathered(x)
-        if not any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++")):
-            raise Unavailable("not available: torch.compile finds no C++ compiler")
+        if not has_compiler():
+            raise NotAvailableError("not available: torch.compile finds no C++ compiler; install one or set CXX")
         torch.compiler.reset()
         compiled = torch.compile(function, dynamic=False)
         return lambda: compiled(*operands)
 
     def _gather_eager(self, x: Array) -> Call:
         function, operands = self._gathered(x)
+        if len(x) * self.weight.values.size > EAGER_LIMIT:
+            raise NotAvailableError("not run: what it gathers takes gigabytes")
         return lambda: function(*operands)
 
 
-class Unavailable(Exception):
+def has_compiler() -> bool:
+    """Whether torch.compile can make code for the CPU here."""
+    return any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
+
+
+class NotAvailableError(Exception):
     """Why a contender cannot run here."""
 
 

@@ -15,8 +15,9 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from harness.timing import Timer
 from numpy.typing import NDArray
+
+from harness.timing import Timer
 
 Array = NDArray[Any]
 REQUIREMENTS = ("deepsparse==1.8.0", "numpy==1.26.4", "onnx==1.14.1", "onnxruntime")
@@ -28,6 +29,9 @@ class PeerError(Exception):
 
 
 def default_folder() -> Path:
+    """``$SRIGL_FX_PEERS``, or a folder in the cache."""
+    if named := os.environ.get("SRIGL_FX_PEERS"):
+        return Path(named)
     cache = os.environ.get("SRIGL_FX_CACHE")
     return (Path(cache) if cache else Path.home() / ".cache" / "srigl_fx") / "peers"
 
@@ -51,7 +55,9 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         if not python(folder).exists():
-            raise PeerError(f"no DeepSparse in {folder}; make its environment: python benchmarks/peers.py --setup-deepsparse")
+            raise PeerError(
+                f"no DeepSparse in {folder}; make its environment: python benchmarks/peers.py --setup-deepsparse"
+            )
         self._files = tempfile.TemporaryDirectory(prefix="srigl_fx_peers_")
         self._log = open(Path(self._files.name) / "log.txt", "w+", encoding="utf-8")  # noqa: SIM115 - closed by close()
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
@@ -80,7 +86,8 @@ class Worker:
         self._files.cleanup()
 
     def _ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -107,7 +114,8 @@ class Worker:
             path.write_bytes(model)
         else:
             path = model
-        np.savez(folder / "inputs.npz", **inputs)
+        arrays: dict[str, Any] = dict(inputs)
+        np.savez(folder / "inputs.npz", **arrays)
         batch = len(next(iter(inputs.values())))
         output = folder / "output.npy"
         self._ask(

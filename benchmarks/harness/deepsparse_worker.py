@@ -15,7 +15,7 @@ answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 os.environ["NM_DISABLE_ANALYTICS"] = "1"
 
-import deepsparse  # noqa: E402 - only after the output is safe
+import deepsparse  # type: ignore[import-not-found]  # noqa: E402 - only after the output is safe
 import numpy as np  # noqa: E402
 import onnxruntime  # noqa: E402
 
@@ -45,7 +45,7 @@ def taken(request: dict[str, Any]) -> dict[str, Any]:
 
 
 calls: dict[str, Any] = {}
-commands = {
+commands: dict[str, Any] = {
     "load": load,
     "time": taken,
     "versions": lambda request: {

@@ -98,16 +98,14 @@ def _model(
     )
     opsets = [helper.make_opsetid("", opset)] + ([helper.make_opsetid("srigl_fx", 1)] if ours else [])
     model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 def dense_onnx(layer: Layer, weight: CondensedWeight) -> bytes:
     """The layer as standard ONNX with its zeros in place; opset 13 and IR 8, which DeepSparse 1.8 reads."""
     arrays = {"weight": dense_weight(weight, layer), "bias": weight.bias}
     if layer.kernel:
-        node = helper.make_node(
-            "Conv", ["x", *arrays], ["y"], strides=[layer.stride] * 2, pads=[layer.padding] * 4
-        )
+        node = helper.make_node("Conv", ["x", *arrays], ["y"], strides=[layer.stride] * 2, pads=[layer.padding] * 4)
     else:
         node = helper.make_node("Gemm", ["x", *arrays], ["y"], transB=1)
     return _model(layer, node, arrays, 13, 8, ours=False)

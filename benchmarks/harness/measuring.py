@@ -4,17 +4,19 @@ Owns the order of the cells and what is recorded of each. It must not know how c
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from harness.cells import DEEPSPARSE, DEEPSPARSE_ORT, Record
+
+from harness.cells import DEEPSPARSE, DEEPSPARSE_ORT, OURS_BF16, Record
 from harness.contenders import TOLERANCE, LayerContenders, difference
 from harness.deepsparse_process import PeerError, Worker
-from harness.layers import Layer, random_input, random_weight
+from harness.layers import Array, Layer, random_input, random_weight
 from harness.timing import Timer, interleaved, timer
 
-_WORKER_NAMES = {DEEPSPARSE: "deepsparse", DEEPSPARSE_ORT: "ort"}
+WORKER_NAMES = {DEEPSPARSE: "deepsparse", DEEPSPARSE_ORT: "ort"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,75 +27,134 @@ class Effort:
     rounds: int = 7
 
 
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """How to measure: threads of each contender, how long, and the process of DeepSparse or why there is none."""
+
+    threads: int
+    effort: Effort
+    worker: Worker | None
+    no_worker: str = "not run"
+
+
 def measure_layers(
     section: str,
     layers: Sequence[Layer],
     sparsities: Sequence[float],
     batches: Sequence[int],
-    *,
     contenders: tuple[str, ...],
-    threads: int,
-    effort: Effort,
-    worker: Worker | None,
-    no_worker: str = "not run",
+    bench: Bench,
 ) -> Iterator[list[Record]]:
-    """Measure every cell; yield its records as soon as they are there.
-
-    Args:
-        section: What the records belong to.
-        layers: The layers.
-        sparsities: Fractions removed.
-        batches: Samples.
-        contenders: Names of :mod:`harness.cells`.
-        threads: Of each contender.
-        effort: How long to measure.
-        worker: The process of DeepSparse, if there is one.
-        no_worker: Why there is none.
-    """
-    torch.set_num_threads(threads)
+    """Measure every cell; yield its records as soon as they are there."""
     for layer in layers:
         for sparsity in sparsities:
-            weight = random_weight(layer, sparsity)
-            made = LayerContenders(layer, weight, contenders, threads)
+            torch.set_num_threads(bench.threads)
+            made = LayerContenders(layer, random_weight(layer, sparsity), contenders, bench.threads)
             for batch in batches:
                 x = random_input(layer, batch)
                 with torch.inference_mode():
-                    calls, missing = made.calls(x)
-                    timers: dict[str, Timer] = {name: timer(call) for name, call in calls.items()}
-                    remote = [name for name in contenders if name in _WORKER_NAMES]
-                    try:
-                        if worker is None:
-                            raise PeerError(no_worker)
-                        if remote:
-                            reference = torch.nn.functional.conv2d if layer.kernel else torch.nn.functional.linear
-                            output = worker.load(made.dense_model, {"x": x}, threads=threads)
-                            geometry = (layer.stride, layer.padding) if layer.kernel else ()
-                            expected = reference(torch.from_numpy(x), made.dense, made.bias, *geometry)
-                            problem = difference(output, expected, TOLERANCE)
-                            if problem:
-                                raise PeerError(f"wrong: {problem}")
-                            timers |= {name: worker.timer(_WORKER_NAMES[name]) for name in remote}
-                    except PeerError as error:
-                        missing |= dict.fromkeys(remote, str(error))
-                    pause = 0.005 if threads > 1 else 0.0
-                    times = interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, pause=pause)
-                fmas = weight.values.size * batch * layer.positions
-                moved = 6 * weight.values.size + x.nbytes + 4 * batch * layer.outputs * layer.positions
-                yield [
-                    Record(
-                        section=section,
-                        layer=str(layer),
-                        sparsity=sparsity,
-                        batch=batch,
-                        threads=threads,
-                        contender=name,
-                        microseconds=1e6 * times.get(name, float("nan")),
-                        note=missing.get(name, ""),
-                        bytes=moved,
-                        fmas=fmas,
-                    )
-                    for name in contenders
-                ]
+                    timers, missing = _timers(made, x, bench)
+                    times = interleaved(timers, seconds=bench.effort.seconds, rounds=bench.effort.rounds)
+                yield _records(section, made, sparsity, x, times, missing)
+
+
+def measure_threads(
+    layers: Sequence[Layer],
+    sparsities: Sequence[float],
+    batches: Sequence[int],
+    contenders: tuple[str, ...],
+    counts: Sequence[int],
+    effort: Effort,
+) -> Iterator[list[Record]]:
+    """Measure every cell with each number of threads, in turns; one number of threads is a cell of its own."""
+    for layer in layers:
+        for sparsity in sparsities:
+            weight = random_weight(layer, sparsity)
+            made = {count: LayerContenders(layer, weight, contenders, count) for count in counts}
+            for batch in batches:
+                x = random_input(layer, batch)
+                timers: dict[tuple[int, str], Timer] = {}
+                missing: dict[int, dict[str, str]] = {}
+                with torch.inference_mode():
+                    for count in counts:
+                        torch.set_num_threads(count)
+                        calls, missing[count] = made[count].calls(x)
+                        timers |= {(count, name): _with_threads(count, timer(call)) for name, call in calls.items()}
+                    # Idle threads of one pool spin for a while, and would take a core from the next contender.
+                    times = interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, pause=0.01)
+                torch.set_num_threads(counts[0])
+                for count in counts:
+                    own = {name: seconds for (at, name), seconds in times.items() if at == count}
+                    yield _records("threads", made[count], sparsity, x, own, missing[count])
+
+
+def _with_threads(count: int, inner: Timer) -> Timer:
+    def taken(calls: int) -> float:
+        torch.set_num_threads(count)
+        return inner(calls)
+
+    return taken
+
+
+def _timers(made: LayerContenders, x: Array, bench: Bench) -> tuple[dict[str, Timer], dict[str, str]]:
+    """The contenders of this process and of the other, and why those that are missing are."""
+    calls, missing = made.calls(x)
+    timers: dict[str, Timer] = {name: timer(call) for name, call in calls.items()}
+    remote = [name for name in made.wanted if name in WORKER_NAMES]
+    if remote:
+        try:
+            timers |= remote_timers(remote, bench, made.dense_model, {"x": x}, made.expected(x), TOLERANCE)
+        except PeerError as error:
+            missing |= dict.fromkeys(remote, str(error))
+    return timers, missing
+
+
+def remote_timers(
+    names: Sequence[str],
+    bench: Bench,
+    model: bytes | Path,
+    inputs: Mapping[str, Array],
+    expected: torch.Tensor,
+    tolerance: float,
+) -> dict[str, Timer]:
+    """The timers of DeepSparse's process, after its output was compared.
+
+    Raises:
+        PeerError: There is no such process, it refuses the model, or its output is another.
+    """
+    if bench.worker is None:
+        raise PeerError(bench.no_worker)
+    problem = difference(bench.worker.load(model, inputs, threads=bench.threads), expected, tolerance)
+    if problem:
+        raise PeerError(f"wrong: {problem}")
+    return {name: bench.worker.timer(WORKER_NAMES[name]) for name in names}
+
+
+def _records(
+    section: str,
+    made: LayerContenders,
+    sparsity: float,
+    x: Array,
+    times: Mapping[str, float],
+    missing: Mapping[str, str],
+) -> list[Record]:
+    layer, kept, batch = made.layer, made.weight.values.size, len(x)
+    activations = x.nbytes + 4 * batch * layer.outputs * layer.positions
+    return [
+        Record(
+            section=section,
+            layer=str(layer),
+            sparsity=sparsity,
+            batch=batch,
+            threads=made.threads,
+            contender=name,
+            microseconds=1e6 * times.get(name, float("nan")),
+            note=missing.get(name, ""),
+            bytes=(4 if name in OURS_BF16 else 6) * kept + activations,
+            fmas=kept * batch * layer.positions,
+        )
+        for name in made.wanted
+    ]
 
 
 def collect(

@@ -13,6 +13,7 @@ from harness.cells import DEEPSPARSE, DENSE, OURS, Record, geometric_mean, group
 def plot_linear(path: Path, records: Sequence[Record], title: str) -> None:
     """One panel a layer; solid lines are ours, dotted ones DeepSparse, crosses the bars."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     cells = group(records)
     layers = list(dict.fromkeys(key[1] for key in cells))
@@ -24,19 +25,24 @@ def plot_linear(path: Path, records: Sequence[Record], title: str) -> None:
             chosen = sorted((key[2], cell) for key, cell in cells.items() if (key[1], key[3]) == (layer, batch))
             ticks = [f"{sparsity:.0%}" for sparsity, _ in chosen]
             colour = f"C{index}"
-            axes.plot(ticks, [ratio(cell, DENSE, OURS) for _, cell in chosen], "o-", color=colour, label=f"batch {batch}")
+            axes.plot(
+                ticks, [ratio(cell, DENSE, OURS) for _, cell in chosen], "o-", color=colour, label=f"batch {batch}"
+            )
             axes.plot(ticks, [ratio(cell, DENSE, [DEEPSPARSE]) for _, cell in chosen], ":", color=colour)
             bars = [LINEAR_BARS.get(batch, {}).get(sparsity, float("nan")) for sparsity, _ in chosen]
             axes.plot(ticks, bars, "x", color=colour, markersize=9)
         axes.axhline(1, color="grey", linewidth=0.8)
         axes.set(title=layer, xlabel="sparsity", ylabel="times faster than the faster dense", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}x")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(fontsize=8)
     figure.suptitle(f"{title}: solid ours, dotted DeepSparse, crosses what is aimed at", fontsize=10)
     figure.savefig(path, dpi=120)
 
 
 def plot_speedups(path: Path, records: Sequence[Record], title: str) -> None:
-    """Bars for each layer and batch: ours and DeepSparse over the faster dense, with the geometric means in the title."""
+    """Bars for each layer and batch: ours and DeepSparse over the faster dense, with their geometric means."""
     from matplotlib.figure import Figure
 
     cells = group(records)

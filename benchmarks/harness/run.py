@@ -4,32 +4,39 @@ Owns the order of a run and its files; the parts' figures come from the other mo
 """
 
 import argparse
-import shlex
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from harness.bars import outcomes
+from harness.ceilings import measure_ceilings, read_ceilings, write_ceilings
 from harness.cells import (
     CONV,
     DEEPSPARSE,
     DEEPSPARSE_ORT,
     DENSE,
+    GATHER_EAGER,
     LINEAR,
     OURS,
     OURS_BF16,
+    Cell,
     Record,
+    group,
     read_csv,
     write_csv,
 )
+from harness.contenders import has_compiler
 from harness.deepsparse_process import PeerError, Worker, default_folder, make_environment
 from harness.layers import Layer
 from harness.machine import describe
-from harness.measuring import Effort, collect, measure_layers
+from harness.measuring import Bench, Effort, collect, measure_layers, measure_threads
+from harness.models import measure_networks
 from harness.plots import plot_linear, plot_speedups
-from harness.tables import bars_table, cell_line, cells_table
+from harness.tables import bars_table, ceilings_table, cell_line, cells_table
+from harness.training import measure_steps
 
 LINEAR_SHAPES = ((3072, 768), (768, 3072), (4096, 4096))
 SPARSITIES = (0.8, 0.9, 0.95, 0.99)
@@ -63,12 +70,10 @@ RESNET50 = (
 
 @dataclass(kw_only=True)
 class Job:
-    """What a part needs: the options, how long to measure, and the process of DeepSparse or why there is none."""
+    """What a part needs: the options, and how to measure."""
 
     options: argparse.Namespace
-    effort: Effort
-    worker: Worker | None
-    no_worker: str
+    bench: Bench
 
     def measure(
         self,
@@ -77,32 +82,30 @@ class Job:
         sparsities: Sequence[float],
         batches: Sequence[int],
         contenders: tuple[str, ...],
-        threads: int | None = None,
     ) -> list[Record]:
         """Measure the cells of a part, with what the options say instead."""
         options = self.options
-        chosen = tuple(options.contenders or contenders)
-        unknown = set(chosen) - {*LINEAR, *OURS_BF16, "gather, eager"}
-        if unknown:
-            sys.exit(f"no contender {', '.join(sorted(unknown))}; there are: {', '.join(LINEAR)}")
+        chosen = self.chosen(contenders)
         cells = measure_layers(
-            section,
-            layers,
-            options.sparsities or sparsities,
-            options.batches or batches,
-            contenders=chosen,
-            threads=threads or options.threads,
-            effort=self.effort,
-            worker=self.worker,
-            no_worker=self.no_worker,
+            section, layers, options.sparsities or sparsities, options.batches or batches, chosen, self.bench
         )
+        return self.collect(section, cells)
+
+    def chosen(self, contenders: tuple[str, ...]) -> tuple[str, ...]:
+        names = tuple(self.options.contenders or contenders)
+        unknown = set(names) - {*LINEAR, *OURS_BF16, GATHER_EAGER}
+        if unknown:
+            sys.exit(f"no contender {', '.join(sorted(unknown))}; there are: {', '.join((*LINEAR, GATHER_EAGER))}")
+        return names
+
+    def collect(self, section: str, cells: Iterator[list[Record]]) -> list[Record]:
         return collect(cells, cell_line, lambda records: write_csv(self.path(section, "csv"), records))
 
     def path(self, section: str, suffix: str) -> Path:
         return Path(self.options.out) / f"peers_{section}.{suffix}"
 
     def linear_layers(self) -> list[Layer]:
-        shapes = LINEAR_SHAPES
+        shapes: tuple[tuple[int, int], ...] = LINEAR_SHAPES
         if self.options.shapes:
             shapes = tuple(_shape(text) for text in self.options.shapes)
         elif self.options.quick:
@@ -119,13 +122,16 @@ def _shape(text: str) -> tuple[int, int]:
 
 def linear(job: Job) -> list[Record]:
     batches = (1, 16) if job.options.quick else BATCHES
-    records = job.measure("linear", job.linear_layers(), SPARSITIES, batches, LINEAR)
+    contenders = LINEAR if has_compiler() else (*LINEAR, GATHER_EAGER)
+    records = job.measure("linear", job.linear_layers(), SPARSITIES, batches, contenders)
     plot_linear(job.path("linear", "png"), records, "Linear layers")
     return records
 
 
 def small(job: Job) -> list[Record]:
-    return job.measure("small", job.linear_layers()[:1], SPARSITIES, (2, 4, 8), (*DENSE, *OURS, DEEPSPARSE, DEEPSPARSE_ORT))
+    return job.measure(
+        "small", job.linear_layers()[:1], SPARSITIES, (2, 4, 8), (*DENSE, *OURS, DEEPSPARSE, DEEPSPARSE_ORT)
+    )
 
 
 def conv(job: Job) -> list[Record]:
@@ -143,20 +149,54 @@ def bf16(job: Job) -> list[Record]:
 
 
 def threads(job: Job) -> list[Record]:
-    found: list[Record] = []
-    for layer in job.linear_layers():
-        for count in (1, 2):
-            found += job.measure("threads", [layer], (0.9,), (16, 64, 256, 2048), (*DENSE, *OURS), count)
-    write_csv(job.path("threads", "csv"), found)
-    return found
+    options = job.options
+    batches = options.batches or ((16,) if options.quick else (16, 64, 256, 2048))
+    layers, contenders = job.linear_layers(), job.chosen((*DENSE, *OURS))
+    cells = measure_threads(layers, options.sparsities or (0.9,), batches, contenders, (1, 2), job.bench.effort)
+    return job.collect("threads", cells)
+
+
+def train(job: Job) -> list[Record]:
+    widths, batch = ((64, 128, 64), 8) if job.options.quick else ((1024, 4096, 1024), 256)
+    return job.collect("train", iter([measure_steps(widths, 0.95, batch, job.bench)]))
+
+
+def models(job: Job) -> list[Record]:
+    quick = job.options.quick
+    batches = job.options.batches or ((1, 2) if quick else (1, 16))
+    with tempfile.TemporaryDirectory(prefix="srigl_fx_peers_") as folder:
+        return job.collect("models", measure_networks(Path(folder), batches, job.bench, tiny=quick))
+
+
+def ceilings(job: Job) -> list[Record]:
+    """Measure the machine, for the limits that the other parts' pages name."""
+    options = job.options
+    found = measure_ceilings(0.002, 1 << 20) if options.quick else measure_ceilings()
+    write_ceilings(job.path("ceilings", "csv"), found)
+    page = [
+        "# Peers: ceilings",
+        "",
+        f"`{options.command}`",
+        "",
+        describe(options.threads),
+        "",
+        ceilings_table(found),
+        "",
+    ]
+    job.path("ceilings", "md").write_text("\n".join(page), encoding="utf-8")
+    print(ceilings_table(found), flush=True)
+    return []
 
 
 SECTIONS: dict[str, Callable[[Job], list[Record]]] = {
+    "ceilings": ceilings,
     "linear": linear,
     "small": small,
     "conv": conv,
     "bf16": bf16,
     "threads": threads,
+    "train": train,
+    "models": models,
 }
 
 
@@ -176,27 +216,53 @@ def run(options: argparse.Namespace) -> None:
         except PeerError as error:
             no_worker = str(error)
             print(no_worker, file=sys.stderr)
-        job = Job(options=options, effort=effort, worker=worker, no_worker=no_worker)
+        bench = Bench(threads=options.threads, effort=effort, worker=worker, no_worker=no_worker)
+        job = Job(options=options, bench=bench)
         machine = describe(options.threads, {"DeepSparse": worker.versions["deepsparse"]} if worker else None)
         print(machine, flush=True)
         for section in options.only or [name for name in SECTIONS if name != "models"]:
             records = SECTIONS[section](job)
-            write_page(job.path(section, "md"), section, records, machine, options)
-            print(bars_table(outcomes(records)), flush=True)
+            if records:
+                write_page(job.path(section, "md"), section, records, machine, options.command)
+                if found := outcomes(records):
+                    print(bars_table(found, limits(records, options.out)), flush=True)
+    write_bars(options.out / "peers.md", options.out, machine, options.command)
 
 
-def write_page(
-    path: Path, section: str, records: Sequence[Record], machine: str, options: argparse.Namespace
-) -> None:
-    command = "python benchmarks/peers.py " + shlex.join(sys.argv[1:])
-    found = outcomes(records)
-    text = [f"# Peers: {section}", "", f"`{command.strip()}`", "", machine, ""]
+def limits(records: Sequence[Record], folder: Path) -> dict[Cell, tuple[float, str]]:
+    """By the ceilings measured last, the microseconds of each cell, and what limits it; for one thread."""
+    measured = folder / "peers_ceilings.csv"
+    if not measured.exists():
+        return {}
+    machine, found = read_ceilings(measured), {}
+    for key, cell in group(records).items():
+        fmas = max(record.fmas for record in cell.values())
+        if fmas and key[4] == 1:
+            seconds, reason = machine.limit(min(record.bytes for record in cell.values()), fmas)
+            found[key] = (1e6 * seconds, reason)
+    return found
+
+
+def write_page(path: Path, section: str, records: Sequence[Record], machine: str, command: str) -> None:
+    """The page of a part: the command that made it, the machine, the bars, and every cell."""
+    known, found = limits(records, path.parent), outcomes(records)
+    text = [f"# Peers: {section}", "", f"`{command}`", "", machine, ""]
     if found:
-        text += ["## Bars", "", bars_table(found), ""]
-    text += ["## Every cell", "", cells_table(records), ""]
+        text += ["## Bars", "", bars_table(found, known), ""]
+    text += ["## Every cell", "", cells_table(records, known), ""]
     path.write_text("\n".join(text), encoding="utf-8")
+
+
+def write_bars(path: Path, folder: Path, machine: str, command: str) -> None:
+    """The table of all bars, from every part that the folder holds."""
+    records = read_all(folder)
+    if found := outcomes(records):
+        table = bars_table(found, limits(records, folder))
+        text = ["# Peers: bars", "", f"The last command: `{command}`", "", machine, "", table, ""]
+        path.write_text("\n".join(text), encoding="utf-8")
 
 
 def read_all(folder: Path) -> list[Record]:
     """The records of all parts that a folder holds."""
-    return [record for path in sorted(folder.glob("peers_*.csv")) for record in read_csv(path)]
+    parts = [folder / f"peers_{section}.csv" for section in SECTIONS if section != "ceilings"]
+    return [record for path in parts if path.exists() for record in read_csv(path)]

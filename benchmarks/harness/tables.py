@@ -7,10 +7,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from harness.bars import LINEAR_BARS, Outcome
-from harness.cells import DEEPSPARSE, DENSE, OURS, OURS_BF16, Record, best, group
+from harness.ceilings import Ceilings
+from harness.cells import DEEPSPARSE, DENSE, DENSE_STEP, OURS, OURS_BF16, SPARSE_STEP, Cell, Record, best, group
 
-# The limit of a cell in seconds: (bytes moved, multiply-adds) to the time of the machine at its ceilings.
-Limit = dict[tuple[str, str, float, int, int], tuple[float, str]]
+Limits = Mapping[Cell, tuple[float, str]]  # the microseconds that a cell cannot go below, and what limits it
 
 
 def microseconds(time: float) -> str:
@@ -38,42 +38,54 @@ def cell_line(records: Sequence[Record]) -> str:
     """One cell in one line of text: the time of each contender, and how much faster than dense it is."""
     cell = {record.contender: record for record in records}
     first = records[0]
-    dense = best(cell, [name for name in ("dense step", *DENSE) if name in cell])
+    dense = best(cell, [name for name in (DENSE_STEP, *DENSE) if name in cell])
     figures = [
         f"{name} {microseconds(record.microseconds)}"
         + (f" ({times_faster(dense / record.microseconds)})" if not math.isnan(record.microseconds) else "")
         for name, record in cell.items()
     ]
-    ours = best(cell, (*OURS, *OURS_BF16, "sparse step"))
+    ours = best(cell, (*OURS, *OURS_BF16, SPARSE_STEP))
     bar = LINEAR_BARS.get(first.batch, {}).get(first.sparsity) if first.section == "linear" else None
     aim = f" [bar {bar:g}x: {'met' if dense / ours >= bar else 'missed'}]" if bar else ""
-    return f"{first.layer}, {first.sparsity:.0%}, batch {first.batch}: ours {times_faster(dense / ours)}{aim} | " + ", ".join(
-        figures
+    return (
+        f"{first.layer}, {first.sparsity:.0%}, batch {first.batch}: ours {times_faster(dense / ours)}{aim} | "
+        + ", ".join(figures)
     )
 
 
-def cells_table(records: Sequence[Record], limits: Mapping[tuple[object, ...], tuple[float, str]] | None = None) -> str:
+def cells_table(records: Sequence[Record], limits: Limits) -> str:
     """Every cell: microseconds of each contender; our better one over the faster dense and over DeepSparse.
 
     Args:
         records: Of one section.
-        limits: By cell, the microseconds below which the machine cannot go, and what limits it.
+        limits: Of the cells where the machine's are known.
     """
     cells = group(records)
     names = list(dict.fromkeys(record.contender for record in records))
-    header = ["layer", "sparsity", "batch", "threads", *(f"{name}, µs" for name in names), "ours / dense", "ours / DeepSparse"]
+    header = [
+        "layer",
+        "sparsity",
+        "batch",
+        "threads",
+        *(f"{name}, µs" for name in names),
+        "ours / dense",
+        "ours / DeepSparse",
+    ]
     if limits:
-        header += ["limit, µs", "measured / limit", "limited by"]
+        header += ["moved, MB", "multiply-adds, M", "limit, µs", "measured / limit", "limited by"]
     rows = []
     for key, cell in cells.items():
         _, layer, sparsity, batch, threads = key
-        ours = best(cell, (*OURS, *OURS_BF16, "sparse step"))
+        ours = best(cell, (*OURS, *OURS_BF16, SPARSE_STEP))
         row = [layer, f"{sparsity:.0%}", str(batch), str(threads)]
         row += [microseconds(cell[name].microseconds) if name in cell else "-" for name in names]
-        row += [times_faster(best(cell, (*DENSE, "dense step")) / ours), times_faster(best(cell, [DEEPSPARSE]) / ours)]
-        if limits:
-            limit, reason = limits.get(key, (math.nan, "-"))
-            row += [microseconds(limit), times_faster(ours / limit), reason]
+        row += [times_faster(best(cell, (*DENSE, DENSE_STEP)) / ours), times_faster(best(cell, [DEEPSPARSE]) / ours)]
+        if key in limits:
+            limit, reason = limits[key]
+            moved, fmas = min(record.bytes for record in cell.values()), max(record.fmas for record in cell.values())
+            row += [f"{moved / 1e6:.3g}", f"{fmas / 1e6:.3g}", microseconds(limit), times_faster(ours / limit), reason]
+        elif limits:
+            row += ["-"] * 5
         rows.append(row)
     table = markdown(header, rows)
     notes = sorted({(record.contender, record.note) for record in records if record.note})
@@ -82,10 +94,24 @@ def cells_table(records: Sequence[Record], limits: Mapping[tuple[object, ...], t
     return table
 
 
-def bars_table(outcomes: Sequence[Outcome]) -> str:
-    """Every bar: aimed at, measured, met or missed by how much."""
+def bars_table(outcomes: Sequence[Outcome], limits: Limits) -> str:
+    """Every bar: aimed at, measured, met or missed by how much; and how far the machine would let the worst cell go."""
+    rows = []
+    for outcome in outcomes:
+        row = [outcome.bar, f"{outcome.target:g}x", times_faster(outcome.measured), outcome.verdict, outcome.where]
+        limit, reason = limits.get(outcome.cell, (math.nan, "-")) if outcome.cell else (math.nan, "-")
+        rows.append([*row, times_faster(outcome.microseconds / limit), reason])
+    header = ["bar", "aimed at", "measured", "verdict", "where", "its time / limit", "limited by"]
+    return markdown(header, rows)
+
+
+def ceilings_table(ceilings: Ceilings) -> str:
+    """What the machine reaches on one thread."""
     rows = [
-        [outcome.bar, f"{outcome.target:g}x", times_faster(outcome.measured), outcome.verdict, outcome.where]
-        for outcome in outcomes
+        [f"{level.buffer / 2**10:,.0f} KiB ({level.name})", f"{level.rate / 1e9:.1f} GB/s"] for level in ceilings.levels
     ]
-    return markdown(["bar", "aimed at", "measured", "verdict", "where"], rows)
+    rows += [
+        ["multiply-adds from registers", f"{ceilings.register_fmas / 1e9:.1f} G/s"],
+        ["multiply-adds, one operand from L1", f"{ceilings.load_fmas / 1e9:.1f} G/s"],
+    ]
+    return markdown(["read from", "one thread"], rows)

@@ -6,9 +6,11 @@ in this process or in another one.
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 Timer = Callable[[int], float]
+Name = TypeVar("Name", bound=Hashable)
 SLOW = 1.0  # seconds: a call this long is not repeated to warm up
 
 
@@ -25,13 +27,13 @@ def timer(call: Callable[[], object]) -> Timer:
 
 
 def interleaved(
-    timers: Mapping[str, Timer], *, seconds: float = 0.3, rounds: int = 7, pause: float = 0.0
-) -> dict[str, float]:
+    timers: Mapping[Name, Timer], *, seconds: float = 0.3, rounds: int = 7, pause: float = 0.0
+) -> dict[Name, float]:
     """The median seconds of one call of each contender.
 
     Each is called twice before, uncounted. Then all go in turns, ``rounds`` times, each for its share of ``seconds``,
-    after one uncounted call that brings its data back into the caches. The order moves on by one each round. A contender
-    whose calls are long takes part in fewer rounds, and at least in one.
+    after one uncounted call that brings its data back into the caches. The order moves on by one each round. A
+    contender whose calls are long takes part in fewer rounds, and at least in one.
 
     Args:
         timers: The contenders, by name.
@@ -39,7 +41,8 @@ def interleaved(
         rounds: How often all are gone through.
         pause: Seconds of sleep before each turn, for the idle threads of the one before to stop spinning.
     """
-    repeats, turns = {}, {}
+    repeats: dict[Name, int] = {}
+    turns: dict[Name, int] = {}
     for name, taken in timers.items():
         once = taken(1)
         if once < SLOW:
@@ -47,7 +50,7 @@ def interleaved(
         once = max(once, 1e-7)
         repeats[name] = max(1, int(seconds / rounds / once))
         turns[name] = min(rounds, max(1, int(8 * seconds / once)))
-    times: dict[str, list[float]] = {name: [] for name in timers}
+    times: dict[Name, list[float]] = {name: [] for name in timers}
     order = list(timers)
     for turn in range(rounds):
         order = order[1:] + order[:1]

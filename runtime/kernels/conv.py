@@ -5,6 +5,9 @@ three spatial dimensions are given with leading ones. A sample is packed first: 
 so that every kept weight, a tap (channel, kd, kh, kw) of a filter, is one flat offset into it, to which the flat output
 positions are added. The packed rows are longer than the output's; what is computed in between is not stored.
 
+A transposed convolution is one over the input with zeros between its elements (SPACING is their distance, ones
+otherwise) whose kernel is FLIPPED.
+
 Along a dimension, plane ``q`` holds the padded input's positions ``q, q + stride, ...``, and a tap reads it from
 ``tap * dilation // stride`` on; or, where that is smaller, each tap has a plane of just the positions that it reads.
 """
@@ -39,6 +42,10 @@ ACCUMULATORS = BLOCK + LANES  # floats of scratch
     DILATION_D,
     DILATION_H,
     DILATION_W,
+    SPACING_D,
+    SPACING_H,
+    SPACING_W,
+    FLIPPED,
     K,
     PLANES_D,
     PLANES_H,
@@ -51,7 +58,7 @@ ACCUMULATORS = BLOCK + LANES  # floats of scratch
     PLANE_STEP_W,
     DIRECT,
     GEOMETRY_SIZE,
-) = range(33)
+) = range(37)
 
 
 def conv_plan(geometry: Pointer) -> None:
@@ -64,7 +71,8 @@ def conv_plan(geometry: Pointer) -> None:
     geometry[DIRECT] = 0
     pointwise = True
     for axis in range(3):
-        if geometry[KERNEL_D + axis] * geometry[STRIDE_D + axis] > 1 or geometry[IN_D + axis] != geometry[OUT_D + axis]:
+        steps = geometry[KERNEL_D + axis] * geometry[STRIDE_D + axis] * geometry[SPACING_D + axis]
+        if steps > 1 or geometry[IN_D + axis] != geometry[OUT_D + axis]:
             pointwise = False
     if pointwise:
         positions = geometry[OUT_D] * geometry[OUT_H] * geometry[OUT_W]
@@ -107,8 +115,9 @@ def conv_tap_offsets(offsets: Pointer, geometry: Pointer) -> None:
                 plane = (at_d % planes_d * planes_h + at_h % planes_h) * planes_w + at_w % planes_w
                 shift = (at_d // planes_d * packed_h + at_h // planes_h) * packed_w + at_w // planes_w
                 offset = plane * packed + shift
+                tap = taps - 1 - t if geometry[FLIPPED] else t
                 for channel in range(geometry[CHANNELS] // geometry[GROUPS]):
-                    offsets[channel * taps + t] = offset + channel * planes_d * planes_h * planes_w * packed
+                    offsets[channel * taps + tap] = offset + channel * planes_d * planes_h * planes_w * packed
                 t += 1
 
 
@@ -117,6 +126,7 @@ def conv_pack(x: Pointer, packed: Pointer, geometry: Pointer, sample: int, first
     channels = geometry[CHANNELS]
     in_d, in_h, in_w = geometry[IN_D], geometry[IN_H], geometry[IN_W]
     stride_d, stride_h, stride_w = geometry[STRIDE_D], geometry[STRIDE_H], geometry[STRIDE_W]
+    spacing_d, spacing_h, spacing_w = geometry[SPACING_D], geometry[SPACING_H], geometry[SPACING_W]
     planes_d, planes_h, planes_w = geometry[PLANES_D], geometry[PLANES_H], geometry[PLANES_W]
     packed_d, packed_h, packed_w = geometry[PACKED_D], geometry[PACKED_H], geometry[PACKED_W]
     channel_size = planes_d * planes_h * planes_w * packed_d * packed_h * packed_w
@@ -136,15 +146,24 @@ def conv_pack(x: Pointer, packed: Pointer, geometry: Pointer, sample: int, first
                     w1 = max(w0, min(packed_w, (in_w - 1 - start_w) // stride_w + 1))
                     for d in range(packed_d):
                         at_d = d * stride_d + start_d
+                        inside_d = at_d >= 0 and at_d % spacing_d == 0 and at_d // spacing_d < in_d
                         for h in range(packed_h):
                             at_h = h * stride_h + start_h
-                            if at_d < 0 or at_d >= in_d or at_h < 0 or at_h >= in_h:
+                            if not inside_d or at_h < 0 or at_h % spacing_h != 0 or at_h // spacing_h >= in_h:
                                 for w in range(packed_w):
                                     packed[to + w] = 0.0
+                            elif spacing_w > 1:
+                                x_row = x_base + (at_d // spacing_d * in_h + at_h // spacing_h) * in_w
+                                for w in range(packed_w):
+                                    at_w = w * stride_w + start_w
+                                    value = 0.0
+                                    if at_w >= 0 and at_w % spacing_w == 0 and at_w // spacing_w < in_w:
+                                        value = x[x_row + at_w // spacing_w]
+                                    packed[to + w] = value
                             else:
                                 for w in range(w0):
                                     packed[to + w] = 0.0
-                                x_row = x_base + (at_d * in_h + at_h) * in_w + start_w
+                                x_row = x_base + (at_d // spacing_d * in_h + at_h // spacing_h) * in_w + start_w
                                 if stride_w == 1:
                                     # Whole vectors if both ends hold them: what is too much is written over next.
                                     count = (w1 - w0 + LANES - 1) // LANES * LANES

@@ -12,6 +12,16 @@ DOMAIN: Final = "srigl_fx"
 DOMAIN_VERSION: Final = 1
 OPERATORS: Final = ("CondensedLinear", "CondensedConv")
 INPUTS: Final = ("x", "values", "indices", "active", "bias")
+BASES: Final = ("CondensedLinear", "CondensedConv", "CondensedConvTranspose")
+ACTIVATIONS: Final = {  # as torch's operators call them -> the end of an operator's name
+    "none": "",
+    "relu": "Relu",
+    "relu6": "Relu6",
+    "gelu": "Gelu",
+    "gelu_tanh": "GeluTanh",
+    "silu": "Silu",
+    "hardswish": "Hardswish",
+}
 ISAS: Final = ("x86-64", "x86-64-v3", "x86-64-v4")  # from the oldest to the newest
 ISA_VARIABLE: Final = "SRIGL_FX_ISA"
 ENTRY_POINT: Final = "RegisterCustomOps"
@@ -156,3 +166,29 @@ JOB_WORDS: Final = 19
 # Bounds that keep every product of sizes within 64 bits.
 MAX_SIZE: Final = 2**31 - 1  # of a dimension, of in_features, of the number of neurons
 MAX_STEP: Final = 2**20  # of a stride, a pad or a dilation
+
+
+def operator_name(base: str, residual: bool, activation: str) -> str:
+    """The operator of domain ``srigl_fx`` with this epilogue.
+
+    Args:
+        base: One of ``BASES``.
+        residual: Whether it adds a sixth input before the activation.
+        activation: One of ``ACTIVATIONS``.
+
+    Example:
+        >>> operator_name("CondensedConv", True, "relu"), operator_name("CondensedLinear", False, "none")
+        ('CondensedConvAddRelu', 'CondensedLinear')
+    """
+    return f"{base}{'Add' if residual else ''}{ACTIVATIONS[activation]}"
+
+
+def operator_names() -> dict[str, tuple[str, bool, str]]:
+    """The names of all operators, each with what :func:`operator_name` makes it of.
+
+    Example:
+        >>> operator_names()["CondensedLinearGeluTanh"]
+        ('CondensedLinear', False, 'gelu_tanh')
+    """
+    parts = [(base, residual, kind) for base in BASES for residual in (False, True) for kind in ACTIVATIONS]
+    return {operator_name(*part): part for part in parts}

@@ -1,10 +1,11 @@
 """The operators as functions of standard ONNX operators, which a model carries for hosts without the library.
 
-Owns the two function bodies. Each scatters the kept weights into the dense weight and multiplies with that; as the
-dense shape comes from attributes and not from ``x``, ONNX Runtime folds all but the last step into one constant, and
-what runs is a plain Gemm, MatMul or Conv. It must not know graphs or sessions.
+Owns the function bodies. Each scatters the kept weights into the dense weight and contracts with that; as the dense
+shape comes from attributes and not from ``x``, ONNX Runtime folds all but the last steps into one constant, and what
+runs is a plain Gemm, MatMul, Conv or ConvTranspose with its epilogue. It must not know graphs or sessions.
 """
 
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from srigl_fx.runtime.ort import abi
@@ -15,12 +16,15 @@ if TYPE_CHECKING:
 OPSET_VERSION = 18
 IR_VERSION = 9  # the newest that ONNX Runtime 1.17 reads
 WEIGHT_ATTRIBUTES = ("in_features", "weight_shape", "flat_size")
+LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
+TRANSPOSED_ATTRIBUTES = ("output_padding",)
 
-# flat position of a kept weight = its row in the dense weight * in_features + its index
+# flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits
 _DENSE_WEIGHT = """
     wide_indices = Cast <to: int = 7> (indices)
     wide_active = Cast <to: int = 7> (active)
+    wide_values = Cast <to: int = 1> (values)
     one = Constant <value_ints: ints = [1]> ()
     rows = Unsqueeze (wide_active, one)
     row_size = Constant <value_int: int = @in_features> ()
@@ -28,7 +32,7 @@ _DENSE_WEIGHT = """
     positions = Add (row_starts, wide_indices)
     minus_one = Constant <value_ints: ints = [-1]> ()
     flat_positions = Reshape (positions, minus_one)
-    flat_values = Reshape (values, minus_one)
+    flat_values = Reshape (wide_values, minus_one)
     size = Constant <value_int: int = @flat_size> ()
     sizes = Reshape (size, one)
     zeros = ConstantOfShape (sizes)
@@ -36,33 +40,134 @@ _DENSE_WEIGHT = """
     shape = Constant <value_ints: ints = @weight_shape> ()
     weight = Reshape (flat_weight, shape)
 """
-_LINEAR = """
+# What follows is chained: {x} is the step before, {y} the step itself.
+_CONTRACTIONS = {
+    "CondensedLinear": """
     transposed = Transpose <perm: ints = [1, 0]> (weight)
-    product = MatMul (x, transposed)
-    y = Add (product, bias)
+    product = MatMul ({x}, transposed)
+    {y} = Add (product, bias)
+""",
+    "CondensedConv": """
+    {y} = Conv <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations, group: int = @group>
+        ({x}, weight, bias)
+""",
+    # (n, C / groups, kernel...) -> (groups, n / groups, C / groups, -1) -> (C, n / groups, kernel...)
+    "CondensedConvTranspose": """
+    zero = Constant <value_ints: ints = [0]> ()
+    two = Constant <value_ints: ints = [2]> ()
+    last = Constant <value_ints: ints = [9223372036854775807]> ()
+    group_count = Constant <value_int: int = @group> ()
+    group_counts = Reshape (group_count, one)
+    n = Slice (shape, zero, one)
+    group_rows = Div (n, group_counts)
+    channels = Slice (shape, one, two)
+    kernel = Slice (shape, two, last)
+    grouped_shape = Concat <axis: int = 0> (group_counts, group_rows, channels, minus_one)
+    grouped = Reshape (weight, grouped_shape)
+    swapped = Transpose <perm: ints = [0, 2, 1, 3]> (grouped)
+    swapped_shape = Concat <axis: int = 0> (minus_one, group_rows, kernel)
+    swapped_weight = Reshape (swapped, swapped_shape)
+    {y} = ConvTranspose <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations,
+        group: int = @group, output_padding: ints = @output_padding> ({x}, swapped_weight, bias)
+""",
+}
+_ADDITION = """
+    {y} = Add ({x}, residual)
 """
-_CONV = """
-    y = Conv <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations, group: int = @group>
-        (x, weight, bias)
+_ACTIVATIONS = {
+    "none": "",
+    "relu": """
+    {y} = Relu ({x})
+""",
+    "relu6": """
+    low = Constant <value_float: float = 0.0> ()
+    high = Constant <value_float: float = 6.0> ()
+    {y} = Clip ({x}, low, high)
+""",
+    "gelu": """
+    root_two = Constant <value_float: float = 1.4142135623730951> ()
+    half = Constant <value_float: float = 0.5> ()
+    unit = Constant <value_float: float = 1.0> ()
+    scaled = Div ({x}, root_two)
+    erf = Erf (scaled)
+    raised = Add (erf, unit)
+    weighted = Mul ({x}, raised)
+    {y} = Mul (weighted, half)
+""",
+    "gelu_tanh": """
+    root_two_by_pi = Constant <value_float: float = 0.7978845608028654> ()
+    cubic = Constant <value_float: float = 0.044715> ()
+    half = Constant <value_float: float = 0.5> ()
+    unit = Constant <value_float: float = 1.0> ()
+    squared = Mul ({x}, {x})
+    bent = Mul (squared, cubic)
+    factor = Add (bent, unit)
+    straight = Mul ({x}, root_two_by_pi)
+    scaled = Mul (straight, factor)
+    tanh = Tanh (scaled)
+    raised = Add (tanh, unit)
+    halved = Mul ({x}, half)
+    {y} = Mul (halved, raised)
+""",
+    "silu": """
+    gate = Sigmoid ({x})
+    {y} = Mul ({x}, gate)
+""",
+    "hardswish": """
+    {y} = HardSwish ({x})
+""",
+}
+_PERMUTATION = """
+    {{y}} = Transpose <perm: ints = @{name}> ({{x}})
 """
 
 
-def fallback_functions() -> "list[onnx.FunctionProto]":
-    """The model-local functions ``CondensedLinear`` and ``CondensedConv`` of domain ``srigl_fx``, for opset 18.
+def attributes_of(base: str) -> tuple[str, ...]:
+    """The attributes of the operators with this base name, all of them mandatory.
+
+    Example:
+        >>> attributes_of("CondensedLinear")
+        ('in_features', 'weight_shape', 'flat_size', 'x_perm', 'y_perm')
+    """
+    if base == "CondensedLinear":
+        return WEIGHT_ATTRIBUTES + LINEAR_ATTRIBUTES
+    transposed = TRANSPOSED_ATTRIBUTES if base == "CondensedConvTranspose" else ()
+    return WEIGHT_ATTRIBUTES + CONV_ATTRIBUTES + transposed
+
+
+def fallback_functions(
+    names: Iterable[str] = abi.OPERATORS, permuted: Mapping[str, Collection[str]] | None = None
+) -> "list[onnx.FunctionProto]":
+    """Model-local functions of domain ``srigl_fx`` for opset 18, one for each name.
 
     Appended to ``ModelProto.functions``, they let a stock ONNX Runtime (1.17 or newer) run the model, as fast as its
     dense twin; where the operator library is registered, the operators are used instead.
 
+    Args:
+        names: The operators that the model uses, as :func:`srigl_fx.runtime.ort.abi.operator_names` lists them.
+        permuted: For each operator that some node uses with one, which of ``x_perm`` and ``y_perm`` may be anything but
+            the identity. The other functions leave them out: ONNX Runtime would not remove a transposition that changes
+            nothing.
+
     Example:
-        >>> [(function.domain, function.name) for function in fallback_functions()]
-        [('srigl_fx', 'CondensedLinear'), ('srigl_fx', 'CondensedConv')]
+        >>> [(function.domain, function.name) for function in fallback_functions(["CondensedConvAddRelu"])]
+        [('srigl_fx', 'CondensedConvAddRelu')]
     """
     import onnx.parser
 
-    functions = []
-    bodies = ((_LINEAR, WEIGHT_ATTRIBUTES), (_CONV, (*WEIGHT_ATTRIBUTES, *CONV_ATTRIBUTES)))
-    for name, (body, attributes) in zip(abi.OPERATORS, bodies, strict=True):
-        signature = f"{name} <{', '.join(attributes)}> ({', '.join(abi.INPUTS)}) => (y)"
-        header = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
-        functions.append(onnx.parser.parse_function(f"{header} {signature} {{ {_DENSE_WEIGHT} {body} }}"))
-    return functions
+    known = abi.operator_names()
+    return [
+        onnx.parser.parse_function(_function(name, *known[name], (permuted or {}).get(name, ()))) for name in names
+    ]
+
+
+def _function(name: str, base: str, residual: bool, activation: str, permuted: Collection[str]) -> str:
+    before, after = (_PERMUTATION.format(name=perm) if perm in permuted else "" for perm in LINEAR_ATTRIBUTES)
+    steps = [before, _CONTRACTIONS[base], _ADDITION if residual else "", _ACTIVATIONS[activation], after]
+    steps = [step for step in steps if step]
+    results = ["x", *(f"step{i}" for i in range(1, len(steps))), "y"]
+    body = "".join(step.format(x=results[i], y=results[i + 1]) for i, step in enumerate(steps))
+    inputs = (*abi.INPUTS, *(["residual"] if residual else []))
+    header = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
+    signature = f"{name} <{', '.join(attributes_of(base))}> ({', '.join(inputs)}) => (y)"
+    return f"{header} {signature} {{ {_DENSE_WEIGHT} {body} }}"

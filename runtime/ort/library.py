@@ -1,25 +1,22 @@
 """Where the operator library is: in the package, in the cache, or built now.
 
-Owns the cache, the platform check and what ``doctor`` says about both. It must not know ONNX Runtime.
+Owns the look-up, the platform check and what ``doctor`` says about both. It must not know ONNX Runtime.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import os
 import platform
-import stat
 import tempfile
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from srigl_fx.errors import LibraryError
+from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders, is_private, locked, make_private
 from srigl_fx.runtime.ort import abi, link
 from srigl_fx.runtime.ort.compile import compile_all
 
-CACHE_VARIABLE = "SRIGL_FX_CACHE"
 _FALLBACK = "models still run through the fallback inside the file, as fast as dense ones"
 _PACKAGE = Path(__file__).parent
 _lock = threading.Lock()
@@ -57,30 +54,6 @@ def _cached_name() -> str:
     return f"libsrigl_fx-{key}.so"
 
 
-def _cache_folders() -> Iterator[Path]:
-    """The folders that may hold the library, the preferred one first."""
-    if chosen := os.environ.get(CACHE_VARIABLE):
-        yield Path(chosen)
-        return
-    base = os.environ.get("XDG_CACHE_HOME")
-    with contextlib.suppress(RuntimeError):  # no home directory
-        yield Path(base, "srigl_fx") if base else Path.home() / ".cache" / "srigl_fx"
-    yield Path(tempfile.gettempdir(), f"srigl_fx-{os.getuid()}")
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether none but this user (or root) may write to the folder: what lies in it is run as machine code."""
-    status = folder.stat()
-    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
-def _make_private(folder: Path) -> None:
-    """Create the folder, and refuse one that others may write to."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not _is_private(folder):
-        raise PermissionError(f"{folder} belongs to, or may be changed by, another user")
-
-
 def build(path: Path) -> link.Linker:
     """Compile and link the operator library (about 10 s on one core) and put it at ``path``, all at once or not at all.
 
@@ -104,23 +77,12 @@ def build(path: Path) -> link.Linker:
     return linker
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process build at a time; where files cannot be locked, several may, and the last one's file stays."""
-    import fcntl
-
-    with open(folder / "lock", "w") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _existing() -> Path | None:
     packaged = _packaged_path()
     if packaged.is_file():
         return packaged
-    cached = (folder / _cached_name() for folder in _cache_folders())
-    return next((path for path in cached if path.is_file() and _is_private(path.parent)), None)
+    cached = (folder / _cached_name() for folder in cache_folders())
+    return next((path for path in cached if path.is_file() and is_private(path.parent)), None)
 
 
 def library_path() -> Path:
@@ -143,11 +105,11 @@ def library_path() -> Path:
         if found is not None:
             return found
         failures = []
-        for folder in _cache_folders():
+        for folder in cache_folders():
             path = folder / _cached_name()
             try:
-                _make_private(folder)
-                with _locked(folder):
+                make_private(folder)
+                with locked(folder):
                     if not path.is_file():
                         build(path)
             except OSError as error:

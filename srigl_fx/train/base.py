@@ -93,6 +93,11 @@ class Trainer(ABC):
             self._overflows = None
         return self._steps
 
+    @property
+    def engine(self) -> MaskEngine:
+        """The hooks that keep the model sparse."""
+        return self._engine
+
     def step(self) -> bool:
         """Update the masks if that is due, and say whether the last optimizer step changed the topology.
 

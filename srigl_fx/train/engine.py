@@ -29,7 +29,7 @@ from srigl_fx.train.managed import ManagedWeight
 from srigl_fx.train.state import layout
 
 # Given masked gradients, these keep zero weights and zero state at zero; of others nothing is assumed.
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     {
         torch.optim.SGD,
         torch.optim.Adam,
@@ -102,6 +102,11 @@ class MaskEngine:
             self._capturing = value
             for managed in self._managed.values():
                 managed.look_early(value)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer whose steps are followed."""
+        return self._optimizer
 
     @property
     def weights(self) -> list[SparseWeight]:
@@ -219,6 +224,10 @@ class MaskEngine:
         self._mask_states(managed, lambda state: keep_only(managed.own(state), staying), force=True)
         managed.know_mask()
 
+    def trust(self, handle: SparseWeight, is_kept: Callable[[Tensor], bool] | None) -> None:
+        """Leave gradients of a weight as they arrive where ``is_kept`` says that they are zero off the mask."""
+        self._managed[handle.fqn].is_kept = is_kept
+
     def adopt(self, hook: RemovableHandle) -> None:
         """Remove a trainer's own hook, too, when the engine is detached."""
         self._hooks.append(hook)
@@ -334,7 +343,7 @@ class MaskEngine:
 def _is_elementwise(optimizer: Optimizer) -> bool:
     """Whether zero gradients and zero state leave a zero weight where it is: not if the step divides zero by zero."""
     smallest = {torch.float16: 1e-7}  # below it an eps becomes 0 there
-    return type(optimizer) in _ELEMENTWISE and all(
+    return type(optimizer) in ELEMENTWISE and all(
         group.get("eps", 1.0) > max((smallest.get(parameter.dtype, 0.0) for parameter in group["params"]), default=0.0)
         for group in optimizer.param_groups
     )

@@ -36,6 +36,7 @@ class ManagedWeight:
         mask_version: Its version then.
         states: The optimizer's state tensors that are known to be zero off the mask.
         projection: The mask in the form in which it is applied fastest.
+        is_kept: Says of a gradient that arrives whether it is known to be zero off the mask.
     """
 
     handle: SparseWeight
@@ -51,6 +52,7 @@ class ManagedWeight:
     mask_version: int = -1
     states: tuple[Tensor, ...] = ()
     projection: Projection = field(default_factory=Projection)
+    is_kept: Callable[[Tensor], bool] | None = None
     _hook: RemovableHandle | None = None
     _early_hook: RemovableHandle | None = None
 
@@ -143,7 +145,8 @@ class ManagedWeight:
                     grad = self.own(parameter.grad)
             else:
                 torch.where(self.mask | anew, grad, self.dense + grad, out=self.dense)
-        self.project(parameter.grad)
+        if self.is_kept is None or not self.is_kept(grad):
+            self.project(parameter.grad)
         self.leave(grad)
 
     @torch.no_grad()

@@ -15,13 +15,16 @@ from srigl_fx.errors import PassError
 from srigl_fx.passes.base import Pass, PassResult, run
 from srigl_fx.passes.capture import capture
 from srigl_fx.passes.condense import Condense
+from srigl_fx.passes.feature_major import FeatureMajor
+from srigl_fx.passes.fuse_epilogues import FuseEpilogues
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 
-PIPELINE: tuple[Pass[Program], ...] = (*LOWERING, MatchWeights(), Select({}, 0.0), Condense())
+AFTERWARDS: tuple[Pass[Program], ...] = (Condense(), FuseEpilogues(), FeatureMajor(min_samples=1))
+PIPELINE: tuple[Pass[Program], ...] = (*LOWERING, MatchWeights(), Select({}, 0.0), *AFTERWARDS)
 OPERATIONS = ("call_function", "call_module")
 CONTRACTIONS = ("linear", "conv", "matmul", "addmm", "bmm", "condensed")
 
@@ -105,8 +108,8 @@ def captured(make: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]) -> Progra
 
 
 def prefixes() -> list[Any]:
-    """The pipeline up to each pass; without Condense, whose pieces of a layer no pass reads any more."""
-    return [pytest.param(PIPELINE[: i + 1], id=step.name) for i, step in enumerate(PIPELINE[:-1])]
+    """The pipeline up to each pass before Condense: of the pieces that it makes of a layer, the values are not known."""
+    return [pytest.param(PIPELINE[: i + 1], id=step.name) for i, step in enumerate(PIPELINE[: -len(AFTERWARDS)])]
 
 
 @pytest.fixture(params=GRAPHS, ids=lambda make: make.__name__)
@@ -134,6 +137,16 @@ def test_every_pass_keeps_values_and_provenance_and_is_idempotent(
         before = [str(node.target) for node in operators]
         assert not run(passes[-1:], program).changed
         assert [str(node.target) for node in program.module.graph.nodes if node.op in OPERATIONS] == before
+
+
+def test_what_runs_after_condensing_keeps_provenance_and_is_idempotent(program: Program) -> None:
+    run(PIPELINE, program)
+    for node in program.module.graph.nodes:
+        if "condensed" in str(node.target):
+            assert node.meta.get("nn_module_stack"), node.format_node()
+    before = [node.format_node() for node in program.module.graph.nodes]
+    assert not run(AFTERWARDS[1:], program).changed
+    assert [node.format_node() for node in program.module.graph.nodes] == before
 
 
 def returns_several(node: fx.Node) -> bool:

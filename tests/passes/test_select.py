@@ -1,14 +1,19 @@
-"""The rule that picks a layer's form, on made-up times; and how times are taken."""
-
-import time
+"""The rule that picks a layer's form, on made-up times."""
 
 import pytest
+import torch
+from lowering_support import mask_by_hand, randomise
+from torch import nn
 
-from srigl_fx.passes.program import Times
-from srigl_fx.passes.select import decide
-from srigl_fx.runtime.autotune import measure
+from srigl_fx.passes.base import run
+from srigl_fx.passes.capture import capture_whole
+from srigl_fx.passes.match import MatchWeights
+from srigl_fx.passes.pipelines import LOWERING
+from srigl_fx.passes.program import Decision, Program, Times
+from srigl_fx.passes.select import Select, decide
 
 FAST: Times = {1: {"dense": 4.0, "condensed": 1.0}}
+SLOW: Times = {1: {"dense": 1.0, "condensed": 4.0}}
 MIXED: Times = {1: {"dense": 4.0, "condensed": 1.0}, 64: {"dense": 4.0, "condensed": 8.0}}
 ABLATED: Times = {1: {"dense": 4.0, "condensed": 5.0, "shrunk": 2.0}}
 BOTH: Times = {1: {"dense": 6.0, "condensed": 2.0, "shrunk": 3.0}, 8: {"dense": 6.0, "condensed": 4.0, "shrunk": 3.0}}
@@ -36,17 +41,49 @@ def test_decide(times: Times, min_speedup: float, decision: str, reason: str) ->
     assert decide(times, min_speedup) == (decision, reason)
 
 
-def test_measure_tells_slow_from_fast() -> None:
-    calls: list[str] = []
+@pytest.mark.parametrize(
+    ("condensed", "shrunk", "decision"),
+    [(1.04, 1.0, "condensed"), (1.06, 1.0, "shrunk"), (1.0, 1.04, "condensed"), (1.0, 1.06, "condensed")],
+)
+def test_within_noise_fewer_bytes_win(condensed: float, shrunk: float, decision: str) -> None:
+    times: Times = {1: {"dense": 4.0, "condensed": condensed, "shrunk": shrunk}}
+    assert decide(times, 1.0, {"condensed": 6, "shrunk": 40})[0] == decision
 
-    def slow() -> None:
-        calls.append("slow")
-        time.sleep(0.002)
 
-    def fast() -> None:
-        calls.append("fast")
+def test_no_allowance_against_dense() -> None:
+    times: Times = {1: {"dense": 1.0, "condensed": 1.01}}
+    assert decide(times, 1.0, {"condensed": 6})[0] == "dense"
+    nearly: Times = {1: {"dense": 1.0, "condensed": 1.01, "shrunk": 1.0}}
+    assert decide(nearly, 1.0, {"condensed": 6, "shrunk": 40})[0] == "shrunk"
 
-    times = measure({"slow": slow, "fast": fast}, rounds=3, seconds=0.01)
-    assert times["slow"] >= 0.002
-    assert times["fast"] < times["slow"] / 10
-    assert calls.index("fast") < len(calls) - 1 - calls[::-1].index("slow"), "interleaved"
+
+@pytest.fixture
+def program() -> Program:
+    model = nn.Sequential(nn.Linear(20, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6))
+    mask_by_hand(randomise(model), 0.3, ablated={"2.weight": 3}).eval()
+    captured = capture_whole(model, (torch.randn(2, 20),), {}).program
+    assert captured is not None
+    return run((*LOWERING, MatchWeights()), captured).subject
+
+
+def decisions(program: Program) -> dict[str, tuple[Decision, str]]:
+    return {layer.weight.fqn: (layer.decision, layer.reason) for layer in program.layers}
+
+
+def test_times_go_before_estimates_and_estimates_say_so(program: Program) -> None:
+    select = Select({"0.weight": FAST}, 1.0, {"0.weight": SLOW, "2.weight": SLOW, "4.weight": FAST})
+    selected = run((select,), program).subject
+    assert decisions(selected) == {
+        "0.weight": ("condensed", "4.00 times as fast as dense at batch 1"),
+        "2.weight": ("dense", "estimated: condensed is 0.25 times as fast as dense at batch 1"),
+        "4.weight": ("condensed", "estimated: 4.00 times as fast as dense at batch 1"),
+    }
+    assert [layer.times for layer in selected.layers] == [FAST, {}, {}]
+    assert [layer.estimates for layer in selected.layers] == [SLOW, SLOW, FAST]
+
+
+def test_estimates_do_not_count_where_no_speedup_is_asked_for(program: Program) -> None:
+    estimates = dict.fromkeys(("0.weight", "2.weight", "4.weight"), SLOW)
+    selected = run((Select({}, 0, estimates),), program).subject
+    assert set(decisions(selected).values()) == {("condensed", "")}
+    assert all(layer.estimates == SLOW for layer in selected.layers)

@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lowering_support import fan_in_mask, random_condensed
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.format import CondensedWeight
+from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
 
 
 def test_hand_computed() -> None:
@@ -100,3 +101,32 @@ def test_all_rows_ablated() -> None:
     condensed = CondensedWeight.from_dense(np.zeros((3, 4)), np.zeros((3, 4), np.bool_), np.ones(3))
     condensed.check()
     assert (condensed.n_active, condensed.k) == (0, 0)
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_values_are_rounded_to_the_nearest_as_torch_does(dtype: ValueDtype) -> None:
+    mask = fan_in_mask(9, 40, 11, 2)
+    weight = np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32) * mask
+    condensed = CondensedWeight.from_dense(weight, mask, dtype=dtype)
+    condensed.check()
+    assert condensed.values.dtype == VALUE_DTYPES[dtype]
+    rounded, mask_back = condensed.to_dense()
+    assert rounded.dtype == np.float32
+    np.testing.assert_array_equal(rounded, torch.from_numpy(weight).to(getattr(torch, dtype)).float().numpy())
+    np.testing.assert_array_equal(mask_back, mask)
+    values = 4 if dtype == "float32" else 2
+    assert condensed.nbytes == 7 * 11 * (values + 2) + 7 * 4 + 9 * 4
+
+
+def test_a_weight_too_large_for_float16_is_refused() -> None:
+    weight = np.array([[1.0, -7e4], [3e5, np.inf]])
+    with pytest.raises(FormatError, match=r"a weight of 3e\+05 is too large for float16 \(largest: 65504\).*bfloat16"):
+        CondensedWeight.from_dense(weight, np.ones((2, 2), np.bool_), dtype="float16")
+    kept = CondensedWeight.from_dense(weight, np.ones((2, 2), np.bool_), dtype="bfloat16")
+    assert kept.values.astype(np.float32)[1, 1] == np.inf
+    CondensedWeight.from_dense(weight, np.array([[True, False], [False, True]]), dtype="float16").check()
+
+
+def test_an_unknown_dtype_is_refused() -> None:
+    with pytest.raises(FormatError, match="float32, bfloat16, float16, not in float64"):
+        CondensedWeight.from_dense(np.ones((2, 2)), np.ones((2, 2), np.bool_), dtype="float64")  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from srigl_fx.errors import LibraryError
+from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders
 from srigl_fx.runtime.ort import elf, library, link
 from srigl_fx.runtime.ort.compile import FASTMATH
 
@@ -20,7 +21,7 @@ _BUILD = "import srigl_fx; print(srigl_fx.runtime.library_path())"
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
-    monkeypatch.setenv(library.CACHE_VARIABLE, str(folder))
+    monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     return folder
 
 
@@ -49,12 +50,12 @@ def test_a_cached_library_is_not_built_again(cache: Path, monkeypatch: pytest.Mo
 
 
 def test_the_cache_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(library.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert next(library._cache_folders()) == tmp_path / "srigl_fx"
+    assert next(cache_folders()) == tmp_path / "srigl_fx"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert next(library._cache_folders()) == tmp_path / ".cache" / "srigl_fx"
+    assert next(cache_folders()) == tmp_path / ".cache" / "srigl_fx"
 
 
 def test_a_folder_that_others_may_write_to_is_refused(cache: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_folder_that_others_may_write_to_is_refused(cache: Path) -> None:
         pytest.skip("no library on this platform")
     cache.mkdir()
     cache.chmod(0o777)
-    with pytest.raises(LibraryError, match=rf"{library.CACHE_VARIABLE}.*fallback inside the file"):
+    with pytest.raises(LibraryError, match=rf"{CACHE_VARIABLE}.*fallback inside the file"):
         library.library_path()
     assert list(cache.iterdir()) == []
 
@@ -81,7 +82,7 @@ def test_without_a_chosen_cache_a_temporary_folder_will_do(monkeypatch: pytest.M
         pytest.skip("no library on this platform")
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")
-    monkeypatch.delenv(library.CACHE_VARIABLE, raising=False)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(library, "build", lambda path: path.write_bytes(b"built"))

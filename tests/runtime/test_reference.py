@@ -1,11 +1,14 @@
 """The NumPy oracle itself, against torch's dense operators in float64."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from lowering_support import random_condensed
 
-from srigl_fx.runtime import reference
+from srigl_fx.runtime import ops, reference
+from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (5,), (2, 3)])
@@ -58,3 +61,75 @@ def test_conv_with_uneven_pads() -> None:
         padded, torch.from_numpy(weight.to_dense()[0]).reshape(3, 2, 2, 2), torch.from_numpy(weight.bias)
     )
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(
+    ("stride", "pad", "dilation", "extra"), [(1, 0, 1, 0), (2, 1, 1, 1), (1, 2, 2, 1), (3, 0, 2, 2)]
+)
+def test_transposed_conv(rank: int, group: int, stride: int, pad: int, dilation: int, extra: int) -> None:
+    kernel = (3, 2, 4)[:rank]
+    weight_shape = (6, 2, *kernel)
+    weight = random_condensed(6, 2 * int(np.prod(kernel)), 3, ablated=2)
+    x = np.random.default_rng(0).standard_normal((2, 2 * group, 5, 4, 3)[: rank + 2]).astype(np.float32)
+    y = reference.condensed_conv(
+        x,
+        weight.values,
+        weight.indices,
+        weight.active,
+        weight.bias,
+        weight_shape=weight_shape,
+        strides=(stride,) * rank,
+        pads=(pad,) * (2 * rank),
+        dilations=(dilation,) * rank,
+        group=group,
+        transposed=True,
+        output_padding=(extra,) * rank,
+    )
+    convolve: Any = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)[rank - 1]
+    dense = ops.dense_weight(torch.from_numpy(weight.to_dense()[0]), weight_shape, group, True).double()
+    bias = torch.from_numpy(weight.bias).double()
+    expected = convolve(torch.from_numpy(x).double(), dense, bias, stride, pad, extra, group, dilation)
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+def test_transposed_conv_with_uneven_pads() -> None:
+    weight = random_condensed(3, 8, 3)
+    x = np.random.default_rng(0).standard_normal((1, 2, 5, 5)).astype(np.float32)
+    given = (x, weight.values, weight.indices, weight.active, weight.bias)
+    settings: dict[str, Any] = {"weight_shape": (3, 2, 2, 2), "transposed": True, "strides": (2, 2)}
+    whole = reference.condensed_conv(*given, **settings)
+    np.testing.assert_array_equal(reference.condensed_conv(*given, **settings, pads=(1, 0, 0, 2)), whole[:, :, 1:, :-2])
+
+
+def test_both_oracles_know_the_activations_of_the_operators() -> None:
+    assert reference.ACTIVATIONS.keys() == ops.ACTIVATIONS.keys()
+
+
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("conv", [False, True])
+def test_residual_and_activation(activation: str, conv: bool) -> None:
+    weight = random_condensed(6, 12, 4, ablated=2)
+    rng = np.random.default_rng(0)
+    x = 4 * rng.standard_normal((3, 3, 6, 5) if conv else (3, 12)).astype(np.float32)
+    given = (weight.values, weight.indices, weight.active, weight.bias)
+    settings: dict[str, Any] = {"weight_shape": (6, 3, 2, 2)} if conv else {}
+    compute: Any = reference.condensed_conv if conv else reference.condensed_linear
+    plain = compute(x.astype(np.float64), *given, **settings)
+    residual = rng.standard_normal(plain.shape).astype(np.float32)
+    y = compute(x, *given, **settings, residual=residual, activation=activation)
+    expected = ops.ACTIVATIONS[activation](torch.from_numpy(plain) + torch.from_numpy(residual))
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_values_of_16_bits_are_taken_exactly(dtype: ValueDtype) -> None:
+    plain = random_condensed(7, 11, 4, 2)
+    dense, mask = plain.to_dense()
+    weight = CondensedWeight.from_dense(dense, mask, plain.bias, dtype=dtype)
+    x = np.random.default_rng(0).standard_normal((5, 11)).astype(np.float32)
+    y = reference.condensed_linear(x, weight.values, weight.indices, weight.active, weight.bias)
+    rounded = torch.from_numpy(dense).to(getattr(torch, dtype)).double().numpy()
+    np.testing.assert_allclose(y, x.astype(np.float64) @ rounded.T + plain.bias, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,59 @@
+"""The condensed operators in a graph: which nodes they are, and writing their optional arguments.
+
+Owns what the passes that run after condensing share. It must not know how a weight is condensed, nor any kernel.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
+
+LINEAR = torch.ops.srigl_fx.condensed_linear.default
+CONV = torch.ops.srigl_fx.condensed_conv.default
+
+
+def is_condensed(node: fx.Node) -> bool:
+    """Whether a node is a condensed operator.
+
+    Example:
+        >>> is_condensed(fx.Graph().placeholder("x"))
+        False
+    """
+    return node.target in (LINEAR, CONV)
+
+
+def condensed_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The condensed operators of a graph, in its order."""
+    return (node for node in graph.nodes if is_condensed(node))
+
+
+def set_arguments(node: fx.Node, **changes: Any) -> None:
+    """Write arguments of an operator node by name, where they stand already or as keywords.
+
+    Example:
+        >>> graph = fx.Graph()
+        >>> node = graph.call_function(torch.ops.aten.gelu.default, (graph.placeholder("x"),))
+        >>> set_arguments(node, approximate="tanh")
+        >>> node.kwargs
+        {'approximate': 'tanh'}
+    """
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    for name, value in changes.items():
+        position = names.index(name)
+        if position < len(node.args):
+            node.update_arg(position, value)
+        else:
+            node.update_kwarg(name, value)
+
+
+def same_shape(one: fx.Node, other: fx.Node) -> bool:
+    """Whether both nodes are known to be tensors of one shape and float32; free sizes must be the same expression."""
+    values = one.meta.get("val"), other.meta.get("val")
+    if not all(isinstance(value, torch.Tensor) and value.dtype is torch.float32 for value in values):
+        return False
+    first, second = (tuple(map(str, value.shape)) for value in values)
+    return first == second

@@ -1,0 +1,153 @@
+"""Activations and residual additions, taken into the condensed operators before them.
+
+Owns :class:`FuseEpilogues`. It must not know formats or kernels, nor how a layer came to be condensed.
+"""
+
+from bisect import bisect
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.passes.condensed_nodes import is_condensed, same_shape, set_arguments
+from srigl_fx.passes.program import Program, arguments
+
+aten = torch.ops.aten
+
+_SIMPLE = {
+    aten.relu.default: "relu",
+    aten.relu_.default: "relu",
+    aten.relu6.default: "relu6",
+    aten.relu6_.default: "relu6",
+    aten.silu.default: "silu",
+    aten.silu_.default: "silu",
+    aten.hardswish.default: "hardswish",
+    aten.hardswish_.default: "hardswish",
+}
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+_GELUS = frozenset({aten.gelu.default, aten.gelu_.default})
+_RANGES = {  # operators that clamp, with the names of their limits
+    aten.hardtanh.default: ("min_val", "max_val"),
+    aten.hardtanh_.default: ("min_val", "max_val"),
+    **{
+        operator: ("min", "max")
+        for operator in (aten.clamp.default, aten.clamp_.default, aten.clip.default, aten.clip_.default)
+    },
+    aten.clamp_min.default: ("min", ""),
+    aten.clamp_min_.default: ("min", ""),
+}
+_CLAMPS = {(0.0, None): "relu", (0.0, 6.0): "relu6"}
+_ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
+
+
+class FuseEpilogues(Pass[Program]):
+    """Take what follows a condensed operator into it: the sum is added to and clipped while it is in registers.
+
+    1. An activation that is the only reader of a condensed operator becomes its activation: ReLU, ReLU6 (both also as
+       ``clamp`` and ``hardtanh``), GELU in both forms, SiLU, Hardswish.
+    2. An addition of two float32 tensors of one shape that is the only reader of a condensed operator without epilogue
+       gives it the other operand as residual; an activation after the addition follows by rule 1. The operator moves to
+       where the addition was, as the other operand may be computed after it.
+    3. Of two condensed operators that are added, the later one takes the other's output.
+    4. Nothing is taken in, with a note, where the value in between is needed elsewhere, an output included; nor where
+       an operator between the two writes into its operand.
+    """
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        """Rewrite the graph in place."""
+        graph, notes, changed = subject.module.graph, [], False
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        writes = [i for node, i in order.items() if _writes(node)]
+        for node in list(graph.nodes):
+            found = activation_of(node)
+            if found:
+                source = arguments(node)["self"]
+                if not _takes(source, "activation"):
+                    continue
+                epilogue: dict[str, Any] = {"activation": found}
+            elif node.target in _ADDITIONS:
+                taken = _added(node, order, writes)
+                if taken is None:
+                    continue
+                source, residual = taken
+                epilogue = {"residual": residual}
+            else:
+                continue
+            if len(source.users) > 1:
+                where = _where(source)
+                what = f"{node.name} not fused: what it reads is used elsewhere too"
+                notes.append(Note(where=where, reason=what))
+                continue
+            set_arguments(source, **epilogue)
+            if "residual" in epilogue:
+                node.prepend(source)
+                order[source] = order[node]
+            source.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            changed = True
+        if changed:
+            graph.lint()
+            subject.module.recompile()
+        return PassResult(subject=subject, changed=changed, notes=tuple(notes))
+
+
+def activation_of(node: fx.Node) -> str:
+    """The activation that a node computes, as a condensed operator calls it; "" where it is none of those.
+
+    Example:
+        >>> graph = fx.Graph()
+        >>> x = graph.placeholder("x")
+        >>> activation_of(graph.call_function(aten.clamp.default, (x, 0, 6))), activation_of(x)
+        ('relu6', '')
+    """
+    if node.target in _SIMPLE:
+        return _SIMPLE[node.target]
+    if node.target in _GELUS:
+        return _GELU.get(arguments(node)["approximate"], "")
+    if node.target in _RANGES:
+        given = arguments(node)
+        return _CLAMPS.get(tuple(given.get(name) for name in _RANGES[node.target]), "")
+    return ""
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_own(node: fx.Node) -> bool:
+    """Whether a value that is written into is seen by nobody else."""
+    return is_condensed(node) and len(node.users) == 1
+
+
+def _takes(node: Any, what: str) -> bool:
+    """Whether ``node`` is a condensed operator that can still take in an activation or a residual."""
+    if not isinstance(node, fx.Node) or not is_condensed(node):
+        return False
+    given = arguments(node)
+    return given["activation"] == "none" and (what == "activation" or given["residual"] is None)
+
+
+def _added(node: fx.Node, order: dict[fx.Node, int], writes: list[int]) -> tuple[fx.Node, fx.Node] | None:
+    """The condensed operator that can take in an addition, and the addition's other operand."""
+    given = arguments(node)
+    pair = given["self"], given["other"]
+    if given["alpha"] != 1 or not all(isinstance(side, fx.Node) for side in pair) or pair[0] is pair[1]:
+        return None
+    if not same_shape(*pair) or (_writes(node) and not _is_own(pair[0])):
+        return None
+    sources = [side for side in pair if _takes(side, "residual")]
+    if not sources:
+        return None
+    # Of two that could, one that is read by the addition alone; of two such, the later one.
+    source = max(sources, key=lambda side: (len(side.users) == 1, order[side]))
+    if bisect(writes, order[source]) != bisect(writes, order[node] - 1):
+        return None
+    return source, pair[1] if source is pair[0] else pair[0]
+
+
+def _where(node: fx.Node) -> str:
+    """The weight that a condensed operator holds, by the name of its values, or the node's own name."""
+    values = arguments(node)["values"]
+    return str(values.target).removesuffix("_values") if isinstance(values, fx.Node) else node.name

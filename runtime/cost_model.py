@@ -1,0 +1,144 @@
+"""How long a layer takes in each of its forms, estimated: a roofline with a handful of constants.
+
+Owns the formulas, the constants and the choice of kernel by batch size. It must not know torch, nor measure anything:
+:mod:`srigl_fx.runtime.calibration` fits the constants to a machine, ``benchmarks/cost_model.py`` checks the formulas.
+
+After Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009), from the counts of
+multiply-adds and bytes, with the cost of the call on top; memory and arithmetic overlap where a kernel streams its
+weights, and add up where it copies data first.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Form = Literal["dense", "condensed", "shrunk"]
+Kernel = Literal["dot", "tile"]
+
+DOT_MOST_COLUMNS = 5  # samples up to which weights are read anew for each beats laying the samples side by side
+LANES = 16  # columns of the narrowest tile, and rows of a group
+_PARALLEL = 0.85  # what a further thread adds
+
+
+def kernel_for(columns: int) -> Kernel:
+    """The kernel for so many samples: dot products for a few, tiles of columns for more.
+
+    Example:
+        >>> kernel_for(1), kernel_for(64)
+        ('dot', 'tile')
+    """
+    return "dot" if columns <= DOT_MOST_COLUMNS else "tile"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a layer has to compute.
+
+    Attributes:
+        rows: n, the rows of the weight's matrix view.
+        fan_in: F, its columns.
+        active: Rows that are not ablated.
+        kept: Weights kept in all.
+        columns: How often each weight is used: samples, times output positions for a convolution.
+        inputs: Elements of the layer's input.
+        outputs: Elements of its output.
+        value_bytes: Bytes of a stored value.
+        convolution: Whether it is a convolution.
+    """
+
+    rows: int
+    fan_in: int
+    active: int
+    kept: int
+    columns: int
+    inputs: int
+    outputs: int
+    value_bytes: int = 4
+    convolution: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The constants. The defaults are those of one core with AVX-512 (Intel Xeon, 2.7 GHz).
+
+    Attributes:
+        dense_rate: Multiply-adds a second of a dense layer with many columns.
+        bandwidth: Bytes a second at which weights are read that do not fit into the core's own cache.
+        cached_bandwidth: Bytes a second at which others are.
+        cache_bytes: The size of that cache (the second level, of one core).
+        dot_rate: Kept weights a second of the dot kernel, for one column, from the cache.
+        tile_rate: Multiply-adds a second of the tile kernel.
+        move_rate: Elements a second that are brought into, or out of, the layout of the tile kernel.
+        dense_call: Seconds to call a dense operator.
+        condensed_call: Seconds to call a condensed one.
+    """
+
+    dense_rate: float = 90e9
+    bandwidth: float = 27e9
+    cached_bandwidth: float = 80e9
+    cache_bytes: int = 2 << 20
+    dot_rate: float = 7e9
+    tile_rate: float = 45e9
+    move_rate: float = 4e9
+    dense_call: float = 3e-6
+    condensed_call: float = 8e-6
+
+    def with_threads(self, threads: int) -> "Machine":
+        """The same machine with more threads than one.
+
+        Example:
+            >>> Machine(dense_rate=100e9).with_threads(2).dense_rate
+            185000000000.0
+        """
+        factor = 1 + _PARALLEL * (threads - 1)
+        names = ("dense_rate", "bandwidth", "cached_bandwidth", "dot_rate", "tile_rate", "move_rate")
+        return replace(self, **{name: factor * getattr(self, name) for name in names})
+
+
+def estimate(work: Work, machine: Machine) -> dict[Form, float]:
+    """Estimated seconds of one call in each form; "shrunk" only where rows are ablated.
+
+    Example:
+        >>> work = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=1, inputs=3072, outputs=768)
+        >>> seconds = estimate(work, Machine())
+        >>> round(1e6 * seconds["dense"]), round(1e6 * seconds["condensed"])
+        (353, 42)
+    """
+    seconds: dict[Form, float] = {"dense": dense(work, machine), "condensed": condensed(work, machine)}
+    if 0 < work.active < work.rows:
+        kept_rows = replace(work, rows=work.active, outputs=work.outputs * work.active // work.rows)
+        # The output is written once more, with the ablated rows in it.
+        seconds["shrunk"] = dense(kept_rows, machine) + 3 * machine.dense_call + 2 * work.outputs / machine.move_rate
+    return seconds
+
+
+def dense(work: Work, machine: Machine) -> float:
+    """Estimated seconds of the dense layer.
+
+    Example:
+        >>> work = Work(rows=1000, fan_in=1000, active=1000, kept=1, columns=1000, inputs=10**6, outputs=10**6)
+        >>> dense(work, Machine(dense_rate=1e9, bandwidth=8e9, dense_call=0.5))
+        1.501
+    """
+    weights = work.rows * work.fan_in
+    reading = 4 * weights / (machine.cached_bandwidth if 4 * weights <= machine.cache_bytes else machine.bandwidth)
+    if work.columns == 1:
+        return machine.dense_call + reading
+    # A matrix product first copies the weights into an order of its own.
+    return machine.dense_call + 2 * reading + weights * work.columns / machine.dense_rate
+
+
+def condensed(work: Work, machine: Machine) -> float:
+    """Estimated seconds of the condensed layer.
+
+    Example:
+        >>> work = Work(rows=1000, fan_in=1000, active=1000, kept=10**5, columns=1, inputs=1000, outputs=1000)
+        >>> condensed(work, Machine(dot_rate=1e5, condensed_call=0.5))
+        1.5
+    """
+    if not work.convolution and kernel_for(work.columns) == "dot":
+        stored = work.kept * (work.value_bytes + 1)
+        reading = 0.0 if stored <= machine.cache_bytes else stored / machine.bandwidth
+        return machine.condensed_call + max(work.columns * work.kept / machine.dot_rate, reading)
+    columns = -(-work.columns // LANES) * LANES
+    moved = (work.inputs + work.outputs) / machine.move_rate
+    return machine.condensed_call + work.kept * columns / machine.tile_rate + moved

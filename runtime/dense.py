@@ -1,0 +1,55 @@
+"""The condensed operators' formulas in torch's own dense operators.
+
+Owns the activations, the dense weight and its convolution: what runs where no kernel does, and what is differentiated.
+It must not know kernels or gradients.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": torch.relu,
+    "relu6": torch.nn.functional.relu6,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
+    "silu": torch.nn.functional.silu,
+    "hardswish": torch.nn.functional.hardswish,
+}
+
+
+def dense_weight(weight: Tensor, weight_shape: Sequence[int], groups: int, transposed: bool) -> Tensor:
+    """The (n, F) matrix view as torch's convolutions want it: transposed ones with the input channels first."""
+    shaped = weight.reshape(list(weight_shape))
+    if not transposed:
+        return shaped
+    n, channels, *kernel = weight_shape
+    return shaped.reshape(groups, n // groups, channels, *kernel).transpose(1, 2).reshape(-1, n // groups, *kernel)
+
+
+def dense_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int],
+) -> Tensor:
+    """The same convolution by torch, with the dense (n, F) matrix view of the weight."""
+    shaped = dense_weight(weight, weight_shape, groups, transposed)
+    extra = list(output_padding) or [0] * len(stride)
+    y: Tensor = torch.ops.aten.convolution(x, shaped, bias, stride, padding, dilation, transposed, extra, groups)
+    return y
+
+
+def expand(values: Tensor, indices: Tensor, active: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The dense (rows, columns) weight, and the flat positions of the kept weights in it."""
+    positions = active.to(torch.int64)[:, None] * columns + indices.to(torch.int64)
+    flat = values.new_zeros(rows * columns).scatter(0, positions.reshape(-1), values.reshape(-1))
+    return flat.reshape(rows, columns), positions

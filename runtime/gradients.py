@@ -1,0 +1,154 @@
+"""The gradients of the condensed operators.
+
+Owns what their backward computes: for linear layers from the kept weights alone, where that is faster, else densely. It
+must not know how the operators are checked or executed. Second derivatives are refused.
+
+The products of a linear layer are an operator of their own, so that torch.compile and torch.export need not look inside.
+"""
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from srigl_fx.errors import FormatError
+from srigl_fx.runtime.dense import ACTIVATIONS, dense_conv, expand
+from srigl_fx.runtime.products import Pattern, pack
+
+_library: Any = torch.library.Library("srigl_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "condensed_linear_gradients(Tensor gradient, Tensor x, Tensor values, Tensor indices, Tensor active, bool of_x, "
+    "bool of_values) -> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keep what the backward of either operator needs."""
+    x, values, indices, active, bias, *settings = inputs
+    place = next(i for i, setting in enumerate(settings) if setting is None or isinstance(setting, Tensor))
+    ctx.settings = [*settings[:place], *settings[place + 1 :]]
+    ctx.save_for_backward(x, values, indices, active, bias, settings[place])
+
+
+def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of condensed_linear's arguments.
+
+    Raises:
+        FormatError: It is to be differentiated again.
+    """
+    _refuse_second_derivatives("condensed_linear")
+    x, values, indices, active, bias, residual = ctx.saved_tensors
+    in_features, activation, _, _ = ctx.settings
+    wanted = ctx.needs_input_grad
+    if activation != "none":
+        operands = (t.detach() for t in (x, values, indices, active, bias))
+        before = torch.ops.srigl_fx.condensed_linear(*operands, in_features, residual)
+        with torch.enable_grad():
+            before = before.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(ACTIVATIONS[activation](before), before, grad)
+    of_x, of_values = torch.ops.srigl_fx.condensed_linear_gradients(
+        grad, x.detach(), values.detach(), indices, active, wanted[0], wanted[1]
+    )
+    of_bias = grad.reshape(-1, bias.shape[0]).sum(0) if wanted[4] else None
+    of_residual = grad if wanted[6] else None
+    return (
+        of_x if wanted[0] else None,
+        of_values if wanted[1] else None,
+        None,
+        None,
+        of_bias,
+        None,
+        of_residual,
+        None,
+        None,
+        None,
+    )
+
+
+def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of condensed_conv's arguments, by torch's dense convolution.
+
+    Raises:
+        FormatError: It is to be differentiated again.
+    """
+    _refuse_second_derivatives("condensed_conv")
+    x, values, indices, active, bias, residual = ctx.saved_tensors
+    weight_shape, stride, padding, dilation, groups, activation, transposed, output_padding = ctx.settings
+    columns = math.prod(weight_shape[1:])
+    dense, positions = expand(values.float(), indices, active, bias.shape[0], columns)
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (x, dense, bias)]
+        y = dense_conv(*leaves, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
+        if residual is not None:
+            leaves.append(residual.detach().requires_grad_())
+            y = y + leaves[-1]
+        grads = torch.autograd.grad(ACTIVATIONS[activation](y), leaves, grad)
+    grad_values = grads[1].reshape(-1)[positions].to(values.dtype) if ctx.needs_input_grad[1] else None
+    grad_residual = None if residual is None else grads[3]
+    return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, None, None, None
+
+
+def _refuse_second_derivatives(op: str) -> None:
+    if torch.is_grad_enabled():
+        raise FormatError(
+            f"{op}: second derivatives are not supported: call backward() without create_graph=True, or differentiate "
+            "the model before it is lowered"
+        )
+
+
+def _linear_gradients(
+    gradient: Tensor, x: Tensor, values: Tensor, indices: Tensor, active: Tensor, of_x: bool, of_values: bool
+) -> tuple[Tensor, Tensor]:
+    n, in_features = gradient.shape[-1], x.shape[-1]
+    g, flat = gradient.reshape(-1, n), x.reshape(-1, in_features)
+    pattern = _pattern(indices, active, n, in_features)
+    grad_x, grad_values = x.new_empty(0), values.new_empty(0)
+    if pattern.pays(flat.shape[0]):
+        packed = pack(g)
+        if of_x:
+            grad_x = pattern.multiply_transposed(values.float(), packed).reshape(x.shape)
+        if of_values:
+            grad_values = pattern.value_gradient(pack(flat), packed).reshape(values.shape).to(values.dtype)
+    else:
+        if of_x:
+            dense, _ = expand(values.float(), indices, active, n, in_features)
+            grad_x = (g @ dense).reshape(x.shape)
+        if of_values:
+            kept = (g.t() @ flat).reshape(-1).index_select(0, pattern.positions)
+            grad_values = kept.reshape(values.shape).to(values.dtype)
+    return grad_x, grad_values
+
+
+def _fake_linear_gradients(
+    gradient: Tensor, x: Tensor, values: Tensor, indices: Tensor, active: Tensor, of_x: bool, of_values: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape) if of_x else x.new_empty(0),
+        values.new_empty(values.shape) if of_values else values.new_empty(0),
+    )
+
+
+_library.impl("condensed_linear_gradients", _linear_gradients, "CPU")
+torch.library.register_fake("srigl_fx::condensed_linear_gradients", _fake_linear_gradients, lib=_library)
+
+# By the id of the indices, for as long as they live; single dict operations only, which are atomic.
+_patterns: dict[int, tuple["weakref.ref[Tensor]", tuple[object, ...], Pattern]] = {}
+
+
+def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> Pattern:
+    """The pattern of a weight, from memory unless it changed; the operands are those of a forward that checked them."""
+    key, counted = id(indices), not (indices.is_inference() or active.is_inference())
+    facts = (n, in_features, indices.data_ptr(), active.data_ptr())
+    if counted:
+        facts += (indices._version, active._version)
+        found = _patterns.get(key)
+        if found is not None and found[0]() is indices and found[1] == facts:
+            return found[2]
+    rows = active.to(torch.int64)[:, None].expand(indices.shape)
+    pattern = Pattern(rows.reshape(-1), indices.to(torch.int64).reshape(-1), n, in_features)
+    if counted:
+        _patterns[key] = weakref.ref(indices, lambda _: _patterns.pop(key, None)), facts, pattern
+    return pattern

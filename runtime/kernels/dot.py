@@ -1,0 +1,71 @@
+"""One or a few samples: dot products of 16 rows at a time with inputs that are looked up in registers.
+
+Owns the inner loop over a dot panel (:mod:`srigl_fx.runtime.kernels.panel`): a phase's window of the sample is loaded
+into vector registers, and each step looks 16 inputs up in them, one for each row of the group. AVX-512 only looks up in
+registers; AVX2 gathers from the first-level cache.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+
+from srigl_fx.runtime.kernels import vector as v
+from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
+from srigl_fx.runtime.kernels.panel import DOT_VALUES, STEPS, dot_bytes
+from srigl_fx.runtime.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
+
+GATHERS = 0  # in place of a window: gather rather than look up
+
+
+def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int], None]:
+    """An intrinsic ``(x, phase, start, phases, sums)``: 16 sums over ``phases`` phases of one group.
+
+    ``x`` is the sample, ``phase`` the first phase of the panel, ``start`` its window's start (int32), ``sums`` 16
+    floats; all are addresses but the count.
+
+    Args:
+        window: 32, 64 or 128 inputs, looked up in registers (AVX-512), or GATHERS (AVX2), for windows up to 256.
+        value_type: How values are stored: a number of :mod:`srigl_fx.runtime.kernels.job`.
+    """
+    size = dot_bytes.py_func(value_type)
+
+    def dot(context: Any, x: Any, phase: Any, start: Any, phases: Any, sums: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            x, phase, start, phases, sums = args
+
+            def one_phase(i: Any, totals: Any) -> Any:
+                first = b.zext(v.load(b, b.add(start, b.shl(i, number(2))), v.I32), v.I64)
+                inputs = b.add(x, b.shl(first, number(2)))
+                at = b.add(phase, b.mul(i, number(size)))
+                index = v.load(b, at, v.INTS, 64)
+                table = [v.load(b, b.add(inputs, number(VECTOR_BYTES * i)), v.FLOATS) for i in range(window // v.LANES)]
+                results = []
+                for step in range(STEPS):
+                    weights = _values(b, b.add(at, number(DOT_VALUES)), step, value_type)
+                    if window == GATHERS:
+                        found = v.gather(b, inputs, index, 8 * step)
+                    else:
+                        found = v.table_lookup(b, table, index, 8 * step)
+                    results.append(v.multiply_add(b, found, weights, totals[step]))
+                return results
+
+            one, two, three, four = v.loop(b, phases, [v.ZERO] * STEPS, one_phase)
+            v.store(b, b.fadd(b.fadd(one, two), b.fadd(three, four)), sums)
+            return context.get_dummy_value()
+
+        return types.void(*[address] * 5), generate
+
+    return intrinsic(dot)  # type: ignore[no-any-return]
+
+
+def _values(b: Any, at: Any, step: int, value_type: int) -> Any:
+    """The 16 values of a step as float32."""
+    if value_type == FLOAT32:
+        return v.load(b, b.add(at, number(VECTOR_BYTES * step)), v.FLOATS, 64)
+    half = b.add(at, number(VECTOR_BYTES // 2 * step))
+    if value_type == BFLOAT16:
+        wide = b.zext(v.load(b, half, v.SHORTS, 32), v.INTS)
+        return b.bitcast(b.shl(wide, v.lanes(16)), v.FLOATS)
+    assert value_type == FLOAT16
+    return b.fpext(v.load(b, half, ir.VectorType(ir.HalfType(), v.LANES), 32), v.FLOATS)

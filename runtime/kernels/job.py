@@ -1,0 +1,49 @@
+"""One call of a condensed operator, as the array of int64 that every kernel reads.
+
+Owns the positions in it; addresses are plain integers. A job is filled in by the operators of torch and by those of
+ONNX Runtime alike; kernels that share one only read it, except for the fields of their own scratch.
+"""
+
+from typing import Final
+
+(
+    X,  # float32: rows (BATCH, IN_FEATURES), or (IN_FEATURES, BATCH) if X_FEATURE_MAJOR
+    Y,  # float32: rows (BATCH, OUT_FEATURES), or (OUT_FEATURES, BATCH) if Y_FEATURE_MAJOR
+    RESIDUAL,  # float32 laid out as Y, or 0
+    BIAS,  # float32 (OUT_FEATURES,)
+    ACTIVE,  # int32 (N_ACTIVE,)
+    VALUES,  # (N_ACTIVE, K), of VALUE_TYPE
+    INDICES,  # (N_ACTIVE, K), of INDEX_BYTES
+    BATCH,
+    IN_FEATURES,
+    OUT_FEATURES,
+    N_ACTIVE,
+    K,
+    X_FEATURE_MAJOR,
+    Y_FEATURE_MAJOR,
+    ACTIVATION,  # a number of kernels.activations
+    VALUE_TYPE,  # one of the three below
+    INDEX_BYTES,  # 2 or 4
+    ROW_SPLITS,  # into how many tasks the rows of one tile are cut
+    PANEL,  # the packed weight: kernels.panel
+    PANEL_GROUPS,  # int64 (groups + 1, GROUP_WORDS)
+    PANEL_STARTS,  # int32 (phases,)
+    PANEL_ROWS,  # int32 (groups * LANES,)
+    PANEL_COUNT,  # groups
+    PANEL_PHASES,  # of all groups together
+    PANEL_WINDOW,
+    PANEL_IS_TILE,
+    BLOCK_ROWS,  # output rows that read the same inputs: all, or those of one group of a convolution
+    GEOMETRY,  # of a convolution: kernels.conv
+    OFFSETS,  # int64: where a packed sample's taps start
+    SAMPLE,  # the first sample whose packed form is at PACKED
+    SAMPLES,  # and how many there are
+    PACKED,
+    PACKED_SIZE,  # floats of one
+    FAILED,  # set to 1 by a task that found no memory
+) = range(34)
+SIZE: Final = 34
+
+FLOAT32: Final = 0
+BFLOAT16: Final = 1
+FLOAT16: Final = 2

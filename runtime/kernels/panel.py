@@ -1,0 +1,174 @@
+"""The packed form of a condensed weight that the fast kernels read: panels of 16 rows.
+
+Owns the layout and its construction from the canonical format; it must not know what is computed with it.
+
+Sixteen active rows form a group, one lane each. A group is a sequence of phases; in each, every row contributes its
+next STEPS kept weights, as far as they lie in the phase's window of ``window`` inputs, which starts at the first input
+that any of the rows still needs. A row that has fewer adds weights of zero. As windows follow the weights, any pattern
+can be packed, and on uniform random masks 90 % sparse just 14 % (window 128) or 5 % (256) of what is stored are zeros.
+
+Two kinds of panels hold a phase as
+- dot: a byte for each row and step, relative to the window's start, then the values as stored (4 or 2 bytes);
+- tile: a uint16 for each row and step, the input itself, then the values as float32. A weight of zero that was added
+  names the input after the last, of which a tile keeps a row of zeros.
+Indices are stored row by row, values step by step.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numba as typed_numba
+
+from srigl_fx.runtime.kernels import job
+from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT32
+from srigl_fx.runtime.kernels.vector import as_float, bytes_, floats, ints, shorts, words
+
+numba: Any = typed_numba  # half of its functions are annotated
+Pointer = Any
+LANES: Final = 16
+STEPS: Final = 4
+SLOTS: Final = LANES * STEPS
+TILE_BYTES: Final = 6 * SLOTS  # of one phase
+TILE_VALUES: Final = 2 * SLOTS  # where its values start
+DOT_VALUES: Final = SLOTS
+GROUP_PHASE, GROUP_ROW = 0, 1  # the first phase and the first active row of a group; one more group ends the list
+GROUP_WORDS: Final = 2
+_NONE: Final = 1 << 40
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    return numba.njit(error_model="numpy")(function)
+
+
+@_compiled
+def dot_bytes(value_type: int) -> int:
+    """The bytes of one phase of a dot panel."""
+    return SLOTS * (5 if value_type == FLOAT32 else 3)
+
+
+@_compiled
+def index_at(indices: int, index_bytes: int, position: int) -> int:
+    """An index of the canonical format."""
+    if index_bytes == 2:
+        return int(shorts(indices)[position])
+    return int(ints(indices)[position])
+
+
+@_compiled
+def value_at(values: int, value_type: int, position: int) -> float:
+    """A value of the canonical format, as float32: every 16-bit value has an exact one."""
+    if value_type == FLOAT32:
+        return floats(values)[position]  # type: ignore[no-any-return]
+    bits = int(shorts(values)[position])
+    if value_type == BFLOAT16:
+        return as_float(bits << 16)
+    sign, exponent, fraction = bits & 0x8000, bits >> 10 & 0x1F, bits & 0x3FF
+    if exponent == 0:  # a denormal: the fraction in units of 2**-24
+        return as_float(sign << 16 | 0x33800000) * fraction
+    if exponent == 0x1F:
+        return as_float(sign << 16 | 0x7F800000 | fraction << 13)
+    return as_float(sign << 16 | (exponent + 112) << 23 | fraction << 13)
+
+
+@_compiled
+def _group_rows(j: Pointer, row: int) -> int:
+    """How many rows the group that starts with ``row`` has."""
+    active, n_active, block_rows = ints(j[job.ACTIVE]), j[job.N_ACTIVE], j[job.BLOCK_ROWS]
+    block = int(active[row]) // block_rows
+    rows = 1
+    while rows < LANES and row + rows < n_active and int(active[row + rows]) // block_rows == block:
+        rows += 1
+    return rows
+
+
+@_compiled
+def _window_start(j: Pointer, row: int, rows: int, cursors: Pointer) -> int:
+    """Where the next window of a group starts, or _NONE at its end. A window ends within the inputs where it can."""
+    start, k = _NONE, j[job.K]
+    for lane in range(rows):
+        if cursors[lane] < k:
+            start = min(start, index_at(j[job.INDICES], j[job.INDEX_BYTES], (row + lane) * k + cursors[lane]))
+    if start != _NONE:
+        start = max(0, min(start, j[job.IN_FEATURES] - j[job.PANEL_WINDOW]))
+    return start
+
+
+@_compiled
+def _next_in_window(j: Pointer, row: int, rows: int, lane: int, cursors: Pointer, end: int) -> int:
+    """The position of a lane's next kept weight if it lies before ``end``, else -1."""
+    k = j[job.K]
+    if lane < rows and cursors[lane] < k:
+        position = (row + lane) * k + cursors[lane]
+        if index_at(j[job.INDICES], j[job.INDEX_BYTES], position) < end:
+            cursors[lane] += 1
+            return position  # type: ignore[no-any-return]
+    return -1
+
+
+def measure_panel(j: Pointer, scratch: int) -> None:
+    """Count groups and phases of a panel into the job. ``scratch`` is the address of LANES int64."""
+    cursors = words(scratch)
+    groups = phases = row = 0
+    while row < j[job.N_ACTIVE]:
+        rows = _group_rows(j, row)
+        for lane in range(LANES):
+            cursors[lane] = 0
+        start = _window_start(j, row, rows, cursors)
+        while start != _NONE:
+            for lane in range(rows):
+                for _ in range(STEPS):
+                    _next_in_window(j, row, rows, lane, cursors, start + j[job.PANEL_WINDOW])
+            phases += 1
+            start = _window_start(j, row, rows, cursors)
+        groups += 1
+        row += rows
+    j[job.PANEL_COUNT] = groups
+    j[job.PANEL_PHASES] = phases
+
+
+@_compiled
+def _fill_phase(j: Pointer, row: int, rows: int, phase: int, start: int, cursors: Pointer) -> None:
+    value_type, is_tile = j[job.VALUE_TYPE], j[job.PANEL_IS_TILE] != 0
+    at = j[job.PANEL] + phase * (TILE_BYTES if is_tile else dot_bytes(value_type))
+    wide, narrow = shorts(at), bytes_(at)
+    values, indices, index_bytes = j[job.VALUES], j[job.INDICES], j[job.INDEX_BYTES]
+    for lane in range(LANES):
+        for step in range(STEPS):
+            slot, place = step * LANES + lane, lane * STEPS + step
+            position = _next_in_window(j, row, rows, lane, cursors, start + j[job.PANEL_WINDOW])
+            if is_tile:
+                wide[place] = j[job.IN_FEATURES] if position < 0 else index_at(indices, index_bytes, position)
+                floats(at + TILE_VALUES)[slot] = 0.0 if position < 0 else value_at(values, value_type, position)
+            else:
+                narrow[place] = 0 if position < 0 else index_at(indices, index_bytes, position) - start
+                if value_type == FLOAT32:
+                    floats(at + DOT_VALUES)[slot] = 0.0 if position < 0 else floats(values)[position]
+                else:
+                    shorts(at + DOT_VALUES)[slot] = 0 if position < 0 else shorts(values)[position]
+
+
+def fill_panel(j: Pointer, scratch: int) -> None:
+    """Write a panel whose sizes are known: phases, where each group starts, each phase's window, each lane's output.
+
+    A lane without a row is given the output after the last. ``scratch`` is as for :func:`measure_panel`.
+    """
+    cursors, groups = words(scratch), words(j[job.PANEL_GROUPS])
+    starts, outputs, active = ints(j[job.PANEL_STARTS]), ints(j[job.PANEL_ROWS]), ints(j[job.ACTIVE])
+    phase = group = row = 0
+    while row < j[job.N_ACTIVE]:
+        rows = _group_rows(j, row)
+        groups[group * GROUP_WORDS + GROUP_PHASE] = phase
+        groups[group * GROUP_WORDS + GROUP_ROW] = row
+        for lane in range(LANES):
+            outputs[group * LANES + lane] = active[row + lane] if lane < rows else j[job.OUT_FEATURES]
+            cursors[lane] = 0
+        start = _window_start(j, row, rows, cursors)
+        while start != _NONE:
+            starts[phase] = start
+            _fill_phase(j, row, rows, phase, start, cursors)
+            phase += 1
+            start = _window_start(j, row, rows, cursors)
+        group += 1
+        row += rows
+    groups[group * GROUP_WORDS + GROUP_PHASE] = phase
+    groups[group * GROUP_WORDS + GROUP_ROW] = row

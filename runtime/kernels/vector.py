@@ -1,0 +1,189 @@
+"""Vectors of 16 floats in LLVM's terms, for kernels whose inner loop Numba cannot express.
+
+Owns the instructions that the kernels' intrinsics are made of, and typed views of addresses. Vectors are always 16
+lanes wide: on instruction sets with narrower registers LLVM cuts them. It must not know any layout.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numba
+import numba.extending
+from llvmlite import ir
+
+LANES = 16
+VECTOR_BYTES = 4 * LANES
+
+types: Any = numba.types
+intrinsic: Any = numba.extending.intrinsic
+address = types.int64
+
+I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+FLOATS, INTS, SHORTS = (ir.VectorType(item, LANES) for item in (F32, I32, I16))
+ZERO = ir.Constant(FLOATS, [0.0] * LANES)
+
+
+def _view(pointee: Any) -> Callable[[int], Any]:
+    def view(context: Any, where: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(pointee)(address), generate
+
+    return intrinsic(view)
+
+
+# What lies at an address, as a pointer that Numba can index.
+floats, words, ints, shorts, bytes_ = (
+    _view(item) for item in (types.float32, types.int64, types.int32, types.uint16, types.uint8)
+)
+
+
+def number(value: int) -> Any:
+    """An int64 constant."""
+    return ir.Constant(I64, value)
+
+
+def lanes(value: int) -> Any:
+    """The same int32 in every lane."""
+    return ir.Constant(INTS, [value] * LANES)
+
+
+def load(b: Any, where: Any, kind: Any, align: int = 4) -> Any:
+    """What lies at an address."""
+    loaded = b.load(b.inttoptr(where, kind.as_pointer()))
+    loaded.align = align
+    return loaded
+
+
+def store(b: Any, value: Any, where: Any, align: int = 4) -> None:
+    """Write a vector to an address."""
+    b.store(value, b.inttoptr(where, value.type.as_pointer())).align = align
+
+
+def _function(b: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+    found = b.module.globals.get(name)
+    return ir.Function(b.module, ir.FunctionType(result, arguments), name) if found is None else found
+
+
+def multiply_add(b: Any, one: Any, other: Any, total: Any) -> Any:
+    """``one * other + total``, fused where the instruction set can."""
+    return b.call(_function(b, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3), [one, other, total])
+
+
+def broadcast(b: Any, value: Any) -> Any:
+    """One float in every lane."""
+    single = b.insert_element(ir.Constant(FLOATS, ir.Undefined), value, ir.Constant(I32, 0))
+    return b.shuffle_vector(single, ir.Constant(FLOATS, ir.Undefined), lanes(0))
+
+
+def table_lookup(b: Any, table: Sequence[Any], index: Any, shift: int) -> Any:
+    """``table[index >> shift]`` lane by lane, for tables of two, four or eight vectors (AVX-512).
+
+    Bits above those that the table needs are ignored.
+    """
+    permute = _function(b, "llvm.x86.avx512.vpermi2var.ps.512", FLOATS, [FLOATS, INTS, FLOATS])
+    low = b.lshr(index, lanes(shift)) if shift else index
+    found = [b.call(permute, [table[i], low, table[i + 1]]) for i in range(0, len(table), 2)]
+    bit = 5
+    while len(found) > 1:
+        # The bit that chooses, brought to the sign.
+        chosen = b.icmp_signed("<", b.shl(index, lanes(31 - bit - shift)), lanes(0))
+        found = [b.select(chosen, found[i + 1], found[i]) for i in range(0, len(found), 2)]
+        bit += 1
+    return found[0]
+
+
+def gather(b: Any, base: Any, index: Any, shift: int) -> Any:
+    """``floats(base)[index >> shift & 255]`` lane by lane (AVX2)."""
+    eight_floats, eight_ints = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
+    function = _function(
+        b,
+        "llvm.x86.avx2.gather.d.ps.256",
+        eight_floats,
+        [eight_floats, I8.as_pointer(), eight_ints, eight_floats, I8],
+    )
+    positions = b.and_(b.lshr(index, lanes(shift)) if shift else index, lanes(255))
+    nothing = ir.Constant(eight_floats, [0.0] * 8)
+    every = b.bitcast(ir.Constant(eight_ints, [-1] * 8), eight_floats)
+    halves = []
+    for half in range(2):
+        picked = ir.Constant(eight_ints, list(range(8 * half, 8 * half + 8)))
+        part = b.shuffle_vector(positions, ir.Constant(INTS, ir.Undefined), picked)
+        arguments = [nothing, b.inttoptr(base, I8.as_pointer()), part, every, ir.Constant(I8, 4)]
+        halves.append(b.call(function, arguments))
+    return b.shuffle_vector(*halves, ir.Constant(INTS, list(range(LANES))))
+
+
+def loop(b: Any, count: Any, carried: Sequence[Any], body: Callable[[Any, Sequence[Any]], Sequence[Any]]) -> list[Any]:
+    """``for i in range(count): carried = body(i, carried)`` over an int64 ``count``; returns what is carried out."""
+    before, inside, after = b.block, b.append_basic_block("inside"), b.append_basic_block("after")
+    b.cbranch(b.icmp_signed(">", count, number(0)), inside, after)
+    b.position_at_end(inside)
+    i = b.phi(I64)
+    values = [b.phi(item.type) for item in carried]
+    results = list(body(i, values))
+    following = b.add(i, number(1))
+    end = b.block
+    for phi, first, again in ((i, number(0), following), *zip(values, carried, results, strict=True)):
+        phi.add_incoming(first, before)
+        phi.add_incoming(again, end)
+    b.cbranch(b.icmp_signed("<", following, count), inside, after)
+    b.position_at_end(after)
+    finals = [b.phi(item.type) for item in carried]
+    for phi, first, again in zip(finals, carried, results, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(again, end)
+    return finals
+
+
+def _as_float(context: Any, bits: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.trunc(args[0], I32), F32)
+
+    return types.float32(types.int64), generate
+
+
+as_float: Callable[[int], float] = intrinsic(_as_float)  # the float32 with these bits
+
+
+def _c_function(name: str, result: Any) -> Callable[[int], Any]:
+    def call(context: Any, argument: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            native = I64 if result is address else ir.VoidType()
+            value = builder.call(_function(builder, name, native, [I64]), args)
+            return value if result is address else context.get_dummy_value()
+
+        return result(address), generate
+
+    return intrinsic(call)  # type: ignore[no-any-return]
+
+
+allocate = _c_function("malloc", address)  # bytes of scratch, or 0
+release = _c_function("free", types.void)
+
+
+def _transpose(context: Any, source: Any, source_row: Any, target: Any, target_row: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, source_row, target, target_row = args
+        rows = [load(b, b.add(source, b.mul(source_row, number(i))), FLOATS) for i in range(LANES)]
+        # Log2 rounds that exchange ever larger blocks: first single floats of neighbouring rows, at last halves.
+        for distance in (1, 2, 4, 8):
+            low = [i if not i & distance else i - distance + LANES for i in range(LANES)]
+            high = [i + distance if not i & distance else i + LANES for i in range(LANES)]
+            exchanged = list(rows)
+            for i in range(LANES):
+                if not i & distance:
+                    pair = rows[i], rows[i + distance]
+                    exchanged[i] = b.shuffle_vector(*pair, ir.Constant(INTS, low))
+                    exchanged[i + distance] = b.shuffle_vector(*pair, ir.Constant(INTS, high))
+            rows = exchanged
+        for i, row in enumerate(rows):
+            store(b, row, b.add(target, b.mul(target_row, number(i))))
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 4), generate
+
+
+# 16 x 16 floats transposed: (source, bytes between its rows, target, bytes between its rows)
+transpose: Callable[[int, int, int, int], None] = intrinsic(_transpose)

@@ -1,0 +1,111 @@
+"""The tasks of a job on torch's own threads.
+
+Owns how tasks are spread: over the OpenMP pool that torch computes with (the libgomp in its Linux wheels), entered the
+way compiled code enters it; so the threads are those that ``torch.set_num_threads`` counts, none is started at import,
+and calls from several threads of Python get teams of their own. Where there is no such pool, and in a process that was
+forked from one that used it, tasks run one after another.
+"""
+
+import ctypes
+import functools
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from srigl_fx.runtime.jit import Entry
+
+_lock = threading.Lock()
+_forked = False
+
+
+def run(task: tuple[Entry, int], job: int, tasks: int, threads: int) -> None:
+    """Run ``tasks`` tasks of the job at address ``job`` on up to ``threads`` threads; returns when all have ended.
+
+    Args:
+        task: What ``jit.entry`` gave.
+        job: The job's address; it must not change meanwhile.
+        tasks: How many.
+        threads: torch's thread count.
+
+    Example:
+        >>> import ctypes
+        >>> done = []
+        >>> run((lambda job, number: done.append(number), 0), 0, 3, 1)
+        >>> done
+        [0, 1, 2]
+    """
+    start = _pool() if threads > 1 and tasks > 1 and not _forked else None
+    if start is None:
+        function = task[0]
+        for number in range(tasks):
+            function(job, number)
+    else:
+        start(task[1], job, tasks, min(threads, tasks))
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def _pool() -> Callable[[int, int, int, int], None] | None:
+    with _lock:
+        return _find_pool()
+
+
+@functools.cache
+def _find_pool() -> Callable[[int, int, int, int], None] | None:
+    import torch
+
+    found = sorted(Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*"))
+    if not found:
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    start = library.GOMP_parallel
+    start.argtypes, start.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    worker = _compile_worker(library)
+
+    def run_parallel(function: int, job: int, tasks: int, threads: int) -> None:
+        shared = (ctypes.c_int64 * 4)(function, job, tasks, threads)
+        start(worker, ctypes.addressof(shared), threads, 0)
+
+    return run_parallel
+
+
+def _compile_worker(library: Any) -> int:
+    """The address of what each thread of a team runs: every ``threads``-th task, from its own number on."""
+    import numba as typed_numba
+    from llvmlite import ir
+    from numba.extending import intrinsic as typed_intrinsic
+
+    numba: Any = typed_numba
+    intrinsic: Any = typed_intrinsic
+    types = numba.types
+    own_number = library.omp_get_thread_num
+    own_number.restype, own_number.argtypes = ctypes.c_int, []
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def call(context: Any, function: Any, job: Any, number: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            word = ir.IntType(64)
+            kind = ir.FunctionType(ir.VoidType(), [word, word]).as_pointer()
+            builder.call(builder.inttoptr(args[0], kind), args[1:])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), generate
+
+    def work(shared):  # type: ignore[no-untyped-def]
+        for number in range(own_number(), shared[2], shared[3]):
+            call(shared[0], shared[1], number)
+
+    compiled = numba.cfunc(types.void(types.CPointer(types.int64)))(work)
+    _keep.append(compiled)
+    return int(compiled.address)
+
+
+_keep: list[Any] = []  # the compiled code lives as long as its cfunc object

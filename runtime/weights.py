@@ -1,0 +1,172 @@
+"""Condensed weights made ready: checked once, and packed for the kernels that need it.
+
+Owns the memory of what is known about a weight's tensors, and when that is out of date. It must not know what is
+computed with them. Nothing here keeps a weight alive.
+
+Writes that torch does not see (through ``.numpy()`` or ``.data``) are not noticed.
+"""
+
+import ctypes
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from srigl_fx.errors import FormatError
+from srigl_fx.runtime.format import range_problem
+from srigl_fx.runtime.jit import entry
+from srigl_fx.runtime.kernels import job
+
+Job = ctypes.c_int64 * job.SIZE
+Kind = Literal["dot", "tile"]
+INDEX_BYTES = {torch.uint16: 2, torch.int32: 4}
+VALUE_TYPES = {torch.float32: job.FLOAT32, torch.bfloat16: job.BFLOAT16, torch.float16: job.FLOAT16}
+_CACHE_LINE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Panel:
+    """A packed weight: a job with everything in it that does not change from call to call, and its memory."""
+
+    template: bytes
+    memory: tuple[Any, ...]
+    nbytes: int
+    facts: tuple[object, ...]
+
+
+class _Prepared:
+    """What is known about one pair of index tensors, for as long as neither changes; holds neither alive."""
+
+    __slots__ = ("active", "facts", "indices", "lock", "panels")
+
+    def __init__(self, indices: Tensor, active: Tensor, facts: tuple[object, ...]) -> None:
+        key = id(indices)
+        self.indices = weakref.ref(indices, lambda _: _prepared.pop(key, None))
+        self.active = weakref.ref(active)
+        self.facts = facts
+        self.panels: dict[tuple[Kind, int], Panel] = {}
+        self.lock = threading.Lock()
+
+
+# Single dict operations only, which are atomic; a lost entry costs one more check.
+_prepared: dict[int, _Prepared] = {}
+
+
+def check_weight(
+    op: str, values: Tensor, indices: Tensor, active: Tensor, bias: Tensor, in_features: int
+) -> _Prepared | None:
+    """Validate the weight operands: types and shapes at every call, indices once for each version of their contents.
+
+    Returns:
+        What :func:`panel_of` needs; None for inference tensors, whose changes torch does not count.
+
+    Raises:
+        FormatError: An operand has another dtype or shape, or an index is out of range.
+    """
+    shape = values.shape
+    if (
+        values.dtype not in VALUE_TYPES
+        or bias.dtype is not torch.float32
+        or active.dtype is not torch.int32
+        or indices.dtype not in INDEX_BYTES
+    ):
+        raise FormatError(
+            f"{op}: values must be float32, bfloat16 or float16, bias float32, indices uint16 or int32, active int32; "
+            f"got {values.dtype}, {bias.dtype}, {indices.dtype}, {active.dtype}"
+        )
+    if len(shape) != 2 or indices.shape != shape or active.shape != shape[:1] or bias.dim() != 1:
+        raise FormatError(
+            f"{op}: values and indices must both be (n_active, k), active (n_active,), bias (n,); got {tuple(shape)}, "
+            f"{tuple(indices.shape)}, {tuple(active.shape)}, {tuple(bias.shape)}"
+        )
+    n = bias.shape[0]
+    if indices.is_inference() or active.is_inference():
+        _check_ranges(op, indices, active, in_features, n)
+        return None
+    addresses = indices.data_ptr(), active.data_ptr()
+    facts = (indices._version, active._version, *addresses, in_features, n, shape)
+    seen = _prepared.get(id(indices))
+    if seen is None or seen.facts != facts or seen.indices() is not indices or seen.active() is not active:
+        _check_ranges(op, indices, active, in_features, n)
+        seen = _prepared[id(indices)] = _Prepared(indices, active, facts)
+    return seen
+
+
+def _check_ranges(op: str, indices: Tensor, active: Tensor, in_features: int, out_features: int) -> None:
+    problem = range_problem(indices.detach().numpy(), active.detach().numpy(), in_features, out_features)
+    if problem:
+        raise FormatError(f"{op}: {problem}; rebuild the operands with CondensedWeight.from_dense(weight, mask)")
+
+
+def panel_of(
+    prepared: _Prepared,
+    kind: Kind,
+    window: int,
+    values: Tensor,
+    indices: Tensor,
+    active: Tensor,
+    in_features: int,
+    out_features: int,
+    block_rows: int,
+) -> Panel | None:
+    """The weight packed for a kernel, from memory or anew; None for values that are inference tensors.
+
+    Packing takes about as long as computing a few samples.
+    """
+    if values.is_inference():
+        return None
+    facts = values._version, values.data_ptr(), values.dtype, window
+    found = prepared.panels.get((kind, block_rows))
+    if found is None or found.facts != facts:
+        with prepared.lock:
+            found = prepared.panels.get((kind, block_rows))
+            if found is None or found.facts != facts:
+                arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
+                found = _pack(kind, window, *arrays, in_features, out_features, block_rows, facts)
+                prepared.panels[kind, block_rows] = found
+    return found
+
+
+def _pack(
+    kind: Kind,
+    window: int,
+    values: Tensor,
+    indices: Tensor,
+    active: Tensor,
+    in_features: int,
+    out_features: int,
+    block_rows: int,
+    facts: tuple[object, ...],
+) -> Panel:
+    from srigl_fx.runtime.kernels import panel
+
+    j = new_job(values, indices, active, in_features, out_features)
+    j[job.BLOCK_ROWS], j[job.PANEL_WINDOW], j[job.PANEL_IS_TILE] = block_rows, window, kind == "tile"
+    scratch = np.zeros(panel.LANES, np.int64)
+    address = ctypes.addressof(j)
+    entry("measure_panel")[0](address, scratch.ctypes.data)
+    count, phases = j[job.PANEL_COUNT], j[job.PANEL_PHASES]
+    phase_bytes = panel.TILE_BYTES if kind == "tile" else panel.dot_bytes(j[job.VALUE_TYPE])
+    memory = np.empty(phases * phase_bytes + _CACHE_LINE, np.uint8)
+    groups = np.empty((count + 1) * panel.GROUP_WORDS, np.int64)
+    starts, rows = np.empty(phases, np.int32), np.empty(count * panel.LANES, np.int32)
+    j[job.PANEL] = -(-memory.ctypes.data // _CACHE_LINE) * _CACHE_LINE
+    j[job.PANEL_GROUPS], j[job.PANEL_STARTS] = groups.ctypes.data, starts.ctypes.data
+    j[job.PANEL_ROWS] = rows.ctypes.data
+    entry("fill_panel")[0](address, scratch.ctypes.data)
+    held = memory, groups, starts, rows
+    return Panel(bytes(j), held, sum(array.nbytes for array in held), facts)
+
+
+def new_job(values: Tensor, indices: Tensor, active: Tensor, in_features: int, out_features: int) -> Any:
+    """A job with the fields of a weight; the tensors must be contiguous, and live as long as it is used."""
+    j = Job()
+    j[job.VALUES], j[job.INDICES], j[job.ACTIVE] = values.data_ptr(), indices.data_ptr(), active.data_ptr()
+    j[job.VALUE_TYPE], j[job.INDEX_BYTES] = VALUE_TYPES[values.dtype], INDEX_BYTES[indices.dtype]
+    j[job.IN_FEATURES], j[job.OUT_FEATURES] = in_features, out_features
+    j[job.N_ACTIVE], j[job.K] = values.shape
+    return j

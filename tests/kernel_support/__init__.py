@@ -1,0 +1,244 @@
+"""Condensed weights of awkward shapes, and comparisons of the torch operators with the NumPy oracle.
+
+The oracle reads the inputs that kept weights name, and no others, as the kernels must.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from srigl_fx.runtime import ops as ops  # registers the operators
+from srigl_fx.runtime import reference
+from srigl_fx.runtime.format import CondensedWeight, ValueDtype
+
+DTYPES: tuple[ValueDtype, ...] = ("float32", "bfloat16", "float16")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+EPSILON = 2.0**-24  # of rounding to float32
+
+# For a row out of n: the columns it keeps, which leave room for k of them.
+PATTERNS: dict[str, Callable[[int, int, int, int], tuple[int, int]]] = {
+    "random": lambda row, n, in_features, k: (0, in_features),
+    "run": lambda row, n, in_features, k: (row * 37 % (in_features - k + 1), k),
+    "ends": lambda row, n, in_features, k: ((row % 2) * (in_features - k), k),
+    "first": lambda row, n, in_features, k: (0, k),
+    "last": lambda row, n, in_features, k: (in_features - k, k),
+    "one astray": lambda row, n, in_features, k: (in_features - k, k) if row == n // 2 else (0, k),
+}
+
+
+def condensed(
+    n: int,
+    in_features: int,
+    k: int,
+    *,
+    n_active: int | None = None,
+    dtype: ValueDtype = "float32",
+    pattern: str = "random",
+    seed: int = 0,
+) -> CondensedWeight:
+    """A condensed weight with random values and bias, its kept columns as ``pattern`` says."""
+    rng = np.random.default_rng(seed)
+    active = np.sort(rng.permutation(n)[: n if n_active is None else n_active])
+    mask = np.zeros((n, in_features), np.bool_)
+    for row in active:
+        start, length = PATTERNS[pattern](int(row), n, in_features, k)
+        mask[row, start + rng.choice(length, k, replace=False)] = True
+    bias = rng.standard_normal(n) + 2 * rng.choice((-1, 1), n)  # never near zero
+    return CondensedWeight.from_dense(rng.standard_normal(mask.shape) * mask, mask, bias, dtype=dtype)
+
+
+def tensor(array: NDArray[Any]) -> Tensor:
+    """The array as a torch tensor, bfloat16 included."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def operands(weight: CondensedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, indices, active, bias)."""
+    return tensor(weight.values), tensor(weight.indices), tensor(weight.active), tensor(weight.bias)
+
+
+def assert_close(y: Tensor, expected: NDArray[Any], size: NDArray[Any], k: int, what: str) -> None:
+    """``y`` is the oracle's result but for rounding: of sums of ``k`` products, whose absolute values sum to ``size``."""
+    assert y.dtype is torch.float32, what
+    assert tuple(y.shape) == expected.shape, what
+    got = y.detach().numpy()
+    with np.errstate(all="ignore"):
+        tolerance = EPSILON * (6 + k**0.5) * size + 4e-7 * np.minimum(1, np.abs(expected) + size)
+        same = (got == expected) | (np.isnan(got) & np.isnan(expected)) | (np.abs(got - expected) <= tolerance)
+    if not same.all():
+        where = tuple(int(i[0]) for i in np.nonzero(~same))
+        raise AssertionError(f"{what}: {got[where]} at {where}, not {expected[where]}; {(~same).sum()} are wrong")
+
+
+def check_linear(
+    weight: CondensedWeight,
+    x: Tensor,
+    *,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    residual: Tensor | None = None,
+    activation: str = "none",
+    y_feature_major: bool = False,
+) -> Tensor:
+    """Compare ``condensed_linear`` with the oracle; return what it gave."""
+    y: Tensor = torch.ops.srigl_fx.condensed_linear(
+        x,
+        *(tensors or operands(weight)),
+        weight.in_features,
+        residual=residual,
+        activation=activation,
+        y_feature_major=y_feature_major,
+    )
+    added = None if residual is None else residual.detach().numpy()
+    arrays = x.detach().numpy(), weight.values, weight.indices, weight.active, weight.bias
+    with np.errstate(all="ignore"):
+        expected = reference.condensed_linear(*arrays, residual=added, activation=activation)
+        data, values, indices, active, bias = arrays
+        size = reference.condensed_linear(
+            np.abs(data).astype(np.float64),
+            np.abs(values),
+            indices,
+            active,
+            np.abs(bias),
+            residual=None if added is None else np.abs(added),
+        )
+    what = (
+        f"{weight.values.dtype} {weight.out_features} x "
+        f"{weight.in_features}, k {weight.k}, {weight.n_active} active, x {tuple(x.shape)} strides {x.stride()}, "
+        f"{activation}"
+    )
+    assert_close(y, expected, size, weight.k, what)
+    if y_feature_major:
+        assert y.movedim(-1, 0).is_contiguous(), what
+    return y
+
+
+@dataclass(frozen=True, kw_only=True)
+class Convolution:
+    """The geometry of a convolution over one to three axes."""
+
+    n: int = 6
+    channels: int = 4  # of the input
+    kernel: tuple[int, ...] = (3, 3)
+    groups: int = 1
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    size: tuple[int, ...] = field(default=(9, 8))
+
+    @property
+    def rank(self) -> int:
+        return len(self.kernel)
+
+    @property
+    def weight_shape(self) -> list[int]:
+        return [self.n, self.channels // self.groups, *self.kernel]
+
+    @property
+    def in_features(self) -> int:
+        return int(np.prod(self.weight_shape[1:]))
+
+    def condensed(self, k: int, **settings: Any) -> CondensedWeight:
+        """A condensed weight of this geometry."""
+        return condensed(self.n, self.in_features, k, **settings)
+
+    def input(self, batch: int) -> Tensor:
+        return torch.randn(batch, self.channels, *self.size)
+
+
+def check_conv(
+    shape: Convolution,
+    weight: CondensedWeight,
+    x: Tensor,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "none",
+) -> Tensor:
+    """Compare ``condensed_conv`` with the oracle; return what it gave."""
+    ones, zeros = (1,) * shape.rank, (0,) * shape.rank
+    stride, dilation = shape.stride or ones, shape.dilation or ones
+    padding, extra = shape.padding or zeros, shape.output_padding
+    y: Tensor = torch.ops.srigl_fx.condensed_conv(
+        x,
+        *operands(weight),
+        shape.weight_shape,
+        stride,
+        padding,
+        dilation,
+        shape.groups,
+        residual=residual,
+        activation=activation,
+        transposed=shape.transposed,
+        output_padding=extra,
+    )
+
+    def oracle(data: Any, values: Any, bias: Any, added: Tensor | None, kind: str, convert: Any) -> NDArray[Any]:
+        return reference.condensed_conv(
+            convert(data.detach().numpy()),
+            convert(values),
+            weight.indices,
+            weight.active,
+            convert(bias),
+            weight_shape=shape.weight_shape,
+            strides=stride,
+            pads=padding * 2,
+            dilations=dilation,
+            group=shape.groups,
+            transposed=shape.transposed,
+            output_padding=extra or None,
+            residual=None if added is None else convert(added.detach().numpy()),
+            activation=kind,
+        )
+
+    with np.errstate(all="ignore"):
+        expected = oracle(x, weight.values, weight.bias, residual, activation, lambda array: array)
+        size = oracle(x, weight.values, weight.bias, residual, "none", lambda array: np.abs(array).astype(np.float64))
+    what = f"{shape}, {weight.values.dtype}, k {weight.k}, {weight.n_active} active, x {tuple(x.shape)}, {activation}"
+    assert_close(y, expected, size, weight.k, what)
+    return y
+
+
+def bits(y: Tensor) -> bytes:
+    """The exact content of a result."""
+    return y.contiguous().numpy().tobytes()
+
+
+def misaligned(values: Tensor, elements: int = 1) -> Tensor:
+    """The same values in memory that starts ``elements`` later than an allocation, so unaligned for vectors."""
+    room = values.new_empty(values.numel() + elements)
+    room[elements:] = values.reshape(-1)
+    return room[elements:].view(values.shape)
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """``x`` (batch, features), equal in every layout that a caller may hand over."""
+    batch, features = x.shape
+    every_third = x.new_zeros(batch, 3 * features + 1)[:, 1::3]
+    every_third.copy_(x)
+    in_a_wider_one = x.new_zeros(batch, features + 5)[:, 2 : features + 2]
+    in_a_wider_one.copy_(x)
+    feature_major_with_gaps = x.new_zeros(features, batch + 3).t()[:batch]
+    feature_major_with_gaps.copy_(x)
+    return {
+        "misaligned": misaligned(x),
+        "odd stride": every_third,
+        "rows with gaps": in_a_wider_one,
+        "feature-major": x.t().contiguous().t(),
+        "feature-major, misaligned": misaligned(x.t().contiguous(), 3).t(),
+        "feature-major with gaps": feature_major_with_gaps,
+        "expanded": x[:1].expand(batch, features),
+        "one number": x[:1, :1].expand(batch, features),
+    }
+
+
+def axes(total: int, *borders: int) -> Sequence[int]:
+    """0 to ``total``, and then the numbers around each border."""
+    return [*range(total + 1), *(border + step for border in borders for step in (-1, 0, 1))]

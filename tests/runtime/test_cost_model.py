@@ -1,0 +1,129 @@
+"""Estimated times: hand-computed, and going where they should when the work grows."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from srigl_fx.runtime import calibration
+from srigl_fx.runtime.calibration import fit, machine_constants, predicted, probe
+from srigl_fx.runtime.cost_model import DOT_MOST_COLUMNS, Machine, Work, condensed, dense, estimate, kernel_for
+from srigl_fx.runtime.timings import Timings
+
+# Round numbers, such that every term can be told from the sum.
+SIMPLE = Machine(
+    dense_rate=1e6,
+    bandwidth=1e6,
+    cached_bandwidth=4e6,
+    cache_bytes=1000,
+    dot_rate=1e3,
+    tile_rate=1e3,
+    move_rate=1e3,
+    dense_call=100.0,
+    condensed_call=200.0,
+)
+SMALL = Work(rows=10, fan_in=20, active=10, kept=50, columns=1, inputs=20, outputs=10)
+LARGE = replace(SMALL, rows=1000, fan_in=1000, kept=10**5, active=1000, inputs=1000, outputs=1000)
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds"),
+    [
+        (SMALL, 100 + 800 / 4e6),  # read from the cache
+        (LARGE, 100 + 4.0),  # read from memory
+        (replace(LARGE, columns=8), 100 + 8.0 + 8.0),  # copied first, then multiplied
+    ],
+)
+def test_dense_by_hand(work: Work, seconds: float) -> None:
+    assert dense(work, SIMPLE) == pytest.approx(seconds, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("work", "seconds"),
+    [
+        (SMALL, 200 + 50 / 1e3),
+        (replace(SMALL, columns=5), 200 + 250 / 1e3),
+        (replace(SMALL, columns=5, convolution=True), 200 + 16 * 50 / 1e3 + 30 / 1e3),  # tiles of 16 columns
+        (replace(SMALL, columns=17, inputs=340, outputs=170), 200 + 32 * 50 / 1e3 + 510 / 1e3),
+        (LARGE, 200 + 100.0),
+    ],
+)
+def test_condensed_by_hand(work: Work, seconds: float) -> None:
+    assert condensed(work, SIMPLE) == pytest.approx(seconds, rel=1e-12)
+
+
+def test_values_of_two_bytes_help_where_memory_is_the_limit() -> None:
+    slow_memory = replace(SIMPLE, bandwidth=1e3)
+    assert condensed(LARGE, slow_memory) == pytest.approx(200 + 500)
+    assert condensed(replace(LARGE, value_bytes=2), slow_memory) == pytest.approx(200 + 300)
+
+
+def test_shrunk_only_where_rows_are_ablated() -> None:
+    assert set(estimate(SMALL, SIMPLE)) == {"dense", "condensed"}
+    assert set(estimate(replace(SMALL, active=0), SIMPLE)) == {"dense", "condensed"}
+    ablated = estimate(replace(LARGE, active=100, columns=1000), Machine())
+    assert ablated["shrunk"] < 0.2 * ablated["dense"]
+
+
+def test_kernels_by_columns() -> None:
+    assert [kernel_for(columns) for columns in (0, 1, DOT_MOST_COLUMNS)] == ["dot"] * 3
+    assert [kernel_for(columns) for columns in (DOT_MOST_COLUMNS + 1, 4096)] == ["tile"] * 2
+
+
+@given(
+    rows=st.integers(1, 4096),
+    fan_in=st.integers(1, 4096),
+    columns=st.integers(1, 4096),
+    density=st.floats(0.001, 1),
+    convolution=st.booleans(),
+)
+def test_more_work_never_takes_less(rows: int, fan_in: int, columns: int, density: float, convolution: bool) -> None:
+    kept = rows * max(1, int(density * fan_in))
+    work = Work(
+        rows=rows,
+        fan_in=fan_in,
+        active=rows,
+        kept=kept,
+        columns=columns,
+        inputs=columns * fan_in,
+        outputs=columns * rows,
+        convolution=convolution,
+    )
+    now = estimate(work, Machine())
+    assert all(seconds > 0 for seconds in now.values())
+    denser = estimate(replace(work, kept=kept + rows), Machine())
+    assert denser["dense"] == now["dense"]
+    assert denser["condensed"] > now["condensed"]
+    assert dense(replace(work, columns=2 * columns), Machine()) >= now["dense"]
+    faster = estimate(work, Machine().with_threads(2))
+    assert all(faster[form] <= seconds for form, seconds in now.items())
+
+
+@pytest.mark.parametrize("factor", [0.2, 1.0, 5.0])
+def test_constants_are_found_again(factor: float) -> None:
+    start = Machine()
+    names = ("dense_rate", "bandwidth", "cached_bandwidth", "dot_rate", "tile_rate", "move_rate")
+    machine = replace(start, **{name: factor * getattr(start, name) for name in names})
+    seconds = predicted(machine)
+    found = predicted(fit(seconds, start))
+    assert all(found[name] == pytest.approx(seconds[name], rel=0.1) for name in seconds)
+
+
+def test_noise_gives_no_absurd_constants() -> None:
+    seconds = dict.fromkeys(predicted(Machine()), 1e-5)  # a call as dear as a layer
+    found = fit(seconds, Machine())
+    assert all(value > 0 for value in vars(found).values())
+    assert all(value < 1e-3 for value in predicted(found).values())
+
+
+def test_probes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = Timings(None)
+    assert machine_constants(timings, may_measure=False) == Machine()
+    measured = probe()
+    assert set(measured) == set(predicted(Machine()))
+    monkeypatch.setattr(calibration, "probe", lambda: measured)
+    found = machine_constants(timings)
+    monkeypatch.setattr(calibration, "probe", lambda: pytest.fail("measured again"))
+    assert machine_constants(timings) == machine_constants(timings, may_measure=False) == found
+    assert found != Machine()

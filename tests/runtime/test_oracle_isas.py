@@ -1,0 +1,94 @@
+"""Every instruction set passes the oracle tests, and results do not change from run to run.
+
+The oracle tests run in one process for each instruction set that SRIGL_FX_ISA can force on this CPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernel_support import digests
+
+from srigl_fx.errors import LibraryError
+from srigl_fx.runtime.kernels.isa import ISA_VARIABLE, ISAS, host_isa
+
+TESTS = Path(__file__).parent
+ORACLE_TESTS = ("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_special.py")
+best = pytest.mark.skipif(ISA_VARIABLE in os.environ, reason="another process compares the instruction sets")
+
+
+def run_oracle_tests(isa: str, *arguments: str) -> None:
+    files = [str(TESTS / name) for name in ORACLE_TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments, *files]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    done = subprocess.run(
+        command,
+        env=environment | {ISA_VARIABLE: isa},
+        cwd=TESTS.parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{isa}: status {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-2000:]}"
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+def usable(isa: str, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    try:
+        return host_isa() == isa
+    except LibraryError:
+        return False
+    finally:
+        monkeypatch.undo()
+
+
+@best
+@pytest.mark.parametrize("isa", ISAS)
+def test_oracle_tests_on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not usable(isa, monkeypatch):
+        pytest.skip(f"this CPU has no {isa}")
+    if isa == host_isa():
+        pytest.skip(f"{isa} is what the oracle tests run on in this process")
+    run_oracle_tests(isa, "-m", "not slow")
+
+
+@best
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+def test_slow_oracle_tests_on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not usable(isa, monkeypatch):
+        pytest.skip(f"this CPU has no {isa}")
+    run_oracle_tests(isa)
+
+
+@best
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_same_bits_in_every_process(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not usable(isa, monkeypatch):
+        pytest.skip(f"this CPU has no {isa}")
+    paths = os.pathsep.join([str(TESTS.parent), *(entry or os.getcwd() for entry in sys.path)])
+    runs = []
+    for _ in range(1 if isa == host_isa() else 2):
+        done = subprocess.run(
+            [sys.executable, str(TESTS.parent / "kernel_support" / "digests.py")],
+            env={**os.environ, ISA_VARIABLE: isa, "PYTHONPATH": paths},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        runs.append(json.loads(done.stdout))
+    if isa == host_isa():
+        runs.append({str(threads): digests.digests(threads) for threads in (1, 2)})
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_bits_in_every_run(threads: int) -> None:
+    first = digests.digests(threads)
+    assert all(digests.digests(threads) == first for _ in range(3))
