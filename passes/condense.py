@@ -173,11 +173,13 @@ def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtyp
             outputs.append(graph.call_function(operator, (x, *operands, use.mask.shape[1])))
         else:
             channels = use.mask.shape[1] // math.prod(geometry.kernel)
-            numbers = (geometry.stride, geometry.padding, geometry.dilation)
-            settings = ([last - first, channels, *geometry.kernel], *map(list, numbers), geometry.groups)
-            more = {"transposed": True, "output_padding": list(geometry.output_padding)} if geometry.transposed else {}
+            shape = [last - first, channels, *geometry.kernel]
+            numbers = [list(setting) for setting in (geometry.stride, geometry.padding, geometry.dilation)]
+            more: dict[str, Any] = {}
+            if geometry.transposed:
+                more = {"transposed": True, "output_padding": list(geometry.output_padding)}
             operator = torch.ops.srigl_fx.condensed_conv.default
-            outputs.append(graph.call_function(operator, (x, *operands, *settings), more))
+            outputs.append(graph.call_function(operator, (x, *operands, shape, *numbers, geometry.groups), more))
     axis = -1 if geometry is None else 1
     return outputs[0] if len(outputs) == 1 else graph.call_function(aten.cat.default, (outputs, axis))
 

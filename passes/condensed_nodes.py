@@ -52,8 +52,9 @@ def set_arguments(node: fx.Node, **changes: Any) -> None:
 
 def same_shape(one: fx.Node, other: fx.Node) -> bool:
     """Whether both nodes are known to be tensors of one shape and float32; free sizes must be the same expression."""
-    values = one.meta.get("val"), other.meta.get("val")
-    if not all(isinstance(value, torch.Tensor) and value.dtype is torch.float32 for value in values):
-        return False
-    first, second = (tuple(map(str, value.shape)) for value in values)
-    return first == second
+    shapes = []
+    for value in (one.meta.get("val"), other.meta.get("val")):
+        if not isinstance(value, torch.Tensor) or value.dtype is not torch.float32:
+            return False
+        shapes.append(tuple(map(str, value.shape)))
+    return shapes[0] == shapes[1]

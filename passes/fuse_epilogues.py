@@ -7,7 +7,7 @@ from bisect import bisect
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.condensed_nodes import is_condensed, same_shape, set_arguments
@@ -30,14 +30,11 @@ _GELUS = frozenset({aten.gelu.default, aten.gelu_.default})
 _RANGES = {  # operators that clamp, with the names of their limits
     aten.hardtanh.default: ("min_val", "max_val"),
     aten.hardtanh_.default: ("min_val", "max_val"),
-    **{
-        operator: ("min", "max")
-        for operator in (aten.clamp.default, aten.clamp_.default, aten.clip.default, aten.clip_.default)
-    },
+    **dict.fromkeys((aten.clamp.default, aten.clamp_.default, aten.clip.default, aten.clip_.default), ("min", "max")),
     aten.clamp_min.default: ("min", ""),
     aten.clamp_min_.default: ("min", ""),
 }
-_CLAMPS = {(0.0, None): "relu", (0.0, 6.0): "relu6"}
+_CLAMPS: dict[tuple[Any, ...], str] = {(0.0, None): "relu", (0.0, 6.0): "relu6"}
 _ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 
 

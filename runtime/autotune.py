@@ -1,7 +1,7 @@
 """Measuring alternatives of one computation on this machine.
 
-Owns how times are taken: interleaved, so that all alternatives see the same machine, and as medians. It must not know
-what is measured.
+Owns how times are taken: interleaved, so that all alternatives see the same machine, and as medians by default. It must
+not know what is measured.
 """
 
 import statistics
@@ -13,9 +13,13 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def measure(
-    alternatives: Mapping[Name, Callable[[], object]], *, rounds: int = 7, seconds: float = 0.1
+    alternatives: Mapping[Name, Callable[[], object]],
+    *,
+    rounds: int = 7,
+    seconds: float = 0.1,
+    typical: Callable[[list[float]], float] = statistics.median,
 ) -> dict[Name, float]:
-    """The median seconds of one call of each alternative.
+    """The seconds of one call of each alternative: the median over the rounds.
 
     Each is called once to warm up, which is not counted. Then ``rounds`` times in turn, each time for about its share
     of ``seconds``, at least once.
@@ -24,6 +28,7 @@ def measure(
         alternatives: What to call, by name.
         rounds: How often all alternatives are gone through.
         seconds: About how long the whole measurement may take.
+        typical: What to take of the rounds' times; ``min`` for what the machine can do when nothing else runs.
 
     Example:
         >>> times = measure({"short": lambda: sum(range(10)), "long": lambda: sum(range(10000))}, seconds=0.01)
@@ -44,4 +49,4 @@ def measure(
             for _ in range(repeats[name]):
                 call()
             taken[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return {name: typical(times) for name, times in taken.items()}

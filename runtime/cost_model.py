@@ -11,12 +11,14 @@ weights, and add up where it copies data first.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from srigl_fx.runtime.kernels.choice import LANES, MOST_DOT_SAMPLES
+
 Form = Literal["dense", "condensed", "shrunk"]
 Kernel = Literal["dot", "tile"]
 
-DOT_MOST_COLUMNS = 5  # samples up to which weights are read anew for each beats laying the samples side by side
-LANES = 16  # columns of the narrowest tile, and rows of a group
 _PARALLEL = 0.85  # what a further thread adds
+_GAPS = 1.3  # places in a dot panel for each kept weight
+_SPARSEST = 32  # inputs for each place in a dot panel, at most: four places a row in a window of 128
 
 
 def kernel_for(columns: int) -> Kernel:
@@ -26,7 +28,7 @@ def kernel_for(columns: int) -> Kernel:
         >>> kernel_for(1), kernel_for(64)
         ('dot', 'tile')
     """
-    return "dot" if columns <= DOT_MOST_COLUMNS else "tile"
+    return "dot" if columns <= MOST_DOT_SAMPLES else "tile"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +41,6 @@ class Work:
         active: Rows that are not ablated.
         kept: Weights kept in all.
         columns: How often each weight is used: samples, times output positions for a convolution.
-        inputs: Elements of the layer's input.
-        outputs: Elements of its output.
         value_bytes: Bytes of a stored value.
         convolution: Whether it is a convolution.
     """
@@ -50,8 +50,6 @@ class Work:
     active: int
     kept: int
     columns: int
-    inputs: int
-    outputs: int
     value_bytes: int = 4
     convolution: bool = False
 
@@ -65,7 +63,7 @@ class Machine:
         bandwidth: Bytes a second at which weights are read that do not fit into the core's own cache.
         cached_bandwidth: Bytes a second at which others are.
         cache_bytes: The size of that cache (the second level, of one core).
-        dot_rate: Kept weights a second of the dot kernel, for one column, from the cache.
+        dot_rate: Stored weights a second of the dot kernel, gaps included, for one column and from the cache.
         tile_rate: Multiply-adds a second of the tile kernel.
         move_rate: Elements a second that are brought into, or out of, the layout of the tile kernel.
         dense_call: Seconds to call a dense operator.
@@ -76,11 +74,11 @@ class Machine:
     bandwidth: float = 27e9
     cached_bandwidth: float = 80e9
     cache_bytes: int = 2 << 20
-    dot_rate: float = 7e9
+    dot_rate: float = 9e9
     tile_rate: float = 45e9
     move_rate: float = 4e9
     dense_call: float = 3e-6
-    condensed_call: float = 8e-6
+    condensed_call: float = 10e-6
 
     def with_threads(self, threads: int) -> "Machine":
         """The same machine with more threads than one.
@@ -98,16 +96,16 @@ def estimate(work: Work, machine: Machine) -> dict[Form, float]:
     """Estimated seconds of one call in each form; "shrunk" only where rows are ablated.
 
     Example:
-        >>> work = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=1, inputs=3072, outputs=768)
+        >>> work = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=1)
         >>> seconds = estimate(work, Machine())
         >>> round(1e6 * seconds["dense"]), round(1e6 * seconds["condensed"])
-        (353, 42)
+        (353, 44)
     """
     seconds: dict[Form, float] = {"dense": dense(work, machine), "condensed": condensed(work, machine)}
     if 0 < work.active < work.rows:
-        kept_rows = replace(work, rows=work.active, outputs=work.outputs * work.active // work.rows)
         # The output is written once more, with the ablated rows in it.
-        seconds["shrunk"] = dense(kept_rows, machine) + 3 * machine.dense_call + 2 * work.outputs / machine.move_rate
+        widened = 3 * machine.dense_call + 2 * work.rows * work.columns / machine.move_rate
+        seconds["shrunk"] = dense(replace(work, rows=work.active), machine) + widened
     return seconds
 
 
@@ -115,7 +113,7 @@ def dense(work: Work, machine: Machine) -> float:
     """Estimated seconds of the dense layer.
 
     Example:
-        >>> work = Work(rows=1000, fan_in=1000, active=1000, kept=1, columns=1000, inputs=10**6, outputs=10**6)
+        >>> work = Work(rows=1000, fan_in=1000, active=1000, kept=1, columns=1000)
         >>> dense(work, Machine(dense_rate=1e9, bandwidth=8e9, dense_call=0.5))
         1.501
     """
@@ -131,14 +129,15 @@ def condensed(work: Work, machine: Machine) -> float:
     """Estimated seconds of the condensed layer.
 
     Example:
-        >>> work = Work(rows=1000, fan_in=1000, active=1000, kept=10**5, columns=1, inputs=1000, outputs=1000)
-        >>> condensed(work, Machine(dot_rate=1e5, condensed_call=0.5))
+        >>> work = Work(rows=1000, fan_in=1000, active=1000, kept=10**5, columns=1)
+        >>> condensed(work, Machine(dot_rate=1.3e5, condensed_call=0.5))
         1.5
     """
     if not work.convolution and kernel_for(work.columns) == "dot":
-        stored = work.kept * (work.value_bytes + 1)
-        reading = 0.0 if stored <= machine.cache_bytes else stored / machine.bandwidth
-        return machine.condensed_call + max(work.columns * work.kept / machine.dot_rate, reading)
+        stored = max(_GAPS * work.kept, work.active * work.fan_in / _SPARSEST)
+        size = stored * (work.value_bytes + 1)
+        reading = 0.0 if size <= machine.cache_bytes else size / machine.bandwidth
+        return machine.condensed_call + max(work.columns * stored / machine.dot_rate, reading)
     columns = -(-work.columns // LANES) * LANES
-    moved = (work.inputs + work.outputs) / machine.move_rate
+    moved = work.columns * (work.fan_in + work.rows) / machine.move_rate  # a convolution's windows one by one
     return machine.condensed_call + work.kept * columns / machine.tile_rate + moved

@@ -13,43 +13,22 @@ import torch
 from torch import Tensor
 
 from srigl_fx.runtime import threads
-from srigl_fx.runtime.cost_model import DOT_MOST_COLUMNS
 from srigl_fx.runtime.jit import entry
-from srigl_fx.runtime.kernels import conv, job
-from srigl_fx.runtime.kernels.isa import AVX2, AVX512, BASELINE, host_isa
+from srigl_fx.runtime.kernels import choice, conv, job
+from srigl_fx.runtime.kernels.choice import COLUMNS, LANES
+from srigl_fx.runtime.kernels.isa import ISAS, host_isa
 from srigl_fx.runtime.weights import Job, Kind, Panel, _Prepared, new_job, panel_of
 
 ACTIVATION_NUMBERS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5, "hardswish": 6}
 
-_COLUMNS = 64  # of a full tile
-_LANES = 16  # rows of a group
-_MOST_TILE_INPUTS = 65535  # a tile's indices are uint16, and one of them names a row of zeros
-_TASK_WORK = 1 << 16  # multiply-adds that are worth a thread
 _CHUNK_FLOATS = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
+_CACHE_LINE = 64
 _SLACK = 64  # floats behind a packed sample that may be read
 
-isa = functools.cache(host_isa)
 
-
-def dot_window(in_features: int, density: float, kept: int) -> int:
-    """The window of a dot panel; 0 where there is no such kernel.
-
-    AVX-512 looks up 64 or 128 inputs in registers: more take longer, but leave fewer gaps, which counts where weights
-    are few or come from memory. AVX2 gathers, from as many as a byte can name.
-    """
-    if isa() == AVX2:
-        return 256
-    if isa() != AVX512 or in_features < 64:
-        return 0
-    wide = density < 0.03 or kept > 300_000
-    return 128 if wide and in_features >= 128 else 64
-
-
-def tile_window(in_features: int, density: float) -> int:
-    """The window of a tile panel: about 25 weights, so that few gaps are left and inputs stay in a near cache."""
-    if in_features > _MOST_TILE_INPUTS:
-        return 0
-    return in_features if density < 0.02 else 512 if density < 0.07 else 256
+@functools.cache
+def _level() -> int:
+    return ISAS.index(host_isa())
 
 
 def _panel(
@@ -64,8 +43,8 @@ def _panel(
     n_active, k = values.shape
     if prepared is None or not n_active * k:
         return None
-    density = k / in_features
-    window = dot_window(in_features, density, n_active * k) if kind == "dot" else tile_window(in_features, density)
+    sizes = in_features, n_active, k
+    window = choice.dot_window(_level(), *sizes) if kind == "dot" else choice.tile_window(*sizes)
     if not window:
         return None
     return panel_of(prepared, kind, window, values, indices, active, in_features, bias.shape[0], block_rows)
@@ -75,13 +54,6 @@ def _fill_in(j: "ctypes.Array[ctypes.c_int64]", operands: Sequence[Tensor], y: T
     x, values, indices, active, bias = operands
     j[job.X], j[job.Y], j[job.BIAS] = x.data_ptr(), y.data_ptr(), bias.data_ptr()
     j[job.VALUES], j[job.INDICES], j[job.ACTIVE] = values.data_ptr(), indices.data_ptr(), active.data_ptr()
-
-
-def _splits(tiles: int, rows: int, work: int, thread_count: int) -> int:
-    """Into how many shares the rows of each tile are cut so that all threads have about equally much to do."""
-    if thread_count == 1 or work < 2 * _TASK_WORK or tiles % thread_count == 0 or tiles >= 4 * thread_count:
-        return 1
-    return max(1, min(thread_count, rows))
 
 
 def linear(
@@ -102,9 +74,9 @@ def linear(
     n_active, k = values.shape
     batch = y.numel() // n
     rows_only = not (x_feature_major or y_feature_major)
-    kind: Kind = "dot" if batch <= DOT_MOST_COLUMNS and rows_only else "tile"
+    kind: Kind = "dot" if batch <= choice.MOST_DOT_SAMPLES and rows_only else "tile"
     panel = _panel(prepared, kind, operands, in_features, n)
-    if panel is None and rows_only and kind == "dot" and isa() == BASELINE and batch > 1:
+    if panel is None and rows_only and kind == "dot" and _level() == 0 and batch > 1:
         panel, kind = _panel(prepared, "tile", operands, in_features, n), "tile"
     assert rows_only or panel is not None
     if panel is None:
@@ -116,10 +88,15 @@ def linear(
     j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_feature_major, y_feature_major
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
     thread_count = torch.get_num_threads()
-    tiles = -(-batch // _COLUMNS) if task == "tile_task" else 1
-    splits = _splits(tiles, n_active // _LANES, batch * n_active * k, thread_count)
+    tiles = -(-batch // COLUMNS) if task == "tile_task" else 1
+    splits = choice.shares(tiles, n_active // LANES, batch * n_active * k, thread_count)
     j[job.ROW_SPLITS] = splits
-    threads.run(entry(task), ctypes.addressof(j), tiles * splits, thread_count)
+    address = ctypes.addressof(j)
+    if task == "tile_task" and splits > 1:
+        inputs = y.new_empty(tiles * (in_features + 1) * COLUMNS + LANES)
+        j[job.INPUTS] = -(-inputs.data_ptr() // _CACHE_LINE) * _CACHE_LINE
+        threads.run(entry("fill_task"), address, tiles * splits, thread_count)
+    threads.run(entry(task), address, tiles * splits, thread_count)
     _raise_if_failed(j)
 
 
@@ -148,7 +125,7 @@ def _geometry(numbers: tuple[int, ...]) -> "tuple[ctypes.Array[ctypes.c_int64], 
     entry("conv_offsets")[0](ctypes.addressof(j), 0)
     size = geometry[conv.CHANNELS] * math.prod(geometry[conv.PLANES_D : conv.PACKED_W + 1])
     if not geometry[conv.DIRECT]:
-        size = (size // _LANES + 2) * _LANES + _SLACK
+        size = (size // LANES + 2) * LANES + _SLACK
     rows = (geometry[conv.OUT_D] - 1) * geometry[conv.PACKED_H] + geometry[conv.OUT_H] - 1
     return geometry, offsets, size, rows * geometry[conv.PACKED_W] + geometry[conv.OUT_W]
 
@@ -180,12 +157,12 @@ def convolution(
     numbers = (*sizes, *one, *dilation, *one, *spacing, int(transposed), k)
     geometry, offsets, size, positions = _geometry(numbers)
     in_features, block_rows = math.prod(weight_shape[1:]), n // groups
-    panel = _panel(prepared, "tile", operands, in_features, block_rows) if block_rows >= _LANES else None
+    panel = _panel(prepared, "tile", operands, in_features, block_rows) if block_rows >= LANES else None
     if panel is None:
         values = values.float()
         j, task, tiles = new_job(values, indices, active, in_features, n), "conv_rows_task", 1
     else:
-        j, task, tiles = Job.from_buffer_copy(panel.template), "conv_tile_task", -(-positions // _COLUMNS)
+        j, task, tiles = Job.from_buffer_copy(panel.template), "conv_tile_task", -(-positions // COLUMNS)
     _fill_in(j, (x, values, indices, active, bias), y)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.PACKED_SIZE] = ACTIVATION_NUMBERS[activation], size
@@ -200,10 +177,10 @@ def convolution(
         samples = min(chunk, batch - first)
         j[job.SAMPLE], j[job.SAMPLES] = first, samples
         if not direct:
-            splits = _splits(samples, x.shape[1], samples * size, thread_count)
+            splits = choice.shares(samples, x.shape[1], samples * size, thread_count)
             j[job.ROW_SPLITS] = splits
             threads.run(entry("conv_pack_task"), address, samples * splits, thread_count)
-        splits = _splits(samples * tiles, n_active // _LANES, samples * positions * n_active * k, thread_count)
+        splits = choice.shares(samples * tiles, n_active // LANES, samples * positions * n_active * k, thread_count)
         j[job.ROW_SPLITS] = splits
         threads.run(entry(task), address, samples * tiles * splits, thread_count)
     _raise_if_failed(j)

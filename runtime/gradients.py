@@ -3,7 +3,7 @@
 Owns what their backward computes: for linear layers from the kept weights alone, where that is faster, else densely. It
 must not know how the operators are checked or executed. Second derivatives are refused.
 
-The products of a linear layer are an operator of their own, so that torch.compile and torch.export need not look inside.
+The products of a linear layer are an operator of their own, into which torch.compile and torch.export do not look.
 """
 
 import math
@@ -53,7 +53,7 @@ def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, x.detach(), values.detach(), indices, active, wanted[0], wanted[1]
     )
     of_bias = grad.reshape(-1, bias.shape[0]).sum(0) if wanted[4] else None
-    of_residual = grad if wanted[6] else None
+    of_residual = None if residual is None else grad
     return (
         of_x if wanted[0] else None,
         of_values if wanted[1] else None,
@@ -80,8 +80,8 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     columns = math.prod(weight_shape[1:])
     dense, positions = expand(values.float(), indices, active, bias.shape[0], columns)
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (x, dense, bias)]
-        y = dense_conv(*leaves, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
+        x, dense, bias = leaves = [t.detach().requires_grad_() for t in (x, dense, bias)]
+        y = dense_conv(x, dense, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
         if residual is not None:
             leaves.append(residual.detach().requires_grad_())
             y = y + leaves[-1]
@@ -141,7 +141,7 @@ _patterns: dict[int, tuple["weakref.ref[Tensor]", tuple[object, ...], Pattern]] 
 def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> Pattern:
     """The pattern of a weight, from memory unless it changed; the operands are those of a forward that checked them."""
     key, counted = id(indices), not (indices.is_inference() or active.is_inference())
-    facts = (n, in_features, indices.data_ptr(), active.data_ptr())
+    facts: tuple[object, ...] = (n, in_features, indices.data_ptr(), active.data_ptr())
     if counted:
         facts += (indices._version, active._version)
         found = _patterns.get(key)

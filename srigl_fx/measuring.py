@@ -153,10 +153,10 @@ class _Call:
         return geometry is None or (geometry.groups == 1 and not geometry.transposed and len(geometry.kernel) <= 2)
 
     def estimated(self, machine: Machine) -> dict[Decision, float]:
-        geometry, mask, outputs = self._use.geometry, self._use.mask, math.prod(self._y_shape)
+        geometry, mask = self._use.geometry, self._use.mask
         rows, fan_in = mask.shape
         # Each weight meets each position of the output; of a transposed convolution, of the input.
-        columns = outputs // rows
+        columns = math.prod(self._y_shape) // rows
         if geometry is not None and geometry.transposed:
             columns = self._x.numel() // self._x.shape[1]
         work = Work(
@@ -165,8 +165,6 @@ class _Call:
             active=int(mask.any(1).sum()),
             kept=int(mask.sum()),
             columns=columns,
-            inputs=self._x.numel(),
-            outputs=outputs,
             value_bytes=self._value_dtype.itemsize,
             convolution=geometry is not None,
         )

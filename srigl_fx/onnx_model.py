@@ -1,7 +1,7 @@
 """From a lowered graph to an ONNX model in memory.
 
-Owns the translation of the condensed operators to nodes of domain ``srigl_fx``, the options of ``torch.onnx``, what must
-not stay in a model, and which fallback functions it needs. It must not know files on disk, sessions or masks.
+Owns the translation of the condensed operators to nodes of domain ``srigl_fx``, the options of ``torch.onnx``, what
+must not stay in a model, and which fallback functions it needs. It must not know files on disk, sessions or masks.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def _settle_layouts(graph: fx.Graph) -> None:
 
 def _forget_logical_shapes(graph: "onnx.GraphProto") -> None:
     """Drop the shapes recorded for what is stored permuted: the exporter took them from torch, which has strides."""
-    permuted = set()
+    permuted: set[str] = set()
     for node in graph.node:  # in topological order
         perms = {item.name: item.ints for item in node.attribute} if node.domain == abi.DOMAIN else {}
         if _moves(perms.get("y_perm", ())) or (node.domain != abi.DOMAIN and permuted.intersection(node.input)):

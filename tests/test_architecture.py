@@ -27,7 +27,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.reference": ("errors",),
     "runtime.kernels": ("errors",),
     "nn": ("masks", "runtime.format", *COMMON),
-    "train": ("masks", "nn", *COMMON),
+    "train": ("masks", "nn", "runtime.products", *COMMON),
     "integrations": ("masks", "nn", "train", *COMMON),
     "passes": ("masks", "nn", "runtime.format", "runtime.ops", "comparison", *COMMON),
     "runtime": ("masks", *COMMON),

@@ -104,8 +104,9 @@ def test_the_file_holds_the_frozen_operators(exported: Exported) -> None:
     onnx.checker.check_model(model, full_check=True)
     assert {item.domain: item.version for item in model.opset_import} == {"": 18, "srigl_fx": 1}
     assert model.ir_version <= 9
-    assert {function.name for function in model.functions} == {"CondensedLinear", "CondensedConv"}
     nodes = [node for node in model.graph.node if node.domain == "srigl_fx"]
+    assert [node.op_type for node in nodes] == ["CondensedConvRelu", "CondensedLinearRelu", "CondensedLinear"]
+    assert {function.name for function in model.functions} == {node.op_type for node in nodes}
     attributes = [{item.name: onnx.helper.get_attribute_value(item) for item in node.attribute} for node in nodes]
     assert attributes == [
         {
@@ -117,8 +118,8 @@ def test_the_file_holds_the_frozen_operators(exported: Exported) -> None:
             "dilations": [1, 1],
             "group": 2,
         },
-        {"in_features": 128, "weight_shape": [96, 128], "flat_size": 96 * 128},
-        {"in_features": 96, "weight_shape": [5, 96], "flat_size": 480},
+        {"in_features": 128, "weight_shape": [96, 128], "flat_size": 96 * 128, "x_perm": [0, 1], "y_perm": [0, 1]},
+        {"in_features": 96, "weight_shape": [5, 96], "flat_size": 480, "x_perm": [0, 1], "y_perm": [0, 1]},
     ]
     types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     T = onnx.TensorProto
@@ -232,11 +233,11 @@ def test_a_failure_leaves_an_existing_file_as_it_was(
 
 
 def test_a_file_that_disagrees_with_the_model_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    functions = fallback_functions()
+    functions = fallback_functions(["CondensedLinear"])
     linear = functions[0].node[-1]
     assert linear.op_type == "Add"
     linear.op_type = "Sub"  # subtracts the bias
-    monkeypatch.setattr(export, "fallback_functions", lambda: functions)
+    monkeypatch.setattr(export, "functions_for", lambda model: functions)
     model = sparse(nn.Sequential(nn.Linear(32, 16)))
     with pytest.raises(ExportError, match=r"off by .* of the largest value"):
         sx.export_onnx(model, tmp_path / "model.onnx", (torch.ones(2, 32),))

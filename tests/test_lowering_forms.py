@@ -23,8 +23,8 @@ from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Layer
 from srigl_fx.runtime.ops import dense_weight
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED: tuple[Any, ...] = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SIZES = (7, 6, 5)
 ours = torch.ops.srigl_fx
 

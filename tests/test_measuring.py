@@ -50,7 +50,7 @@ def test_the_second_time_nothing_is_measured(cache: Path, monkeypatch: pytest.Mo
     assert all(set(layer.seconds) == {2} for layer in first.layers)
     monkeypatch.setattr(measuring, "measure", lambda _: pytest.fail("measured again"))
     second = lowered().report
-    assert second == first
+    assert second.layers == first.layers
     assert cache.read_bytes() == before
 
 
@@ -68,7 +68,7 @@ def test_what_times_depend_on_is_measured_apart(cache: Path) -> None:
     lowered(value_dtype=torch.bfloat16)
     again = kept(cache)
     assert len(again) == len(first) + 6
-    assert [what["input"] for what in again[4:7]] == [[3, 3, 4, 4], [3, 128], [3, 64]]
+    assert [what["input"] for what in again[4:7]] == [[3, 3, 4, 4], [3, 128], [3, 44]]  # without the ablated
     assert {what["values"] for what in again[7:]} == {"bfloat16"}
 
 

@@ -60,7 +60,10 @@ FASTMATH: Final = {"reassoc", "contract", "nsz"}  # NaN and infinity keep their 
     SIZE,
 ) = range(17)
 
-compiled = numba.njit(fastmath=FASTMATH, error_model="numpy")
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A function that tasks call."""
+    return numba.njit(fastmath=FASTMATH, error_model="numpy")(function)
 
 
 def _add_row(context: Any, inputs: Any, index: Any, values: Any, count: Any, out: Any) -> Any:

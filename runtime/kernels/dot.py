@@ -15,7 +15,7 @@ from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
 from srigl_fx.runtime.kernels.panel import DOT_VALUES, STEPS, dot_bytes
 from srigl_fx.runtime.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
 
-GATHERS = 0  # in place of a window: gather rather than look up
+GATHERS, LOADS = 0, -1  # in place of a window: gather rather than look up, or load one by one
 
 
 def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int], None]:
@@ -25,7 +25,7 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
     floats; all are addresses but the count.
 
     Args:
-        window: 32, 64 or 128 inputs, looked up in registers (AVX-512), or GATHERS (AVX2), for windows up to 256.
+        window: 32, 64 or 128 inputs, looked up in registers (AVX-512), or GATHERS (AVX2) or LOADS, for windows up to 256.
         value_type: How values are stored: a number of :mod:`srigl_fx.runtime.kernels.job`.
     """
     size = dot_bytes.py_func(value_type)
@@ -39,12 +39,15 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
                 inputs = b.add(x, b.shl(first, number(2)))
                 at = b.add(phase, b.mul(i, number(size)))
                 index = v.load(b, at, v.INTS, 64)
-                table = [v.load(b, b.add(inputs, number(VECTOR_BYTES * i)), v.FLOATS) for i in range(window // v.LANES)]
+                table = [
+                    v.load(b, b.add(inputs, number(VECTOR_BYTES * i)), v.FLOATS)
+                    for i in range(max(0, window) // v.LANES)
+                ]
                 results = []
                 for step in range(STEPS):
-                    weights = _values(b, b.add(at, number(DOT_VALUES)), step, value_type)
-                    if window == GATHERS:
-                        found = v.gather(b, inputs, index, 8 * step)
+                    weights = _values(b, b.add(at, number(DOT_VALUES)), step, value_type, hardware=window != LOADS)
+                    if window in (GATHERS, LOADS):
+                        found = v.gather(b, inputs, index, 8 * step, hardware=window == GATHERS)
                     else:
                         found = v.table_lookup(b, table, index, 8 * step)
                     results.append(v.multiply_add(b, found, weights, totals[step]))
@@ -59,7 +62,7 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
     return intrinsic(dot)  # type: ignore[no-any-return]
 
 
-def _values(b: Any, at: Any, step: int, value_type: int) -> Any:
+def _values(b: Any, at: Any, step: int, value_type: int, *, hardware: bool) -> Any:
     """The 16 values of a step as float32."""
     if value_type == FLOAT32:
         return v.load(b, b.add(at, number(VECTOR_BYTES * step)), v.FLOATS, 64)
@@ -68,4 +71,14 @@ def _values(b: Any, at: Any, step: int, value_type: int) -> Any:
         wide = b.zext(v.load(b, half, v.SHORTS, 32), v.INTS)
         return b.bitcast(b.shl(wide, v.lanes(16)), v.FLOATS)
     assert value_type == FLOAT16
-    return b.fpext(v.load(b, half, ir.VectorType(ir.HalfType(), v.LANES), 32), v.FLOATS)
+    if hardware:
+        return b.fpext(v.load(b, half, ir.VectorType(ir.HalfType(), v.LANES), 32), v.FLOATS)
+    bits = b.zext(v.load(b, half, v.SHORTS, 32), v.INTS)
+    size = b.and_(bits, v.lanes(0x7FFF))
+    # The bits of a float16, moved to where float32 has them, are 2**-112 times its value; but infinity and NaN.
+    scaled = b.bitcast(b.shl(size, v.lanes(13)), v.FLOATS)
+    finite = b.bitcast(b.fmul(scaled, ir.Constant(v.FLOATS, [2.0**112] * v.LANES)), v.INTS)
+    special = b.or_(b.shl(size, v.lanes(13)), v.lanes(0x7F800000))
+    number_ = b.select(b.icmp_unsigned(">=", size, v.lanes(0x7C00)), special, finite)
+    sign = b.shl(b.and_(bits, v.lanes(0x8000)), v.lanes(16))
+    return b.bitcast(b.or_(number_, sign), v.FLOATS)

@@ -9,6 +9,7 @@ from typing import Final
 from srigl_fx.errors import LibraryError
 
 ISA_VARIABLE: Final = "SRIGL_FX_ISA"
+COMPILE_VARIABLE: Final = "SRIGL_FX_COMPILE_FOR"  # of the processes that compile the library
 ISAS: Final = ("x86-64", "x86-64-v3", "x86-64-v4")  # from the oldest to the newest
 BASELINE, AVX2, AVX512 = ISAS
 
@@ -41,3 +42,14 @@ def host_isa() -> str:
     if wanted not in usable:
         raise LibraryError(f"{ISA_VARIABLE} is {wanted!r}, but this CPU can use: {', '.join(usable)}")
     return wanted
+
+
+def compiled_isa() -> str:
+    """The instruction set to compile for: this CPU's, or ahead of time any that SRIGL_FX_COMPILE_FOR names.
+
+    Example:
+        >>> compiled_isa() in ISAS
+        True
+    """
+    wanted = os.environ.get(COMPILE_VARIABLE)
+    return wanted if wanted in ISAS else host_isa()

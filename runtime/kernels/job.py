@@ -25,6 +25,7 @@ from typing import Final
     VALUE_TYPE,  # one of the three below
     INDEX_BYTES,  # 2 or 4
     ROW_SPLITS,  # into how many tasks the rows of one tile are cut
+    INPUTS,  # filled tiles that tasks share, or 0 where each fills its own
     PANEL,  # the packed weight: kernels.panel
     PANEL_GROUPS,  # int64 (groups + 1, GROUP_WORDS)
     PANEL_STARTS,  # int32 (phases,)
@@ -41,8 +42,8 @@ from typing import Final
     PACKED,
     PACKED_SIZE,  # floats of one
     FAILED,  # set to 1 by a task that found no memory
-) = range(34)
-SIZE: Final = 34
+) = range(35)
+SIZE: Final = 35
 
 FLOAT32: Final = 0
 BFLOAT16: Final = 1

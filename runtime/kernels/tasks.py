@@ -10,10 +10,11 @@ from typing import Any, Final
 
 import numba as typed_numba
 
-from srigl_fx.runtime.kernels import conv, job, panel
+from srigl_fx.runtime.kernels import choice, conv, job, panel
 from srigl_fx.runtime.kernels.activations import activate_row
-from srigl_fx.runtime.kernels.dot import GATHERS, dot_group
-from srigl_fx.runtime.kernels.isa import AVX2, AVX512, BASELINE, host_isa
+from srigl_fx.runtime.kernels.choice import COLUMNS
+from srigl_fx.runtime.kernels.dot import GATHERS, LOADS, dot_group
+from srigl_fx.runtime.kernels.isa import AVX2, AVX512, BASELINE, ISAS, compiled_isa
 from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
 from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES
 from srigl_fx.runtime.kernels.tile import add_rows, phase_of, rows_in_flight, values_of
@@ -22,9 +23,8 @@ from srigl_fx.runtime.kernels.vector import allocate, floats, ints, release, sho
 numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any
 
-ISA: Final = host_isa()
+ISA: Final = compiled_isa()
 FASTMATH = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity keep their meaning
-COLUMNS: Final = 64  # of a full tile
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
 _BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level cache
 _CACHE_LINE: Final = 64
@@ -36,7 +36,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def _windowed(window: int, value_type: int) -> Any:
-    return dot_group(window if ISA == AVX512 else GATHERS, value_type)
+    return dot_group({AVX512: window, AVX2: GATHERS}.get(ISA, LOADS), value_type)
 
 
 _dot_64, _dot_128 = _windowed(64, FLOAT32), _windowed(128, FLOAT32)
@@ -46,7 +46,9 @@ _add_16, _add_32, _add_64 = (add_rows(width, _REGISTERS) for width in (1, 2, 4))
 _rows_16, _rows_32, _rows_64 = (rows_in_flight(width, _REGISTERS) for width in (1, 2, 4))
 _phase_of, _values_of = _compiled(phase_of), _compiled(values_of)
 _conv_pack, _conv_rows = _compiled(conv.conv_pack), _compiled(conv.conv_rows)
-_conv_offsets = _compiled(conv.conv_tap_offsets)
+_conv_offsets, _conv_plan = _compiled(conv.conv_tap_offsets), _compiled(conv.conv_plan)
+_dot_window, _tile_window = _compiled(choice.dot_window), _compiled(choice.tile_window)
+_LEVEL: Final = ISAS.index(ISA)
 
 
 @_compiled
@@ -124,6 +126,28 @@ def rows_task(j: Pointer, task: int) -> None:
         activate_row(floats(j[job.Y] + (sample * n + o0) * 4), o1 - o0, j[job.ACTIVATION])
 
 
+def strided_task(j: Pointer, task: int) -> None:
+    """All of a feature-major job that no panel fits, from the canonical format: plain and slow."""
+    batch, n, in_features, k = j[job.BATCH], j[job.OUT_FEATURES], j[job.IN_FEATURES], j[job.K]
+    x, y, bias, active = floats(j[job.X]), floats(j[job.Y]), floats(j[job.BIAS]), ints(j[job.ACTIVE])
+    x_sample, x_step = (1, batch) if j[job.X_FEATURE_MAJOR] != 0 else (in_features, 1)
+    y_sample, y_step = (1, batch) if j[job.Y_FEATURE_MAJOR] != 0 else (n, 1)
+    for sample in range(batch):
+        for o in range(n):
+            y[sample * y_sample + o * y_step] = bias[o]
+        for r in range(j[job.N_ACTIVE]):
+            total = y[sample * y_sample + active[r] * y_step]
+            for i in range(r * k, r * k + k):
+                column = panel.index_at(j[job.INDICES], j[job.INDEX_BYTES], i)
+                total += panel.value_at(j[job.VALUES], j[job.VALUE_TYPE], i) * x[sample * x_sample + column * x_step]
+            y[sample * y_sample + active[r] * y_step] = total
+    if j[job.RESIDUAL] != 0:
+        residual = floats(j[job.RESIDUAL])
+        for i in range(batch * n):
+            y[i] += residual[i]
+    activate_row(y, batch * n, j[job.ACTIVATION])
+
+
 @_compiled
 def _dot(j: Pointer, x: int, first: int, phases: int, sums: int) -> None:
     value_type = j[job.VALUE_TYPE]
@@ -181,20 +205,20 @@ def dot_task(j: Pointer, task: int) -> None:
 
 
 @_compiled
-def _fill_from_rows(j: Pointer, first: int, columns: int, width: int, inputs: int) -> None:
-    """The samples ``first ...`` as columns of a tile."""
+def _fill_from_rows(j: Pointer, first: int, columns: int, width: int, inputs: int, f0: int, f1: int) -> None:
+    """The samples ``first ...`` as columns of a tile, their inputs ``f0 <= f < f1``."""
     in_features = j[job.IN_FEATURES]
     x, row_bytes = j[job.X] + first * in_features * 4, in_features * 4
-    whole_features, whole_columns = in_features // LANES * LANES, columns // LANES * LANES
+    whole_features, whole_columns = f0 + (f1 - f0) // LANES * LANES, columns // LANES * LANES
     tile = floats(inputs)
-    for f in range(0, whole_features, LANES):
+    for f in range(f0, whole_features, LANES):
         for c in range(0, whole_columns, LANES):
             transpose(x + c * row_bytes + f * 4, row_bytes, inputs + (f * width + c) * 4, width * 4)
     for c in range(columns):
         source = floats(x + c * row_bytes)
-        for f in range(whole_features if c < whole_columns else 0, in_features):
+        for f in range(whole_features if c < whole_columns else f0, f1):
             tile[f * width + c] = source[f]
-    _clear_columns(tile, in_features, columns, width)
+    _clear_columns(floats(inputs + f0 * width * 4), f1 - f0, columns, width)
 
 
 @_compiled
@@ -323,30 +347,61 @@ def _width(columns: int) -> int:
 
 @_compiled
 def _tile_memory(in_features: int, outputs: int, groups: int) -> int:
-    """Scratch of one task: inputs and a row of zeros, outputs and one more, a cursor for each group of a block."""
-    return allocate(((in_features + 1 + outputs + 1) * COLUMNS + 16) * 4 + (groups + 1) * 8)
+    """Scratch of one task: outputs and one more, a cursor for each group of a block, inputs and a row of zeros."""
+    floats_ = (in_features + 1 + outputs + 1) * COLUMNS
+    return allocate(floats_ * 4 + (groups + 8) // 8 * _CACHE_LINE + _CACHE_LINE)
+
+
+@_compiled
+def _fill_tile(j: Pointer, tile: int, inputs: int, f0: int, f1: int) -> None:
+    """The inputs ``f0 <= f < f1`` of a tile of samples; behind the last input, a row of zeros."""
+    in_features, first = j[job.IN_FEATURES], tile * COLUMNS
+    columns = min(COLUMNS, j[job.BATCH] - first)
+    width = _width(columns)
+    if j[job.X_FEATURE_MAJOR] != 0:
+        row_bytes = j[job.BATCH] * 4
+        source, target = j[job.X] + first * 4 + f0 * row_bytes, inputs + f0 * width * 4
+        _fill_from_columns(source, row_bytes, f1 - f0, columns, width, target)
+    else:
+        _fill_from_rows(j, first, columns, width, inputs, f0, f1)
+    if f1 == in_features:
+        _clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
+
+
+@_compiled
+def _tile_bytes(j: Pointer) -> int:
+    return (j[job.IN_FEATURES] + 1) * COLUMNS * 4  # type: ignore[no-any-return]
+
+
+def fill_task(j: Pointer, task: int) -> None:
+    """A share of the inputs of one of the tiles that tasks share."""
+    splits, in_features = j[job.ROW_SPLITS], j[job.IN_FEATURES]
+    tile, part = task // splits, task % splits
+    blocks = (in_features + LANES - 1) // LANES
+    f0, f1 = blocks * part // splits * LANES, min(in_features, blocks * (part + 1) // splits * LANES)
+    _fill_tile(j, tile, j[job.INPUTS] + tile * _tile_bytes(j), f0, f1)
 
 
 def tile_task(j: Pointer, task: int) -> None:
     """A share of the rows for one tile of samples."""
     splits, count, in_features = j[job.ROW_SPLITS], j[job.PANEL_COUNT], j[job.IN_FEATURES]
-    first, part = task // splits * COLUMNS, task % splits
+    tile, part = task // splits, task % splits
+    first = tile * COLUMNS
     columns = min(COLUMNS, j[job.BATCH] - first)
     width = _width(columns)
-    memory = _tile_memory(in_features, j[job.OUT_FEATURES], _BLOCK_GROUPS)
+    shared = j[job.INPUTS] != 0
+    memory = _tile_memory(0 if shared else in_features, j[job.OUT_FEATURES], _BLOCK_GROUPS)
     if memory == 0:
         j[job.FAILED] = 1
         return
-    inputs = (memory + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
-    out = inputs + (in_features + 1) * COLUMNS * 4
+    out = (memory + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
     cursors = words(out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4)
-    if j[job.X_FEATURE_MAJOR] != 0:
-        _fill_from_columns(j[job.X] + first * 4, j[job.BATCH] * 4, in_features, columns, width, inputs)
+    if shared:
+        inputs = j[job.INPUTS] + tile * _tile_bytes(j)
     else:
-        _fill_from_rows(j, first, columns, width, inputs)
-    _clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
-    end = count * (part + 1) // splits
-    g0 = count * part // splits
+        inputs = out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4 + (_BLOCK_GROUPS + 8) // 8 * _CACHE_LINE
+        _fill_tile(j, tile, inputs, 0, in_features)
+    g0, end = count * part // splits, count * (part + 1) // splits
     o0 = _first_output(j, g0)
     while o0 < j[job.OUT_FEATURES]:
         g1 = min(end, g0 + _BLOCK_GROUPS)
@@ -422,9 +477,9 @@ def conv_tile_task(j: Pointer, task: int) -> None:
     if memory == 0:
         j[job.FAILED] = 1
         return
-    inputs = (memory + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
-    out = inputs + (in_features + 1) * COLUMNS * 4
+    out = (memory + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
     cursors = words(out + (n + 1) * COLUMNS * 4)
+    inputs = out + (n + 1) * COLUMNS * 4 + (_BLOCK_GROUPS + 8) // 8 * _CACHE_LINE
     _clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
     packed = j[job.PACKED] + within * j[job.PACKED_SIZE] * 4
     last, g0 = count * (part + 1) // splits, count * part // splits
@@ -502,14 +557,47 @@ def conv_offsets(j: Pointer, unused: int) -> None:
     _conv_offsets(words(j[job.OFFSETS]), words(j[job.GEOMETRY]))
 
 
+def conv_plan(j: Pointer, unused: int) -> None:
+    """Complete the geometry of a convolution, whose sizes and settings are filled in."""
+    _conv_plan(words(j[job.GEOMETRY]))
+
+
+def choose_window(j: Pointer, is_tile: int) -> None:
+    """Choose the window of a panel; 0 where there is no panel of this kind."""
+    in_features, n_active, k = j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K]
+    j[job.PANEL_IS_TILE] = is_tile
+    if is_tile != 0:
+        j[job.PANEL_WINDOW] = _tile_window(in_features, n_active, k)
+    else:
+        j[job.PANEL_WINDOW] = _dot_window(_LEVEL, in_features, n_active, k)
+
+
+def phase_size(j: Pointer, unused: int) -> None:
+    """Store the bytes of a phase as the address of the panel, which is still to come."""
+    j[job.PANEL] = panel.TILE_BYTES if j[job.PANEL_IS_TILE] != 0 else panel.dot_bytes(j[job.VALUE_TYPE])
+
+
+def widen_values(j: Pointer, target: int) -> None:
+    """Copy the values to an address, as float32."""
+    wide = floats(target)
+    for i in range(j[job.N_ACTIVE] * j[job.K]):
+        wide[i] = panel.value_at(j[job.VALUES], j[job.VALUE_TYPE], i)
+
+
 TASKS = (
-    conv_rows_task,
-    conv_offsets,
     panel.measure_panel,
     panel.fill_panel,
+    choose_window,
+    phase_size,
     rows_task,
+    strided_task,
     dot_task,
+    fill_task,
     tile_task,
-    conv_tile_task,
+    conv_plan,
+    conv_offsets,
     conv_pack_task,
+    conv_tile_task,
+    conv_rows_task,
+    widen_values,
 )

@@ -49,8 +49,8 @@ def _sums(b: Any, one: list[Any]) -> Any:
         within = (2 * part, 2 * part + 1, LANES + 2 * part, LANES + 2 * part + 1)
         return _pick(b, first, second, [quarter + lane for quarter in quarters for lane in within])
 
-    pairs = [b.fadd(*(interleave(*one[i : i + 2], part) for part in (0, 1))) for i in (0, 2)]
-    total = b.fadd(halves(*pairs, 0), halves(*pairs, 1))
+    pairs = [b.fadd(*(interleave(one[i], one[i + 1], part) for part in (0, 1))) for i in (0, 2)]
+    total = b.fadd(*(halves(pairs[0], pairs[1], part) for part in (0, 1)))
     for width in (8, 4):
         low, high = list(range(width)), list(range(width, 2 * width))
         total = b.fadd(_pick(b, total, total, low), _pick(b, total, total, high))

@@ -10,7 +10,6 @@ API_VERSION: Final = 17
 MINIMUM_ONNXRUNTIME: Final = (1, 17)
 DOMAIN: Final = "srigl_fx"
 DOMAIN_VERSION: Final = 1
-OPERATORS: Final = ("CondensedLinear", "CondensedConv")
 INPUTS: Final = ("x", "values", "indices", "active", "bias")
 BASES: Final = ("CondensedLinear", "CondensedConv", "CondensedConvTranspose")
 ACTIVATIONS: Final = {  # as torch's operators call them -> the end of an operator's name
@@ -22,8 +21,6 @@ ACTIVATIONS: Final = {  # as torch's operators call them -> the end of an operat
     "silu": "Silu",
     "hardswish": "Hardswish",
 }
-ISAS: Final = ("x86-64", "x86-64-v3", "x86-64-v4")  # from the oldest to the newest
-ISA_VARIABLE: Final = "SRIGL_FX_ISA"
 ENTRY_POINT: Final = "RegisterCustomOps"
 
 WORD: Final = 8  # bytes of a pointer, and of every field of our own
@@ -61,6 +58,8 @@ TYPE_UNDEFINED: Final = 0
 TYPE_FLOAT: Final = 1
 TYPE_UINT16: Final = 4
 TYPE_INT32: Final = 6
+TYPE_FLOAT16: Final = 10
+TYPE_BFLOAT16: Final = 16
 
 # OrtCustomOp: callbacks at multiples of a word; what is not named here stays zero.
 OP_VERSION: Final = 0
@@ -83,42 +82,79 @@ OP_KERNEL_COMPUTE_V2: Final = 144
 OP_GET_START_VERSION: Final = 160
 OP_GET_END_VERSION: Final = 168
 OP_KIND: Final = 208  # first byte after ONNX Runtime's struct: our index into OPERATORS
-OP_SIZE: Final = 216
+OP_NAME: Final = 216  # and the address of its name
+OP_SIZE: Final = 224
 
 # Our process-wide state: the domain that is created once, and the kernel table of the chosen instruction set.
 STATE_DOMAIN, STATE_KERNELS = (WORD * i for i in range(2))
 STATE_SIZE: Final = 2 * WORD
 
-# The kernel table of one instruction set, in the order of KERNELS; an index type is added to those that take one.
+# The kernel table of one instruction set: the tasks of kernels.tasks, a word each.
+TASKS: Final = (
+    "measure_panel",
+    "fill_panel",
+    "choose_window",
+    "phase_size",
+    "rows_task",
+    "strided_task",
+    "dot_task",
+    "fill_task",
+    "tile_task",
+    "conv_plan",
+    "conv_offsets",
+    "conv_pack_task",
+    "conv_tile_task",
+    "conv_rows_task",
+    "widen_values",
+)
 (
-    TABLE_LINEAR_ROWS,
-    TABLE_LINEAR_TILE,
-    TABLE_CONV_ROWS,
-    TABLE_FILL_BIAS,
-    TABLE_FILL_BIAS_PLANES,
+    TABLE_MEASURE_PANEL,
+    TABLE_FILL_PANEL,
+    TABLE_CHOOSE_WINDOW,
+    TABLE_PHASE_SIZE,
+    TABLE_ROWS,
+    TABLE_STRIDED,
+    TABLE_DOT,
+    TABLE_FILL,
+    TABLE_TILE,
     TABLE_CONV_PLAN,
-    TABLE_CONV_TAP_OFFSETS,
+    TABLE_CONV_OFFSETS,
     TABLE_CONV_PACK,
-) = (WORD * i for i in (0, 2, 4, 6, 7, 8, 9, 10))
-TABLE_SIZE: Final = 11 * WORD
-INDEX_TYPES: Final = ("uint16", "int32")  # at the table's offset, and one word after it
+    TABLE_CONV_TILE,
+    TABLE_CONV_ROWS,
+    TABLE_WIDEN_VALUES,
+) = (WORD * i for i in range(len(TASKS)))
+TABLE_SIZE: Final = WORD * len(TASKS)
 
-# One node: what its attributes and constant inputs say. Immutable once created.
+# One node: what its attributes and constant inputs say. Immutable once created, but for the panels, of which each is
+# written once, complete.
 (
     NODE_API,
     NODE_KERNELS,
-    NODE_KIND,
+    NODE_BASE,
+    NODE_RESIDUAL,
+    NODE_ACTIVATION,
+    NODE_OPERATOR,
     NODE_IN_FEATURES,
     NODE_OUT_FEATURES,
     NODE_SPATIAL_RANK,
+    NODE_X_FEATURE_MAJOR,
+    NODE_Y_FEATURE_MAJOR,
     NODE_CHECKED_INDICES,
     NODE_CHECKED_ACTIVE,
+    NODE_CONSTANT_VALUES,
+    NODE_DOT_PANEL,
+    NODE_TILE_PANEL,
     NODE_NAME,
-) = (WORD * i for i in range(9))
+) = (WORD * i for i in range(17))
 NODE_NAME_SIZE: Final = 128
 NODE_PADS_END: Final = NODE_NAME + NODE_NAME_SIZE  # 3 words
-NODE_GEOMETRY: Final = NODE_PADS_END + 3 * WORD  # the int64 array of kernels/conv.py, without the sizes of x and y
-NODE_SIZE: Final = NODE_GEOMETRY + 32 * WORD
+NODE_OUTPUT_PADDING: Final = NODE_PADS_END + 3 * WORD  # 3 words
+NODE_GEOMETRY: Final = (
+    NODE_OUTPUT_PADDING + 3 * WORD
+)  # the int64 array of kernels/conv.py, without the sizes of x and y
+NODE_SIZE: Final = NODE_GEOMETRY + 40 * WORD
+BASE_LINEAR, BASE_CONV, BASE_TRANSPOSED = range(3)  # positions in BASES
 
 # The four weight inputs of one call, in the order of INPUTS without x, and what their shapes say.
 (
@@ -129,8 +165,9 @@ NODE_SIZE: Final = NODE_GEOMETRY + 32 * WORD
     WEIGHTS_N_ACTIVE,
     WEIGHTS_K,
     WEIGHTS_INDEX_TYPE,
-) = (WORD * i for i in range(7))
-WEIGHTS_WORDS: Final = 7
+    WEIGHTS_VALUE_TYPE,
+) = (WORD * i for i in range(8))
+WEIGHTS_WORDS: Final = 8
 
 # A tensor's description.
 TENSOR_TYPE: Final = 0
@@ -138,30 +175,6 @@ TENSOR_RANK: Final = 1 * WORD
 TENSOR_SHAPE: Final = 2 * WORD
 MAX_RANK: Final = 64
 TENSOR_WORDS: Final = 2 + MAX_RANK
-
-# The job that the tasks of one parallel loop share.
-(
-    JOB_KERNEL,
-    JOB_X,
-    JOB_Y,
-    JOB_VALUES,
-    JOB_INDICES,
-    JOB_ACTIVE,
-    JOB_BIAS,
-    JOB_BATCH,
-    JOB_IN_FEATURES,
-    JOB_OUT_FEATURES,
-    JOB_N_ACTIVE,
-    JOB_K,
-    JOB_BLOCKS,
-    JOB_OUT_OF_MEMORY,
-    JOB_GEOMETRY,
-    JOB_SAMPLE,
-    JOB_PACKED,
-    JOB_PACKED_BYTES,
-    JOB_OFFSETS,
-) = (WORD * i for i in range(19))
-JOB_WORDS: Final = 19
 
 # Bounds that keep every product of sizes within 64 bits.
 MAX_SIZE: Final = 2**31 - 1  # of a dimension, of in_features, of the number of neurons
@@ -192,3 +205,6 @@ def operator_names() -> dict[str, tuple[str, bool, str]]:
     """
     parts = [(base, residual, kind) for base in BASES for residual in (False, True) for kind in ACTIVATIONS]
     return {operator_name(*part): part for part in parts}
+
+
+OPERATORS: Final = tuple(operator_names())  # by base, then residual, then activation

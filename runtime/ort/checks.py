@@ -22,7 +22,6 @@ from srigl_fx.runtime.ort.primitives import (
 )
 
 # Numba takes a constant for a literal only under a name of the module's own.
-_LINEAR, _CONV = abi.OPERATORS
 _TENSOR_WORDS = abi.TENSOR_WORDS
 _MESSAGE_SIZE = 512
 _MESSAGE_WORDS = _MESSAGE_SIZE // abi.WORD
@@ -66,10 +65,7 @@ def refuse(node: int, template: int, name: int, first: int, second: int) -> int:
     """An error status "<operator> node '<name>': <template>", where @ becomes ``name`` and each % a number."""
     message = stack(_MESSAGE_WORDS)
     length = 0
-    if load(node, abi.NODE_KIND) == 0:
-        length = _append(message, length, text(_LINEAR))
-    else:
-        length = _append(message, length, text(_CONV))
+    length = _append(message, length, load(node, abi.NODE_OPERATOR))
     if load8(node, abi.NODE_NAME) != 0:
         length = _append(message, length, text(" node '"))
         length = _append(message, length, node + abi.NODE_NAME)
@@ -176,6 +172,7 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
     n, in_features = load(node, abi.NODE_OUT_FEATURES), load(node, abi.NODE_IN_FEATURES)
     tensor = stack(_TENSOR_WORDS)
     n_active = k = -1
+    store(weights, abi.WEIGHTS_VALUE_TYPE, abi.TYPE_FLOAT)
 
     value = load(inputs, abi.WEIGHTS_INDICES)
     if value != 0:
@@ -204,9 +201,19 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
 
     value = load(inputs, abi.WEIGHTS_VALUES)
     if value != 0:
-        status = describe_float(node, value, text("values"), tensor)
+        status = describe(node, value, text("values"), tensor)
         if status != 0:
             return status
+        value_type = load(tensor, abi.TENSOR_TYPE)
+        if value_type != abi.TYPE_FLOAT and value_type != abi.TYPE_BFLOAT16 and value_type != abi.TYPE_FLOAT16:
+            return refuse(
+                node,
+                text("input '@' must be float32, bfloat16 or float16, not ONNX element type %"),
+                text("values"),
+                value_type,
+                0,
+            )
+        store(weights, abi.WEIGHTS_VALUE_TYPE, value_type)
         rank = load(tensor, abi.TENSOR_RANK)
         if rank != 2:
             return refuse(node, text("input '@' must be (n_active, k), its rank is %"), text("values"), rank, 0)
@@ -343,6 +350,7 @@ def read_geometry(node: int, info: int, shape: int, spatial: int) -> int:
         return refuse(node, text("attribute '@' gives % channels, more than %"), text("group"), groups, abi.MAX_SIZE)
     for i in range(conv.GEOMETRY_SIZE):
         store(geometry, abi.WORD * i, 1)
+    store(geometry, abi.WORD * conv.FLIPPED, 0)
     for i in range(3):
         store(geometry, abi.WORD * (conv.PAD_D + i), 0)
         store(node, abi.NODE_PADS_END + abi.WORD * i, 0)
@@ -360,6 +368,10 @@ def read_geometry(node: int, info: int, shape: int, spatial: int) -> int:
     pads = stack(6)
     for i in range(6):
         store(pads, abi.WORD * i, 0)
+    if load(node, abi.NODE_BASE) == abi.BASE_TRANSPOSED:
+        status = read_steps(node, info, text("output_padding"), spatial, 0, node + lead + abi.NODE_OUTPUT_PADDING)
+        if status != 0:
+            return status
     status = read_steps(node, info, text("pads"), 2 * spatial, 0, pads)
     for i in range(spatial):
         store(geometry + lead, abi.WORD * (conv.PAD_D + i), load(pads, abi.WORD * i))
@@ -383,7 +395,7 @@ def read_attributes(node: int, info: int) -> int:
     rank = load(count, 0)
     if rank == -1:
         return refuse(node, text("attribute '@' is missing"), text("weight_shape"), 0, 0)
-    is_conv = load(node, abi.NODE_KIND) == 1
+    is_conv = load(node, abi.NODE_BASE) != abi.BASE_LINEAR
     if is_conv and (rank < 3 or rank > 5):
         return refuse(node, text("attribute '@' has % entries, expected 3 to 5"), text("weight_shape"), rank, 0)
     if not is_conv and rank != 2:
@@ -416,6 +428,33 @@ def read_attributes(node: int, info: int) -> int:
     if is_conv:
         store(node, abi.NODE_SPATIAL_RANK, rank - 2)
         return read_geometry(node, info, shape, rank - 2)
+    status = read_layout(node, info, text("x_perm"), 1, node + abi.NODE_X_FEATURE_MAJOR)
+    if status != 0:
+        return status
+    return read_layout(node, info, text("y_perm"), 0, node + abi.NODE_Y_FEATURE_MAJOR)
+
+
+@linked
+def read_layout(node: int, info: int, name: int, first: int, out: int) -> int:
+    """Store whether a permutation says that features come first; ``first`` is what it then starts with, 0 for the last.
+
+    ``x_perm`` brings the stored ``x`` to (..., in_features), ``y_perm`` brings (..., n) to what is stored.
+    """
+    given, count = stack(_LIST_CAPACITY), stack(1)
+    status = read_ints(node, info, name, given, count)
+    if status != 0:
+        return status
+    rank = load(count, 0)
+    identity = moved = 1
+    for i in range(rank):
+        axis = load(given, abi.WORD * i)
+        if axis != i:
+            identity = 0
+        if axis != ((i + 1) % rank if first == 1 else (i + rank - 1) % rank):
+            moved = 0
+    if identity == 0 and moved == 0:
+        return refuse(node, text("attribute '@' neither keeps the order nor puts features first"), name, 0, 0)
+    store(out, 0, 0 if identity != 0 else 1)
     return 0
 
 
@@ -430,5 +469,6 @@ FUNCTIONS = (
     read_int,
     read_ints,
     read_geometry,
+    read_layout,
     read_attributes,
 )

@@ -1,6 +1,6 @@
 """From Numba functions to position-independent object files.
 
-Owns ahead-of-time compilation: which kernel is compiled for which index type and instruction set, how functions are
+Owns ahead-of-time compilation: which kernel is compiled for which instruction set, how functions are
 named in the objects, and the constant tables that tie them together. It must not know linking or caching. Numba
 vectorises for the CPU it is told of at start-up, and the names of external functions are process-wide, so every object
 comes from a process of its own: ``python -m srigl_fx.runtime.ort.compile NAME OUTPUT``.
@@ -10,53 +10,22 @@ import inspect
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.kernels import conv, linear
+from srigl_fx.runtime.kernels.isa import COMPILE_VARIABLE, ISAS
 from srigl_fx.runtime.ort import abi
 
 SHIM = "shim"
-OBJECTS = (*abi.ISAS, SHIM)
-# Sums may be reordered and fused, but NaN and infinity keep their meaning.
-FASTMATH = frozenset({"reassoc", "contract", "nsz"})
+OBJECTS = (*ISAS, SHIM)
 _TIMEOUT = 300.0  # seconds for one object
 
-# The kernels by their place in the table of one instruction set.
-_INDEX_KERNELS: dict[int, Callable[..., None]] = {
-    abi.TABLE_LINEAR_ROWS: linear.linear_rows,
-    abi.TABLE_LINEAR_TILE: linear.linear_tile,
-    abi.TABLE_CONV_ROWS: conv.conv_rows,
-}
-_PLAIN_KERNELS: dict[int, Callable[..., None]] = {
-    abi.TABLE_FILL_BIAS: linear.fill_bias,
-    abi.TABLE_FILL_BIAS_PLANES: conv.fill_bias_planes,
-    abi.TABLE_CONV_PLAN: conv.conv_plan,
-    abi.TABLE_CONV_TAP_OFFSETS: conv.conv_tap_offsets,
-    abi.TABLE_CONV_PACK: conv.conv_pack,
-}
-# What the kernels' parameters point to; those not named here are integers.
-_POINTEES = {
-    **dict.fromkeys(("x", "values", "bias", "y", "scratch", "packed", "accumulators"), "float32"),
-    "active": "int32",
-    **dict.fromkeys(("geometry", "offsets"), "int64"),
-}
 
-
-def _kernels() -> Iterator[tuple[int, Callable[..., None], str]]:
-    """Every compiled kernel: its offset in the table, its function, its index type ("" if it has none)."""
-    for offset, function in _INDEX_KERNELS.items():
-        for i, index_type in enumerate(abi.INDEX_TYPES):
-            yield offset + i * abi.WORD, function, index_type
-    for offset, function in _PLAIN_KERNELS.items():
-        yield offset, function, ""
-
-
-def _kernel_symbol(function: Callable[..., None], index_type: str, isa: str) -> str:
-    return f"srigl_{function.__name__}_{index_type}_{isa.replace('-', '_')}"
+def _kernel_symbol(name: str, isa: str) -> str:
+    return f"srigl_{name}_{isa.replace('-', '_')}"
 
 
 def _shim_symbol(function: Callable[..., int]) -> str:
@@ -100,16 +69,15 @@ def _compile_kernels(isa: str) -> bytes:
     import llvmlite.binding as llvm
     import numba
 
+    from srigl_fx.runtime.kernels import tasks
+
     types: Any = numba.types
     llvm.initialize_native_asmprinter()
+    signature = types.void(types.CPointer(types.int64), types.int64)
     modules = []
-    for _, function, index_type in _kernels():
-        arguments = []
-        for parameter in inspect.signature(function).parameters:
-            pointee = index_type if parameter == "indices" else _POINTEES.get(parameter)
-            arguments.append(types.CPointer(getattr(types, pointee)) if pointee else types.int64)
-        decorate = numba.cfunc(types.void(*arguments), error_model="numpy", fastmath=set(FASTMATH))
-        modules.append(_module(llvm, decorate(function), _kernel_symbol(function, index_type, isa)))
+    for function in tasks.TASKS:
+        decorate = numba.cfunc(signature, error_model="numpy", fastmath=tasks.FASTMATH)
+        modules.append(_module(llvm, decorate(function), _kernel_symbol(function.__name__, isa)))
     return _emit(llvm, modules, isa)
 
 
@@ -128,20 +96,23 @@ def _tables() -> str:
         used.add(symbol)
         return f"ptrtoint (ptr @{symbol} to i64)"
 
-    kernels = ["0"] * (abi.TABLE_SIZE // abi.WORD * len(abi.ISAS))
-    for level, isa in enumerate(abi.ISAS):
-        for offset, function, index_type in _kernels():
-            place = (level * abi.TABLE_SIZE + offset) // abi.WORD
-            kernels[place] = address(_kernel_symbol(function, index_type, isa))
-    operators = []
+    kernels = [address(_kernel_symbol(name, isa)) for isa in ISAS for name in abi.TASKS]
+    operators, names = [], []
     for fields in shim.OPERATOR_FIELDS:
         words = ["0"] * (abi.OP_SIZE // abi.WORD)
         for offset, content in fields.items():
-            words[offset // abi.WORD] = address(_shim_symbol(content)) if callable(content) else str(content)
+            if callable(content):
+                words[offset // abi.WORD] = address(_shim_symbol(content))
+            elif isinstance(content, str):
+                names.append(f'@{content} = private constant [{len(content) + 1} x i8] c"{content}\\00"\n')
+                words[offset // abi.WORD] = f"ptrtoint (ptr @{content} to i64)"
+            else:
+                words[offset // abi.WORD] = str(content)
         operators += words
     state = ["0"] * (abi.STATE_SIZE // abi.WORD)
     return "".join(
         [
+            *names,
             _table("srigl_operators", operators, constant=True),
             _table("srigl_kernels", kernels, constant=True),
             _table("srigl_state", state, constant=False),
@@ -166,7 +137,7 @@ def _compile_shim() -> bytes:
         modules.append(_module(llvm, compiled, _shim_symbol(function)))
     tables = llvm.parse_assembly(_tables())
     tables.triple, tables.data_layout = modules[0].triple, modules[0].data_layout
-    return _emit(llvm, [*modules, tables], abi.ISAS[0])
+    return _emit(llvm, [*modules, tables], ISAS[0])
 
 
 def compile_object(name: str) -> bytes:
@@ -188,8 +159,9 @@ def compile_object(name: str) -> bytes:
 def _spawn(name: str, output: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
     environment |= {
-        "NUMBA_CPU_NAME": abi.ISAS[0] if name == SHIM else name,
+        "NUMBA_CPU_NAME": ISAS[0] if name == SHIM else name,
         "NUMBA_CPU_FEATURES": "",
+        COMPILE_VARIABLE: ISAS[0] if name == SHIM else name,
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
     }
     command = [sys.executable, "-m", __spec__.name, name, str(output)]

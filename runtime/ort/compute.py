@@ -4,142 +4,67 @@ Owns the two compute functions, as functions that Numba compiles ahead of time (
 refused is ``checks``'s, arithmetic is the kernels'; it must not know how nodes are created or operators registered.
 """
 
-from srigl_fx.runtime.kernels import conv
-from srigl_fx.runtime.kernels.linear import TILE, TILED_FROM_BATCH
+from srigl_fx.runtime.kernels import choice, conv, job
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.checks import check_weights, describe_float, refuse, tensor_data
-from srigl_fx.runtime.ort.primitives import call, external, inlined, load, stack, store, symbol, text
+from srigl_fx.runtime.ort.panels import find_panel, kernel, store_weights
+from srigl_fx.runtime.ort.primitives import call, external, inlined, load, stack, store, text
 
 # Numba takes a constant for a literal only under a name of the module's own.
-_TENSOR_WORDS, _WEIGHTS_WORDS, _JOB_WORDS = abi.TENSOR_WORDS, abi.WEIGHTS_WORDS, abi.JOB_WORDS
+_TENSOR_WORDS, _WEIGHTS_WORDS, _JOB_WORDS = abi.TENSOR_WORDS, abi.WEIGHTS_WORDS, job.SIZE
 _GEOMETRY_WORDS = conv.GEOMETRY_SIZE
-_ACCUMULATOR_WORDS = conv.ACCUMULATORS // 2 + 8  # and room to align them
 
 _malloc, _free = external("malloc", 1), external("free", 1)
 
-_TASK_WORK = 1 << 15  # multiply-adds that are worth a task of their own
-_MAX_TASKS = 64
+_TASK_WORK = 1 << 16  # multiply-adds that are worth a task of their own
+_MAX_TASKS = 16
+_FEW_TILES = 4  # of a convolution: fewer of them share their rows out, each filling its inputs anew
 _CACHE_LINE = 64
+_COLUMNS, _LANES = choice.COLUMNS, choice.LANES
 _CHUNK_ELEMENTS = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
+_SLACK = 64  # floats behind a packed sample that may be read
 _MAX_ELEMENTS = 1 << 48  # of an output; more than any machine holds, few enough to count in bytes
 _WEIGHT_INPUTS = len(abi.INPUTS) - 1
 
 
 @inlined
-def _index_kernel(node: int, table: int, index_type: int) -> int:
-    return load(load(node, abi.NODE_KERNELS), table + (0 if index_type == abi.TYPE_UINT16 else abi.WORD))
-
-
-def linear_rows_task(job: int, task: int) -> int:
-    """The rows of one block, for every sample."""
-    n_active, blocks = load(job, abi.JOB_N_ACTIVE), load(job, abi.JOB_BLOCKS)
-    return call(
-        load(job, abi.JOB_KERNEL),
-        (
-            load(job, abi.JOB_X),
-            load(job, abi.JOB_VALUES),
-            load(job, abi.JOB_INDICES),
-            load(job, abi.JOB_ACTIVE),
-            load(job, abi.JOB_BIAS),
-            load(job, abi.JOB_Y),
-            load(job, abi.JOB_BATCH),
-            load(job, abi.JOB_IN_FEATURES),
-            load(job, abi.JOB_OUT_FEATURES),
-            load(job, abi.JOB_K),
-            n_active * task // blocks,
-            n_active * (task + 1) // blocks,
-        ),
-    )
-
-
-def linear_tile_task(job: int, task: int) -> int:
-    """All rows, for the samples of one tile."""
-    in_features = load(job, abi.JOB_IN_FEATURES)
-    scratch = _malloc((in_features + 1) * TILE * 4 + _CACHE_LINE)
-    if scratch == 0:
-        store(job, abi.JOB_OUT_OF_MEMORY, 1)
-        return 0
-    first = task * TILE
-    call(
-        load(job, abi.JOB_KERNEL),
-        (
-            load(job, abi.JOB_X),
-            load(job, abi.JOB_VALUES),
-            load(job, abi.JOB_INDICES),
-            load(job, abi.JOB_ACTIVE),
-            load(job, abi.JOB_BIAS),
-            load(job, abi.JOB_Y),
-            (scratch + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE,
-            first,
-            min(load(job, abi.JOB_BATCH) - first, TILE),
-            in_features,
-            load(job, abi.JOB_OUT_FEATURES),
-            load(job, abi.JOB_N_ACTIVE),
-            load(job, abi.JOB_K),
-        ),
-    )
-    return _free(scratch)
-
-
-def conv_pack_task(job: int, task: int) -> int:
-    """The channels of one block, for one sample of the chunk."""
-    channels, blocks = load(load(job, abi.JOB_GEOMETRY), abi.WORD * conv.CHANNELS), load(job, abi.JOB_BLOCKS)
-    sample, block = task // blocks, task % blocks
-    return call(
-        load(job, abi.JOB_KERNEL),
-        (
-            load(job, abi.JOB_X),
-            load(job, abi.JOB_PACKED) + sample * load(job, abi.JOB_PACKED_BYTES),
-            load(job, abi.JOB_GEOMETRY),
-            load(job, abi.JOB_SAMPLE) + sample,
-            channels * block // blocks,
-            channels * (block + 1) // blocks,
-        ),
-    )
-
-
-def conv_rows_task(job: int, task: int) -> int:
-    """The filters of one block, for one sample of the chunk."""
-    n_active, blocks = load(job, abi.JOB_N_ACTIVE), load(job, abi.JOB_BLOCKS)
-    sample, block = task // blocks, task % blocks
-    accumulators = stack(_ACCUMULATOR_WORDS)
-    return call(
-        load(job, abi.JOB_KERNEL),
-        (
-            load(job, abi.JOB_PACKED) + sample * load(job, abi.JOB_PACKED_BYTES),
-            load(job, abi.JOB_VALUES),
-            load(job, abi.JOB_INDICES),
-            load(job, abi.JOB_ACTIVE),
-            load(job, abi.JOB_BIAS),
-            load(job, abi.JOB_Y),
-            load(job, abi.JOB_GEOMETRY),
-            load(job, abi.JOB_OFFSETS),
-            (accumulators + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE,
-            load(job, abi.JOB_SAMPLE) + sample,
-            n_active * block // blocks,
-            n_active * (block + 1) // blocks,
-        ),
-    )
+def _field(j: int, position: int) -> int:
+    return load(j, abi.WORD * position)
 
 
 @inlined
-def _blocks(rows: int, work: int) -> int:
-    """Into how many tasks ``rows`` rows of ``work`` multiply-adds altogether are cut."""
+def _set_field(j: int, position: int, value: int) -> None:
+    store(j, abi.WORD * position, value)
+
+
+@inlined
+def _shares(rows: int, work: int) -> int:
+    """Into how many tasks ``rows`` rows of ``work`` multiply-adds altogether are cut; who runs them is not known."""
     return max(1, min(work // _TASK_WORK, min(rows, _MAX_TASKS)))
 
 
 @inlined
-def _run_tasks(node: int, context: int, task: int, tasks: int, job: int) -> int:
+def _run_tasks(node: int, context: int, task: int, tasks: int, j: int) -> int:
     """Run the tasks on the session's own threads."""
-    store(job, abi.JOB_OUT_OF_MEMORY, 0)
     status = 0
     if tasks > 1:
-        status = call(load(load(node, abi.NODE_API), abi.KERNEL_CONTEXT_PARALLEL_FOR), (context, task, tasks, 0, job))
+        status = call(load(load(node, abi.NODE_API), abi.KERNEL_CONTEXT_PARALLEL_FOR), (context, task, tasks, 0, j))
     elif tasks == 1:
-        call(task, (job, 0))
-    if status == 0 and load(job, abi.JOB_OUT_OF_MEMORY) != 0:
-        status = refuse(node, text("not enough memory for a batch tile"), 0, 0, 0)
+        call(task, (j, 0))
+    if status == 0 and _field(j, job.FAILED) != 0:
+        status = refuse(node, text("not enough memory for a tile"), 0, 0, 0)
     return status
+
+
+@inlined
+def _start_job(node: int, panel: int, weights: int, j: int) -> None:
+    """Fill in what does not depend on the call, from the panel if there is one."""
+    for i in range(_JOB_WORDS):
+        store(j, abi.WORD * i, load(panel, abi.WORD * i) if panel != 0 else 0)
+    if panel == 0:
+        store_weights(node, weights, j)
+    _set_field(j, job.BIAS, load(weights, abi.WEIGHTS_BIAS))
+    _set_field(j, job.ACTIVATION, load(node, abi.NODE_ACTIVATION))
 
 
 @inlined
@@ -150,8 +75,9 @@ def _inputs(node: int, context: int, x: int, weights: int) -> int:
     status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT_COUNT), (context, count))
     if status != 0:
         return status
-    if load(count, 0) != _WEIGHT_INPUTS + 1:
-        return refuse(node, text("has % inputs, expected %"), 0, load(count, 0), _WEIGHT_INPUTS + 1)
+    expected = _WEIGHT_INPUTS + 1 + load(node, abi.NODE_RESIDUAL)
+    if load(count, 0) != expected:
+        return refuse(node, text("has % inputs, expected %"), 0, load(count, 0), expected)
     status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, 0, x))
     values = stack(_WEIGHT_INPUTS)
     for i in range(_WEIGHT_INPUTS):
@@ -165,30 +91,66 @@ def _inputs(node: int, context: int, x: int, weights: int) -> int:
 
 
 @inlined
-def _output(node: int, context: int, shape: int, rank: int, x: int, job: int) -> int:
-    """Allocate the output, and store the addresses of its and the input's elements in the job."""
+def _output(node: int, context: int, shape: int, rank: int, x: int, data: int) -> int:
+    """Allocate the output; store where the elements of input, output and residual (0 if none) are at ``data``."""
+    api = load(node, abi.NODE_API)
     y = stack(1)
-    status = call(load(load(node, abi.NODE_API), abi.KERNEL_CONTEXT_GET_OUTPUT), (context, 0, shape, rank, y))
+    status = call(load(api, abi.KERNEL_CONTEXT_GET_OUTPUT), (context, 0, shape, rank, y))
     if status == 0:
-        status = tensor_data(node, load(y, 0), job + abi.JOB_Y)
+        status = tensor_data(node, load(y, 0), data + abi.WORD)
     if status == 0:
-        status = tensor_data(node, x, job + abi.JOB_X)
+        status = tensor_data(node, x, data)
+    store(data, 2 * abi.WORD, 0)
+    if status == 0 and load(node, abi.NODE_RESIDUAL) != 0:
+        tensor = stack(_TENSOR_WORDS)
+        status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, _WEIGHT_INPUTS + 1, y))
+        if status == 0:
+            status = describe_float(node, load(y, 0), text("residual"), tensor)
+        if status == 0:
+            same = load(tensor, abi.TENSOR_RANK) == rank
+            for i in range(rank):
+                if same and load(tensor, abi.TENSOR_SHAPE + abi.WORD * i) != load(shape, abi.WORD * i):
+                    same = False
+            if not same:
+                status = refuse(node, text("input '@' has another shape than the output"), text("residual"), 0, 0)
+        if status == 0:
+            status = tensor_data(node, load(y, 0), data + 2 * abi.WORD)
     return status
 
 
 @inlined
-def _store_weights(node: int, weights: int, job: int) -> None:
-    store(job, abi.JOB_VALUES, load(weights, abi.WEIGHTS_VALUES))
-    store(job, abi.JOB_INDICES, load(weights, abi.WEIGHTS_INDICES))
-    store(job, abi.JOB_ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
-    store(job, abi.JOB_BIAS, load(weights, abi.WEIGHTS_BIAS))
-    store(job, abi.JOB_N_ACTIVE, load(weights, abi.WEIGHTS_N_ACTIVE))
-    store(job, abi.JOB_K, load(weights, abi.WEIGHTS_K))
+def _set_data(j: int, data: int) -> None:
+    _set_field(j, job.X, load(data, 0))
+    _set_field(j, job.Y, load(data, abi.WORD))
+    _set_field(j, job.RESIDUAL, load(data, 2 * abi.WORD))
+
+
+@inlined
+def _run_tiles(node: int, context: int, j: int, batch: int, work: int) -> int:
+    """Tiles of samples: few of them are filled once, for tasks that share their rows."""
+    tiles = (batch + _COLUMNS - 1) // _COLUMNS
+    groups, in_features = _field(j, job.PANEL_COUNT), load(node, abi.NODE_IN_FEATURES)
+    splits, memory, status = 1, 0, 0
+    if tiles <= choice.SHARED_TILES:
+        splits = max(1, _shares(groups, work) // tiles)
+    if splits > 1:
+        memory = _malloc((tiles * (in_features + 1) * _COLUMNS + _LANES) * 4 + _CACHE_LINE)
+        if memory == 0:
+            splits = 1
+    _set_field(j, job.ROW_SPLITS, splits)
+    if memory != 0:
+        _set_field(j, job.INPUTS, (memory + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE)
+        status = _run_tasks(node, context, kernel(node, abi.TABLE_FILL), tiles * splits, j)
+    if status == 0:
+        status = _run_tasks(node, context, kernel(node, abi.TABLE_TILE), tiles * splits, j)
+    if memory != 0:
+        _free(memory)
+    return status
 
 
 def compute_linear(node: int, context: int) -> int:
-    """KernelComputeV2 of CondensedLinear."""
-    x, weights, tensor, job = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS)
+    """KernelComputeV2 of CondensedLinear and those with epilogues."""
+    x, weights, tensor, j, data = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS), stack(3)
     status = _inputs(node, context, x, weights)
     if status == 0:
         status = describe_float(node, load(x, 0), text("x"), tensor)
@@ -198,91 +160,127 @@ def compute_linear(node: int, context: int) -> int:
     rank, shape = load(tensor, abi.TENSOR_RANK), tensor + abi.TENSOR_SHAPE
     if rank < 1:
         return refuse(node, text("input '@' is a scalar, expected (..., %)"), text("x"), in_features, 0)
-    last = abi.WORD * (rank - 1)
-    if load(shape, last) != in_features:
+    x_columns, y_columns = load(node, abi.NODE_X_FEATURE_MAJOR), load(node, abi.NODE_Y_FEATURE_MAJOR)
+    where = 0 if x_columns != 0 else abi.WORD * (rank - 1)
+    if load(shape, where) != in_features:
+        if x_columns != 0:
+            return refuse(
+                node,
+                text("the first dimension of input '@' is %, expected %"),
+                text("x"),
+                load(shape, where),
+                in_features,
+            )
         return refuse(
-            node, text("the last dimension of input '@' is %, expected %"), text("x"), load(shape, last), in_features
+            node, text("the last dimension of input '@' is %, expected %"), text("x"), load(shape, where), in_features
         )
     batch = 1
-    for i in range(rank - 1):
+    for i in range(rank):
         size = load(shape, abi.WORD * i)
-        if size > 0 and batch > _MAX_ELEMENTS // size:
-            return refuse(node, text("input '@' has too many samples"), text("x"), 0, 0)
-        batch *= size
+        if abi.WORD * i != where:
+            if size > 0 and batch > _MAX_ELEMENTS // size:
+                return refuse(node, text("input '@' has too many samples"), text("x"), 0, 0)
+            batch *= size
     if batch > _MAX_ELEMENTS // n:
         return refuse(node, text("the output of % samples is too large"), 0, batch, 0)
-    store(shape, last, n)
-    status = _output(node, context, shape, rank, load(x, 0), job)
+    if x_columns == y_columns:
+        store(shape, where, n)
+    elif x_columns != 0:
+        for i in range(rank - 1):
+            store(shape, abi.WORD * i, load(shape, abi.WORD * (i + 1)))
+        store(shape, abi.WORD * (rank - 1), n)
+    else:
+        for i in range(rank - 1):
+            store(shape, abi.WORD * (rank - 1 - i), load(shape, abi.WORD * (rank - 2 - i)))
+        store(shape, 0, n)
+    status = _output(node, context, shape, rank, load(x, 0), data)
     if status != 0 or batch == 0:
         return status
-    _store_weights(node, weights, job)
-    store(job, abi.JOB_BATCH, batch)
-    store(job, abi.JOB_IN_FEATURES, in_features)
-    store(job, abi.JOB_OUT_FEATURES, n)
-    n_active, k = load(job, abi.JOB_N_ACTIVE), load(job, abi.JOB_K)
-    if n_active < n:
-        kernel = load(load(node, abi.NODE_KERNELS), abi.TABLE_FILL_BIAS)
-        call(kernel, (load(job, abi.JOB_BIAS), load(job, abi.JOB_Y), batch, n))
-    if n_active == 0:
-        return 0
-    index_type = load(weights, abi.WEIGHTS_INDEX_TYPE)
-    if batch >= TILED_FROM_BATCH:
-        store(job, abi.JOB_KERNEL, _index_kernel(node, abi.TABLE_LINEAR_TILE, index_type))
-        return _run_tasks(node, context, symbol("srigl_linear_tile_task"), (batch + TILE - 1) // TILE, job)
-    blocks = _blocks(n_active, batch * n_active * k)
-    store(job, abi.JOB_BLOCKS, blocks)
-    store(job, abi.JOB_KERNEL, _index_kernel(node, abi.TABLE_LINEAR_ROWS, index_type))
-    return _run_tasks(node, context, symbol("srigl_linear_rows_task"), blocks, job)
+    n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
+    rows_only = x_columns == 0 and y_columns == 0
+    panel, is_tile = 0, 1
+    if batch <= choice.MOST_DOT_SAMPLES and rows_only:
+        panel, is_tile = find_panel(node, weights, 0, n), 0
+    if panel == 0 and (batch > 1 or not rows_only):
+        panel, is_tile = find_panel(node, weights, 1, n), 1
+    _start_job(node, panel, weights, j)
+    _set_data(j, data)
+    _set_field(j, job.BATCH, batch)
+    _set_field(j, job.X_FEATURE_MAJOR, x_columns)
+    _set_field(j, job.Y_FEATURE_MAJOR, y_columns)
+    if panel == 0 and not rows_only:
+        return _run_tasks(node, context, kernel(node, abi.TABLE_STRIDED), 1, j)
+    work = batch * n_active * k
+    if panel != 0 and is_tile != 0:
+        return _run_tiles(node, context, j, batch, work)
+    task = kernel(node, abi.TABLE_DOT if panel != 0 else abi.TABLE_ROWS)
+    splits = _shares(_field(j, job.PANEL_COUNT) if panel != 0 else n_active, work)
+    _set_field(j, job.ROW_SPLITS, splits)
+    return _run_tasks(node, context, task, splits, j)
 
 
 @inlined
-def _run_conv(node: int, context: int, job: int, batch: int, plane: int, rows: int) -> int:
+def _run_conv(node: int, context: int, weights: int, panel: int, j: int, geometry: int, batch: int) -> int:
     """Pack and convolve the samples, a chunk at a time, in scratch that all tasks share."""
-    geometry, kernels = load(job, abi.JOB_GEOMETRY), load(node, abi.NODE_KERNELS)
-    n_active, k = load(job, abi.JOB_N_ACTIVE), load(job, abi.JOB_K)
+    n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
     channels = load(geometry, abi.WORD * conv.CHANNELS)
-    call(load(kernels, abi.TABLE_CONV_PLAN), (geometry,))
+    _set_field(j, job.GEOMETRY, geometry)
+    call(kernel(node, abi.TABLE_CONV_PLAN), (j, 0))
     direct = load(geometry, abi.WORD * conv.DIRECT) != 0
-    size, chunk = 0, batch
+    size, chunk = channels, batch
+    for i in range(conv.PLANES_D, conv.PACKED_W + 1):
+        if size > _MAX_ELEMENTS // load(geometry, abi.WORD * i):
+            return refuse(node, text("the padded input '@' is too large"), text("x"), 0, 0)
+        size *= load(geometry, abi.WORD * i)
+    packed_floats = 0
     if not direct:
-        size = channels
-        for i in range(conv.PLANES_D, conv.PACKED_W + 1):
-            if size > _MAX_ELEMENTS // load(geometry, abi.WORD * i):
-                return refuse(node, text("the padded input '@' is too large"), text("x"), 0, 0)
-            size *= load(geometry, abi.WORD * i)
-        size = (size // conv.LANES + 2) * conv.LANES
+        size = (size // _LANES + 2) * _LANES + _SLACK
         chunk = max(1, min(batch, _CHUNK_ELEMENTS // size))
+        packed_floats = chunk * size
+    wide = 0
+    if panel == 0 and load(weights, abi.WEIGHTS_VALUE_TYPE) != abi.TYPE_FLOAT:
+        wide = n_active * k * 4
     offsets_bytes = (load(node, abi.NODE_IN_FEATURES) * abi.WORD + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
-    scratch = _malloc(offsets_bytes + chunk * size * 4 + _CACHE_LINE)
+    scratch = _malloc(offsets_bytes + packed_floats * 4 + wide + 2 * _CACHE_LINE)
     if scratch == 0:
         return refuse(node, text("not enough memory for the padded input '@'"), text("x"), 0, 0)
     offsets = (scratch + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
-    call(load(kernels, abi.TABLE_CONV_TAP_OFFSETS), (offsets, geometry))
-    store(job, abi.JOB_OFFSETS, offsets)
-    store(job, abi.JOB_PACKED, load(job, abi.JOB_X) if direct else offsets + offsets_bytes)
-    store(job, abi.JOB_PACKED_BYTES, size * 4)
+    _set_field(j, job.OFFSETS, offsets)
+    call(kernel(node, abi.TABLE_CONV_OFFSETS), (j, 0))
+    _set_field(j, job.PACKED, _field(j, job.X) if direct else offsets + offsets_bytes)
+    _set_field(j, job.PACKED_SIZE, size)
+    if wide != 0:
+        target = offsets + offsets_bytes + packed_floats * 4
+        call(kernel(node, abi.TABLE_WIDEN_VALUES), (j, target))
+        _set_field(j, job.VALUES, target)
+    rows = (load(geometry, abi.WORD * conv.OUT_D) - 1) * load(geometry, abi.WORD * conv.PACKED_H)
+    rows += load(geometry, abi.WORD * conv.OUT_H) - 1
+    positions = rows * load(geometry, abi.WORD * conv.PACKED_W) + load(geometry, abi.WORD * conv.OUT_W)
+    tiles = (positions + _COLUMNS - 1) // _COLUMNS if panel != 0 else 1
     status = first = 0
     while status == 0 and first < batch:
         samples = min(chunk, batch - first)
-        store(job, abi.JOB_SAMPLE, first)
+        _set_field(j, job.SAMPLE, first)
         if not direct:
-            blocks = _blocks(channels, size)
-            store(job, abi.JOB_BLOCKS, blocks)
-            store(job, abi.JOB_KERNEL, load(kernels, abi.TABLE_CONV_PACK))
-            status = _run_tasks(node, context, symbol("srigl_conv_pack_task"), samples * blocks, job)
+            splits = _shares(channels, size)
+            _set_field(j, job.ROW_SPLITS, splits)
+            status = _run_tasks(node, context, kernel(node, abi.TABLE_CONV_PACK), samples * splits, j)
         if status == 0:
-            blocks = _blocks(n_active, n_active * k * plane)
-            store(job, abi.JOB_BLOCKS, blocks)
-            store(job, abi.JOB_KERNEL, rows)
-            status = _run_tasks(node, context, symbol("srigl_conv_rows_task"), samples * blocks, job)
+            groups = _field(j, job.PANEL_COUNT) if panel != 0 else n_active
+            splits = 1
+            if samples * tiles < _FEW_TILES:
+                splits = min(_shares(groups, positions * n_active * k), _FEW_TILES // (samples * tiles))
+            _set_field(j, job.ROW_SPLITS, splits)
+            task = kernel(node, abi.TABLE_CONV_TILE if panel != 0 else abi.TABLE_CONV_ROWS)
+            status = _run_tasks(node, context, task, samples * tiles * splits, j)
         first += samples
     _free(scratch)
     return status
 
 
 def compute_conv(node: int, context: int) -> int:
-    """KernelComputeV2 of CondensedConv."""
-    x, weights, tensor, job = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS)
+    """KernelComputeV2 of CondensedConv, CondensedConvTranspose and those with epilogues."""
+    x, weights, tensor, j, data = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS), stack(3)
     status = _inputs(node, context, x, weights)
     if status == 0:
         status = describe_float(node, load(x, 0), text("x"), tensor)
@@ -299,54 +297,56 @@ def compute_conv(node: int, context: int) -> int:
     if load(shape, abi.WORD) != channels:
         return refuse(node, text("input '@' has % channels, expected %"), text("x"), load(shape, abi.WORD), channels)
     store(shape, abi.WORD, n)
-    elements, plane = batch * n if batch <= abi.MAX_SIZE else -1, 1
+    elements = batch * n if batch <= abi.MAX_SIZE else -1
+    transposed = load(node, abi.NODE_BASE) == abi.BASE_TRANSPOSED
     for i in range(spatial):
         axis = 3 - spatial + i  # of three
-        size, kernel = load(shape, abi.WORD * (2 + i)), load(geometry, abi.WORD * (conv.KERNEL_D + axis))
+        size, taps = load(shape, abi.WORD * (2 + i)), load(geometry, abi.WORD * (conv.KERNEL_D + axis))
         if size > abi.MAX_SIZE:
             return refuse(node, text("input '@' has a dimension of %, more than %"), text("x"), size, abi.MAX_SIZE)
-        pads = load(geometry, abi.WORD * (conv.PAD_D + axis)) + load(node, abi.NODE_PADS_END + abi.WORD * axis)
-        extent = load(geometry, abi.WORD * (conv.DILATION_D + axis)) * (kernel - 1) + 1
-        if size + pads < extent:
-            return refuse(
-                node,
-                text("input '@' is % long with its pads, less than the dilated kernel's %"),
-                text("x"),
-                size + pads,
-                extent,
-            )
-        out = (size + pads - extent) // load(geometry, abi.WORD * (conv.STRIDE_D + axis)) + 1
+        before = load(geometry, abi.WORD * (conv.PAD_D + axis))
+        pads = before + load(node, abi.NODE_PADS_END + abi.WORD * axis)
+        stride = load(geometry, abi.WORD * (conv.STRIDE_D + axis))
+        reach = load(geometry, abi.WORD * (conv.DILATION_D + axis)) * (taps - 1)
+        out = 0
+        if transposed:
+            extra = load(node, abi.NODE_OUTPUT_PADDING + abi.WORD * axis)
+            out = (size - 1) * stride + reach + 1 + extra - pads
+            store(geometry, abi.WORD * (conv.PAD_D + axis), reach - before)
+            store(geometry, abi.WORD * (conv.SPACING_D + axis), stride)
+            store(geometry, abi.WORD * (conv.STRIDE_D + axis), 1)
+            if size == 0 or out < 1:
+                return refuse(node, text("input '@' is % long: its pads leave no output"), text("x"), size, 0)
+        else:
+            if size + pads < reach + 1:
+                return refuse(
+                    node,
+                    text("input '@' is % long with its pads, less than the dilated kernel's %"),
+                    text("x"),
+                    size + pads,
+                    reach + 1,
+                )
+            out = (size + pads - reach - 1) // stride + 1
         if elements > _MAX_ELEMENTS // out:
             elements = -1
         if elements >= 0:
             elements *= out
-            plane = plane * out if elements > 0 else 0
         store(geometry, abi.WORD * (conv.IN_D + axis), size)
         store(geometry, abi.WORD * (conv.OUT_D + axis), out)
         store(shape, abi.WORD * (2 + i), out)
+    if transposed:
+        store(geometry, abi.WORD * conv.FLIPPED, 1)
     if elements < 0:
         return refuse(node, text("the output of % samples is too large"), 0, batch, 0)
-    status = _output(node, context, shape, rank, load(x, 0), job)
+    status = _output(node, context, shape, rank, load(x, 0), data)
     if status != 0 or elements == 0:
         return status
-    _store_weights(node, weights, job)
-    n_active, k = load(job, abi.JOB_N_ACTIVE), load(job, abi.JOB_K)
-    if n_active < n:
-        fill = load(load(node, abi.NODE_KERNELS), abi.TABLE_FILL_BIAS_PLANES)
-        call(fill, (load(job, abi.JOB_BIAS), load(job, abi.JOB_Y), batch, n, plane))
-    if n_active == 0:
-        return 0
-    store(geometry, abi.WORD * conv.K, k)
-    store(job, abi.JOB_GEOMETRY, geometry)
-    rows = _index_kernel(node, abi.TABLE_CONV_ROWS, load(weights, abi.WEIGHTS_INDEX_TYPE))
-    return _run_conv(node, context, job, batch, plane, rows)
+    block_rows = n // load(geometry, abi.WORD * conv.GROUPS)
+    panel = find_panel(node, weights, 1, block_rows) if block_rows >= _LANES else 0
+    _start_job(node, panel, weights, j)
+    _set_data(j, data)
+    store(geometry, abi.WORD * conv.K, load(weights, abi.WEIGHTS_K))
+    return _run_conv(node, context, weights, panel, j, geometry, batch)
 
 
-FUNCTIONS = (
-    linear_rows_task,
-    linear_tile_task,
-    conv_pack_task,
-    conv_rows_task,
-    compute_linear,
-    compute_conv,
-)
+FUNCTIONS = (compute_linear, compute_conv)

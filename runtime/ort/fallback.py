@@ -156,9 +156,7 @@ def fallback_functions(
     import onnx.parser
 
     known = abi.operator_names()
-    return [
-        onnx.parser.parse_function(_function(name, *known[name], (permuted or {}).get(name, ()))) for name in names
-    ]
+    return [onnx.parser.parse_function(_function(name, *known[name], (permuted or {}).get(name, ()))) for name in names]
 
 
 def _function(name: str, base: str, residual: bool, activation: str, permuted: Collection[str]) -> str:

@@ -14,20 +14,13 @@ from pathlib import Path
 
 from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders, is_private, locked, make_private
-from srigl_fx.runtime.ort import abi, link
+from srigl_fx.runtime.kernels.isa import host_isa
+from srigl_fx.runtime.ort import link
 from srigl_fx.runtime.ort.compile import compile_all
 
 _FALLBACK = "models still run through the fallback inside the file, as fast as dense ones"
 _PACKAGE = Path(__file__).parent
 _lock = threading.Lock()
-
-# What a CPU must have beyond the baseline, by LLVM's names.
-_V3_FEATURES = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "movbe")
-_ISA_FEATURES = {
-    "x86-64": (),
-    "x86-64-v3": _V3_FEATURES,
-    "x86-64-v4": (*_V3_FEATURES, "avx512f", "avx512dq", "avx512cd", "avx512bw", "avx512vl"),
-}
 
 
 def _unsupported() -> str | None:
@@ -120,26 +113,6 @@ def library_path() -> Path:
         f"the operator library cannot be stored: {'; '.join(map(str, failures))}. Set {CACHE_VARIABLE} to a folder of "
         f"your own that can be written to; {_FALLBACK}"
     ) from failures[-1]
-
-
-def host_isa() -> str:
-    """The instruction set that the library will use on this CPU: the newest it has, or what SRIGL_FX_ISA asks for.
-
-    Raises:
-        LibraryError: SRIGL_FX_ISA names one that is unknown, or that this CPU lacks.
-
-    Example:
-        >>> host_isa() in abi.ISAS
-        True
-    """
-    import llvmlite.binding as llvm
-
-    features = llvm.get_host_cpu_features()
-    usable = [isa for isa in abi.ISAS if all(features.get(name, False) for name in _ISA_FEATURES[isa])]
-    wanted = os.environ.get(abi.ISA_VARIABLE) or usable[-1]
-    if wanted not in usable:
-        raise LibraryError(f"{abi.ISA_VARIABLE} is {wanted!r}, but this CPU can use: {', '.join(usable)}")
-    return wanted
 
 
 @dataclass(frozen=True, kw_only=True)

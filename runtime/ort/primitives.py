@@ -208,3 +208,16 @@ def _xgetbv(context: Any) -> Any:
 
 
 xgetbv: Callable[[], int] = intrinsic(_xgetbv)  # which register states the operating system saves
+
+
+def _exchange(context: Any, address: Any, expected: Any, value: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, expected, value = args
+        pointer = builder.inttoptr(address, _WORD.as_pointer())
+        return builder.extract_value(builder.cmpxchg(pointer, expected, value, "acq_rel", "acquire"), 0)
+
+    return word(word, word, word), generate
+
+
+# Atomically: the word at ``address`` becomes ``value`` if it is ``expected``; what it was before.
+exchange: Callable[[int, int, int], int] = intrinsic(_exchange)

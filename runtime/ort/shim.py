@@ -5,7 +5,8 @@ that any number of runs may share it. What may be refused is ``checks``'s, one c
 how it is compiled or linked.
 """
 
-from srigl_fx.runtime.ort import abi, checks, compute
+from srigl_fx.runtime.kernels import isa
+from srigl_fx.runtime.ort import abi, checks, compute, panels
 from srigl_fx.runtime.ort.checks import check_weights, read_attributes
 from srigl_fx.runtime.ort.primitives import (
     call,
@@ -24,18 +25,18 @@ from srigl_fx.runtime.ort.primitives import (
 )
 
 # Numba takes a constant for a literal only under a name of the module's own.
-_LINEAR, _CONV = abi.OPERATORS
 _DOMAIN = abi.DOMAIN
-_ISA_0, _ISA_1, _ISA_2 = abi.ISAS
-_ISA_VARIABLE = abi.ISA_VARIABLE
-_UNKNOWN_ISA = f"{abi.ISA_VARIABLE} must be one of {', '.join(abi.ISAS)}; set it to one of these, or unset it"
-_MISSING_ISA = f"{abi.ISA_VARIABLE} names an instruction set that this CPU lacks; set it to an older one, or unset it"
+_ISA_0, _ISA_1, _ISA_2 = isa.ISAS
+_ISA_VARIABLE = isa.ISA_VARIABLE
+_UNKNOWN_ISA = f"{isa.ISA_VARIABLE} must be one of {', '.join(isa.ISAS)}; set it to one of these, or unset it"
+_MISSING_ISA = f"{isa.ISA_VARIABLE} names an instruction set that this CPU lacks; set it to an older one, or unset it"
 _TOO_OLD = f"the srigl_fx operators need ONNX Runtime {'.'.join(map(str, abi.MINIMUM_ONNXRUNTIME))} or newer"
 _WEIGHTS_WORDS = abi.WEIGHTS_WORDS
 
 _calloc, _free, _getenv = external("calloc", 2), external("free", 1), external("getenv", 1)
 
 _WEIGHT_INPUTS = len(abi.INPUTS) - 1
+_ACTIVATIONS = len(abi.ACTIVATIONS)
 _DIGITS = (ord("0"), ord("9"))
 _DOT = ord(".")
 
@@ -67,6 +68,7 @@ def _prepare(node: int, info: int) -> int:
             store(constants, abi.WORD * i, 0)
     status = check_weights(node, constants, weights)
     if status == 0:
+        store(node, abi.NODE_CONSTANT_VALUES, load(weights, abi.WEIGHTS_VALUES))
         store(node, abi.NODE_CHECKED_INDICES, load(weights, abi.WEIGHTS_INDICES))
         store(node, abi.NODE_CHECKED_ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
     return status
@@ -78,7 +80,11 @@ def create(op: int, api: int, info: int, out: int) -> int:
     if node == 0:
         return call(load(api, abi.CREATE_STATUS), (abi.ERROR_FAIL, text("srigl_fx: not enough memory for a node")))
     store(node, abi.NODE_API, api)
-    store(node, abi.NODE_KIND, load(op, abi.OP_KIND))
+    kind = load(op, abi.OP_KIND)
+    store(node, abi.NODE_BASE, kind // (2 * _ACTIVATIONS))
+    store(node, abi.NODE_RESIDUAL, kind // _ACTIVATIONS % 2)
+    store(node, abi.NODE_ACTIVATION, kind % _ACTIVATIONS)
+    store(node, abi.NODE_OPERATOR, load(op, abi.OP_NAME))
     store(node, abi.NODE_KERNELS, load(symbol("srigl_state"), abi.STATE_KERNELS))
     size = stack(1)
     store(size, 0, abi.NODE_NAME_SIZE)
@@ -96,26 +102,26 @@ def create(op: int, api: int, info: int, out: int) -> int:
 
 def destroy(node: int) -> int:
     """KernelDestroy."""
+    _free(load(node, abi.NODE_DOT_PANEL))
+    _free(load(node, abi.NODE_TILE_PANEL))
     return _free(node)
 
 
 def get_name(op: int) -> int:
     """GetName."""
-    if load(op, abi.OP_KIND) == 0:
-        return text(_LINEAR)
-    return text(_CONV)
+    return load(op, abi.OP_NAME)
 
 
 def get_input_type(op: int, index: int) -> int:
-    """GetInputType: float32, but int32 active; the indices' type is checked by ``checks``."""
-    if index == 2:
+    """GetInputType: float32, but int32 active; the types of values and indices are checked by ``checks``."""
+    if index == 1 or index == 2:
         return abi.TYPE_UNDEFINED
     return abi.TYPE_INT32 if index == 3 else abi.TYPE_FLOAT
 
 
 def get_input_count(op: int) -> int:
     """GetInputTypeCount."""
-    return _WEIGHT_INPUTS + 1
+    return _WEIGHT_INPUTS + 1 + load(op, abi.OP_KIND) // _ACTIVATIONS % 2
 
 
 def zero(op: int, index: int) -> int:
@@ -233,6 +239,7 @@ def register(options: int, base: int) -> int:
 
 FUNCTIONS = (
     *checks.FUNCTIONS,
+    *panels.FUNCTIONS,
     *compute.FUNCTIONS,
     create,
     destroy,
@@ -245,7 +252,7 @@ FUNCTIONS = (
     register,
 )
 
-# What each field of OrtCustomOp holds: a number, or the function that ONNX Runtime calls.
+# What each field of OrtCustomOp holds: a number, a constant text, or the function that ONNX Runtime calls.
 _COMMON_FIELDS = {
     abi.OP_VERSION: abi.API_VERSION,
     abi.OP_GET_NAME: get_name,
@@ -266,7 +273,13 @@ _COMMON_FIELDS = {
     abi.OP_GET_START_VERSION: one,
     abi.OP_GET_END_VERSION: any_version,
 }
+_COMPUTE = (compute.compute_linear, compute.compute_conv, compute.compute_conv)  # by base
 OPERATOR_FIELDS = tuple(
-    {**_COMMON_FIELDS, abi.OP_KERNEL_COMPUTE_V2: function, abi.OP_KIND: kind}
-    for kind, function in enumerate((compute.compute_linear, compute.compute_conv))
+    {
+        **_COMMON_FIELDS,
+        abi.OP_KERNEL_COMPUTE_V2: _COMPUTE[abi.BASES.index(base)],
+        abi.OP_KIND: kind,
+        abi.OP_NAME: name,
+    }
+    for kind, (name, (base, _, _)) in enumerate(abi.operator_names().items())
 )

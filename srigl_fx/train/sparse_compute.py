@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -95,6 +96,10 @@ class KeptWeight:
         self.gradient = self._buffer = None
         self._mask, self._mask_version = mask, mask._version
 
+    def forget(self) -> None:
+        """Read the parameter anew at the next :meth:`refresh`."""
+        self._weight = None
+
     @torch.no_grad()
     def write_back(self) -> None:
         """Write the values into the parameter."""
@@ -156,7 +161,7 @@ def _is_like(value: object, shape: torch.Size) -> bool:
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: KeptWeight, dense_gradient: bool
     ) -> Tensor:
         from srigl_fx.runtime.products import pack
@@ -168,7 +173,7 @@ class _SparseLinear(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         from srigl_fx.runtime.products import pack
 
         x, values = ctx.saved_tensors
@@ -180,11 +185,11 @@ class _SparseLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1] and ctx.dense_gradient:
             of_weight = kept.handle.record.site.from_matrix(grad.t() @ x)
         elif ctx.needs_input_grad[1]:
-            if ctx.pattern is not kept.pattern:
+            if kept.pattern is None or ctx.pattern is not kept.pattern:
                 raise TrainerError(
                     f"the mask of {kept.handle.fqn} changed between forward and backward: compute the forward again"
                 )
-            of_weight = kept.dense_gradient(ctx.pattern.value_gradient(pack(x), packed))
+            of_weight = kept.dense_gradient(kept.pattern.value_gradient(pack(x), packed))
         return of_x, of_weight, of_bias, None, None
 
 
@@ -199,8 +204,10 @@ class SparseCompute:
 
     def __init__(self, trainer: Trainer) -> None:
         """Attach; see :func:`compute_sparse`."""
-        self._engine = trainer.engine
+        self._trainer, self._engine = trainer, trainer.engine
         self._engine.check_attached()
+        if trainer in _ATTACHED:
+            raise TrainerError("the trainer's steps are computed sparsely already: call detach() on that handle first")
         if self._engine.processes.group is not None:
             raise TrainerError("sparse steps are for one process: several exchange dense gradients in any case")
         self._optimizer = self._engine.optimizer
@@ -225,12 +232,14 @@ class SparseCompute:
             if kept.linear:
                 _LAYERS[kept.handle.owner] = self, kept
                 kept.handle.owner.forward = types.MethodType(forward, kept.handle.owner)
+        _ATTACHED.add(trainer)
         self._swapped: list[tuple[list[Any], int, KeptWeight]] = []
         self._hooks: list[RemovableHandle] = []
         if self.steps_kept:
             after = self._optimizer.register_step_post_hook(self._after_step)
             # The engine's own hook looks at the weights after the step: they must be written back by then.
-            self._optimizer._optimizer_step_post_hooks.move_to_end(after.id, last=False)
+            hooks: Any = self._optimizer._optimizer_step_post_hooks
+            hooks.move_to_end(after.id, last=False)
             self._hooks = [
                 after,
                 self._optimizer.register_step_pre_hook(self._before_step),
@@ -245,9 +254,10 @@ class SparseCompute:
 
     def write_state(self) -> None:
         """Give the optimizer's state back its dense form, as ``optimizer.state_dict()`` does."""
-        self._restore()
+        self._recover()
         for kept in self._kept:
             if kept.state:
+                kept.refresh()  # the masks may have changed since the last step
                 self._optimizer.state[kept.handle.weight] = kept.give_state()
 
     def detach(self) -> None:
@@ -261,6 +271,7 @@ class SparseCompute:
                 _LAYERS.pop(kept.handle.owner, None)
                 vars(kept.handle.owner).pop("forward", None)
         self._hooks, self._kept = [], []
+        _ATTACHED.discard(self._trainer)
 
     def __enter__(self) -> "SparseCompute":
         return self
@@ -271,6 +282,12 @@ class SparseCompute:
     def _forget_state(self) -> None:
         for kept in self._kept:
             kept.state = {}
+
+    def _recover(self) -> None:
+        """After a step that failed halfway the parameters are what counts."""
+        for _, _, kept in self._swapped:
+            kept.forget()
+        self._restore()
 
     def _restore(self) -> None:
         """Put the parameters back in their places."""
@@ -286,7 +303,7 @@ class SparseCompute:
         if any(callable(given) for given in (*args[1:], *kwargs.values())):
             self.write_state()  # a closure makes gradients while the optimizer steps
             return
-        self._restore()
+        self._recover()
         found = {id(kept.handle.weight): kept for kept in self._kept}
         for group in self._optimizer.param_groups:
             parameters = group["params"]
@@ -310,6 +327,7 @@ class SparseCompute:
             kept.write_back()
 
 
+_ATTACHED: "weakref.WeakSet[Trainer]" = weakref.WeakSet()
 # The owners of the weights that are computed sparsely. A copy of a module is another key: it computes densely.
 _LAYERS: "weakref.WeakKeyDictionary[nn.Module, tuple[SparseCompute, KeptWeight]]" = weakref.WeakKeyDictionary()
 
@@ -390,6 +408,8 @@ def _reason(handle: SparseWeight) -> str:
         return f"{handle.weight.dtype}, not float32"
     cls = dense_class(type(owner)) if isinstance(owner, SparseModule) else type(owner)
     transformers_linear = (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    if cls is NonDynamicallyQuantizableLinear:
+        return "an attention computes with it itself"
     is_linear = handle.record.site.kind in ("linear", "linear_in_out") and handle.record.site.attr == "weight"
     if not is_linear or "forward" in vars(owner) or not (cls.forward is nn.Linear.forward or transformers_linear):
         return f"{handle.record.site.kind} in a {cls.__name__}, not a plain linear layer"

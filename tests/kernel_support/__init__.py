@@ -37,15 +37,16 @@ def condensed(
     k: int,
     *,
     n_active: int | None = None,
+    active: Sequence[int] | None = None,
     dtype: ValueDtype = "float32",
     pattern: str = "random",
     seed: int = 0,
 ) -> CondensedWeight:
     """A condensed weight with random values and bias, its kept columns as ``pattern`` says."""
     rng = np.random.default_rng(seed)
-    active = np.sort(rng.permutation(n)[: n if n_active is None else n_active])
+    some = rng.permutation(n)[: n if n_active is None else n_active]
     mask = np.zeros((n, in_features), np.bool_)
-    for row in active:
+    for row in some if active is None else active:
         start, length = PATTERNS[pattern](int(row), n, in_features, k)
         mask[row, start + rng.choice(length, k, replace=False)] = True
     bias = rng.standard_normal(n) + 2 * rng.choice((-1, 1), n)  # never near zero
@@ -65,7 +66,7 @@ def operands(weight: CondensedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def assert_close(y: Tensor, expected: NDArray[Any], size: NDArray[Any], k: int, what: str) -> None:
-    """``y`` is the oracle's result but for rounding: of sums of ``k`` products, whose absolute values sum to ``size``."""
+    """``y`` is the oracle's result up to rounding ``k`` products whose absolute values sum to ``size``."""
     assert y.dtype is torch.float32, what
     assert tuple(y.shape) == expected.shape, what
     got = y.detach().numpy()
@@ -84,6 +85,7 @@ def check_linear(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     residual: Tensor | None = None,
     activation: str = "none",
+    x_feature_major: bool = False,
     y_feature_major: bool = False,
 ) -> Tensor:
     """Compare ``condensed_linear`` with the oracle; return what it gave."""
@@ -93,30 +95,40 @@ def check_linear(
         weight.in_features,
         residual=residual,
         activation=activation,
+        x_feature_major=x_feature_major,
         y_feature_major=y_feature_major,
     )
-    added = None if residual is None else residual.detach().numpy()
-    arrays = x.detach().numpy(), weight.values, weight.indices, weight.active, weight.bias
-    with np.errstate(all="ignore"):
-        expected = reference.condensed_linear(*arrays, residual=added, activation=activation)
-        data, values, indices, active, bias = arrays
-        size = reference.condensed_linear(
-            np.abs(data).astype(np.float64),
-            np.abs(values),
-            indices,
-            active,
-            np.abs(bias),
-            residual=None if added is None else np.abs(added),
+    compare_linear(y, weight, x, residual, activation)
+    if y_feature_major:
+        assert y.movedim(-1, 0).is_contiguous()
+    return y
+
+
+def compare_linear(y: Tensor, weight: CondensedWeight, x: Tensor, residual: Tensor | None, activation: str) -> None:
+    """Compare the result of a linear layer with the oracle."""
+
+    def oracle(convert: Callable[[NDArray[Any]], NDArray[Any]], kind: str) -> NDArray[Any]:
+        return reference.condensed_linear(
+            convert(x.detach().numpy()),
+            convert(weight.values),
+            weight.indices,
+            weight.active,
+            convert(weight.bias),
+            residual=None if residual is None else convert(residual.detach().numpy()),
+            activation=kind,
         )
+
+    with np.errstate(all="ignore"):
+        expected, size = oracle(lambda array: array, activation), oracle(_absolute, "none")
     what = (
-        f"{weight.values.dtype} {weight.out_features} x "
-        f"{weight.in_features}, k {weight.k}, {weight.n_active} active, x {tuple(x.shape)} strides {x.stride()}, "
-        f"{activation}"
+        f"{weight.values.dtype} {weight.out_features} x {weight.in_features}, k {weight.k}, {weight.n_active} active, "
+        f"x {tuple(x.shape)} strides {x.stride()}, {activation}"
     )
     assert_close(y, expected, size, weight.k, what)
-    if y_feature_major:
-        assert y.movedim(-1, 0).is_contiguous(), what
-    return y
+
+
+def _absolute(array: NDArray[Any]) -> NDArray[np.float64]:
+    return np.abs(array.astype(np.float64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,12 +158,64 @@ class Convolution:
     def in_features(self) -> int:
         return int(np.prod(self.weight_shape[1:]))
 
+    @property
+    def steps(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Stride, padding and dilation."""
+        ones, zeros = (1,) * self.rank, (0,) * self.rank
+        return self.stride or ones, self.padding or zeros, self.dilation or ones
+
+    @property
+    def output_size(self) -> tuple[int, ...]:
+        """The sizes of the output's axes."""
+        extra = self.output_padding or (0,) * self.rank
+        reach = [d * (taps - 1) + 1 for taps, d in zip(self.kernel, self.steps[2], strict=True)]
+        sizes = zip(self.size, *self.steps[:2], reach, extra, strict=True)
+        if self.transposed:
+            return tuple((size - 1) * s - 2 * p + r + more for size, s, p, r, more in sizes)
+        return tuple((size + 2 * p - r) // s + 1 for size, s, p, r, _ in sizes)
+
     def condensed(self, k: int, **settings: Any) -> CondensedWeight:
         """A condensed weight of this geometry."""
         return condensed(self.n, self.in_features, k, **settings)
 
     def input(self, batch: int) -> Tensor:
         return torch.randn(batch, self.channels, *self.size)
+
+
+SHAPES: dict[str, Convolution] = {
+    "1d": Convolution(kernel=(5,), size=(23,)),
+    "1d strided": Convolution(kernel=(4,), size=(37,), stride=(3,), padding=(2,), dilation=(2,)),
+    "1d pointwise": Convolution(kernel=(1,), size=(16,)),
+    "2d": Convolution(),
+    "2d padded": Convolution(padding=(1, 1)),
+    "2d strided": Convolution(stride=(2, 3), padding=(1, 2), size=(11, 14)),
+    "2d dilated": Convolution(dilation=(2, 3), padding=(4, 5)),
+    "2d strided, dilated": Convolution(stride=(3, 2), dilation=(2, 3), padding=(0, 4), size=(12, 15)),
+    "2d groups": Convolution(groups=2, padding=(1, 0)),
+    "2d depthwise": Convolution(n=8, channels=4, groups=4, padding=(1, 1)),
+    "2d pointwise": Convolution(kernel=(1, 1), size=(7, 7)),
+    "2d pointwise, 16 positions": Convolution(kernel=(1, 1), size=(4, 4)),
+    "2d pointwise, strided": Convolution(kernel=(1, 1), stride=(2, 2), size=(7, 8)),
+    "2d pointwise, padded": Convolution(kernel=(1, 1), padding=(1, 2), size=(5, 4)),
+    "2d long kernel": Convolution(kernel=(1, 7), padding=(0, 3), size=(3, 20)),
+    "2d one position": Convolution(size=(3, 3)),
+    "2d one column": Convolution(kernel=(3, 1), size=(20, 1)),
+    "3d": Convolution(kernel=(2, 3, 2), padding=(1, 1, 0), size=(4, 5, 6)),
+    "3d strided": Convolution(kernel=(3, 2, 3), stride=(2, 1, 2), dilation=(1, 2, 1), groups=2, size=(5, 6, 7)),
+    "1d transposed": Convolution(kernel=(4,), size=(13,), stride=(2,), padding=(1,), transposed=True),
+    "2d transposed": Convolution(transposed=True),
+    "2d transposed, strided": Convolution(
+        kernel=(4, 3), stride=(2, 3), padding=(1, 2), output_padding=(1, 0), size=(6, 5), transposed=True
+    ),
+    "2d transposed, dilated": Convolution(
+        dilation=(2, 3), stride=(1, 2), output_padding=(0, 1), groups=2, size=(5, 4), transposed=True
+    ),
+    "2d transposed, more padding than kernel": Convolution(kernel=(2, 2), padding=(2, 1), transposed=True),
+    "2d transposed pointwise": Convolution(kernel=(1, 1), stride=(2, 2), size=(5, 4), transposed=True),
+    "3d transposed": Convolution(
+        kernel=(2, 3, 2), stride=(2, 1, 2), padding=(1, 1, 0), size=(3, 4, 3), groups=2, transposed=True
+    ),
+}
 
 
 def check_conv(
@@ -163,9 +227,7 @@ def check_conv(
     activation: str = "none",
 ) -> Tensor:
     """Compare ``condensed_conv`` with the oracle; return what it gave."""
-    ones, zeros = (1,) * shape.rank, (0,) * shape.rank
-    stride, dilation = shape.stride or ones, shape.dilation or ones
-    padding, extra = shape.padding or zeros, shape.output_padding
+    stride, padding, dilation = shape.steps
     y: Tensor = torch.ops.srigl_fx.condensed_conv(
         x,
         *operands(weight),
@@ -177,33 +239,40 @@ def check_conv(
         residual=residual,
         activation=activation,
         transposed=shape.transposed,
-        output_padding=extra,
+        output_padding=shape.output_padding,
     )
+    compare_conv(y, shape, weight, x, residual, activation)
+    return y
 
-    def oracle(data: Any, values: Any, bias: Any, added: Tensor | None, kind: str, convert: Any) -> NDArray[Any]:
+
+def compare_conv(
+    y: Tensor, shape: Convolution, weight: CondensedWeight, x: Tensor, residual: Tensor | None, activation: str
+) -> None:
+    """Compare the result of a convolution with the oracle."""
+    stride, padding, dilation = shape.steps
+
+    def oracle(convert: Callable[[NDArray[Any]], NDArray[Any]], kind: str) -> NDArray[Any]:
         return reference.condensed_conv(
-            convert(data.detach().numpy()),
-            convert(values),
+            convert(x.detach().numpy()),
+            convert(weight.values),
             weight.indices,
             weight.active,
-            convert(bias),
+            convert(weight.bias),
             weight_shape=shape.weight_shape,
             strides=stride,
             pads=padding * 2,
             dilations=dilation,
             group=shape.groups,
             transposed=shape.transposed,
-            output_padding=extra or None,
-            residual=None if added is None else convert(added.detach().numpy()),
+            output_padding=shape.output_padding or None,
+            residual=None if residual is None else convert(residual.detach().numpy()),
             activation=kind,
         )
 
     with np.errstate(all="ignore"):
-        expected = oracle(x, weight.values, weight.bias, residual, activation, lambda array: array)
-        size = oracle(x, weight.values, weight.bias, residual, "none", lambda array: np.abs(array).astype(np.float64))
+        expected, size = oracle(lambda array: array, activation), oracle(_absolute, "none")
     what = f"{shape}, {weight.values.dtype}, k {weight.k}, {weight.n_active} active, x {tuple(x.shape)}, {activation}"
     assert_close(y, expected, size, weight.k, what)
-    return y
 
 
 def bits(y: Tensor) -> bytes:

@@ -108,7 +108,7 @@ def captured(make: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]) -> Progra
 
 
 def prefixes() -> list[Any]:
-    """The pipeline up to each pass before Condense: of the pieces that it makes of a layer, the values are not known."""
+    """The pipeline up to each pass before Condense, which makes pieces of a layer whose values are not recorded."""
     return [pytest.param(PIPELINE[: i + 1], id=step.name) for i, step in enumerate(PIPELINE[: -len(AFTERWARDS)])]
 
 

@@ -88,8 +88,10 @@ def neighbours(m: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("shape", "worth"),
-    [((1, 12), False), ((15, 12), False), ((16, 12), True), ((2, 7, 12), False), ((2, 8, 12), True)]
-    + [((1, 15, 12), False), ((1, 16, 12), True), ((12,), False)],
+    [
+        *(((1, 12), False), ((15, 12), False), ((16, 12), True), ((2, 7, 12), False), ((2, 8, 12), True)),
+        *(((1, 15, 12), False), ((1, 16, 12), True), ((12,), False)),
+    ],
 )
 def test_from_sixteen_samples_on(shape: tuple[int, ...], worth: bool) -> None:
     _, module = lowered(neighbours, shape)

@@ -201,8 +201,9 @@ def test_a_value_that_is_needed_elsewhere_is_left_with_a_note(also: str, what: s
 
     found, notes = fused(hand_made(build))
     assert found == [(False, "none")]
-    assert notes == [f"{'relu_default' if what == 'activation' else 'add_tensor'} not fused: what it reads is used "
-                     "elsewhere too"]
+    assert notes == [
+        f"{'relu_default' if what == 'activation' else 'add_tensor'} not fused: what it reads is used elsewhere too"
+    ]
 
 
 class BasicBlock(nn.Module):
@@ -231,7 +232,7 @@ class TransformerMlp(nn.Module):
         self.dropout = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.down(self.activation(self.up(self.norm(x)))))
+        return x + self.dropout(self.down(self.activation(self.up(self.norm(x)))))  # type: ignore[no-any-return]
 
 
 class InvertedResidual(nn.Module):
@@ -299,7 +300,7 @@ def test_notes_reach_the_report() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.fc(x)
-            return torch.relu(y) * y
+            return torch.relu(y) * y  # type: ignore[no-any-return]
 
     model = mask_by_hand(randomise(Twice()), 0.3).eval()
     (note,) = sx.lower(model, (torch.randn(2, 8),), min_speedup=0).report.notes

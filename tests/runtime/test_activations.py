@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from srigl_fx.runtime import ops
-from srigl_fx.runtime.ort.abi import ISAS
+from srigl_fx.runtime.kernels.isa import ISAS
 
 Array = NDArray[np.float32]
 NAMES = tuple(ops.ACTIVATIONS)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from srigl_fx.runtime import calibration
 from srigl_fx.runtime.calibration import fit, machine_constants, predicted, probe
-from srigl_fx.runtime.cost_model import DOT_MOST_COLUMNS, Machine, Work, condensed, dense, estimate, kernel_for
+from srigl_fx.runtime.cost_model import Machine, Work, condensed, dense, estimate, kernel_for
 from srigl_fx.runtime.timings import Timings
 
 # Round numbers, such that every term can be told from the sum.
@@ -23,8 +23,8 @@ SIMPLE = Machine(
     dense_call=100.0,
     condensed_call=200.0,
 )
-SMALL = Work(rows=10, fan_in=20, active=10, kept=50, columns=1, inputs=20, outputs=10)
-LARGE = replace(SMALL, rows=1000, fan_in=1000, kept=10**5, active=1000, inputs=1000, outputs=1000)
+SMALL = Work(rows=10, fan_in=20, active=10, kept=50, columns=1)
+LARGE = replace(SMALL, rows=1000, fan_in=1000, kept=10**5, active=1000)
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,12 @@ def test_dense_by_hand(work: Work, seconds: float) -> None:
 @pytest.mark.parametrize(
     ("work", "seconds"),
     [
-        (SMALL, 200 + 50 / 1e3),
-        (replace(SMALL, columns=5), 200 + 250 / 1e3),
-        (replace(SMALL, columns=5, convolution=True), 200 + 16 * 50 / 1e3 + 30 / 1e3),  # tiles of 16 columns
-        (replace(SMALL, columns=17, inputs=340, outputs=170), 200 + 32 * 50 / 1e3 + 510 / 1e3),
-        (LARGE, 200 + 100.0),
+        (SMALL, 200 + 1.3 * 50 / 1e3),  # 30 % gaps
+        (replace(SMALL, columns=5), 200 + 1.3 * 250 / 1e3),
+        (replace(LARGE, kept=1000), 200 + 10**6 / 32 / 1e3),  # mostly gaps
+        (replace(SMALL, columns=5, convolution=True), 200 + 16 * 50 / 1e3 + 150 / 1e3),  # tiles of 16 columns
+        (replace(SMALL, columns=17), 200 + 32 * 50 / 1e3 + 510 / 1e3),
+        (LARGE, 200 + 130.0),
     ],
 )
 def test_condensed_by_hand(work: Work, seconds: float) -> None:
@@ -55,8 +56,8 @@ def test_condensed_by_hand(work: Work, seconds: float) -> None:
 
 def test_values_of_two_bytes_help_where_memory_is_the_limit() -> None:
     slow_memory = replace(SIMPLE, bandwidth=1e3)
-    assert condensed(LARGE, slow_memory) == pytest.approx(200 + 500)
-    assert condensed(replace(LARGE, value_bytes=2), slow_memory) == pytest.approx(200 + 300)
+    assert condensed(LARGE, slow_memory) == pytest.approx(200 + 1.3 * 500)
+    assert condensed(replace(LARGE, value_bytes=2), slow_memory) == pytest.approx(200 + 1.3 * 300)
 
 
 def test_shrunk_only_where_rows_are_ablated() -> None:
@@ -67,8 +68,8 @@ def test_shrunk_only_where_rows_are_ablated() -> None:
 
 
 def test_kernels_by_columns() -> None:
-    assert [kernel_for(columns) for columns in (0, 1, DOT_MOST_COLUMNS)] == ["dot"] * 3
-    assert [kernel_for(columns) for columns in (DOT_MOST_COLUMNS + 1, 4096)] == ["tile"] * 2
+    assert [kernel_for(columns) for columns in (0, 1, 5)] == ["dot"] * 3
+    assert [kernel_for(columns) for columns in (6, 4096)] == ["tile"] * 2
 
 
 @given(
@@ -86,15 +87,13 @@ def test_more_work_never_takes_less(rows: int, fan_in: int, columns: int, densit
         active=rows,
         kept=kept,
         columns=columns,
-        inputs=columns * fan_in,
-        outputs=columns * rows,
         convolution=convolution,
     )
     now = estimate(work, Machine())
     assert all(seconds > 0 for seconds in now.values())
     denser = estimate(replace(work, kept=kept + rows), Machine())
     assert denser["dense"] == now["dense"]
-    assert denser["condensed"] > now["condensed"]
+    assert denser["condensed"] >= now["condensed"]
     assert dense(replace(work, columns=2 * columns), Machine()) >= now["dense"]
     faster = estimate(work, Machine().with_threads(2))
     assert all(faster[form] <= seconds for form, seconds in now.items())

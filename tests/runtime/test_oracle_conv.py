@@ -3,6 +3,7 @@
 Run as they are for this CPU's best instruction set, and by ``test_oracle_isas.py`` for each of them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from kernel_support import (
     ACTIVATIONS,
     DTYPES,
     PATTERNS,
+    SHAPES,
     Convolution,
     axes,
     check_conv,
@@ -25,40 +27,6 @@ from srigl_fx.runtime.format import ValueDtype
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
-SHAPES: dict[str, Convolution] = {
-    "1d": Convolution(kernel=(5,), size=(23,)),
-    "1d strided": Convolution(kernel=(4,), size=(37,), stride=(3,), padding=(2,), dilation=(2,)),
-    "1d pointwise": Convolution(kernel=(1,), size=(16,)),
-    "2d": Convolution(),
-    "2d padded": Convolution(padding=(1, 1)),
-    "2d strided": Convolution(stride=(2, 3), padding=(1, 2), size=(11, 14)),
-    "2d dilated": Convolution(dilation=(2, 3), padding=(4, 5)),
-    "2d strided, dilated": Convolution(stride=(3, 2), dilation=(2, 3), padding=(0, 4), size=(12, 15)),
-    "2d groups": Convolution(groups=2, padding=(1, 0)),
-    "2d depthwise": Convolution(n=8, channels=4, groups=4, padding=(1, 1)),
-    "2d pointwise": Convolution(kernel=(1, 1), size=(7, 7)),
-    "2d pointwise, 16 positions": Convolution(kernel=(1, 1), size=(4, 4)),
-    "2d pointwise, strided": Convolution(kernel=(1, 1), stride=(2, 2), size=(7, 8)),
-    "2d pointwise, padded": Convolution(kernel=(1, 1), padding=(1, 2), size=(5, 4)),
-    "2d long kernel": Convolution(kernel=(1, 7), padding=(0, 3), size=(3, 20)),
-    "2d one position": Convolution(size=(3, 3)),
-    "2d one column": Convolution(kernel=(3, 1), size=(20, 1)),
-    "3d": Convolution(kernel=(2, 3, 2), padding=(1, 1, 0), size=(4, 5, 6)),
-    "3d strided": Convolution(kernel=(3, 2, 3), stride=(2, 1, 2), dilation=(1, 2, 1), groups=2, size=(5, 6, 7)),
-    "1d transposed": Convolution(kernel=(4,), size=(13,), stride=(2,), padding=(1,), transposed=True),
-    "2d transposed": Convolution(transposed=True),
-    "2d transposed, strided": Convolution(
-        kernel=(4, 3), stride=(2, 3), padding=(1, 2), output_padding=(1, 0), size=(6, 5), transposed=True
-    ),
-    "2d transposed, dilated": Convolution(
-        dilation=(2, 3), stride=(1, 2), output_padding=(0, 1), groups=2, size=(5, 4), transposed=True
-    ),
-    "2d transposed, more padding than kernel": Convolution(kernel=(2, 2), padding=(2, 1), transposed=True),
-    "2d transposed pointwise": Convolution(kernel=(1, 1), stride=(2, 2), size=(5, 4), transposed=True),
-    "3d transposed": Convolution(
-        kernel=(2, 3, 2), stride=(2, 1, 2), padding=(1, 1, 0), size=(3, 4, 3), groups=2, transposed=True
-    ),
-}
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 
 
@@ -128,6 +96,35 @@ def test_batches(kernel: tuple[int, int]) -> None:
         check_conv(shape, weight, shape.input(batch))
 
 
+@pytest.mark.parametrize("n", [4, 20])
+def test_more_samples_than_are_packed_at_a_time(n: int) -> None:
+    shape = Convolution(n=n, channels=16, size=(18, 18), padding=(1, 1), stride=(2, 2))
+    check_conv(shape, shape.condensed(4, n_active=n - 1), shape.input(67))
+
+
+@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    "active",
+    [range(80), range(35, 80), range(37), range(0, 80, 2), [79], [0], []],
+    ids=["all", "last", "first", "every other", "very last", "very first", "none"],
+)
+def test_threads_share_the_work(active: Sequence[int], transposed: bool, kernel: tuple[int, int], threads: int) -> None:
+    """Whichever filters are ablated at the borders of the threads' shares."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for groups in (1, 4):
+            shape = Convolution(n=80, channels=40, kernel=kernel, groups=groups, size=(10, 13), transposed=transposed)
+            weight = shape.condensed(9, active=active)
+            for batch in (1, 2, 5):
+                y = check_conv(shape, weight, shape.input(batch))
+                check_conv(shape, weight, shape.input(batch), residual=torch.randn(y.shape), activation="relu")
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(("n", "groups"), [(1, 1), (15, 1), (16, 1), (17, 1), (33, 3), (40, 2), (64, 4)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_filters(n: int, groups: int, transposed: bool) -> None:
@@ -146,7 +143,7 @@ def test_adversarial_masks(pattern: str, transposed: bool, dtype: ValueDtype) ->
 
 
 def test_more_taps_than_uint16_counts() -> None:
-    shape = Convolution(n=3, channels=7300, padding=(1, 1), size=(3, 4))
+    shape = Convolution(n=17, channels=7300, padding=(1, 1), size=(3, 4))
     weight = shape.condensed(20, pattern="ends")
     assert weight.indices.dtype.name == "int32"
     check_conv(shape, weight, shape.input(2))

@@ -16,7 +16,7 @@ from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.kernels.isa import ISA_VARIABLE, ISAS, host_isa
 
 TESTS = Path(__file__).parent
-ORACLE_TESTS = ("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_special.py")
+ORACLE_TESTS = ("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_special.py", "test_oracle_onnx.py")
 best = pytest.mark.skipif(ISA_VARIABLE in os.environ, reason="another process compares the instruction sets")
 
 
@@ -73,7 +73,7 @@ def test_the_same_bits_in_every_process(isa: str, monkeypatch: pytest.MonkeyPatc
         pytest.skip(f"this CPU has no {isa}")
     paths = os.pathsep.join([str(TESTS.parent), *(entry or os.getcwd() for entry in sys.path)])
     runs = []
-    for _ in range(1 if isa == host_isa() else 2):
+    for _ in range(1 if isa == host_isa() else 2):  # this process is the other one
         done = subprocess.run(
             [sys.executable, str(TESTS.parent / "kernel_support" / "digests.py")],
             env={**os.environ, ISA_VARIABLE: isa, "PYTHONPATH": paths},

@@ -3,6 +3,8 @@
 Run as they are for this CPU's best instruction set, and by ``test_oracle_isas.py`` for each of them.
 """
 
+from collections.abc import Iterator, Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -33,7 +35,7 @@ SIZES = (
 )
 ROWS = (
     (1, 1), (1, 0), (20, 0), (20, 1), (15, 15), (16, 16), (17, 17), (40, 15), (40, 16), (40, 17), (33, 31), (64, 33),
-    (257, 250),
+    (257, 250), (530, 513), (1100, 1090),
 )
 # fmt: on
 
@@ -178,6 +180,68 @@ def test_weights_that_change_in_place_are_seen(batch: int) -> None:
 def test_weights_that_follow_each_other_in_the_same_memory(batch: int) -> None:
     for seed in range(30):  # each freed before the next: whatever is kept for one must not serve another
         check_linear(condensed(21, 70, 9, n_active=20, seed=seed), torch.randn(batch, 70))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 40])
+def test_values_that_follow_each_other_in_the_same_memory(batch: int) -> None:
+    """As where values are made anew for each call: the allocator gives them the memory of those before."""
+    weight = condensed(37, 300, 40, n_active=35)
+    _, indices, active, bias = operands(weight)
+    memory, x = weight.values.copy(), torch.randn(batch, 300)
+    for factor in (1, 2, -3):
+        memory[:] = factor * weight.values
+        values = torch.from_numpy(memory)
+        y = torch.ops.srigl_fx.condensed_linear(x, values, indices, active, bias, 300)
+        expected = torch.nn.functional.linear(x, factor * tensor(weight.to_dense()[0]), bias)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-4)
+        del values
+
+
+@pytest.mark.parametrize("batch", [1, 4, 40])
+def test_inference_tensors(batch: int) -> None:
+    with torch.inference_mode():
+        for dtype in DTYPES:
+            weight = condensed(37, 300, 40, n_active=35, dtype=dtype)
+            tensors = operands(weight)
+            made_here = (tensors[0].clone(), tensors[1].clone(), tensors[2].clone(), tensors[3].clone())
+            assert all(part.is_inference() for part in made_here)
+            for x in layouts(torch.randn(batch, 300)).values():
+                for y_feature_major in (False, True):
+                    check_linear(weight, x, tensors=made_here, y_feature_major=y_feature_major)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 40])
+@pytest.mark.parametrize("y_feature_major", [False, True])
+def test_the_hint_for_export_changes_nothing(batch: int, y_feature_major: bool) -> None:
+    weight = condensed(37, 300, 40, n_active=35)
+    for x in layouts(torch.randn(batch, 300)).values():
+        check_linear(weight, x, x_feature_major=True, y_feature_major=y_feature_major)
+
+
+@pytest.fixture(params=[2, 3, 5])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "active",
+    [range(300), range(130, 300), range(170), range(0, 300, 2), range(150, 170), [299], [0], []],
+    ids=["all", "last", "first", "every other", "few", "very last", "very first", "none"],
+)
+def test_threads_share_the_work(active: Sequence[int], threads: int, dtype: ValueDtype) -> None:
+    """Whichever rows are ablated at the borders of the threads' shares."""
+    weight = condensed(300, 500, 60, active=active, dtype=dtype)
+    for batch in (1, 9, 16, 64, 70, 150):
+        x = torch.randn(batch, 500)
+        check_linear(weight, x)
+        check_linear(weight, x, residual=torch.randn(batch, 300), activation="relu", y_feature_major=True)
+    x[batch // 2, 3] = torch.nan
+    check_linear(weight, x)
+    check_linear(weight, x[batch // 2 :][:1])
 
 
 @st.composite

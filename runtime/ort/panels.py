@@ -1,0 +1,96 @@
+"""The packed weight of a node: made at the first call that wants it, shared by all that follow.
+
+Owns these panels, as functions that Numba compiles ahead of time (words in, one word out). A panel is one allocation
+that starts with a job in which everything is filled in that does not change from call to call. It must not know how a
+panel is laid out, nor what is computed with it.
+"""
+
+from srigl_fx.runtime.kernels import job
+from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
+from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.ort.primitives import call, exchange, external, inlined, linked, load, stack, store
+
+_calloc, _free = external("calloc", 2), external("free", 1)
+
+_JOB_WORDS = job.SIZE
+_JOB_BYTES = 8 * job.SIZE
+_SCRATCH_WORDS = 16
+_CACHE_LINE = 64
+
+
+@inlined
+def kernel(node: int, table: int) -> int:
+    """The address of a task of the node's instruction set."""
+    return load(load(node, abi.NODE_KERNELS), table)
+
+
+@linked
+def store_weights(node: int, weights: int, j: int) -> int:
+    """Fill the fields of a job that describe the weight."""
+    value_type, index_type = load(weights, abi.WEIGHTS_VALUE_TYPE), load(weights, abi.WEIGHTS_INDEX_TYPE)
+    number = FLOAT32
+    if value_type == abi.TYPE_BFLOAT16:
+        number = BFLOAT16
+    elif value_type == abi.TYPE_FLOAT16:
+        number = FLOAT16
+    store(j, abi.WORD * job.VALUES, load(weights, abi.WEIGHTS_VALUES))
+    store(j, abi.WORD * job.INDICES, load(weights, abi.WEIGHTS_INDICES))
+    store(j, abi.WORD * job.ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
+    store(j, abi.WORD * job.BIAS, load(weights, abi.WEIGHTS_BIAS))
+    store(j, abi.WORD * job.N_ACTIVE, load(weights, abi.WEIGHTS_N_ACTIVE))
+    store(j, abi.WORD * job.K, load(weights, abi.WEIGHTS_K))
+    store(j, abi.WORD * job.VALUE_TYPE, number)
+    store(j, abi.WORD * job.INDEX_BYTES, 2 if index_type == abi.TYPE_UINT16 else 4)
+    store(j, abi.WORD * job.IN_FEATURES, load(node, abi.NODE_IN_FEATURES))
+    store(j, abi.WORD * job.OUT_FEATURES, load(node, abi.NODE_OUT_FEATURES))
+    return 0
+
+
+@linked
+def find_panel(node: int, weights: int, is_tile: int, block_rows: int) -> int:
+    """The node's panel for a kernel; 0 where there is none: no such kernel, weights that change, or no memory."""
+    place = node + (abi.NODE_TILE_PANEL if is_tile != 0 else abi.NODE_DOT_PANEL)
+    found = load(place, 0)
+    if found != 0:
+        return found
+    constant = load(node, abi.NODE_CONSTANT_VALUES)
+    if constant == 0 or load(weights, abi.WEIGHTS_VALUES) != constant:
+        return 0
+    if load(weights, abi.WEIGHTS_INDICES) != load(node, abi.NODE_CHECKED_INDICES):
+        return 0
+    if load(weights, abi.WEIGHTS_ACTIVE) != load(node, abi.NODE_CHECKED_ACTIVE):
+        return 0
+    measured, scratch = stack(_JOB_WORDS), stack(_SCRATCH_WORDS)
+    for i in range(_JOB_WORDS):
+        store(measured, abi.WORD * i, 0)
+    store_weights(node, weights, measured)
+    store(measured, abi.WORD * job.BLOCK_ROWS, block_rows)
+    call(kernel(node, abi.TABLE_CHOOSE_WINDOW), (measured, is_tile))
+    if load(measured, abi.WORD * job.PANEL_WINDOW) == 0:
+        return 0
+    call(kernel(node, abi.TABLE_MEASURE_PANEL), (measured, scratch))
+    call(kernel(node, abi.TABLE_PHASE_SIZE), (measured, 0))
+    groups, phases = load(measured, abi.WORD * job.PANEL_COUNT), load(measured, abi.WORD * job.PANEL_PHASES)
+    # The job; where each group starts; each phase's window; each lane's output; the phases themselves, aligned.
+    groups_at = _JOB_BYTES
+    starts_at = groups_at + (groups + 1) * 2 * abi.WORD
+    rows_at = starts_at + phases * 4
+    panel_at = rows_at + groups * 16 * 4 + _CACHE_LINE
+    made = _calloc(1, panel_at + phases * load(measured, abi.WORD * job.PANEL))
+    if made == 0:
+        return 0
+    for i in range(_JOB_WORDS):
+        store(made, abi.WORD * i, load(measured, abi.WORD * i))
+    store(made, abi.WORD * job.PANEL_GROUPS, made + groups_at)
+    store(made, abi.WORD * job.PANEL_STARTS, made + starts_at)
+    store(made, abi.WORD * job.PANEL_ROWS, made + rows_at)
+    store(made, abi.WORD * job.PANEL, (made + panel_at) // _CACHE_LINE * _CACHE_LINE)
+    call(kernel(node, abi.TABLE_FILL_PANEL), (made, scratch))
+    before = exchange(place, 0, made)
+    if before != 0:  # another thread was faster
+        _free(made)
+        return before
+    return made
+
+
+FUNCTIONS = (store_weights, find_panel)
