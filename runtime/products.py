@@ -76,12 +76,12 @@ class Pattern:
     def pays(self, batch: int) -> bool:
         """Whether these products are faster than dense ones at a batch size.
 
-        Measured: dense products do up to 2.5 times as many multiply-adds a second, but are bound by the memory below
-        some 16 samples; whole chunks are computed in any case.
+        Measured: dense products do 2.5 times as many multiply-adds a second, but are bound by the memory below some 16
+        samples; whole chunks are computed in any case.
         """
         rows, columns = self.shape
         padded = -(-batch // CHUNK) * CHUNK
-        return self.positions.numel() * padded <= 0.3 * rows * columns * max(batch, 16)
+        return self.positions.numel() * padded <= 0.4 * rows * columns * max(batch, 16)
 
     def multiply(self, values: Tensor, x: "Packed", bias: Tensor | None = None) -> Tensor:
         """``x W^T + bias``: float32 (batch, rows).

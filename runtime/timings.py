@@ -102,6 +102,10 @@ class Timings:
         """Those of the cache folder; kept in memory only where SRIGL_FX_CACHE is set to nothing."""
         return cls(timings_path())
 
+    def __len__(self) -> int:
+        where = f", {json.dumps(self._where, sort_keys=True)}]"
+        return sum(key.endswith(where) for key in self._known)
+
     def get(self, what: Mapping[str, Any]) -> Seconds | None:
         """The seconds measured for ``what`` in this environment, if any."""
         return self._known.get(_key(what, self._where))

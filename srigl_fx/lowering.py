@@ -65,7 +65,7 @@ def lower(
         min_speedup: A layer is condensed only if measured at least this much faster than dense on this machine; else it
             is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring.
             Times are kept in the folder that SRIGL_FX_CACHE names (``~/.cache/srigl_fx``) and used again; with at most
-            1, layers whose estimates are three times apart are not measured.
+            1, linear layers whose estimates are three times apart are not measured.
         batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
         value_dtype: What condensed weights are stored in: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16``
             for two bytes less for each. Everything else is float32: activations, biases, sums, dense weights.

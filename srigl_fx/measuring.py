@@ -40,8 +40,8 @@ class Costs:
 def layer_costs(program: Program, batch_sizes: Sequence[int], min_speedup: float) -> Costs:
     """What the layers of a matched program cost in each form.
 
-    A layer is measured unless ``min_speedup`` is 0, or at most 1 and the estimates leave no doubt: a condensed form
-    that is :data:`CLEAR` times as fast as dense everywhere, or no form that is not as much slower somewhere.
+    A layer is measured unless ``min_speedup`` is 0, or at most 1 and the estimates of a linear layer leave no doubt:
+    the condensed form is :data:`CLEAR` times as fast as dense at every batch size, or each form as much slower at one.
 
     Args:
         program: Its layers are known, and not rewritten yet.
@@ -148,9 +148,8 @@ class _Call:
 
     @property
     def is_modelled(self) -> bool:
-        """Whether the cost model's formulas hold for it: not for groups, transposed or three-dimensional kernels."""
-        geometry = self._use.geometry
-        return geometry is None or (geometry.groups == 1 and not geometry.transposed and len(geometry.kernel) <= 2)
+        """Whether the cost model is to be believed: of a convolution it leaves too much out."""
+        return self._use.geometry is None
 
     def estimated(self, machine: Machine) -> dict[Decision, float]:
         geometry, mask = self._use.geometry, self._use.mask

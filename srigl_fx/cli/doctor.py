@@ -68,7 +68,7 @@ def examine() -> Health:
         >>> examine().healthy  # doctest: +SKIP
         True
     """
-    return Health((*_platform(), *_packages(), *_library(), *_gpu()))
+    return Health((*_platform(), *_packages(), *_library(), *_timings(), *_gpu()))
 
 
 def _platform() -> Iterator[Finding]:
@@ -116,6 +116,16 @@ def _library() -> Iterator[Finding]:
     yield Finding("operator library", True, str(path))
     yield Finding("instruction set", status.isa is not None, status.isa or status.reason, needed=True)
     yield Finding("tiny model in ONNX Runtime", error < 1e-5, f"largest error {error:.1e}", needed=True)
+
+
+def _timings() -> Iterator[Finding]:
+    from srigl_fx.runtime.timings import Timings, timings_path
+
+    path = timings_path()
+    if path is None:
+        yield Finding("measured times", False, "not kept: no cache folder, or SRIGL_FX_CACHE is set to nothing")
+    else:
+        yield Finding("measured times", True, f"{path}: {len(Timings(path))} for this machine and these versions")
 
 
 def run_tiny_model() -> float:

@@ -30,7 +30,7 @@ from srigl_fx.train.engine import ELEMENTWISE
 if TYPE_CHECKING:
     from srigl_fx.runtime.products import Pattern
 
-_DENSEST = 0.5  # the share of kept weights above which nothing is gained
+_DENSEST = 0.3  # the share of kept weights above which nothing is gained
 _FREE = 2  # uses of a storage that only its tensor and the question itself hold
 
 State = dict[str, Any]

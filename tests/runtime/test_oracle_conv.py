@@ -102,7 +102,7 @@ def test_more_samples_than_are_packed_at_a_time(n: int) -> None:
     check_conv(shape, shape.condensed(4, n_active=n - 1), shape.input(67))
 
 
-@pytest.mark.parametrize("threads", [2, 3, 5])
+@pytest.mark.parametrize("threads", [2, 3])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_threads_share_the_work(active: Sequence[int], transposed: bool, kernel:
         for groups in (1, 4):
             shape = Convolution(n=80, channels=40, kernel=kernel, groups=groups, size=(10, 13), transposed=transposed)
             weight = shape.condensed(9, active=active)
-            for batch in (1, 2, 5):
+            for batch in (1, 5):
                 y = check_conv(shape, weight, shape.input(batch))
                 check_conv(shape, weight, shape.input(batch), residual=torch.randn(y.shape), activation="relu")
     finally:

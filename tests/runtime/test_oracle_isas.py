@@ -20,9 +20,9 @@ ORACLE_TESTS = ("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_spe
 best = pytest.mark.skipif(ISA_VARIABLE in os.environ, reason="another process compares the instruction sets")
 
 
-def run_oracle_tests(isa: str, *arguments: str) -> None:
+def run_oracle_tests(isa: str) -> None:
     files = [str(TESTS / name) for name in ORACLE_TESTS]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments, *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
         command,
@@ -37,6 +37,21 @@ def run_oracle_tests(isa: str, *arguments: str) -> None:
     assert "skipped" not in done.stdout
 
 
+def digests_on(isa: str) -> dict[str, dict[str, str]]:
+    """The digests of every number of threads, from a new process."""
+    paths = os.pathsep.join([str(TESTS.parent), *(entry or os.getcwd() for entry in sys.path)])
+    done = subprocess.run(
+        [sys.executable, str(TESTS.parent / "kernel_support" / "digests.py")],
+        env={**os.environ, ISA_VARIABLE: isa, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{isa}: status {done.returncode}\n{done.stderr[-4000:]}"
+    found: dict[str, dict[str, str]] = json.loads(done.stdout)
+    return found
+
+
 def usable(isa: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setenv(ISA_VARIABLE, isa)
     try:
@@ -48,19 +63,9 @@ def usable(isa: str, monkeypatch: pytest.MonkeyPatch) -> bool:
 
 
 @best
-@pytest.mark.parametrize("isa", ISAS)
-def test_oracle_tests_on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not usable(isa, monkeypatch):
-        pytest.skip(f"this CPU has no {isa}")
-    if isa == host_isa():
-        pytest.skip(f"{isa} is what the oracle tests run on in this process")
-    run_oracle_tests(isa, "-m", "not slow")
-
-
-@best
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
-def test_slow_oracle_tests_on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oracle_tests_on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not usable(isa, monkeypatch):
         pytest.skip(f"this CPU has no {isa}")
     run_oracle_tests(isa)
@@ -68,24 +73,22 @@ def test_slow_oracle_tests_on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @best
 @pytest.mark.parametrize("isa", ISAS)
+def test_a_process_for_each(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few dozen cases, compared with the oracle there."""
+    if not usable(isa, monkeypatch):
+        pytest.skip(f"this CPU has no {isa}")
+    if isa == host_isa():
+        pytest.skip(f"{isa} is what this process compares")
+    assert digests_on(isa)
+
+
+@best
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
 def test_the_same_bits_in_every_process(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not usable(isa, monkeypatch):
         pytest.skip(f"this CPU has no {isa}")
-    paths = os.pathsep.join([str(TESTS.parent), *(entry or os.getcwd() for entry in sys.path)])
-    runs = []
-    for _ in range(1 if isa == host_isa() else 2):  # this process is the other one
-        done = subprocess.run(
-            [sys.executable, str(TESTS.parent / "kernel_support" / "digests.py")],
-            env={**os.environ, ISA_VARIABLE: isa, "PYTHONPATH": paths},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        runs.append(json.loads(done.stdout))
-    if isa == host_isa():
-        runs.append({str(threads): digests.digests(threads) for threads in (1, 2)})
-    assert runs[0] == runs[1]
+    assert digests_on(isa) == digests_on(isa)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -15,7 +15,7 @@ from ort_support.cases import CASES, tolerance, write_cases
 from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.compile import compile_all
-from srigl_fx.runtime.ort.library import host_isa
+from srigl_fx.runtime.kernels.isa import ISAS, host_isa
 from srigl_fx.runtime.ort.link import available_linkers, link
 
 # Versions of ONNX Runtime, with the NumPy that each was built for.
@@ -47,9 +47,9 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("isa", abi.ISAS)
+@pytest.mark.parametrize("isa", ISAS)
 def test_each_instruction_set(library: Path, cases: Path, isa: str) -> None:
-    if abi.ISAS.index(isa) > abi.ISAS.index(host_isa()):
+    if ISAS.index(isa) > ISAS.index(host_isa()):
         result = _serve(library, cases, SRIGL_FX_ISA=isa)
         assert "names an instruction set that this CPU lacks" in result["failure"]
     else:

@@ -50,6 +50,7 @@ def test_what_is_put_is_there_for_the_next(path: Path) -> None:
     assert first.get(WHAT) == SECONDS
     assert Timings(path).get(WHAT) == SECONDS
     assert Timings(path).get({**WHAT, "kept": 13}) is None
+    assert len(Timings(path)) == 1
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
@@ -71,6 +72,7 @@ def test_another_environment_has_times_of_its_own(path: Path, monkeypatch: pytes
         with monkeypatch.context() as patch:
             patch.setattr(timings, "environment", lambda name=name, value=value: {**environment(), name: value})
             assert Timings(path).get(WHAT) is None
+            assert len(Timings(path)) == 0
     monkeypatch.setenv("SRIGL_FX_ISA", "x86-64")
     assert Timings(path).get(WHAT) is None
     monkeypatch.delenv("SRIGL_FX_ISA")
