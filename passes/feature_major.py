@@ -33,8 +33,9 @@ class FeatureMajor(Pass[Program]):
     them, and transposes back. Where the layers are neighbours, neither is needed.
 
     1. The output of a condensed linear layer is feature-major where every path from it leads to the data operand of
-       condensed linear layers, through nothing but operators that treat each element for itself; those with several
-       tensors need all of them feature-major and of one shape. Those layers are told so.
+       condensed linear layers, through nothing but operators that treat each element for itself. Those with several
+       tensors, a condensed linear layer with its output and its residual among them, have all of them feature-major or
+       none. The layers that read such a tensor are told so.
     2. Only where it pays: at ``min_samples`` samples or more (the product of the leading sizes), as smaller batches are
        computed from rows.
     3. Values never depend on it: the operators look at the strides that they are given. What is exported states the
@@ -105,9 +106,18 @@ def _fits(node: fx.Node, found: set[fx.Node]) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() < 2:
         return False
-    if node.target is not LINEAR and not all(one in found and same_shape(one, node) for one in node.all_input_nodes):
+    sources = _read_in_its_layout(node)
+    if not all(one in found and same_shape(one, node) for one in sources):
         return False
-    return all(_reads_as_data(user, node) if user.target is LINEAR else user in found for user in node.users)
+    return all(user in found or (user.target is LINEAR and _reads_as_data(user, node)) for user in node.users)
+
+
+def _read_in_its_layout(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values must lie as the value of ``node`` does."""
+    if node.target is not LINEAR:
+        return node.all_input_nodes
+    residual = arguments(node)["residual"]
+    return [] if residual is None else [residual]
 
 
 def _reads_as_data(linear: fx.Node, node: fx.Node) -> bool:

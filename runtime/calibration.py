@@ -6,6 +6,7 @@ Owns the probes and what is concluded from their times. It must not know what th
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,8 @@ def _solved(
     rest = cost(work, replace(machine, **dict.fromkeys(rates, math.inf)))
     # Noise may make the rest seem dearer than the whole.
     factor = (cost(work, machine) - rest) / max(seconds - rest, 0.2 * seconds)
-    return replace(machine, **{rate: factor * getattr(machine, rate) for rate in rates})
+    found: dict[str, Any] = {rate: factor * getattr(machine, rate) for rate in rates}
+    return replace(machine, **found)
 
 
 def predicted(machine: Machine) -> dict[str, float]:

@@ -161,7 +161,8 @@ def fallback_functions(
 
 def _function(name: str, base: str, residual: bool, activation: str, permuted: Collection[str]) -> str:
     before, after = (_PERMUTATION.format(name=perm) if perm in permuted else "" for perm in LINEAR_ATTRIBUTES)
-    steps = [before, _CONTRACTIONS[base], _ADDITION if residual else "", _ACTIVATIONS[activation], after]
+    # The residual lies as y does.
+    steps = [before, _CONTRACTIONS[base], after, _ADDITION if residual else "", _ACTIVATIONS[activation]]
     steps = [step for step in steps if step]
     results = ["x", *(f"step{i}" for i in range(1, len(steps))), "y"]
     body = "".join(step.format(x=results[i], y=results[i + 1]) for i, step in enumerate(steps))

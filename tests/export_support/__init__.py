@@ -30,22 +30,21 @@ class Operands(nn.Module):
 
 
 class Linears(nn.Module):
-    """A condensed linear layer with each epilogue; with ``feature_major``, each between two others."""
+    """A condensed linear layer with each epilogue; with ``feature_major``, three in a row."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, feature_major: bool = False) -> None:
         super().__init__()
         self.weight, self.feature_major = Operands(10, 10, dtype), feature_major
 
     def forward(self, x: Tensor, residual: Tensor) -> list[Tensor]:
-        outputs = []
-        layouts = [(False, True), (True, True), (True, False)] if self.feature_major else [(False, False)]
+        linear, outputs = torch.ops.srigl_fx.condensed_linear, []
         for add, activation in EPILOGUES:
             y = x
-            for before, after in layouts:
-                extra = {"residual": residual if add else None, "activation": activation}
-                layout = {"x_feature_major": before, "y_feature_major": after}
-                y = torch.ops.srigl_fx.condensed_linear(y, *self.weight(), 10, **extra, **layout)
-            outputs.append(y)
+            if self.feature_major:
+                first = linear(x, *self.weight(), 10, None, activation, False, True)
+                y = linear(first, *self.weight(), 10, first if add else None, activation, True, True)
+            last = residual if add else None
+            outputs.append(linear(y, *self.weight(), 10, last, activation, self.feature_major, False))
         return outputs
 
 

@@ -62,6 +62,8 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], Flags]] = {
     "another operator": (lambda m, x: m.b(F.layer_norm(m.a(x), (12,))), [ROWS, ROWS]),
     "another reader": (lambda m, x: (lambda y: m.b(y) + y.sum())(m.a(x)), [ROWS, ROWS]),
     "a residual": (lambda m, x: (lambda y: m.b(y) + y)(m.a(x)), [ROWS, ROWS]),
+    "a residual before a layer": (lambda m, x: (lambda y: m.c(m.b(y) + y))(m.a(x)), [FIRST, BOTH, LAST]),
+    "a residual in rows before a layer": (lambda m, x: m.c(m.b(m.a(x)) + x), [FIRST, LAST, ROWS]),
     "inside a residual": (lambda m, x: x + m.b(m.a(x)), [FIRST, LAST]),
     "one branch": (lambda m, x: (lambda y: m.d(m.c(m.b(y))) + y)(m.a(x)), [ROWS, FIRST, BOTH, LAST]),
 }
