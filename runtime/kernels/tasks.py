@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numba as typed_numba
+import numpy as np
 
 from srigl_fx.runtime.kernels import choice, conv, job, panel
 from srigl_fx.runtime.kernels.activations import activate_row
@@ -28,6 +29,7 @@ FASTMATH = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infi
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
 _BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level cache
 _CACHE_LINE: Final = 64
+_ZERO: Final = np.float32(0)
 _REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 8}[ISA]  # vectors of sums in flight
 
 
@@ -86,8 +88,8 @@ def _start_rows(j: Pointer, sample: int, first: int, last: int) -> None:
 
 @_compiled
 def _plain_row(x: Pointer, values: Pointer, indices: Pointer, first: int, k: int) -> float:
-    total = values[first] * 0.0 if k == 0 else values[first] * x[indices[first]]
-    for i in range(first + 1, first + k):
+    total = _ZERO
+    for i in range(first, first + k):
         total += values[i] * x[indices[i]]
     return total  # type: ignore[no-any-return]
 
