@@ -112,11 +112,12 @@ def _solved(
     machine: Machine, cost: Callable[[Work, Machine], float], work: Work, seconds: float, rates: tuple[str, ...]
 ) -> Machine:
     """The machine with these rates all changed by the factor that makes ``work`` cost ``seconds``."""
-    rest = cost(work, replace(machine, **dict.fromkeys(rates, math.inf)))
+    free: dict[str, Any] = dict.fromkeys(rates, math.inf)
+    rest = cost(work, replace(machine, **free))
     # Noise may make the rest seem dearer than the whole.
     factor = (cost(work, machine) - rest) / max(seconds - rest, 0.2 * seconds)
-    found: dict[str, Any] = {rate: factor * getattr(machine, rate) for rate in rates}
-    return replace(machine, **found)
+    changed: dict[str, Any] = {rate: factor * getattr(machine, rate) for rate in rates}
+    return replace(machine, **changed)
 
 
 def predicted(machine: Machine) -> dict[str, float]:

@@ -80,7 +80,7 @@ def linear(
         panel, kind = _panel(prepared, "tile", operands, in_features, n), "tile"
     assert rows_only or panel is not None
     if panel is None:
-        j, task = new_job(*operands[1:4], in_features, n), "rows_task"
+        j, task = new_job(values, operands[2], operands[3], in_features, n), "rows_task"
     else:
         j, task = Job.from_buffer_copy(panel.template), f"{kind}_task"
     _fill_in(j, operands, y)
@@ -160,18 +160,30 @@ def convolution(
     panel = _panel(prepared, "tile", operands, in_features, block_rows) if block_rows >= LANES else None
     if panel is None:
         values = values.float()
-        j, task, tiles = new_job(values, indices, active, in_features, n), "conv_rows_task", 1
+        j = new_job(values, indices, active, in_features, n)
     else:
-        j, task, tiles = Job.from_buffer_copy(panel.template), "conv_tile_task", -(-positions // COLUMNS)
+        j = Job.from_buffer_copy(panel.template)
     _fill_in(j, (x, values, indices, active, bias), y)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
-    j[job.ACTIVATION], j[job.PACKED_SIZE] = ACTIVATION_NUMBERS[activation], size
+    j[job.ACTIVATION], j[job.BATCH] = ACTIVATION_NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
-    batch, thread_count = x.shape[0], torch.get_num_threads()
-    direct = bool(geometry[conv.DIRECT])
+    if panel is None:
+        _run_samples(j, x, bool(geometry[conv.DIRECT]), size, positions)
+    else:
+        outputs = y.numel() // n
+        tiles, thread_count = -(-outputs // COLUMNS), torch.get_num_threads()
+        splits = choice.shares(tiles, n_active // LANES, outputs * n_active * k, thread_count)
+        j[job.ROW_SPLITS] = splits
+        threads.run(entry("conv_tile_task"), ctypes.addressof(j), tiles * splits, thread_count)
+    _raise_if_failed(j)
+
+
+def _run_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, direct: bool, size: int, positions: int) -> None:
+    """Pack and convolve the samples, a chunk at a time."""
+    batch, thread_count, work = x.shape[0], torch.get_num_threads(), positions * j[job.N_ACTIVE] * j[job.K]
     chunk = batch if direct else max(1, min(batch, _CHUNK_FLOATS // size))
     packed = x if direct else x.new_empty(chunk * size)
-    j[job.PACKED] = packed.data_ptr()
+    j[job.PACKED], j[job.PACKED_SIZE] = packed.data_ptr(), size
     address = ctypes.addressof(j)
     for first in range(0, batch, chunk):
         samples = min(chunk, batch - first)
@@ -180,7 +192,6 @@ def convolution(
             splits = choice.shares(samples, x.shape[1], samples * size, thread_count)
             j[job.ROW_SPLITS] = splits
             threads.run(entry("conv_pack_task"), address, samples * splits, thread_count)
-        splits = choice.shares(samples * tiles, n_active // LANES, samples * positions * n_active * k, thread_count)
+        splits = choice.shares(samples, j[job.N_ACTIVE] // LANES, samples * work, thread_count)
         j[job.ROW_SPLITS] = splits
-        threads.run(entry(task), address, samples * tiles * splits, thread_count)
-    _raise_if_failed(j)
+        threads.run(entry("conv_rows_task"), address, samples * splits, thread_count)

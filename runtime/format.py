@@ -179,9 +179,10 @@ def _rounded(values: Array, dtype: ValueDtype) -> Array:
         rounded = values.astype(VALUE_DTYPES[dtype])
     lost = values[np.isfinite(values) & ~np.isfinite(rounded)]
     if lost.size:
+        finfo: Any = ml_dtypes.finfo
         raise FormatError(
             f"a weight of {lost[np.abs(lost).argmax()]:.5g} is too large for {dtype} "
-            f"(largest: {float(ml_dtypes.finfo(VALUE_DTYPES[dtype]).max):.5g}); store the values in bfloat16 or float32"
+            f"(largest: {float(finfo(VALUE_DTYPES[dtype]).max):.5g}); store the values in bfloat16 or float32"
         )
     return rounded
 

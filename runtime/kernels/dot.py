@@ -25,7 +25,8 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
     floats; all are addresses but the count.
 
     Args:
-        window: 32, 64 or 128 inputs, looked up in registers (AVX-512), or GATHERS (AVX2) or LOADS, for windows up to 256.
+        window: 32, 64 or 128 inputs, looked up in registers (AVX-512); or GATHERS (AVX2) or LOADS, for windows up to
+            256.
         value_type: How values are stored: a number of :mod:`srigl_fx.runtime.kernels.job`.
     """
     size = dot_bytes.py_func(value_type)

@@ -20,10 +20,11 @@ def rows_in_flight(width: int, registers: int) -> int:
     return max(1, registers // width)
 
 
-def add_rows(width: int, registers: int) -> Callable[[int, int, int, int, int], None]:
-    """An intrinsic ``(inputs, phase, phases, outputs, out)``: a few rows of one group, over ``phases`` phases.
+def add_rows(width: int, registers: int) -> Callable[[int, int, int, int, int, int], None]:
+    """An intrinsic ``(inputs, phase, values, phases, outputs, out)``: a few rows of one group, over ``phases`` phases.
 
-    ``inputs`` is the tile; ``phase`` the first phase, moved on to the first of the rows' indices; ``outputs`` the int32
+    ``inputs`` is the tile; ``phase`` and ``values`` the first phase's indices and values
+    from the first of the rows on; ``outputs`` the int32
     output rows of :func:`rows_in_flight` lanes, all valid, and ``out`` the tile that they are added to.
     """
     rows = rows_in_flight(width, registers)

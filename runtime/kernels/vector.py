@@ -30,7 +30,7 @@ def _view(pointee: Any) -> Callable[[int], Any]:
 
         return types.CPointer(pointee)(address), generate
 
-    return intrinsic(view)
+    return intrinsic(view)  # type: ignore[no-any-return]
 
 
 # What lies at an address, as a pointer that Numba can index.
@@ -190,3 +190,147 @@ def _transpose(context: Any, source: Any, source_row: Any, target: Any, target_r
 
 # 16 x 16 floats transposed: (source, bytes between its rows, target, bytes between its rows)
 transpose: Callable[[int, int, int, int], None] = intrinsic(_transpose)
+
+
+def _lane_mask(b: Any, bits: Any) -> Any:
+    return b.bitcast(b.trunc(bits, I16), ir.VectorType(ir.IntType(1), LANES))
+
+
+def _masked_load(b: Any, where: Any, mask: Any) -> Any:
+    arguments = [FLOATS.as_pointer(), I32, mask.type, FLOATS]
+    function = _function(b, "llvm.masked.load.v16f32.p0", FLOATS, arguments)
+    return b.call(function, [b.inttoptr(where, FLOATS.as_pointer()), ir.Constant(I32, 4), mask, ZERO])
+
+
+def _every_second(b: Any, bits: Any) -> Any:
+    """The 16 bits of an integer, a zero after each."""
+    for distance, kept in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
+        bits = b.and_(b.or_(bits, b.shl(bits, number(distance))), number(kept))
+    return bits
+
+
+_AHEAD = 4 * VECTOR_BYTES  # a full tile's columns
+
+
+def _prefetch(b: Any, where: Any, *, write: bool) -> None:
+    """Ask for what the next tile needs: its rows are too far apart for the processor to guess."""
+    function = _function(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    at = b.inttoptr(b.add(where, number(_AHEAD)), I8.as_pointer())
+    b.call(function, [at, ir.Constant(I32, int(write)), ir.Constant(I32, 2), ir.Constant(I32, 1)])
+
+
+def _copy_lanes(stride: int) -> Callable[[int, int, int, int, int, int, int, int, int], None]:
+    even = ir.Constant(INTS, list(range(0, 2 * LANES, 2)))
+
+    def masks(b: Any, read: Any) -> list[Any]:
+        wide = read if stride == 1 else _every_second(b, read)
+        return [_lane_mask(b, b.lshr(wide, number(LANES * i)) if i else wide) for i in range(stride)]
+
+    def found(b: Any, at: Any, read: Sequence[Any]) -> Any:
+        parts = [_masked_load(b, b.add(at, number(VECTOR_BYTES * i)), mask) for i, mask in enumerate(read)]
+        return b.bitcast(parts[0] if stride == 1 else b.shuffle_vector(*parts, even), INTS)
+
+    def copy(
+        context: Any,
+        first: Any,
+        second: Any,
+        source_row: Any,
+        target: Any,
+        target_row: Any,
+        rows: Any,
+        read_first: Any,
+        read_second: Any,
+        written: Any,
+    ) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            first, second, source_row, target, target_row, rows, read_first, read_second, written = args
+            first_masks, second_masks, kept = masks(b, read_first), masks(b, read_second), _lane_mask(b, written)
+
+            def two_sources(i: Any, at: Any) -> Any:
+                _prefetch(b, at[0], write=False)
+                both = b.or_(found(b, at[0], first_masks), found(b, at[1], second_masks))
+                _masked_store(b, b.bitcast(both, FLOATS), at[2], kept)
+                return b.add(at[0], source_row), b.add(at[1], source_row), b.add(at[2], target_row)
+
+            def one_source(i: Any, at: Any) -> Any:
+                _prefetch(b, at[0], write=False)
+                _masked_store(b, b.bitcast(found(b, at[0], first_masks), FLOATS), at[1], kept)
+                return b.add(at[0], source_row), b.add(at[1], target_row)
+
+            with b.if_else(b.icmp_signed("==", read_second, number(0))) as (alone, together):
+                with alone:
+                    loop(b, rows, (first, target), one_source)
+                with together:
+                    loop(b, rows, (first, second, target), two_sources)
+            return context.get_dummy_value()
+
+        return types.void(*[address] * 9), generate
+
+    return intrinsic(copy)  # type: ignore[no-any-return]
+
+
+def _masked_store(b: Any, value: Any, where: Any, mask: Any) -> None:
+    arguments = [FLOATS, FLOATS.as_pointer(), I32, mask.type]
+    function = _function(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), arguments)
+    b.call(function, [value, b.inttoptr(where, FLOATS.as_pointer()), ir.Constant(I32, 4), mask])
+
+
+# Up to 16 floats of each of ``rows`` rows, each from one of two sources, from neighbouring places there or from every
+# second one: (first source, second, bytes between rows of either, target, bytes between its rows, rows, bits of the
+# lanes to read from the first, from the second, bits of those to write). What is written without being read is zero;
+# what is not read need not exist.
+copy_lanes, copy_even_lanes = _copy_lanes(1), _copy_lanes(2)
+
+
+def _move_floats(add: bool) -> Callable[[int, int, int], None]:
+    def move(context: Any, source: Any, target: Any, count: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            source, target, count = args
+
+            def result(from_: Any, to: Any, read: Callable[[Any], Any]) -> Any:
+                return b.fadd(read(from_), read(to)) if add else read(from_)
+
+            def one_vector(i: Any, carried: Any) -> Any:
+                at = b.shl(i, number(6))
+                to = b.add(target, at)
+                if not add:
+                    _prefetch(b, to, write=True)
+                store(b, result(b.add(source, at), to, lambda where: load(b, where, FLOATS)), to)
+                return carried
+
+            whole = b.lshr(count, number(4))
+            loop(b, whole, (), one_vector)
+            rest = b.and_(count, number(LANES - 1))
+            with b.if_then(b.icmp_signed("!=", rest, number(0))):
+                at = b.shl(whole, number(6))
+                to = b.add(target, at)
+                mask = _lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
+                _masked_store(b, result(b.add(source, at), to, lambda where: _masked_load(b, where, mask)), to, mask)
+            return context.get_dummy_value()
+
+        return types.void(*[address] * 3), generate
+
+    return intrinsic(move)  # type: ignore[no-any-return]
+
+
+# A number of floats copied, or added to what is there: (source, target, count). What Numba makes of such loops over two
+# pointers is scalar, or asks first whether they overlap.
+copy_floats, add_floats = _move_floats(add=False), _move_floats(add=True)
+
+
+def _fill_floats(context: Any, target: Any, value: Any, vectors: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        target, value, vectors = args
+        row = broadcast(b, value)
+
+        def one_vector(i: Any, carried: Any) -> Any:
+            store(b, row, b.add(target, b.shl(i, number(6))), 64)
+            return carried
+
+        loop(b, vectors, (), one_vector)
+        return context.get_dummy_value()
+
+    return types.void(address, types.float32, address), generate
+
+
+fill_floats: Callable[[int, float, int], None] = intrinsic(_fill_floats)  # aligned: (target, value, vectors of 16)

@@ -220,12 +220,21 @@ def compute_linear(node: int, context: int) -> int:
 
 
 @inlined
-def _run_conv(node: int, context: int, weights: int, panel: int, j: int, geometry: int, batch: int) -> int:
+def _run_positions(node: int, context: int, j: int, positions: int, work: int) -> int:
+    """Tiles of a convolution's output positions."""
+    tiles = (positions + _COLUMNS - 1) // _COLUMNS
+    splits = 1
+    if tiles < _FEW_TILES:
+        splits = min(_shares(_field(j, job.PANEL_COUNT), work), _FEW_TILES // tiles)
+    _set_field(j, job.ROW_SPLITS, splits)
+    return _run_tasks(node, context, kernel(node, abi.TABLE_CONV_TILE), tiles * splits, j)
+
+
+@inlined
+def _run_samples(node: int, context: int, weights: int, j: int, geometry: int, batch: int) -> int:
     """Pack and convolve the samples, a chunk at a time, in scratch that all tasks share."""
     n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
     channels = load(geometry, abi.WORD * conv.CHANNELS)
-    _set_field(j, job.GEOMETRY, geometry)
-    call(kernel(node, abi.TABLE_CONV_PLAN), (j, 0))
     direct = load(geometry, abi.WORD * conv.DIRECT) != 0
     size, chunk = channels, batch
     for i in range(conv.PLANES_D, conv.PACKED_W + 1):
@@ -237,9 +246,7 @@ def _run_conv(node: int, context: int, weights: int, panel: int, j: int, geometr
         size = (size // _LANES + 2) * _LANES + _SLACK
         chunk = max(1, min(batch, _CHUNK_ELEMENTS // size))
         packed_floats = chunk * size
-    wide = 0
-    if panel == 0 and load(weights, abi.WEIGHTS_VALUE_TYPE) != abi.TYPE_FLOAT:
-        wide = n_active * k * 4
+    wide = 0 if load(weights, abi.WEIGHTS_VALUE_TYPE) == abi.TYPE_FLOAT else n_active * k * 4
     offsets_bytes = (load(node, abi.NODE_IN_FEATURES) * abi.WORD + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
     scratch = _malloc(offsets_bytes + packed_floats * 4 + wide + 2 * _CACHE_LINE)
     if scratch == 0:
@@ -256,7 +263,6 @@ def _run_conv(node: int, context: int, weights: int, panel: int, j: int, geometr
     rows = (load(geometry, abi.WORD * conv.OUT_D) - 1) * load(geometry, abi.WORD * conv.PACKED_H)
     rows += load(geometry, abi.WORD * conv.OUT_H) - 1
     positions = rows * load(geometry, abi.WORD * conv.PACKED_W) + load(geometry, abi.WORD * conv.OUT_W)
-    tiles = (positions + _COLUMNS - 1) // _COLUMNS if panel != 0 else 1
     status = first = 0
     while status == 0 and first < batch:
         samples = min(chunk, batch - first)
@@ -266,13 +272,11 @@ def _run_conv(node: int, context: int, weights: int, panel: int, j: int, geometr
             _set_field(j, job.ROW_SPLITS, splits)
             status = _run_tasks(node, context, kernel(node, abi.TABLE_CONV_PACK), samples * splits, j)
         if status == 0:
-            groups = _field(j, job.PANEL_COUNT) if panel != 0 else n_active
             splits = 1
-            if samples * tiles < _FEW_TILES:
-                splits = min(_shares(groups, positions * n_active * k), _FEW_TILES // (samples * tiles))
+            if samples < _FEW_TILES:
+                splits = min(_shares(n_active, positions * n_active * k), _FEW_TILES // samples)
             _set_field(j, job.ROW_SPLITS, splits)
-            task = kernel(node, abi.TABLE_CONV_TILE if panel != 0 else abi.TABLE_CONV_ROWS)
-            status = _run_tasks(node, context, task, samples * tiles * splits, j)
+            status = _run_tasks(node, context, kernel(node, abi.TABLE_CONV_ROWS), samples * splits, j)
         first += samples
     _free(scratch)
     return status
@@ -346,7 +350,14 @@ def compute_conv(node: int, context: int) -> int:
     _start_job(node, panel, weights, j)
     _set_data(j, data)
     store(geometry, abi.WORD * conv.K, load(weights, abi.WEIGHTS_K))
-    return _run_conv(node, context, weights, panel, j, geometry, batch)
+    _set_field(j, job.GEOMETRY, geometry)
+    _set_field(j, job.BATCH, batch)
+    call(kernel(node, abi.TABLE_CONV_PLAN), (j, 0))
+    if panel == 0:
+        return _run_samples(node, context, weights, j, geometry, batch)
+    positions = elements // n
+    work = positions * load(weights, abi.WEIGHTS_N_ACTIVE) * load(weights, abi.WEIGHTS_K)
+    return _run_positions(node, context, j, positions, work)
 
 
 FUNCTIONS = (compute_linear, compute_conv)

@@ -13,9 +13,8 @@ from ort_support import serve
 from ort_support.cases import CASES, tolerance, write_cases
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.ort import abi
-from srigl_fx.runtime.ort.compile import compile_all
 from srigl_fx.runtime.kernels.isa import ISAS, host_isa
+from srigl_fx.runtime.ort.compile import compile_all
 from srigl_fx.runtime.ort.link import available_linkers, link
 
 # Versions of ONNX Runtime, with the NumPy that each was built for.

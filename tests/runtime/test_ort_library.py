@@ -11,8 +11,8 @@ import pytest
 
 from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders
+from srigl_fx.runtime.kernels.tasks import FASTMATH
 from srigl_fx.runtime.ort import elf, library, link
-from srigl_fx.runtime.ort.compile import FASTMATH
 
 # Builds into the folder that the environment names, and says where.
 _BUILD = "import srigl_fx; print(srigl_fx.runtime.library_path())"

@@ -1,0 +1,19 @@
+"""For which instruction set, and how, Numba compiles the kernels of this process."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numba as typed_numba
+
+from srigl_fx.runtime.kernels.isa import AVX2, AVX512, BASELINE, compiled_isa
+
+numba: Any = typed_numba  # half of its functions are annotated
+
+ISA: Final = compiled_isa()
+FASTMATH: Final = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity keep their meaning
+REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 8}[ISA]  # vectors of 16 sums in flight
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """A function that kernels can call."""
+    return numba.njit(error_model="numpy", fastmath=FASTMATH)(function)

@@ -1,0 +1,319 @@
+"""The tasks of a condensed linear layer. Importing it imports Numba.
+
+Owns the way of data through them: from samples, or the inputs of a tile, to finished outputs.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+
+from srigl_fx.runtime.kernels import job, panel
+from srigl_fx.runtime.kernels.activations import activate_row
+from srigl_fx.runtime.kernels.choice import COLUMNS
+from srigl_fx.runtime.kernels.compiled import ISA, compiled
+from srigl_fx.runtime.kernels.dot import GATHERS, LOADS, dot_group
+from srigl_fx.runtime.kernels.isa import AVX2, AVX512
+from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
+from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES
+from srigl_fx.runtime.kernels.tiles import (
+    BLOCK_GROUPS,
+    CACHE_LINE,
+    clear_columns,
+    first_output,
+    multiply,
+    start_tile,
+    tile_memory,
+    width_of,
+)
+from srigl_fx.runtime.kernels.vector import (
+    add_floats,
+    allocate,
+    copy_floats,
+    floats,
+    ints,
+    release,
+    shorts,
+    transpose,
+    words,
+)
+
+Pointer = Any
+_ZERO: Final = np.float32(0)
+
+
+def _windowed(window: int, value_type: int) -> Any:
+    return dot_group({AVX512: window, AVX2: GATHERS}.get(ISA, LOADS), value_type)
+
+
+_dot_64, _dot_128 = _windowed(64, FLOAT32), _windowed(128, FLOAT32)
+_dot_64_bfloat16, _dot_128_bfloat16 = _windowed(64, BFLOAT16), _windowed(128, BFLOAT16)
+_dot_64_float16, _dot_128_float16 = _windowed(64, FLOAT16), _windowed(128, FLOAT16)
+
+
+@compiled
+def _is_finite(x: int, count: int) -> bool:
+    found = floats(x)
+    total = found[0] * 0.0
+    for i in range(count):
+        total += found[i] * 0.0
+    return total == 0.0  # type: ignore[no-any-return]
+
+
+@compiled
+def _start_rows(j: Pointer, sample: int, first: int, last: int) -> None:
+    """Let the outputs ``first <= o < last`` of a sample start as their bias and residual."""
+    n, bias = j[job.OUT_FEATURES], floats(j[job.BIAS])
+    y = floats(j[job.Y] + sample * n * 4)
+    if j[job.RESIDUAL] != 0:
+        residual = floats(j[job.RESIDUAL] + sample * n * 4)
+        for o in range(first, last):
+            y[o] = bias[o] + residual[o]
+    else:
+        for o in range(first, last):
+            y[o] = bias[o]
+
+
+@compiled
+def _plain_row(x: Pointer, values: Pointer, indices: Pointer, first: int, k: int) -> Any:
+    total = _ZERO
+    for i in range(first, first + k):
+        total += values[i] * x[indices[i]]
+    return total
+
+
+@compiled
+def _add_exact(j: Pointer, sample: int, first: int, last: int) -> None:
+    """Add the active rows ``first <= r < last`` to one sample's outputs, from the canonical format."""
+    x = floats(j[job.X] + sample * j[job.IN_FEATURES] * 4)
+    y = floats(j[job.Y] + sample * j[job.OUT_FEATURES] * 4)
+    k, values, value_type = j[job.K], j[job.VALUES], j[job.VALUE_TYPE]
+    indices, index_bytes, active = j[job.INDICES], j[job.INDEX_BYTES], ints(j[job.ACTIVE])
+    for r in range(first, last):
+        if value_type != FLOAT32:
+            total = y[active[r]]
+            for i in range(r * k, r * k + k):
+                total += panel.value_at(values, value_type, i) * x[panel.index_at(indices, index_bytes, i)]
+            y[active[r]] = total
+        elif index_bytes == 2:
+            y[active[r]] += _plain_row(x, floats(values), shorts(indices), r * k, k)
+        else:
+            y[active[r]] += _plain_row(x, floats(values), ints(indices), r * k, k)
+
+
+def rows_task(j: Pointer, task: int) -> None:
+    """A share of the rows for every sample, from the canonical format: where no panel fits, and on the baseline."""
+    n_active, n, splits = j[job.N_ACTIVE], j[job.OUT_FEATURES], j[job.ROW_SPLITS]
+    active = ints(j[job.ACTIVE])
+    first, last = n_active * task // splits, n_active * (task + 1) // splits
+    o0 = 0 if task == 0 else (n if first >= n_active else int(active[first]))
+    o1 = n if last >= n_active else int(active[last])
+    if task == splits - 1:
+        o1 = n
+    for sample in range(j[job.BATCH]):
+        _start_rows(j, sample, o0, o1)
+        _add_exact(j, sample, first, last)
+        activate_row(floats(j[job.Y] + (sample * n + o0) * 4), o1 - o0, j[job.ACTIVATION])
+
+
+def strided_task(j: Pointer, task: int) -> None:
+    """All of a feature-major job that no panel fits, from the canonical format: plain and slow."""
+    batch, n, in_features, k = j[job.BATCH], j[job.OUT_FEATURES], j[job.IN_FEATURES], j[job.K]
+    x, y, bias, active = floats(j[job.X]), floats(j[job.Y]), floats(j[job.BIAS]), ints(j[job.ACTIVE])
+    x_sample, x_step = (1, batch) if j[job.X_FEATURE_MAJOR] != 0 else (in_features, 1)
+    y_sample, y_step = (1, batch) if j[job.Y_FEATURE_MAJOR] != 0 else (n, 1)
+    for sample in range(batch):
+        for o in range(n):
+            y[sample * y_sample + o * y_step] = bias[o]
+        for r in range(j[job.N_ACTIVE]):
+            total = y[sample * y_sample + active[r] * y_step]
+            for i in range(r * k, r * k + k):
+                column = panel.index_at(j[job.INDICES], j[job.INDEX_BYTES], i)
+                total += panel.value_at(j[job.VALUES], j[job.VALUE_TYPE], i) * x[sample * x_sample + column * x_step]
+            y[sample * y_sample + active[r] * y_step] = total
+    if j[job.RESIDUAL] != 0:
+        residual = floats(j[job.RESIDUAL])
+        for i in range(batch * n):
+            y[i] += residual[i]
+    activate_row(y, batch * n, j[job.ACTIVATION])
+
+
+@compiled
+def _dot(j: Pointer, x: int, first: int, phases: int, sums: int) -> None:
+    value_type = j[job.VALUE_TYPE]
+    at, start = j[job.PANEL] + first * panel.dot_bytes(value_type), j[job.PANEL_STARTS] + first * 4
+    if j[job.PANEL_WINDOW] == 64:
+        if value_type == FLOAT32:
+            _dot_64(x, at, start, phases, sums)
+        elif value_type == BFLOAT16:
+            _dot_64_bfloat16(x, at, start, phases, sums)
+        else:
+            _dot_64_float16(x, at, start, phases, sums)
+    elif value_type == FLOAT32:
+        _dot_128(x, at, start, phases, sums)
+    elif value_type == BFLOAT16:
+        _dot_128_bfloat16(x, at, start, phases, sums)
+    else:
+        _dot_128_float16(x, at, start, phases, sums)
+
+
+def dot_task(j: Pointer, task: int) -> None:
+    """A share of the groups of a dot panel, for every sample.
+
+    Weights of zero fill a panel up, and must not meet what is not finite: such a sample is computed exactly.
+    """
+    count, splits, n = j[job.PANEL_COUNT], j[job.ROW_SPLITS], j[job.OUT_FEATURES]
+    groups, outputs = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_ROWS])
+    g0, g1 = count * task // splits, count * (task + 1) // splits
+    o0 = first_output(j, g0)
+    o1 = n if task == splits - 1 else first_output(j, g1)
+    memory = allocate(2 * CACHE_LINE)
+    if memory == 0:
+        j[job.FAILED] = 1
+        return
+    sums_at = (memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+    sums = floats(sums_at)
+    in_features = j[job.IN_FEATURES]
+    for sample in range(j[job.BATCH]):
+        _start_rows(j, sample, o0, o1)
+    for g in range(g0, g1):
+        first, row = groups[g * GROUP_WORDS + GROUP_PHASE], groups[g * GROUP_WORDS + GROUP_ROW]
+        phases = groups[(g + 1) * GROUP_WORDS + GROUP_PHASE] - first
+        rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - row
+        for sample in range(j[job.BATCH]):
+            _dot(j, j[job.X] + sample * in_features * 4, first, phases, sums_at)
+            y = floats(j[job.Y] + sample * n * 4)
+            for lane in range(rows):
+                y[outputs[g * LANES + lane]] += sums[lane]
+    release(memory)
+    row0, row1 = groups[g0 * GROUP_WORDS + GROUP_ROW], groups[g1 * GROUP_WORDS + GROUP_ROW]
+    for sample in range(j[job.BATCH]):
+        if not _is_finite(j[job.X] + sample * in_features * 4, in_features):
+            _start_rows(j, sample, o0, o1)
+            _add_exact(j, sample, row0, row1)
+        activate_row(floats(j[job.Y] + (sample * n + o0) * 4), o1 - o0, j[job.ACTIVATION])
+
+
+@compiled
+def _fill_from_rows(j: Pointer, first: int, columns: int, width: int, inputs: int, f0: int, f1: int) -> None:
+    """The samples ``first ...`` as columns of a tile, their inputs ``f0 <= f < f1``."""
+    in_features = j[job.IN_FEATURES]
+    x, row_bytes = j[job.X] + first * in_features * 4, in_features * 4
+    whole_features, whole_columns = f0 + (f1 - f0) // LANES * LANES, columns // LANES * LANES
+    tile = floats(inputs)
+    for f in range(f0, whole_features, LANES):
+        for c in range(0, whole_columns, LANES):
+            transpose(x + c * row_bytes + f * 4, row_bytes, inputs + (f * width + c) * 4, width * 4)
+    for c in range(columns):
+        source = floats(x + c * row_bytes)
+        for f in range(whole_features if c < whole_columns else f0, f1):
+            tile[f * width + c] = source[f]
+    clear_columns(floats(inputs + f0 * width * 4), f1 - f0, columns, width)
+
+
+@compiled
+def _fill_from_columns(source: int, source_row: int, rows: int, columns: int, width: int, inputs: int) -> None:
+    """Rows of ``columns`` floats, ``source_row`` bytes apart."""
+    for f in range(rows):
+        copy_floats(source + f * source_row, inputs + f * width * 4, columns)
+    clear_columns(floats(inputs), rows, columns, width)
+
+
+@compiled
+def _store_as_rows(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
+    """A tile's outputs ``o0 <= o < o1`` as rows of samples."""
+    n = j[job.OUT_FEATURES]
+    y, row_bytes = j[job.Y] + first * n * 4, n * 4
+    if j[job.RESIDUAL] == 0:
+        activate_row(floats(out + o0 * width * 4), (o1 - o0) * width, j[job.ACTIVATION])
+    whole_outputs, whole_columns = o0 + (o1 - o0) // LANES * LANES, columns // LANES * LANES
+    for o in range(o0, whole_outputs, LANES):
+        for c in range(0, whole_columns, LANES):
+            transpose(out + (o * width + c) * 4, width * 4, y + c * row_bytes + o * 4, row_bytes)
+    tile = floats(out)
+    for c in range(columns):
+        target = floats(y + c * row_bytes)
+        for o in range(whole_outputs if c < whole_columns else o0, o1):
+            target[o] = tile[o * width + c]
+    if j[job.RESIDUAL] != 0:
+        for c in range(columns):
+            target = y + c * row_bytes + o0 * 4
+            add_floats(j[job.RESIDUAL] + ((first + c) * n + o0) * 4, target, o1 - o0)
+            activate_row(floats(target), o1 - o0, j[job.ACTIVATION])
+
+
+@compiled
+def _store_as_columns(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
+    """A tile's outputs ``o0 <= o < o1``, feature-major."""
+    batch = j[job.BATCH]
+    for o in range(o0, o1):
+        row, at = out + o * width * 4, (o * batch + first) * 4
+        if j[job.RESIDUAL] != 0:
+            add_floats(j[job.RESIDUAL] + at, row, columns)
+        activate_row(floats(row), width, j[job.ACTIVATION])
+        copy_floats(row, j[job.Y] + at, columns)
+
+
+@compiled
+def _fill_tile(j: Pointer, tile: int, inputs: int, f0: int, f1: int) -> None:
+    """The inputs ``f0 <= f < f1`` of a tile of samples; behind the last input, a row of zeros."""
+    in_features, first = j[job.IN_FEATURES], tile * COLUMNS
+    columns = min(COLUMNS, j[job.BATCH] - first)
+    width = width_of(columns)
+    if j[job.X_FEATURE_MAJOR] != 0:
+        row_bytes = j[job.BATCH] * 4
+        source, target = j[job.X] + first * 4 + f0 * row_bytes, inputs + f0 * width * 4
+        _fill_from_columns(source, row_bytes, f1 - f0, columns, width, target)
+    else:
+        _fill_from_rows(j, first, columns, width, inputs, f0, f1)
+    if f1 == in_features:
+        clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
+
+
+@compiled
+def _tile_bytes(j: Pointer) -> int:
+    return (j[job.IN_FEATURES] + 1) * COLUMNS * 4  # type: ignore[no-any-return]
+
+
+def fill_task(j: Pointer, task: int) -> None:
+    """A share of the inputs of one of the tiles that tasks share."""
+    splits, in_features = j[job.ROW_SPLITS], j[job.IN_FEATURES]
+    tile, part = task // splits, task % splits
+    blocks = (in_features + LANES - 1) // LANES
+    f0, f1 = blocks * part // splits * LANES, min(in_features, blocks * (part + 1) // splits * LANES)
+    _fill_tile(j, tile, j[job.INPUTS] + tile * _tile_bytes(j), f0, f1)
+
+
+def tile_task(j: Pointer, task: int) -> None:
+    """A share of the rows for one tile of samples."""
+    splits, count, in_features = j[job.ROW_SPLITS], j[job.PANEL_COUNT], j[job.IN_FEATURES]
+    tile, part = task // splits, task % splits
+    first = tile * COLUMNS
+    columns = min(COLUMNS, j[job.BATCH] - first)
+    width = width_of(columns)
+    shared = j[job.INPUTS] != 0
+    memory = tile_memory(0 if shared else in_features, j[job.OUT_FEATURES], BLOCK_GROUPS)
+    if memory == 0:
+        j[job.FAILED] = 1
+        return
+    out = (memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+    cursors = words(out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4)
+    if shared:
+        inputs = j[job.INPUTS] + tile * _tile_bytes(j)
+    else:
+        inputs = out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4 + (BLOCK_GROUPS + 8) // 8 * CACHE_LINE
+        _fill_tile(j, tile, inputs, 0, in_features)
+    g0, end = count * part // splits, count * (part + 1) // splits
+    o0 = first_output(j, g0)
+    while o0 < j[job.OUT_FEATURES]:
+        g1 = min(end, g0 + BLOCK_GROUPS)
+        o1 = j[job.OUT_FEATURES] if g1 == count and part == splits - 1 else first_output(j, g1)
+        start_tile(j, o0, o1, width, out)
+        multiply(j, in_features, width, inputs, g0, g1, out, cursors)
+        if j[job.Y_FEATURE_MAJOR] != 0:
+            _store_as_columns(j, first, columns, width, o0, o1, out)
+        else:
+            _store_as_rows(j, first, columns, width, o0, o1, out)
+        if g1 == end:
+            break
+        g0, o0 = g1, o1
+    release(memory)

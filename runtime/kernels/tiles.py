@@ -1,0 +1,103 @@
+"""Tiles: what the tasks that multiply them have in common. Importing it imports Numba.
+
+Owns a tile's memory, and the way through it: outputs start as their bias, then all groups of rows add what they
+compute. A tile has a row for each input, and one of zeros behind the last, in columns that are samples or positions.
+"""
+
+from typing import Any, Final
+
+from srigl_fx.runtime.kernels import job
+from srigl_fx.runtime.kernels.choice import COLUMNS
+from srigl_fx.runtime.kernels.compiled import REGISTERS, compiled
+from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_WORDS, LANES
+from srigl_fx.runtime.kernels.tile import add_rows, phase_of, rows_in_flight, values_of
+from srigl_fx.runtime.kernels.vector import allocate, fill_floats, floats, ints, words
+
+Pointer = Any
+BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level cache
+CACHE_LINE: Final = 64
+_INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
+
+_add_16, _add_32, _add_64 = (add_rows(width, REGISTERS) for width in (1, 2, 4))
+_rows_16, _rows_32, _rows_64 = (rows_in_flight(width, REGISTERS) for width in (1, 2, 4))
+_phase_of, _values_of = compiled(phase_of), compiled(values_of)
+
+
+@compiled
+def first_output(j: Pointer, group: int) -> int:
+    """The first output row that goes with a group; all groups together have all rows, ablated ones too."""
+    if group == 0:
+        return 0
+    if group >= j[job.PANEL_COUNT]:
+        return j[job.OUT_FEATURES]  # type: ignore[no-any-return]
+    return int(ints(j[job.PANEL_ROWS])[group * LANES])
+
+
+@compiled
+def width_of(columns: int) -> int:
+    """The columns of a tile that holds so many."""
+    return 16 if columns <= 16 else (32 if columns <= 32 else 64)
+
+
+@compiled
+def tile_memory(in_features: int, outputs: int, groups: int) -> Any:
+    """Scratch of one task: outputs and one more, a cursor for each group of a block, inputs and a row of zeros."""
+    floats_ = (in_features + 1 + outputs + 1) * COLUMNS
+    return allocate(floats_ * 4 + (groups + 8) // 8 * CACHE_LINE + CACHE_LINE)
+
+
+@compiled
+def clear_columns(tile: Pointer, rows: int, columns: int, width: int) -> None:
+    """Set the columns from ``columns`` on to zero."""
+    for f in range(rows):
+        for c in range(columns, width):
+            tile[f * width + c] = 0.0
+
+
+@compiled
+def start_tile(j: Pointer, first: int, last: int, width: int, out: int) -> None:
+    """Let the outputs ``first <= o < last`` start as their bias."""
+    bias = floats(j[job.BIAS])
+    for o in range(first, last):
+        fill_floats(out + o * width * 4, bias[o], width // LANES)
+
+
+@compiled
+def _add_phases(j: Pointer, g: int, first: int, phases: int, width: int, inputs: int, out: int) -> None:
+    """Add some phases of a group to its rows of the output tile."""
+    at, outputs = j[job.PANEL], j[job.PANEL_ROWS] + g * LANES * 4
+    if width == 64:
+        for lane in range(0, LANES, _rows_64):
+            indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
+            _add_64(inputs, indices, values, phases, outputs + 4 * lane, out)
+    elif width == 32:
+        for lane in range(0, LANES, _rows_32):
+            indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
+            _add_32(inputs, indices, values, phases, outputs + 4 * lane, out)
+    else:
+        for lane in range(0, LANES, _rows_16):
+            indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
+            _add_16(inputs, indices, values, phases, outputs + 4 * lane, out)
+
+
+@compiled
+def multiply(
+    j: Pointer, in_features: int, width: int, inputs: int, g0: int, g1: int, out: int, cursors: Pointer
+) -> None:
+    """Add all that groups ``g0 <= g < g1`` compute; all groups read a part of the inputs before any reads the next."""
+    groups, starts = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS])
+    # Few enough inputs for a first-level cache, enough for twenty weights a row before its sums are put away.
+    step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K]))
+    for g in range(g0, g1):
+        cursors[g - g0] = groups[g * GROUP_WORDS + GROUP_PHASE]
+    limit = 0
+    while limit < in_features:
+        limit += step
+        for g in range(g0, g1):
+            first, end = cursors[g - g0], groups[(g + 1) * GROUP_WORDS + GROUP_PHASE]
+            last = first
+            while last < end and starts[last] < limit:
+                last += 1
+            if last > first:
+                _add_phases(j, g, first, last - first, width, inputs, out)
+                cursors[g - g0] = last
