@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
@@ -35,7 +36,12 @@ class Panel:
     template: bytes
     memory: tuple[Any, ...]
     nbytes: int
+    values: "weakref.ref[Tensor]"
     facts: tuple[object, ...]
+
+    def is_of(self, values: Tensor, facts: tuple[object, ...]) -> bool:
+        """Whether it was made from these values, not from others that had their memory before."""
+        return self.facts == facts and self.values() is values
 
 
 class _Prepared:
@@ -121,12 +127,14 @@ def panel_of(
         return None
     facts = values._version, values.data_ptr(), values.dtype, window
     found = prepared.panels.get((kind, block_rows))
-    if found is None or found.facts != facts:
+    if found is None or not found.is_of(values, facts):
         with prepared.lock:
             found = prepared.panels.get((kind, block_rows))
-            if found is None or found.facts != facts:
+            if found is None or not found.is_of(values, facts):
                 arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
-                found = _pack(kind, window, *arrays, in_features, out_features, block_rows, facts)
+                template, memory = _pack(kind, window, *arrays, in_features, out_features, block_rows)
+                nbytes = sum(array.nbytes for array in memory)
+                found = Panel(template, memory, nbytes, weakref.ref(values), facts)
                 prepared.panels[kind, block_rows] = found
     return found
 
@@ -140,8 +148,8 @@ def _pack(
     in_features: int,
     out_features: int,
     block_rows: int,
-    facts: tuple[object, ...],
-) -> Panel:
+) -> "tuple[bytes, tuple[NDArray[Any], ...]]":
+    """A job with everything in it that does not change from call to call, and the memory that it points to."""
     from srigl_fx.runtime.kernels import panel
 
     j = new_job(values, indices, active, in_features, out_features)
@@ -158,8 +166,7 @@ def _pack(
     j[job.PANEL_GROUPS], j[job.PANEL_STARTS] = groups.ctypes.data, starts.ctypes.data
     j[job.PANEL_ROWS] = rows.ctypes.data
     entry("fill_panel")[0](address, scratch.ctypes.data)
-    held = memory, groups, starts, rows
-    return Panel(bytes(j), held, sum(array.nbytes for array in held), facts)
+    return bytes(j), (memory, groups, starts, rows)
 
 
 def new_job(values: Tensor, indices: Tensor, active: Tensor, in_features: int, out_features: int) -> Any:

@@ -109,7 +109,8 @@ class LinearOperator:
         """Compare with the oracle for ``x`` (..., in_features) and a random residual; return the result."""
         residual = 3 * torch.randn(*x.shape[:-1], self.weight.out_features) if self.residual else None
         given = {} if self.constant else weight_inputs(self.weight)
-        stored = self.run(x=x.movedim(-1, 0) if self.x_feature_major else x, residual=residual, **given)
+        laid_out = residual.movedim(-1, 0) if residual is not None and self.y_feature_major else residual
+        stored = self.run(x=x.movedim(-1, 0) if self.x_feature_major else x, residual=laid_out, **given)
         y = stored.movedim(0, -1) if self.y_feature_major else stored
         compare_linear(y, self.weight, x, residual, self.activation)
         return y

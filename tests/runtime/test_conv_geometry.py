@@ -96,7 +96,16 @@ def _geometry(node: Node, x: Array) -> Any:
         for i in range(spatial)
     ]
     numbers = [x.shape[1], n, attributes["group"], *three(x.shape[2:], 1), *three(out, 1), *three(taps, 1)]
-    numbers += [*three(strides, 1), *three(pads[:spatial], 0), *three(dilations, 1), node.weights["values"].shape[1]]
+    numbers += [
+        *three(strides, 1),
+        *three(pads[:spatial], 0),
+        *three(dilations, 1),
+        1,
+        1,
+        1,
+        0,
+        node.weights["values"].shape[1],
+    ]
     return numbers + [0] * (kernel.GEOMETRY_SIZE - len(numbers))
 
 

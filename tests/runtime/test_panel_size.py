@@ -1,0 +1,29 @@
+"""How much memory the packed copies of a weight take."""
+
+import pytest
+import torch
+
+import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
+from srigl_fx.runtime.kernels import choice
+from srigl_fx.runtime.weights import Kind, check_weight, panel_of
+
+LIMITS = {0.9: 0.3, 0.95: 0.2, 0.99: 0.1}  # sparsity -> of the dense bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparsity", LIMITS)
+@pytest.mark.parametrize(("n", "in_features"), [(768, 3072), (3072, 768), (1024, 1024), (512, 4608)])
+def test_packed_copies_are_small(n: int, in_features: int, sparsity: float, dtype: torch.dtype) -> None:
+    k = round((1 - sparsity) * in_features)
+    indices = torch.rand(n, in_features).argsort(1)[:, :k].sort(1).values.to(torch.uint16)
+    values, active, bias = torch.randn(n, k).to(dtype), torch.arange(n, dtype=torch.int32), torch.randn(n)
+    prepared = check_weight("condensed_linear", values, indices, active, bias, in_features)
+    assert prepared is not None
+    windows: dict[Kind, int] = {
+        "dot": choice.dot_window(2, in_features, n, k),
+        "tile": choice.tile_window(in_features, n, k),
+    }
+    for kind, window in windows.items():
+        packed = panel_of(prepared, kind, window, values, indices, active, in_features, n, n)
+        assert packed is not None
+        assert packed.nbytes <= LIMITS[sparsity] * 4 * n * in_features
