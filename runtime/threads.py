@@ -32,15 +32,17 @@ def run(task: tuple[Entry, int], job: int, tasks: int, threads: int) -> None:
     Example:
         >>> import ctypes
         >>> done = []
-        >>> run((lambda job, number: done.append(number), 0), 0, 3, 1)
+        >>> function = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(lambda job, number: done.append(number))
+        >>> run((function, ctypes.cast(function, ctypes.c_void_p).value), 0, 3, 1)
         >>> done
         [0, 1, 2]
     """
     start = _pool() if threads > 1 and tasks > 1 and not _forked else None
     if start is None:
-        function = task[0]
-        for number in range(tasks):
-            function(job, number)
+        if tasks == 1:
+            task[0](job, 0)
+        else:
+            _one_after_another()(task[1], job, tasks)
     else:
         start(task[1], job, tasks, min(threads, tasks))
 
@@ -77,17 +79,49 @@ def _find_pool() -> Callable[[int, int, int, int], None] | None:
     return run_parallel
 
 
+@functools.cache
+def _one_after_another() -> Callable[[int, int, int], None]:
+    """A compiled loop over the tasks: (function, job, tasks)."""
+    import numba as typed_numba
+
+    numba: Any = typed_numba
+    word, call = numba.types.int64, _caller()
+
+    def work(function, job, tasks):  # type: ignore[no-untyped-def]
+        for number in range(tasks):
+            call(function, job, number)
+
+    compiled = numba.cfunc(numba.types.void(word, word, word))(work)
+    _keep.append(compiled)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(compiled.address)
+
+
 def _compile_worker(library: Any) -> int:
     """The address of what each thread of a team runs: every ``threads``-th task, from its own number on."""
+    import numba as typed_numba
+
+    numba: Any = typed_numba
+    types, call = numba.types, _caller()
+    own_number = library.omp_get_thread_num
+    own_number.restype, own_number.argtypes = ctypes.c_int, []
+
+    def work(shared):  # type: ignore[no-untyped-def]
+        for number in range(own_number(), shared[2], shared[3]):
+            call(shared[0], shared[1], number)
+
+    compiled = numba.cfunc(types.void(types.CPointer(types.int64)))(work)
+    _keep.append(compiled)
+    return int(compiled.address)
+
+
+def _caller() -> Any:
+    """An intrinsic that calls the function at an address: (function, job, number)."""
     import numba as typed_numba
     from llvmlite import ir
     from numba.extending import intrinsic as typed_intrinsic
 
-    numba: Any = typed_numba
+    types: Any = typed_numba.types
     intrinsic: Any = typed_intrinsic
-    types = numba.types
-    own_number = library.omp_get_thread_num
-    own_number.restype, own_number.argtypes = ctypes.c_int, []
 
     @intrinsic  # type: ignore[untyped-decorator]
     def call(context: Any, function: Any, job: Any, number: Any) -> Any:
@@ -99,13 +133,7 @@ def _compile_worker(library: Any) -> int:
 
         return types.void(types.int64, types.int64, types.int64), generate
 
-    def work(shared):  # type: ignore[no-untyped-def]
-        for number in range(own_number(), shared[2], shared[3]):
-            call(shared[0], shared[1], number)
-
-    compiled = numba.cfunc(types.void(types.CPointer(types.int64)))(work)
-    _keep.append(compiled)
-    return int(compiled.address)
+    return call
 
 
 _keep: list[Any] = []  # the compiled code lives as long as its cfunc object

@@ -48,7 +48,7 @@ def _cached_name() -> str:
 
 
 def build(path: Path) -> link.Linker:
-    """Compile and link the operator library (about 10 s on one core) and put it at ``path``, all at once or not at all.
+    """Compile and link the operator library (about 40 s on one core) and put it at ``path``, all at once or not at all.
 
     Returns:
         The linker that was used.

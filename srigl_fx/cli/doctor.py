@@ -62,7 +62,7 @@ class Health:
 
 
 def examine() -> Health:
-    """Look at this machine; takes about ten seconds where the operator library must be built first.
+    """Look at this machine; takes about half a minute where the operator library must be built first.
 
     Example:
         >>> examine().healthy  # doctest: +SKIP
