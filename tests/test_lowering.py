@@ -215,7 +215,7 @@ def test_extreme_masks(density: float, ablated: int) -> None:
 def test_measured_selection_is_consistent() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 6))
     mask_by_hand(randomise(model), 0.02, ablated={"0.weight": 200}).eval()
-    lowered = lower(model, (torch.randn(1, 512),), batch_sizes=[1, 3])
+    lowered = lower(model, (torch.randn(1, 512),), batch_sizes=[1, 3], min_speedup=1.001)  # at 1, it may estimate
     for layer in lowered.report.layers:
         assert set(layer.seconds) == {1, 3}
         assert all({"dense", "condensed"} <= set(times) for times in layer.seconds.values())
