@@ -81,7 +81,7 @@ def measure_threads(
                         calls, missing[count] = made[count].calls(x)
                         timers |= {(count, name): _with_threads(count, timer(call)) for name, call in calls.items()}
                     # Idle threads of one pool spin for a while, and would take a core from the next contender.
-                    times = interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, pause=0.01)
+                    times = interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, pause=0.1)
                 torch.set_num_threads(counts[0])
                 for count in counts:
                     own = {name: seconds for (at, name), seconds in times.items() if at == count}

@@ -7,13 +7,14 @@ a tap reads outside ``x`` is zero in the tile. Output positions are counted thro
 from typing import Any, Final
 
 from srigl_fx.runtime.kernels import conv
+from srigl_fx.runtime.kernels.choice import COLUMNS
 from srigl_fx.runtime.kernels.compiled import compiled
 from srigl_fx.runtime.kernels.vector import LANES, copy_even_lanes, copy_lanes, words
 
 Pointer = Any
 # A piece: neighbouring positions of one output row, in one vector of the tile's columns.
 PIECE_COLUMN, PIECE_COUNT, PIECE_SAMPLE, PIECE_D, PIECE_H, PIECE_W, PIECE_WORDS = range(7)
-MOST_PIECES: Final = 64  # of a tile: one for each column
+MOST_PIECES: Final = COLUMNS  # of a tile: one for each column
 TAP_WORDS: Final = 7
 _UNREAD: Final = -1
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 from srigl_fx.runtime.kernels import job
 from srigl_fx.runtime.kernels.choice import COLUMNS
 from srigl_fx.runtime.kernels.compiled import REGISTERS, compiled
-from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_WORDS, LANES
-from srigl_fx.runtime.kernels.tile import add_rows, phase_of, rows_in_flight, values_of
+from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_WORDS, LANES, TILE_BYTES
+from srigl_fx.runtime.kernels.tile import add_rows, phase_of, prefetched_lines, rows_in_flight, values_of
 from srigl_fx.runtime.kernels.vector import allocate, fill_floats, floats, ints, words
 
 Pointer = Any
@@ -18,8 +18,9 @@ BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level c
 CACHE_LINE: Final = 64
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
 
-_add_16, _add_32, _add_64 = (add_rows(width, REGISTERS) for width in (1, 2, 4))
-_rows_16, _rows_32, _rows_64 = (rows_in_flight(width, REGISTERS) for width in (1, 2, 4))
+_add_16, _add_32 = (add_rows(width, REGISTERS) for width in (1, 2))
+_rows_16, _rows_32 = (rows_in_flight(width, REGISTERS) for width in (1, 2))
+_lines_16, _lines_32 = (prefetched_lines(width, REGISTERS) for width in (1, 2))
 _phase_of, _values_of = compiled(phase_of), compiled(values_of)
 
 
@@ -36,7 +37,7 @@ def first_output(j: Pointer, group: int) -> int:
 @compiled
 def width_of(columns: int) -> int:
     """The columns of a tile that holds so many."""
-    return 16 if columns <= 16 else (32 if columns <= 32 else 64)
+    return 16 if columns <= 16 else COLUMNS
 
 
 @compiled
@@ -63,21 +64,20 @@ def start_tile(j: Pointer, first: int, last: int, width: int, out: int) -> None:
 
 
 @compiled
-def _add_phases(j: Pointer, g: int, first: int, phases: int, width: int, inputs: int, out: int) -> None:
-    """Add some phases of a group to its rows of the output tile."""
+def _add_phases(j: Pointer, g: int, first: int, phases: int, width: int, inputs: int, out: int, following: int) -> None:
+    """Add some phases of a group to its rows of the output tile; ``following`` is the phase that comes next."""
     at, outputs = j[job.PANEL], j[job.PANEL_ROWS] + g * LANES * 4
-    if width == 64:
-        for lane in range(0, LANES, _rows_64):
-            indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-            _add_64(inputs, indices, values, phases, outputs + 4 * lane, out)
-    elif width == 32:
+    ahead = at + following * TILE_BYTES
+    if width == 32:
         for lane in range(0, LANES, _rows_32):
             indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-            _add_32(inputs, indices, values, phases, outputs + 4 * lane, out)
+            line = ahead + lane // _rows_32 * _lines_32 * CACHE_LINE
+            _add_32(inputs, indices, values, phases, outputs + 4 * lane, out, line)
     else:
         for lane in range(0, LANES, _rows_16):
             indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-            _add_16(inputs, indices, values, phases, outputs + 4 * lane, out)
+            line = ahead + lane // _rows_16 * _lines_16 * CACHE_LINE
+            _add_16(inputs, indices, values, phases, outputs + 4 * lane, out, line)
 
 
 @compiled
@@ -99,5 +99,6 @@ def multiply(
             while last < end and starts[last] < limit:
                 last += 1
             if last > first:
-                _add_phases(j, g, first, last - first, width, inputs, out)
                 cursors[g - g0] = last
+                following = cursors[g + 1 - g0] if g + 1 < g1 else cursors[0]
+                _add_phases(j, g, first, last - first, width, inputs, out, following)

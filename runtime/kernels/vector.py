@@ -209,13 +209,13 @@ def _every_second(b: Any, bits: Any) -> Any:
     return bits
 
 
-_AHEAD = 4 * VECTOR_BYTES  # a full tile's columns
+_AHEAD = number(4 * VECTOR_BYTES)  # two tiles' columns: rows are too far apart for the processor to guess the next
 
 
-def _prefetch(b: Any, where: Any, *, write: bool) -> None:
-    """Ask for what the next tile needs: its rows are too far apart for the processor to guess."""
+def prefetch(b: Any, where: Any, *, write: bool = False) -> None:
+    """Ask for the cache line at an address, which need not exist."""
     function = _function(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
-    at = b.inttoptr(b.add(where, number(_AHEAD)), I8.as_pointer())
+    at = b.inttoptr(where, I8.as_pointer())
     b.call(function, [at, ir.Constant(I32, int(write)), ir.Constant(I32, 2), ir.Constant(I32, 1)])
 
 
@@ -247,13 +247,13 @@ def _copy_lanes(stride: int) -> Callable[[int, int, int, int, int, int, int, int
             first_masks, second_masks, kept = masks(b, read_first), masks(b, read_second), _lane_mask(b, written)
 
             def two_sources(i: Any, at: Any) -> Any:
-                _prefetch(b, at[0], write=False)
+                prefetch(b, b.add(at[0], _AHEAD))
                 both = b.or_(found(b, at[0], first_masks), found(b, at[1], second_masks))
                 _masked_store(b, b.bitcast(both, FLOATS), at[2], kept)
                 return b.add(at[0], source_row), b.add(at[1], source_row), b.add(at[2], target_row)
 
             def one_source(i: Any, at: Any) -> Any:
-                _prefetch(b, at[0], write=False)
+                prefetch(b, b.add(at[0], _AHEAD))
                 _masked_store(b, b.bitcast(found(b, at[0], first_masks), FLOATS), at[1], kept)
                 return b.add(at[0], source_row), b.add(at[1], target_row)
 
@@ -294,7 +294,7 @@ def _move_floats(add: bool) -> Callable[[int, int, int], None]:
                 at = b.shl(i, number(6))
                 to = b.add(target, at)
                 if not add:
-                    _prefetch(b, to, write=True)
+                    prefetch(b, b.add(to, _AHEAD), write=True)
                 store(b, result(b.add(source, at), to, lambda where: load(b, where, FLOATS)), to)
                 return carried
 
