@@ -20,6 +20,7 @@ from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
 from srigl_fx.runtime.weights import check_weight
 
+_LARGEST = 1 << 31  # so that no product of sizes overflows
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor bias"
 
 _library: Any = torch.library.Library("srigl_fx", "DEF")  # type: ignore[no-untyped-call]
@@ -122,9 +123,16 @@ def _conv_shape(
             f"{dilation}, {extra}"
         )
     if min(*stride, *dilation, groups) < 1 or min(*padding, *extra) < 0:
-        raise FormatError(f"{op}: stride, dilation and groups must be at least 1 and padding at least 0")
+        raise FormatError(
+            f"{op}: stride, dilation and groups must be at least 1, padding and output_padding at least 0, not "
+            f"{stride}, {dilation}, {groups}, {padding}, {extra}"
+        )
+    if max(*stride, *dilation, *padding, *extra, groups) >= _LARGEST:
+        raise FormatError(f"{op}: stride, dilation, padding, output_padding and groups must be below {_LARGEST}")
     if any(extra) and not transposed:
         raise FormatError(f"{op}: output_padding {extra} is for transposed convolutions only")
+    if any(more >= max(step, reach) for more, step, reach in zip(extra, stride, dilation, strict=True)):
+        raise FormatError(f"{op}: output_padding {extra} must be less than stride or dilation")
     n, group_channels, *kernel = weight_shape
     if n % groups or bias.shape[0] != n or x.shape[1] != group_channels * groups:
         raise FormatError(
@@ -138,8 +146,10 @@ def _conv_shape(
             out.append((x.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach + extra[i])
         else:
             out.append((x.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1)
-    if min(out) < 1:
-        raise FormatError(f"{op}: the kernel {tuple(kernel)} does not fit the padded input {tuple(x.shape)}")
+    if min(out) < (0 if transposed else 1):
+        raise FormatError(
+            f"{op}: kernel {tuple(kernel)} and padding {tuple(padding)} leave no output of {tuple(x.shape)}"
+        )
     return (x.shape[0], n, *out)
 
 

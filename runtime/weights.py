@@ -3,7 +3,8 @@
 Owns the memory of what is known about a weight's tensors, and when that is out of date. It must not know what is
 computed with them. Nothing here keeps a weight alive.
 
-Writes that torch does not see (through ``.numpy()`` or ``.data``) are not noticed.
+Writes that torch does not count (through ``.numpy()`` or ``.data``) are not noticed, but for values that can train:
+fused optimizers and gradient scalers write so, and these values are compared at each call.
 """
 
 import ctypes
@@ -37,11 +38,21 @@ class Panel:
     memory: tuple[Any, ...]
     nbytes: int
     values: "weakref.ref[Tensor]"
+    content: Tensor | None
     facts: tuple[object, ...]
 
     def is_of(self, values: Tensor, facts: tuple[object, ...]) -> bool:
-        """Whether it was made from these values, not from others that had their memory before."""
-        return self.facts == facts and self.values() is values
+        """Whether it was made from these values, not from others that had their memory before, and as they are now."""
+        if self.facts != facts or self.values() is not values:
+            return False
+        if self.content is None:
+            return not _can_train(values)
+        bits = torch.int32 if values.dtype is torch.float32 else torch.int16
+        return torch.equal(self.content.view(bits), values.detach().contiguous().view(bits))
+
+
+def _can_train(values: Tensor) -> bool:
+    return values.requires_grad or isinstance(values, torch.nn.Parameter)
 
 
 class _Prepared:
@@ -134,7 +145,8 @@ def panel_of(
                 arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
                 template, memory = _pack(kind, window, *arrays, in_features, out_features, block_rows)
                 nbytes = sum(array.nbytes for array in memory)
-                found = Panel(template, memory, nbytes, weakref.ref(values), facts)
+                content = values.detach().clone().contiguous() if _can_train(values) else None
+                found = Panel(template, memory, nbytes, weakref.ref(values), content, facts)
                 prepared.panels[kind, block_rows] = found
     return found
 

@@ -136,6 +136,10 @@ def export_onnx(
         >>> report.condensed_layers
         2
     """
+    if torch.is_inference_mode_enabled():
+        raise ExportError(
+            "export_onnx cannot run under torch.inference_mode(); call it outside, or under torch.no_grad()"
+        )
     target = Path(path)
     if target.is_dir() or not target.parent.is_dir():
         problem = "it is a folder" if target.is_dir() else f"there is no folder {target.parent}; create it first"

@@ -97,6 +97,11 @@ def lower(
     _check_arguments(model, target, min_speedup, batch_sizes)
     if not isinstance(value_dtype, torch.dtype) or str(value_dtype).removeprefix("torch.") not in VALUE_DTYPES:
         raise LoweringError(f"value_dtype must be torch.float32, torch.bfloat16 or torch.float16, not {value_dtype!r}")
+    if torch.is_inference_mode_enabled():
+        raise LoweringError(
+            "lower cannot run under torch.inference_mode(), as its result could be used nowhere else; call it "
+            "outside, or under torch.no_grad()"
+        )
     if verify not in (True, False, "each pass"):
         raise LoweringError(f'verify must be True, False or "each pass", not {verify!r}')
     if not isinstance(passes, Sequence) or not all(isinstance(step, Pass) for step in passes):
@@ -171,7 +176,8 @@ def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
     """Read a model that ``lower(...).save(path)`` wrote; nothing in the file is executed as code.
 
     Raises:
-        FormatError: The file is damaged, or holds anything but a lowered graph.
+        FormatError: The file cannot be read, or holds anything but a lowered graph. Numbers that have changed are not
+            noticed: there is no checksum.
         FileNotFoundError: There is no such file.
 
     Example:

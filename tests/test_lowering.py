@@ -19,7 +19,7 @@ from torch.nn import functional
 
 import srigl_fx as sx
 from srigl_fx import graph_ops
-from srigl_fx.errors import CaptureError, FormatError, InvariantError, LoweringError
+from srigl_fx.errors import CaptureError, ExportError, FormatError, InvariantError, LoweringError
 from srigl_fx.lowered import LoweredModule
 from srigl_fx.lowering import load_lowered, lower
 from srigl_fx.masks.records import sparse_weights
@@ -545,3 +545,14 @@ def test_measuring_leaves_the_buffers_that_a_model_writes() -> None:
     assert torch.equal(model.calls, before)  # type: ignore[arg-type]
     lowered(torch.randn(2, 64))
     assert torch.equal(lowered.calls, before + 1)  # type: ignore[arg-type]
+
+
+def test_inference_mode_is_refused(tmp_path: Path) -> None:
+    model = mask_by_hand(randomise(mlp()), 0.3).eval()
+    x = torch.randn(2, 20)
+    with torch.inference_mode():
+        with pytest.raises(LoweringError, match="under torch"):
+            lower(model, (x,))
+        with pytest.raises(ExportError, match="under torch"):
+            sx.export_onnx(model, tmp_path / "model.onnx", (x,))
+    assert not list(tmp_path.iterdir())

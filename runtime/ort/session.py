@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import FormatError, LibraryError
+from srigl_fx.runtime.kernels.isa import host_isa
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.library import library_path
 
@@ -89,7 +90,8 @@ def load(
 
     Raises:
         FormatError: The file is missing, is no ONNX model, or ONNX Runtime or an operator refuses what is in it.
-        LibraryError: ONNX Runtime is older than 1.17.
+        LibraryError: ONNX Runtime is older than 1.17, or SRIGL_FX_ISA names an instruction set that is unknown, or that
+            this CPU lacks.
 
     Example:
         >>> load("missing.onnx")
@@ -102,6 +104,7 @@ def load(
     file = Path(path)
     if not file.is_file():
         raise FormatError(f"there is no file {file}")
+    host_isa()  # what SRIGL_FX_ISA asks for in vain is an error, and no reason to run densely
     options = onnxruntime.SessionOptions() if session_options is None else session_options
     try:
         _register(options, library_path())

@@ -4,8 +4,9 @@ Owns :class:`SparseCompute`: which masked weights take part, the forward of thei
 while it steps. It must not know schedules or how masks are chosen: it looks at the masks, and follows when they change.
 
 Everything that can be seen stays as it is. Parameters, ``.grad`` and ``state_dict()`` are dense, zero off the masks;
-what is kept besides is a copy of the kept values and of their optimizer state. Whoever writes to a parameter, a mask or
-a gradient is noticed by its version.
+what is kept besides is a copy of the kept values and of their optimizer state. Parameters and gradients are read anew
+wherever they count, as not everybody who writes to them says so: fused optimizers, gradient scalers and ``.data`` leave
+the versions of tensors as they are.
 """
 
 import types
@@ -47,7 +48,6 @@ class KeptWeight:
         positions: int64, where the kept values are in the flat parameter.
         values: The kept values, as a parameter that the optimizer steps.
         state: The optimizer's state of them; empty while it is that of the dense parameter.
-        gradient: The last gradient of the values.
     """
 
     handle: SparseWeight
@@ -56,9 +56,6 @@ class KeptWeight:
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     values: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.empty(0)))
     state: State = field(default_factory=dict)
-    gradient: Tensor | None = None
-    _weight: "weakref.ref[Tensor] | None" = None
-    _weight_version: int = -1
     _mask: Tensor | None = None
     _mask_version: int = -1
     _buffer: Tensor | None = None
@@ -70,14 +67,11 @@ class KeptWeight:
         weight, mask = self.handle.weight, self.handle.mask
         if mask is not self._mask or mask._version != self._mask_version:
             self._follow(mask)
-        elif self._weight is not None and self._weight() is weight and weight._version == self._weight_version:
-            return
         values = weight.detach().reshape(-1).index_select(0, self.positions)
-        if values.shape == self.values.shape and values.dtype == self.values.dtype:
-            self.values.copy_(values)
-        else:
+        if values.shape != self.values.shape or values.dtype != self.values.dtype:
             self.values = nn.Parameter(values)
-        self._weight, self._weight_version = weakref.ref(weight), weight._version
+        elif not _same_bits(values, self.values):  # written only then: a backward may still need them
+            self.values.copy_(values)
 
     def _follow(self, mask: Tensor) -> None:
         state = self._dense_state(mask.shape)
@@ -93,19 +87,13 @@ class KeptWeight:
         else:
             self.positions = mask.reshape(-1).nonzero().squeeze(1)
         self.state = self._kept_state(state, mask.shape)
-        self.gradient = self._buffer = None
+        self._buffer = None
         self._mask, self._mask_version = mask, mask._version
-
-    def forget(self) -> None:
-        """Read the parameter anew at the next :meth:`refresh`."""
-        self._weight = None
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Write the values into the parameter."""
-        weight = self.handle.weight
-        weight.detach().view(-1).index_copy_(0, self.positions, self.values)
-        self._weight_version = weight._version
+        self.handle.weight.detach().view(-1).index_copy_(0, self.positions, self.values)
 
     def dense_gradient(self, gradient: Tensor) -> Tensor:
         """A gradient of the values as one of the parameter, zero off the mask.
@@ -117,7 +105,7 @@ class KeptWeight:
         if buffer is None or in_use or buffer._version != self._buffer_version:
             buffer = torch.zeros(self._mask.shape if self._mask is not None else 0, dtype=gradient.dtype)
         buffer.view(-1).index_copy_(0, self.positions, gradient)
-        self.gradient, self._buffer, self._buffer_version = gradient, buffer, buffer._version
+        self._buffer, self._buffer_version = buffer, buffer._version
         return buffer.detach()
 
     def is_kept(self, grad: Tensor) -> bool:
@@ -127,8 +115,6 @@ class KeptWeight:
 
     def kept_gradient(self, grad: Tensor) -> Tensor:
         """The parameter's gradient at the kept values."""
-        if self.gradient is not None and self.is_kept(grad):
-            return self.gradient
         return grad.reshape(-1).index_select(0, self.positions)
 
     def take_state(self, dense: State) -> None:
@@ -153,6 +139,11 @@ class KeptWeight:
             else value
             for name, value in self.state.items()
         }
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[one.element_size()]
+    return torch.equal(one.view(integer), other.detach().view(integer))
 
 
 def _is_like(value: object, shape: torch.Size) -> bool:
@@ -285,8 +276,6 @@ class SparseCompute:
 
     def _recover(self) -> None:
         """After a step that failed halfway the parameters are what counts."""
-        for _, _, kept in self._swapped:
-            kept.forget()
         self._restore()
 
     def _restore(self) -> None:

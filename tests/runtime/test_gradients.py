@@ -1,7 +1,7 @@
 """Gradients of the condensed operators against dense autograd, and the products that they are made of."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -220,3 +220,23 @@ def test_a_lowered_layer_is_fine_tuned() -> None:
         with torch.no_grad():
             parameters[1].copy_(bias)
     np.testing.assert_allclose(parameters[0].detach(), values + 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 20])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.Adagrad])
+def test_fused_optimizers_are_followed(optimizer: Callable[..., torch.optim.Optimizer], batch: int) -> None:
+    """They write to the values without counting it."""
+    weight = random_condensed(37, 70, 9, 30)
+    values, indices, active, bias = operands(weight)
+    parameter, x = torch.nn.Parameter(values), torch.randn(batch, 70)
+    stepping = optimizer([parameter], lr=0.1, fused=True)
+    for _ in range(3):
+        stepping.zero_grad()
+        linear(x, parameter, indices, active, bias, 70).square().mean().backward()
+        stepping.step()
+        with torch.no_grad():
+            expected = linear(x, parameter.detach().clone(), indices, active, bias, 70)
+            torch.testing.assert_close(linear(x, parameter, indices, active, bias, 70), expected)
+            parameter.requires_grad_(False)
+            torch.testing.assert_close(linear(x, parameter, indices, active, bias, 70), expected)
+            parameter.requires_grad_()

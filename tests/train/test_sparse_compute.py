@@ -422,3 +422,58 @@ def test_the_example_runs(checkout: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     assert import_module("sparse_training_step").main(width=64, batch=96, steps=20) > 0.99
     assert capsys.readouterr().out.endswith("of the kept weights are the same\n")
+
+
+Unseen = Callable[[nn.Module, torch.optim.Optimizer, Tensor], None]
+
+
+def _fused_closure(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    optimizer.step(closure)
+
+
+def _scaled(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer.zero_grad()
+    scaler.scale(model(x).square().mean()).backward()
+    scaler.step(optimizer)
+
+
+def _by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    weight = model[0].weight  # type: ignore[index]
+    weight.data.mul_(1.5)
+    weight.detach().numpy()[:] *= 0.8
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    weight.grad.data.mul_(2)
+    weight.grad.numpy()[:] *= 3
+    optimizer.step()
+
+
+@pytest.mark.parametrize("unseen", [_fused_closure, _scaled, _by_hand])
+@pytest.mark.parametrize(
+    "optimize",
+    [
+        lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+        lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9, fused=True),
+        lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=True),
+    ],
+)
+def test_writes_that_pytorch_does_not_count(unseen: Unseen, optimize: Optimize) -> None:
+    dense = mlp()
+    sparse = copy.deepcopy(dense)
+    optimizers = [optimize(dense.parameters()), optimize(sparse.parameters())]
+    Static(dense, optimizers[0])
+    compute_sparse(Static(sparse, optimizers[1]))
+    for seed in range(4):
+        x = torch.randn(64, 70, generator=torch.Generator().manual_seed(seed))
+        unseen(dense, optimizers[0], x)
+        unseen(sparse, optimizers[1], x)
+    for expected, found in zip(dense.parameters(), sparse.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
