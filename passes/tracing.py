@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 aten = torch.ops.aten
 _LOG = logging.getLogger(__name__)
+_SETTINGS = threading.RLock()  # of PyTorch, which are of the process: who changes them for a while holds it
 
 
 def export(
@@ -102,13 +103,14 @@ def plain_execution() -> Iterator[None]:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """Keep nn.MultiheadAttention from its fused inference path, which is one opaque operator."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+    """Keep nn.MultiheadAttention from its fused inference path, which is one opaque operator; one thread at a time."""
+    with _SETTINGS:
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 @contextmanager

@@ -471,8 +471,14 @@ def test_copies_threads_and_pickle() -> None:
     assert dict(copied.model.named_modules())["shared"]._srigl_fx_graph[1] is copied.graphs[0]
     inputs = [images(size % 4 + 1)[0] for size in range(12)]
     expected = [run_model(model, (x,), {}) for x in inputs]
+
+    def call(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y: Tensor = lowered(x)
+            return y
+
     with ThreadPoolExecutor(4) as pool:
-        for one, other in zip(expected, pool.map(lambda x: run_model(lowered, (x,), {}), inputs), strict=True):
+        for one, other in zip(expected, pool.map(call, inputs), strict=True):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Capture: dynamic where possible, static where not, and clear about why not at all."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -336,3 +337,14 @@ def test_only_ordinary_tensors_and_constants_are_taken() -> None:
     assert foreign_types(torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), None) != ""
     assert foreign_types(torch.ones(2, 2).to_sparse(), None) != ""
     assert foreign_types((torch.ones(2), None, 3, "x"), {"y": [torch.ones(2)]}) == ""
+
+
+def test_settings_of_pytorch_survive_threads() -> None:
+    def run(seed: int) -> None:
+        for _ in range(20):
+            run_model(nn.Linear(3, 4), (torch.randn(2, 3),), {})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, range(4)))
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch._dynamo.eval_frame._stance.stance == "default"

@@ -336,7 +336,6 @@ def test_the_engine_dies_with_the_optimizer() -> None:
 
 
 def test_compiled_models_train_without_recompiling() -> None:
-    torch.compiler.reset()  # other tests compile the same forward, and PyTorch gives up on one that it compiled often
     counter = CompileCounterWithBackend("aot_eager")
     model = mlp()
     compiled = torch.compile(model, backend=counter)
