@@ -92,7 +92,7 @@ def linear(
     splits = choice.shares(tiles, n_active // LANES, batch * n_active * k, thread_count)
     j[job.ROW_SPLITS] = splits
     address = ctypes.addressof(j)
-    if task == "tile_task" and splits > 1:
+    if task == "tile_task" and splits > 2:  # two fill a tile each faster than they fetch what the other has filled
         inputs = y.new_empty(tiles * (in_features + 1) * COLUMNS + LANES)
         j[job.INPUTS] = -(-inputs.data_ptr() // _CACHE_LINE) * _CACHE_LINE
         threads.run(entry("fill_task"), address, tiles * splits, thread_count)
