@@ -328,3 +328,18 @@ def test_importing_the_ops_leaves_numba_alone() -> None:
     code = "import sys, srigl_fx.runtime.ops; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("padding", "message"), [([2, 2], "less than stride or dilation"), ([-1, 0], "output_padding at least 0")]
+)
+def test_output_padding_that_pytorch_refuses(padding: list[int], message: str) -> None:
+    values, indices, active, bias = (
+        torch.randn(4, 2),
+        torch.tensor([[0, 1]] * 4).to(torch.uint16),
+        torch.arange(4),
+        torch.zeros(4),
+    )
+    settings = [4, 3, 2, 2], [2, 2], [0, 0], [1, 1], 1, None, "none", True, padding
+    with pytest.raises(FormatError, match=message):
+        torch.ops.srigl_fx.condensed_conv(torch.randn(1, 3, 5, 5), values, indices, active.int(), bias, *settings)

@@ -130,3 +130,9 @@ def test_an_instruction_set_that_is_unknown_is_refused(
     monkeypatch.setenv("SRIGL_FX_ISA", "sse9")
     with pytest.raises(LibraryError, match="SRIGL_FX_ISA must be one of"):
         srigl_fx.runtime.register(onnxruntime.SessionOptions())
+
+
+def test_a_wrong_instruction_set_does_not_run_densely(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SRIGL_FX_ISA", "sse9")
+    with pytest.raises(LibraryError, match="SRIGL_FX_ISA is 'sse9'"):
+        srigl_fx.runtime.load(model)
