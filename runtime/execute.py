@@ -22,7 +22,6 @@ from srigl_fx.runtime.weights import Job, Kind, Panel, _Prepared, new_job, panel
 ACTIVATION_NUMBERS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5, "hardswish": 6}
 
 _CHUNK_FLOATS = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
-_CACHE_LINE = 64
 _SLACK = 64  # floats behind a packed sample that may be read
 
 
@@ -91,12 +90,7 @@ def linear(
     tiles = -(-batch // COLUMNS) if task == "tile_task" else 1
     splits = choice.shares(tiles, n_active // LANES, batch * n_active * k, thread_count)
     j[job.ROW_SPLITS] = splits
-    address = ctypes.addressof(j)
-    if task == "tile_task" and splits > 2:  # two fill a tile each faster than they fetch what the other has filled
-        inputs = y.new_empty(tiles * (in_features + 1) * COLUMNS + LANES)
-        j[job.INPUTS] = -(-inputs.data_ptr() // _CACHE_LINE) * _CACHE_LINE
-        threads.run(entry("fill_task"), address, tiles * splits, thread_count)
-    threads.run(entry(task), address, tiles * splits, thread_count)
+    threads.run(entry(task), ctypes.addressof(j), tiles * splits, thread_count)
     _raise_if_failed(j)
 
 

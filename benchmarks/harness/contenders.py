@@ -74,8 +74,8 @@ class LayerContenders:
             self._csr = self.dense.to_sparse_csr() if CSR_TORCH in wanted else None
         self._sessions: dict[str, Any] = {}
 
-    def calls(self, x: Array) -> tuple[dict[str, Call], dict[str, str]]:
-        """The contenders of this process for the input ``x``, and why those that are missing are."""
+    def calls(self, x: Array, only: str | None = None) -> tuple[dict[str, Call], dict[str, str]]:
+        """The contenders of this process, or one, for the input ``x``, and why those that are missing are."""
         made: dict[str, Call] = {}
         missing: dict[str, str] = {}
         makers: Mapping[str, Callable[[Array], Call]] = {
@@ -92,7 +92,7 @@ class LayerContenders:
         }
         reference = self.expected(x)
         for name in self.wanted:
-            if name in makers:
+            if name in makers and only in (None, name):
                 try:
                     call = makers[name](x)
                     problem = difference(call(), reference, BF16_TOLERANCE if name in OURS_BF16 else TOLERANCE)

@@ -66,22 +66,25 @@ def measure_threads(
     counts: Sequence[int],
     effort: Effort,
 ) -> Iterator[list[Record]]:
-    """Measure every cell with each number of threads, in turns; one number of threads is a cell of its own."""
+    """Measure every contender with each number of threads, in turns; a number of threads has a cell of its own."""
     for layer in layers:
         for sparsity in sparsities:
             weight = random_weight(layer, sparsity)
             made = {count: LayerContenders(layer, weight, contenders, count) for count in counts}
             for batch in batches:
                 x = random_input(layer, batch)
-                timers: dict[tuple[int, str], Timer] = {}
-                missing: dict[int, dict[str, str]] = {}
+                times: dict[tuple[int, str], float] = {}
+                missing: dict[int, dict[str, str]] = {count: {} for count in counts}
                 with torch.inference_mode():
-                    for count in counts:
-                        torch.set_num_threads(count)
-                        calls, missing[count] = made[count].calls(x)
-                        timers |= {(count, name): _with_threads(count, timer(call)) for name, call in calls.items()}
-                    # Idle threads of one pool spin for a while, and would take a core from the next contender.
-                    times = interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, pause=0.1)
+                    # One contender at a time: the pool of another, awake, would take a core from it.
+                    for name in contenders:
+                        timers: dict[tuple[int, str], Timer] = {}
+                        for count in counts:
+                            torch.set_num_threads(count)
+                            calls, why = made[count].calls(x, only=name)
+                            missing[count] |= why
+                            timers |= {(count, one): _with_threads(count, timer(call)) for one, call in calls.items()}
+                        times |= interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, pause=0.1)
                 torch.set_num_threads(counts[0])
                 for count in counts:
                     own = {name: seconds for (at, name), seconds in times.items() if at == count}

@@ -9,7 +9,6 @@ from typing import Final
 MOST_DOT_SAMPLES: Final = 5  # up to so many, looking inputs up for each beats laying samples side by side
 COLUMNS: Final = 32  # of a full tile
 LANES: Final = 16  # rows of a group
-SHARED_TILES: Final = 8  # up to so many tiles, tasks share filled ones and split their rows
 _MOST_TILE_INPUTS: Final = 65535  # a tile's indices are uint16, and one of them names a row of zeros
 _IN_CACHE: Final = 300_000  # kept weights that a second-level cache holds
 _TASK_WORK: Final = 1 << 16  # multiply-adds that are worth a task

@@ -56,9 +56,10 @@ ACCUMULATORS = BLOCK + LANES  # floats of scratch
     PLANE_STEP_D,
     PLANE_STEP_H,
     PLANE_STEP_W,
+    POINTWISE,
     DIRECT,
     GEOMETRY_SIZE,
-) = range(37)
+) = range(38)
 
 
 def conv_plan(geometry: Pointer) -> None:
@@ -66,7 +67,8 @@ def conv_plan(geometry: Pointer) -> None:
 
     A packed sample has CHANNELS * PLANES_D * PLANES_H * PLANES_W * PACKED_D * PACKED_H * PACKED_W elements, never more
     than channels, taps and output positions multiply to, and then zeros: it ends (size // LANES + 2) * LANES floats
-    after its start. A pointwise convolution becomes one of a single row; DIRECT is then 1 if ``x`` is read as it is.
+    after its start. A convolution that is POINTWISE (each position reads just its own) becomes one of a single
+    row; DIRECT is then 1 if ``x`` is read as it is.
     """
     geometry[DIRECT] = 0
     pointwise = True
@@ -74,6 +76,7 @@ def conv_plan(geometry: Pointer) -> None:
         steps = geometry[KERNEL_D + axis] * geometry[STRIDE_D + axis] * geometry[SPACING_D + axis]
         if steps > 1 or geometry[IN_D + axis] != geometry[OUT_D + axis]:
             pointwise = False
+    geometry[POINTWISE] = pointwise
     if pointwise:
         positions = geometry[OUT_D] * geometry[OUT_H] * geometry[OUT_W]
         for axis in range(3):

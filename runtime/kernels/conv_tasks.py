@@ -15,12 +15,24 @@ from srigl_fx.runtime.kernels.tiles import (
     CACHE_LINE,
     clear_columns,
     first_output,
+    is_limit,
     multiply,
+    put_rest,
     start_tile,
     tile_memory,
     width_of,
 )
-from srigl_fx.runtime.kernels.vector import add_floats, allocate, copy_floats, floats, ints, release, shorts, words
+from srigl_fx.runtime.kernels.vector import (
+    add_floats,
+    allocate,
+    copy_floats,
+    copy_rows,
+    floats,
+    ints,
+    release,
+    shorts,
+    words,
+)
 
 Pointer = Any
 _SCRATCH: Final = (
@@ -73,11 +85,16 @@ def conv_tile_task(j: Pointer, task: int) -> None:
     geometry = words(j[job.GEOMETRY])
     tile, part = task // splits, task % splits
     first = tile * COLUMNS
-    positions = j[job.BATCH] * geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
+    plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
+    positions = j[job.BATCH] * plane
     columns = min(COLUMNS, positions - first)
     width = width_of(columns)
     in_features, n = j[job.IN_FEATURES], j[job.OUT_FEATURES]
     block_rows = n // geometry[conv.GROUPS]
+    sample, position = first // plane, first % plane
+    in_one_plane = position + columns <= plane
+    in_place = in_one_plane and columns == width and is_limit(j[job.ACTIVATION])
+    y = j[job.Y] + (sample * n * plane + position) * 4 if in_place else 0
     memory = tile_memory(in_features, n, BLOCK_GROUPS + _SCRATCH // 8)
     if memory == 0:
         j[job.FAILED] = 1
@@ -96,14 +113,21 @@ def conv_tile_task(j: Pointer, task: int) -> None:
         while g1 < min(last, g0 + BLOCK_GROUPS) and int(rows[g1 * LANES]) // block_rows == block:
             g1 += 1
         if block != filled and block >= 0:
-            _fill_taps(j, pieces, pieces_count, block, width, inputs)
+            if geometry[conv.POINTWISE] != 0 and columns == COLUMNS and in_one_plane:
+                at = j[job.X] + ((sample * geometry[conv.CHANNELS] + block * in_features) * plane + position) * 4
+                copy_rows(at, plane * 4, inputs, COLUMNS * 4, in_features)
+            else:
+                _fill_taps(j, pieces, pieces_count, block, width, inputs)
             if columns < width:
                 clear_columns(floats(inputs), in_features, columns, width)
             filled = block
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
-        start_tile(j, o0, o1, width, out)
-        multiply(j, in_features, width, inputs, g0, g1, out, cursors)
-        _store_positions(j, first, columns, width, o0, o1, out)
+        start_tile(j, g0, g1, o0, o1, width, out)
+        multiply(j, in_features, width, inputs, g0, g1, out, cursors, y, plane * 4)
+        if y != 0:
+            put_rest(j, g0, g1, o0, o1, width, out, y, plane * 4)
+        else:
+            _store_positions(j, first, columns, width, o0, o1, out)
         if g1 == last:
             break
         g0, o0 = g1, o1

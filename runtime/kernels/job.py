@@ -25,7 +25,8 @@ from typing import Final
     VALUE_TYPE,  # one of the three below
     INDEX_BYTES,  # 2 or 4
     ROW_SPLITS,  # into how many tasks the rows of one tile are cut
-    INPUTS,  # filled tiles that tasks share, or 0 where each fills its own
+    TILES,  # room for a filled tile of each task, or 0 where each brings its own
+    TILE_OWNERS,  # int64 (tasks, 2), zeros at first: which thread had a task, and in which of TILES its inputs are
     PANEL,  # the packed weight: kernels.panel
     PANEL_GROUPS,  # int64 (groups + 1, GROUP_WORDS)
     PANEL_STARTS,  # int32 (phases,)
@@ -42,8 +43,8 @@ from typing import Final
     PACKED,
     PACKED_SIZE,  # floats of one
     FAILED,  # set to 1 by a task that found no memory
-) = range(35)
-SIZE: Final = 35
+) = range(36)
+SIZE: Final = 36
 
 FLOAT32: Final = 0
 BFLOAT16: Final = 1

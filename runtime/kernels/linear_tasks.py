@@ -20,7 +20,9 @@ from srigl_fx.runtime.kernels.tiles import (
     CACHE_LINE,
     clear_columns,
     first_output,
+    is_limit,
     multiply,
+    put_rest,
     start_tile,
     tile_memory,
     width_of,
@@ -29,10 +31,12 @@ from srigl_fx.runtime.kernels.vector import (
     add_floats,
     allocate,
     copy_floats,
+    copy_rows,
     floats,
     ints,
     release,
     shorts,
+    stack_address,
     transpose,
     words,
 )
@@ -194,28 +198,31 @@ def dot_task(j: Pointer, task: int) -> None:
 
 
 @compiled
-def _fill_from_rows(j: Pointer, first: int, columns: int, width: int, inputs: int, f0: int, f1: int) -> None:
-    """The samples ``first ...`` as columns of a tile, their inputs ``f0 <= f < f1``."""
+def _fill_from_rows(j: Pointer, first: int, columns: int, width: int, inputs: int) -> None:
+    """The samples ``first ...`` as columns of a tile."""
     in_features = j[job.IN_FEATURES]
     x, row_bytes = j[job.X] + first * in_features * 4, in_features * 4
-    whole_features, whole_columns = f0 + (f1 - f0) // LANES * LANES, columns // LANES * LANES
+    whole_features, whole_columns = in_features // LANES * LANES, columns // LANES * LANES
     tile = floats(inputs)
-    for f in range(f0, whole_features, LANES):
+    for f in range(0, whole_features, LANES):
         for c in range(0, whole_columns, LANES):
             transpose(x + c * row_bytes + f * 4, row_bytes, inputs + (f * width + c) * 4, width * 4)
     for c in range(columns):
         source = floats(x + c * row_bytes)
-        for f in range(whole_features if c < whole_columns else f0, f1):
+        for f in range(whole_features if c < whole_columns else 0, in_features):
             tile[f * width + c] = source[f]
-    clear_columns(floats(inputs + f0 * width * 4), f1 - f0, columns, width)
+    clear_columns(floats(inputs), in_features, columns, width)
 
 
 @compiled
 def _fill_from_columns(source: int, source_row: int, rows: int, columns: int, width: int, inputs: int) -> None:
     """Rows of ``columns`` floats, ``source_row`` bytes apart."""
-    for f in range(rows):
-        copy_floats(source + f * source_row, inputs + f * width * 4, columns)
-    clear_columns(floats(inputs), rows, columns, width)
+    if columns == COLUMNS:
+        copy_rows(source, source_row, inputs, COLUMNS * 4, rows)
+    else:
+        for f in range(rows):
+            copy_floats(source + f * source_row, inputs + f * width * 4, columns)
+        clear_columns(floats(inputs), rows, columns, width)
 
 
 @compiled
@@ -254,19 +261,17 @@ def _store_as_columns(j: Pointer, first: int, columns: int, width: int, o0: int,
 
 
 @compiled
-def _fill_tile(j: Pointer, tile: int, inputs: int, f0: int, f1: int) -> None:
-    """The inputs ``f0 <= f < f1`` of a tile of samples; behind the last input, a row of zeros."""
+def _fill_tile(j: Pointer, tile: int, inputs: int) -> None:
+    """The inputs of a tile of samples; behind the last, a row of zeros."""
     in_features, first = j[job.IN_FEATURES], tile * COLUMNS
     columns = min(COLUMNS, j[job.BATCH] - first)
     width = width_of(columns)
     if j[job.X_FEATURE_MAJOR] != 0:
         row_bytes = j[job.BATCH] * 4
-        source, target = j[job.X] + first * 4 + f0 * row_bytes, inputs + f0 * width * 4
-        _fill_from_columns(source, row_bytes, f1 - f0, columns, width, target)
+        _fill_from_columns(j[job.X] + first * 4, row_bytes, in_features, columns, width, inputs)
     else:
-        _fill_from_rows(j, first, columns, width, inputs, f0, f1)
-    if f1 == in_features:
-        clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
+        _fill_from_rows(j, first, columns, width, inputs)
+    clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
 
 
 @compiled
@@ -274,13 +279,21 @@ def _tile_bytes(j: Pointer) -> int:
     return (j[job.IN_FEATURES] + 1) * COLUMNS * 4  # type: ignore[no-any-return]
 
 
-def fill_task(j: Pointer, task: int) -> None:
-    """A share of the inputs of one of the tiles that tasks share."""
-    splits, in_features = j[job.ROW_SPLITS], j[job.IN_FEATURES]
-    tile, part = task // splits, task % splits
-    blocks = (in_features + LANES - 1) // LANES
-    f0, f1 = blocks * part // splits * LANES, min(in_features, blocks * (part + 1) // splits * LANES)
-    _fill_tile(j, tile, j[job.INPUTS] + tile * _tile_bytes(j), f0, f1)
+@compiled
+def _tile_of_thread(j: Pointer, task: int) -> int:
+    """The inputs of a task's samples, among TILES: those that its thread has filled for its last task, or filled now.
+
+    A thread is told by its stack, where that of a call like this one lies.
+    """
+    splits, owners, thread = j[job.ROW_SPLITS], words(j[job.TILE_OWNERS]), stack_address()
+    slot = task
+    if task % splits != 0 and owners[2 * task - 2] == thread:
+        slot = owners[2 * task - 1]
+    owners[2 * task], owners[2 * task + 1] = thread, slot
+    inputs = j[job.TILES] + slot * _tile_bytes(j)
+    if slot == task:
+        _fill_tile(j, task // splits, inputs)
+    return inputs  # type: ignore[no-any-return]
 
 
 def tile_task(j: Pointer, task: int) -> None:
@@ -290,26 +303,30 @@ def tile_task(j: Pointer, task: int) -> None:
     first = tile * COLUMNS
     columns = min(COLUMNS, j[job.BATCH] - first)
     width = width_of(columns)
-    shared = j[job.INPUTS] != 0
-    memory = tile_memory(0 if shared else in_features, j[job.OUT_FEATURES], BLOCK_GROUPS)
+    in_place = j[job.Y_FEATURE_MAJOR] != 0 and columns == width and is_limit(j[job.ACTIVATION])
+    y, y_row = (j[job.Y] + first * 4, j[job.BATCH] * 4) if in_place else (0, 0)
+    pooled = j[job.TILES] != 0
+    memory = tile_memory(0 if pooled else in_features, j[job.OUT_FEATURES], BLOCK_GROUPS)
     if memory == 0:
         j[job.FAILED] = 1
         return
     out = (memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
     cursors = words(out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4)
-    if shared:
-        inputs = j[job.INPUTS] + tile * _tile_bytes(j)
+    if pooled:
+        inputs = _tile_of_thread(j, task)
     else:
         inputs = out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4 + (BLOCK_GROUPS + 8) // 8 * CACHE_LINE
-        _fill_tile(j, tile, inputs, 0, in_features)
+        _fill_tile(j, tile, inputs)
     g0, end = count * part // splits, count * (part + 1) // splits
     o0 = first_output(j, g0)
     while o0 < j[job.OUT_FEATURES]:
         g1 = min(end, g0 + BLOCK_GROUPS)
         o1 = j[job.OUT_FEATURES] if g1 == count and part == splits - 1 else first_output(j, g1)
-        start_tile(j, o0, o1, width, out)
-        multiply(j, in_features, width, inputs, g0, g1, out, cursors)
-        if j[job.Y_FEATURE_MAJOR] != 0:
+        start_tile(j, g0, g1, o0, o1, width, out)
+        multiply(j, in_features, width, inputs, g0, g1, out, cursors, y, y_row)
+        if in_place:
+            put_rest(j, g0, g1, o0, o1, width, out, y, y_row)
+        elif j[job.Y_FEATURE_MAJOR] != 0:
             _store_as_columns(j, first, columns, width, o0, o1, out)
         else:
             _store_as_rows(j, first, columns, width, o0, o1, out)

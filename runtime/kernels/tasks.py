@@ -10,7 +10,7 @@ from srigl_fx.runtime.kernels import choice, job, panel
 from srigl_fx.runtime.kernels.compiled import FASTMATH, ISA, compiled
 from srigl_fx.runtime.kernels.conv_tasks import conv_offsets, conv_pack_task, conv_plan, conv_rows_task, conv_tile_task
 from srigl_fx.runtime.kernels.isa import ISAS
-from srigl_fx.runtime.kernels.linear_tasks import dot_task, fill_task, rows_task, strided_task, tile_task
+from srigl_fx.runtime.kernels.linear_tasks import dot_task, rows_task, strided_task, tile_task
 from srigl_fx.runtime.kernels.vector import floats
 
 __all__ = ["FASTMATH", "TASKS"]
@@ -50,7 +50,6 @@ TASKS = (
     rows_task,
     strided_task,
     dot_task,
-    fill_task,
     tile_task,
     conv_plan,
     conv_offsets,

@@ -24,27 +24,62 @@ def prefetched_lines(width: int, registers: int) -> int:
     return -(-TILE_BYTES // VECTOR_BYTES // calls)
 
 
-def add_rows(width: int, registers: int) -> Callable[[int, int, int, int, int, int, int], None]:
-    """An intrinsic ``(inputs, phase, values, phases, outputs, out, ahead)``: a few rows of a group, over some phases.
+def add_rows(width: int, registers: int) -> Callable[..., None]:
+    """An intrinsic that adds a few rows of a group, over some phases.
 
+    Its arguments are ``(inputs, phase, values, phases, outputs, bias, out, to, to_row, residual, low, high, ahead)``.
     ``inputs`` is the tile; ``phase`` and ``values`` are the first phase's indices and values, from the first of the
-    rows on; ``outputs`` are the int32 output rows of :func:`rows_in_flight` lanes, all valid, and ``out`` the tile that
-    they are added to. From ``ahead`` on, these rows' share of as many phases is brought into the cache meanwhile.
+    rows on; ``outputs`` are the int32 output rows of :func:`rows_in_flight` lanes. Sums start from ``bias``, or where
+    that is 0, from the rows of the tile ``out``. They end in rows that are ``to_row`` bytes apart from ``to`` on, after
+    those of ``residual`` (as far apart, 0 for none) have been added and all is limited to ``low <= sum <= high``. From
+    ``ahead`` on, these rows' share of as many phases is brought into the cache meanwhile.
     """
     rows = rows_in_flight(width, registers)
     row_bytes = VECTOR_BYTES * width
     lines = prefetched_lines(width, registers)
 
-    def add(context: Any, inputs: Any, phase: Any, values: Any, phases: Any, outputs: Any, out: Any, ahead: Any) -> Any:
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            inputs, phase, values, phases, outputs, out, ahead = args
-            places = []
-            for row in range(rows):
-                output = b.zext(v.load(b, b.add(outputs, number(4 * row)), v.I32), v.I64)
-                places.append(b.add(out, b.mul(output, number(row_bytes))))
+    def columns(b: Any, at: Any, align: int) -> list[Any]:
+        return [v.load(b, b.add(at, number(VECTOR_BYTES * i)), v.FLOATS, align) for i in range(width)]
 
-            def columns(at: Any) -> list[Any]:
-                return [v.load(b, b.add(at, number(VECTOR_BYTES * i)), v.FLOATS, 64) for i in range(width)]
+    def either(b: Any, condition: Any, then: Callable[[], list[Any]], otherwise: Callable[[], list[Any]]) -> list[Any]:
+        found = []
+        with b.if_else(condition) as branches:
+            for branch, compute in zip(branches, (then, otherwise), strict=True):
+                with branch:
+                    found.append((compute(), b.block))
+        phis = [b.phi(v.FLOATS) for _ in range(rows * width)]
+        for values, block in found:
+            for phi, value in zip(phis, values, strict=True):
+                phi.add_incoming(value, block)
+        return phis
+
+    def add(
+        context: Any,
+        inputs: Any,
+        phase: Any,
+        values: Any,
+        phases: Any,
+        outputs: Any,
+        bias: Any,
+        out: Any,
+        to: Any,
+        to_row: Any,
+        residual: Any,
+        low: Any,
+        high: Any,
+        ahead: Any,
+    ) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            inputs, phase, values, phases, outputs, bias, out, to, to_row, residual, low, high, ahead = args
+            which = [b.zext(v.load(b, b.add(outputs, number(4 * row)), v.I32), v.I64) for row in range(rows)]
+
+            def from_bias() -> list[Any]:
+                single = [v.load(b, b.add(bias, b.shl(output, number(2))), v.F32) for output in which]
+                return [total for one in single for total in [v.broadcast(b, one)] * width]
+
+            def from_tile() -> list[Any]:
+                places = [b.add(out, b.mul(output, number(row_bytes))) for output in which]
+                return [total for place in places for total in columns(b, place, 64)]
 
             def one_phase(i: Any, totals: Any) -> Any:
                 at = b.mul(i, number(TILE_BYTES))
@@ -60,19 +95,29 @@ def add_rows(width: int, registers: int) -> Callable[[int, int, int, int, int, i
                         source = b.add(inputs, b.mul(index, number(row_bytes)))
                         weight = v.load(b, b.add(weights, number(VECTOR_BYTES * step + 4 * row)), v.F32)
                         weight = v.broadcast(b, weight)
-                        for i, column in enumerate(columns(source)):
+                        for i, column in enumerate(columns(b, source, 64)):
                             total = row * width + i
                             totals[total] = v.multiply_add(b, weight, column, totals[total])
                 return totals
 
-            before = [column for place in places for column in columns(place)]
+            before = either(b, b.icmp_signed("!=", bias, number(0)), from_bias, from_tile)
             after = v.loop(b, phases, before, one_phase)
-            for row in range(rows):
-                for i in range(width):
-                    v.store(b, after[row * width + i], b.add(places[row], number(VECTOR_BYTES * i)), 64)
+            offsets = [b.mul(output, to_row) for output in which]
+
+            def with_residual() -> list[Any]:
+                added = [column for offset in offsets for column in columns(b, b.add(residual, offset), 4)]
+                return [b.fadd(total, other) for total, other in zip(after, added, strict=True)]
+
+            after = either(b, b.icmp_signed("!=", residual, number(0)), with_residual, lambda: after)
+            lowest, highest = v.broadcast(b, low), v.broadcast(b, high)
+            for i, total in enumerate(after):
+                place = b.add(b.add(to, offsets[i // width]), number(VECTOR_BYTES * (i % width)))
+                total = b.select(b.fcmp_ordered("<", total, lowest), lowest, total)
+                v.store(b, b.select(b.fcmp_ordered(">", total, highest), highest, total), place)
+                v.prefetch(b, b.add(place, v.AHEAD), write=True)
             return context.get_dummy_value()
 
-        return types.void(*[address] * 7), generate
+        return types.void(*[address] * 10, types.float32, types.float32, address), generate
 
     return intrinsic(add)  # type: ignore[no-any-return]
 

@@ -2,20 +2,26 @@
 
 Owns a tile's memory, and the way through it: outputs start as their bias, then all groups of rows add what they
 compute. A tile has a row for each input, and one of zeros behind the last, in columns that are samples or positions.
+Outputs end in a tile too, or where its columns are neighbours in memory, straight in their place.
 """
 
 from typing import Any, Final
 
+import numpy as np
+
 from srigl_fx.runtime.kernels import job
+from srigl_fx.runtime.kernels.activations import ACTIVATIONS, activate_row
 from srigl_fx.runtime.kernels.choice import COLUMNS
 from srigl_fx.runtime.kernels.compiled import REGISTERS, compiled
-from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_WORDS, LANES, TILE_BYTES
+from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES, TILE_BYTES
 from srigl_fx.runtime.kernels.tile import add_rows, phase_of, prefetched_lines, rows_in_flight, values_of
-from srigl_fx.runtime.kernels.vector import allocate, fill_floats, floats, ints, words
+from srigl_fx.runtime.kernels.vector import add_floats, allocate, copy_floats, fill_floats, floats, ints, words
 
 Pointer = Any
 BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level cache
 CACHE_LINE: Final = 64
+_NONE, _RELU, _RELU6 = (ACTIVATIONS[name] for name in ("none", "relu", "relu6"))
+_INFINITY: Final = np.float32(np.inf)
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
 
 _add_16, _add_32 = (add_rows(width, REGISTERS) for width in (1, 2))
@@ -56,36 +62,114 @@ def clear_columns(tile: Pointer, rows: int, columns: int, width: int) -> None:
 
 
 @compiled
-def start_tile(j: Pointer, first: int, last: int, width: int, out: int) -> None:
-    """Let the outputs ``first <= o < last`` start as their bias."""
-    bias = floats(j[job.BIAS])
-    for o in range(first, last):
-        fill_floats(out + o * width * 4, bias[o], width // LANES)
+def _are_whole(j: Pointer, g0: int, g1: int, first: int, last: int) -> bool:
+    """Whether groups ``g0 <= g < g1`` compute all outputs ``first <= o < last``, with a row in each lane."""
+    groups = words(j[job.PANEL_GROUPS])
+    rows = groups[g1 * GROUP_WORDS + GROUP_ROW] - groups[g0 * GROUP_WORDS + GROUP_ROW]
+    return rows == (g1 - g0) * LANES and rows == last - first  # type: ignore[no-any-return]
 
 
 @compiled
-def _add_phases(j: Pointer, g: int, first: int, phases: int, width: int, inputs: int, out: int, following: int) -> None:
-    """Add some phases of a group to its rows of the output tile; ``following`` is the phase that comes next."""
+def _is_whole(j: Pointer, g: int) -> bool:
+    """Whether a group has a row in each lane."""
+    groups = words(j[job.PANEL_GROUPS])
+    return groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - groups[g * GROUP_WORDS + GROUP_ROW] == LANES  # type: ignore[no-any-return]
+
+
+@compiled
+def start_tile(j: Pointer, g0: int, g1: int, first: int, last: int, width: int, out: int) -> None:
+    """Let the outputs ``first <= o < last`` start as their bias, if not all of them are of whole groups."""
+    bias = floats(j[job.BIAS])
+    if not _are_whole(j, g0, g1, first, last):
+        for o in range(first, last):
+            fill_floats(out + o * width * 4, bias[o], width // LANES)
+        fill_floats(out + j[job.OUT_FEATURES] * width * 4, 0.0, width // LANES)
+
+
+@compiled
+def _put(j: Pointer, first: int, last: int, width: int, out: int, y: int, y_row: int) -> None:
+    for o in range(first, last):
+        found = out + o * width * 4
+        if j[job.RESIDUAL] != 0:
+            add_floats(j[job.RESIDUAL] + y - j[job.Y] + o * y_row, found, width)
+        activate_row(floats(found), width, j[job.ACTIVATION])
+        copy_floats(found, y + o * y_row, width)
+
+
+@compiled
+def put_rest(j: Pointer, g0: int, g1: int, first: int, last: int, width: int, out: int, y: int, y_row: int) -> None:
+    """Put those outputs ``first <= o < last`` in their place that :func:`multiply` has left in the tile."""
+    if not _are_whole(j, g0, g1, first, last):
+        outputs, o = ints(j[job.PANEL_ROWS]), first
+        for g in range(g0, g1):
+            if _is_whole(j, g):
+                for lane in range(LANES):
+                    row = int(outputs[g * LANES + lane])
+                    _put(j, o, row, width, out, y, y_row)
+                    o = row + 1
+        _put(j, o, last, width, out, y, y_row)
+
+
+@compiled
+def is_limit(activation: int) -> bool:
+    """Whether an activation, if any, only limits its input."""
+    return activation in (_NONE, _RELU, _RELU6)
+
+
+@compiled
+def _add_phases(
+    j: Pointer,
+    g: int,
+    first: int,
+    phases: int,
+    width: int,
+    inputs: int,
+    bias: int,
+    out: int,
+    to: int,
+    to_row: int,
+    residual: int,
+    low: float,
+    high: float,
+    following: int,
+) -> None:
+    """Add some phases of a group to its rows; ``following`` is the phase that comes next."""
     at, outputs = j[job.PANEL], j[job.PANEL_ROWS] + g * LANES * 4
     ahead = at + following * TILE_BYTES
     if width == 32:
         for lane in range(0, LANES, _rows_32):
             indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-            line = ahead + lane // _rows_32 * _lines_32 * CACHE_LINE
-            _add_32(inputs, indices, values, phases, outputs + 4 * lane, out, line)
+            line, rows = ahead + lane // _rows_32 * _lines_32 * CACHE_LINE, outputs + 4 * lane
+            _add_32(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
     else:
         for lane in range(0, LANES, _rows_16):
             indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-            line = ahead + lane // _rows_16 * _lines_16 * CACHE_LINE
-            _add_16(inputs, indices, values, phases, outputs + 4 * lane, out, line)
+            line, rows = ahead + lane // _rows_16 * _lines_16 * CACHE_LINE, outputs + 4 * lane
+            _add_16(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
 
 
 @compiled
 def multiply(
-    j: Pointer, in_features: int, width: int, inputs: int, g0: int, g1: int, out: int, cursors: Pointer
+    j: Pointer,
+    in_features: int,
+    width: int,
+    inputs: int,
+    g0: int,
+    g1: int,
+    out: int,
+    cursors: Pointer,
+    y: int,
+    y_row: int,
 ) -> None:
-    """Add all that groups ``g0 <= g < g1`` compute; all groups read a part of the inputs before any reads the next."""
+    """Compute what groups ``g0 <= g < g1`` do; all groups read a part of the inputs before any reads the next.
+
+    Outputs end in the tile ``out``, or if ``y`` is not 0, those of whole groups end there: the finished ones in rows
+    ``y_row`` bytes apart. The activation :func:`is_limit` then.
+    """
     groups, starts = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS])
+    low = -_INFINITY if j[job.ACTIVATION] == _NONE else np.float32(0)
+    high = np.float32(6) if j[job.ACTIVATION] == _RELU6 else _INFINITY
+    added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
     # Few enough inputs for a first-level cache, enough for twenty weights a row before its sums are put away.
     step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K]))
     for g in range(g0, g1):
@@ -101,4 +185,11 @@ def multiply(
             if last > first:
                 cursors[g - g0] = last
                 following = cursors[g + 1 - g0] if g + 1 < g1 else cursors[0]
-                _add_phases(j, g, first, last - first, width, inputs, out, following)
+                whole = _is_whole(j, g)
+                bias = j[job.BIAS] if whole and first == groups[g * GROUP_WORDS + GROUP_PHASE] else 0
+                to, to_row, residual, least, most = out, width * 4, 0, -_INFINITY, _INFINITY
+                if whole and y != 0 and last == end:
+                    to, to_row, residual, least, most = y, y_row, added, low, high
+                _add_phases(
+                    j, g, first, last - first, width, inputs, bias, out, to, to_row, residual, least, most, following
+                )

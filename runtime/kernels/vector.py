@@ -166,6 +166,16 @@ allocate = _c_function("malloc", address)  # bytes of scratch, or 0
 release = _c_function("free", types.void)
 
 
+def _stack_address(context: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.ptrtoint(b.alloca(I64), I64)
+
+    return address(), generate
+
+
+stack_address: Callable[[], int] = intrinsic(_stack_address)  # somewhere in the caller's frame
+
+
 def _transpose(context: Any, source: Any, source_row: Any, target: Any, target_row: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source, source_row, target, target_row = args
@@ -209,7 +219,7 @@ def _every_second(b: Any, bits: Any) -> Any:
     return bits
 
 
-_AHEAD = number(4 * VECTOR_BYTES)  # two tiles' columns: rows are too far apart for the processor to guess the next
+AHEAD = number(4 * VECTOR_BYTES)  # two tiles' columns: rows are too far apart for the processor to guess the next
 
 
 def prefetch(b: Any, where: Any, *, write: bool = False) -> None:
@@ -247,13 +257,13 @@ def _copy_lanes(stride: int) -> Callable[[int, int, int, int, int, int, int, int
             first_masks, second_masks, kept = masks(b, read_first), masks(b, read_second), _lane_mask(b, written)
 
             def two_sources(i: Any, at: Any) -> Any:
-                prefetch(b, b.add(at[0], _AHEAD))
+                prefetch(b, b.add(at[0], AHEAD))
                 both = b.or_(found(b, at[0], first_masks), found(b, at[1], second_masks))
                 _masked_store(b, b.bitcast(both, FLOATS), at[2], kept)
                 return b.add(at[0], source_row), b.add(at[1], source_row), b.add(at[2], target_row)
 
             def one_source(i: Any, at: Any) -> Any:
-                prefetch(b, b.add(at[0], _AHEAD))
+                prefetch(b, b.add(at[0], AHEAD))
                 _masked_store(b, b.bitcast(found(b, at[0], first_masks), FLOATS), at[1], kept)
                 return b.add(at[0], source_row), b.add(at[1], target_row)
 
@@ -267,6 +277,31 @@ def _copy_lanes(stride: int) -> Callable[[int, int, int, int, int, int, int, int
         return types.void(*[address] * 9), generate
 
     return intrinsic(copy)  # type: ignore[no-any-return]
+
+
+def _copy_rows(context: Any, source: Any, source_row: Any, target: Any, target_row: Any, rows: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, source_row, target, target_row, rows = args
+        halves = number(0), number(VECTOR_BYTES)
+        # Rows a multiple of 1 KB apart share few sets of a cache: what is fetched early would be gone when it is read.
+        crowded = b.icmp_unsigned("==", b.and_(source_row, number(1023)), number(0))
+        ahead = b.select(crowded, number(0), AHEAD)
+
+        def one_row(i: Any, at: Any) -> Any:
+            for half in halves:
+                prefetch(b, b.add(b.add(at[0], ahead), half))
+            for half in halves:
+                store(b, load(b, b.add(at[0], half), FLOATS), b.add(at[1], half))
+            return b.add(at[0], source_row), b.add(at[1], target_row)
+
+        loop(b, rows, (source, target), one_row)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 5), generate
+
+
+# Rows of 32 floats: (source, bytes between its rows, target, bytes between its rows, rows)
+copy_rows: Callable[[int, int, int, int, int], None] = intrinsic(_copy_rows)
 
 
 def _masked_store(b: Any, value: Any, where: Any, mask: Any) -> None:
@@ -294,7 +329,7 @@ def _move_floats(add: bool) -> Callable[[int, int, int], None]:
                 at = b.shl(i, number(6))
                 to = b.add(target, at)
                 if not add:
-                    prefetch(b, b.add(to, _AHEAD), write=True)
+                    prefetch(b, b.add(to, AHEAD), write=True)
                 store(b, result(b.add(source, at), to, lambda where: load(b, where, FLOATS)), to)
                 return carried
 

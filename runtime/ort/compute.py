@@ -18,6 +18,7 @@ _malloc, _free = external("malloc", 1), external("free", 1)
 
 _TASK_WORK = 1 << 16  # multiply-adds that are worth a task of their own
 _MAX_TASKS = 16
+_TASK_GROUPS = 4  # of rows, at least: a task reads all of its tile
 _FEW_TILES = 4  # of a convolution: fewer of them share their rows out, each filling its inputs anew
 _CACHE_LINE = 64
 _COLUMNS, _LANES = choice.COLUMNS, choice.LANES
@@ -127,22 +128,24 @@ def _set_data(j: int, data: int) -> None:
 
 @inlined
 def _run_tiles(node: int, context: int, j: int, batch: int, work: int) -> int:
-    """Tiles of samples: few of them are filled once, for tasks that share their rows."""
+    """Tiles of samples. The rows of few are shared by tasks, for which each thread fills them once."""
     tiles = (batch + _COLUMNS - 1) // _COLUMNS
     groups, in_features = _field(j, job.PANEL_COUNT), load(node, abi.NODE_IN_FEATURES)
-    splits, memory, status = 1, 0, 0
-    if tiles <= choice.SHARED_TILES:
-        splits = max(1, _shares(groups, work) // tiles)
+    splits, memory = 1, 0
+    if tiles < _MAX_TASKS:
+        splits = max(1, _shares(groups // _TASK_GROUPS, work) // tiles)
+    tasks = tiles * splits
     if splits > 1:
-        memory = _malloc((tiles * (in_features + 1) * _COLUMNS + _LANES) * 4 + _CACHE_LINE)
+        memory = _malloc(tasks * ((in_features + 1) * _COLUMNS * 4 + 2 * abi.WORD) + 2 * _CACHE_LINE)
         if memory == 0:
-            splits = 1
+            splits, tasks = 1, tiles
     _set_field(j, job.ROW_SPLITS, splits)
     if memory != 0:
-        _set_field(j, job.INPUTS, (memory + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE)
-        status = _run_tasks(node, context, kernel(node, abi.TABLE_FILL), tiles * splits, j)
-    if status == 0:
-        status = _run_tasks(node, context, kernel(node, abi.TABLE_TILE), tiles * splits, j)
+        for i in range(2 * tasks):
+            store(memory, abi.WORD * i, 0)
+        _set_field(j, job.TILE_OWNERS, memory)
+        _set_field(j, job.TILES, (memory + 2 * abi.WORD * tasks + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE)
+    status = _run_tasks(node, context, kernel(node, abi.TABLE_TILE), tasks, j)
     if memory != 0:
         _free(memory)
     return status

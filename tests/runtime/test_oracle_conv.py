@@ -125,6 +125,19 @@ def test_threads_share_the_work(active: Sequence[int], transposed: bool, kernel:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("active", [range(48), range(40), range(3, 48), [*range(20), *range(30, 47)]])
+def test_planes_of_whole_tiles(active: Sequence[int], activation: str, kernel: int) -> None:
+    """Outputs that are computed in their place, in several passes over the inputs, beside rows that are not."""
+    channels = 250 if kernel == 1 else 30
+    shape = Convolution(n=48, channels=channels, kernel=(kernel,) * 2, padding=(kernel // 2,) * 2, size=(7, 16))
+    weight, x = shape.condensed(60, active=active), shape.input(2)
+    x[0, 7, 2, 5], x[1, 3, 3, 3] = torch.nan, torch.inf
+    y = check_conv(shape, weight, x, activation=activation)
+    check_conv(shape, weight, x, residual=torch.randn(y.shape), activation=activation)
+
+
 @pytest.mark.parametrize(("n", "groups"), [(1, 1), (15, 1), (16, 1), (17, 1), (33, 3), (40, 2), (64, 4)])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_filters(n: int, groups: int, transposed: bool) -> None:

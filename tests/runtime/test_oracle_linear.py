@@ -159,6 +159,17 @@ def test_ablated_rows_pass_through_the_epilogue(activation: str, n_active: int) 
         check_linear(weight, torch.randn(batch, 30), residual=torch.randn(batch, 20), activation=activation)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("active", [range(48), range(40), range(3, 48), [*range(20), *range(30, 47)]])
+def test_whole_tiles(active: Sequence[int], activation: str) -> None:
+    """Outputs that are computed in their place, in several passes over the inputs, beside rows that are not."""
+    weight, x = condensed(48, 500, 100, active=active), torch.randn(100, 500)
+    x[3, 7], x[50, 499] = torch.nan, torch.inf
+    for residual in (None, torch.randn(100, 48)):
+        check_linear(weight, x, residual=residual, activation=activation, y_feature_major=True)
+        check_linear(weight, x, residual=residual, activation=activation, x_feature_major=True)
+
+
 @pytest.mark.parametrize("batch", [1, 4, 40])
 def test_weights_that_change_in_place_are_seen(batch: int) -> None:
     weight = condensed(21, 70, 9, n_active=20)
