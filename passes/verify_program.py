@@ -63,7 +63,7 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
                 if not error <= allowed:
                     raise PassError(
                         f"after the pass {name}, output {position}{where} is off by {error:.2e} of its largest value "
-                        f"(allowed: {allowed:.0e}); {_ADVICE}"
+                        f"(allowed: {allowed:.2e}); {_ADVICE}"
                     )
 
     return check

@@ -276,7 +276,7 @@ def _check(
         if not errors[host] <= TOLERANCE:
             raise ExportError(
                 f"ONNX Runtime's outputs ({host}) are off by {errors[host]:.2e} of the largest value (allowed: "
-                f"{TOLERANCE:.0e}). A model whose outputs depend on more than its inputs cannot be verified: pass "
+                f"{TOLERANCE:.2e}). A model whose outputs depend on more than its inputs cannot be verified: pass "
                 "verify=False if that is so"
             )
     return errors, notes

@@ -306,7 +306,7 @@ def _verify(program: Program, lowered: LoweredModule) -> float:
                 exact = "" if program.value_dtype is torch.float32 else "; value_dtype=torch.float32 rounds no weights"
                 raise LoweringError(
                     f"output {position} of the lowered model is off by {error:.2e} of the largest value at batch "
-                    f"{size} (allowed: {program.tolerance:.0e}); lowered layers: {layers}{exact}. A model whose "
+                    f"{size} (allowed: {program.tolerance:.2e}); lowered layers: {layers}{exact}. A model whose "
                     "outputs depend on more than its inputs cannot be verified: pass verify=False if that is so"
                 )
             worst = max(worst, error)

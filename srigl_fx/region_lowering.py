@@ -114,7 +114,7 @@ def _lower_one(region: Region, lower_one: Callable[[Program, nn.Module], Lowered
         if not found <= report.tolerance:
             raise LoweringError(
                 f"the lowered region {region.name} is off by {found:.2e} of its largest value (allowed: "
-                f"{report.tolerance:.0e}). A module whose outputs depend on more than its inputs cannot be verified: "
+                f"{report.tolerance:.2e}). A module whose outputs depend on more than its inputs cannot be verified: "
                 "pass verify=False if that is so"
             )
         built = LoweredModule.build(built, replace(report, max_error=found), inputs)
