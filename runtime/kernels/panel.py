@@ -9,9 +9,9 @@ can be packed, and on uniform random masks 90 % sparse just 14 % (window 128) or
 
 Two kinds of panels hold a phase as
 - dot: a byte for each row and step, relative to the window's start, then the values as stored (4 or 2 bytes);
-- tile: a uint16 for each row and step, the input itself, then the values as float32. A weight of zero that was added
-  names the input after the last, of which a tile keeps a row of zeros.
-Indices are stored row by row, values step by step.
+- tile: a uint16 for each row and step, the input times :func:`tile_unit`, then the values as float32. A weight of zero
+  that was added names the input after the last, of which a tile keeps a row of zeros.
+Indices are stored row by row, and so are a tile panel's values; those of a dot panel step by step.
 """
 
 from collections.abc import Callable
@@ -29,6 +29,7 @@ LANES: Final = 16
 STEPS: Final = 4
 SLOTS: Final = LANES * STEPS
 TILE_BYTES: Final = 6 * SLOTS  # of one phase
+TILE_UNIT: Final = 16  # the largest
 TILE_VALUES: Final = 2 * SLOTS  # where its values start
 DOT_VALUES: Final = SLOTS
 GROUP_PHASE, GROUP_ROW = 0, 1  # the first phase and the first active row of a group; one more group ends the list
@@ -44,6 +45,12 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def dot_bytes(value_type: int) -> int:
     """The bytes of one phase of a dot panel."""
     return SLOTS * (5 if value_type == FLOAT32 else 3)
+
+
+@_compiled
+def tile_unit(in_features: int) -> int:
+    """What the inputs of a tile panel are counted in, where it can be so much that addressing them takes no shift."""
+    return TILE_UNIT if (in_features + 1) * TILE_UNIT <= 1 << 16 else 1
 
 
 @_compiled
@@ -137,8 +144,9 @@ def _fill_phase(j: Pointer, row: int, rows: int, phase: int, start: int, cursors
             slot, place = step * LANES + lane, lane * STEPS + step
             position = _next_in_window(j, row, rows, lane, cursors, start + j[job.PANEL_WINDOW])
             if is_tile:
-                wide[place] = j[job.IN_FEATURES] if position < 0 else index_at(indices, index_bytes, position)
-                floats(at + TILE_VALUES)[slot] = 0.0 if position < 0 else value_at(values, value_type, position)
+                index = j[job.IN_FEATURES] if position < 0 else index_at(indices, index_bytes, position)
+                wide[place] = index * tile_unit(j[job.IN_FEATURES])
+                floats(at + TILE_VALUES)[place] = 0.0 if position < 0 else value_at(values, value_type, position)
             else:
                 narrow[place] = 0 if position < 0 else index_at(indices, index_bytes, position) - start
                 if value_type == FLOAT32:

@@ -24,15 +24,16 @@ def prefetched_lines(width: int, registers: int) -> int:
     return -(-TILE_BYTES // VECTOR_BYTES // calls)
 
 
-def add_rows(width: int, registers: int) -> Callable[..., None]:
+def add_rows(width: int, registers: int, unit: int) -> Callable[..., None]:
     """An intrinsic that adds a few rows of a group, over some phases.
 
     Its arguments are ``(inputs, phase, values, phases, outputs, bias, out, to, to_row, residual, low, high, ahead)``.
-    ``inputs`` is the tile; ``phase`` and ``values`` are the first phase's indices and values, from the first of the
-    rows on; ``outputs`` are the int32 output rows of :func:`rows_in_flight` lanes. Sums start from ``bias``, or where
-    that is 0, from the rows of the tile ``out``. They end in rows that are ``to_row`` bytes apart from ``to`` on, after
-    those of ``residual`` (as far apart, 0 for none) have been added and all is limited to ``low <= sum <= high``. From
-    ``ahead`` on, these rows' share of as many phases is brought into the cache meanwhile.
+    ``inputs`` is the tile, whose rows the panel counts in ``unit``; ``phase`` and ``values`` are the first phase's
+    indices and values, from the first of the rows on; ``outputs`` are the int32 output rows of :func:`rows_in_flight`
+    lanes. Sums start from ``bias``, or where that is 0, from the rows of the tile ``out``. They end in rows that are
+    ``to_row`` bytes apart from ``to`` on, after those of ``residual`` (as far apart, 0 for none) have been added and
+    all is limited to ``low <= sum <= high``. From ``ahead`` on, these rows' share of as many phases is brought into the
+    cache meanwhile.
     """
     rows = rows_in_flight(width, registers)
     row_bytes = VECTOR_BYTES * width
@@ -86,14 +87,12 @@ def add_rows(width: int, registers: int) -> Callable[..., None]:
                 indices, weights = b.add(phase, at), b.add(values, at)
                 for line in range(lines):
                     v.prefetch(b, b.add(b.add(ahead, at), number(VECTOR_BYTES * line)))
-                packed = [v.load(b, b.add(indices, number(2 * STEPS * row)), v.I64, 8) for row in range(rows)]
                 totals = list(totals)
                 for step in range(STEPS):
                     for row in range(rows):
-                        index = b.lshr(packed[row], number(16 * step)) if step else packed[row]
-                        index = b.and_(index, number(0xFFFF)) if step < STEPS - 1 else index
-                        source = b.add(inputs, b.mul(index, number(row_bytes)))
-                        weight = v.load(b, b.add(weights, number(VECTOR_BYTES * step + 4 * row)), v.F32)
+                        index = b.zext(v.load(b, b.add(indices, number(2 * (STEPS * row + step))), v.I16, 2), v.I64)
+                        source = b.add(inputs, b.mul(index, number(row_bytes // unit)))
+                        weight = v.load(b, b.add(weights, number(4 * (STEPS * row + step))), v.F32)
                         weight = v.broadcast(b, weight)
                         for i, column in enumerate(columns(b, source, 64)):
                             total = row * width + i
@@ -129,7 +128,7 @@ def phase_of(panel: int, phase: int, lane: int) -> int:
 
 def values_of(panel: int, phase: int, lane: int) -> int:
     """Where the first value of a lane is in a phase."""
-    return panel + phase * TILE_BYTES + TILE_VALUES + lane * 4
+    return panel + phase * TILE_BYTES + TILE_VALUES + lane * 4 * STEPS
 
 
 assert LANES % rows_in_flight(1, 8) == 0

@@ -13,7 +13,7 @@ from srigl_fx.runtime.kernels import job
 from srigl_fx.runtime.kernels.activations import ACTIVATIONS, activate_row
 from srigl_fx.runtime.kernels.choice import COLUMNS
 from srigl_fx.runtime.kernels.compiled import REGISTERS, compiled
-from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES, TILE_BYTES
+from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES, TILE_BYTES, TILE_UNIT, tile_unit
 from srigl_fx.runtime.kernels.tile import add_rows, phase_of, prefetched_lines, rows_in_flight, values_of
 from srigl_fx.runtime.kernels.vector import add_floats, allocate, copy_floats, fill_floats, floats, ints, words
 
@@ -24,7 +24,8 @@ _NONE, _RELU, _RELU6 = (ACTIVATIONS[name] for name in ("none", "relu", "relu6"))
 _INFINITY: Final = np.float32(np.inf)
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
 
-_add_16, _add_32 = (add_rows(width, REGISTERS) for width in (1, 2))
+_add_16, _add_32 = (add_rows(width, REGISTERS, TILE_UNIT) for width in (1, 2))
+_add_16_of_many, _add_32_of_many = (add_rows(width, REGISTERS, 1) for width in (1, 2))
 _rows_16, _rows_32 = (rows_in_flight(width, REGISTERS) for width in (1, 2))
 _lines_16, _lines_32 = (prefetched_lines(width, REGISTERS) for width in (1, 2))
 _phase_of, _values_of = compiled(phase_of), compiled(values_of)
@@ -124,6 +125,7 @@ def _add_phases(
     phases: int,
     width: int,
     inputs: int,
+    unit: int,
     bias: int,
     out: int,
     to: int,
@@ -136,16 +138,27 @@ def _add_phases(
     """Add some phases of a group to its rows; ``following`` is the phase that comes next."""
     at, outputs = j[job.PANEL], j[job.PANEL_ROWS] + g * LANES * 4
     ahead = at + following * TILE_BYTES
-    if width == 32:
+    if unit == TILE_UNIT:
+        if width == COLUMNS:
+            for lane in range(0, LANES, _rows_32):
+                indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
+                line, rows = ahead + lane // _rows_32 * _lines_32 * CACHE_LINE, outputs + 4 * lane
+                _add_32(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
+        else:
+            for lane in range(0, LANES, _rows_16):
+                indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
+                line, rows = ahead + lane // _rows_16 * _lines_16 * CACHE_LINE, outputs + 4 * lane
+                _add_16(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
+    elif width == COLUMNS:
         for lane in range(0, LANES, _rows_32):
             indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
             line, rows = ahead + lane // _rows_32 * _lines_32 * CACHE_LINE, outputs + 4 * lane
-            _add_32(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
+            _add_32_of_many(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
     else:
         for lane in range(0, LANES, _rows_16):
             indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
             line, rows = ahead + lane // _rows_16 * _lines_16 * CACHE_LINE, outputs + 4 * lane
-            _add_16(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
+            _add_16_of_many(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
 
 
 @compiled
@@ -166,7 +179,7 @@ def multiply(
     Outputs end in the tile ``out``, or if ``y`` is not 0, those of whole groups end there: the finished ones in rows
     ``y_row`` bytes apart. The activation :func:`is_limit` then.
     """
-    groups, starts = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS])
+    groups, starts, unit = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), tile_unit(in_features)
     low = -_INFINITY if j[job.ACTIVATION] == _NONE else np.float32(0)
     high = np.float32(6) if j[job.ACTIVATION] == _RELU6 else _INFINITY
     added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
@@ -187,9 +200,10 @@ def multiply(
                 following = cursors[g + 1 - g0] if g + 1 < g1 else cursors[0]
                 whole = _is_whole(j, g)
                 bias = j[job.BIAS] if whole and first == groups[g * GROUP_WORDS + GROUP_PHASE] else 0
-                to, to_row, residual, least, most = out, width * 4, 0, -_INFINITY, _INFINITY
+                to, row, residual, least, most = out, width * 4, 0, -_INFINITY, _INFINITY
                 if whole and y != 0 and last == end:
-                    to, to_row, residual, least, most = y, y_row, added, low, high
+                    to, row, residual, least, most = y, y_row, added, low, high
+                phases = last - first
                 _add_phases(
-                    j, g, first, last - first, width, inputs, bias, out, to, to_row, residual, least, most, following
+                    j, g, first, phases, width, inputs, unit, bias, out, to, row, residual, least, most, following
                 )

@@ -72,7 +72,7 @@ def test_rows(n: int, n_active: int, dtype: ValueDtype) -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("in_features", [65535, 65536, 65537])
+@pytest.mark.parametrize("in_features", [4094, 4095, 4096, 65535, 65536, 65537])
 @pytest.mark.parametrize("pattern", ["random", "first", "last", "ends"])
 def test_the_widest_inputs(in_features: int, pattern: str, dtype: ValueDtype) -> None:
     assert (in_features > 65536) == (condensed(1, in_features, 1).indices.dtype.name == "int32")
