@@ -16,6 +16,8 @@ from srigl_fx.runtime.kernels.panel import DOT_VALUES, STEPS, dot_bytes
 from srigl_fx.runtime.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
 
 GATHERS, LOADS = 0, -1  # in place of a window: gather rather than look up, or load one by one
+_WIDE = 128  # the largest window
+_AHEAD = 4096  # bytes: a phase that is read so much later is brought into the second-level cache
 
 
 def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int], None]:
@@ -39,6 +41,9 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
                 first = b.zext(v.load(b, b.add(start, b.shl(i, number(2))), v.I32), v.I64)
                 inputs = b.add(x, b.shl(first, number(2)))
                 at = b.add(phase, b.mul(i, number(size)))
+                if window == _WIDE:  # the panel may not be in a near cache
+                    for line in range(0, size, VECTOR_BYTES):
+                        v.prefetch(b, b.add(at, number(_AHEAD + line)))
                 index = v.load(b, at, v.INTS, 64)
                 table = [
                     v.load(b, b.add(inputs, number(VECTOR_BYTES * i)), v.FLOATS)
