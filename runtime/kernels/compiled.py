@@ -11,7 +11,7 @@ numba: Any = typed_numba  # half of its functions are annotated
 
 ISA: Final = compiled_isa()
 FASTMATH: Final = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity keep their meaning
-REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 16}[ISA]  # vectors of 16 sums in flight
+REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 8}[ISA]  # vectors of 16 sums in flight
 
 
 def compiled(function: Callable[..., Any]) -> Any:
