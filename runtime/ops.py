@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime import execute
@@ -60,6 +61,16 @@ def _linear_shape(op: str, x: Tensor, bias: Tensor, in_features: int) -> tuple[i
     return (*x.shape[:-1], bias.shape[0])
 
 
+def _refuse_forward_mode(op: str) -> None:
+    """Refuse to run where tangents would be lost, which are zero then without a word.
+
+    Raises:
+        NotImplementedError: In ``torch.func.jvp``, ``jacfwd``, or another forward-mode derivative.
+    """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(f"{op} has no forward-mode derivative: use reverse mode, torch.autograd.grad")
+
+
 def _condensed_linear(
     x: Tensor,
     values: Tensor,
@@ -73,6 +84,7 @@ def _condensed_linear(
     y_feature_major: bool = False,
 ) -> Tensor:
     op = "condensed_linear"
+    _refuse_forward_mode(op)
     shape = _linear_shape(op, x, bias, in_features)
     _check_epilogue(op, shape, residual, activation)
     prepared = check_weight(op, values, indices, active, bias, in_features)
@@ -170,6 +182,7 @@ def _condensed_conv(
     output_padding: Sequence[int] = (),
 ) -> Tensor:
     op = "condensed_conv"
+    _refuse_forward_mode(op)
     shape = _conv_shape(op, x, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
     _check_epilogue(op, shape, residual, activation)
     in_features = math.prod(weight_shape[1:])

@@ -272,7 +272,8 @@ def _check(
         except ExportError as error:
             raise ExportError(f"{host}: {error}") from error
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-            raise ExportError(f"ONNX Runtime cannot run the exported file ({host}): {error}") from error
+            remedy = "; fallback=False writes a file for the operator library alone" if host == "fallback" else ""
+            raise ExportError(f"ONNX Runtime cannot run the exported file ({host}): {error}{remedy}") from error
         if not errors[host] <= TOLERANCE:
             raise ExportError(
                 f"ONNX Runtime's outputs ({host}) are off by {errors[host]:.2e} of the largest value (allowed: "

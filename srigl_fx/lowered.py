@@ -335,6 +335,7 @@ def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
     for position, (leaf, wanted) in enumerate(zip(leaves, expected, strict=True)):
         if wanted is None:
             continue
+        remedy = "lower the model again with such example inputs"
         if "value" in wanted:
             fits = leaf == wanted["value"]
             given, needed = repr(leaf), f"the constant {wanted['value']!r}"
@@ -345,12 +346,12 @@ def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
                 shape, sizes = shape[-1:], sizes[-1:]
             fits = isinstance(leaf, Tensor) and len(sizes) == len(shape)
             fits = fits and all(size is None or size == have for size, have in zip(shape, sizes, strict=True))
-            fits = fits and str(leaf.dtype) == "torch." + wanted["dtype"]
+            if isinstance(leaf, Tensor) and str(leaf.dtype) != "torch." + wanted["dtype"]:
+                fits, remedy = False, f"give it as {wanted['dtype']}"
             given = f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
             dimensions = ", ".join("any" if size is None else str(size) for size in shape)
             needed = f"{wanted['dtype']} ({'..., ' if wanted.get('any_rank') else ''}{dimensions})"
         if not fits:
             raise LoweringError(
-                f"input {position} of the lowered module is {given}, but the graph was captured for {needed}: "
-                "lower the model again with such example inputs"
+                f"input {position} of the lowered module is {given}, but the graph was captured for {needed}: {remedy}"
             )

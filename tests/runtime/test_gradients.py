@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,6 +185,25 @@ def test_second_derivatives_are_refused() -> None:
     for y, leaf in outputs:
         with pytest.raises(FormatError, match="second derivatives are not supported"):
             torch.autograd.grad(y.sum(), leaf, create_graph=True)
+
+
+def _jacobian(call: Callable[[Tensor], Tensor], at: tuple[Tensor], _: tuple[Tensor]) -> Tensor:
+    return torch.func.jacfwd(call)(*at)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.parametrize("derive", [torch.func.jvp, _jacobian])
+def test_forward_mode_is_refused(derive: Callable[..., Any]) -> None:
+    """torch would give zeros."""
+    weight = operands(random_condensed(6, 18, 5, 1))
+    calls: tuple[tuple[Callable[[Tensor], Tensor], Tensor], ...] = (
+        (lambda x: linear(x, *weight, 18), torch.randn(3, 18)),
+        (lambda x: conv(x, *weight, [6, 2, 3, 3], [1, 1], [1, 1], [1, 1], 1), torch.randn(2, 2, 5, 5)),
+    )
+    for call, x in calls:
+        with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+            derive(call, (x,), (x,))
+        assert call(x).isfinite().all()
 
 
 def test_gradients_follow_indices_that_change() -> None:
