@@ -24,11 +24,43 @@ _NONE, _RELU, _RELU6 = (ACTIVATIONS[name] for name in ("none", "relu", "relu6"))
 _INFINITY: Final = np.float32(np.inf)
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
 
-_add_16, _add_32 = (add_rows(width, REGISTERS, TILE_UNIT) for width in (1, 2))
-_add_16_of_many, _add_32_of_many = (add_rows(width, REGISTERS, 1) for width in (1, 2))
-_rows_16, _rows_32 = (rows_in_flight(width, REGISTERS) for width in (1, 2))
-_lines_16, _lines_32 = (prefetched_lines(width, REGISTERS) for width in (1, 2))
 _phase_of, _values_of = compiled(phase_of), compiled(values_of)
+
+
+def _add_group(width: int, unit: int) -> Any:
+    """A function that adds some phases of a group to all of its rows, in tiles ``width`` vectors wide.
+
+    Its arguments are those of :func:`add_rows`; ``following`` is the phase that is read next.
+    """
+    add, step = add_rows(width, REGISTERS, unit), rows_in_flight(width, REGISTERS)
+    lines = prefetched_lines(width, REGISTERS)
+
+    def add_group(
+        panel: int,
+        first: int,
+        phases: int,
+        inputs: int,
+        outputs: int,
+        bias: int,
+        out: int,
+        to: int,
+        to_row: int,
+        residual: int,
+        low: float,
+        high: float,
+        following: int,
+    ) -> None:
+        for lane in range(0, LANES, step):
+            indices, values = _phase_of(panel, first, lane), _values_of(panel, first, lane)
+            ahead = panel + following * TILE_BYTES + lane // step * lines * CACHE_LINE
+            rows = outputs + 4 * lane
+            add(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, ahead)
+
+    return compiled(add_group)
+
+
+_add_16, _add_32 = (_add_group(width, TILE_UNIT) for width in (1, 2))
+_add_16_of_many, _add_32_of_many = (_add_group(width, 1) for width in (1, 2))
 
 
 @compiled
@@ -118,50 +150,6 @@ def is_limit(activation: int) -> bool:
 
 
 @compiled
-def _add_phases(
-    j: Pointer,
-    g: int,
-    first: int,
-    phases: int,
-    width: int,
-    inputs: int,
-    unit: int,
-    bias: int,
-    out: int,
-    to: int,
-    to_row: int,
-    residual: int,
-    low: float,
-    high: float,
-    following: int,
-) -> None:
-    """Add some phases of a group to its rows; ``following`` is the phase that comes next."""
-    at, outputs = j[job.PANEL], j[job.PANEL_ROWS] + g * LANES * 4
-    ahead = at + following * TILE_BYTES
-    if unit == TILE_UNIT:
-        if width == COLUMNS:
-            for lane in range(0, LANES, _rows_32):
-                indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-                line, rows = ahead + lane // _rows_32 * _lines_32 * CACHE_LINE, outputs + 4 * lane
-                _add_32(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
-        else:
-            for lane in range(0, LANES, _rows_16):
-                indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-                line, rows = ahead + lane // _rows_16 * _lines_16 * CACHE_LINE, outputs + 4 * lane
-                _add_16(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
-    elif width == COLUMNS:
-        for lane in range(0, LANES, _rows_32):
-            indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-            line, rows = ahead + lane // _rows_32 * _lines_32 * CACHE_LINE, outputs + 4 * lane
-            _add_32_of_many(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
-    else:
-        for lane in range(0, LANES, _rows_16):
-            indices, values = _phase_of(at, first, lane), _values_of(at, first, lane)
-            line, rows = ahead + lane // _rows_16 * _lines_16 * CACHE_LINE, outputs + 4 * lane
-            _add_16_of_many(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, line)
-
-
-@compiled
 def multiply(
     j: Pointer,
     in_features: int,
@@ -179,7 +167,8 @@ def multiply(
     Outputs end in the tile ``out``, or if ``y`` is not 0, those of whole groups end there: the finished ones in rows
     ``y_row`` bytes apart. The activation :func:`is_limit` then.
     """
-    groups, starts, unit = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), tile_unit(in_features)
+    groups, starts, at = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), j[job.PANEL]
+    unit = tile_unit(in_features)
     low = -_INFINITY if j[job.ACTIVATION] == _NONE else np.float32(0)
     high = np.float32(6) if j[job.ACTIVATION] == _RELU6 else _INFINITY
     added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
@@ -203,7 +192,16 @@ def multiply(
                 to, row, residual, least, most = out, width * 4, 0, -_INFINITY, _INFINITY
                 if whole and y != 0 and last == end:
                     to, row, residual, least, most = y, y_row, added, low, high
-                phases = last - first
-                _add_phases(
-                    j, g, first, phases, width, inputs, unit, bias, out, to, row, residual, least, most, following
-                )
+                phases, rows = last - first, j[job.PANEL_ROWS] + g * LANES * 4
+                if unit == TILE_UNIT and width == COLUMNS:
+                    _add_32(at, first, phases, inputs, rows, bias, out, to, row, residual, least, most, following)
+                elif unit == TILE_UNIT:
+                    _add_16(at, first, phases, inputs, rows, bias, out, to, row, residual, least, most, following)
+                elif width == COLUMNS:
+                    _add_32_of_many(
+                        at, first, phases, inputs, rows, bias, out, to, row, residual, least, most, following
+                    )
+                else:
+                    _add_16_of_many(
+                        at, first, phases, inputs, rows, bias, out, to, row, residual, least, most, following
+                    )
