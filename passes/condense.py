@@ -21,8 +21,8 @@ from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
 
 aten = torch.ops.aten
 
-_MOST_PIECES = 4  # runs of rows with equal fan-ins that become operators of their own, rather than filled up
-_WORTH_CUTTING = 0.1  # the share of zeros that filling up must add before it is worth more operators
+_MOST_PIECES = 4  # runs of rows with equal fan-ins that become operators of their own, rather than padded
+_WORTH_CUTTING = 0.1  # the share of entries that padding must add before it is worth more operators
 
 
 class Condense(Pass[Program]):
@@ -32,8 +32,7 @@ class Condense(Pass[Program]):
        weight, the values in the program's ``value_dtype``. A layer without bias gets a buffer of zeros. What an even
        kernel with padding "same" needs on the far side is padded before it.
     2. Where a few runs of a matrix's rows keep fan-ins that differ much (the blocks of a packed projection), the node
-       becomes one operator a run and their concatenation; else, where inputs were removed, the shorter rows are filled
-       up with weights that are zero.
+       becomes one operator a run and their concatenation; else the shorter rows (where inputs were removed) are padded.
     3. "shrunk": the dense operator computes the active rows only; the others are filled with their bias.
     4. "dense": nothing changes.
     5. Dense weights that no node reads any more are gone from the module.
@@ -93,11 +92,10 @@ def condensed_rows(use: Use, value_dtype: torch.dtype = torch.float32) -> list[t
     cuts = _runs(counts)
     missing = int(np.where(counts > 0, counts.max(initial=0) - counts, 0).sum())
     if len(cuts) > (_MOST_PIECES if use.geometry is None else 1) or missing < _WORTH_CUTTING * counts.sum():
-        mask = _filled_up(mask, counts)
         cuts = [(0, len(counts))]
     dtype = cast(ValueDtype, str(value_dtype).removeprefix("torch."))
     return [
-        (first, last, CondensedWeight.from_dense(weight[first:last], mask[first:last], dtype=dtype))
+        (first, last, CondensedWeight.from_dense(weight[first:last], mask[first:last], dtype=dtype, pad=True))
         for first, last in cuts
     ]
 
@@ -111,13 +109,6 @@ def _runs(counts: "np.ndarray[Any, Any]") -> list[tuple[int, int]]:
             first = row
         kept = count or kept
     return [*cuts, (first, len(counts))]
-
-
-def _filled_up(mask: "np.ndarray[Any, Any]", counts: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
-    """The mask with all rows but empty ones as full as the fullest, by their first columns that are not kept."""
-    missing = np.where(counts > 0, counts.max() - counts, 0)
-    free = np.cumsum(~mask, axis=1)
-    return mask | (~mask & (free <= missing[:, None]))
 
 
 def rewrite(

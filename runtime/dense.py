@@ -49,7 +49,15 @@ def dense_conv(
 
 
 def expand(values: Tensor, indices: Tensor, active: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The dense (rows, columns) weight, and the flat positions of the kept weights in it."""
+    """The dense (rows, columns) weight, and the flat positions of the entries in it."""
     positions = active.to(torch.int64)[:, None] * columns + indices.to(torch.int64)
-    flat = values.new_zeros(rows * columns).scatter(0, positions.reshape(-1), values.reshape(-1))
+    kept = values.masked_fill(is_padding(positions), 0)
+    flat = values.new_zeros(rows * columns).scatter_add(0, positions.reshape(-1), kept.reshape(-1))
     return flat.reshape(rows, columns), positions
+
+
+def is_padding(positions: Tensor) -> Tensor:
+    """Which entries pad their row, as they repeat the position before them: bool (n_active, k)."""
+    repeated = torch.zeros(positions.shape, dtype=torch.bool)
+    repeated[:, 1:] = positions[:, 1:] == positions[:, :-1]
+    return repeated

@@ -39,7 +39,8 @@ class CondensedWeight:
 
     Attributes:
         values: float32, bfloat16 or float16 (n_active, k), the kept weights of each active neuron.
-        indices: uint16 or int32 (n_active, k), their columns in the (n, F) matrix view, ascending in a row.
+        indices: uint16 or int32 (n_active, k), their columns in the (n, F) matrix view, ascending in a row. A row that
+            keeps fewer than k ends in padding: zeros that repeat its last column, and are no weights.
         active: int32 (n_active,), the rows of the neurons that are not ablated, ascending.
         bias: float32 (out_features,), zeros where the layer has none. An ablated neuron yields its bias.
         out_features: n, the rows of the matrix view.
@@ -55,7 +56,13 @@ class CondensedWeight:
 
     @classmethod
     def from_dense(
-        cls, weight: Array, mask: Array, bias: Array | None = None, *, dtype: ValueDtype = "float32"
+        cls,
+        weight: Array,
+        mask: Array,
+        bias: Array | None = None,
+        *,
+        dtype: ValueDtype = "float32",
+        pad: bool = False,
     ) -> "CondensedWeight":
         """Condense a dense weight.
 
@@ -66,10 +73,11 @@ class CondensedWeight:
             mask: bool (n, F).
             bias: (n,), or None for zeros.
             dtype: What the values are stored in, each rounded to the nearest.
+            pad: Whether active rows may keep unequal numbers of weights; the shorter ones are padded.
 
         Raises:
-            FormatError: Shapes that do not fit, active rows that keep unequal numbers of weights, or a weight that is
-                too large for ``dtype``.
+            FormatError: Shapes that do not fit, active rows that keep unequal numbers of weights without ``pad``, or a
+                weight that is too large for ``dtype``.
 
         Example:
             >>> weight = np.array([[0.0, 2.0, 3.0], [0.0, 0.0, 0.0]])
@@ -88,14 +96,18 @@ class CondensedWeight:
         active = np.flatnonzero(counts)
         k = int(counts[active[0]]) if active.size else 0
         uneven = active[counts[active] != k]
-        if uneven.size:
+        if uneven.size and not pad:
             raise FormatError(
                 f"cannot condense a weight of shape {weight.shape}: row {active[0]} keeps {k} weights but row "
                 f"{uneven[0]} keeps {counts[uneven[0]]}; every active row must keep the same number (constant fan-in)"
             )
-        columns = np.nonzero(mask)[1].reshape(active.size, k)
+        counts, k = counts[active], int(counts.max(initial=0))
+        starts, steps = (np.cumsum(counts) - counts)[:, None], np.arange(k)
+        last = counts[:, None] - 1
+        columns = np.nonzero(mask)[1][starts + np.minimum(steps, last)]
+        values = np.where(steps <= last, weight[active[:, None], columns], 0)
         condensed = cls(
-            values=_rounded(np.ascontiguousarray(weight[active[:, None], columns], dtype=np.float32), dtype),
+            values=_rounded(np.ascontiguousarray(values, dtype=np.float32), dtype),
             indices=np.ascontiguousarray(columns, dtype=index_dtype(fan_in)),
             active=active.astype(np.int32),
             bias=np.zeros(n, np.float32) if bias is None else np.array(bias, dtype=np.float32),
@@ -112,7 +124,7 @@ class CondensedWeight:
 
     @property
     def k(self) -> int:
-        """The fan-in every active neuron keeps."""
+        """The fan-in every active neuron keeps, or the largest where rows are padded."""
         return int(self.values.shape[1])
 
     @property
@@ -131,9 +143,10 @@ class CondensedWeight:
         """
         weight = np.zeros((self.out_features, self.in_features), np.float32)
         mask = np.zeros(weight.shape, np.bool_)
-        rows = self.active.astype(np.int64)[:, None]
-        columns = self.indices.astype(np.int64)
-        weight[rows, columns] = self.values
+        kept = ~is_padding(self.indices)
+        rows = np.broadcast_to(self.active[:, None], kept.shape)[kept]
+        columns = self.indices[kept]
+        weight[rows, columns] = self.values[kept]
         mask[rows, columns] = True
         return weight, mask
 
@@ -141,7 +154,8 @@ class CondensedWeight:
         """Check every promise of the format.
 
         Raises:
-            FormatError: A wrong dtype or shape, an index out of range, rows or columns that are not ascending.
+            FormatError: A wrong dtype or shape, an index out of range, rows or columns that are not ascending, or
+                padding that is not zero.
         """
         problem = self._problem()
         if problem:
@@ -168,7 +182,10 @@ class CondensedWeight:
             return f"bias has shape {self.bias.shape} for {self.out_features} rows"
         if self.k > self.in_features or (self.n_active and not self.k):
             return f"a fan-in of {self.k} is not in 1..{self.in_features}"
-        return range_problem(self.indices, self.active, self.in_features, self.out_features)
+        problem = range_problem(self.indices, self.active, self.in_features, self.out_features)
+        if not problem and self.values[is_padding(self.indices)].any():
+            return "the indices of a row are not ascending: only zeros at its end may repeat its last index"
+        return problem
 
 
 def _rounded(values: Array, dtype: ValueDtype) -> Array:
@@ -201,6 +218,19 @@ def range_problem(indices: Array, active: Array, in_features: int, out_features:
                 return f"{name} of {low if low < 0 else high} is not in 0..{limit - 1}"
     if (active[1:] <= active[:-1]).any():
         return "active rows are not ascending"
-    if (indices[:, 1:] <= indices[:, :-1]).any():
+    repeated = is_padding(indices)
+    if (indices[:, 1:] < indices[:, :-1]).any() or (repeated[:, :-1] & ~repeated[:, 1:]).any():
         return "the indices of a row are not ascending"
     return ""
+
+
+def is_padding(indices: Array) -> Array:
+    """Which entries pad their row, as they repeat the index before them: bool (n_active, k).
+
+    Example:
+        >>> is_padding(np.array([[1, 4, 4], [0, 1, 2]])).tolist()
+        [[False, False, True], [False, False, False]]
+    """
+    repeated = np.zeros(indices.shape, np.bool_)
+    repeated[:, 1:] = indices[:, 1:] == indices[:, :-1]
+    return repeated

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.dense import ACTIVATIONS, dense_conv, expand
+from srigl_fx.runtime.dense import ACTIVATIONS, dense_conv, expand, is_padding
 from srigl_fx.runtime.products import Pattern, pack
 
 _library: Any = torch.library.Library("srigl_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -86,7 +86,9 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             leaves.append(residual.detach().requires_grad_())
             y = y + leaves[-1]
         grads = torch.autograd.grad(ACTIVATIONS[activation](y), leaves, grad)
-    grad_values = grads[1].reshape(-1)[positions].to(values.dtype) if ctx.needs_input_grad[1] else None
+    grad_values = None
+    if ctx.needs_input_grad[1]:
+        grad_values = grads[1].reshape(-1)[positions].masked_fill(is_padding(positions), 0).to(values.dtype)
     grad_residual = None if residual is None else grads[3]
     return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, None, None, None
 
@@ -104,21 +106,22 @@ def _linear_gradients(
 ) -> tuple[Tensor, Tensor]:
     n, in_features = gradient.shape[-1], x.shape[-1]
     g, flat = gradient.reshape(-1, n), x.reshape(-1, in_features)
-    pattern = _pattern(indices, active, n, in_features)
+    kept, pattern = _pattern(indices, active, n, in_features)
     grad_x, grad_values = x.new_empty(0), values.new_empty(0)
     if pattern.pays(flat.shape[0]):
         packed = pack(g)
         if of_x:
-            grad_x = pattern.multiply_transposed(values.float(), packed).reshape(x.shape)
+            grad_x = pattern.multiply_transposed(values.float()[kept], packed).reshape(x.shape)
         if of_values:
-            grad_values = pattern.value_gradient(pack(flat), packed).reshape(values.shape).to(values.dtype)
+            grad_values = pattern.value_gradient(pack(flat), packed)
     else:
         if of_x:
             dense, _ = expand(values.float(), indices, active, n, in_features)
             grad_x = (g @ dense).reshape(x.shape)
         if of_values:
-            kept = (g.t() @ flat).reshape(-1).index_select(0, pattern.positions)
-            grad_values = kept.reshape(values.shape).to(values.dtype)
+            grad_values = (g.t() @ flat).reshape(-1).index_select(0, pattern.positions)
+    if of_values:
+        grad_values = torch.zeros_like(values).masked_scatter_(kept, grad_values.to(values.dtype))
     return grad_x, grad_values
 
 
@@ -135,11 +138,14 @@ _library.impl("condensed_linear_gradients", _linear_gradients, "CPU")
 torch.library.register_fake("srigl_fx::condensed_linear_gradients", _fake_linear_gradients, lib=_library)
 
 # By the id of the indices, for as long as they live; single dict operations only, which are atomic.
-_patterns: dict[int, tuple["weakref.ref[Tensor]", tuple[object, ...], Pattern]] = {}
+_patterns: dict[int, tuple["weakref.ref[Tensor]", tuple[object, ...], tuple[Tensor, Pattern]]] = {}
 
 
-def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> Pattern:
-    """The pattern of a weight, from memory unless it changed; the operands are those of a forward that checked them."""
+def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> tuple[Tensor, Pattern]:
+    """Which entries of a weight are no padding, and their pattern: from memory unless the weight changed.
+
+    The operands are those of a forward that checked them.
+    """
     key, counted = id(indices), not (indices.is_inference() or active.is_inference())
     facts: tuple[object, ...] = (n, in_features, indices.data_ptr(), active.data_ptr())
     if counted:
@@ -147,8 +153,9 @@ def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> Patte
         found = _patterns.get(key)
         if found is not None and found[0]() is indices and found[1] == facts:
             return found[2]
-    rows = active.to(torch.int64)[:, None].expand(indices.shape)
-    pattern = Pattern(rows.reshape(-1), indices.to(torch.int64).reshape(-1), n, in_features)
+    columns = indices.to(torch.int64)
+    rows, kept = active.to(torch.int64)[:, None].expand(indices.shape), ~is_padding(columns)
+    made = kept, Pattern(rows[kept], columns[kept], n, in_features)
     if counted:
-        _patterns[key] = weakref.ref(indices, lambda _: _patterns.pop(key, None)), facts, pattern
-    return pattern
+        _patterns[key] = weakref.ref(indices, lambda _: _patterns.pop(key, None)), facts, made
+    return made

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from srigl_fx.runtime.format import is_padding
+
 Array = NDArray[Any]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -39,7 +41,8 @@ def condensed_linear(
     """The condensed linear layer.
 
     ``y[..., active] = sum_j values[:, j] * x[..., indices[:, j]] + bias``, the bias alone in every other column; then
-    the residual is added and the activation applied, in every column.
+    the residual is added and the activation applied, in every column. An index that repeats the one before it is
+    padding, and adds nothing.
 
     Args:
         x: float32 (..., in_features).
@@ -62,7 +65,8 @@ def condensed_linear(
     """
     y = np.broadcast_to(bias.astype(accumulate), (*x.shape[:-1], bias.shape[0])).copy()
     gathered = x.astype(accumulate)[..., indices.astype(np.int64)]
-    y[..., active.astype(np.int64)] += (gathered * values.astype(accumulate)).sum(axis=-1)
+    products = np.where(is_padding(indices), 0, gathered * values.astype(accumulate))
+    y[..., active.astype(np.int64)] += products.sum(axis=-1)
     return _finish(y, residual, activation).astype(x.dtype)
 
 
@@ -137,7 +141,8 @@ def condensed_conv(
     for row, taps_of_row in enumerate(indices):
         filter_ = int(active[row])
         first_channel = filter_ // (filters // group) * group_channels
-        for value, tap in zip(values[row].astype(accumulate), taps_of_row, strict=True):
+        kept = ~is_padding(indices)[row]
+        for value, tap in zip(values[row].astype(accumulate)[kept], taps_of_row[kept], strict=True):
             channel, *offsets = (int(i) for i in np.unravel_index(int(tap), (group_channels, *kernel)))
             window = tuple(
                 slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)

@@ -79,6 +79,24 @@ def test_a_long_call_takes_part_once() -> None:
     assert calls == [1, 1]
 
 
+def test_turns_count_while_the_machine_is_calm() -> None:
+    timing = _harness("timing")
+    calm = iter([False, True, False, True, True, True, True])
+    seconds = iter([2.0, 7.0, 3.0, 5.0])  # to warm up; its machine was disturbed; the two that count
+    timers = {"one": lambda calls: next(seconds)}
+    assert timing.interleaved(timers, seconds=6.0, rounds=2, calm=lambda: next(calm)) == {"one": 4.0}
+    assert not list(calm)
+    assert not timing.interleaved({"one": lambda calls: 2.0}, rounds=2, calm=lambda: False)
+
+
+def test_processors_are_probed() -> None:
+    processors = _harness("processors").Processors()
+    found = [processors() for _ in range(20)]
+    assert processors.probes == 20
+    assert processors.whole == sum(found)
+    assert f"{sum(found)} of 20 moments" in processors.describe()
+
+
 def test_real_times_are_in_proportion() -> None:
     timing = _harness("timing")
     timers = {name: timing.timer(lambda d=d: time.sleep(d)) for name, d in (("short", 0.001), ("long", 0.01))}

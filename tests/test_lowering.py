@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import math
 import pickle
 import threading
 from collections.abc import Callable
@@ -560,8 +561,8 @@ def test_inference_mode_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_rows_that_were_filled_up_keep_their_zeros_in_fine_tuning() -> None:
-    """With the hook of the FAQ: a channel that left the graph makes rows of the next layer shorter."""
+def padded_by_ablation() -> tuple[nn.Module, Tensor]:
+    """A channel that leaves the graph makes rows of the next layer shorter; what that layer keeps."""
     torch.manual_seed(0)
     first, second = nn.Linear(64, 64), nn.Linear(64, 64)
     model = nn.Sequential(first, nn.ReLU(), second)
@@ -569,18 +570,43 @@ def test_rows_that_were_filled_up_keep_their_zeros_in_fine_tuning() -> None:
     with torch.no_grad():
         first.get_buffer("weight_mask")[2] = False
         first.weight[2] = 0
-    lowered = lower(model.eval(), (torch.randn(8, 64),), min_speedup=0)
+    kept = second.get_buffer("weight_mask").clone()
+    kept[:, 2] = False
+    return model.eval(), kept
+
+
+def test_padding_stays_zero_in_fine_tuning() -> None:
+    model, _ = padded_by_ablation()
+    lowered = lower(model, (torch.randn(8, 64),), min_speedup=0)
     owner = lowered.get_submodule("2")
     before = owner.get_buffer("weight_values").clone()
     del owner.weight_values
     values = nn.Parameter(before.clone())
     owner.register_parameter("weight_values", values)
-    values.register_hook(lambda grad: grad * (before != 0))  # type: ignore[no-untyped-call]
     optimizer = torch.optim.AdamW([values], lr=0.01)
-    for _ in range(3):
-        lowered(torch.randn(8, 64)).square().mean().backward()
-        optimizer.step()
+    for batch in (8, 100):
+        for _ in range(2):
+            lowered(torch.randn(batch, 64)).square().mean().backward()
+            optimizer.step()
     zeros = before == 0
     assert zeros.any()
     assert not values[zeros].any()
-    assert bool((values[~zeros] != before[~zeros]).any())
+    assert bool((values[~zeros] != before[~zeros]).all())
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_padding_reads_nothing(bad: float, batch: int) -> None:
+    """What is not finite reaches the outputs whose kept weights read it, as infinity where that is what it gives."""
+    model, kept = padded_by_ablation()
+    lowered = lower(model, (torch.randn(batch, 64),), min_speedup=0)
+    bias = next(buffer for name, buffer in lowered.named_buffers() if name.startswith("0.bias"))
+    assert lowered.get_submodule("2").get_buffer("weight_values").shape[1] > kept.sum(1).min()
+    for channel in range(3, 64, 20):
+        place = channel - 1  # channel 2 is gone
+        before = bias[place].item()
+        bias[place] = bad
+        y = lowered(torch.randn(batch, 64))
+        bias[place] = before
+        expected = kept[:, channel].expand(batch, 64)
+        assert torch.equal(y.isnan() if math.isnan(bad) else y.isinf(), expected)

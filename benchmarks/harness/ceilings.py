@@ -149,6 +149,18 @@ def _compiled(code: str) -> tuple[Callable[[int, int, int, int], None], object]:
     return prototype(engine.get_function_address("sweep")), engine
 
 
+def register_loop() -> Callable[[int], None]:
+    """Multiply-adds in registers alone, so many times over; it may run in several threads at once."""
+    width = lanes()
+    loop, keep = _compiled(_assembly(width, load=False))
+
+    def run(repeats: int, keep: object = keep) -> None:
+        y = np.empty(ACCUMULATORS * width, np.float32)
+        loop(0, y.ctypes.data, 1, repeats)
+
+    return run
+
+
 def measure_ceilings(seconds: float = 0.1, largest: int = MEMORY_BUFFER) -> Ceilings:
     """Measure them; the best of a few rounds counts, as it is what the machine can do.
 

@@ -65,8 +65,12 @@ def measure_threads(
     contenders: tuple[str, ...],
     counts: Sequence[int],
     effort: Effort,
+    calm: Callable[[], bool] | None,
 ) -> Iterator[list[Record]]:
-    """Measure every contender with each number of threads, in turns; a number of threads has a cell of its own."""
+    """Measure every contender with each number of threads, in turns; a number of threads has a cell of its own.
+
+    What is measured counts if the machine is ``calm`` before and after.
+    """
     for layer in layers:
         for sparsity in sparsities:
             weight = random_weight(layer, sparsity)
@@ -84,7 +88,10 @@ def measure_threads(
                             calls, why = made[count].calls(x, only=name)
                             missing[count] |= why
                             timers |= {(count, one): _with_threads(count, timer(call)) for one, call in calls.items()}
-                        times |= interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, pause=0.1)
+                        found = interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, calm=calm)
+                        for count, one in timers.keys() - found.keys():
+                            missing[count][one] = "no turn in which the machine was calm"
+                        times |= found
                 torch.set_num_threads(counts[0])
                 for count in counts:
                     own = {name: seconds for (at, name), seconds in times.items() if at == count}

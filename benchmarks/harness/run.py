@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness.bars import outcomes
@@ -35,6 +35,7 @@ from harness.machine import describe
 from harness.measuring import Bench, Effort, collect, measure_layers, measure_threads
 from harness.models import measure_networks
 from harness.plots import plot_linear, plot_speedups
+from harness.processors import Processors
 from harness.tables import bars_table, ceilings_table, cell_line, cells_table
 from harness.training import measure_steps
 
@@ -70,10 +71,17 @@ RESNET50 = (
 
 @dataclass(kw_only=True)
 class Job:
-    """What a part needs: the options, and how to measure."""
+    """What a part needs: the options, and how to measure.
+
+    Attributes:
+        options: From the command line.
+        bench: How to measure.
+        notes: What the page of a part says of how it was measured, by its name.
+    """
 
     options: argparse.Namespace
     bench: Bench
+    notes: dict[str, str] = field(default_factory=dict)
 
     def measure(
         self,
@@ -152,8 +160,13 @@ def threads(job: Job) -> list[Record]:
     options = job.options
     batches = options.batches or ((16,) if options.quick else (16, 64, 256, 2048))
     layers, contenders = job.linear_layers(), job.chosen((*DENSE, *OURS))
-    cells = measure_threads(layers, options.sparsities or (0.9,), batches, contenders, (1, 2), job.bench.effort)
-    return job.collect("threads", cells)
+    sparsities, calm = options.sparsities or (0.9,), None if options.quick else Processors()
+    records = job.collect(
+        "threads", measure_threads(layers, sparsities, batches, contenders, (1, 2), job.bench.effort, calm)
+    )
+    if calm is not None:
+        job.notes["threads"] = calm.describe()
+    return records
 
 
 def train(job: Job) -> list[Record]:
@@ -223,7 +236,8 @@ def run(options: argparse.Namespace) -> None:
         for section in options.only or [name for name in SECTIONS if name != "models"]:
             records = SECTIONS[section](job)
             if records:
-                write_page(job.path(section, "md"), section, records, machine, options.command)
+                about = " ".join([machine, job.notes.get(section, "")]).strip()
+                write_page(job.path(section, "md"), section, records, about, options.command)
                 if found := outcomes(records):
                     print(bars_table(found, limits(records, options.out)), flush=True)
     write_bars(options.out / "peers.md", options.out, machine, options.command)

@@ -12,6 +12,7 @@ from typing import TypeVar
 Timer = Callable[[int], float]
 Name = TypeVar("Name", bound=Hashable)
 SLOW = 1.0  # seconds: a call this long is not repeated to warm up
+CALM_TRIES = 40
 
 
 def timer(call: Callable[[], object]) -> Timer:
@@ -27,7 +28,11 @@ def timer(call: Callable[[], object]) -> Timer:
 
 
 def interleaved(
-    timers: Mapping[Name, Timer], *, seconds: float = 0.3, rounds: int = 7, pause: float = 0.0
+    timers: Mapping[Name, Timer],
+    *,
+    seconds: float = 0.3,
+    rounds: int = 7,
+    calm: Callable[[], bool] | None = None,
 ) -> dict[Name, float]:
     """The median seconds of one call of each contender.
 
@@ -39,14 +44,15 @@ def interleaved(
         timers: The contenders, by name.
         seconds: About how long each contender is measured.
         rounds: How often all are gone through.
-        pause: Seconds of sleep before each turn, for the idle threads of the one before to stop spinning.
+        calm: Whether the machine is fit to measure. A turn counts if it is both before and after it, and else is
+            repeated, ``CALM_TRIES`` times at most; a contender that has no turn in the end is not in the result.
     """
     repeats: dict[Name, int] = {}
     turns: dict[Name, int] = {}
-    for name, taken in timers.items():
-        once = taken(1)
+    for name, call in timers.items():
+        once = call(1)
         if once < SLOW:
-            once = min(taken(1), taken(1))
+            once = min(call(1), call(1))
         once = max(once, 1e-7)
         repeats[name] = max(1, int(seconds / rounds / once))
         turns[name] = min(rounds, max(1, int(8 * seconds / once)))
@@ -56,12 +62,16 @@ def interleaved(
         order = order[1:] + order[:1]
         for name in order:
             if turn < turns[name]:
-                if pause:
-                    time.sleep(pause)
-                if repeats[name] > 1:
-                    timers[name](1)
-                times[name].append(timers[name](repeats[name]) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
+                for _ in range(1 if calm is None else CALM_TRIES):
+                    if calm is not None and not calm():
+                        continue
+                    if repeats[name] > 1:
+                        timers[name](1)
+                    taken = timers[name](repeats[name]) / repeats[name]
+                    if calm is None or calm():
+                        times[name].append(taken)
+                        break
+    return {name: statistics.median(values) for name, values in times.items() if values}
 
 
 def fastest(calls: Mapping[str, Callable[[], object]]) -> tuple[str, Callable[[], object]]:

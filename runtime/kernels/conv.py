@@ -214,7 +214,6 @@ def conv_rows(
     out_plane = out_d * out_h * out_w
     packed_start = sample * groups * group_size if geometry[DIRECT] else 0
     positions = ((out_d - 1) * packed_h + out_h - 1) * packed_w + out_w
-    whole = k // 4 * 4
     for begin in range(0, positions, BLOCK):
         end = min(positions, begin + BLOCK)
         length = (end - begin + LANES - 1) // LANES * LANES
@@ -224,7 +223,11 @@ def conv_rows(
             start = bias[o]
             for p in range(length):
                 accumulators[p] = start
-            for j in range(r * k, r * k + whole, 4):
+            j0, j1 = r * k, r * k + k
+            while j1 - j0 > 1 and indices[j1 - 1] == indices[j1 - 2]:  # padding
+                j1 -= 1
+            whole = j0 + (j1 - j0) // 4 * 4
+            for j in range(j0, whole, 4):
                 v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
                 x0 = base + offsets[int(indices[j])]
                 x1 = base + offsets[int(indices[j + 1])]
@@ -234,7 +237,7 @@ def conv_rows(
                     accumulators[p] += (
                         v0 * packed[x0 + p] + v1 * packed[x1 + p] + v2 * packed[x2 + p] + v3 * packed[x3 + p]
                     )
-            for j in range(r * k + whole, r * k + k):
+            for j in range(whole, j1):
                 v0 = values[j]
                 x0 = base + offsets[int(indices[j])]
                 for p in range(length):

@@ -78,9 +78,17 @@ def _start_rows(j: Pointer, sample: int, first: int, last: int) -> None:
 
 
 @compiled
+def _row_end(j: Pointer, r: int) -> int:
+    first, k = r * j[job.K], j[job.K]
+    if j[job.INDEX_BYTES] == 2:
+        return panel.row_end(shorts(j[job.INDICES]), first, k)  # type: ignore[no-any-return]
+    return panel.row_end(ints(j[job.INDICES]), first, k)  # type: ignore[no-any-return]
+
+
+@compiled
 def _plain_row(x: Pointer, values: Pointer, indices: Pointer, first: int, k: int) -> Any:
     total = _ZERO
-    for i in range(first, first + k):
+    for i in range(first, panel.row_end(indices, first, k)):
         total += values[i] * x[indices[i]]
     return total
 
@@ -95,7 +103,7 @@ def _add_exact(j: Pointer, sample: int, first: int, last: int) -> None:
     for r in range(first, last):
         if value_type != FLOAT32:
             total = y[active[r]]
-            for i in range(r * k, r * k + k):
+            for i in range(r * k, _row_end(j, r)):
                 total += panel.value_at(values, value_type, i) * x[panel.index_at(indices, index_bytes, i)]
             y[active[r]] = total
         elif index_bytes == 2:
@@ -130,7 +138,7 @@ def strided_task(j: Pointer, task: int) -> None:
             y[sample * y_sample + o * y_step] = bias[o]
         for r in range(j[job.N_ACTIVE]):
             total = y[sample * y_sample + active[r] * y_step]
-            for i in range(r * k, r * k + k):
+            for i in range(r * k, _row_end(j, r)):
                 column = panel.index_at(j[job.INDICES], j[job.INDEX_BYTES], i)
                 total += panel.value_at(j[job.VALUES], j[job.VALUE_TYPE], i) * x[sample * x_sample + column * x_step]
             y[sample * y_sample + active[r] * y_step] = total

@@ -62,6 +62,15 @@ def index_at(indices: int, index_bytes: int, position: int) -> int:
 
 
 @_compiled
+def row_end(indices: Pointer, first: int, k: int) -> int:
+    """Where the kept weights of a row of the canonical format end: an index that repeats the one before is padding."""
+    end = first + k
+    while end - first > 1 and indices[end - 1] == indices[end - 2]:
+        end -= 1
+    return end
+
+
+@_compiled
 def value_at(values: int, value_type: int, position: int) -> float:
     """A value of the canonical format, as float32: every 16-bit value has an exact one."""
     if value_type == FLOAT32:
@@ -89,12 +98,24 @@ def _group_rows(j: Pointer, row: int) -> int:
 
 
 @_compiled
+def _next_index(j: Pointer, row: int, lane: int, cursors: Pointer) -> int:
+    """The input of a lane's next kept weight, or _NONE where its row ends, or its padding starts."""
+    k, cursor = j[job.K], cursors[lane]
+    if cursor == k:
+        return _NONE
+    position = (row + lane) * k + cursor
+    index = index_at(j[job.INDICES], j[job.INDEX_BYTES], position)
+    if cursor > 0 and index == index_at(j[job.INDICES], j[job.INDEX_BYTES], position - 1):
+        return _NONE
+    return index  # type: ignore[no-any-return]
+
+
+@_compiled
 def _window_start(j: Pointer, row: int, rows: int, cursors: Pointer) -> int:
     """Where the next window of a group starts, or _NONE at its end. A window ends within the inputs where it can."""
-    start, k = _NONE, j[job.K]
+    start = _NONE
     for lane in range(rows):
-        if cursors[lane] < k:
-            start = min(start, index_at(j[job.INDICES], j[job.INDEX_BYTES], (row + lane) * k + cursors[lane]))
+        start = min(start, _next_index(j, row, lane, cursors))
     if start != _NONE:
         start = max(0, min(start, j[job.IN_FEATURES] - j[job.PANEL_WINDOW]))
     return start
@@ -103,12 +124,9 @@ def _window_start(j: Pointer, row: int, rows: int, cursors: Pointer) -> int:
 @_compiled
 def _next_in_window(j: Pointer, row: int, rows: int, lane: int, cursors: Pointer, end: int) -> int:
     """The position of a lane's next kept weight if it lies before ``end``, else -1."""
-    k = j[job.K]
-    if lane < rows and cursors[lane] < k:
-        position = (row + lane) * k + cursors[lane]
-        if index_at(j[job.INDICES], j[job.INDEX_BYTES], position) < end:
-            cursors[lane] += 1
-            return position  # type: ignore[no-any-return]
+    if lane < rows and _next_index(j, row, lane, cursors) < end:
+        cursors[lane] += 1
+        return (row + lane) * j[job.K] + cursors[lane] - 1  # type: ignore[no-any-return]
     return -1
 
 

@@ -131,18 +131,20 @@ def describe_float(node: int, value: int, name: int, tensor: int) -> int:
 
 @linked
 def check_indices(node: int, indices: int, index_type: int, rows: int, k: int) -> int:
-    """Refuse an index outside [0, in_features) or not ascending within its row."""
+    """Refuse an index outside [0, in_features) or not ascending within its row, but for repeats at the row's end."""
     limit = load(node, abi.NODE_IN_FEATURES)
     for row in range(rows):
-        previous = -1
+        previous, ended = -1, 0
         for j in range(row * k, (row + 1) * k):
             index = load16(indices, 2 * j) if index_type == abi.TYPE_UINT16 else load32(indices, 4 * j)
             if index < 0 or index >= limit:
                 return refuse(
                     node, text("input '@', row %: % is outside [0, in_features)"), text("indices"), row, index
                 )
-            if index <= previous:
-                return refuse(node, text("input '@', row % does not ascend strictly"), text("indices"), row, 0)
+            if index < previous or (ended != 0 and index != previous):
+                return refuse(node, text("input '@', row % does not ascend"), text("indices"), row, 0)
+            if index == previous:
+                ended = 1
             previous = index
     return 0
 

@@ -20,7 +20,8 @@ LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
 
-# flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits
+# flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
+# Padding adds zeros to the last kept weight of its row.
 _DENSE_WEIGHT = """
     wide_indices = Cast <to: int = 7> (indices)
     wide_active = Cast <to: int = 7> (active)
@@ -36,7 +37,7 @@ _DENSE_WEIGHT = """
     size = Constant <value_int: int = @flat_size> ()
     sizes = Reshape (size, one)
     zeros = ConstantOfShape (sizes)
-    flat_weight = ScatterElements <axis: int = 0> (zeros, flat_positions, flat_values)
+    flat_weight = ScatterElements <axis: int = 0, reduction: string = "add"> (zeros, flat_positions, flat_values)
     shape = Constant <value_ints: ints = @weight_shape> ()
     weight = Reshape (flat_weight, shape)
 """

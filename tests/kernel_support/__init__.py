@@ -28,6 +28,7 @@ PATTERNS: dict[str, Callable[[int, int, int, int], tuple[int, int]]] = {
     "first": lambda row, n, in_features, k: (0, k),
     "last": lambda row, n, in_features, k: (in_features - k, k),
     "one astray": lambda row, n, in_features, k: (in_features - k, k) if row == n // 2 else (0, k),
+    "uneven": lambda row, n, in_features, k: (0, in_features),  # and rows keep 1 to k of them
 }
 
 
@@ -48,9 +49,10 @@ def condensed(
     mask = np.zeros((n, in_features), np.bool_)
     for row in some if active is None else active:
         start, length = PATTERNS[pattern](int(row), n, in_features, k)
-        mask[row, start + rng.choice(length, k, replace=False)] = True
+        columns = start + rng.choice(length, k, replace=False)
+        mask[row, columns[: 1 + row % k] if pattern == "uneven" else columns] = True
     bias = rng.standard_normal(n) + 2 * rng.choice((-1, 1), n)  # never near zero
-    return CondensedWeight.from_dense(rng.standard_normal(mask.shape) * mask, mask, bias, dtype=dtype)
+    return CondensedWeight.from_dense(rng.standard_normal(mask.shape) * mask, mask, bias, dtype=dtype, pad=True)
 
 
 def tensor(array: NDArray[Any]) -> Tensor:

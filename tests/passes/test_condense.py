@@ -227,16 +227,17 @@ def test_einsums_that_are_linear_layers(equation: str, shape: Any, weight_first:
         assert "einsum" in program.layers[0].reason
 
 
-def test_rows_that_lost_inputs_are_filled_up() -> None:
+def test_rows_that_lost_inputs_are_padded() -> None:
     mask = np.zeros((6, 9), np.bool_)
     for row, count in enumerate((3, 0, 1, 2, 3, 1)):
         mask[row, 9 - count :] = True
     weight = np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32) * mask
     layer = single(nn.Linear(9, 6), torch.randn(2, 9))
     use = replace(layer.uses[0], weight=torch.from_numpy(weight), mask=torch.from_numpy(mask))
-    ((first, last, filled),) = condensed_rows(use)
-    assert (first, last, filled.k, filled.active.tolist()) == (0, 6, 3, [0, 2, 3, 4, 5])
-    assert np.array_equal(filled.to_dense()[0], weight)
+    ((first, last, padded),) = condensed_rows(use)
+    assert (first, last, padded.k, padded.active.tolist()) == (0, 6, 3, [0, 2, 3, 4, 5])
+    assert np.array_equal(padded.to_dense()[0], weight)
+    assert np.array_equal(padded.to_dense()[1], mask)
 
 
 def test_unstructured_stays_dense() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lowering_support import fan_in_mask, random_condensed
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
+from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype, is_padding
 
 
 def test_hand_computed() -> None:
@@ -67,6 +67,19 @@ def test_unequal_rows_are_refused() -> None:
         CondensedWeight.from_dense(np.ones((3, 2)), mask)
 
 
+@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+def test_shorter_rows_are_padded(dtype: ValueDtype) -> None:
+    mask = np.array([[True, False, True, True], [False] * 4, [False, True, False, False], [True, False, False, True]])
+    weight = np.arange(-1.0, 15.0).reshape(4, 4) * mask
+    condensed = CondensedWeight.from_dense(weight, mask, dtype=dtype, pad=True)
+    assert condensed.indices.tolist() == [[0, 2, 3], [1, 1, 1], [0, 3, 3]]
+    assert condensed.values.astype(np.float32).tolist() == [[-1, 1, 2], [8, 0, 0], [11, 14, 0]]
+    assert is_padding(condensed.indices).sum() == 3
+    back, mask_back = condensed.to_dense()
+    assert np.array_equal(back, weight)
+    assert np.array_equal(mask_back, mask)
+
+
 @pytest.mark.parametrize("mask", [np.ones((2, 3)), np.ones((3, 2), np.bool_), np.ones(6, np.bool_)])
 def test_unfit_masks_are_refused(mask: Any) -> None:
     with pytest.raises(FormatError, match="matrix view"):
@@ -81,7 +94,12 @@ def test_unfit_masks_are_refused(mask: Any) -> None:
         ({"indices": np.ones((3, 3), np.int32)}, "differ in shape"),
         ({"indices": np.array([[0, 6], [0, 1], [0, 1]], np.int32)}, "index of 6 is not in 0..5"),
         ({"indices": np.array([[-1, 5], [0, 1], [0, 1]], np.int32)}, "index of -1 is not in 0..5"),
-        ({"indices": np.array([[1, 1], [0, 1], [0, 1]], np.int32)}, "not ascending"),
+        ({"indices": np.array([[1, 1], [0, 1], [0, 1]], np.int32)}, "not ascending: only zeros at its end"),
+        ({"indices": np.array([[1, 0], [0, 1], [0, 1]], np.int32)}, "not ascending"),
+        (
+            {"values": np.zeros((3, 3), np.float32), "indices": np.array([[1, 1, 2], [0, 1, 2], [0, 1, 2]], np.int32)},
+            "not ascending",
+        ),
         ({"active": np.array([0, 1, 4], np.int32)}, "active row of 4 is not in 0..3"),
         ({"active": np.array([0, 2, 1], np.int32)}, "active rows are not ascending"),
         ({"active": np.array([0, 1], np.int32)}, "for 3 active rows"),

@@ -9,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_support import condensed
 from lowering_support import operands, random_condensed
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime import gradients, ops
+from srigl_fx.runtime.format import is_padding
 from srigl_fx.runtime.products import Pattern, pack
 
 linear = torch.ops.srigl_fx.condensed_linear
@@ -119,6 +121,38 @@ def test_linear_gradients_match_dense_autograd(
     torch.testing.assert_close(got[1], expected[1][active.long()].gather(1, indices.long()), rtol=1e-5, atol=1e-5)
     for mine, theirs in zip(got[2:], expected[2:], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [3, 100])
+def test_padding_of_a_linear_layer_has_no_gradient(batch: int) -> None:
+    weight = condensed(19, 37, 5, n_active=15, pattern="uneven")
+    values, indices, active, bias = operands(weight)
+    x, dense = torch.randn(batch, 37).requires_grad_(), torch.from_numpy(weight.to_dense()[0]).requires_grad_()
+    y = linear(x, values.requires_grad_(), indices, active, bias, 37)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, [x, values], grad)
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, dense, bias), [x, dense], grad)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
+    kept = torch.from_numpy(~is_padding(weight.indices))
+    entries = expected[1][active.long()].gather(1, indices.long())
+    torch.testing.assert_close(got[1], entries * kept, rtol=1e-5, atol=1e-5)
+    assert not kept.all()
+
+
+def test_padding_of_a_convolution_has_no_gradient() -> None:
+    weight = condensed(6, 36, 5, n_active=5, pattern="uneven")
+    values, indices, active, bias = operands(weight)
+    x = torch.randn(2, 4, 7, 7).requires_grad_()
+    dense = torch.from_numpy(weight.to_dense()[0]).reshape(6, 4, 3, 3).requires_grad_()
+    y = conv(x, values.requires_grad_(), indices, active, bias, [6, 4, 3, 3], [1, 1], [1, 1], [1, 1], 1)
+    grad = torch.randn_like(y)
+    got = torch.autograd.grad(y, [x, values], grad)
+    expected = torch.autograd.grad(torch.nn.functional.conv2d(x, dense, bias, padding=1), [x, dense], grad)
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+    kept = torch.from_numpy(~is_padding(weight.indices))
+    entries = expected[1].reshape(6, 36)[active.long()].gather(1, indices.long())
+    torch.testing.assert_close(got[1], entries * kept, rtol=1e-4, atol=1e-4)
+    assert not kept.all()
 
 
 def test_both_ways_are_taken() -> None:
