@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from srigl_fx.runtime.format import is_padding
-
 Array = NDArray[Any]
 
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -65,9 +63,16 @@ def condensed_linear(
     """
     y = np.broadcast_to(bias.astype(accumulate), (*x.shape[:-1], bias.shape[0])).copy()
     gathered = x.astype(accumulate)[..., indices.astype(np.int64)]
-    products = np.where(is_padding(indices), 0, gathered * values.astype(accumulate))
+    products = np.where(_kept(indices), gathered * values.astype(accumulate), 0)
     y[..., active.astype(np.int64)] += products.sum(axis=-1)
     return _finish(y, residual, activation).astype(x.dtype)
+
+
+def _kept(indices: Array) -> Array:
+    """Which entries are no padding: bool (n_active, k)."""
+    kept = np.ones(indices.shape, np.bool_)
+    kept[:, 1:] = indices[:, 1:] != indices[:, :-1]
+    return kept
 
 
 def _finish(y: Array, residual: Array | None, activation: str) -> Array:
@@ -141,7 +146,7 @@ def condensed_conv(
     for row, taps_of_row in enumerate(indices):
         filter_ = int(active[row])
         first_channel = filter_ // (filters // group) * group_channels
-        kept = ~is_padding(indices)[row]
+        kept = _kept(indices)[row]
         for value, tap in zip(values[row].astype(accumulate)[kept], taps_of_row[kept], strict=True):
             channel, *offsets = (int(i) for i in np.unravel_index(int(tap), (group_channels, *kernel)))
             window = tuple(
