@@ -111,7 +111,9 @@ def _linear_gradients(
     if pattern.pays(flat.shape[0]):
         packed = pack(g)
         if of_x:
-            grad_x = pattern.multiply_transposed(values.float()[kept], packed).reshape(x.shape)
+            entries = values.float().reshape(-1)
+            entries = entries if kept is None else entries.index_select(0, kept)
+            grad_x = pattern.multiply_transposed(entries, packed).reshape(x.shape)
         if of_values:
             grad_values = pattern.value_gradient(pack(flat), packed)
     else:
@@ -121,7 +123,9 @@ def _linear_gradients(
         if of_values:
             grad_values = (g.t() @ flat).reshape(-1).index_select(0, pattern.positions)
     if of_values:
-        grad_values = torch.zeros_like(values).masked_scatter_(kept, grad_values.to(values.dtype))
+        if kept is not None:
+            grad_values = grad_values.new_zeros(values.numel()).index_copy_(0, kept, grad_values)
+        grad_values = grad_values.reshape(values.shape).to(values.dtype)
     return grad_x, grad_values
 
 
@@ -138,13 +142,13 @@ _library.impl("condensed_linear_gradients", _linear_gradients, "CPU")
 torch.library.register_fake("srigl_fx::condensed_linear_gradients", _fake_linear_gradients, lib=_library)
 
 # By the id of the indices, for as long as they live; single dict operations only, which are atomic.
-_patterns: dict[int, tuple["weakref.ref[Tensor]", tuple[object, ...], tuple[Tensor, Pattern]]] = {}
+_patterns: dict[int, tuple["weakref.ref[Tensor]", tuple[object, ...], tuple[Tensor | None, Pattern]]] = {}
 
 
-def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> tuple[Tensor, Pattern]:
-    """Which entries of a weight are no padding, and their pattern: from memory unless the weight changed.
+def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> tuple[Tensor | None, Pattern]:
+    """Where a weight has entries that are no padding, None for everywhere, and their pattern.
 
-    The operands are those of a forward that checked them.
+    Both are from memory unless the weight changed. The operands are those of a forward that checked them.
     """
     key, counted = id(indices), not (indices.is_inference() or active.is_inference())
     facts: tuple[object, ...] = (n, in_features, indices.data_ptr(), active.data_ptr())
@@ -155,7 +159,8 @@ def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> tuple
             return found[2]
     columns = indices.to(torch.int64)
     rows, kept = active.to(torch.int64)[:, None].expand(indices.shape), ~is_padding(columns)
-    made = kept, Pattern(rows[kept], columns[kept], n, in_features)
+    pattern = Pattern(rows[kept], columns[kept], n, in_features)
+    made = None if bool(kept.all()) else kept.reshape(-1).nonzero().reshape(-1), pattern
     if counted:
         _patterns[key] = weakref.ref(indices, lambda _: _patterns.pop(key, None)), facts, made
     return made

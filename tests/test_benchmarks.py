@@ -84,17 +84,18 @@ def test_turns_count_while_the_machine_is_calm() -> None:
     calm = iter([False, True, False, True, True, True, True])
     seconds = iter([2.0, 7.0, 3.0, 5.0])  # to warm up; its machine was disturbed; the two that count
     timers = {"one": lambda calls: next(seconds)}
-    assert timing.interleaved(timers, seconds=6.0, rounds=2, calm=lambda: next(calm)) == {"one": 4.0}
+    assert timing.interleaved(timers, seconds=6.0, rounds=2, calm=lambda name: next(calm)) == {"one": 4.0}
     assert not list(calm)
-    assert not timing.interleaved({"one": lambda calls: 2.0}, rounds=2, calm=lambda: False)
+    assert not timing.interleaved({"one": lambda calls: 2.0}, rounds=2, calm=lambda name: False)
 
 
 def test_processors_are_probed() -> None:
     processors = _harness("processors").Processors()
-    found = [processors() for _ in range(20)]
-    assert processors.probes == 20
+    found = [processors(1) for _ in range(20)]
+    assert not processors(10**4)
+    assert processors.probes == 21
     assert processors.whole == sum(found)
-    assert f"{sum(found)} of 20 moments" in processors.describe()
+    assert f"{sum(found)} of 21 moments" in processors.describe()
 
 
 def test_real_times_are_in_proportion() -> None:

@@ -65,11 +65,11 @@ def measure_threads(
     contenders: tuple[str, ...],
     counts: Sequence[int],
     effort: Effort,
-    calm: Callable[[], bool] | None,
+    calm: Callable[[int], bool] | None,
 ) -> Iterator[list[Record]]:
     """Measure every contender with each number of threads, in turns; a number of threads has a cell of its own.
 
-    What is measured counts if the machine is ``calm`` before and after.
+    What is measured counts if the machine is ``calm`` for so many threads before and after.
     """
     for layer in layers:
         for sparsity in sparsities:
@@ -80,6 +80,7 @@ def measure_threads(
                 times: dict[tuple[int, str], float] = {}
                 missing: dict[int, dict[str, str]] = {count: {} for count in counts}
                 with torch.inference_mode():
+                    fit = None if calm is None else lambda key: calm(key[0])
                     # One contender at a time: the pool of another, awake, would take a core from it.
                     for name in contenders:
                         timers: dict[tuple[int, str], Timer] = {}
@@ -88,7 +89,7 @@ def measure_threads(
                             calls, why = made[count].calls(x, only=name)
                             missing[count] |= why
                             timers |= {(count, one): _with_threads(count, timer(call)) for one, call in calls.items()}
-                        found = interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, calm=calm)
+                        found = interleaved(timers, seconds=effort.seconds, rounds=effort.rounds, calm=fit)
                         for count, one in timers.keys() - found.keys():
                             missing[count][one] = "no turn in which the machine was calm"
                         times |= found

@@ -12,7 +12,7 @@ from typing import TypeVar
 Timer = Callable[[int], float]
 Name = TypeVar("Name", bound=Hashable)
 SLOW = 1.0  # seconds: a call this long is not repeated to warm up
-CALM_TRIES = 40
+CALM_TRIES = 100
 
 
 def timer(call: Callable[[], object]) -> Timer:
@@ -32,7 +32,7 @@ def interleaved(
     *,
     seconds: float = 0.3,
     rounds: int = 7,
-    calm: Callable[[], bool] | None = None,
+    calm: Callable[[Name], bool] | None = None,
 ) -> dict[Name, float]:
     """The median seconds of one call of each contender.
 
@@ -44,8 +44,8 @@ def interleaved(
         timers: The contenders, by name.
         seconds: About how long each contender is measured.
         rounds: How often all are gone through.
-        calm: Whether the machine is fit to measure. A turn counts if it is both before and after it, and else is
-            repeated, ``CALM_TRIES`` times at most; a contender that has no turn in the end is not in the result.
+        calm: Whether the machine is fit to measure a contender. A turn counts if it is so before and after it, and
+            else is repeated, ``CALM_TRIES`` times at most; a contender without any turn is not in the result.
     """
     repeats: dict[Name, int] = {}
     turns: dict[Name, int] = {}
@@ -63,12 +63,12 @@ def interleaved(
         for name in order:
             if turn < turns[name]:
                 for _ in range(1 if calm is None else CALM_TRIES):
-                    if calm is not None and not calm():
+                    if calm is not None and not calm(name):
                         continue
                     if repeats[name] > 1:
                         timers[name](1)
                     taken = timers[name](repeats[name]) / repeats[name]
-                    if calm is None or calm():
+                    if calm is None or calm(name):
                         times[name].append(taken)
                         break
     return {name: statistics.median(values) for name, values in times.items() if values}
