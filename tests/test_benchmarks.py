@@ -181,7 +181,7 @@ def test_records_survive_their_file(tmp_path: Path) -> None:
 def test_limits_follow_bytes_or_multiply_adds() -> None:
     ceilings = _harness("ceilings")
     levels = tuple(ceilings.Level(name=n, buffer=b, rate=r) for n, b, r in (("L1", 100, 100.0), ("L2", 10000, 1.0)))
-    machine = ceilings.Ceilings(levels=levels, register_fmas=20.0, load_fmas=10.0)
+    machine = ceilings.Ceilings(levels=levels, register_fmas=20.0, load_fmas=10.0, sparse_fmas=9.0)
     assert machine.limit(50, 1) == (pytest.approx(0.5), "bytes from L1")
     assert machine.limit(1000, 1) == (pytest.approx(100.0), "bytes from L2")  # between, by logarithms: 10 a second
     assert machine.limit(50, 100) == (10.0, "multiply-adds")
@@ -191,10 +191,12 @@ def test_measured_ceilings_are_in_order(tmp_path: Path) -> None:
     ceilings = _harness("ceilings")
     found = ceilings.measure_ceilings(seconds=0.002, largest=1 << 21)
     assert found.register_fmas >= 0.9 * found.load_fmas > 1e8
+    assert found.load_fmas >= 0.9 * found.sparse_fmas > 1e8
     assert [level.buffer for level in found.levels] == sorted({level.buffer for level in found.levels})
     ceilings.write_ceilings(tmp_path / "ceilings.csv", found)
     again = ceilings.read_ceilings(tmp_path / "ceilings.csv")
     assert again.load_fmas == pytest.approx(found.load_fmas, rel=1e-5)
+    assert again.sparse_fmas == pytest.approx(found.sparse_fmas, rel=1e-5)
     assert len(again.levels) == len(found.levels)
 
 

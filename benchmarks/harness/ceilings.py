@@ -18,6 +18,8 @@ from harness.machine import cache_bytes, cpu_flags
 
 ACCUMULATORS = 12  # more than latency times throughput of any core's FMA units
 MEMORY_BUFFER = 1 << 30
+# What the sparse loop reads, one after the other: inputs, weights, and as many indices.
+INPUT_BYTES, VALUE_BYTES, ENTRIES = 16384, 4096, 768
 ROUNDS = 7
 
 _LOOP = """
@@ -66,17 +68,21 @@ class Ceilings:
         levels: Buffers in caches and memory, small ones first.
         register_fmas: Multiply-adds a second with all operands in registers.
         load_fmas: The same where each vector of multiply-adds loads one operand from the first cache.
+        sparse_fmas: The same where, besides, each two vectors share a weight and the index that says where they are,
+            loaded from there too: what a sparse kernel must do, and nothing else.
     """
 
     levels: tuple[Level, ...]
     register_fmas: float
     load_fmas: float
+    sparse_fmas: float
 
     def limit(self, moved: int, fmas: int) -> tuple[float, str]:
         """Seconds below which nothing moves so many bytes and does so many multiply-adds, and what limits it.
 
         Example:
-            >>> ceilings = Ceilings(levels=(Level(name="L2", buffer=100, rate=10.0),), register_fmas=2.0, load_fmas=1.0)
+            >>> ceilings = Ceilings(levels=(Level(name="L2", buffer=100, rate=10.0),), register_fmas=2.0, load_fmas=1.0,
+            ...     sparse_fmas=0.9)
             >>> ceilings.limit(20, 1), ceilings.limit(20, 5)
             ((2.0, 'bytes from L2'), (5.0, 'multiply-adds'))
         """
@@ -97,15 +103,11 @@ def lanes() -> int:
     return 16 if "avx512f" in flags else 8 if "avx2" in flags else 4
 
 
-def _assembly(width: int, *, load: bool) -> str:
-    """LLVM code that goes ``repeats`` times over groups of vectors of x, each vector into an accumulator of its own.
-
-    Without ``load`` the same number of multiply-adds takes its operands from registers.
-    """
-    numbers = range(ACCUMULATORS)
+def _dense_steps(width: int, *, load: bool) -> list[str]:
+    """Multiply-adds of one vector after the other, or of a register without ``load``."""
     vector = f"<{width} x float>"
     steps = []
-    for i in numbers:
+    for i in range(ACCUMULATORS):
         if load:
             steps += [
                 f"%place{i} = add i64 %first, {i}",
@@ -115,6 +117,40 @@ def _assembly(width: int, *, load: bool) -> str:
         operand = f"%operand{i}" if load else "%factor"
         arguments = ", ".join(f"{vector} {name}" for name in (operand, "%factor", f"%sum{i}"))
         steps.append(f"%new{i} = call {vector} @llvm.fma.v{width}f32({arguments})")
+    return steps
+
+
+def _sparse_steps(width: int) -> list[str]:
+    """Multiply-adds of two vectors for each weight, where its index says."""
+    vector = f"<{width} x float>"
+    steps = ["%entry0 = lshr i64 %first, 1"]
+    for i in range(0, ACCUMULATORS, 2):
+        steps += [
+            f"%entry{i}a = add i64 %entry0, {i // 2 + INPUT_BYTES // 4}",
+            f"%value_at{i} = getelementptr float, ptr %x, i64 %entry{i}a",
+            f"%value{i} = load float, ptr %value_at{i}, align 4",
+            f"%lone{i} = insertelement {vector} undef, float %value{i}, i32 0",
+            f"%weight{i} = shufflevector {vector} %lone{i}, {vector} undef, <{width} x i32> zeroinitializer",
+            f"%entry{i}b = add i64 %entry0, {i // 2 + (INPUT_BYTES + VALUE_BYTES) // 2}",
+            f"%index_at{i} = getelementptr i16, ptr %x, i64 %entry{i}b",
+            f"%short{i} = load i16, ptr %index_at{i}, align 2",
+            f"%index{i} = zext i16 %short{i} to i64",
+            f"%at{i} = getelementptr i64, ptr %x, i64 %index{i}",
+            f"%at{i + 1} = getelementptr {vector}, ptr %at{i}, i64 1",
+        ]
+        for j in (i, i + 1):
+            steps += [
+                f"%operand{j} = load {vector}, ptr %at{j}, align {4 * width}",
+                f"%new{j} = call {vector} @llvm.fma.v{width}f32("
+                f"{vector} %operand{j}, {vector} %weight{i}, {vector} %sum{j})",
+            ]
+    return steps
+
+
+def _assembly(width: int, steps: list[str]) -> str:
+    """LLVM code that goes ``repeats`` times over groups of vectors of x, each vector into an accumulator of its own."""
+    numbers = range(ACCUMULATORS)
+    vector = f"<{width} x float>"
     stores = []
     for i in numbers:
         stores += [
@@ -152,7 +188,7 @@ def _compiled(code: str) -> tuple[Callable[[int, int, int, int], None], object]:
 def register_loop() -> Callable[[int], None]:
     """Multiply-adds in registers alone, so many times over; it may run in several threads at once."""
     width = lanes()
-    loop, keep = _compiled(_assembly(width, load=False))
+    loop, keep = _compiled(_assembly(width, _dense_steps(width, load=False)))
 
     def run(repeats: int, keep: object = keep) -> None:
         y = np.empty(ACCUMULATORS * width, np.float32)
@@ -177,8 +213,9 @@ def measure_ceilings(seconds: float = 0.1, largest: int = MEMORY_BUFFER) -> Ceil
     buffer = np.ones(sizes[-1] // 4 + width, np.float32)
     x = -(-buffer.ctypes.data // 64) * 64
     y = np.ones(ACCUMULATORS * width, np.float32)
-    loads, keep_loads = _compiled(_assembly(width, load=True))
-    registers, keep_registers = _compiled(_assembly(width, load=False))
+    loads, keep_loads = _compiled(_assembly(width, _dense_steps(width, load=True)))
+    registers, keep_registers = _compiled(_assembly(width, _dense_steps(width, load=False)))
+    sparse, keep_sparse = _compiled(_assembly(width, _sparse_steps(width)))
 
     def rate(loop: Callable[[int, int, int, int], None], nbytes: int) -> float:
         """Multiply-adds a second over the first ``nbytes`` of the buffer."""
@@ -195,10 +232,18 @@ def measure_ceilings(seconds: float = 0.1, largest: int = MEMORY_BUFFER) -> Ceil
     for size in sizes:
         name = next((f"L{level}" for level, capacity in caches.items() if size <= capacity), "memory")
         levels.append(Level(name=name, buffer=size, rate=4 * rate(loads, size)))
+    # Inputs, weights and indices, in the places that the loop has for them: INPUT_BYTES hold so many pairs of vectors.
+    pairs = INPUT_BYTES // (8 * width)
+    order = np.random.default_rng(0).integers(0, pairs, ENTRIES) * width  # in units of 8 bytes
+    first = (x - buffer.ctypes.data) // 4 + (INPUT_BYTES + VALUE_BYTES) // 4
+    buffer[first : first + ENTRIES // 2] = order.astype(np.uint16).view(np.float32)
     ceilings = Ceilings(
-        levels=tuple(levels), register_fmas=rate(registers, levels[0].buffer), load_fmas=levels[0].rate / 4
+        levels=tuple(levels),
+        register_fmas=rate(registers, levels[0].buffer),
+        load_fmas=levels[0].rate / 4,
+        sparse_fmas=rate(sparse, ENTRIES * 2 * width * 4 + 64),
     )
-    del keep_loads, keep_registers
+    del keep_loads, keep_registers, keep_sparse
     return ceilings
 
 
@@ -208,6 +253,7 @@ def write_ceilings(path: Path, ceilings: Ceilings) -> None:
         writer.writerow(("name", "buffer", "rate"))
         writer.writerow(("register FMAs", 0, f"{ceilings.register_fmas:.6e}"))
         writer.writerow(("load FMAs", 0, f"{ceilings.load_fmas:.6e}"))
+        writer.writerow(("sparse FMAs", 0, f"{ceilings.sparse_fmas:.6e}"))
         writer.writerows((level.name, level.buffer, f"{level.rate:.6e}") for level in ceilings.levels)
 
 
@@ -215,7 +261,8 @@ def read_ceilings(path: Path) -> Ceilings:
     with path.open(newline="", encoding="utf-8") as file:
         rows = [(row["name"], int(row["buffer"]), float(row["rate"])) for row in csv.DictReader(file)]
     return Ceilings(
-        levels=tuple(Level(name=name, buffer=buffer, rate=rate) for name, buffer, rate in rows[2:]),
+        levels=tuple(Level(name=name, buffer=buffer, rate=rate) for name, buffer, rate in rows[3:]),
         register_fmas=rows[0][2],
         load_fmas=rows[1][2],
+        sparse_fmas=rows[2][2],
     )

@@ -113,5 +113,6 @@ def ceilings_table(ceilings: Ceilings) -> str:
     rows += [
         ["multiply-adds from registers", f"{ceilings.register_fmas / 1e9:.1f} G/s"],
         ["multiply-adds, one operand from L1", f"{ceilings.load_fmas / 1e9:.1f} G/s"],
+        ["the same, and a weight and its index for each two vectors", f"{ceilings.sparse_fmas / 1e9:.1f} G/s"],
     ]
     return markdown(["read from", "one thread"], rows)
