@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
+from srigl_fx.passes.program import arguments, tensor_at
+from srigl_fx.runtime.format import is_padding
 
 LINEAR = torch.ops.srigl_fx.condensed_linear.default
 CONV = torch.ops.srigl_fx.condensed_conv.default
@@ -28,6 +30,21 @@ def is_condensed(node: fx.Node) -> bool:
 def condensed_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
     """The condensed operators of a graph, in its order."""
     return (node for node in graph.nodes if is_condensed(node))
+
+
+def settled_padding(module: fx.GraphModule) -> Iterator[tuple[fx.Node, torch.Tensor]]:
+    """The values of condensed operators whose padding is no longer zero, with zeros there.
+
+    The operators ignore padding; an optimizer that looks at a whole matrix (Muon) writes to it all the same.
+    """
+    for node in condensed_nodes(module.graph):
+        given = arguments(node)
+        if all(given[name].op == "get_attr" for name in ("values", "indices")):
+            values = tensor_at(module, str(given["values"].target)).detach()
+            indices = tensor_at(module, str(given["indices"].target)).detach()
+            padding = torch.from_numpy(is_padding(indices.numpy()))
+            if bool(values[padding].any()):
+                yield given["values"], values.masked_fill(padding, 0)
 
 
 def set_arguments(node: fx.Node, **changes: Any) -> None:

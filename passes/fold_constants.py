@@ -141,7 +141,7 @@ def _check(handle: SparseWeight) -> None:
         kept = sorted(set(found[found > 0].tolist()))
         if len(kept) > 1:
             raise InvariantError(
-                f"{handle.fqn} does not have a constant fan-in: its rows {block.start} to {block.stop} keep from "
+                f"{handle.fqn} does not have a constant fan-in: its rows {block.start} to {block.stop - 1} keep from "
                 f"{kept[0]} to {kept[-1]} weights; the mask was changed by hand: sparsify the model again"
             )
 

@@ -157,14 +157,15 @@ class CondensedWeight:
             FormatError: A wrong dtype or shape, an index out of range, rows or columns that are not ascending, or
                 padding that is not zero.
         """
-        problem = self._problem()
+        problem = self.problem()
         if problem:
             raise FormatError(
                 f"malformed condensed weight ({self.out_features} x {self.in_features}): {problem}; "
                 "rebuild it from the dense weight and its mask"
             )
 
-    def _problem(self) -> str:
+    def problem(self) -> str:
+        """What is wrong with it, or "" where it keeps every promise of the format."""
         for name, array, dimensions, dtypes in (
             ("values", self.values, 2, tuple(VALUE_DTYPES.values())),
             ("indices", self.indices, 2, (np.uint16, np.int32)),

@@ -178,7 +178,7 @@ def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
             continue
         if isinstance(read, dict) and all(isinstance(read.get(name), dict) for name in ("what", "where", "seconds")):
             seconds = read["seconds"].values()
-            if seconds and all(isinstance(s, float | int) and 0 < s < math.inf for s in seconds):
+            if seconds and all(isinstance(s, float) and 0 < s < math.inf for s in seconds):
                 yield read
 
 

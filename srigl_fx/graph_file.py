@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import FormatError, LoweringError, SriglError
 from srigl_fx.graph_ops import function_name, function_named
-from srigl_fx.passes.condensed_nodes import condensed_nodes
+from srigl_fx.passes.condensed_nodes import condensed_nodes, settled_padding
 from srigl_fx.passes.program import arguments
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight
 from srigl_fx.runtime.ops import ACTIVATIONS
@@ -46,13 +46,14 @@ def dump(module: fx.GraphModule, extra: dict[str, Any]) -> bytes:
     seen: dict[int, str] = {}
     storages: set[int] = set()
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    settled = {id(_tensor(module, str(node.target))): values for node, values in settled_padding(module)}
     nodes = []
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target not in attributes:
             tensor = _tensor(module, str(node.target))
             key = seen.setdefault(id(tensor), str(node.target))
             if key not in tensors:
-                held = tensor.detach().contiguous()
+                held = settled.get(id(tensor), tensor).detach().contiguous()
                 shared = held.untyped_storage().data_ptr() in storages
                 tensors[key] = held.clone() if shared else held
                 storages.add(tensors[key].untyped_storage().data_ptr())
@@ -101,6 +102,8 @@ def guarded(origin: str, load_it: Callable[[], Value]) -> Value:
     """The result of reading untrusted data; whatever it raises becomes a FormatError that names ``origin``."""
     try:
         return load_it()
+    except FormatError as error:
+        raise FormatError(f"{origin}: {error}") from error
     except SriglError:
         raise
     except Exception as error:
@@ -316,5 +319,9 @@ def _check_condensed(module: fx.GraphModule) -> None:
     for node in condensed_nodes(module.graph):
         if (activation := arguments(node)["activation"]) not in ACTIVATIONS:
             raise ValueError(f"a condensed operator with the activation {activation!r}")
-    for _, weight in condensed_weights(module):
-        weight.check()
+    for node, weight in condensed_weights(module):
+        if problem := weight.problem():
+            name = str(node.args[1]).removesuffix("_values")
+            raise FormatError(
+                f"the condensed weight {name} is malformed: {problem}; save it again with lower(...).save(path)"
+            )

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
+from srigl_fx.passes.condensed_nodes import settled_padding
 from srigl_fx.passes.program import arguments, new_buffer, tensor_at
 
 aten = torch.ops.aten
@@ -35,6 +36,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     4. What is returned beside tensors (numbers, strings, sizes) is left out, as None is.
     5. Integers that are subtracted from a float (``1.0 - mask``) become floats first: type promotion fails on
        ``rsub``, which has no overload of that order.
+    6. Padding of condensed weights that is no longer zero is zero again: the fallback adds it.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -69,6 +71,9 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
         elif node.target is aten.instance_norm.default and arguments(node)["use_input_stats"]:
             normalised.append(node)
     rewritten = fx.GraphModule(module, graph)
+    for node, values in settled_padding(rewritten):
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(new_buffer(rewritten, str(node.target), values))
     for node in normalised:
         _clear_bias(rewritten, arguments(node)["input"])
     graph.lint()

@@ -594,6 +594,22 @@ def test_padding_stays_zero_in_fine_tuning() -> None:
     assert bool((values[~zeros] != before[~zeros]).all())
 
 
+def test_padding_that_was_written_to_is_saved_and_exported_as_zeros(tmp_path: Path) -> None:
+    """Torch and the operators ignore it; the fallback would not."""
+    model, _ = padded_by_ablation()
+    x = torch.randn(8, 64)
+    lowered = lower(model, (x,), min_speedup=0)
+    values = lowered.get_submodule("2").get_buffer("weight_values")
+    before, expected = values.clone(), lowered(x)
+    values[before == 0] = 7.0
+    assert torch.equal(lowered(x), expected)
+    lowered.save(tmp_path / "model.srigl")
+    again = load_lowered(tmp_path / "model.srigl")
+    assert torch.equal(again.get_submodule("2").get_buffer("weight_values"), before)
+    assert (values[before == 0] == 7).all()  # the module itself is left alone
+    sx.export_onnx(lowered, tmp_path / "model.onnx", (x,))  # which compares both ways of running it
+
+
 @pytest.mark.parametrize("batch", [1, 40])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_padding_reads_nothing(bad: float, batch: int) -> None:

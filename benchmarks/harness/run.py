@@ -240,7 +240,7 @@ def run(options: argparse.Namespace) -> None:
                 write_page(job.path(section, "md"), section, records, about, options.command)
                 if found := outcomes(records):
                     print(bars_table(found, limits(records, options.out)), flush=True)
-    write_bars(options.out / "peers.md", options.out, machine, options.command)
+    write_bars(options.out / "peers.md", options.out, machine)
 
 
 def limits(records: Sequence[Record], folder: Path) -> dict[Cell, tuple[float, str]]:
@@ -267,13 +267,21 @@ def write_page(path: Path, section: str, records: Sequence[Record], machine: str
     path.write_text("\n".join(text), encoding="utf-8")
 
 
-def write_bars(path: Path, folder: Path, machine: str, command: str) -> None:
+def write_bars(path: Path, folder: Path, machine: str) -> None:
     """The table of all bars, from every part that the folder holds."""
     records = read_all(folder)
     if found := outcomes(records):
         table = bars_table(found, limits(records, folder))
-        text = ["# Peers: bars", "", f"The last command: `{command}`", "", machine, "", table, ""]
+        made = [f"- {section}: {line}" for section in SECTIONS if (line := _command(folder, section))]
+        text = ["# Peers: bars", "", "The commands, part by part:", "", *made, "", machine, "", table, ""]
         path.write_text("\n".join(text), encoding="utf-8")
+
+
+def _command(folder: Path, section: str) -> str:
+    """The command that made the page of a part, or "" where there is none."""
+    page = folder / f"peers_{section}.md"
+    lines = page.read_text(encoding="utf-8").splitlines() if page.exists() else []
+    return next((line for line in lines if line.startswith("`")), "")
 
 
 def read_all(folder: Path) -> list[Record]:

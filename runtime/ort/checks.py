@@ -130,8 +130,24 @@ def describe_float(node: int, value: int, name: int, tensor: int) -> int:
 
 
 @linked
-def check_indices(node: int, indices: int, index_type: int, rows: int, k: int) -> int:
-    """Refuse an index outside [0, in_features) or not ascending within its row, but for repeats at the row's end."""
+def is_zero(values: int, value_type: int, place: int) -> int:
+    """Whether a value is 0 or -0."""
+    bits = load16(values, 2 * place) & 0x7FFF
+    if value_type == abi.TYPE_FLOAT:
+        bits = load32(values, 4 * place) & 0x7FFFFFFF
+    if bits == 0:
+        return 1
+    return 0
+
+
+@linked
+def check_indices(node: int, weights: int, values: int, rows: int, k: int) -> int:
+    """Refuse an index outside [0, in_features) or not ascending within its row, but for zeros at the row's end.
+
+    ``values`` is 0 where they are not known yet.
+    """
+    indices, index_type = load(weights, abi.WEIGHTS_INDICES), load(weights, abi.WEIGHTS_INDEX_TYPE)
+    value_type = load(weights, abi.WEIGHTS_VALUE_TYPE)
     limit = load(node, abi.NODE_IN_FEATURES)
     for row in range(rows):
         previous, ended = -1, 0
@@ -141,10 +157,16 @@ def check_indices(node: int, indices: int, index_type: int, rows: int, k: int) -
                 return refuse(
                     node, text("input '@', row %: % is outside [0, in_features)"), text("indices"), row, index
                 )
-            if index < previous or (ended != 0 and index != previous):
-                return refuse(node, text("input '@', row % does not ascend"), text("indices"), row, 0)
-            if index == previous:
+            if index == previous and (values == 0 or is_zero(values, value_type, j) != 0):
                 ended = 1
+            elif index <= previous or ended != 0:
+                return refuse(
+                    node,
+                    text("input '@', row % does not ascend: only zeros at its end may repeat an index"),
+                    text("indices"),
+                    row,
+                    0,
+                )
             previous = index
     return 0
 
@@ -268,10 +290,9 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
 
     store(weights, abi.WEIGHTS_N_ACTIVE, n_active)
     store(weights, abi.WEIGHTS_K, k)
-    if k >= 0:
-        indices = load(weights, abi.WEIGHTS_INDICES)
-        if indices != load(node, abi.NODE_CHECKED_INDICES):
-            return check_indices(node, indices, load(weights, abi.WEIGHTS_INDEX_TYPE), n_active, k)
+    if k >= 0 and load(weights, abi.WEIGHTS_INDICES) != load(node, abi.NODE_CHECKED_INDICES):
+        values = load(weights, abi.WEIGHTS_VALUES) if load(inputs, abi.WEIGHTS_VALUES) != 0 else 0
+        return check_indices(node, weights, values, n_active, k)
     return 0
 
 
@@ -465,6 +486,7 @@ FUNCTIONS = (
     describe_float,
     refuse,
     describe,
+    is_zero,
     check_indices,
     check_active,
     check_weights,

@@ -37,6 +37,10 @@ def _weight_faults(node: Node) -> dict[str, tuple[Node, str]]:
         "index_int32_min": (node.with_weights(indices=_changed(wide, (0, 0), -(2**31))), "'indices'"),
         "index_int32_max": (node.with_weights(indices=_changed(wide, (3, 2), 2**31 - 1)), "'indices'"),
         "index_twice": (node.with_weights(indices=_changed(indices, (2, 1), indices[2, 0])), "ascend"),
+        "index_twice_at_the_end": (
+            node.with_weights(indices=_changed(indices, (2, -1), indices[2, -2])),
+            "only zeros at its end",
+        ),
         "index_descending": (node.with_weights(indices=indices[:, ::-1].copy()), "ascend"),
         "index_int64": (node.with_weights(indices=indices.astype(np.int64)), "'indices' must be uint16 or int32"),
         "index_int16": (node.with_weights(indices=indices.astype(np.int16)), "'indices' must be uint16 or int32"),
