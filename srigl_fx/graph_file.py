@@ -321,7 +321,7 @@ def _check_condensed(module: fx.GraphModule) -> None:
             raise ValueError(f"a condensed operator with the activation {activation!r}")
     for node, weight in condensed_weights(module):
         if problem := weight.problem():
-            name = str(node.args[1]).removesuffix("_values")
+            name = str(arguments(node)["values"].target).removesuffix("_values")
             raise FormatError(
                 f"the condensed weight {name} is malformed: {problem}; save it again with lower(...).save(path)"
             )

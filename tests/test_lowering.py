@@ -436,6 +436,15 @@ def test_a_malicious_file_is_refused(
         load_lowered(path)
 
 
+def test_a_malformed_weight_is_named(saved: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.srigl"
+    path.write_bytes(edited(saved, set_tensor("_active", lambda t: t.flip(0))))
+    with pytest.raises(
+        FormatError, match=r"bad\.srigl: the condensed weight \w+\.weight is malformed: active rows are not"
+    ):
+        load_lowered(path)
+
+
 def test_a_damaged_file_is_refused(saved: bytes, tmp_path: Path) -> None:
     path = tmp_path / "cut.srigl"
     for length in (0, 4, 8, 200, len(saved) // 2, len(saved) - 1):
