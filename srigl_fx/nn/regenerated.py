@@ -9,7 +9,7 @@ must compute what the original does, gradients included.
 """
 
 import inspect
-import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from srigl_fx.errors import SriglError
-
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 class RegenerationError(SriglError, RuntimeError):
@@ -70,14 +68,21 @@ class _Tracer(fx.Tracer):
         if not self._exact:
             return super().create_node(*args, **kwargs)
         if not torch.is_grad_enabled():
-            frame = sys._getframe()
-            while frame := frame.f_back:  # type: ignore[assignment]
-                if frame.f_code is _APPLY:
-                    raise RegenerationError("it has a gradient of its own (torch.autograd.Function)")
+            if _inside_a_function():
+                raise RegenerationError("it has a gradient of its own (torch.autograd.Function)")
             raise RegenerationError("it computes under torch.no_grad()")
         if (torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")) != self._autocast:
             raise RegenerationError("it switches autocast")
         return super().create_node(*args, **kwargs)
+
+
+def _inside_a_function() -> bool:
+    """Whether the forward of a torch.autograd.Function is running, as its frame on the stack tells."""
+    functions = [torch.autograd.Function]
+    for function in functions:  # grows while it is read: subclasses of subclasses
+        functions += function.__subclasses__()
+    codes = {getattr(function.forward, "__code__", None) for function in functions}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_stack(None))
 
 
 def trace(

@@ -57,6 +57,31 @@ class Rounded(torch.autograd.Function):
 rounded: Callable[[Tensor], Tensor] = Rounded.apply
 
 
+class RoundedApart(Rounded):
+    """Written in two parts, and a subclass of a subclass."""
+
+    @staticmethod
+    def forward(value: Tensor) -> Tensor:  # type: ignore[override]
+        return value.floor() + 1
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+class RoundedDecorated(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")  # type: ignore[untyped-decorator]
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.round()
+
+    backward = Rounded.backward
+
+
+rounded_apart: Callable[[Tensor], Tensor] = RoundedApart.apply
+rounded_decorated: Callable[[Tensor], Tensor] = RoundedDecorated.apply
+
+
 def without_gradient(module: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         scale = module.w.abs().mean()
@@ -85,6 +110,8 @@ def autocast(module: Any, x: Tensor) -> Tensor:
         (makes_constants, "makes constant tensors"),
         (autocast, "switches autocast"),
         (lambda module, x: F.linear(x, rounded(module.w)), "a gradient of its own"),
+        (lambda module, x: F.linear(x, rounded_apart(module.w)), "a gradient of its own"),
+        (lambda module, x: F.linear(x, rounded_decorated(module.w)), "a gradient of its own"),
         (lambda module, x: F.linear(x, module.w) if x.sum() > 0 else x, "torch.fx cannot trace it"),
     ],
 )
