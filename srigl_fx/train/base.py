@@ -20,7 +20,7 @@ from srigl_fx.masks.shards import shard_like
 from srigl_fx.train.attach import check_attachable
 from srigl_fx.train.engine import MaskEngine
 from srigl_fx.train.schedules import captures_gradient, end_step, is_update_step
-from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout
+from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout, note_threads
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +130,7 @@ class Trainer(ABC):
             "steps": self.steps,
             "last_update": self.last_update,
             "update_due": self._due,
+            "threads": torch.get_num_threads(),
             "weights": layout(self.model),
             "captured": tuple(
                 (name, part, tensor) for name, parts in captured.items() for part, tensor in parts.items()
@@ -146,6 +147,8 @@ class Trainer(ABC):
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume, once model and optimizer have loaded theirs.
+
+        A line is logged where the saved run computed with another number of threads, and the model is on the CPU.
 
         Raises:
             TrainerError: The state is of another version, method or model; nothing is changed then.
@@ -171,6 +174,7 @@ class Trainer(ABC):
             captured.setdefault(name, {})[part] = tensor
         self._engine.restore_captured(captured)
         self._engine.check_processes(steps=self.steps)
+        note_threads(state, self.model)
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Check whether a state is one that :meth:`load_state_dict` can load, before the model has loaded its own.

@@ -3,14 +3,18 @@
 Owns the checks that come before any of a state is used. It must not know trainers.
 """
 
+import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import plain, sparse_weights
 
 STATE_VERSION = 1
+
+_log = logging.getLogger(__name__)
 
 
 def layout(model: nn.Module) -> dict[str, dict[str, Any]]:
@@ -43,12 +47,32 @@ def check_state(state: Any, method: str) -> None:
         "steps": is_count(state.get("steps")),
         "last_update": "last_update" in state and (state["last_update"] is None or is_count(state["last_update"])),
         "update_due": isinstance(state.get("update_due"), bool),
+        "threads": is_count(state.get("threads", 0)),
         "weights": isinstance(weights, dict) and all(isinstance(value, dict) for value in weights.values()),
         "captured": _is_table(state.get("captured"), (str, str, Tensor)),
         "gradients": _is_table(state.get("gradients", ()), (str, Tensor)),
     }
     if damaged := [name for name, is_sound in sound.items() if not is_sound]:
         raise TrainerError(f"the trainer's state is damaged at {', '.join(damaged)}; load another checkpoint")
+
+
+def note_threads(state: dict[str, Any], model: nn.Module) -> None:
+    """Log a line where the saved run computed with another number of threads than this process does.
+
+    Sums are then rounded in another order: the resumed run is as good as the saved one, and not equal to it bit for
+    bit. A model on another device than the CPU does not depend on it.
+
+    Example:
+        >>> note_threads({"threads": torch.get_num_threads()}, nn.Linear(3, 2))
+    """
+    saved, here = state.get("threads"), torch.get_num_threads()
+    if saved in (None, here) or all(handle.weight.device.type != "cpu" for handle in sparse_weights(model)):
+        return
+    _log.warning(
+        "the run was saved with %d threads and goes on with %d: sums are rounded in another order, so that it will not "
+        "end with the same weights bit for bit; call torch.set_num_threads(%d) before training where it must",
+        *(saved, here, saved),
+    )
 
 
 def _is_table(value: object, row: tuple[type, ...]) -> bool:

@@ -1,7 +1,6 @@
 import json
 import os
 import random
-import runpy
 import signal
 import subprocess
 import sys
@@ -463,14 +462,20 @@ def test_a_kill_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_ends_with_the_same_weights_after_a_crash(
-    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = checkout / "examples" / "checkpointing.py"
-    options = ["--steps", "80", "--every", "15"]
-    command = [sys.executable, str(script), str(tmp_path / "killed"), *options]
-    assert subprocess.run([*command, "--kill-at", "50"]).returncode == -signal.SIGKILL
-    main = runpy.run_path(str(script))["main"]
-    resumed = main(tmp_path / "killed", steps=80, every=15, kill_at=None)
-    assert "resumed at step 45" in capsys.readouterr().out
-    assert resumed == main(tmp_path / "whole", steps=80, every=15, kill_at=None)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_example_ends_with_the_same_weights_after_a_crash(checkout: Path, tmp_path: Path, threads: int) -> None:
+    def run(name: str, *more: str) -> "subprocess.CompletedProcess[str]":
+        script = str(checkout / "examples" / "checkpointing.py")
+        command = [sys.executable, script, str(tmp_path / name), "--steps", "80", "--every", "15", *more]
+        # Sums are rounded as the number of threads has it: all runs have the same.
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    assert run("killed", "--kill-at", "50").returncode == -signal.SIGKILL
+    assert read(tmp_path / "killed")["trainer"]["threads"] == threads
+    resumed, whole = run("killed"), run("whole")
+    assert resumed.stderr == whole.stderr == ""
+    first, *rest = resumed.stdout.splitlines()
+    assert first == "resumed at step 45"
+    assert "fingerprint" in rest[0]
+    assert rest == whole.stdout.splitlines()

@@ -445,3 +445,19 @@ def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
     with pytest.raises(TrainerError, match=f"damaged at .*{key}"):
         trainer.load_state_dict(state)
     assert trainer.steps == 0
+
+
+def test_another_number_of_threads_is_noted(caplog: pytest.LogCaptureFixture) -> None:
+    _, _, trainer = _start()
+    state, threads = trainer.state_dict(), torch.get_num_threads()
+    assert state["threads"] == threads
+    trainer.load_state_dict(state)
+    del state["threads"]  # as states were written before
+    trainer.load_state_dict(state)
+    assert not caplog.messages
+    trainer.load_state_dict({**state, "threads": threads + 7, "steps": 17})
+    assert trainer.steps == 17
+    (message,) = caplog.messages
+    assert f"saved with {threads + 7} threads and goes on with {threads}" in message
+    with pytest.raises(TrainerError, match="damaged at threads"):
+        trainer.load_state_dict({**state, "threads": "all"})
