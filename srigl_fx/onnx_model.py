@@ -179,8 +179,16 @@ def _is_ranked(value: "onnx.ValueInfoProto") -> bool:
 
 
 def _strip(model: "onnx.ModelProto") -> None:
-    """Remove the exporter's notes, which hold stack traces with the paths of source files."""
+    """Remove the exporter's notes, which hold stack traces with the paths of source files.
+
+    The shapes that are recorded for initialisers go, too: they say nothing that the initialisers do not, and a
+    quantiser that replaces a weight by its transpose leaves the recorded shape behind, which then contradicts it.
+    """
     graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    values = [value for value in graph.value_info if value.name not in constants]
+    del graph.value_info[:]
+    graph.value_info.extend(values)
     for item in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
         item.ClearField("metadata_props")
         item.ClearField("doc_string")

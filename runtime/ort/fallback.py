@@ -20,23 +20,24 @@ LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
 
-# flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
+# Every constant is a tensor that states its type: graph tools take `value_float`, and a fill value left out, for double.
+# Flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
 # Padding adds zeros to the last kept weight of its row.
 _DENSE_WEIGHT = """
     wide_indices = Cast <to: int = 7> (indices)
     wide_active = Cast <to: int = 7> (active)
     wide_values = Cast <to: int = 1> (values)
-    one = Constant <value_ints: ints = [1]> ()
+    one = Constant <value: tensor = int64[1] {1}> ()
     rows = Unsqueeze (wide_active, one)
     row_size = Constant <value_int: int = @in_features> ()
     row_starts = Mul (rows, row_size)
     positions = Add (row_starts, wide_indices)
-    minus_one = Constant <value_ints: ints = [-1]> ()
+    minus_one = Constant <value: tensor = int64[1] {-1}> ()
     flat_positions = Reshape (positions, minus_one)
     flat_values = Reshape (wide_values, minus_one)
     size = Constant <value_int: int = @flat_size> ()
     sizes = Reshape (size, one)
-    zeros = ConstantOfShape (sizes)
+    zeros = ConstantOfShape <value: tensor = float[1] {0.0}> (sizes)
     flat_weight = ScatterElements <axis: int = 0, reduction: string = "add"> (zeros, flat_positions, flat_values)
     shape = Constant <value_ints: ints = @weight_shape> ()
     weight = Reshape (flat_weight, shape)
@@ -54,9 +55,9 @@ _CONTRACTIONS = {
 """,
     # (n, C / groups, kernel...) -> (groups, n / groups, C / groups, -1) -> (C, n / groups, kernel...)
     "CondensedConvTranspose": """
-    zero = Constant <value_ints: ints = [0]> ()
-    two = Constant <value_ints: ints = [2]> ()
-    last = Constant <value_ints: ints = [9223372036854775807]> ()
+    zero = Constant <value: tensor = int64[1] {{0}}> ()
+    two = Constant <value: tensor = int64[1] {{2}}> ()
+    last = Constant <value: tensor = int64[1] {{9223372036854775807}}> ()
     group_count = Constant <value_int: int = @group> ()
     group_counts = Reshape (group_count, one)
     n = Slice (shape, zero, one)
@@ -81,14 +82,14 @@ _ACTIVATIONS = {
     {y} = Relu ({x})
 """,
     "relu6": """
-    low = Constant <value_float: float = 0.0> ()
-    high = Constant <value_float: float = 6.0> ()
+    low = Constant <value: tensor = float {{0.0}}> ()
+    high = Constant <value: tensor = float {{6.0}}> ()
     {y} = Clip ({x}, low, high)
 """,
     "gelu": """
-    root_two = Constant <value_float: float = 1.4142135623730951> ()
-    half = Constant <value_float: float = 0.5> ()
-    unit = Constant <value_float: float = 1.0> ()
+    root_two = Constant <value: tensor = float {{1.4142135623730951}}> ()
+    half = Constant <value: tensor = float {{0.5}}> ()
+    unit = Constant <value: tensor = float {{1.0}}> ()
     scaled = Div ({x}, root_two)
     erf = Erf (scaled)
     raised = Add (erf, unit)
@@ -96,10 +97,10 @@ _ACTIVATIONS = {
     {y} = Mul (weighted, half)
 """,
     "gelu_tanh": """
-    root_two_by_pi = Constant <value_float: float = 0.7978845608028654> ()
-    cubic = Constant <value_float: float = 0.044715> ()
-    half = Constant <value_float: float = 0.5> ()
-    unit = Constant <value_float: float = 1.0> ()
+    root_two_by_pi = Constant <value: tensor = float {{0.7978845608028654}}> ()
+    cubic = Constant <value: tensor = float {{0.044715}}> ()
+    half = Constant <value: tensor = float {{0.5}}> ()
+    unit = Constant <value: tensor = float {{1.0}}> ()
     squared = Mul ({x}, {x})
     bent = Mul (squared, cubic)
     factor = Add (bent, unit)
@@ -157,7 +158,13 @@ def fallback_functions(
     import onnx.parser
 
     known = abi.operator_names()
-    return [onnx.parser.parse_function(_function(name, *known[name], (permuted or {}).get(name, ()))) for name in names]
+    functions = [
+        onnx.parser.parse_function(_function(name, *known[name], (permuted or {}).get(name, ()))) for name in names
+    ]
+    for function in functions:
+        for node in function.node:  # messages and profiles of tools name nodes by these
+            node.name = f"{function.name}_{node.output[0]}"
+    return functions
 
 
 def _function(name: str, base: str, residual: bool, activation: str, permuted: Collection[str]) -> str:
