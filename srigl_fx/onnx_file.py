@@ -5,7 +5,7 @@ It must not know how files are written or run.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from srigl_fx.errors import FormatError
 from srigl_fx.report import format_bytes, format_table
 from srigl_fx.runtime.ort.abi import DOMAIN, operator_names
+from srigl_fx.runtime.ort.contents import MARK
 
 if TYPE_CHECKING:
     import onnx
@@ -53,12 +54,27 @@ class CondensedNode:
 
 @dataclass(frozen=True)
 class FileReport:
-    """The condensed layers of a file; ``str()`` is a table."""
+    """The condensed layers of a file, and what is left of those that it had; ``str()`` is a table.
+
+    Attributes:
+        path: The file.
+        file_bytes: Its size, with the tensors that it keeps in files beside it.
+        nodes: Its condensed layers, one for each node.
+        fallback: Whether it carries the functions for a stock ONNX Runtime.
+        marked: Whether it was exported with condensed layers.
+        renamed: Functions of the operators' domain under other names, which a tool gave them: they compute densely.
+        expanded: Condensed weights whose arrays are in the file, but which no condensed operator reads any more.
+        external_bytes: What the file keeps in files beside it.
+    """
 
     path: Path
     file_bytes: int
     nodes: tuple[CondensedNode, ...]
     fallback: bool
+    marked: bool = False
+    renamed: tuple[str, ...] = ()
+    expanded: tuple[str, ...] = ()
+    external_bytes: int = 0
 
     @property
     def weights(self) -> "tuple[CondensedNode, ...]":
@@ -77,7 +93,7 @@ class FileReport:
 
     def __str__(self) -> str:
         if not self.nodes:
-            return f"{self.path} ({format_bytes(self.file_bytes)}) has no condensed layers."
+            return f"{self.path} ({format_bytes(self.file_bytes)}) has no condensed layers.{self._lost()}"
         rows = [
             (
                 node.name,
@@ -98,9 +114,33 @@ class FileReport:
             (
                 format_table(headers, rows, right=(3, 4, 5, 6, 7)),
                 f"{format_bytes(total)} instead of {format_bytes(dense)} ({total / dense:.1%}) for the condensed "
-                f"layers; the whole file has {format_bytes(self.file_bytes)}, {fallback}.",
+                f"layers; the whole file has {format_bytes(self.file_bytes)}{self._beside()}, {fallback}."
+                f"{self._lost()}",
             )
         )
+
+    def _beside(self) -> str:
+        return f" ({format_bytes(self.external_bytes)} of them in files beside it)" if self.external_bytes else ""
+
+    def _lost(self) -> str:
+        """What a tool took from the file since it was exported, as sentences; "" where nothing is known to be lost."""
+        said = []
+        if self.renamed:
+            said.append(f"A tool has renamed condensed operators, which run densely now: {_some(self.renamed)}.")
+        if self.expanded:
+            said.append(f"These weights are still stored condensed, but computed densely: {_some(self.expanded)}.")
+        if self.marked and not self.nodes and not said:
+            said.append("It was exported with condensed layers, and a tool has made it dense since.")
+        if said:
+            said.append(
+                "The page 'Tools around ONNX' of the documentation says which tools do that, and how to avoid it."
+            )
+        return "".join(f" {sentence}" for sentence in said)
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def inspect_file(path: Path) -> FileReport:
@@ -114,7 +154,10 @@ def inspect_file(path: Path) -> FileReport:
 
     try:
         size = path.stat().st_size
-        model = onnx.load_model_from_string(path.read_bytes(), format="protobuf")
+        content = path.read_bytes()
+        if content[4:8] == b"ORTM":
+            raise FormatError(f"{path} is a file in ORT format: give the ONNX file that it was made from")
+        model = onnx.load_model_from_string(content, format="protobuf")
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror}") from error
     except DecodeError as error:
@@ -123,13 +166,34 @@ def inspect_file(path: Path) -> FileReport:
         raise FormatError(f"{path} holds no ONNX graph: it is empty or no ONNX file")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     known = operator_names()
+    ours = [node for node in all_nodes(model.graph) if node.domain == DOMAIN]
     nodes = tuple(
-        _read_node(node, constants, path, residual=known[node.op_type][1])
-        for node in all_nodes(model.graph)
-        if node.domain == DOMAIN and node.op_type in known
+        _read_node(node, constants, path, residual=known[node.op_type][1]) for node in ours if node.op_type in known
     )
+    renamed = tuple(dict.fromkeys(node.op_type for node in ours if node.op_type not in known))
+    read = {name for node in ours for name in node.input}
     fallback = {function.name for function in model.functions if function.domain == DOMAIN}
-    return FileReport(path, size, nodes, fallback >= {node.operator for node in nodes})
+    external = sum(
+        _constant_bytes(tensor, str(path))
+        for tensor in constants.values()
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    )
+    return FileReport(
+        path,
+        size + external,
+        nodes,
+        fallback >= {node.operator for node in nodes},
+        marked=MARK in [(entry.key, entry.value) for entry in model.metadata_props],
+        renamed=renamed,
+        expanded=tuple(name for name in _stored_condensed(constants) if f"{name}_values" not in read),
+        external_bytes=external,
+    )
+
+
+def _stored_condensed(constants: "dict[str, onnx.TensorProto]") -> list[str]:
+    """The weights of which all arrays of the condensed format are among a file's constants."""
+    names = (name.removesuffix("_values") for name in constants if name.endswith("_values"))
+    return [name for name in names if f"{name}_indices" in constants and f"{name}_active" in constants]
 
 
 def all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":

@@ -26,6 +26,7 @@ from srigl_fx.passes.condensed_nodes import CONV, LINEAR
 from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments, resize
 from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, attributes_of, fallback_functions
 
 if TYPE_CHECKING:
@@ -85,6 +86,8 @@ def build_model(
     _strip(model)
     _forget_logical_shapes(model.graph)
     _name_batch(model, batched)
+    if any(node.domain == abi.DOMAIN for node in all_nodes(model.graph)):
+        model.metadata_props.add(key=MARK[0], value=MARK[1])
     return model
 
 

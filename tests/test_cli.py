@@ -71,6 +71,24 @@ def test_inspect_lists_each_condensed_layer(tiny: Path) -> None:
     assert "needs the operator library" in result.output
 
 
+def test_merge_and_densify_write_files(tiny: Path, tmp_path: Path) -> None:
+    graph = onnx.load(tiny).graph
+    connect = f"{graph.output[0].name}={graph.input[0].name}"
+    both, dense = tmp_path / "both.onnx", tmp_path / "dense.onnx"
+    assert_readable_error(run("merge", tiny, tiny, "--output", both, "--connect", "a=b=c"), "OUTPUT=INPUT")
+    assert_readable_error(run("merge", tiny, tiny, "--output", both, "--connect", "a=b"), "cannot be joined")
+    square = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["": 18]> g (float[n, 8] y) => (float[n, 8] z) { z = Neg (y) }'
+    )
+    onnx.save(square, tmp_path / "next.onnx")
+    connect = f"{graph.output[0].name}=y"
+    result = run("merge", tiny, tmp_path / "next.onnx", "--output", both, "--connect", connect, "--prefix", "a_", "b_")
+    assert result.exit_code == 0, result.output
+    assert inspect_file(both).nodes[0].operator == inspect_file(tiny).nodes[0].operator
+    assert run("densify", tiny, "--output", dense).exit_code == 0
+    assert "has no condensed layers" in run("inspect", dense).output
+
+
 def test_inspect_of_a_dense_file(tmp_path: Path) -> None:
     model, _ = tiny_model()
     model.graph.node[0].domain = ""

@@ -127,6 +127,21 @@ def test_the_file_holds_the_frozen_operators(exported: Exported) -> None:
         assert [types[name] for name in node.input[1:]] == [T.FLOAT, T.UINT16, T.INT32, T.FLOAT]
 
 
+def test_constants_of_the_fallback_state_their_type_and_nodes_have_names(exported: Exported) -> None:
+    model = onnx.load(exported[1])
+    for function in model.functions:
+        assert all(node.name for node in function.node)
+        for node in function.node:
+            literal = [item for item in node.attribute if not item.ref_attr_name]
+            if node.op_type in {"Constant", "ConstantOfShape"} and literal:
+                assert [item.name for item in literal] == ["value"]  # graph tools take the others for double
+
+
+def test_no_shapes_are_recorded_for_initialisers(exported: Exported) -> None:
+    graph = onnx.load(exported[1]).graph
+    assert not {value.name for value in graph.value_info} & {tensor.name for tensor in graph.initializer}
+
+
 def test_the_file_tells_nothing_of_the_machine(exported: Exported) -> None:
     data = exported[1].read_bytes()
     for secret in (str(Path(export.__file__).parent), "Traceback", "test_export"):

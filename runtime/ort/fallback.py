@@ -20,7 +20,7 @@ LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
 
-# Every constant is a tensor that states its type: graph tools take `value_float`, and a fill value left out, for double.
+# Every constant is a tensor that states its type: graph tools take value_float, and a fill value left out, for double.
 # Flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
 # Padding adds zeros to the last kept weight of its row.
 _DENSE_WEIGHT = """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from srigl_fx.errors import FormatError, LibraryError
 from srigl_fx.runtime.kernels.isa import host_isa
 from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.ort.contents import MARK, condensed_calls
 from srigl_fx.runtime.ort.library import library_path
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def load(
     """Open an exported model in ONNX Runtime, with the operators registered.
 
     Where the operator library is missing and cannot be built, or ONNX Runtime refuses it, a warning says why, and the
-    session uses the fallback inside the file.
+    session uses the fallback inside the file. A warning is given, too, if the file was exported with condensed layers
+    and a tool has made it dense since.
 
     Args:
         path: The ONNX file.
@@ -113,10 +115,31 @@ def load(
             _warned.add(str(error))
             logger.warning("running without the operator library, as fast as dense: %s", error)
     try:
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             str(file), options, providers=None if providers is None else list(providers)
         )
     except (TypeError, ValueError):  # the caller's options or providers, not the file
         raise
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         raise FormatError(f"ONNX Runtime cannot load {file}: {error}") from error
+    _warn_if_dense(session, file)
+    return session
+
+
+def _warn_if_dense(session: "onnxruntime.InferenceSession", file: Path) -> None:
+    """Warn once if a file that was exported sparse has become dense on its way here."""
+    key, value = MARK
+    if session.get_modelmeta().custom_metadata_map.get(key) != value:
+        return
+    try:
+        lost = condensed_calls(file).lost()
+    except (OSError, ValueError):  # gone, or in a form that this library cannot read: nothing is known
+        return
+    if lost and str(file) not in _warned:
+        _warned.add(str(file))
+        logger.warning(
+            "%s was exported with condensed layers, but %s, so it runs densely: some tool between export and here did "
+            "that; the page 'Tools around ONNX' of the documentation says which do, and which option keeps them",
+            file,
+            lost,
+        )

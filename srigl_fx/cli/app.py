@@ -70,6 +70,42 @@ def inspect(file: Annotated[Path, typer.Argument(help="An ONNX file.")]) -> None
 
 
 @app.command()
+def merge(
+    first: Annotated[Path, typer.Argument(help="The file whose outputs are read.")],
+    second: Annotated[Path, typer.Argument(help="The file that reads them.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+    connect: Annotated[
+        list[str],
+        typer.Option(help="OUTPUT=INPUT: an output of the first, and the input of the second that it becomes."),
+    ],
+    prefix: Annotated[
+        tuple[str, str], typer.Option(help="Prefixes for the names of each, where a name stands in both.")
+    ] = ("", ""),
+) -> None:
+    """Join two ONNX files into one in which condensed layers stay condensed."""
+    from srigl_fx.onnx_tools import merge as merge_files
+
+    with _readable_errors():
+        if wrong := [pair for pair in connect if pair.count("=") != 1]:
+            raise SriglError(f"--connect takes OUTPUT=INPUT, not {wrong[0]!r}")
+        merge_files(first, second, output, dict(pair.split("=") for pair in connect), prefixes=prefix)
+        typer.echo(output)
+
+
+@app.command()
+def densify(
+    file: Annotated[Path, typer.Argument(help="An ONNX file with condensed layers.")],
+    output: Annotated[Path, typer.Option(help="The file to write.")],
+) -> None:
+    """Write an ONNX file with dense weights and standard operators alone, for tools that know no others."""
+    from srigl_fx.onnx_tools import densify as densify_file
+
+    with _readable_errors():
+        densify_file(file, output)
+        typer.echo(output)
+
+
+@app.command()
 def library(
     output: Annotated[Path | None, typer.Option(help="Copy the library to this file or folder too.")] = None,
 ) -> None:

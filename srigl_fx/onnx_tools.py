@@ -1,0 +1,164 @@
+"""What people do with ONNX files after export, such that condensed layers stay condensed or become dense as asked.
+
+Owns :func:`merge` and :func:`densify`, from files to a file. It must not know torch, masks or how files are
+exported.
+"""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from srigl_fx.errors import ExportError, FormatError
+from srigl_fx.onnx_file import all_nodes
+from srigl_fx.onnx_model import functions_for
+from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.ort.contents import MARK
+
+if TYPE_CHECKING:
+    import onnx
+
+_STANDARD_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
+
+
+def merge(
+    first: str | os.PathLike[str],
+    second: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    io_map: Mapping[str, str],
+    *,
+    prefixes: tuple[str, str] = ("", ""),
+) -> None:
+    """Join two files into one in which condensed layers stay condensed.
+
+    ``onnx.compose.merge_models`` does the work. Given a prefix, it renames functions and whatever calls them, and no
+    operator library knows a ``CondensedLinear`` by another name: here the functions are taken out before and put back
+    after.
+
+    Args:
+        first: The file whose outputs are read by the other.
+        second: The file that reads them.
+        path: The file to write; it appears whole or not at all.
+        io_map: Names of outputs of ``first``, and of the inputs of ``second`` that they become.
+        prefixes: What to put before all names of each file, so that none stands in both.
+
+    Raises:
+        FormatError: A file cannot be read, or is no ONNX file.
+        ExportError: The two do not fit together: the message is that of ``onnx.compose``.
+
+    Example:
+        >>> merge("missing.onnx", "missing.onnx", "both.onnx", {"y": "x"})
+        Traceback (most recent call last):
+        srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
+    """
+    import onnx.compose
+
+    before, after = _load(Path(first)), _load(Path(second))
+    fallback = all(_take_functions(model) for model in (before, after))
+    before.ir_version = after.ir_version = max(before.ir_version, after.ir_version)  # both say the same in either
+    try:
+        merged = onnx.compose.merge_models(
+            before, after, io_map=list(io_map.items()), prefix1=prefixes[0] or None, prefix2=prefixes[1] or None
+        )
+    except Exception as error:  # onnx raises several types
+        raise ExportError(
+            f"{first} and {second} cannot be joined: {error}; give io_map names of outputs of the first and inputs of "
+            "the second, and prefixes where both use a name"
+        ) from error
+    if fallback:
+        merged.functions.extend(functions_for(merged))
+    _merge_imports(merged)
+    _write(merged, Path(path))
+
+
+def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Write a file with dense weights and standard operators alone, for tools that know neither functions nor us.
+
+    The functions in the file, or those that belong there, replace its condensed layers, and ONNX Runtime computes
+    what is constant: outputs stay what they were up to rounding, the file becomes as large as a dense network's.
+
+    Args:
+        source: A file with condensed layers, with or without the functions for a stock ONNX Runtime.
+        path: The file to write; it appears whole or not at all.
+
+    Raises:
+        FormatError: The file cannot be read, or ONNX Runtime refuses it.
+        ExportError: Something in the file has no standard form.
+
+    Example:
+        >>> densify("missing.onnx", "dense.onnx")
+        Traceback (most recent call last):
+        srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
+    """
+    import onnx
+    import onnxruntime
+
+    model = _load(Path(source))
+    present = {(function.domain, function.name) for function in model.functions}
+    model.functions.extend(f for f in functions_for(model) if (f.domain, f.name) not in present)
+    with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".densify-") as folder:
+        whole, dense = Path(folder, "whole.onnx"), Path(folder, "dense.onnx")
+        onnx.save(model, whole)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what is wrong is raised
+        # The next level up fuses operators into ones that only ONNX Runtime has.
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(dense)
+        try:
+            onnxruntime.InferenceSession(str(whole), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            raise FormatError(f"ONNX Runtime cannot read {source}: {error}") from error
+        result = onnx.load(dense)
+    domains = {node.domain for node in all_nodes(result.graph)}
+    if foreign := sorted(domains - _STANDARD_DOMAINS):
+        raise ExportError(f"{source} holds operators of {', '.join(foreign)}, which have no standard form")
+    used = [entry for entry in result.opset_import if entry.domain in domains | {""}]
+    del result.opset_import[:]
+    result.opset_import.extend(used)
+    left = [entry for entry in result.metadata_props if entry.key != MARK[0]]
+    del result.metadata_props[:]
+    result.metadata_props.extend(left)
+    result.ir_version = model.ir_version
+    _write(result, Path(path))
+
+
+def _load(path: Path) -> "onnx.ModelProto":
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path)
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
+    except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
+        raise FormatError(f"{path} is no ONNX file, or a damaged one: {error}") from error
+
+
+def _take_functions(model: "onnx.ModelProto") -> bool:
+    """Take the functions for a stock ONNX Runtime out of a model; return whether there was one for each operator."""
+    called = {node.op_type for node in all_nodes(model.graph) if node.domain == abi.DOMAIN}
+    ours = {function.name for function in model.functions if function.domain == abi.DOMAIN}
+    others = [function for function in model.functions if function.domain != abi.DOMAIN]
+    del model.functions[:]
+    model.functions.extend(others)
+    return ours >= called
+
+
+def _merge_imports(model: "onnx.ModelProto") -> None:
+    """Name each domain once: ``onnx.compose`` leaves those of both models standing."""
+    versions = {entry.domain: entry.version for entry in model.opset_import}
+    del model.opset_import[:]
+    for domain, version in versions.items():
+        model.opset_import.add(domain=domain, version=version)
+
+
+def _write(model: "onnx.ModelProto", path: Path) -> None:
+    import onnx
+
+    if not path.parent.is_dir():
+        raise ExportError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-") as folder:
+        inside = Path(folder, path.name)
+        onnx.save(model, inside)
+        os.replace(inside, path)
