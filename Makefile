@@ -13,7 +13,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint types wheel-test docs bench clean
+.PHONY: help demo test fast lint types wheel-test versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ types: $(READY_test) ## Types, with mypy --strict
 
 wheel-test: $(READY_test) ## Build the wheel and run all tests against it, from a folder of its own
 	BIN=$(abspath $(BIN)) WORKERS=$(WORKERS) .ci/wheel_test
+
+versions: ## Run the tests on the oldest and the newest releases allowed; writes docs/versions.md (hours, 12 GB)
+	$(PYTHON) .ci/versions.py
 
 docs: $(READY_docs) ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
