@@ -16,10 +16,13 @@ Rules:
        and a note names the weights that were not used. Lazy modules get their shapes from that pass.
     6. What could not be traced is reported with the error that stopped the tracer, as not reached.
     7. A weight whose values are not real floating-point numbers of 16 bits or more stays dense.
-    8. A weight that is transformed before it is used goes by what can be masked behind the transform
+    8. The data flow through the whole model says what the neurons of each weight are to the rest of it
+       (:mod:`srigl_fx.passes.sites.roles`).
+    9. A weight that is transformed before it is used goes by what can be masked behind the transform
        (:mod:`srigl_fx.passes.sites.transformed_weights`).
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,13 +36,14 @@ from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
 from srigl_fx.errors import SparsifyError
-from srigl_fx.masks.records import WeightSite
+from srigl_fx.masks.records import Role, WeightSite
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.draft import Draft, Finding
 from srigl_fx.passes.sites.census import initialise_lazy, uses_on, weights_feeding_outputs
-from srigl_fx.passes.sites.local_trace import traces_of
+from srigl_fx.passes.sites.local_trace import Trace, traces_of
 from srigl_fx.passes.sites.parametrised_weights import as_stored
 from srigl_fx.passes.sites.registry import Known, lookup
+from srigl_fx.passes.sites.roles import roles_of
 from srigl_fx.passes.sites.transformed_weights import TransformedWeights
 from srigl_fx.passes.sites.weight_layout import Layout
 from srigl_fx.passes.sites.weight_uses import Use, uses_in
@@ -49,7 +53,7 @@ _REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 @dataclass(frozen=True)
 class Discover(Pass[Draft]):
-    """Fill ``draft.findings`` with every parameter of two or more dimensions (rules 1-8 of the module)."""
+    """Fill ``draft.findings`` with every parameter of two or more dimensions (rules 1-9 of the module)."""
 
     example_inputs: Any = None
 
@@ -83,6 +87,7 @@ class Discover(Pass[Draft]):
         with _unchanged_random_state():
             for name, module in model.named_modules():
                 evidence.look_at(name, module)
+            evidence.roles = roles_of(model, evidence.traces)
         names = list(_parameter_names(model))
         if self.example_inputs is None:
             subject.findings = [evidence.finding(each) for each in names]
@@ -115,6 +120,19 @@ class _Evidence:
         self.calls: dict[str, list[str]] = {}  # module FQN -> call_module nodes of the model's own graph
         self.failures: dict[str, str] = {}
         self.transformed = TransformedWeights()
+        self.roles: dict[int, Role] = {}
+        self._traced: dict[int, tuple[list[Trace], Iterator[Trace]]] = {}
+
+    def traces(self, module: nn.Module) -> Iterator[Trace]:
+        """The ways through a module's forward; each is traced once, when it is first asked for."""
+        seen, rest = self._traced.setdefault(id(module), ([], traces_of(module)))
+        for position in itertools.count():
+            if position == len(seen):
+                following = next(rest, None)
+                if following is None:
+                    return
+                seen.append(following)
+            yield seen[position]
 
     def look_at(self, name: str, module: nn.Module) -> None:
         known = lookup(module)
@@ -128,7 +146,7 @@ class _Evidence:
             self._read_graph(module, module.graph, own=name == "")
         elif _worth_tracing(module):
             found, failures = [], []
-            for trace in traces_of(module):
+            for trace in self.traces(module):
                 found.append(self._read_graph(module, trace.graph, own=False, constants=trace.constants))
                 failures.append(trace.failure)
                 if not trace.failure and not self._has_open_weights(module):
@@ -189,6 +207,7 @@ class _Evidence:
             blocks=layout.blocks,
             aliases=tuple(names[1:]),
             nodes=tuple(nodes),
+            role=self.roles.get(id(parameter)),
         )
         if reason:
             return Finding(site=site, owner=holder, reason=reason, reached=reached)

@@ -43,20 +43,20 @@ class Trace:
 def traces_of(module: nn.Module) -> Iterator[Trace]:
     """The ways through the module's own forward, the most usual one first; the next is only traced when asked for.
 
-    Optional arguments are left out first and then given; conditions on data are false first and then true.
+    Optional arguments are left out first, all but the first where there are no others, and then given; conditions on
+    data are false first and then true.
 
     Example:
         >>> [trace.failure for trace in traces_of(nn.Linear(2, 2))]
         ['']
     """
-    defaults = _defaults(module)
-    for given in (defaults, None) if defaults else (None,):
+    for left_out in _left_out(module):
         for answer in (False, True):
             tracer = _Tracer(answer)
             failure = ""
             with _restored(module), _silent():
                 try:
-                    tracer.trace(module, given)
+                    tracer.trace(module, left_out)
                 except Exception as error:  # user code under the tracer may raise anything
                     failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                     log.debug("tracing %s failed", type(module).__name__, exc_info=True)
@@ -66,14 +66,19 @@ def traces_of(module: nn.Module) -> Iterator[Trace]:
                 break
 
 
-def _defaults(module: nn.Module) -> dict[str, Any]:
-    """The optional arguments of the module's forward."""
+def _left_out(module: nn.Module) -> list[dict[str, Any] | None]:
+    """For each way to call the module's forward, the optional arguments that it leaves out, with their values."""
     try:
         parameters = inspect.signature(inspect.unwrap(type(module).forward)).parameters
     except (TypeError, ValueError):  # a forward that is no function
-        return {}
+        return [None]
     plain = (bool, int, float, str, type(None))
-    return {name: p.default for name, p in parameters.items() if isinstance(p.default, plain)}
+    defaults = {name: p.default for name, p in parameters.items() if isinstance(p.default, plain)}
+    named = [p for p in list(parameters.values())[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    ways: list[dict[str, Any] | None] = [defaults, None] if defaults else [None]
+    if len(named) > 1 and all(p.name in defaults for p in named):
+        ways.insert(0, {name: value for name, value in defaults.items() if name != named[0].name})
+    return ways
 
 
 def _outside(*args: Any, **kwargs: Any) -> None:

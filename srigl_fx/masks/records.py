@@ -31,6 +31,12 @@ Kind = Literal[
     "other",  # anything that can only stay dense
 ]
 Structure = Literal["constant_fan_in", "unstructured"]
+Role = Literal[
+    "width",  # the layer's own: nothing else depends on how many there are
+    "stream",  # channels of a residual stream, which other layers write and read
+    "attention",  # queries, keys or values: factors of a product with other neurons
+    "normalised",  # read by a normalisation over all of them alone, whose statistics each one changes
+]
 
 MASK_SUFFIX = "_mask"
 _RECORDS = "_srigl_fx_records"
@@ -71,6 +77,7 @@ class WeightSite:
         aliases: Other FQNs of the same (tied) parameter.
         nodes: Names of the graph nodes that use the weight, where a GraphModule was given.
         feeds_output: Whether no other contraction stands between the weight and an output; None where nobody looked.
+        role: What its neurons are to the rest of the model; None where nobody looked, or could tell.
     """
 
     owner: str
@@ -85,6 +92,7 @@ class WeightSite:
     aliases: tuple[str, ...] = ()
     nodes: tuple[str, ...] = ()
     feeds_output: bool | None = None
+    role: Role | None = None
 
     def __post_init__(self) -> None:
         if not self.view:
