@@ -183,7 +183,7 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, key: Key) -> Non
         strict=True,
         seed=key.seed,
     )
-    steps, every = key.steps, task.update_every
+    steps, every = key.steps, min(task.update_every, max(1, key.steps // 4))  # a shortened run has updates, too
     if method.trainer == "Static":
         sx.Static(model, optimizer, total_steps=steps)
     elif method.trainer == "SET":
@@ -192,7 +192,8 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, key: Key) -> Non
         sx.RigL(model, optimizer, total_steps=steps, update_every=every)
     else:
         ablation = method.ablation(task) if method.ablation else None
-        sx.SRigL(model, optimizer, total_steps=steps, update_every=every, ablation=ablation)
+        # The rows were trained with only the outputs protected, as in the paper; the library's default protects more.
+        sx.SRigL(model, optimizer, total_steps=steps, update_every=every, ablation=ablation, protect="output")
 
 
 def execute(key: Key) -> dict[str, object]:

@@ -138,7 +138,14 @@ def prepare(model: nn.Module, method: Method, sparsity: float, task: Task, steps
         sx.sparsify(model, sparsity=sparsity, mask_init="random", seed=SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.05, fused=True)
     if method == "srigl":
-        sx.SRigL(model, optimizer, total_steps=steps, update_every=task.update_every, ablation=task.ablation)
+        sx.SRigL(
+            model,
+            optimizer,
+            total_steps=steps,
+            update_every=task.update_every,
+            ablation=task.ablation,
+            protect="output",  # as the published results of the demo were trained
+        )
     elif method == "static":
         sx.Static(model, optimizer, total_steps=steps)
     return optimizer

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import SparseWeight, Structure, sparse_weights
 from srigl_fx.train.base import Trainer, check_count, check_share
-from srigl_fx.train.schedules import cosine_drop_fraction
+from srigl_fx.train.schedules import cosine_drop_fraction, default_interval, end_step, last_update_step
 from srigl_fx.train.selection import counts_of_rows
 from srigl_fx.train.updates import drop_and_grow
 
@@ -94,15 +94,16 @@ class DynamicTrainer(Trainer):
         model: A sparsified model.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates; 100 at batch size 4096 is the usual recipe, more at smaller ones.
+        update_every: Optimizer steps between updates; by default a share of ``total_steps``
+            (:func:`~srigl_fx.train.schedules.default_interval`).
         drop_fraction: Share of the weights replaced at first; it falls to 0 along half a cosine.
         stop_at: Share of the steps after which the masks stay as they are.
         grad_samples: Optimizer steps whose dense gradients count towards an update: the last ones before it.
         auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
 
     Raises:
-        TrainerError: An argument is out of range, the model has no masks or has a trainer already, or the optimizer
-            does not fit; model and optimizer are left as they were.
+        TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
+            already, or the optimizer does not fit; model and optimizer are left as they were.
 
     Source: RigL (Evci et al., 2020), algorithm 1.
 
@@ -128,14 +129,14 @@ class DynamicTrainer(Trainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int = 100,
+        update_every: int | None = None,
         drop_fraction: float = 0.3,
         stop_at: float = 0.75,
         grad_samples: int = 1,
         auto: bool = True,
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
-        check_count("total_steps", total_steps)
+        every = interval(total_steps, update_every, stop_at, grad_samples)
         check_share("drop_fraction", drop_fraction)
         self._check_method()
         self.drop_fraction = drop_fraction
@@ -143,18 +144,11 @@ class DynamicTrainer(Trainer):
             model,
             optimizer,
             total_steps=total_steps,
-            update_every=update_every,
+            update_every=every,
             stop_at=stop_at,
             grad_samples=grad_samples,
             auto=auto,
         )
-        if self.end <= update_every:
-            _log.warning(
-                "no update will happen: the first would be at step %d, but updates end before step %d; lower "
-                "update_every, or check that total_steps counts optimizer steps",
-                update_every,
-                self.end,
-            )
 
     def growth(self, layer: Layer) -> Tensor:
         """Scores (n, F) of the layer's weights, of which the largest magnitudes grow: override this.
@@ -276,6 +270,32 @@ class DynamicTrainer(Trainer):
                 f"{what} fan-ins {sorted(set(counts[counts > 0].tolist()))[:8]}, but with {active} active rows and a "
                 f"budget of {layer.budget} weights each must have {fan_in}"
             )
+
+
+def interval(total_steps: int, update_every: int | None, stop_at: float, grad_samples: int = 1) -> int:
+    """The optimizer steps between two updates, the default where none are given.
+
+    Raises:
+        TrainerError: An argument is out of range, or no update would ever happen.
+
+    Example:
+        >>> interval(1000, None, 0.75), interval(1000, 40, 0.75)
+        (10, 40)
+    """
+    check_count("total_steps", total_steps)
+    check_share("stop_at", stop_at)
+    check_count("grad_samples", grad_samples)
+    end = end_step(total_steps, stop_at)
+    every = default_interval(total_steps, end=end, samples=grad_samples) if update_every is None else update_every
+    check_count("update_every", every)
+    if not last_update_step(every=every, end=end):
+        remedy = "" if update_every is None else "lower update_every or leave it out, "
+        raise TrainerError(
+            f"the masks would never change: the first update would be at step {every}, but updates end before step "
+            f"{end}, which is {stop_at} of {total_steps} steps; {remedy}check that total_steps counts optimizer steps, "
+            "or train with Static"
+        )
+    return every
 
 
 def _place(tensor: Tensor) -> str:

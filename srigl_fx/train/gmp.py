@@ -14,8 +14,7 @@ from srigl_fx.errors import InvariantError, TrainerError
 from srigl_fx.masks.budgets import budget as count_at
 from srigl_fx.masks.records import SparseWeight, set_dense_start, sparse_weights
 from srigl_fx.masks.shards import local, part
-from srigl_fx.train.base import check_count, check_share
-from srigl_fx.train.dynamic import DynamicTrainer, Layer
+from srigl_fx.train.dynamic import DynamicTrainer, Layer, interval
 from srigl_fx.train.schedules import cubic_sparsity, end_step, last_update_step
 from srigl_fx.train.updates import gmp_update
 
@@ -40,14 +39,15 @@ class GMP(DynamicTrainer):
         model: A sparsified model.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates.
+        update_every: Optimizer steps between updates; by default a share of ``total_steps``
+            (:func:`~srigl_fx.train.schedules.default_interval`).
         drop_fraction: Unused; accepted so that methods can be exchanged.
         stop_at: Share of the steps after which the masks stay as they are.
         grad_samples: Unused.
         auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
 
     Raises:
-        TrainerError: An argument is out of range, no update would happen, the model has no masks or has a trainer
+        TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
             already, or the optimizer does not fit; model and optimizer are left as they were.
 
     Source: To Prune, or Not to Prune (Zhu & Gupta, 2017).
@@ -77,28 +77,20 @@ class GMP(DynamicTrainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int = 100,
+        update_every: int | None = None,
         drop_fraction: float = 0.3,
         stop_at: float = 0.75,
         grad_samples: int = 1,
         auto: bool = True,
     ) -> None:
         """Check the arguments, then attach to model and optimizer and open the masks."""
-        check_count("total_steps", total_steps)
-        check_count("update_every", update_every)
-        check_share("stop_at", stop_at)
-        end = end_step(total_steps, stop_at)
-        self._last = last_update_step(every=update_every, end=end)
-        if not self._last:
-            raise TrainerError(
-                f"the masks would never be pruned: the first update would be at step {update_every}, but updates end "
-                f"before step {end}; lower update_every, or check that total_steps counts optimizer steps"
-            )
+        every = interval(total_steps, update_every, stop_at)
+        self._last = last_update_step(every=every, end=end_step(total_steps, stop_at))
         super().__init__(
             model,
             optimizer,
             total_steps=total_steps,
-            update_every=update_every,
+            update_every=every,
             stop_at=stop_at,
             auto=auto,
         )

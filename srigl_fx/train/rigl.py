@@ -24,7 +24,8 @@ class RigL(DynamicTrainer):
         model: A sparsified model.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates; 100 at batch size 4096 is the usual recipe, more at smaller ones.
+        update_every: Optimizer steps between updates; by default a share of ``total_steps``
+            (:func:`~srigl_fx.train.schedules.default_interval`).
         drop_fraction: Share of the weights replaced at first; it falls to 0 along half a cosine.
         stop_at: Share of the steps after which the masks stay as they are.
         grad_samples: Optimizer steps whose dense gradients count towards an update: the last ones before it.
@@ -34,8 +35,8 @@ class RigL(DynamicTrainer):
             move first, as in SRigL's experiments.
 
     Raises:
-        TrainerError: An argument is out of range, the model has no masks or has a trainer already, or the optimizer
-            does not fit; model and optimizer are left as they were.
+        TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
+            already, or the optimizer does not fit; model and optimizer are left as they were.
 
     Source: RigL (Evci et al., 2020).
 
@@ -61,7 +62,7 @@ class RigL(DynamicTrainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int = 100,
+        update_every: int | None = None,
         drop_fraction: float = 0.3,
         stop_at: float = 0.75,
         grad_samples: int = 1,

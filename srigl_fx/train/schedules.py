@@ -17,6 +17,25 @@ def end_step(total_steps: int, stop_at: float) -> int:
     return math.floor(stop_at * total_steps + 1e-6)
 
 
+def default_interval(total_steps: int, *, end: int, samples: int = 1) -> int:
+    """The steps between updates where nobody says: a share of all steps, so that every run has updates.
+
+    RigL's recipe has 320 intervals: 100 steps of 32,000 at a batch size of 4096. A short run has fewer, since what has
+    grown needs some steps before it is ranked: at least 10, but no more than an eighth of the run.
+
+    Args:
+        total_steps: Optimizer steps of the whole training.
+        end: Updates happen at steps below this one.
+        samples: Steps whose gradients are summed for an update; they lie between two updates.
+
+    Example:
+        >>> [default_interval(steps, end=end_step(steps, 0.75)) for steps in (32_000, 2000, 60, 8)]
+        [100, 10, 7, 1]
+    """
+    wanted = max(total_steps // 320, min(10, total_steps // 8), samples, 1)
+    return min(wanted, max(1, end - 1))
+
+
 def cosine_drop_fraction(step: int, *, initial: float, end: int) -> float:
     """The share of a layer's weights replaced at ``step``: half a cosine from ``initial`` down to 0 at ``end``.
 

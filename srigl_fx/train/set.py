@@ -26,7 +26,8 @@ class SET(DynamicTrainer):
         model: A sparsified model.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates.
+        update_every: Optimizer steps between updates; by default a share of ``total_steps``
+            (:func:`~srigl_fx.train.schedules.default_interval`).
         drop_fraction: Share of the weights replaced at first; it falls to 0 along half a cosine, as in RigL's
             comparisons (the original method keeps 0.3 throughout).
         stop_at: Share of the steps after which the masks stay as they are.
@@ -35,8 +36,8 @@ class SET(DynamicTrainer):
         seed: Seeds the draws.
 
     Raises:
-        TrainerError: An argument is out of range, the model has no masks or has a trainer already, or the optimizer
-            does not fit; model and optimizer are left as they were.
+        TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
+            already, or the optimizer does not fit; model and optimizer are left as they were.
 
     Source: Sparse Evolutionary Training (Mocanu et al., 2018).
 
@@ -62,7 +63,7 @@ class SET(DynamicTrainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int = 100,
+        update_every: int | None = None,
         drop_fraction: float = 0.3,
         stop_at: float = 0.75,
         grad_samples: int = 1,

@@ -48,7 +48,7 @@ class SNFS(DynamicTrainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int = 100,
+        update_every: int | None = None,
         drop_fraction: float = 0.3,
         stop_at: float = 0.75,
         grad_samples: int = 1,

@@ -4,7 +4,7 @@ Owns the method's arguments, and which layers are ablated at which threshold. It
 (:mod:`srigl_fx.train.engine`) or computed (:mod:`srigl_fx.train.updates`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import torch
@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.train.attach import check_attachable
-from srigl_fx.train.base import check_count
+from srigl_fx.train.base import check_count, check_share
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
-from srigl_fx.train.protect import protected_weights
+from srigl_fx.train.protect import Protection, protected_weights, warn_of_unknown
 from srigl_fx.train.updates import AblationMode, srigl_update
 
 Revival = Literal["scaled", "reference"]
@@ -33,11 +33,13 @@ class SRigL(DynamicTrainer):
         model: A model sparsified with ``structure="constant_fan_in"``.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates; 100 at batch size 4096 is the usual recipe, more at smaller ones.
+        update_every: Optimizer steps between updates; by default a share of ``total_steps``
+            (:func:`~srigl_fx.train.schedules.default_interval`).
         drop_fraction: Share of the weights replaced at first; it falls to 0 along half a cosine.
         stop_at: Share of the steps after which the masks stay as they are.
         ablation: Salient weights a neuron needs to survive (gamma_sal), as a fraction of its first fan-in or, with
             ``ablation_mode="absolute"``, as a count; None turns ablation off. A layer's own rule takes precedence.
+            Which threshold, and where: docs/methods.md, "Which neurons are ablated".
         ablation_mode: "fraction" or "absolute".
         min_neurons: Neurons that every block of a layer keeps in any case; the budget alone demands some.
         permanent_ablation: Ablated neurons never come back.
@@ -45,13 +47,16 @@ class SRigL(DynamicTrainer):
             feeds a batch normalisation has zero variance, which magnifies its gradients by 1 / sqrt(eps), some 300
             times: it would come back whatever it is worth. "scaled" brings an ablated neuron whose mean gradient
             exceeds that of every other neuron in the layer down to their mean; "reference" takes it as it is.
-        protect: Layers that are never ablated: "output" for those that feed the model's outputs, or names and globs.
+        protect: Layers that are never ablated: "auto" for those whose neurons others count on, "output" for those that
+            feed the model's outputs, "none", or names and globs besides "auto"; see
+            :func:`~srigl_fx.train.protect.protected_weights`.
+        warn_ablated: The log says so, once, when an update ablates more than this share of a layer's active neurons.
         grad_samples: Optimizer steps before an update whose dense gradients are summed for growth.
         auto: Update within ``optimizer.step()``; else when :meth:`step` is called after it.
 
     Raises:
-        TrainerError: An argument is out of range, the model has no masks or has a trainer already, or the optimizer
-            does not fit; model and optimizer are left as they were.
+        TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
+            already, or the optimizer does not fit; model and optimizer are left as they were.
         StructureError: The model's masks are unstructured.
 
     Source: SRigL (Lasby et al., ICLR 2024).
@@ -75,7 +80,7 @@ class SRigL(DynamicTrainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int = 100,
+        update_every: int | None = None,
         drop_fraction: float = 0.3,
         stop_at: float = 0.75,
         ablation: float | None = 0.3,
@@ -83,7 +88,8 @@ class SRigL(DynamicTrainer):
         min_neurons: int | None = None,
         permanent_ablation: bool = False,
         revival: Revival = "scaled",
-        protect: Literal["output"] | Iterable[str] = "output",
+        protect: Protection | Iterable[str] = "auto",
+        warn_ablated: float = 0.5,
         grad_samples: int = 1,
         auto: bool = True,
     ) -> None:
@@ -96,6 +102,7 @@ class SRigL(DynamicTrainer):
             raise TrainerError(f'revival is {revival!r}; choose "scaled" or "reference"')
         if min_neurons is not None:
             check_count("min_neurons", min_neurons)
+        may_ablate = bool(ablation)
         for handle in sparse_weights(model):
             if handle.record.structure != "constant_fan_in":
                 raise StructureError(
@@ -104,7 +111,11 @@ class SRigL(DynamicTrainer):
                 )
             for own in handle.record.ablation:
                 _check_ablation(f"the ablation that a rule gives {handle.fqn}", own, ablation_mode)
+                may_ablate |= bool(own)
+        check_share("warn_ablated", warn_ablated)
         self.protected = protected_weights(model, protect)
+        self.warn_ablated = warn_ablated
+        self._shrunk: list[str] = []
         self.ablation = ablation
         self.ablation_mode: AblationMode = ablation_mode
         self.min_neurons = min_neurons
@@ -120,9 +131,34 @@ class SRigL(DynamicTrainer):
             grad_samples=grad_samples,
             auto=auto,
         )
+        if may_ablate and protect not in ("output", "none"):
+            warn_of_unknown(model, self.protected)
+
+    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> Iterator[tuple[SparseWeight, Tensor]]:
+        self._shrunk.clear()
+        yield from super()._new_masks(step, gradients)
+        if self._shrunk:
+            self._log_once(
+                "ablated",
+                "the update at step %d ablated more than %g of the active neurons of %s%s: if that is not meant, lower "
+                "ablation (%s), name the layers in protect=[...], or raise warn_ablated",
+                step,
+                self.warn_ablated,
+                ", ".join(self._shrunk[:5]),
+                " and others" if len(self._shrunk) > 5 else "",
+                self.ablation,
+            )
 
     def new_mask(self, layer: Layer) -> Tensor:
         """Drop, ablate and grow."""
+        new = self._updated(layer)
+        active = layer.mask.any(dim=1)
+        lost, before = torch.stack([(active & ~new.any(dim=1)).sum(), active.sum()]).tolist()
+        if lost > self.warn_ablated * before:
+            self._shrunk.append(f"{layer.name} ({lost} of {before})")
+        return new
+
+    def _updated(self, layer: Layer) -> Tensor:
         ablation = self._threshold(layer.handle, layer.index)
         scaled = self.revival == "scaled" and ablation and not self.permanent_ablation
         return srigl_update(

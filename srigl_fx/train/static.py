@@ -51,7 +51,7 @@ class Static(Trainer):
         optimizer: Optimizer,
         *,
         total_steps: int | None = None,
-        update_every: int = 100,
+        update_every: int | None = None,
         drop_fraction: float = 0.3,
         stop_at: float = 0.75,
         grad_samples: int = 1,

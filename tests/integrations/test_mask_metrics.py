@@ -122,7 +122,7 @@ def test_itop_is_the_union_of_all_masks() -> None:
 
 
 def test_an_ordinary_step_reads_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer, trainer = _start(update_every=50)
+    model, optimizer, trainer = _start(update_every=40)
     metrics = MaskMetrics(trainer)
     reads: list[int] = []
     monkeypatch.setattr(Tensor, "cpu", lambda self: reads.append(1))

@@ -40,7 +40,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         x = x + self.attn(self.norm(x))
-        y = self.mlp(self.norm(x))
+        y: Tensor = self.mlp(self.norm(x))
         return x + (y if scale is None else scale * y)
 
 
@@ -120,7 +120,7 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        y = self.down(functional.silu(gate) * up)
+        y: Tensor = self.down(functional.silu(gate) * up)
         return x + y * torch.sigmoid(self.squeeze(y.mean(dim=1, keepdim=True)))
 
 

@@ -62,7 +62,7 @@ def train_some(model: nn.Module, *args: Any, updates: int = 2, sparsity: float =
     masks = dict(sx.masks.named_masks(model))
     assert [name for name in model.state_dict() if not name.endswith("_mask") or name in names] == names
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    trainer = sx.SRigL(model, optimizer, total_steps=1000, update_every=2, ablation=0.3, protect=[])
+    trainer = sx.SRigL(model, optimizer, total_steps=1000, update_every=2, ablation=0.3, protect="none")
     before = {name: mask.clone() for name, mask in masks.items()}
     for _ in range(2 * updates + 1):
         optimizer.zero_grad()

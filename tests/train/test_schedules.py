@@ -9,6 +9,7 @@ from srigl_fx.train.schedules import (
     captures_gradient,
     cosine_drop_fraction,
     cubic_sparsity,
+    default_interval,
     end_step,
     is_update_step,
     last_update_step,
@@ -72,3 +73,34 @@ def test_the_window_is_what_leads_to_an_update(every: int, end: int, samples: in
         first = min((t for t in range(step + 1, step + every + 1) if t % every == 0), default=math.inf)
         expected = first < end and first in following
         assert captures_gradient(step, every=every, end=end, samples=samples) == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "expected"),
+    [
+        (1, 1),
+        (3, 1),
+        (8, 1),
+        (40, 5),
+        (60, 7),
+        (80, 10),
+        (1000, 10),
+        (3200, 10),
+        (6400, 20),
+        (32_000, 100),
+        (256_000, 800),
+    ],
+)
+def test_the_default_interval(total: int, expected: int) -> None:
+    """RigL's recipe has 100 of 32,000 steps, and the ResNet-50 of SRigL's experiments 800 of 256,000."""
+    assert default_interval(total, end=end_step(total, 0.75)) == expected
+
+
+@given(st.integers(1, 100_000), st.floats(0, 1), st.integers(1, 50))
+def test_the_default_interval_gives_every_run_an_update_that_can_have_one(
+    total: int, stop: float, samples: int
+) -> None:
+    end = end_step(total, stop)
+    every = default_interval(total, end=end, samples=samples)
+    assert every >= 1
+    assert (last_update_step(every=every, end=end) > 0) == (end >= 2)

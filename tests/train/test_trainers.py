@@ -1,4 +1,5 @@
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from srigl_fx import LayerSpec, sparsify
 from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks import verify
 from srigl_fx.masks.records import sparse_weights
-from srigl_fx.train import SRigL, Static
+from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static
 from srigl_fx.train.schedules import cosine_drop_fraction
 from srigl_fx.train.updates import srigl_update
 
@@ -40,7 +41,7 @@ def test_masks_change_on_schedule_only() -> None:
 
 
 def test_the_update_is_the_pure_one_on_the_new_weights_and_the_dense_gradient() -> None:
-    model, optimizer, trainer = _attach(auto=False, ablation=0.9, drop_fraction=0.5, protect=[])
+    model, optimizer, trainer = _attach(auto=False, ablation=0.9, drop_fraction=0.5, protect="none")
     data = list(batches(5))
     train(model, optimizer, data[:4])
     optimizer.zero_grad()
@@ -228,7 +229,9 @@ def test_a_layer_without_a_gradient_keeps_its_mask(caplog: pytest.LogCaptureFixt
     assert trainer.last_update == 6
     assert torch.equal(start["unused.weight"], now["unused.weight"])
     assert not torch.equal(start["used.weight"], now["used.weight"])
-    assert [record.message for record in caplog.records] == ["masks without a gradient stay at step 2: unused.weight"]
+    unread, without = (record.message for record in caplog.records)
+    assert unread.startswith("it is not known what the neurons of unused.weight are")
+    assert without == "masks without a gradient stay at step 2: unused.weight"
 
 
 # Ablation, and what is spared
@@ -240,7 +243,7 @@ def _active(model: nn.Module) -> dict[str, int]:
 
 def test_the_output_layer_is_spared() -> None:
     model, optimizer, trainer = _attach(ablation=1.0, drop_fraction=0.5)
-    assert trainer.protected == {"4.weight"}
+    assert trainer.protected == {"4.weight": "it feeds the model's outputs"}
     train(model, optimizer, batches(15))
     active = _active(model)
     assert active["4.weight"] == 4
@@ -255,8 +258,7 @@ def test_layers_are_spared_by_name_and_by_rule() -> None:
     SRigL(model, optimizer, total_steps=100, update_every=5, ablation=1.0, drop_fraction=0.5, protect=["2"])
     train(model, optimizer, batches(15), lambda: verify(model, optimizer))
     active = _active(model)
-    assert (active["0.weight"], active["2.weight"]) == (32, 32)
-    assert active["4.weight"] < 8
+    assert (active["0.weight"], active["2.weight"], active["4.weight"]) == (32, 32, 8)
 
 
 def test_a_rule_turns_ablation_on_where_the_trainer_has_none() -> None:
@@ -399,10 +401,62 @@ def test_unstructured_masks_are_refused() -> None:
     train(model, optimizer, batches(3), lambda: verify(model, optimizer))
 
 
-def test_a_schedule_without_any_update_is_said(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("method", [SRigL, RigL, SET, SNFS, GMP])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"total_steps": 1000, "update_every": 12_800}, "first update would be at step 12800.*before step 750"),
+        ({"total_steps": 100, "update_every": 75}, "lower update_every or leave it out"),
+        ({"total_steps": 100, "stop_at": 0.0}, r"which is 0\.0 of 100 steps; check that total_steps counts"),
+        ({"total_steps": 2}, "or train with Static"),
+    ],
+)
+def test_a_run_without_any_update_is_refused(method: Any, options: dict[str, Any], message: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(TrainerError, match=f"the masks would never change: .*{message}"):
+        method(model, optimizer, **options)
+    _untouched(model, optimizer, state)
+    method(model, optimizer, total_steps=100, update_every=74)
+
+
+@pytest.mark.parametrize("method", [SRigL, RigL, SET, SNFS, GMP])
+@pytest.mark.parametrize("total", [3, 12, 60, 160])
+def test_the_interval_is_a_share_of_the_run(method: Any, total: int) -> None:
+    """Whoever says nothing gets updates, at any length of the run."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = method(model, optimizer, total_steps=total)
+    assert trainer.update_every == {3: 1, 12: 1, 60: 7, 160: 10}[total]
+    train(model, optimizer, batches(trainer.end))
+    last = (trainer.end - 1) // trainer.update_every * trainer.update_every
+    assert trainer.last_update == last
+    assert last > 0
+
+
+def test_the_interval_leaves_room_for_the_gradients_that_are_summed() -> None:
+    assert _attach(total_steps=60, update_every=None, grad_samples=9)[2].update_every == 9
+
+
+def test_an_update_that_ablates_most_of_a_layer_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer, _ = _attach(ablation=1.0, drop_fraction=0.5, warn_ablated=0.1)
     with caplog.at_level(logging.WARNING):
-        _attach(total_steps=100, update_every=100)
-    assert "no update will happen" in caplog.text
-    caplog.clear()
-    _attach(total_steps=100, update_every=74)
+        train(model, optimizer, batches(4))
+        assert not caplog.text
+        train(model, optimizer, batches(16))
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert re.search(
+        r"step 5 ablated more than 0\.1 of the active neurons of 0\.weight \(\d+ of 32\), 2\.weight", message
+    )
+    assert "4.weight" not in message
+
+
+def test_the_share_that_is_said_can_be_chosen(caplog: pytest.LogCaptureFixture) -> None:
+    model, optimizer, _ = _attach(ablation=1.0, drop_fraction=0.5, warn_ablated=1.0)
+    with caplog.at_level(logging.WARNING):
+        train(model, optimizer, batches(20))
     assert not caplog.text
+    assert _active(model)["0.weight"] < 32
+    with pytest.raises(TrainerError, match=r"warn_ablated is 1\.5"):
+        _attach(warn_ablated=1.5)

@@ -49,9 +49,10 @@ def test_invariants_hold_throughout(ablation: float | None, permanent: bool, opt
         ablation=ablation,
         permanent_ablation=permanent,
         drop_fraction=0.4,
+        protect="output",
         auto=False,
     )
-    assert trainer.protected == {"head.weight"}
+    assert set(trainer.protected) == {"head.weight"}
     verify(model, optimizer)
     handles = sparse_weights(model)
     assert len(handles) >= 6

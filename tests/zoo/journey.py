@@ -109,7 +109,8 @@ def ablate(model: nn.Module, never: tuple[str, ...]) -> int:
 
     The others take over the budget, with random new weights, as an update of SRigL would leave them.
     """
-    protected = protected_weights(model, "output") | (protected_weights(model, never) if never else frozenset())
+    named = {name for name, why in protected_weights(model, never).items() if why.startswith("protect names it")}
+    protected = {*protected_weights(model, "output"), *named}
     ablated = 0
     for handle in sparse_weights(model):
         if handle.fqn in protected:
