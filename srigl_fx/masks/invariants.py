@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srigl_fx.errors import InvariantError
+from srigl_fx.masks.attached import engines
 from srigl_fx.masks.records import Block, SparseWeight, sparse_weights
 from srigl_fx.masks.shards import local, part
 
@@ -25,6 +26,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     4. With constant fan-in, every active neuron of a block has the same fan-in, ``budget // active`` or the full one,
        and enough neurons are active to hold the budget. While gradual pruning is on its way, every neuron is active.
     5. Every optimizer state tensor of the weight's shape is exactly zero off the mask.
+
+    6. A trainer that is attached sees the gradients of every weight, and has left none that is not zero off the mask.
 
     Of a weight that is spread over processes, each checks the part it holds.
 
@@ -63,6 +66,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
                     f"{handle.fqn}: the optimizer state {key!r} is not zero off the mask; attach a trainer "
                     "(SRigL or Static) to this optimizer, or create the optimizer anew"
                 )
+    for fault in (fault for engine in engines(model) for fault in engine.faults()):
+        raise InvariantError(fault)
 
 
 def over_budget(model: nn.Module) -> list[str]:

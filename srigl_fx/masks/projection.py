@@ -60,3 +60,17 @@ class Projection:
             widened = torch.empty_like(bits).copy_(mask).neg_()
             self._mask, self._version, self._widened = mask, mask._version, widened
         bits.bitwise_and_(widened)
+
+    def fits(self, mask: Tensor) -> bool:
+        """Whether what is kept is ``mask``; not if somebody wrote to it in a way that its version does not tell.
+
+        Example:
+            >>> projection, mask = Projection(), torch.tensor([True, False])
+            >>> projection(torch.ones(2), mask)
+            >>> mask.data[1] = True
+            >>> projection.fits(mask)
+            False
+        """
+        if self._widened is None or mask is not self._mask or mask._version != self._version:
+            return True
+        return torch.equal(self._widened != 0, mask)

@@ -1,9 +1,9 @@
 """The class swap: a module that owns mask-managed weights becomes an instance of a generated subclass of its class.
 
-Owns the generated classes and what they add: a repr that shows the sparsity, projection of loaded weights, and
-pickling. It must not know how masks are found or trained. The forward is the base class's own, untouched: the
-stored weight is exactly zero off the mask, so there is nothing to do there, except where a weight is transformed
-before it is used (:mod:`srigl_fx.nn.effective` adds to the class then).
+Owns the generated classes and what they add: a repr that shows the sparsity, projection of loaded weights, a word to
+the trainer where parameters may have been exchanged, and pickling. It must not know how masks are found or trained.
+The forward is the base class's own, untouched: the stored weight is exactly zero off the mask, so there is nothing to
+do there, except where a weight is transformed before it is used (:mod:`srigl_fx.nn.effective` adds to the class then).
 """
 
 import weakref
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from srigl_fx.masks.attached import follow
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, records_on, set_records
 from srigl_fx.masks.shards import local, part
 from srigl_fx.nn import weight_norm
@@ -73,6 +74,13 @@ class SparseModule:
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        follow(cast(nn.Module, self))
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._apply(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            follow(cast(nn.Module, self))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A generated class cannot be pickled by name: rebuild it from its base.

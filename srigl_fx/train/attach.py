@@ -1,54 +1,19 @@
-"""Which trainer is attached to which model, and whether one may be.
+"""Whether a trainer may be attached to a model and an optimizer.
 
-Owns the register of attached engines and the checks before one attaches. It must not know what an engine does.
+Owns the checks before one attaches, and detaching from outside. It must not know what an engine does.
 """
 
-import weakref
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from srigl_fx.errors import TrainerError
+from srigl_fx.masks.attached import engines
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.train.distributed import check_wrapping
-
-
-class Attached(Protocol):
-    """What can be attached to a model."""
-
-    def detach(self) -> None:
-        """Remove every hook."""
-
-
-# Owner module of a masked weight -> the engine attached to it. A copy of the module is another key: it has no trainer.
-_ATTACHED: "weakref.WeakKeyDictionary[nn.Module, weakref.ref[Attached]]" = weakref.WeakKeyDictionary()
-
-
-def attach(owner: nn.Module, engine: Attached) -> None:
-    """Note that ``engine`` manages a weight of ``owner``.
-
-    Example:
-        >>> class Nothing:
-        ...     def detach(self):
-        ...         print("detached")
-        >>> layer, engine = nn.Linear(3, 2), Nothing()
-        >>> attach(layer, engine)
-        >>> forget(layer, engine)
-    """
-    _ATTACHED[owner] = weakref.ref(engine)
-
-
-def forget(owner: nn.Module, engine: Attached) -> None:
-    """Take that back, unless another engine has taken over.
-
-    Example:
-        >>> forget(nn.Linear(3, 2), None)
-    """
-    if (attached := _ATTACHED.get(owner)) is not None and attached() is engine:
-        del _ATTACHED[owner]
+from srigl_fx.train.stepping import family, unwrap
 
 
 def detach_from(model: nn.Module) -> None:
@@ -59,18 +24,6 @@ def detach_from(model: nn.Module) -> None:
     """
     for engine in engines(model):
         engine.detach()
-
-
-def engines(model: nn.Module) -> list[Attached]:
-    """The engines attached to ``model`` or a part of it.
-
-    Example:
-        >>> engines(nn.Linear(3, 2))
-        []
-    """
-    references = (_ATTACHED.get(handle.owner) for handle in sparse_weights(model))
-    found = {id(engine): engine for reference in references if reference and (engine := reference()) is not None}
-    return list(found.values())
 
 
 def check_attachable(model: nn.Module, optimizer: object) -> None:
@@ -88,9 +41,8 @@ def check_attachable(model: nn.Module, optimizer: object) -> None:
     """
     if not isinstance(model, nn.Module) or not sparse_weights(model):
         raise TrainerError(f"{type(model).__name__} has no mask-managed weight: call srigl_fx.sparsify(model) first")
-    if not isinstance(optimizer, Optimizer):
-        raise TrainerError(f"the optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if isinstance(optimizer, torch.optim.LBFGS):
+    followed = unwrap(optimizer)
+    if any(isinstance(each, torch.optim.LBFGS) for each in family(followed)):
         raise TrainerError(
             "LBFGS evaluates a closure many times in one step and keeps a history that masks cannot follow: "
             "use SGD, Adam, AdamW or another optimizer that takes one gradient a step"
@@ -101,7 +53,7 @@ def check_attachable(model: nn.Module, optimizer: object) -> None:
             "before attaching another one"
         )
     check_wrapping(model)
-    check_held(model, optimizer)
+    check_held(model, followed)
 
 
 def check_held(model: nn.Module, optimizer: Optimizer) -> None:

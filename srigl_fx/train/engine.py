@@ -10,8 +10,9 @@ them off the mask: an optimizer that is not known to work element by element, or
 since we last saw it, which its version tells. None of this waits for the device.
 """
 
+import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,13 +21,20 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from srigl_fx.errors import TrainerError
+from srigl_fx.masks.attached import attach, forget
 from srigl_fx.masks.projection import keep_only
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.masks.shards import held, is_sharded, part
-from srigl_fx.train.attach import attach, check_attachable, check_held, forget
+from srigl_fx.train.attach import check_attachable, check_held
 from srigl_fx.train.distributed import gather, processes_of, reshard
 from srigl_fx.train.managed import ManagedWeight
 from srigl_fx.train.state import layout
+from srigl_fx.train.stepping import StepHook, StepHooks, unwrap
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 20  # backward passes, each for gradients of its own, after which a step should have come
+_LOOKS = 3  # how often gradients past the hooks are looked at outside of updates, as it makes the host wait
 
 # Given masked gradients, these keep zero weights and zero state at zero; of others nothing is assumed.
 ELEMENTWISE = frozenset(
@@ -71,6 +79,7 @@ class MaskEngine:
                 process trains something else; nothing is attached then.
         """
         check_attachable(model, optimizer)
+        optimizer = unwrap(optimizer)
         self.processes = processes_of(model)
         self.processes.check_agreed(
             {**{f"the weight {name}": value for name, value in layout(model).items()}, **(settings or {})},
@@ -82,14 +91,14 @@ class MaskEngine:
         self._on_step = on_step
         self._managed: dict[str, ManagedWeight] = {}
         self._hooks: list[RemovableHandle] = []
+        self._steps = StepHooks(optimizer, self._before_step, self._after_step)
+        self._looks = _LOOKS
+        self._logged: set[str] = set()
         handles = sparse_weights(model)
         self.processes.copy_first([handle.mask for handle in handles])
         self.processes.copy_first([handle.weight for handle in handles if not is_sharded(handle.weight)])
         self.refresh()
-        self._hooks += [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        self._steps.register()
 
     @property
     def capturing(self) -> bool:
@@ -105,7 +114,7 @@ class MaskEngine:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer whose steps are followed."""
+        """The optimizer whose steps are followed, without what only passes calls on to it."""
         return self._optimizer
 
     @property
@@ -132,7 +141,7 @@ class MaskEngine:
             managed.handle, managed.slices = handle, held(handle.weight)
             self._managed[handle.fqn] = managed
             attach(handle.owner, self)
-            if handle.weight is not managed.parameter and handle.weight.requires_grad:
+            if handle.weight.requires_grad and (handle.weight is not managed.parameter or managed.swapped):
                 managed.hook(self._on_gradient(handle.fqn))
                 managed.look_early(self._capturing)
             self._project(managed)
@@ -208,7 +217,7 @@ class MaskEngine:
         """Forget all captured gradients."""
         self._window_open = False
         for managed in self._managed.values():
-            managed.dense = managed.total = managed.grad = None
+            managed.dense = managed.total = None
 
     @torch.no_grad()
     def set_mask(self, handle: SparseWeight, new: Tensor) -> None:
@@ -219,8 +228,7 @@ class MaskEngine:
         if managed.slices is not None:
             staying = staying[managed.slices]
         keep_only(managed.own(handle.weight), staying)
-        if handle.weight.grad is not None:
-            managed.project(handle.weight.grad)
+        managed.project_gradient()
         self._mask_states(managed, lambda state: keep_only(managed.own(state), staying), force=True)
         managed.know_mask()
 
@@ -228,9 +236,36 @@ class MaskEngine:
         """Leave gradients of a weight as they arrive where ``is_kept`` says that they are zero off the mask."""
         self._managed[handle.fqn].is_kept = is_kept
 
-    def adopt(self, hook: RemovableHandle) -> None:
-        """Remove a trainer's own hook, too, when the engine is detached."""
-        self._hooks.append(hook)
+    def before_each_step(self, hook: StepHook) -> None:
+        """Call a trainer's own hook, too, before every step of the optimizer and of those inside it."""
+        self._hooks += self._steps.before_each(hook)
+
+    def follow(self, owner: nn.Module) -> None:
+        """Hook the parameters of ``owner`` again whose content was swapped."""
+        for managed in self._managed.values():
+            if managed.handle.owner is owner and managed.swapped and not self._detached:
+                managed.hook(self._on_gradient(managed.handle.fqn))
+
+    @torch.no_grad()
+    def faults(self) -> Iterator[str]:
+        """What keeps the engine from keeping the model sparse, and what it has left wrong; for ``verify``."""
+        reshard(self._model)
+        for name, managed in self._managed.items():
+            if managed.swapped:
+                yield (
+                    f"{name}: the parameter was given other content (torch.utils.swap_tensors) since the trainer "
+                    "hooked it, so that its gradients are not seen: call trainer.engine.refresh()"
+                )
+            weight = managed.handle.weight
+            if managed.parameter is None or not managed.knows_mask():
+                continue
+            grad = None if weight.grad is None else managed.own(weight.grad)
+            stray = grad is not None and managed.left_as(grad) and bool((grad.ne(0) & ~managed.mask).any())
+            if stray or not managed.projection.fits(managed.handle.mask):
+                yield (
+                    f"{name}: the trainer masks by another mask than the model has: something wrote to the mask in a "
+                    "way that its version does not tell (through .data, say). Write to the mask itself"
+                )
 
     def detach(self) -> None:
         """Remove every hook; the model stays as it is, and so does what was captured. A second call does nothing."""
@@ -241,6 +276,7 @@ class MaskEngine:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._steps.remove()
 
     def captured(self, *, inside_step: bool) -> dict[str, dict[str, Tensor]]:
         """Copies of the captured gradients, by weight; those of an unfinished step only where asked for.
@@ -276,7 +312,10 @@ class MaskEngine:
 
         def on_gradient(parameter: Tensor) -> None:
             if (alive := engine()) is not None:
-                alive._managed[name].take_gradient(parameter, capture=alive._capturing)
+                managed = alive._managed[name]
+                managed.take_gradient(parameter, capture=alive._capturing)
+                if managed.rounds == _PATIENCE:
+                    alive._tell_of_steps()
 
         return on_gradient
 
@@ -301,12 +340,17 @@ class MaskEngine:
                 managed.project(weight)
             grad = weight.grad
             if grad is not None and not managed.left_as(managed.own(grad)):
+                if not managed.arrived:
+                    self._take_unseen(managed)
                 managed.project(grad)
+            if managed.swapped:
+                managed.hook(self._on_gradient(managed.handle.fqn))
 
     @torch.no_grad()
     def _after_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         closure = any(callable(given) for given in (*args[1:], *kwargs.values()))
         for managed in self._managed.values():
+            managed.arrived, managed.rounds = False, 0
             if managed.parameter is not None:
                 # A closure makes gradients, and may write to them, after the look at them before the step.
                 grad = managed.parameter.grad if closure else None
@@ -316,12 +360,39 @@ class MaskEngine:
                 managed.weight_version = managed.own(managed.parameter)._version
         self._on_step(getattr(self._optimizer, "found_inf", None))
 
+    def _take_unseen(self, managed: ManagedWeight) -> None:
+        """Take a gradient into account that came past the hook; say so where others may have seen it unmasked."""
+        if not self._capturing and not self._looks:
+            return
+        self._looks = max(0, self._looks - 1)
+        if managed.take_unseen(capture=self._capturing):
+            self._log_once(
+                "unseen",
+                "the gradient of %s came past the trainer's hooks: its content was swapped (torch.utils.swap_tensors), "
+                "it was written by hand, or the backward pass was compiled as one graph. It is masked now, before the "
+                "step; what looked at it before, such as clipping, saw entries off the mask",
+                managed.handle.fqn,
+            )
+
+    def _tell_of_steps(self) -> None:
+        self._log_once(
+            "steps",
+            "%d backward passes and no step of %s: masks are updated at its steps alone. Attach the trainer to the "
+            "optimizer that steps",
+            _PATIENCE,
+            type(self._optimizer).__name__,
+        )
+
+    def _log_once(self, cause: str, message: str, *details: object) -> None:
+        if cause not in self._logged:
+            self._logged.add(cause)
+            _log.warning(message, *details)
+
     def _project(self, managed: ManagedWeight) -> None:
         """Set weight, gradient and state to zero off the mask as it is now."""
         weight = managed.handle.weight
         managed.project(weight)
-        if weight.grad is not None:
-            managed.project(weight.grad)
+        managed.project_gradient()
         self._mask_states(managed, managed.project, force=True)
         managed.know_mask()
 
@@ -330,7 +401,7 @@ class MaskEngine:
 
         Always if ``force``, else only where there are state tensors new to us.
         """
-        states, shape = self._optimizer.state.get(managed.handle.weight, {}), managed.handle.mask.shape
+        states, shape = self._steps.state_of(managed.handle.weight), managed.handle.mask.shape
         tensors = tuple(value for value in states.values() if isinstance(value, Tensor) and value.shape == shape)
         same = len(tensors) == len(managed.states) and all(a is b for a, b in zip(tensors, managed.states, strict=True))
         if force or not same:

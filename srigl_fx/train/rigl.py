@@ -82,7 +82,7 @@ class RigL(DynamicTrainer):
             auto=auto,
         )
         if replace_step:
-            self._engine.adopt(optimizer.register_step_pre_hook(self._hold_weights))
+            self._engine.before_each_step(self._hold_weights)
 
     def growth(self, layer: Layer) -> Tensor:
         """The dense gradient."""

@@ -27,6 +27,7 @@ from srigl_fx.masks.shards import is_sharded
 from srigl_fx.nn.sparse_module import SparseModule, dense_class
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.engine import ELEMENTWISE
+from srigl_fx.train.untraced import untraced
 
 if TYPE_CHECKING:
     from srigl_fx.runtime.products import Pattern
@@ -227,13 +228,13 @@ class SparseCompute:
         self._swapped: list[tuple[list[Any], int, KeptWeight]] = []
         self._hooks: list[RemovableHandle] = []
         if self.steps_kept:
-            after = self._optimizer.register_step_post_hook(self._after_step)
+            after = self._optimizer.register_step_post_hook(untraced(self._after_step))
             # The engine's own hook looks at the weights after the step: they must be written back by then.
             hooks: Any = self._optimizer._optimizer_step_post_hooks
             hooks.move_to_end(after.id, last=False)
             self._hooks = [
                 after,
-                self._optimizer.register_step_pre_hook(self._before_step),
+                self._optimizer.register_step_pre_hook(untraced(self._before_step)),
                 self._optimizer.register_state_dict_pre_hook(lambda _: self.write_state()),
                 self._optimizer.register_load_state_dict_post_hook(lambda _: self._forget_state()),
             ]
