@@ -67,10 +67,26 @@ def conv_plan(geometry: Pointer) -> None:
 
     A packed sample has CHANNELS * PLANES_D * PLANES_H * PLANES_W * PACKED_D * PACKED_H * PACKED_W elements, never more
     than channels, taps and output positions multiply to, and then zeros: it ends (size // LANES + 2) * LANES floats
-    after its start. A convolution that is POINTWISE (each position reads just its own) becomes one of a single
-    row; DIRECT is then 1 if ``x`` is read as it is.
+    after its start. Axes that can be taken for one are: their sizes and settings in ``geometry`` change, those of
+    memory do not. A convolution that is POINTWISE (each position reads just its own) becomes one of a single row;
+    DIRECT is then 1 if ``x`` is read as it is.
     """
     geometry[DIRECT] = 0
+    # Twice, since what H and W became may be one with D.
+    for _ in range(2):
+        # Where a filter is one wide, and every position reads its own column, the columns of a row are neighbours of
+        # those of the next row for each tap: both axes are one, so that its vectors are full however narrow W is.
+        columns = geometry[IN_W]
+        alone = geometry[KERNEL_W] * geometry[STRIDE_W] * geometry[SPACING_W] == 1 and geometry[PAD_W] == 0
+        steps = geometry[STRIDE_H] * geometry[SPACING_H]
+        if alone and geometry[OUT_W] == columns and (columns == 1 or steps == 1):
+            geometry[IN_W], geometry[OUT_W] = geometry[IN_H] * columns, geometry[OUT_H] * columns
+            geometry[PAD_W], geometry[DILATION_W] = geometry[PAD_H] * columns, geometry[DILATION_H] * columns
+            geometry[KERNEL_W], geometry[STRIDE_W] = geometry[KERNEL_H], geometry[STRIDE_H]
+            geometry[SPACING_W] = geometry[SPACING_H]
+            for field in (IN_H, OUT_H, PAD_H, DILATION_H, KERNEL_H, STRIDE_H, SPACING_H):
+                geometry[field] = geometry[field - 1]
+                geometry[field - 1] = 0 if field == PAD_H else 1
     pointwise = True
     for axis in range(3):
         steps = geometry[KERNEL_D + axis] * geometry[STRIDE_D + axis] * geometry[SPACING_D + axis]

@@ -9,7 +9,7 @@ from typing import Any, Final
 from srigl_fx.runtime.kernels import conv
 from srigl_fx.runtime.kernels.choice import COLUMNS
 from srigl_fx.runtime.kernels.compiled import compiled
-from srigl_fx.runtime.kernels.vector import LANES, copy_even_lanes, copy_lanes, words
+from srigl_fx.runtime.kernels.vector import LANES, copy_even_lanes, copy_lanes, copy_spread_lanes, words
 
 Pointer = Any
 # A piece: neighbouring positions of one output row, in one vector of the tile's columns.
@@ -48,7 +48,7 @@ def source_index(geometry: Pointer, axis: int, out: int, tap: int) -> int:
 
 @compiled
 def _locate(geometry: Pointer, x: int, piece: Pointer, channel: int, tap: Pointer, found: Pointer) -> None:
-    """Find what one tap of one channel reads at the positions of a piece, if W has a stride of 1 or 2 and no spacing.
+    """Find what one tap of one channel reads at the positions of a piece, if W has no spacing.
 
     Stores the address that the first lane of the piece's vector would read, and the bits of the lanes that do.
     """
@@ -114,13 +114,19 @@ def fill_tap(
     i = 0
     while i < count:
         piece = words(pieces + i * PIECE_WORDS * 8)
-        if geometry[conv.SPACING_W] != 1 or stride > 2:
+        if geometry[conv.SPACING_W] != 1:
             _fill_one_by_one(geometry, x, piece, channel, channels, tap, target, target_row)
             i += 1
             continue
         _locate(geometry, x, piece, channel, tap, first)
         lane = piece[PIECE_COLUMN] % LANES
         end = lane + piece[PIECE_COUNT]
+        if stride > 2:  # lanes are too far apart for whole vectors
+            to = target + (piece[PIECE_COLUMN] - lane) * 4
+            written = (1 << end) - (1 << lane)
+            copy_spread_lanes(first[0], stride * 4, plane, to, target_row, channels, first[1], written)
+            i += 1
+            continue
         second[0], second[1] = x, 0
         i += 1
         if end < LANES and i < count:

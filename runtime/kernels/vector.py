@@ -317,6 +317,47 @@ def _masked_store(b: Any, value: Any, where: Any, mask: Any) -> None:
 copy_lanes, copy_even_lanes = _copy_lanes(1), _copy_lanes(2)
 
 
+def _copy_spread_lanes(
+    context: Any,
+    source: Any,
+    lane_bytes: Any,
+    source_row: Any,
+    target: Any,
+    target_row: Any,
+    rows: Any,
+    read: Any,
+    written: Any,
+) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, lane_bytes, source_row, target, target_row, rows, read, written = args
+        mask, kept = _lane_mask(b, read), _lane_mask(b, written)
+        places = ir.VectorType(I64, LANES)
+
+        def everywhere(value: Any) -> Any:
+            nothing = ir.Constant(places, ir.Undefined)
+            return b.shuffle_vector(b.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, lanes(0))
+
+        offsets = b.mul(everywhere(lane_bytes), ir.Constant(places, list(range(LANES))))
+        pointers = ir.VectorType(F32.as_pointer(), LANES)
+        gather_floats = _function(b, "llvm.masked.gather.v16f32.v16p0", FLOATS, [pointers, I32, mask.type, FLOATS])
+
+        def one_row(i: Any, at: Any) -> Any:
+            addresses = b.inttoptr(b.add(everywhere(at[0]), offsets), pointers)
+            found = b.call(gather_floats, [addresses, ir.Constant(I32, 4), mask, ZERO])
+            _masked_store(b, found, at[1], kept)
+            return b.add(at[0], source_row), b.add(at[1], target_row)
+
+        loop(b, rows, (source, target), one_row)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 8), generate
+
+
+# Up to 16 floats of each of ``rows`` rows, from places that are ``lane_bytes`` apart: (source of the first lane,
+# lane_bytes, bytes between rows there, target, bytes between its rows, rows, bits of the lanes to read, and to write).
+copy_spread_lanes: Callable[[int, int, int, int, int, int, int, int], None] = intrinsic(_copy_spread_lanes)
+
+
 def _move_floats(add: bool) -> Callable[[int, int, int], None]:
     def move(context: Any, source: Any, target: Any, count: Any) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:

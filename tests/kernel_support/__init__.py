@@ -202,6 +202,14 @@ SHAPES: dict[str, Convolution] = {
     "2d long kernel": Convolution(kernel=(1, 7), padding=(0, 3), size=(3, 20)),
     "2d one position": Convolution(size=(3, 3)),
     "2d one column": Convolution(kernel=(3, 1), size=(20, 1)),
+    "2d one column, strided": Convolution(
+        n=17, channels=2, kernel=(9, 1), stride=(4, 1), padding=(4, 0), size=(150, 1)
+    ),
+    "2d tall kernel": Convolution(n=18, kernel=(5, 1), padding=(2, 0), dilation=(2, 1), groups=1, size=(14, 5)),
+    "2d tall kernel, strided": Convolution(n=17, kernel=(4, 1), stride=(3, 1), padding=(1, 0), size=(14, 5)),
+    "1d far apart": Convolution(n=17, channels=1, kernel=(10,), stride=(5,), padding=(3,), size=(260,)),
+    "3d long in depth": Convolution(n=17, kernel=(4, 1, 1), padding=(2, 0, 0), size=(7, 3, 2)),
+    "3d one column": Convolution(n=17, kernel=(3, 2, 1), stride=(2, 3, 1), padding=(1, 1, 0), size=(7, 11, 1)),
     "3d": Convolution(kernel=(2, 3, 2), padding=(1, 1, 0), size=(4, 5, 6)),
     "3d strided": Convolution(kernel=(3, 2, 3), stride=(2, 1, 2), dilation=(1, 2, 1), groups=2, size=(5, 6, 7)),
     "1d transposed": Convolution(kernel=(4,), size=(13,), stride=(2,), padding=(1,), transposed=True),
@@ -214,6 +222,10 @@ SHAPES: dict[str, Convolution] = {
     ),
     "2d transposed, more padding than kernel": Convolution(kernel=(2, 2), padding=(2, 1), transposed=True),
     "2d transposed pointwise": Convolution(kernel=(1, 1), stride=(2, 2), size=(5, 4), transposed=True),
+    "2d transposed, one column": Convolution(
+        n=17, kernel=(4, 1), stride=(3, 1), padding=(1, 0), size=(9, 1), transposed=True
+    ),
+    "2d transposed, tall kernel": Convolution(n=17, kernel=(3, 1), dilation=(2, 1), size=(6, 5), transposed=True),
     "3d transposed": Convolution(
         kernel=(2, 3, 2), stride=(2, 1, 2), padding=(1, 1, 0), size=(3, 4, 3), groups=2, transposed=True
     ),
