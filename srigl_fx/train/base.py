@@ -207,9 +207,11 @@ class Trainer(ABC):
 
     @abstractmethod
     def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> Iterable[tuple[SparseWeight, Tensor]]:
-        """The masks after the update at ``step``, one at a time, for weights whose dense gradients are given by name.
+        """The masks after the update at ``step``, for weights whose dense gradients are given by name.
 
-        Of a weight that is spread over processes each has its part of the gradient.
+        Of a weight that is spread over processes each has its part of the gradient. Nothing is written yet: an error
+        leaves all masks as they were. What the processes exchange meanwhile they must exchange before any of them may
+        fail, or the others wait for it.
         """
 
     def _settings(self) -> dict[str, Any]:
@@ -270,11 +272,19 @@ class Trainer(ABC):
         names = [handle.fqn for handle in self._engine.weights]
         if self.needs_gradient and (without := [name for name in names if name not in gradients]):
             self._log_once("partial", "masks without a gradient stay at step %d: %s", self.steps, ", ".join(without))
-        for handle, mask in self._new_masks(self.steps, gradients):
+        # All are computed, on all processes, before the first is written: where one fails no mask changes anywhere.
+        failure: Exception | None = None
+        new: list[tuple[SparseWeight, Tensor]] = []
+        try:
+            new = list(self._new_masks(self.steps, gradients))
+        except Exception as error:
+            failure = error
+        self._engine.processes.fail_together(failure, f"the mask update at step {self.steps}")
+        self._engine.check_processes({handle.fqn: mask for handle, mask in new})
+        for handle, mask in new:
             if not torch.equal(handle.mask, mask):
                 self._engine.set_mask(handle, mask)
                 self._changed_at = self.steps
-        self._engine.check_processes()
         self.last_update, self._due = self.steps, False
         if self.gradient_decay:
             self._engine.keep_gradients(self.gradient_decay)

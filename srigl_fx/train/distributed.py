@@ -94,6 +94,19 @@ class Processes:
                     f"{values[other]} on rank {other}: {remedy}"
                 )
 
+    def fail_together(self, error: Exception | None, what: str) -> None:
+        """Raise ``error``, and a TrainerError on the other processes; nothing where no process has one.
+
+        Args:
+            error: What went wrong in this process.
+            what: What all processes are doing.
+        """
+        failed = self.any_has([error is not None])[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise TrainerError(f"{what} failed on another process, whose error says why: nothing was changed on any")
+
     def differing(self, tensors: Sequence[Tensor]) -> list[int]:
         """Which of ``tensors`` are not the same on all processes, by their index."""
         if self.group is None or not tensors:

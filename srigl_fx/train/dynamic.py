@@ -9,7 +9,6 @@ what either returns is checked here, since anybody may write one. It must not kn
 
 import logging
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -179,18 +178,35 @@ class DynamicTrainer(Trainer):
         """The share of the weights to replace at ``step``; override it for another schedule."""
         return cosine_drop_fraction(step, initial=self.drop_fraction, end=self.end)
 
-    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> Iterator[tuple[SparseWeight, Tensor]]:
+    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> list[tuple[SparseWeight, Tensor]]:
         drop_fraction = self.drop_fraction_at(step)
+        new: list[tuple[SparseWeight, Tensor]] = []
+        failure: Exception | None = None
         for handle in sparse_weights(self.model):
             free = not self.needs_gradient and (handle.weight.requires_grad or self.prunes_from_dense)
-            if free or handle.fqn in gradients:
-                yield handle, self._new_mask(handle, gradients.get(handle.fqn), step, drop_fraction)
+            if not free and handle.fqn not in gradients:
+                continue
+            # Spread weights are gathered one at a time, and after an error, too: the other processes wait for them.
+            weight = self._engine.whole_weight(handle)
+            gradient = gradients.get(handle.fqn)
+            dense = None if gradient is None else self._engine.whole(handle, gradient)
+            if failure is not None:
+                continue
+            try:
+                new.append((handle, self._new_mask(handle, weight, dense, step, drop_fraction)))
+            except Exception as error:
+                failure = error
+        if failure is not None:
+            raise failure
+        return new
 
-    def _new_mask(self, handle: SparseWeight, gradient: Tensor | None, step: int, drop_fraction: float) -> Tensor:
+    def _new_mask(
+        self, handle: SparseWeight, whole: Tensor, gradient: Tensor | None, step: int, drop_fraction: float
+    ) -> Tensor:
         site, structure = handle.record.site, handle.record.structure
         assert structure is not None
-        weight, mask = site.to_matrix(self._engine.whole_weight(handle)), site.to_matrix(handle.mask)
-        dense = None if gradient is None else site.to_matrix(self._engine.whole(handle, gradient))
+        weight, mask = site.to_matrix(whole), site.to_matrix(handle.mask)
+        dense = None if gradient is None else site.to_matrix(gradient)
         new = []
         for index, (block, budget) in enumerate(zip(site.blocks, handle.record.budgets, strict=True)):
             rows = slice(block.start, block.stop)

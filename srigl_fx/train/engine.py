@@ -198,12 +198,13 @@ class MaskEngine:
         named = dict(parameters)
         return self.processes.shared({name: parameter.grad for name, parameter in named.items()}, named)
 
-    def check_processes(self, **agreed: int) -> None:
-        """Require equal masks on all processes, and equal values of what is given."""
+    def check_processes(self, new: Mapping[str, Tensor] | None = None, **agreed: int) -> None:
+        """Require equal masks on all processes, also after those in ``new``, and equal values of what is given."""
         handles = sparse_weights(self._model)
         if agreed:
             self.processes.check_agreed(agreed, "load the same state on all of them")
-        self.processes.check_same_masks([handle.fqn for handle in handles], [handle.mask for handle in handles])
+        masks = [(new or {}).get(handle.fqn, handle.mask) for handle in handles]
+        self.processes.check_same_masks([handle.fqn for handle in handles], masks)
 
     def keep_gradients(self, decay: float = 1.0) -> None:
         """Close a step inside a longer capture window: its gradients join the earlier ones, times ``decay``."""

@@ -4,7 +4,7 @@ Owns the method's arguments, and which layers are ablated at which threshold. It
 (:mod:`srigl_fx.train.engine`) or computed (:mod:`srigl_fx.train.updates`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -134,9 +134,9 @@ class SRigL(DynamicTrainer):
         if may_ablate and protect not in ("output", "none"):
             warn_of_unknown(model, self.protected)
 
-    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> Iterator[tuple[SparseWeight, Tensor]]:
+    def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> list[tuple[SparseWeight, Tensor]]:
         self._shrunk.clear()
-        yield from super()._new_masks(step, gradients)
+        new = super()._new_masks(step, gradients)
         if self._shrunk:
             self._log_once(
                 "ablated",
@@ -148,6 +148,7 @@ class SRigL(DynamicTrainer):
                 " and others" if len(self._shrunk) > 5 else "",
                 self.ablation,
             )
+        return new
 
     def new_mask(self, layer: Layer) -> Tensor:
         """Drop, ablate and grow."""

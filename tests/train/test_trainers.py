@@ -12,6 +12,7 @@ from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks import verify
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static
+from srigl_fx.train.dynamic import Layer
 from srigl_fx.train.schedules import cosine_drop_fraction
 from srigl_fx.train.updates import srigl_update
 
@@ -232,6 +233,38 @@ def test_a_layer_without_a_gradient_keeps_its_mask(caplog: pytest.LogCaptureFixt
     unread, without = (record.message for record in caplog.records)
     assert unread.startswith("it is not known what the neurons of unused.weight are")
     assert without == "masks without a gradient stay at step 2: unused.weight"
+
+
+@pytest.mark.parametrize("kind", [FloatingPointError, "mask"])
+@pytest.mark.parametrize("bad", ["0.weight", "2.weight", "4.weight"])
+def test_an_update_that_fails_at_one_layer_changes_none(bad: str, kind: Any) -> None:
+    class Failing(SRigL):
+        fails = True
+
+        def new_mask(self, layer: Layer) -> Tensor:
+            new = super().new_mask(layer)
+            if self.fails and layer.handle.fqn == bad:
+                if kind == "mask":
+                    return torch.ones_like(new)
+                raise FloatingPointError("on purpose")
+            return new
+
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    trainer = Failing(model, optimizer, total_steps=100, update_every=3, drop_fraction=0.5)
+    start = mask_copies(model)
+    train(model, optimizer, batches(2))
+    with pytest.raises(StructureError if kind == "mask" else FloatingPointError):
+        train(model, optimizer, batches(1))
+    assert same(start, mask_copies(model))
+    assert (trainer.steps, trainer.last_update) == (3, None)
+    verify(model, optimizer)
+    trainer.fails = False
+    train(model, optimizer, batches(1))
+    assert (trainer.steps, trainer.last_update) == (4, 4)
+    now = mask_copies(model)
+    assert not any(torch.equal(start[name], now[name]) for name in start)
+    verify(model, optimizer)
 
 
 # Ablation, and what is spared

@@ -24,8 +24,18 @@ from srigl_fx.train.distributed import Processes, fingerprint, processes_of
 
 WORKER = Path(__file__).with_name("worker.py")
 IN_SHORT = ("like_one_process_in_short", "opposite_gradients")
-ANY_NUMBER = ("methods", "communication", "wrong_orders", "other_models", "diverged", "not_finite", "sharded_tools")
-TWO = (*ANY_NUMBER, "like_one_process", "opposite_gradients", "unused", "one_layer_at_a_time", "second_order", "save")
+WRONG = ("wrong_orders", "other_models", "diverged", "not_finite", "failing_updates")
+ANY_NUMBER = ("methods", "communication", *WRONG, "sharded_tools")
+TWO = (
+    *ANY_NUMBER,
+    "like_one_process",
+    "opposite_gradients",
+    "unused",
+    "one_layer_at_a_time",
+    "second_order",
+    "failing_updates",
+    "save",
+)
 FOUR = (*ANY_NUMBER, "like_one_process_in_short", "resume_and_save")
 
 Outcomes = dict[str, list[str]]

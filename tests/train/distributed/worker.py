@@ -31,11 +31,12 @@ from train_support import loss_of
 
 import srigl_fx as sx
 from srigl_fx.errors import InvariantError, SparsifyError, TrainerError
-from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.masks.records import sparse_weights
 from srigl_fx.masks.shards import local
 from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static, ignore_masks
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.distributed import Processes, gather
+from srigl_fx.train.dynamic import Layer
 from srigl_fx.train.engine import MaskEngine
 from srigl_fx.train.updates import rigl_update
 
@@ -295,7 +296,7 @@ def collectives_in(step: Callable[[], None]) -> list[str]:
 
 
 def communication() -> None:
-    """Ordinary steps send what dense DDP sends; an update adds one all-reduce a weight and three small messages."""
+    """Ordinary steps send what dense DDP sends; an update adds one all-reduce a weight and four small messages."""
 
     def model_of(sparse: bool) -> tuple[nn.Module, Optimizer, list[list[Tensor]]]:
         torch.manual_seed(0)
@@ -319,8 +320,8 @@ def communication() -> None:
 
     sent = [name for name in dict.fromkeys(update) if count(update, name) > count(dense, name)]
     assert sent == ["c10d::allreduce_", "gloo:all_reduce"]
-    for name in sent:  # two weights; who has a gradient, is it finite, the masks' fingerprints
-        assert count(update, name) - count(dense, name) == 2 + 3, update
+    for name in sent:  # two weights; who has a gradient, is it finite, has anyone failed, the masks' fingerprints
+        assert count(update, name) - count(dense, name) == 2 + 4, update
     assert collectives_in(lambda: run(model, optimizer, steps)) == dense
 
 
@@ -526,20 +527,53 @@ def one_layer_at_a_time() -> None:
         events.append("gather")
         return gather(own, like)
 
-    class Engine(MaskEngine):
-        def set_mask(self, handle: SparseWeight, new: Tensor) -> None:
-            events.append(handle.fqn)
-            super().set_mask(handle, new)
+    class Watched(RigL):
+        def growth(self, layer: Layer) -> Tensor:
+            events.append(layer.handle.fqn)
+            return super().growth(layer)
 
     model = shard(sparse_net())
     optimizer = SGD(model.parameters(), lr=0.1)
-    with patch("srigl_fx.train.engine.gather", watched), patch("srigl_fx.train.base.MaskEngine", Engine):
-        RigL(model, optimizer, **EVERY_TWO, drop_fraction=0.5)
+    with patch("srigl_fx.train.engine.gather", watched):
+        Watched(model, optimizer, **EVERY_TWO, drop_fraction=0.5)
         run(model, optimizer, data(1))
         assert events == []
         run(model, optimizer, data(1))
     names = [handle.fqn for handle in sparse_weights(model)]
     assert events == [event for name in names for event in ("gather", "gather", name)]
+
+
+def failing_updates() -> None:
+    """An update that fails in one process, at one of its layers, changes no mask in any, and is tried again."""
+
+    class Failing(RigL):
+        fails = True
+
+        def growth(self, layer: Layer) -> Tensor:
+            if self.fails and dist.get_rank() == 1 and layer.handle.fqn.endswith("middle.weight"):
+                raise FloatingPointError("on purpose")
+            return super().growth(layer)
+
+    for sharded in (False, True):
+        model = shard(sparse_net()) if sharded else DistributedDataParallel(sparse_net())
+        optimizer = SGD(model.parameters(), lr=0.1)
+        trainer = Failing(model, optimizer, **EVERY_TWO, drop_fraction=0.5)
+        before = [handle.mask.clone() for handle in sparse_weights(model)]
+        run(model, optimizer, data(1))
+        kind = FloatingPointError if dist.get_rank() == 1 else TrainerError
+        message = raised(kind, lambda: run(model, optimizer, data(1)))  # noqa: B023 - called at once
+        if dist.get_rank() != 1:
+            assert "the mask update at step 2 failed on another process" in message
+        now = [handle.mask for handle in sparse_weights(model)]
+        assert all(torch.equal(old, new) for old, new in zip(before, now, strict=True))
+        assert everywhere(trainer.last_update) == [None] * dist.get_world_size()
+        trainer.fails = False
+        optimizer.zero_grad()
+        run(model, optimizer, data(1))
+        assert everywhere((trainer.steps, trainer.last_update)) == [(3, 3)] * dist.get_world_size()
+        assert_same_masks(model)
+        now = [handle.mask for handle in sparse_weights(model)]
+        assert not all(torch.equal(old, new) for old, new in zip(before, now, strict=True))
 
 
 def second_order() -> None:
