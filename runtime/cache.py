@@ -1,6 +1,7 @@
 """The folder that keeps what is worth keeping between processes: the operator library and measured times.
 
-Owns where it is, that nobody else may write to it, and the lock in it. It must not know what is kept there.
+Owns where it is, that nobody else may write to it or to a file in it, that a file survives a power cut once it is
+there, and the lock. It must not know what is kept there.
 """
 
 import contextlib
@@ -33,6 +34,8 @@ def cache_folders() -> Iterator[Path]:
 def is_private(folder: Path) -> bool:
     """Whether none but this user (or root) may write to the folder: what lies in it is trusted.
 
+    The folder may be a link, if the link is this user's (or root's) too.
+
     Raises:
         OSError: The folder cannot be looked at.
 
@@ -43,7 +46,27 @@ def is_private(folder: Path) -> bool:
     """
     if not hasattr(os, "getuid"):  # Windows: a user's folders are the user's own unless shared on purpose
         return True
-    status = folder.stat()
+    return folder.lstat().st_uid in (os.getuid(), 0) and _is_ours(folder.stat())
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether this is a file, not a link to one, that none but this user (or root) may write to.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Path(folder, "file").touch(mode=0o600)
+        ...     Path(folder, "link").symlink_to(Path(folder, "file"))
+        ...     [is_own_file(Path(folder, name)) for name in ("file", "link", "absent")]
+        [True, False, False]
+    """
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and (not hasattr(os, "getuid") or _is_ours(status))
+
+
+def _is_ours(status: os.stat_result) -> bool:
     return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
@@ -64,9 +87,44 @@ def make_private(folder: Path) -> None:
         raise PermissionError(f"{folder} belongs to, or may be changed by, another user")
 
 
+def move_durably(source: Path, target: Path) -> None:
+    """Give a finished file its name, on the same file system: after a power cut it is there whole, or not at all.
+
+    Raises:
+        OSError: It cannot be written or moved.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "part").write_text("whole")
+        ...     move_durably(Path(folder, "part"), Path(folder, "file"))
+        ...     Path(folder, "file").read_text()
+        'whole'
+    """
+    _flush(source)
+    os.replace(source, target)
+    with contextlib.suppress(OSError):  # not every system opens folders
+        _flush(target.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextlib.contextmanager
-def locked(folder: Path, name: str = "lock") -> Iterator[None]:
+def locked(folder: Path, name: str = "lock", *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock ``name`` of the folder: one process or thread at a time. Where files cannot be locked, several may.
+
+    Args:
+        folder: The folder, which exists.
+        name: The lock's file in it.
+        wait: Whether to wait for whoever holds the lock.
+
+    Yields:
+        Whether the lock is held.
 
     Raises:
         OSError: The folder cannot be written.
@@ -77,8 +135,10 @@ def locked(folder: Path, name: str = "lock") -> Iterator[None]:
         ['lock']
     """
     with open(folder / name, "w") as file:
+        held = False
         with contextlib.suppress(ImportError, OSError):
             import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        yield held

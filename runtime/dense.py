@@ -39,11 +39,11 @@ def dense_conv(
     dilation: Sequence[int],
     groups: int,
     transposed: bool,
-    output_padding: Sequence[int],
+    output_padding: Sequence[int] | None,
 ) -> Tensor:
     """The same convolution by torch, with the dense (n, F) matrix view of the weight."""
     shaped = dense_weight(weight, weight_shape, groups, transposed)
-    extra = list(output_padding) or [0] * len(stride)
+    extra = list(output_padding or ()) or [0] * len(stride)
     y: Tensor = torch.ops.aten.convolution(x, shaped, bias, stride, padding, dilation, transposed, extra, groups)
     return y
 

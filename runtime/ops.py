@@ -1,8 +1,11 @@
 """The condensed operators of torch: ``torch.ops.srigl_fx.condensed_linear`` and ``condensed_conv``.
 
 Owns validation, the choice of kernel, allocation and the fake kernels (shapes for torch.compile and torch.export). It
-must not know graphs or models. Importing it registers the operators; the kernels are compiled at the
-first call. float32 on the CPU.
+must not know graphs or models. float32 on the CPU.
+
+Importing this module registers the operators, and is what a process needs that loads a program of torch.export or a
+package of AOTInductor which was made from a lowered module. It imports torch; the kernels are compiled at the first
+call.
 """
 
 import math
@@ -32,7 +35,7 @@ _library.define(
 )
 _library.define(
     f"condensed_conv(Tensor x, {_WEIGHT}, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
-    "int groups, Tensor? residual=None, str activation='none', bool transposed=False, int[] output_padding=[]) "
+    "int groups, Tensor? residual=None, str activation='none', bool transposed=False, int[]? output_padding=None) "
     "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -118,7 +121,7 @@ def _conv_shape(
     dilation: Sequence[int],
     groups: int,
     transposed: bool,
-    output_padding: Sequence[int],
+    output_padding: Sequence[int] | None,
 ) -> tuple[int, ...]:
     """Validate the geometry; return the output's shape. Sizes may be symbolic."""
     _check_input(op, x)
@@ -128,7 +131,7 @@ def _conv_shape(
             f"{op}: x must be (N, C, sizes...) and weight_shape (n, C / groups, kernel...) over one to three axes, not "
             f"{tuple(x.shape)} and {tuple(weight_shape)}"
         )
-    extra = list(output_padding) or [0] * rank
+    extra = list(output_padding or ()) or [0] * rank
     if any(len(numbers) != rank for numbers in (stride, padding, dilation, extra)):
         raise FormatError(
             f"{op}: stride, padding, dilation and output_padding must be {rank} numbers, not {stride}, {padding}, "
@@ -179,7 +182,7 @@ def _condensed_conv(
     residual: Tensor | None = None,
     activation: str = "none",
     transposed: bool = False,
-    output_padding: Sequence[int] = (),
+    output_padding: Sequence[int] | None = None,
 ) -> Tensor:
     op = "condensed_conv"
     _refuse_forward_mode(op)
@@ -247,7 +250,7 @@ def _fake_conv(
     residual: Tensor | None = None,
     activation: str = "none",
     transposed: bool = False,
-    output_padding: Sequence[int] = (),
+    output_padding: Sequence[int] | None = None,
 ) -> Tensor:
     op = "condensed_conv"
     shape = _conv_shape(op, x, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)

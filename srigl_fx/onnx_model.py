@@ -267,10 +267,10 @@ def _translate_conv(
     residual: Any = None,
     activation: str = "none",
     transposed: bool = False,
-    output_padding: Sequence[int] = (),
+    output_padding: Sequence[int] | None = None,
 ) -> Any:
     operator = _operator(_TRANSPOSED if transposed else _CONV, residual is not None, activation)
-    extra = {"output_padding": list(output_padding) or [0] * len(stride)} if transposed else {}
+    extra = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
     return operator(
         *(x, values, indices, active, bias, *([] if residual is None else [residual])),
         in_features=math.prod(weight_shape[1:]),

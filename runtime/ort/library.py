@@ -1,26 +1,41 @@
 """Where the operator library is: in the package, in the cache, or built now.
 
 Owns the look-up, the platform check and what ``doctor`` says about both. It must not know ONNX Runtime.
+
+The dynamic loader checks nothing: a process that loads a truncated library dies. So a built library has its hash in a
+file beside it, and is taken only where both fit.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
-import os
+import logging
 import platform
+import shutil
 import tempfile
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders, is_private, locked, make_private
+from srigl_fx.runtime.cache import (
+    CACHE_VARIABLE,
+    cache_folders,
+    is_own_file,
+    is_private,
+    locked,
+    make_private,
+    move_durably,
+)
 from srigl_fx.runtime.kernels.isa import host_isa
 from srigl_fx.runtime.ort import link
 from srigl_fx.runtime.ort.compile import compile_all
 
 _FALLBACK = "models still run through the fallback inside the file, as fast as dense ones"
 _PACKAGE = Path(__file__).parent
+_BUILD_FOLDER = "build-"
 _lock = threading.Lock()
+_logger = logging.getLogger(__name__)
 
 
 def _unsupported() -> str | None:
@@ -50,6 +65,8 @@ def _cached_name() -> str:
 def build(path: Path) -> link.Linker:
     """Compile and link the operator library (about 40 s on one core) and put it at ``path``, all at once or not at all.
 
+    Its SHA-256 goes into a file beside it, whose name ends in ``.sha256``.
+
     Returns:
         The linker that was used.
 
@@ -63,26 +80,95 @@ def build(path: Path) -> link.Linker:
     """
     if reason := _unsupported():
         raise LibraryError(reason)
-    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
-        finished = Path(folder, path.name)
+    with tempfile.TemporaryDirectory(prefix=_BUILD_FOLDER, dir=path.parent) as folder:
+        finished, digest = Path(folder, path.name), Path(folder, _hash_path(path).name)
         linker = link.link(compile_all(Path(folder)), finished)
-        os.replace(finished, path)
+        digest.write_text(_hash(finished), encoding="ascii")
+        finished.chmod(0o755)  # whatever the umask: one that others may write to is not taken
+        digest.chmod(0o644)
+        move_durably(digest, _hash_path(path))
+        move_durably(finished, path)
     return linker
+
+
+def _hash_path(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _fault(path: Path) -> str | None:
+    """Why the built library at ``path`` must not be loaded, if so."""
+    for file in (path, _hash_path(path)):
+        if not is_own_file(file):
+            return f"{path}: {file.name} is missing, is a link, or may be changed by another user"
+    try:
+        fits = _hash(path) == _hash_path(path).read_text(encoding="ascii", errors="replace")
+    except OSError as error:
+        return f"{path} cannot be read ({error})"
+    return None if fits else f"{path} is damaged: its content is not what {_hash_path(path).name} says"
+
+
+def _is_cached(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return is_private(path.parent) and _fault(path) is None
+    return False
 
 
 def _existing() -> Path | None:
     packaged = _packaged_path()
     if packaged.is_file():
         return packaged
-    cached = (folder / _cached_name() for folder in cache_folders())
-    return next((path for path in cached if path.is_file() and is_private(path.parent)), None)
+    return next((path for folder in cache_folders() if _is_cached(path := folder / _cached_name())), None)
+
+
+def _why_none() -> str:
+    for folder in cache_folders():
+        path = folder / _cached_name()
+        with contextlib.suppress(OSError):
+            if path.lstat() and (fault := _fault(path)):
+                return fault
+    return "not built yet"
+
+
+def _remove_stale_builds(folder: Path) -> None:
+    """Remove what builders that were killed left behind; the caller holds the folder's lock, so nobody builds now."""
+    for stale in folder.glob(f"{_BUILD_FOLDER}*"):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Remove stale builds if there are any and nobody builds now."""
+    with contextlib.suppress(OSError):
+        if any(folder.glob(f"{_BUILD_FOLDER}*")):
+            with locked(folder, wait=False) as held:
+                if held:
+                    _remove_stale_builds(folder)
+
+
+def _build_in(folder: Path) -> Path:
+    """The library in the cache folder, which is made; built where it is missing or damaged."""
+    path = folder / _cached_name()
+    make_private(folder)
+    with locked(folder) as held:
+        if held:
+            _remove_stale_builds(folder)
+        fault = _fault(path)
+        if fault is not None:
+            if path.is_symlink() or path.exists():
+                _logger.warning("the operator library %s; it is built anew", fault)
+            build(path)
+    return path
 
 
 def library_path() -> Path:
     """The operator library, for ``register_custom_ops_library`` of any ONNX Runtime (1.17 or newer) on Linux x86-64.
 
     It needs neither Python nor this package. The first call builds it, in the folder that the environment variable
-    ``SRIGL_FX_CACHE`` names, else in ``$XDG_CACHE_HOME/srigl_fx`` or ``~/.cache/srigl_fx``.
+    ``SRIGL_FX_CACHE`` names, else in ``$XDG_CACHE_HOME/srigl_fx`` or ``~/.cache/srigl_fx``. One there that is damaged,
+    or that somebody else could have put there, is built anew.
 
     Raises:
         LibraryError: There is none for this platform, or it could not be built; the message says why.
@@ -96,19 +182,15 @@ def library_path() -> Path:
     with _lock:
         found = _existing()
         if found is not None:
+            if found.parent != _PACKAGE:
+                _tidy(found.parent)
             return found
         failures = []
         for folder in cache_folders():
-            path = folder / _cached_name()
             try:
-                make_private(folder)
-                with locked(folder):
-                    if not path.is_file():
-                        build(path)
+                return _build_in(folder)
             except OSError as error:
                 failures.append(error)
-            else:
-                return path
     raise LibraryError(
         f"the operator library cannot be stored: {'; '.join(map(str, failures))}. Set {CACHE_VARIABLE} to a folder of "
         f"your own that can be written to; {_FALLBACK}"
@@ -146,7 +228,7 @@ def library_status() -> LibraryStatus:
         return LibraryStatus(supported=False, path=None, reason=reason, isa=None, linker=None)
     linker = link.available_linkers()[0]
     path = _existing()
-    reason = "" if path else "not built yet; the first session, or library_path(), builds it"
+    reason = "" if path else f"{_why_none()}; the first session, or library_path(), builds it"
     try:
         isa = host_isa()
     except LibraryError as error:

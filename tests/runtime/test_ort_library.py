@@ -1,21 +1,28 @@
 """Where the library is found, how it is built, what is said where it cannot be."""
 
+import hashlib
+import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders
+from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders, is_own_file, is_private, locked
 from srigl_fx.runtime.kernels.tasks import FASTMATH
 from srigl_fx.runtime.ort import elf, library, link
 
 # Builds into the folder that the environment names, and says where.
 _BUILD = "import srigl_fx; print(srigl_fx.runtime.library_path())"
+# Runs a model with the library of the folder that the environment names.
+_RUN = "from srigl_fx.cli.doctor import run_tiny_model; print(run_tiny_model() < 1e-5)"
 
 
 @pytest.fixture
@@ -23,6 +30,40 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "cache"
     monkeypatch.setenv(CACHE_VARIABLE, str(folder))
     return folder
+
+
+def put_in(cache: Path, content: bytes) -> Path:
+    """A file in the cache under the library's name, with its hash beside it."""
+    cache.mkdir(mode=0o700, exist_ok=True)
+    path = cache / library._cached_name()
+    path.write_bytes(content)
+    hash_of(path).write_text(hashlib.sha256(content).hexdigest())
+    return path
+
+
+def hash_of(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
+@pytest.fixture
+def content(library: Path) -> bytes:
+    """The library that was built for all tests."""
+    return library.read_bytes()
+
+
+@pytest.fixture
+def quick_build(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Compiling and linking take no time, and give what they gave before; the list has what was linked."""
+    linked: list[Path] = []
+
+    def copy(_: object, output: Path) -> str:
+        output.write_bytes(content)
+        linked.append(output)
+        return "cc"
+
+    monkeypatch.setattr(library, "compile_all", lambda _: [])
+    monkeypatch.setattr(link, "link", copy)
+    return linked
 
 
 @pytest.mark.slow
@@ -35,13 +76,12 @@ def test_two_processes_build_at_once(cache: Path) -> None:
     assert [builder.returncode for builder in builders] == [0, 0], results
     paths = {Path(out.strip()) for out, _ in results}
     assert len(paths) == 1
-    assert sorted(path.name for path in cache.iterdir()) == sorted([paths.pop().name, "lock"])
+    name = paths.pop().name
+    assert sorted(path.name for path in cache.iterdir()) == sorted([name, f"{name}.sha256", "lock"])
 
 
 def test_a_cached_library_is_not_built_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache.mkdir()
-    cached = cache / library._cached_name()
-    cached.write_bytes(b"a library")
+    cached = put_in(cache, b"a library")
     monkeypatch.setattr(library, "compile_all", lambda _: pytest.fail("built again"))
     if not library.library_status().supported:
         pytest.skip("no library on this platform")
@@ -126,9 +166,119 @@ def test_linking_nothing_useful_names_the_fault(tmp_path: Path) -> None:
 
 
 def test_a_library_that_others_could_have_put_there_is_not_used(cache: Path) -> None:
-    cache.mkdir()
-    (cache / library._cached_name()).write_bytes(b"not ours")
+    put_in(cache, b"not ours")
     cache.chmod(0o777)
     assert library._existing() is None
     with pytest.raises(LibraryError, match="may be changed by, another user"):
         library.library_path()
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 1
+    path.write_bytes(content)
+
+
+def link_elsewhere(path: Path) -> None:
+    path.rename(path.parent.parent / path.name)
+    path.symlink_to(path.parent.parent / path.name)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        change_a_byte,
+        link_elsewhere,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.chmod(0o775),
+        lambda path: path.chmod(0o757),
+        lambda path: hash_of(path).unlink(),
+        lambda path: hash_of(path).write_bytes(b"\xff"),
+        lambda path: cut(hash_of(path)),
+        lambda path: link_elsewhere(hash_of(path)),
+        lambda path: hash_of(path).chmod(0o664),
+    ],
+)
+def test_what_is_damaged_or_may_be_foreign_is_built_anew(
+    cache: Path,
+    content: bytes,
+    quick_build: list[Path],
+    damage: Callable[[Path], object],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    path = put_in(cache, content)
+    damage(path)
+    status = library.library_status()
+    assert status.path is None
+    assert path.name in status.reason
+    with caplog.at_level(logging.WARNING):
+        assert library.library_path() == path
+    (record,) = caplog.records
+    assert "it is built anew" in record.getMessage()
+    assert path.read_bytes() == content
+    assert not path.is_symlink()
+    assert len(quick_build) == 1
+    assert library.library_path() == path
+    assert len(quick_build) == 1, "built once"
+
+
+def test_what_is_built_is_taken_whatever_the_umask(cache: Path, quick_build: list[Path]) -> None:
+    before = os.umask(0o002)
+    try:
+        path = library.library_path()
+    finally:
+        os.umask(before)
+    assert library.library_path() == path
+    assert len(quick_build) == 1
+
+
+def test_what_a_killed_builder_left_is_removed(cache: Path, quick_build: list[Path]) -> None:
+    def leave() -> None:
+        (cache / "build-abandoned").mkdir(parents=True, mode=0o700)
+        (cache / "build-abandoned" / "part.o").write_bytes(b"half")
+
+    cache.mkdir(mode=0o700)
+    leave()
+    path = library.library_path()
+    whole = sorted([path.name, hash_of(path).name, "lock"])
+    assert sorted(os.listdir(cache)) == whole
+    leave()
+    with locked(cache):  # as one that is at work holds it
+        library.library_path()
+        assert (cache / "build-abandoned").exists()
+    library.library_path()
+    assert sorted(os.listdir(cache)) == whole
+    assert len(quick_build) == 1
+
+
+@pytest.mark.slow
+def test_after_a_power_cut_the_library_works(cache: Path, content: bytes) -> None:
+    builder = subprocess.Popen([sys.executable, "-c", _BUILD], stdout=subprocess.DEVNULL)
+    while not list(cache.glob("build-*")):
+        assert builder.poll() is None
+        time.sleep(0.05)
+    builder.send_signal(signal.SIGKILL)
+    builder.wait(timeout=60)
+    assert list(cache.glob("build-*"))
+    path = put_in(cache, content)
+    cut(path)
+    done = subprocess.run([sys.executable, "-c", _RUN], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+    assert sorted(os.listdir(cache)) == sorted([path.name, hash_of(path).name, "lock"])
+
+
+def test_a_link_to_the_cache_folder_must_be_the_users_own(cache: Path, tmp_path: Path) -> None:
+    cache.mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(cache)
+    assert is_private(tmp_path / "link")
+    if os.getuid() == 0:
+        os.chown(tmp_path / "link", 12345, 12345, follow_symlinks=False)
+        assert not is_private(tmp_path / "link")
+        path = put_in(cache, b"a library")
+        os.chown(path, 12345, 12345)
+        assert not is_own_file(path)
