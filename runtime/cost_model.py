@@ -92,6 +92,12 @@ class Machine:
         return replace(self, **{name: factor * getattr(self, name) for name in names})
 
 
+# One core with AVX-512 under ONNX Runtime, which calls a dense operator and one of ours alike. What a file will run on
+# is not known when it is written: the constants of the machine that writes it are no better guess, and would have the
+# same model give other files elsewhere.
+ONNXRUNTIME = Machine(condensed_call=Machine.dense_call)
+
+
 def estimate(work: Work, machine: Machine) -> dict[Form, float]:
     """Estimated seconds of one call in each form; "shrunk" only where rows are ablated.
 

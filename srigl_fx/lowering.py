@@ -18,7 +18,7 @@ from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
-from srigl_fx.measuring import Costs, layer_costs
+from srigl_fx.measuring import Costs, estimated_costs, layer_costs
 from srigl_fx.passes.base import Note, Pass, run
 from srigl_fx.passes.capture import (
     EXPORT_LOCK,
@@ -38,7 +38,10 @@ from srigl_fx.passes.program import Program, Times
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 from srigl_fx.region_lowering import lower_regions
+from srigl_fx.runtime.cost_model import ONNXRUNTIME
 from srigl_fx.runtime.format import VALUE_DTYPES
+
+EXPECTED_BATCHES = (1, 16)  # what a model is served with, where nobody says
 
 
 def lower(
@@ -46,7 +49,7 @@ def lower(
     example_inputs: Any,
     *,
     target: Literal["cpu"] = "cpu",
-    min_speedup: float = 1.0,
+    min_speedup: float | Literal["auto"] = 1.0,
     batch_sizes: Sequence[int] | None = None,
     value_dtype: torch.dtype = torch.float32,
     verify: bool | Literal["each pass"] = True,
@@ -63,7 +66,9 @@ def lower(
             dynamic batch where the model allows it.
         target: The hardware; "cpu" is the only one so far.
         min_speedup: A layer is condensed only if measured at least this much faster than dense on this machine; else it
-            is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring.
+            is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring;
+            "auto", the default of :func:`srigl_fx.export_onnx`, measures nothing either, and condenses what the cost
+            model does not expect to lose in ONNX Runtime at one sample and at 16.
             Times are kept in the folder that SRIGL_FX_CACHE names (``~/.cache/srigl_fx``) and used again; with at most
             1, linear layers whose estimates are three times apart are not measured.
         batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
@@ -120,7 +125,7 @@ def lower(
 class _Options:
     """What a call of ``lower`` asks for."""
 
-    min_speedup: float
+    min_speedup: float | Literal["auto"]
     batch_sizes: Sequence[int] | None
     value_dtype: torch.dtype
     verify: bool | Literal["each pass"]
@@ -164,7 +169,8 @@ def _run_passes(
     program.value_dtype = options.value_dtype
     refuse_overflow(program)
     costs = _costs(program, options)
-    select = Select(costs.measured, options.min_speedup, costs.estimated)
+    min_speedup = 1.0 if options.min_speedup == "auto" else options.min_speedup
+    select = Select(costs.measured, min_speedup, costs.estimated)
     program = run((select, Condense()), program, check=check).subject
     batch = min(options.batch_sizes) if options.batch_sizes else None
     finished = run((FuseEpilogues(), FeatureMajor(batch)), program, check=check)
@@ -193,13 +199,15 @@ def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
     return LoweredModule.from_bytes(Path(path).read_bytes(), origin=str(path))
 
 
-def _check_arguments(model: nn.Module, target: str, min_speedup: float, batch_sizes: Sequence[int] | None) -> None:
+def _check_arguments(
+    model: nn.Module, target: str, min_speedup: float | str, batch_sizes: Sequence[int] | None
+) -> None:
     if target != "cpu":
         raise LoweringError(f"target {target!r} is not supported; use target='cpu'")
     if not isinstance(model, nn.Module):
         raise LoweringError(f"a torch.nn.Module can be lowered, not {type(model).__name__}")
-    if not isinstance(min_speedup, int | float) or not min_speedup >= 0:
-        raise LoweringError(f"min_speedup must be a number of at least 0, not {min_speedup!r}")
+    if min_speedup != "auto" and (not isinstance(min_speedup, int | float) or not min_speedup >= 0):
+        raise LoweringError(f'min_speedup must be "auto" or a number of at least 0, not {min_speedup!r}')
     sizes = [] if batch_sizes is None else batch_sizes
     if not isinstance(sizes, Sequence) or any(not isinstance(size, int) or size < 1 for size in sizes):
         raise LoweringError(f"batch_sizes must be whole numbers of at least 1, not {batch_sizes!r}")
@@ -219,6 +227,9 @@ def _check_parameters(model: nn.Module) -> None:
 def _costs(program: Program, options: _Options) -> Costs:
     """What every layer costs in each form, at every batch size asked for."""
     own = [program.batch_size]
+    if options.min_speedup == "auto":
+        usual = EXPECTED_BATCHES if program.dynamic else own
+        return estimated_costs(program, options.batch_sizes or usual, ONNXRUNTIME)
     sizes = list(options.batch_sizes or own)
     if not program.dynamic and sizes != own:
         if options.min_speedup > 0:

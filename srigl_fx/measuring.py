@@ -76,6 +76,30 @@ def layer_costs(program: Program, batch_sizes: Sequence[int], min_speedup: float
     return costs
 
 
+def estimated_costs(program: Program, batch_sizes: Sequence[int], machine: Machine) -> Costs:
+    """What the layers of a matched program cost in each form by the cost model alone; nothing is measured.
+
+    Args:
+        program: Its layers are known, and not rewritten yet.
+        batch_sizes: Those to cost at. The program runs at its own: a layer is taken to be used in proportion.
+        machine: The constants.
+    """
+    own, recorder = program.batch_size, _Recorder(program)
+    recorder.run(*pytree.tree_leaves(program.inputs(own)), enable_io_processing=False)
+    estimated: dict[str, Times] = {}
+    for layer in program.layers:
+        forms = _forms(layer) if layer.uses else []
+        calls = [
+            _Call(use, recorder.inputs[use.node], recorder.outputs[use.node], forms, program.value_dtype)
+            for use in layer.uses
+        ]
+        if calls:
+            estimated[layer.weight.fqn] = {
+                batch: _sum(call.estimated(machine, batch / own) for call in calls) for batch in batch_sizes
+            }
+    return Costs(measured={}, estimated=estimated)
+
+
 def is_clear(estimated: Times) -> bool:
     """Whether estimates leave no doubt about a layer's form.
 
@@ -151,7 +175,8 @@ class _Call:
         """Whether the cost model is to be believed: of a convolution it leaves too much out."""
         return self._use.geometry is None
 
-    def estimated(self, machine: Machine) -> dict[Decision, float]:
+    def estimated(self, machine: Machine, scale: float = 1.0) -> dict[Decision, float]:
+        """The cost model's word for this call, or for one with ``scale`` times as many samples."""
         geometry, mask = self._use.geometry, self._use.mask
         rows, fan_in = mask.shape
         # Each weight meets each position of the output; of a transposed convolution, of the input.
@@ -163,7 +188,7 @@ class _Call:
             fan_in=fan_in,
             active=int(mask.any(1).sum()),
             kept=int(mask.sum()),
-            columns=columns,
+            columns=max(1, round(columns * scale)),
             value_bytes=self._value_dtype.itemsize,
             convolution=geometry is not None,
         )
