@@ -221,7 +221,7 @@ class _Frozen:
         masked = [source for source in node.all_input_nodes if masks[source] is not None]
         if not masked:
             return None
-        name = getattr(node.target, "_opname", getattr(node.target, "__name__", ""))
+        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
         if name in _LAYOUT and len(masked) == 1 and node.args[0] is masked[0]:
             return _call(node, lambda source: masks[source] if source in masked else self.value(source))
         shape = getattr(self.value(node), "shape", None)

@@ -52,7 +52,10 @@ class Normalize(Pass[Program]):
         """Rewrite the graph in place."""
         graph = subject.module.graph
         escaping = _escaping(graph)
-        reads_strides = any(getattr(node.target, "_opname", "") in {"as_strided", "sym_stride"} for node in graph.nodes)
+        reads_strides = any(
+            getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in {"as_strided", "sym_stride"}
+            for node in graph.nodes
+        )
         changed = False
         for node in list(graph.nodes):
             if node.op != "call_function":

@@ -6,6 +6,8 @@ Owns the public names, and loads each on first use: importing this package does 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from srigl_fx.compatibility import check_torch
+
 if TYPE_CHECKING:
     from srigl_fx import masks as masks
     from srigl_fx import passes as passes
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from srigl_fx.train.static import Static as Static
 
 __version__ = "0.1.0"
+
+check_torch()
 
 _NAMES = {
     "sparsify": "srigl_fx.sparsification",

@@ -61,3 +61,7 @@ class LibraryError(SriglError, RuntimeError):
 
 class MissingExtraError(SriglError, ImportError):
     """An optional dependency is not installed; the message names the extra."""
+
+
+class VersionError(SriglError, ImportError):
+    """The installed PyTorch was not tested, and lacks what the library needs; the message says which release has it."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import TOLERANCE, relative_error
+from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError, LibraryError
 from srigl_fx.lowered import LoweredModule
 from srigl_fx.lowered_regions import LoweredRegions
@@ -89,6 +90,7 @@ class ExportReport:
         return "\n".join(lines)
 
 
+@noted
 def export_onnx(
     model: nn.Module,
     path: str | os.PathLike[str],

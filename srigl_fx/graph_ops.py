@@ -57,7 +57,7 @@ def function_name(target: Any) -> str:
         'aten.linear.default'
     """
     if isinstance(target, torch._ops.OpOverload):
-        return f"{target.namespace}.{target._opname}.{target._overloadname}"
+        return f"{target.namespace}.{target.__name__}"
     module = "torch" if target.__module__.startswith("torch.") or target.__module__ == "torch" else target.__module__
     return f"{module}.{target.__name__}"
 
@@ -85,7 +85,7 @@ def function_named(name: str) -> Callable[..., Any]:
 
 
 def _allowed(overload: "torch._ops.OpOverload[..., Any]") -> bool:
-    name = overload._opname
+    name = overload.overloadpacket.__name__
     if overload.namespace == "srigl_fx":
         return name in _OURS
     if name == _BUFFER_UPDATE:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import relative_error
+from srigl_fx.compatibility import noted
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.lowered_regions import LoweredRegions
@@ -44,6 +45,7 @@ from srigl_fx.runtime.format import VALUE_DTYPES
 EXPECTED_BATCHES = (1, 16)  # what a model is served with, where nobody says
 
 
+@noted
 def lower(
     model: nn.Module,
     example_inputs: Any,
@@ -178,6 +180,7 @@ def _run_passes(
     return LoweredModule.build(program.module, _report(program, rewritten.notes + finished.notes), inputs), program
 
 
+@noted
 def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
     """Read a model that ``lower(...).save(path)`` wrote; nothing in the file is executed as code.
 

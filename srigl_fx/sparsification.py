@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from torch import fx, nn
 
+from srigl_fx.compatibility import noted
 from srigl_fx.errors import SparsifyError, StructureError
 from srigl_fx.masks.records import Structure, all_records
 from srigl_fx.masks.structures import MaskInit
@@ -25,6 +26,7 @@ from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_sparsity
 Model = TypeVar("Model", bound=nn.Module)
 
 
+@noted
 def sparsify(
     model: Model,
     *,
@@ -107,6 +109,7 @@ def sparsify(
     return model
 
 
+@noted
 def finalize(model: Model) -> Model:
     """Give the plain model back, in place: original classes and names, zeros written in, no masks, no hooks.
 

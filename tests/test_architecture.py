@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "specs": ("errors", "masks"),
     "report": (),
     "comparison": (),
+    "compatibility": ("errors",),
     "masks": ("errors",),
     "runtime.format": ("errors",),
     "runtime.reference": ("errors",),

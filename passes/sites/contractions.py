@@ -101,7 +101,7 @@ def name_of(target: Any) -> str:
         return str(getattr(getattr(target, "__self__", None), "__name__", ""))
     home = getattr(target, "__module__", None) or ""
     own = home.partition(".")[0] in ("torch", "_operator", "operator")
-    if own or getattr(target, "__objclass__", None) is torch._C.TensorBase:
+    if own or getattr(target, "__objclass__", object) in torch.Tensor.__mro__[:-1]:
         return str(name)
     return ""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from srigl_fx.compatibility import known_good, untested
 from srigl_fx.errors import SriglError
 from srigl_fx.report import format_table
 
@@ -85,7 +86,10 @@ def _packages() -> Iterator[Finding]:
         by_extra.setdefault(marker.group(1) if marker else "", []).append(name)
     for name in [DISTRIBUTION, *by_extra.pop("")]:
         version = _version(name)
-        yield Finding(name, version is not None, version or f"missing: pip install {name}", needed=True)
+        seen = version or f"missing: pip install {name}"
+        if name == "torch" and version is not None and untested(version):
+            seen += f"; not tested. {known_good()}"
+        yield Finding(name, version is not None, seen, needed=True)
     for extra, names in by_extra.items():
         absent = [name for name in names if _version(name) is None]
         seen = f"missing {', '.join(absent)}: pip install '{DISTRIBUTION}[{extra}]'" if absent else "installed"
