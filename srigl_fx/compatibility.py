@@ -24,6 +24,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     "torch._subclasses": ("FakeTensor", "FakeTensorMode"),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch.fx.graph": ("_PyTreeCodeGen", "_PyTreeInfo"),
+    "torch.nn.modules.batchnorm": ("_NormBase",),
     "torch.nn.utils.parametrizations": ("_SpectralNorm", "_WeightNorm"),
     "torch.utils._python_dispatch": ("TorchDispatchMode",),
     "torch.utils._pytree": (

@@ -22,6 +22,7 @@ from srigl_fx.compatibility import LATE, PRIVATE, holder
 
 LISTED = {name for names in (*PRIVATE.values(), *LATE.values()) for name in names}
 LISTED |= {part for where in (*PRIVATE, *LATE) for part in where.split(".") if part.startswith("_")}
+OF_PYTHON = {"_getframe"}  # documented, in sys
 OURS = "_srigl_fx"  # begins the names of attributes that the library itself gives to modules
 
 
@@ -65,7 +66,7 @@ def test_every_private_name_is_listed(checkout: Path) -> None:
         f"{path}: {name}"
         for path, tree in trees.items()
         for name in _used(tree)
-        if _private(name) and name not in LISTED | own
+        if _private(name) and name not in LISTED | OF_PYTHON | own
     }
     assert not wrong, "find a public way, or list it in srigl_fx/compatibility.py and try it here"
 
@@ -203,6 +204,12 @@ def test_parametrisations_are_known_by_class() -> None:
     for wrap, cls in (("weight_norm", "_WeightNorm"), ("spectral_norm", "_SpectralNorm")):
         layer = getattr(nn.utils.parametrizations, wrap)(nn.Linear(3, 2))
         assert type(layer.parametrizations.weight[0]) is getattr(classes, cls)
+
+
+def test_norms_over_a_batch_have_one_base() -> None:
+    base = holder("torch.nn.modules.batchnorm")._NormBase
+    assert all(issubclass(cls, base) for cls in (nn.BatchNorm1d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.InstanceNorm2d))
+    assert not any(issubclass(cls, base) for cls in (nn.GroupNorm, nn.LayerNorm))
 
 
 def test_fake_tensors_have_shapes_alone() -> None:
