@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import InvariantError
 from srigl_fx.masks.attached import engines
+from srigl_fx.masks.optimizer_state import OptimizerState
 from srigl_fx.masks.records import Block, SparseWeight, sparse_weights
 from srigl_fx.masks.shards import local, part
 
@@ -25,7 +26,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     3. No block of rows keeps more weights than its budget, unless gradual pruning is still on its way there.
     4. With constant fan-in, every active neuron of a block has the same fan-in, ``budget // active`` or the full one,
        and enough neurons are active to hold the budget. While gradual pruning is on its way, every neuron is active.
-    5. Every optimizer state tensor of the weight's shape is exactly zero off the mask.
+    5. Optimizer state that belongs to single weights (:mod:`srigl_fx.masks.optimizer_state`) holds off the mask what
+       it holds for a new weight: zero, of most optimizers. Other state of the weight's shape is not looked at.
 
     6. A trainer that is attached sees the gradients of every weight, and has left none that is not zero off the mask.
 
@@ -51,21 +53,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
         matrix = handle.record.site.to_matrix(mask)
         for block, budget in zip(handle.record.site.blocks, handle.record.budgets, strict=True):
             _check_block(handle, block, budget, matrix[block.start : block.stop])
-        state = {} if optimizer is None else optimizer.state.get(weight, {})
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or value.shape != weight.shape:
-                continue
-            value = local(value)
-            if bool((~value.isfinite() & ~held).any()):
-                raise InvariantError(
-                    f"{handle.fqn}: the optimizer state {key!r} is not finite: a gradient was NaN or infinite at some "
-                    "step; resume from an earlier checkpoint, at a lower learning rate"
-                )
-            if bool(((value != 0) & ~held).any()):
-                raise InvariantError(
-                    f"{handle.fqn}: the optimizer state {key!r} is not zero off the mask; attach a trainer "
-                    "(SRigL or Static) to this optimizer, or create the optimizer anew"
-                )
+        if optimizer is not None:
+            _check_state(handle, optimizer, held)
     for fault in (fault for engine in engines(model) for fault in engine.faults()):
         raise InvariantError(fault)
 
@@ -97,6 +86,23 @@ def _tensors(handle: SparseWeight) -> tuple[nn.Parameter, Tensor]:
     if mask.device != weight.device:
         raise InvariantError(f"{handle.mask_fqn} is on {mask.device}, its weight on {weight.device}: use model.to(...)")
     return weight, mask
+
+
+def _check_state(handle: SparseWeight, optimizer: Optimizer, held: Tensor) -> None:
+    """Rule 5, for what the optimizer holds of one weight."""
+    for state in OptimizerState.of(optimizer).elementwise(handle.weight):
+        value = local(state.tensor)
+        if bool((~value.isfinite() & ~held).any()):
+            raise InvariantError(
+                f"{handle.fqn}: the optimizer state {state.name!r} is not finite: a gradient was NaN or infinite at "
+                "some step; resume from an earlier checkpoint, at a lower learning rate"
+            )
+        fresh = torch.tensor(state.fresh, dtype=value.dtype, device=value.device)
+        if state.steady and bool(((value != fresh) & ~held).any()):
+            raise InvariantError(
+                f"{handle.fqn}: the optimizer state {state.name!r} is not {state.fresh:g}, as a new weight's, off the "
+                "mask; attach a trainer (SRigL or Static) to this optimizer, or create the optimizer anew"
+            )
 
 
 def _check_block(handle: SparseWeight, block: Block, budget: int, mask: Tensor) -> None:

@@ -19,6 +19,7 @@ from srigl_fx.masks.records import SparseWeight, plain
 from srigl_fx.masks.shards import shard_like
 from srigl_fx.train.attach import check_attachable
 from srigl_fx.train.engine import MaskEngine
+from srigl_fx.train.optimizer_state import check_growable
 from srigl_fx.train.schedules import captures_gradient, end_step, is_update_step
 from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout, note_threads
 
@@ -45,6 +46,8 @@ class Trainer(ABC):
     """Where given, updates see the gradients of all steps, those before the last one decayed by this at each step."""
     prunes_from_dense: ClassVar[bool] = False
     """Whether the method brings masks that keep more than their budget down to it."""
+    grows: ClassVar[bool] = True
+    """Whether weights can enter the masks, which then must begin as new ones do."""
 
     def __init__(
         self,
@@ -59,6 +62,8 @@ class Trainer(ABC):
     ) -> None:
         """Check everything, then attach; see the subclasses for the arguments."""
         check_attachable(model, optimizer)
+        if self.grows:
+            check_growable(model, optimizer)
         if total_steps is not None:
             check_count("total_steps", total_steps)
         check_count("update_every", update_every)

@@ -28,6 +28,7 @@ from srigl_fx.masks.shards import held, is_sharded, part
 from srigl_fx.train.attach import check_attachable, check_held
 from srigl_fx.train.distributed import gather, processes_of, reshard
 from srigl_fx.train.managed import ManagedWeight
+from srigl_fx.train.optimizer_state import MaskedState, keeps_zeros
 from srigl_fx.train.state import layout
 from srigl_fx.train.stepping import StepHook, StepHooks, unwrap
 
@@ -35,20 +36,6 @@ _log = logging.getLogger(__name__)
 
 _PATIENCE = 20  # backward passes, each for gradients of its own, after which a step should have come
 _LOOKS = 3  # how often gradients past the hooks are looked at outside of updates, as it makes the host wait
-
-# Given masked gradients, these keep zero weights and zero state at zero; of others nothing is assumed.
-ELEMENTWISE = frozenset(
-    {
-        torch.optim.SGD,
-        torch.optim.Adam,
-        torch.optim.AdamW,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.RMSprop,
-        torch.optim.Adagrad,
-        torch.optim.Adadelta,
-    }
-)
 
 
 class MaskEngine:
@@ -88,6 +75,7 @@ class MaskEngine:
         self._capturing = self._window_open = self._detached = False
         self._model = model
         self._optimizer = optimizer
+        self._states = MaskedState(optimizer)
         self._on_step = on_step
         self._managed: dict[str, ManagedWeight] = {}
         self._hooks: list[RemovableHandle] = []
@@ -132,7 +120,7 @@ class MaskEngine:
         self.check_attached()
         reshard(self._model)
         check_held(self._model, self._optimizer)
-        self._elementwise = _is_elementwise(self._optimizer)
+        self._elementwise = keeps_zeros(self._optimizer)
         self._parameters_held = _count_parameters(self._optimizer)
         known = self._managed
         self._managed = {}
@@ -230,7 +218,7 @@ class MaskEngine:
             staying = staying[managed.slices]
         keep_only(managed.own(handle.weight), staying)
         managed.project_gradient()
-        self._mask_states(managed, lambda state: keep_only(managed.own(state), staying), force=True)
+        self._states.begin_anew(managed, staying)
         managed.know_mask()
 
     def trust(self, handle: SparseWeight, is_kept: Callable[[Tensor], bool] | None) -> None:
@@ -356,7 +344,7 @@ class MaskEngine:
                 # A closure makes gradients, and may write to them, after the look at them before the step.
                 grad = managed.parameter.grad if closure else None
                 unseen = grad is not None and not managed.left_as(managed.own(grad))
-                if self._mask_states(managed, managed.project, force=not self._elementwise or unseen):
+                if self._states.mask(managed, force=not self._elementwise or unseen):
                     managed.project(managed.parameter)
                 managed.weight_version = managed.own(managed.parameter)._version
         self._on_step(getattr(self._optimizer, "found_inf", None))
@@ -394,31 +382,8 @@ class MaskEngine:
         weight = managed.handle.weight
         managed.project(weight)
         managed.project_gradient()
-        self._mask_states(managed, managed.project, force=True)
+        self._states.mask(managed, force=True)
         managed.know_mask()
-
-    def _mask_states(self, managed: ManagedWeight, project: Callable[[Tensor], None], *, force: bool) -> bool:
-        """Project the optimizer state, and say whether anything was written.
-
-        Always if ``force``, else only where there are state tensors new to us.
-        """
-        states, shape = self._steps.state_of(managed.handle.weight), managed.handle.mask.shape
-        tensors = tuple(value for value in states.values() if isinstance(value, Tensor) and value.shape == shape)
-        same = len(tensors) == len(managed.states) and all(a is b for a, b in zip(tensors, managed.states, strict=True))
-        if force or not same:
-            for tensor in tensors:
-                project(tensor)
-            managed.states = tensors
-        return force or not same
-
-
-def _is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether zero gradients and zero state leave a zero weight where it is: not if the step divides zero by zero."""
-    smallest = {torch.float16: 1e-7}  # below it an eps becomes 0 there
-    return type(optimizer) in ELEMENTWISE and all(
-        group.get("eps", 1.0) > max((smallest.get(parameter.dtype, 0.0) for parameter in group["params"]), default=0.0)
-        for group in optimizer.param_groups
-    )
 
 
 def _count_parameters(optimizer: Optimizer) -> int:

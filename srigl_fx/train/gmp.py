@@ -70,6 +70,7 @@ class GMP(DynamicTrainer):
 
     needs_gradient: ClassVar[bool] = False
     prunes_from_dense: ClassVar[bool] = True
+    grows: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -187,7 +187,12 @@ class ManagedWeight:
                     grad = self.own(parameter.grad)
             else:
                 torch.where(self.mask | anew, grad, self.dense + grad, out=self.dense)
-        if self.is_kept is None or not self.is_kept(grad):
+        if grad.requires_grad:
+            # Of backward(create_graph=True): a second backward needs the tensor as it is, and passes through the mask.
+            with torch.enable_grad():
+                parameter.grad = torch.where(self.handle.mask, parameter.grad, 0.0)
+            grad = self.own(parameter.grad)
+        elif self.is_kept is None or not self.is_kept(grad):
             self.project(parameter.grad)
         self.leave(grad)
 

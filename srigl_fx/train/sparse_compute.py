@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from srigl_fx.errors import TrainerError
+from srigl_fx.masks.optimizer_state import OptimizerState
 from srigl_fx.masks.records import SparseWeight
 from srigl_fx.masks.shards import is_sharded
 from srigl_fx.nn.sparse_module import SparseModule, dense_class
 from srigl_fx.train.base import Trainer
-from srigl_fx.train.engine import ELEMENTWISE
+from srigl_fx.train.optimizer_state import ELEMENTWISE
 from srigl_fx.train.untraced import untraced
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class KeptWeight:
         positions: int64, where the kept values are in the flat parameter.
         values: The kept values, as a parameter that the optimizer steps.
         state: The optimizer's state of them; empty while it is that of the dense parameter.
+        fresh: What that state holds off the mask.
     """
 
     handle: SparseWeight
@@ -57,6 +59,7 @@ class KeptWeight:
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     values: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.empty(0)))
     state: State = field(default_factory=dict)
+    fresh: Mapping[str, float] = field(default_factory=dict)
     _mask: Tensor | None = None
     _mask_version: int = -1
     _buffer: Tensor | None = None
@@ -135,7 +138,9 @@ class KeptWeight:
 
     def _dense_state(self, shape: torch.Size) -> State:
         return {
-            name: value.new_zeros(shape.numel()).index_copy_(0, self.positions, value).reshape(shape)
+            name: value.new_full((shape.numel(),), self.fresh.get(name, 0.0))
+            .index_copy_(0, self.positions, value)
+            .reshape(shape)
             if _is_like(value, self.values.shape)
             else value
             for name, value in self.state.items()
@@ -214,7 +219,8 @@ class SparseCompute:
             else:
                 self.dense[handle.fqn] = reason
             if not reason or (self.steps_kept and not _unfit(handle)):
-                self._kept.append(KeptWeight(handle, linear=not reason))
+                fresh = OptimizerState.of(self._optimizer).fresh(handle.weight) if self.steps_kept else {}
+                self._kept.append(KeptWeight(handle, linear=not reason, fresh=fresh))
         if not self._kept:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in self.dense.items())
             raise TrainerError(f"no masked weight that trains can be computed sparsely: {reasons}")

@@ -44,6 +44,7 @@ class Static(Trainer):
     """
 
     needs_gradient: ClassVar[bool] = False
+    grows: ClassVar[bool] = False
 
     def __init__(
         self,
