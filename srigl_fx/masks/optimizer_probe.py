@@ -95,6 +95,48 @@ def probe(
     raise ProbeError(f"a new {type(optimizer).__name__} with its settings does not step: {reasons[0]}")
 
 
+def needs(
+    optimizer: Optimizer, group: Mapping[str, Any], shape: Sequence[int]
+) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]:
+    """What a new parameter's state holds at once, and after its first step, under the options of ``group``.
+
+    Raises:
+        ProbeError: No such optimizer can be made, or it does not step.
+
+    Example:
+        >>> adam = torch.optim.Adam([torch.zeros(3, 2)])
+        >>> begin, later = needs(adam, adam.param_groups[0], (6, 5))
+        >>> list(begin), list(later)
+        ([], ['step', 'exp_avg', 'exp_avg_sq'])
+    """
+    reasons = []
+    for second_order in (False, True):
+        try:
+            with _undisturbed(torch.device("cpu")):
+                parameter = nn.Parameter(torch.ones(tuple(shape), dtype=torch.float32))
+                stepper: Any = _stand_in(optimizer, group, parameter)
+                begin = dict(stepper.state.get(parameter, {}))
+
+                def closure(parameter: nn.Parameter = parameter) -> Tensor:
+                    with torch.enable_grad():
+                        parameter.grad = None
+                        loss = parameter.square().sum()
+                        torch.autograd.backward(loss, create_graph=True)
+                        return loss.detach()
+
+                if second_order:
+                    closure()
+                    stepper.step(closure)
+                else:
+                    parameter.grad = torch.ones_like(parameter)
+                    stepper.step()
+                parameter.grad = None
+                return begin, dict(stepper.state.get(parameter, {}))
+        except Exception as error:  # whatever somebody's optimizer raises
+            reasons.append(f"{type(error).__name__}: {error}")
+    raise ProbeError(reasons[0])
+
+
 def tensors_of(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     """The tensors in a parameter's state by name, those in dicts and lists within it too.
 
@@ -230,7 +272,8 @@ def _is_one_value(values: Tensor) -> bool:
 def _stand_in(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> Optimizer:
     """A new optimizer of the same class and settings, for ``parameter`` alone; what it wraps is one, too."""
     kind: Any = type(optimizer)
-    options = {key: _copy(value) for key, value in group.items() if key not in ("params", "param_names")}
+    # Some count steps in the group: a new parameter has made none.
+    options = {key: _copy(value) for key, value in group.items() if key not in ("params", "param_names", "step")}
     arguments: dict[str, Any] = {}
     wrapped: dict[str, Optimizer] = {}
     for position, argument in enumerate(inspect.signature(kind).parameters.values()):

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import CheckpointError, InvariantError, SriglError
 from srigl_fx.masks.invariants import verify
+from srigl_fx.masks.optimizer_probe import ProbeError, needs, small_shape
 from srigl_fx.masks.records import MASK_SUFFIX, plain, set_records, sparse_weights
 from srigl_fx.masks.shards import is_sharded
 from srigl_fx.train.base import Trainer
@@ -227,8 +228,11 @@ def _check_optimizer(optimizer: Optimizer, saved: Any) -> None:
         )
     for theirs, ours in zip(groups, live, strict=True):
         parameters.update(zip(theirs["params"], ours["params"], strict=True))
-        for key, default in optimizer.defaults.items():
-            if not _alike(theirs[key], own := ours.get(key, default)):
+        own_options = {**optimizer.defaults, **{key: value for key, value in ours.items() if key != "params"}}
+        for key, own in own_options.items():
+            if key not in theirs and key in optimizer.defaults and key in ours:
+                raise CheckpointError(f"its optimizer state is damaged: the option {key} of {kind} is missing")
+            if key in theirs and not _alike(theirs[key], own, optimizer.defaults.get(key, own)):
                 raise CheckpointError(f"the option {key} of {kind} is {theirs[key]!r} there, but {own!r} here")
     if len(parameters) != sum(len(group["params"]) for group in live) or not state.keys() <= parameters.keys():
         raise CheckpointError(f"the state of {kind} is not of its parameters")
@@ -239,14 +243,51 @@ def _check_optimizer(optimizer: Optimizer, saved: Any) -> None:
                     f"{key!r} of parameter {index} of {kind} has shape {tuple(value.shape)} there, the parameter "
                     f"{tuple(parameters[index].shape)}"
                 )
+    for theirs, ours in zip(groups, live, strict=True):
+        _check_next_step(optimizer, theirs, ours, state)
 
 
-def _alike(theirs: Any, ours: Any) -> bool:
-    """Whether two options of an optimizer are values of one kind; None stands for a default of any kind."""
-    if theirs is None or ours is None:
-        return True
+def _check_next_step(
+    optimizer: Optimizer, theirs: Mapping[str, Any], ours: Mapping[str, Any], state: Mapping[int, Mapping[Any, Any]]
+) -> None:
+    """Require that a group's next step finds what it needs: a new parameter with the options there shows what that is.
+
+    Nothing is known of an optimizer whose steps cannot be tried out, with the options here neither.
+    """
+    kind = type(optimizer).__name__
+    needed: dict[tuple[int, ...], tuple[Mapping[Any, Any], Mapping[Any, Any]]] = {}
+    for index, parameter in zip(theirs["params"], ours["params"], strict=True):
+        shape = small_shape(parameter.shape)
+        if shape not in needed:
+            try:
+                needed[shape] = needs(optimizer, theirs, shape)
+            except ProbeError as error:
+                try:
+                    needs(optimizer, ours, shape)
+                except ProbeError:
+                    return
+                raise CheckpointError(f"{kind} does not step with the options there ({error})") from error
+        begin, later = needed[shape]
+        saved = state.get(index, {})
+        for key, example in (later if saved else begin).items():
+            if key not in saved:
+                raise CheckpointError(f"{key!r} of parameter {index} of {kind}, which its next step needs, is missing")
+            if isinstance(example, Tensor | int | float) and not isinstance(saved[key], Tensor | int | float):
+                raise CheckpointError(
+                    f"{key!r} of parameter {index} of {kind} is a {type(saved[key]).__name__} there, but must be a "
+                    f"{type(example).__name__}"
+                )
+
+
+def _alike(theirs: Any, ours: Any, default: Any) -> bool:
+    """Whether two options of an optimizer are values of one kind; where one may be None, its kind is not known."""
+    if theirs is None:
+        return ours is None or default is None
+    if ours is None:
+        return default is None or _alike(theirs, default, default)
     if isinstance(theirs, tuple | list) and isinstance(ours, tuple | list):
-        return len(theirs) == len(ours) and all(_alike(a, b) for a, b in zip(theirs, ours, strict=True))
+        defaults = default if isinstance(default, tuple | list) and len(default) == len(ours) else ours
+        return len(theirs) == len(ours) and all(map(_alike, theirs, ours, defaults))
     return _kind(theirs) is _kind(ours)
 
 

@@ -268,7 +268,15 @@ def _set(*keys: Any, to: Any) -> Any:
         (_set("optimizer", "param_groups", 0, "betas", to=(0.9,)), "option betas of AdamW"),
         (_set("optimizer", "param_groups", 0, "params", to=lambda p: [0] * len(p)), "not of its parameters"),
         (_set("optimizer", "param_groups", 0, "params", to=[0]), "groups of"),
-        (lambda c: c["optimizer"]["param_groups"][0].pop("lr"), "damaged .*lr"),
+        (lambda c: c["optimizer"]["param_groups"][0].pop("lr"), "damaged: the option lr of AdamW is missing"),
+        (_set("optimizer", "param_groups", 0, "lr", to=None), "option lr of AdamW is None there"),
+        (_set("optimizer", "param_groups", 0, "lr", to=-1.0), "does not step with the options there .*learning rate"),
+        (_set("optimizer", "param_groups", 0, "betas", to=(0.9, None)), "option betas of AdamW"),
+        (_set("optimizer", "param_groups", 0, "amsgrad", to=True), "'max_exp_avg_sq' of parameter 0 .* is missing"),
+        (lambda c: c["optimizer"]["state"][2].pop("exp_avg"), "'exp_avg' of parameter 2 of AdamW, which .* is missing"),
+        (lambda c: c["optimizer"]["state"][1].pop("step"), "'step' of parameter 1 of AdamW, which .* is missing"),
+        (_set("optimizer", "state", 0, "exp_avg", to=None), "'exp_avg' of parameter 0 of AdamW is a NoneType there"),
+        (_set("optimizer", "state", 0, "step", to="3"), "'step' of parameter 0 of AdamW is a str there"),
         (_set("trainer", to=None), "without a trainer"),
         (_set("trainer", to=[]), "a trainer's state is a dict"),
         (_set("trainer", "steps", to=-1), "damaged at steps"),
@@ -290,6 +298,43 @@ def test_a_tampered_file_changes_nothing(
     with pytest.raises((CheckpointError, StructureError, TrainerError), match=message):
         load(tmp_path / "last", **run)
     assert _everything(run) == before
+
+
+OTHERS: dict[str, Any] = {
+    "Muon": lambda params: torch.optim.Muon([p for p in params if p.ndim == 2], lr=0.1),
+    "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1, initial_accumulator_value=0.1),
+    "NAdam": lambda params: torch.optim.NAdam(params, lr=0.01),
+    "ASGD": lambda params: torch.optim.ASGD(params, lr=0.1),
+    "Rprop": lambda params: torch.optim.Rprop(params, lr=0.01),
+    "Adafactor": lambda params: torch.optim.Adafactor(params, lr=0.01),
+    "Adam amsgrad": lambda params: torch.optim.Adam(params, lr=0.01, amsgrad=True),
+    "RMSprop centered": lambda params: torch.optim.RMSprop(params, lr=0.01, centered=True, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_state_without_what_the_next_step_needs_changes_nothing(tmp_path: Path, name: str) -> None:
+    model = mlp()
+    optimizer = OTHERS[name](list(model.parameters()))
+    run: Run = {"model": model, "optimizer": optimizer, "trainer": Static(model, optimizer)}
+    train(model, optimizer, batches(3))
+    save(tmp_path / "last", **run, include_gradients=True)
+    load(tmp_path / "last", **run)
+    before = _everything(run)
+    keys = list(read(tmp_path / "last")["optimizer"]["state"][0])
+    for key in keys if len(keys) > 1 else []:  # without any, a parameter is a new one
+        save(tmp_path / "bad", **run)
+        _tampered(tmp_path / "bad", lambda c, key=key: c["optimizer"]["state"][0].pop(key))
+        with pytest.raises(CheckpointError, match=f"'{key}' of parameter 0 .* needs, is missing"):
+            load(tmp_path / "bad", **run)
+        assert _everything(run) == before
+    _tampered(tmp_path / "last", lambda c: c["optimizer"]["state"].pop(0))
+    if name == "Adagrad":  # its state begins with the optimizer, not with a step
+        with pytest.raises(CheckpointError, match="'step' of parameter 0"):
+            load(tmp_path / "last", **run)
+    else:
+        load(tmp_path / "last", **run)
+        train(model, optimizer, batches(1))
 
 
 def test_foreign_files(tmp_path: Path) -> None:
