@@ -97,7 +97,7 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._found: dict[tuple[int, tuple[int, ...]], Found | ProbeError] = {}
-        self._groups: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._places: dict[int, tuple[int, int]] = {}  # no weak references: swap_tensors refuses parameters with one
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> "OptimizerState":
@@ -109,9 +109,10 @@ class OptimizerState:
     def elementwise(self, parameter: Tensor) -> list[StateTensor]:
         """The parameter's state tensors that belong to single weights; none where that could not be found out."""
         optimizer, shape = self._living(), parameter.shape
+        states = {id(state): state for state in (one.state.get(parameter, {}) for one in chain(optimizer))}
         of_size = [
             (name, source)
-            for state in {id(state): state for one in chain(optimizer) if (state := one.state.get(parameter))}.values()
+            for state in states.values()
             for name, source in tensors_of(state)
             if source.is_floating_point() and (source.shape == shape or source.shape == (shape.numel(),))
         ]
@@ -170,13 +171,20 @@ class OptimizerState:
     def _group(self, parameter: Tensor) -> tuple[int, Mapping[str, Any]]:
         """The group that holds the parameter; the first one where none does (a frozen weight whose state is left)."""
         groups = self._living().param_groups
-        known, index = self._groups.get(id(parameter), (None, 0))
-        if known is None or known() is not parameter:
-            self._groups = {
-                id(one): (weakref.ref(one), at) for at, group in enumerate(groups) for one in group["params"]
+        if not self._is_at(parameter, self._places.get(id(parameter))):
+            self._places = {
+                id(one): (index, position)
+                for index, group in enumerate(groups)
+                for position, one in enumerate(group["params"])
             }
-            _, index = self._groups.setdefault(id(parameter), (weakref.ref(parameter), 0))
+        index, _ = self._places.get(id(parameter), (0, 0))
         return index, groups[index]
+
+    def _is_at(self, parameter: Tensor, place: tuple[int, int] | None) -> bool:
+        groups = self._living().param_groups
+        if place is None or place[0] >= len(groups) or place[1] >= len(groups[place[0]]["params"]):
+            return False
+        return groups[place[0]]["params"][place[1]] is parameter
 
     def _look(
         self, parameter: Tensor, index: int, group: Mapping[str, Any], names: Iterable[str] = ()

@@ -10,11 +10,10 @@ base class: torch calls the hooks in both if both classes have made instances.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -77,14 +76,6 @@ class StepHooks:
     def before_each(self, hook: StepHook) -> list[RemovableHandle]:
         """Have ``hook`` called before the steps of all of them, nested ones too; remove it by what is returned."""
         return [each.register_step_pre_hook(untraced(hook)) for each in self.optimizers]
-
-    def state_of(self, parameter: Tensor) -> Mapping[Any, Any]:
-        """What the optimizers keep of a parameter."""
-        kept = [state for each in self.optimizers if (state := each.state.get(parameter))]
-        if len(kept) < 2:
-            return kept[0] if kept else {}
-        different = {id(state): state for state in kept}
-        return {(index, name): value for index, state in enumerate(different.values()) for name, value in state.items()}
 
     def remove(self) -> None:
         """Follow no step any more; a second call does nothing."""
