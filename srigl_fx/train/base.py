@@ -259,6 +259,7 @@ class Trainer(ABC):
         self._near_update = self._due or self._captures(self._steps)
         if not self._near_update:
             self._engine.drop_gradients()
+        self._engine.watching = self._near_update
         self._engine.capturing = self._near_update and self.needs_gradient
 
     @torch.no_grad()

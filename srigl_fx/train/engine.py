@@ -43,6 +43,7 @@ class MaskEngine:
 
     Attributes:
         processes: Those that train the model together.
+        watching: Whether the host may wait before the next step to learn who else writes to the weights.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class MaskEngine:
             {**{f"the weight {name}": value for name, value in layout(model).items()}, **(settings or {})},
             "build, sparsify and train alike on all of them",
         )
-        self._capturing = self._window_open = self._detached = False
+        self._capturing = self._window_open = self._detached = self.watching = False
         self._model = model
         self._optimizer = optimizer
         self._states = MaskedState(optimizer)
@@ -81,6 +82,8 @@ class MaskEngine:
         self._hooks: list[RemovableHandle] = []
         self._steps = StepHooks(optimizer, self._before_step, self._after_step)
         self._looks = _LOOKS
+        self._stray: dict[str, Tensor] = {}  # whether weights were moved off the mask, since that was last asked
+        self._written = False
         self._logged: set[str] = set()
         handles = sparse_weights(model)
         self.processes.copy_first([handle.mask for handle in handles])
@@ -325,7 +328,9 @@ class MaskEngine:
             if managed.parameter is None:
                 continue
             own = managed.own(weight)
-            if own._version != managed.weight_version:
+            if own._version != managed.weight_version or self.watching or self._written:
+                stray = (own.ne(0) & ~managed.mask).any()
+                self._stray[managed.handle.fqn] = self._stray.get(managed.handle.fqn, stray) | stray
                 managed.project(weight)
             grad = weight.grad
             if grad is not None and not managed.left_as(managed.own(grad)):
@@ -334,6 +339,8 @@ class MaskEngine:
                 managed.project(grad)
             if managed.swapped:
                 managed.hook(self._on_gradient(managed.handle.fqn))
+        if self.watching:
+            self._look_for_writers()
 
     @torch.no_grad()
     def _after_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -348,6 +355,20 @@ class MaskEngine:
                     managed.project(managed.parameter)
                 managed.weight_version = managed.own(managed.parameter)._version
         self._on_step(getattr(self._optimizer, "found_inf", None))
+
+    def _look_for_writers(self) -> None:
+        """Say so where weights have been moved off the mask since a step: the forward passes then have seen them."""
+        found, self._stray = self._stray, {}
+        flags = torch.stack([flag.cpu() for flag in found.values()]).tolist() if found else []
+        if names := [name for name, flag in zip(found, flags, strict=True) if flag]:
+            self._written = True
+            self._log_once(
+                "written",
+                "weights of %s were moved off the mask between two steps. An optimizer around the one that the trainer "
+                "follows does that (Lookahead, TRAC): attach the trainer to the outermost, or call "
+                "srigl_fx.masks.apply(model) after each of its steps. They are set to zero before each step now",
+                names[0],
+            )
 
     def _take_unseen(self, managed: ManagedWeight) -> None:
         """Take a gradient into account that came past the hook; say so where others may have seen it unmasked."""

@@ -170,6 +170,37 @@ def test_a_wrapper_that_moves_weights_behind_the_inner_step_is_followed_itself()
     assert not same(start, mask_copies(model))
 
 
+@pytest.mark.parametrize("method", [SRigL, SET])
+@pytest.mark.parametrize("way", ["inner", "no hooks"])
+def test_a_wrapper_that_moves_weights_unseen_is_said(way: str, method: Any, caplog: pytest.LogCaptureFixture) -> None:
+    class Hookless(Passing):
+        def __init__(self, optimizer: Optimizer) -> None:
+            super().__init__(optimizer)
+            self.inner, self.count, self.slow = optimizer, 0, [p.detach().clone() for p in model.parameters()]
+
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:
+            self.inner.step()
+            self.count += 1
+            if self.count % 2 == 0:
+                for parameter, slow in zip(model.parameters(), self.slow, strict=True):
+                    parameter.data.lerp_(slow, 0.5)
+                    slow.copy_(parameter)
+
+    model = mlp()
+    optimizer: Any = Lookahead(_sgd(model)) if way == "inner" else Hookless(_sgd(model))
+    method(model, optimizer.inner if way == "inner" else optimizer, **OPTIONS)
+    train(model, optimizer, batches(4))
+    assert not caplog.records
+    with pytest.raises(InvariantError, match=r"0\.weight: \d+ weights off the mask are not zero"):
+        verify(model)
+    train(model, optimizer, batches(7))
+    assert [record.message.partition(" were")[0] for record in caplog.records] == ["weights of 0.weight"]
+    optimizer.zero_grad()
+    optimizer.inner.step()
+    verify(model)
+
+
 @pytest.mark.parametrize("by_closure", [False, True])
 @pytest.mark.parametrize("inner", [False, True])
 def test_the_two_steps_of_sam_count_once(inner: bool, by_closure: bool) -> None:

@@ -33,7 +33,6 @@ TWO = (
     "unused",
     "one_layer_at_a_time",
     "second_order",
-    "failing_updates",
     "save",
 )
 FOUR = (*ANY_NUMBER, "like_one_process_in_short", "resume_and_save")
