@@ -219,7 +219,8 @@ class MaskEngine:
         handle.mask.copy_(new)
         if managed.slices is not None:
             staying = staying[managed.slices]
-        keep_only(managed.own(handle.weight), staying)
+        keep_only(own := managed.own(handle.weight), staying)
+        managed.weight_version = own._version
         managed.project_gradient()
         self._states.begin_anew(managed, staying)
         managed.know_mask()
@@ -402,6 +403,8 @@ class MaskEngine:
         """Set weight, gradient and state to zero off the mask as it is now."""
         weight = managed.handle.weight
         managed.project(weight)
+        # Not again before the first step: a second backward would miss the weight as it was.
+        managed.weight_version = managed.own(weight)._version
         managed.project_gradient()
         self._states.mask(managed, force=True)
         managed.know_mask()

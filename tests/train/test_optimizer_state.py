@@ -318,6 +318,38 @@ def test_a_second_backward_passes_through_the_mask() -> None:
     assert products[0].any()
 
 
+class Curved(Simple):
+    """As AdaHessian: takes a second derivative inside its step."""
+
+    @torch.enable_grad()
+    def step(self, closure: Any = None) -> Any:
+        weights = [parameter for group in self.param_groups for parameter in group["params"]]
+        slopes = [parameter.grad for parameter in weights]
+        curves = torch.autograd.grad(slopes, weights, grad_outputs=[torch.ones_like(each) for each in weights])
+        for parameter, slope, curve in zip(weights, slopes, curves, strict=True):
+            assert slope is not None
+            mean = self.state[parameter].setdefault("exp_avg", torch.zeros_like(parameter))
+            with torch.no_grad():
+                parameter.sub_(0.01 * mean.lerp_(slope, 0.1) / (1.0 + curve.square()))
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("method", [Static, RigL])
+def test_a_second_derivative_inside_the_step(method: Any) -> None:
+    model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), *_square())  # whose weight the backward passes through
+    optimizer = Curved(model.parameters())
+    trainer = method(model, optimizer, total_steps=100, update_every=3, drop_fraction=0.5)
+    before = model.get_parameter("2.weight").detach().clone()
+    for x in batches(8):
+        optimizer.zero_grad()
+        torch.autograd.backward(model(x).tanh().square().sum(), create_graph=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        verify(model, optimizer)
+    assert trainer.last_update == (6 if method is RigL else None)
+    assert not torch.equal(before, model.get_parameter("2.weight"))
+
+
 def test_views_end_with_their_optimizers() -> None:
     optimizer = Ratio([nn.Parameter(torch.ones(3, 2))])
     assert OptimizerState.of(optimizer) is OptimizerState.of(optimizer)
