@@ -38,7 +38,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     ),
     "a module's state_dict": ("_metadata",),
     "a storage": ("_cdata",),
-    "a tensor": ("_version",),
+    "a tensor": ("_backward_hooks", "_post_accumulate_grad_hooks", "_version"),
     "an operator": ("_schema",),
     "an optimizer": ("_optimizer_step_post_hooks",),
     "torch.ops.aten": (

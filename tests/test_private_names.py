@@ -104,6 +104,17 @@ def test_a_storage_counts_its_users_and_has_one_address() -> None:
     assert count(storage._cdata) == alone
 
 
+def test_hooks_of_a_tensor_that_was_swapped_come_back_when_their_dicts_are_assigned() -> None:
+    calls = []
+    p, q = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    p.register_hook(lambda _: calls.append("early"))  # type: ignore[no-untyped-call]
+    p.register_post_accumulate_grad_hook(lambda _: calls.append("late"))  # type: ignore[no-untyped-call]
+    torch.utils.swap_tensors(p, q)  # type: ignore[no-untyped-call]
+    p._backward_hooks, p._post_accumulate_grad_hooks = p._backward_hooks, p._post_accumulate_grad_hooks
+    p.sum().backward()
+    assert calls == ["early", "late"]
+
+
 def test_a_tensor_counts_its_writes() -> None:
     x = torch.zeros(4)
     before = x._version

@@ -221,6 +221,7 @@ def _revive_hooks(parameter: nn.Parameter) -> None:
     torch keeps the hooks in dicts beside the parameter, and tells the content of a dict when its first hook is
     registered: registering one more is not enough after a swap. The other tensor keeps calling the dict, too.
     """
-    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if (hooks := getattr(parameter, name)) is not None:
-            setattr(parameter, name, hooks)
+    if (early := parameter._backward_hooks) is not None:
+        parameter._backward_hooks = early
+    if (late := parameter._post_accumulate_grad_hooks) is not None:
+        parameter._post_accumulate_grad_hooks = late
