@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 from srigl_fx.errors import VersionError
 
 OLDEST, NEWEST = (2, 9), (2, 14)
-"""The minor releases of PyTorch that all tests were run on, and all between them (docs/versions.md)."""
+"""The oldest and the newest minor release of PyTorch that were tried; docs/versions.md says with which tests."""
 
 PRIVATE: dict[str, tuple[str, ...]] = {
     "torch": ("_weight_norm",),
