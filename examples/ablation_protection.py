@@ -318,7 +318,8 @@ def _lines(task: str, rows: dict[tuple[str, int], dict[str, str]]) -> Iterator[s
 def _shown(value: analysis.Estimate | None, digits: int) -> str:
     if value is None:
         return "-"
-    return f"{value.mean:.{digits}f}" + ("" if math.isnan(value.half_width) else f" ± {value.half_width:.{digits}f}")
+    mean = round(value.mean, digits) + 0.0  # no minus before zero
+    return f"{mean:.{digits}f}" + ("" if math.isnan(value.half_width) else f" ± {value.half_width:.{digits}f}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -201,8 +201,11 @@ class _Frame:
         if node.op == "placeholder":
             if self.root:
                 return self.flow._make("input", ()) if node.users else None
-            # Of an argument that the trace has left out, torch.fx numbers the name; nothing reads it.
-            return self.bound.get(str(node.target).lstrip("*"))
+            # Of an argument that the trace has left out, torch.fx numbers the name; nothing reads it. One that is read
+            # and was not given must be data: no way through the forward fits the call better.
+            given = self.bound.get(str(node.target).lstrip("*"))
+            missing = given is None and node.users and not str(node.target).startswith("*")
+            return self.flow._make("input", ()) if missing else given
         if node.op == "get_attr":
             found = self.trace.constants.get(str(node.target), _resolve(self.module, str(node.target)))
             return _Weights(frozenset([id(found)])) if isinstance(found, Tensor) else None

@@ -314,7 +314,7 @@ def test_transformers(name: str) -> None:
         "bert": {
             "attention": ["query", "key", "value"],
             "stream": ["attention.output.dense", "0.output.dense"],
-            "width": ["intermediate.dense"],
+            "width": ["intermediate.dense", "pooler.dense"],
         },
         "vit": {
             "attention": ["q_proj", "k_proj", "v_proj"],
