@@ -61,14 +61,14 @@ def roles_of(model: nn.Module, ways: Ways) -> dict[int, Role]:
 
 def _role(written: Value, skips: set[Value]) -> Role | None:
     """What becomes of the neurons that a contraction writes."""
-    reached = _readers(written, through_norms=True)
-    if reached & skips:
+    reached = _readers(written, through_norms=True, until=skips)
+    if not reached.isdisjoint(skips):
         return "stream"
     if any(value.sort == "product" for value in reached):
         return "attention"
     if any(value.sort == "unknown" for value in reached):
         return None
-    readers = {value for value in _readers(written, through_norms=False) if not _keeps_apart(value)}
+    readers = {value for value in _readers(written, through_norms=False, until=set()) if not _keeps_apart(value)}
     return "normalised" if readers and all(value.sort == "norm" for value in readers) else "width"
 
 
@@ -77,8 +77,8 @@ def _keeps_apart(value: Value) -> bool:
     return value.sort in ("elementwise", "sum") and bool(value.users)
 
 
-def _readers(written: Value, *, through_norms: bool) -> set[Value]:
-    """All that the neurons meet: what they are passed on through, and what mixes them; outputs count as they are."""
+def _readers(written: Value, *, through_norms: bool, until: set[Value]) -> set[Value]:
+    """All that the neurons meet, up to the first of ``until``: what passes them on, and what mixes them."""
     found: set[Value] = set()
     pending = [written]
     while pending:
@@ -86,6 +86,8 @@ def _readers(written: Value, *, through_norms: bool) -> set[Value]:
         for user in value.users:
             if user not in found:
                 found.add(user)
+                if user in until:
+                    return found
                 if user.sort in ("elementwise", "sum") or (through_norms and user.sort == "norm"):
                     pending.append(user)
     return found
@@ -105,6 +107,14 @@ def _skips(values: list[Value]) -> set[Value]:
         ancestors.append(own | _union(ancestors, at))
         sources.append(own if value.sort == "input" else _union(sources, at))
         heads.append(own if mixes or value.sort == "input" else own | _union(heads, at))
+    given = sum(1 << value.place for value in values if value.sort == "input")
+    contractions = sum(1 << value.place for value in values if value.sort == "contraction")
+
+    def projects(short: int, long: int) -> bool:
+        """Whether a contraction that the shorter side is reads what the longer side was made from."""
+        read = (values[place].inputs for place in _places(heads[short] & contractions))
+        return any(_union(heads, [each.place for each in inputs]) & ancestors[long] for inputs in read)
+
     found = set()
     for value in values:
         if value.sort != "sum" or len(value.inputs) != 2:
@@ -114,13 +124,7 @@ def _skips(values: list[Value]) -> set[Value]:
             continue
         shared = heads[short] & ancestors[long]
         covers = not sources[long] & ~sources[short]
-        plain = any(values[place].sort != "input" or covers for place in _places(shared))
-        projected = covers and any(
-            values[place].sort == "contraction"
-            and _union(heads, [i.place for i in values[place].inputs]) & ancestors[long]
-            for place in _places(heads[short])
-        )
-        if plain or projected:
+        if shared & ~given or (shared and covers) or (covers and projects(short, long)):
             found.add(value)
     return found
 
