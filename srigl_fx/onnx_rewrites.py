@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
-from srigl_fx.passes.condensed_nodes import settled_padding
+from srigl_fx.passes.condensed_nodes import set_arguments, settled_padding
 from srigl_fx.passes.program import arguments, new_buffer, tensor_at
 
 aten = torch.ops.aten
@@ -20,6 +20,12 @@ aten = torch.ops.aten
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 _CONVOLUTIONS = frozenset(
     {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, torch.ops.srigl_fx.condensed_conv.default}
+)
+_TRANSPOSED = frozenset(
+    {
+        *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
+        *(aten.convolution.default, torch.ops.srigl_fx.condensed_conv.default),
+    }
 )
 _SPLITS = frozenset({aten.split.Tensor, aten.unsafe_split.Tensor})
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
@@ -37,6 +43,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     5. Integers that are subtracted from a float (``1.0 - mask``) become floats first: type promotion fails on
        ``rsub``, which has no overload of that order.
     6. Padding of condensed weights that is no longer zero is zero again: the fallback adds it.
+    7. Output padding of a transposed convolution that is its stride or more, which ONNX Runtime does not take, becomes
+       zeros after its data: each of them makes the output longer by a stride.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -68,6 +76,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
                 node.replace_input_with(
                     given, graph.call_function(aten._to_copy.default, (given,), {"dtype": _dtype(node)})
                 )
+        elif node.target in _TRANSPOSED and arguments(node).get("transposed", True):
+            _extend(graph, node)
         elif node.target is aten.instance_norm.default and arguments(node)["use_input_stats"]:
             normalised.append(node)
     rewritten = fx.GraphModule(module, graph)
@@ -79,6 +89,24 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     rewritten.recompile()
     return rewritten
+
+
+def _extend(graph: fx.Graph, node: fx.Node) -> None:
+    """Zeros after the data of a transposed convolution instead of output padding by whole strides."""
+    given = arguments(node)
+    data = node.args[0]
+    assert isinstance(data, fx.Node)
+    rank = len(given["weight_shape"] if "weight_shape" in given else given["weight"].meta["val"].shape) - 2
+    strides, extra = (list(given[name]) or [0] for name in ("stride", "output_padding"))
+    strides, extra = (numbers * rank if len(numbers) == 1 else numbers for numbers in (strides, extra))
+    more = [added // stride for added, stride in zip(extra, strides, strict=True)]
+    if any(more):
+        zeros = [number for count in reversed(more) for number in (0, count)]
+        with graph.inserting_before(node):
+            longer = graph.call_function(aten.constant_pad_nd.default, (data, zeros))
+        longer.meta["val"] = aten.constant_pad_nd.default(data.meta["val"], zeros)
+        node.update_arg(0, longer)
+        set_arguments(node, output_padding=[added % stride for added, stride in zip(extra, strides, strict=True)])
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

@@ -90,7 +90,8 @@ def conv_plan(geometry: Pointer) -> None:
     pointwise = True
     for axis in range(3):
         steps = geometry[KERNEL_D + axis] * geometry[STRIDE_D + axis] * geometry[SPACING_D + axis]
-        if steps > 1 or geometry[IN_D + axis] != geometry[OUT_D + axis]:
+        # Equal sizes do not tell: a transposed convolution may cut at the front what it adds at the end.
+        if steps > 1 or geometry[PAD_D + axis] != 0 or geometry[IN_D + axis] != geometry[OUT_D + axis]:
             pointwise = False
     geometry[POINTWISE] = pointwise
     if pointwise:
