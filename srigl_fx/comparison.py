@@ -31,15 +31,22 @@ def tolerance(value_dtype: torch.dtype, layers: int) -> float:
 def relative_error(expected: Any, got: Any) -> float:
     """The largest difference over the largest expected value; infinite where type, shape or NaNs differ.
 
+    Numbers that are not whole are compared as tensors are, complex ones by their absolute values; all else is equal or
+    not.
+
     Example:
         >>> relative_error(torch.tensor([1.0, -4.0]), torch.tensor([2.0, -4.0]))
         0.25
+        >>> relative_error(2.0, 2.5), relative_error(2, 3)
+        (0.25, inf)
     """
+    if isinstance(expected, float | complex) and isinstance(got, float | complex):
+        expected, got = (torch.tensor(number, dtype=torch.complex128) for number in (expected, got))
     if not isinstance(expected, Tensor):
         return 0.0 if not isinstance(got, Tensor) and expected == got else float("inf")
     if not isinstance(got, Tensor) or got.shape != expected.shape or got.dtype != expected.dtype:
         return float("inf")
-    if not expected.is_floating_point():
+    if not expected.is_floating_point() and not expected.is_complex():
         return 0.0 if torch.equal(expected, got) else float("inf")
     finite = expected.isfinite()
     same = (expected == got) | (expected.isnan() & got.isnan())
