@@ -5,17 +5,20 @@ its subject is: discovery and mask insertion work on a :class:`~srigl_fx.passes.
 lowering passes on a captured :class:`~srigl_fx.passes.program.Program`.
 
 One pass is one file and one class; its docstring lists the numbered rules it implements. A pipeline is one
-explicit tuple of passes: ``run((Discover(), AssignMasks(...), InsertMasks()), draft)``.
+explicit tuple of passes: ``run((Discover(), AssignBudgets(...), InsertMasks()), draft)``.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from srigl_fx.errors import PassError, SriglError
 
 Subject = TypeVar("Subject")
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +29,13 @@ class Note:
         where: The fully-qualified name of the weight, module or node concerned.
         reason: One sentence for the user's report.
         by: The pass that says so; filled in by the runner.
+        undone: Whether the pass failed, and what it did was undone; filled in by the runner.
     """
 
     where: str
     reason: str
     by: str = ""
+    undone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,12 @@ class Pass(ABC, Generic[Subject]):
 
     ``requires`` raises a :class:`~srigl_fx.errors.SriglError` where the subject is not fit for the pass, before
     anything is touched; ``run`` transforms; ``ensures`` checks the promise afterwards. Only ``run`` is mandatory.
+
+    Attributes:
+        only_improves: Whether the subject is right without the pass: then its failure is no reason to give up.
     """
+
+    only_improves = False
 
     @property
     def name(self) -> str:
@@ -73,6 +83,10 @@ def run(
 ) -> PassResult[Subject]:
     """Run ``passes`` in order and return the last subject with all notes.
 
+    Each pass works on a copy, where the subject has a method ``copy``, so that ``subject`` stays as it is. A pass that
+    only improves is undone where it fails: the next one gets what it got, and a note says so. What its ``requires``
+    refuses is raised all the same.
+
     Args:
         passes: In the order to run them.
         subject: What the first one gets.
@@ -83,36 +97,73 @@ def run(
         SriglError: As a pass raised it.
         PassError: Any other exception inside a pass, with the pass named and the cause chained.
 
+    In each case ``subject`` is as it was.
+
     Example:
         >>> class Double(Pass[int]):
         ...     def run(self, subject: int) -> PassResult[int]:
         ...         return PassResult(subject=2 * subject, changed=True, notes=(Note(where="x", reason="doubled"),))
-        >>> result = run((Double(), Double()), 3)
-        >>> result.subject, [note.by for note in result.notes]
-        (12, ['Double', 'Double'])
+        >>> class Halve(Pass[int]):
+        ...     only_improves = True
+        ...     def run(self, subject: int) -> PassResult[int]:
+        ...         raise ArithmeticError("not today")
+        >>> result = run((Double(), Halve(), Double()), 3)
+        >>> result.subject, [(note.by, note.undone) for note in result.notes]
+        (12, [('Double', False), ('Halve', True), ('Double', False)])
     """
     changed = False
     notes: list[Note] = []
     for step in passes:
         try:
-            step.requires(subject)
-            result = step.run(subject)
-            if not isinstance(result, PassResult):
-                raise TypeError(f"its run returned {type(result).__name__}, not a PassResult")
-            step.ensures(result.subject)
-            if check is not None:
-                check(step.name, result.subject)
-        except SriglError:
-            raise
-        except Exception as error:
-            raise PassError(
-                f"the pass {step.name} failed ({type(error).__name__}: {error}); {_advice(step)}, or leave it out of "
-                "the pipeline"
-            ) from error
+            result = _run_one(step, _own(subject), check)
+        except PassError as error:
+            if not step.only_improves:
+                raise
+            _LOGGER.debug("the pass %s was undone", step.name, exc_info=error)
+            notes.append(Note(where="the graph", reason=f"undone: {error}", by=step.name, undone=True))
+            continue
         subject = result.subject
         changed |= result.changed
-        notes += [Note(where=note.where, reason=note.reason, by=note.by or step.name) for note in result.notes]
+        notes += [replace(note, by=note.by or step.name) for note in result.notes]
     return PassResult(subject=subject, changed=changed, notes=tuple(notes))
+
+
+def _own(subject: Subject) -> Subject:
+    copy: Callable[[], Subject] | None = getattr(subject, "copy", None)
+    return subject if copy is None else copy()
+
+
+def _run_one(
+    step: Pass[Subject], subject: Subject, check: Callable[[str, Subject], None] | None
+) -> PassResult[Subject]:
+    started = False
+    try:
+        step.requires(subject)
+        started = True
+        result = step.run(subject)
+        if not isinstance(result, PassResult):
+            raise TypeError(f"its run returned {type(result).__name__}, not a PassResult")
+        step.ensures(result.subject)
+        if check is not None:
+            check(step.name, result.subject)
+    except Exception as error:
+        refused = isinstance(error, SriglError) and not (started and step.only_improves)
+        if refused or isinstance(error, PassError):
+            raise
+        raise PassError(
+            f"the pass {step.name} failed ({brief(error)}); {_advice(step)}, or leave it out of the pipeline"
+        ) from error
+    return result
+
+
+def brief(error: BaseException) -> str:
+    """The type of an exception and the first line of what it says.
+
+    Example:
+        >>> brief(ValueError("too small")), brief(KeyError())
+        ('ValueError: too small', 'KeyError')
+    """
+    return next(iter(f"{type(error).__name__}: {error}".removesuffix(": ").splitlines()))
 
 
 def _advice(step: Pass[Subject]) -> str:

@@ -4,7 +4,7 @@ Owns the plan of one ``sparsify`` call. Until :class:`~srigl_fx.passes.insert_ma
 only read, so an error of any earlier pass leaves it as it was.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
@@ -50,3 +50,13 @@ class Draft:
     records: dict[str, WeightRecord] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+
+    def copy(self) -> "Draft":
+        """The same plan for the same model, to be changed by itself."""
+        return replace(
+            self,
+            findings=list(self.findings),
+            records=dict(self.records),
+            masks=dict(self.masks),
+            values=dict(self.values),
+        )

@@ -46,6 +46,8 @@ class FeatureMajor(Pass[Program]):
         min_samples: From how many samples on a layer's output is made feature-major.
     """
 
+    only_improves = True
+
     def __init__(self, batch: int | None = None, min_samples: int = 16) -> None:
         self.batch = batch
         self.min_samples = min_samples

@@ -42,6 +42,8 @@ class FoldBatchNorm(Pass[Program]):
        dtype than the layer's, and a batch norm after anything else.
     """
 
+    only_improves = True
+
     def run(self, subject: Program) -> PassResult[Program]:
         """Rewrite the graph in place."""
         module, notes, changed = subject.module, [], False

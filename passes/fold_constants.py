@@ -41,6 +41,8 @@ class FoldConstants(Pass[Program]):
        shape changes, it counts as dense, with a note.
     """
 
+    only_improves = True
+
     def requires(self, subject: Program) -> None:
         """The model must have masks, float32 weights on the CPU, no values off the mask, and a constant fan-in."""
         weights = sparse_weights(subject.model)

@@ -51,6 +51,8 @@ class FuseEpilogues(Pass[Program]):
        an operator between the two writes into its operand.
     """
 
+    only_improves = True
+
     def run(self, subject: Program) -> PassResult[Program]:
         """Rewrite the graph in place."""
         graph, notes, changed = subject.module.graph, [], False

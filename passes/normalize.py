@@ -48,6 +48,8 @@ class Normalize(Pass[Program]):
     6. Nodes without users or effects go.
     """
 
+    only_improves = True
+
     def run(self, subject: Program) -> PassResult[Program]:
         """Rewrite the graph in place."""
         graph = subject.module.graph

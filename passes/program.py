@@ -4,8 +4,9 @@ Owns :class:`Program` and what its passes share: finding a tensor by name, readi
 another batch size. It must not know how a graph is captured, nor what is decided for a layer.
 """
 
+import copy
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -183,6 +184,32 @@ class Program:
         sized += [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
         return sized[0] if sized else 1
 
+    def copy(self) -> "Program":
+        """The same program with a graph of its own; tensors, values of nodes and records are shared.
+
+        Example:
+            >>> from srigl_fx.passes.capture import capture
+            >>> program = capture(nn.Linear(3, 2).eval(), (torch.ones(2, 3),))
+            >>> copied = program.copy()
+            >>> copied.module.graph is program.module.graph, copied.module.weight is program.module.weight
+            (False, True)
+        """
+        module, nodes = copy_module(self.module)
+        return replace(
+            self,
+            module=module,
+            masked=dict(self.masked),
+            folded=dict(self.folded),
+            layers=[
+                replace(
+                    layer,
+                    uses=[replace(use, node=nodes.get(use.node, use.node)) for use in layer.uses],
+                    others=list(layer.others),
+                )
+                for layer in self.layers
+            ],
+        )
+
     def inputs(self, batch: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example inputs; with ``batch``, their samples repeated or cut to that many."""
         if batch is None or not self.dynamic:
@@ -192,6 +219,26 @@ class Program:
             [resize(leaf, batch) if batched else leaf for leaf, batched in zip(leaves, self.batched, strict=True)], spec
         )
         return args, kwargs
+
+
+def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A module with a copy of the graph and the tensors that it reads, and the new nodes by the old ones.
+
+    The graphs of branches are copied too; nodes keep their names and values.
+    """
+    graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
+    returned = graph.graph_copy(module.graph, nodes)
+    (last,) = module.graph.find_nodes(op="output")
+    nodes[last] = graph.output(returned)
+    nodes[last].meta = dict(last.meta)
+    graph.set_codegen(copy.copy(module.graph._codegen))
+    copied = fx.GraphModule(module, graph)
+    for node in graph.find_nodes(op="get_attr"):
+        owner, _, attr = str(node.target).rpartition(".")
+        branch = attribute_at(module, str(node.target))
+        if isinstance(branch, fx.GraphModule):
+            setattr(copied.get_submodule(owner), attr, copy_module(branch)[0])
+    return copied, nodes
 
 
 def resize(tensor: Tensor, batch: int) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor, fx
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from srigl_fx.errors import PassError, SriglError
-from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.errors import PassError
+from srigl_fx.passes.base import Note, Pass, PassResult, brief
 from srigl_fx.passes.channels.contraction_flow import contract
 from srigl_fx.passes.channels.flow import Flow, Site, concrete
 from srigl_fx.passes.channels.links import removal_links
@@ -30,9 +30,6 @@ from srigl_fx.passes.removal import Removal, Removals
 _READERS = CONVOLUTIONS | TRANSPOSED | PRODUCTS | {
     "linear", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "mean", "sum", "rms_norm",
 }  # fmt: skip
-
-
-FAILED = "no channels were removed"
 
 
 class RemoveDead(Pass[Program]):
@@ -61,26 +58,15 @@ class RemoveDead(Pass[Program]):
        stay.
     """
 
-    def run(self, subject: Program) -> PassResult[Program]:
-        """Rewrite the graph in place and enter what was removed in ``subject.removals``.
+    only_improves = True
 
-        Where the decision itself fails, the graph stays as it is, and a note says why.
-        """
+    def run(self, subject: Program) -> PassResult[Program]:
+        """Rewrite the graph in place and enter what was removed in ``subject.removals``."""
         module = subject.module
         _one_user_each(module)
         before = _size(subject)
-        try:
-            flow, decision, moves, known = _decide(subject)
-            expected = _expected(flow, moves)
-        except SriglError:
-            _merge_readers(module)
-            raise
-        except Exception as error:  # an operator in a use nobody thought of: the model is right without the removal
-            _merge_readers(module)
-            module.recompile()
-            subject.removals = Removals(weights=(), channels=(0, 0), parameters=(before, before), flops=(0, 0))
-            note = Note(where="graph", reason=f"{FAILED}: {_first_line(error)}")
-            return PassResult(subject=subject, changed=False, notes=(note,))
+        flow, decision, moves, known = _decide(subject)
+        expected = _expected(flow, moves)
         changed = bool(decision.removed.any())
         entries = [_removal(subject, site, decision) for site in flow.sites]
         links = removal_links(flow.sites, decision)
@@ -107,10 +93,6 @@ def _decide(program: Program) -> tuple[Flow, Removable, Moves, dict[fx.Node, Con
     flow = Transport(program, independent, contract).run()
     decision = Removable(program, flow, flow.channels.resolve(), known)
     return flow, decision, _feasible(program, flow, decision), known
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(f"{type(error).__name__}: {error}".splitlines()))
 
 
 def _one_user_each(module: fx.GraphModule) -> None:
@@ -203,7 +185,7 @@ def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None
             except Exception as error:
                 raise PassError(
                     f"removing channels left {node.name} ({node.target}) with operands it cannot take "
-                    f"({_first_line(error)}); this is a defect: please report it with the model, or leave RemoveDead "
+                    f"({brief(error)}); this is a defect: please report it with the model, or leave RemoveDead "
                     "out"
                 ) from error
             if _shapes(value) != _shapes(node.meta["val"]):

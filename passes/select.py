@@ -66,6 +66,8 @@ class Select(Pass[Program]):
         estimates: Estimated times by weight name.
     """
 
+    only_improves = True
+
     def __init__(
         self, times: Mapping[str, Times], min_speedup: float, estimates: Mapping[str, Times] | None = None
     ) -> None:

@@ -30,6 +30,8 @@ class ToLinear(Pass[Program]):
        several.
     """
 
+    only_improves = True
+
     @torch.no_grad()
     def run(self, subject: Program) -> PassResult[Program]:
         """Rewrite the graph in place."""

@@ -39,8 +39,8 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
         >>> from srigl_fx.passes.capture import capture
         >>> from srigl_fx.passes.normalize import Normalize
         >>> program = capture(nn.Linear(3, 2).eval(), (torch.ones(2, 3),))
-        >>> run((Normalize(),), program, check=verifier(program)).subject is program
-        True
+        >>> run((Normalize(),), program, check=verifier(program)).notes
+        ()
     """
     sizes = [program.batch_size, program.batch_size + 2] if program.dynamic else [None]
     expected: list[tuple[int | None, list[Any]]] = [

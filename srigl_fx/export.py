@@ -49,7 +49,7 @@ class ExportReport:
         library_error: Largest difference between PyTorch and ONNX Runtime with the library, over the largest output;
             None where that was not checked.
         fallback_error: The same for an ONNX Runtime without the library.
-        notes: What could not be checked, and why.
+        notes: What could not be checked, and which passes failed and were undone, and why.
     """
 
     path: Path
@@ -166,6 +166,7 @@ def export_onnx(
             raise error from error.__cause__
         batched = []
         notes.append(f"the file takes the batch of the example inputs only; with any batch, {error}")
+    notes += [f"{note.by}: {note.reason}" for note in lowered.report.undone]
     contents = inspect_file(target)
     return ExportReport(
         path=target,

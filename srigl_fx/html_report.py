@@ -73,9 +73,6 @@ def lowering_page(plain: Plain, title: str = "Lowering report") -> str:
         for weight in weights
         for why, count in weight["kept"].items()
     ]
-    told = {(row["name"], row["reason"]) for row in rows}
-    tabled = {fqn for fqn, _, _ in stay}
-    notes = [note for note in plain["notes"] if not (note["where"] in tabled and "rows stay in" in note["reason"])]
     return _render(
         "lowering.html",
         title=title,
@@ -93,7 +90,7 @@ def lowering_page(plain: Plain, title: str = "Lowering report") -> str:
         work={name: _sums(removals[name] for removals in plain["removals"]) for name in _WORK},
         stay=sorted(stay, key=lambda item: -item[1]),
         attempts=plain["capture_failures"],
-        notes=_by_pass(notes, told),
+        notes=notes_by_pass(plain),
     )
 
 
@@ -188,11 +185,25 @@ def _latency_totals(layers: Iterable[Plain]) -> dict[str, dict[str, float]]:
     return totals
 
 
-def _by_pass(notes: Iterable[Plain], told: set[tuple[str, str]]) -> dict[str, list[Plain]]:
-    """The notes of each pass, but for those that the table of layers tells already."""
+def notes_by_pass(plain: Plain) -> dict[str, list[Plain]]:
+    """The notes of each pass in a lowering report's ``as_dict()``, passes that were undone first.
+
+    Those that the tables of layers and of removed channels tell already are left out.
+
+    Example:
+        >>> notes = [{"where": "fc", "reason": why, "by": "Select", "undone": False} for why in ("slow", "big")]
+        >>> layers = [{"fqn": "fc", "reason": "slow"}]
+        >>> [note["reason"] for note in notes_by_pass(
+        ...     {"notes": notes, "layers": layers, "others": [], "removals": []})["Select"]]
+        ['big']
+    """
+    told = {(layer["fqn"], layer["reason"]) for layer in (*plain["layers"], *plain["others"])}
+    weights = [weight for removals in plain["removals"] for weight in removals["weights"]]
+    tabled = {weight["fqn"] for weight in weights if weight["kept"]}
     grouped: dict[str, list[Plain]] = {}
-    for note in notes:
-        if (note["where"], note["reason"]) not in told:
+    for note in sorted(plain["notes"], key=lambda note: not note.get("undone", False)):
+        in_table = note["where"] in tabled and "rows stay in" in note["reason"]
+        if (note["where"], note["reason"]) not in told and not in_table:
             grouped.setdefault(note["by"], []).append(note)
     return grouped
 

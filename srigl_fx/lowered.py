@@ -18,7 +18,7 @@ import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs ca
 from srigl_fx import graph_file
 from srigl_fx.comparison import tolerance
 from srigl_fx.errors import LoweringError
-from srigl_fx.html_report import format_neurons, lowering_page, save_page
+from srigl_fx.html_report import format_neurons, lowering_page, notes_by_pass, save_page
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.capture import Failure, is_free
 from srigl_fx.passes.removal import Removals
@@ -26,6 +26,7 @@ from srigl_fx.removal_report import format_removals
 from srigl_fx.report import format_bytes, format_table
 
 _STATE = "srigl_fx"
+_TOLD = 20  # notes of one pass that the text of a report has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class LoweringReport:
         max_error: The largest difference from the masked model in the verification, over the largest output; None where
             it was not verified.
         removals: What became of dead channels, for each captured graph.
-        notes: What the passes did not do, and why.
+        notes: What the passes did not do, and why; first of all, which of them failed and were undone.
         capture_failures: The attempts to capture the model, or a part of it, that failed.
         value_dtype: What condensed values are stored in: "float32", "bfloat16" or "float16".
     """
@@ -96,6 +97,11 @@ class LoweringReport:
         """The largest ``max_error`` that the verification lets pass: 1e-4, or what rounding the values explains."""
         condensed = sum(layer.decision == "condensed" for layer in self.layers)
         return tolerance(getattr(torch, self.value_dtype), condensed)
+
+    @property
+    def undone(self) -> tuple[Note, ...]:
+        """The notes of passes that failed, so that what they did was undone: please report them with the model."""
+        return tuple(note for note in self.notes if note.undone)
 
     @property
     def bytes_before(self) -> int:
@@ -211,7 +217,17 @@ class LoweringReport:
         table += f"\n{total}{stored}; {self.capture}; {error}{format_speedups(self.expected_speedups)}"
         first = {failure.name: failure for failure in reversed(self.capture_failures)}
         failures = "\n".join(f"not captured ({one.attempt}): {one}" for one in reversed(first.values()))
-        return "\n\n".join(filter(None, (table, failures, format_removals(self.removals, in_parts=in_parts))))
+        removals = format_removals(self.removals, in_parts=in_parts)
+        return "\n\n".join(filter(None, (table, failures, removals, self._format_notes())))
+
+    def _format_notes(self) -> str:
+        """What the tables do not tell, a line for each note."""
+        lines = []
+        for by, notes in notes_by_pass(self.as_dict()).items():
+            lines += [f"{by}: {note['where']}: {note['reason']}" for note in notes[:_TOLD]]
+            if len(notes) > _TOLD:
+                lines.append(f"{by}: {len(notes) - _TOLD} more in .notes")
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.outline})"

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import relative_error
 from srigl_fx.compatibility import noted
-from srigl_fx.errors import LoweringError
+from srigl_fx.errors import LoweringError, SriglError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
@@ -142,42 +142,58 @@ def _lower_parts(
         raise uncapturable(model, attempts)
     leading = [leaf.shape[0] for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.dim()]
 
-    def lower_one(program: Program, part: nn.Module) -> LoweredModule:
+    def lower_one(program: Program, part: nn.Module, each_pass: bool) -> LoweredModule:
         batch = program.batch_size if program.dynamic else None
         sizes = options.batch_sizes if leading and batch == leading[0] else None
-        check = verifier(replace(program, model=part)) if options.verify == "each pass" else None
+        check = verifier(replace(program, model=part)) if each_pass or options.verify == "each pass" else None
         return _run_passes(program, replace(options, batch_sizes=sizes), check)[0]
 
     return lower_regions(model, args, kwargs, attempts, lower_one, verify=bool(options.verify))
 
 
-def _lower_program(program: Program, options: _Options, failures: tuple[Failure, ...]) -> LoweredModule:
+def _lower_program(captured: Program, options: _Options, failures: tuple[Failure, ...]) -> LoweredModule:
     """Lower a model captured whole; ``failures`` are the attempts to capture it that came before."""
-    check = verifier(program) if options.verify == "each pass" else None
-    lowered, program = _run_passes(program, options, check)
-    report = replace(lowered.report, capture_failures=failures)
+    check = verifier(captured) if options.verify == "each pass" else None
+    lowered, program = _run_passes(captured, options, check)
+    error: float | None = None
     if options.verify:
-        report = replace(report, max_error=_verify(program, lowered))
+        try:
+            error = _verify(program, lowered)
+        except LoweringError as wrong:
+            if check is not None:
+                raise
+            lowered, error = _without_what_is_wrong(captured, options, wrong)
+    report = replace(lowered.report, capture_failures=failures, max_error=error)
     return LoweredModule.build(lowered, report, lowered.inputs)
 
 
+def _without_what_is_wrong(captured: Program, options: _Options, wrong: LoweringError) -> tuple[LoweredModule, float]:
+    """Lower once more, without the passes after which the outputs differ; raise ``wrong`` where that is no remedy."""
+    try:
+        lowered, program = _run_passes(captured, options, verifier(captured))
+        return lowered, _verify(program, lowered)
+    except SriglError:
+        raise wrong from None
+
+
 def _run_passes(
-    program: Program, options: _Options, check: Callable[[str, Program], None] | None
+    captured: Program, options: _Options, check: Callable[[str, Program], None] | None
 ) -> tuple[LoweredModule, Program]:
-    """Lower one captured graph; the program is what its passes made of it."""
-    inputs = describe_inputs([n.meta.get("val") for n in program.module.graph.nodes if n.op == "placeholder"])
-    rewritten = run(options.passes, program, check=check)
-    program = run((MatchWeights(),), rewritten.subject).subject
+    """Lower one captured graph, which stays as it is; the program is what its passes made of it."""
+    inputs = describe_inputs([n.meta.get("val") for n in captured.module.graph.nodes if n.op == "placeholder"])
+    rewritten = run(options.passes, captured, check=check)
+    matched = run((MatchWeights(),), rewritten.subject)
+    program = matched.subject
     program.value_dtype = options.value_dtype
     refuse_overflow(program)
     costs = _costs(program, options)
     min_speedup = 1.0 if options.min_speedup == "auto" else options.min_speedup
     select = Select(costs.measured, min_speedup, costs.estimated)
-    program = run((select, Condense()), program, check=check).subject
     batch = min(options.batch_sizes) if options.batch_sizes else None
-    finished = run((FuseEpilogues(), FeatureMajor(batch)), program, check=check)
+    finished = run((select, Condense(), FuseEpilogues(), FeatureMajor(batch)), program, check=check)
     program = finished.subject
-    return LoweredModule.build(program.module, _report(program, rewritten.notes + finished.notes), inputs), program
+    report = _report(program, rewritten.notes + matched.notes + finished.notes)
+    return LoweredModule.build(program.module, report, inputs), program
 
 
 @noted

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import relative_error
-from srigl_fx.errors import LoweringError
+from srigl_fx.errors import LoweringError, SriglError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowered_regions import LoweredRegions, assemble
 from srigl_fx.masks.records import SparseWeight, sparse_weights
@@ -40,7 +40,7 @@ def lower_regions(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     attempts: Capture,
-    lower_one: Callable[[Program, nn.Module], LoweredModule],
+    lower_one: Callable[[Program, nn.Module, bool], LoweredModule],
     *,
     verify: bool,
 ) -> LoweredRegions:
@@ -54,8 +54,8 @@ def lower_regions(
         args: Example arguments.
         kwargs: Example keyword arguments.
         attempts: What came of the attempts to capture the model whole.
-        lower_one: Lowers one graph, captured from the sub-module it is given too; its report is on all the weights of
-            the model.
+        lower_one: Lowers one graph, captured from the sub-module it is given too; True has the outputs compared after
+            each pass. Its report is on all the weights of the model.
         verify: Put the largest error into the report, and raise where it is beyond the tolerance.
 
     Raises:
@@ -94,16 +94,32 @@ def lower_regions(
     )
 
 
-def _lower_one(region: Region, lower_one: Callable[[Program, nn.Module], LoweredModule], *, verify: bool) -> _Lowered:
+def _lower_one(
+    region: Region, lower_one: Callable[[Program, nn.Module, bool], LoweredModule], *, verify: bool
+) -> _Lowered:
     """Lower a region; its report is on the weights that its graph reads."""
+    try:
+        return _attempt(region, lower_one, each_pass=False, verify=verify)
+    except LoweringError as wrong:
+        try:
+            return _attempt(region, lower_one, each_pass=True, verify=verify)
+        except SriglError:
+            raise wrong from None
+
+
+def _attempt(
+    region: Region, lower_one: Callable[[Program, nn.Module, bool], LoweredModule], *, each_pass: bool, verify: bool
+) -> _Lowered:
     owned = {id(tensor) for tensor in region.program.module.parameters()}
     read = {weight.fqn for weight in sparse_weights(region.program.model) if id(weight.weight) in owned}
-    graph = lower_one(region.program, region.module)
+    elsewhere = {weight.fqn for weight in sparse_weights(region.program.model)} - read
+    graph = lower_one(region.program, region.module, each_pass)
     inside = region.name + "."
     report = replace(
         graph.report,
         layers=tuple(replace(one, region=region.name) for one in graph.report.layers if one.fqn in read),
         others=tuple(one for one in graph.report.others if one.fqn.startswith(inside)),
+        notes=tuple(note for note in graph.report.notes if note.where not in elsewhere),
     )
     inputs = [item and {**item, "any_rank": True} for item in graph.inputs] if region.any_rank else graph.inputs
     built = LoweredModule.build(graph, report, inputs)

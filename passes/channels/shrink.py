@@ -27,6 +27,9 @@ class Shrink:
     ) -> None:
         self.program, self.flow, self.decision, self.moves, self.known = program, flow, decision, moves, known
         self._made: dict[Any, str] = {}
+        # What nodes put in between would hide: the data of a node is the one that the flow knows only until then.
+        self._maps = {site.node: self._map(site) for site in flow.sites if site.data is not None and not site.coupled}
+        self._norms = [node for node in program.module.graph.nodes if plain_name(node.target) == "group_norm"]
 
     def apply(self) -> None:
         """Rewrite the graph."""
@@ -43,13 +46,11 @@ class Shrink:
                     pairing.node.kwargs = {**pairing.node.kwargs, "scale": width**-0.5}
         for reading in self.flow.readings:
             self._reading(reading)
-        for node in list(self.program.module.graph.nodes):
-            if plain_name(node.target) == "group_norm":
-                data = arguments(node)["input"]
-                before, after = shape_of(data)[1], self._left(data)[1]
-                if before != after:
-                    groups = arguments(node)["num_groups"] * after // before
-                    node.args = (node.args[0], groups, *node.args[2:])
+        for node in self._norms:
+            before, after = shape_of(node)[1], self._left(node)[1]
+            if before != after:
+                groups = arguments(node)["num_groups"] * after // before
+                node.args = (node.args[0], groups, *node.args[2:])
 
     def _left(self, node: fx.Node) -> list[int]:
         return self.moves.shape(shape_of(node), self.flow.ids[node])
@@ -84,7 +85,7 @@ class Shrink:
         fold = None if site.data is None or site.coupled else self.decision.fold(site)
         shift = post = None
         if fold is not None:
-            shift, post = self._contribution(site, fold, matrix), self._map(site, fold)
+            shift, post = self._contribution(site, fold, matrix), self._maps[site.node]
             matrix, mask = self._carry(site, fold, matrix, mask)
         cut = _cut(matrix, rows, columns)
         new_mask = None if mask is None else site.tensor(_cut(mask, rows, columns), kernel)
@@ -154,8 +155,9 @@ class Shrink:
                 mask[group, :, carrier] |= mask[group][:, carried].any(1)
         return matrix, mask
 
-    def _map(self, site: Site, fold: Fold) -> Tensor | None:
+    def _map(self, site: Site) -> Tensor | None:
         """What constant channels that are not uniform contribute, for batch 1."""
+        fold = self.decision.fold(site)
         if not bool(fold.mapped.any()) or site.data is None:
             return None
         constant = known_of(site.data, self.known)

@@ -133,7 +133,7 @@ def program_of(compose: Callable[[Any, Tensor], Any]) -> Program:
 
 def test_recorded_strides_are_those_of_the_values() -> None:
     program = program_of(lambda m, x: m.c(torch.sigmoid(m.a(x)) * m.b(x)))
-    run((FeatureMajor(),), program)
+    program = run((FeatureMajor(),), program).subject
     for node in program.module.graph.nodes:
         if node.target is torch.ops.aten.mul.Tensor or (node.target is LINEAR and arguments(node)["y_feature_major"]):
             assert str(node.meta["val"].stride()) == str((1, node.meta["val"].shape[0]))

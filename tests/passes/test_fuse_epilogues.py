@@ -60,6 +60,7 @@ def fused(program: Program) -> tuple[list[Epilogue], list[str]]:
     """The epilogues after the pass, which must not change what the graph computes, and the notes."""
     expected = program.module(program.args[0].clone())
     result = run((FuseEpilogues(),), program)
+    program = result.subject
     got = program.module(program.args[0].clone())
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
     values = [node.meta["val"] for node in condensed_nodes(program.module.graph)]

@@ -10,10 +10,9 @@ from passes_support import masked, relative_error, removed, shapes
 from torch import Tensor, nn
 
 from srigl_fx.masks.records import MASK_SUFFIX
-from srigl_fx.passes.channels.transport import Transport
+from srigl_fx.passes.channels.shrink import Shrink
 from srigl_fx.passes.program import Program, tensor_at
 from srigl_fx.passes.removal import Removal
-from srigl_fx.passes.remove_dead import FAILED
 
 
 class Net(nn.Module):
@@ -36,7 +35,7 @@ def cut(model: nn.Module, *inputs: Tensor, columns: dict[str, list[int]] | None 
         columns={f"layers.{name}.weight": found for name, found in (columns or {}).items()},
     )
     result = removed(model, inputs)
-    assert not any(note.reason.startswith(FAILED) for note in result.notes)
+    assert not any(note.undone for note in result.notes)
     program = result.subject
     for batch in (None, 1, 3, 7):
         assert relative_error(model, program, batch) < 1e-6
@@ -696,15 +695,75 @@ def test_what_depends_on_the_batch_size_is_not_constant(function: Callable[..., 
     outputs_of(function)
 
 
-def test_a_failed_decision_leaves_the_graph_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Transport, node: Any) -> Any:
-        raise ZeroDivisionError("the first line\nand another")
+def test_a_removal_that_fails_is_undone_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Shrink, site: Any) -> Any:
+        self.program.module.graph.erase_node(next(iter(self.program.module.graph.nodes)))
 
-    monkeypatch.setattr(Transport, "visit", fail)
+    monkeypatch.setattr(Shrink, "_site", fail)
     net = Net(lambda m, x: m["b"](F.relu(m["a"](x))), a=nn.Linear(5, 6), b=nn.Linear(6, 4))
     model = masked(net, {"layers.a.weight": [1, 2]})
     result = removed(model, (VECTOR,))
-    assert [note.reason for note in result.notes] == [f"{FAILED}: ZeroDivisionError: the first line"]
+    (note,) = result.notes
+    assert note.undone
+    assert note.by == "RemoveDead"
+    assert "RuntimeError: Tried to erase Node" in note.reason
     assert shapes(result.subject, "linear") == [(6, 5), (4, 6)]
     assert relative_error(model, result.subject, 3) == 0
-    assert result.subject.removals is not None
+    assert result.subject.removals is None
+
+
+BORDERS: dict[str, Callable[[int], tuple[nn.Module, Callable[[Tensor], Tensor]]]] = {
+    "uneven": lambda c: (nn.Conv2d(c, c, 3), lambda x: F.pad(x, (0, 1, 0, 1))),
+    "even": lambda c: (nn.Conv2d(c, c, 3), lambda x: F.pad(x, (1, 1, 1, 1))),
+    "causal": lambda c: (nn.Conv2d(c, c, (1, 2), dilation=2), lambda x: F.pad(x, (2, 0))),
+    "own": lambda c: (nn.Conv2d(c, c, 3, padding=1), lambda x: x),
+    "same": lambda c: (nn.Conv2d(c, c, 3, padding="same"), lambda x: x),
+    "transposed": lambda c: (nn.ConvTranspose2d(c, c, 3, padding=1), lambda x: x),
+}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "groups of four": lambda c: nn.GroupNorm(4, c),
+    "one group": lambda c: nn.GroupNorm(1, c),
+    "instance norm": lambda c: nn.InstanceNorm2d(c, affine=True),
+    "batch norm": nn.BatchNorm2d,
+    "none": lambda c: nn.Identity(),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("border", BORDERS.values(), ids=BORDERS)
+def test_constant_channels_at_borders_in_front_of_a_norm(
+    border: Callable[[int], tuple[nn.Module, Callable[[Tensor], Tensor]]], norm: Callable[[int], nn.Module]
+) -> None:
+    conv, pad = border(16)
+    model = masked(
+        Net(
+            lambda m, x: m["out"](F.relu(m["norm"](m["conv"](pad(F.relu(m["first"](x))))))),
+            first=nn.Conv2d(3, 16, 1),
+            conv=conv,
+            norm=norm(16),
+            out=nn.Conv2d(16, 2, 1),
+        ),
+        {"layers.first.weight": [3, 4, 5, 6]},
+    )
+    result = removed(model, (torch.randn(2, 3, 7, 6),))
+    assert not any(note.undone for note in result.notes)
+    for batch in (None, 1, 3):
+        assert relative_error(model, result.subject, batch) < 1e-5
+    assert shapes(result.subject, "conv")[0][0] <= 13  # at most one stays, to carry the others
+
+
+def test_a_constant_map_in_front_of_another_convolution() -> None:
+    """The second convolution reads the sum that the first one's map made: nothing lies in between."""
+    model = masked(
+        Net(
+            lambda m, x: m["third"](F.pad(m["second"](F.pad(F.relu(m["first"](x)), (0, 1, 0, 1))), (1, 0, 1, 0))),
+            first=nn.Conv2d(3, 16, 1),
+            second=nn.Conv2d(16, 16, 2),
+            third=nn.Conv2d(16, 4, 2),
+        ),
+        {"layers.first.weight": [3, 4, 5], "layers.second.weight": [0, 1, 2, 3, 4, 5, 6]},
+    )
+    result = removed(model, (torch.randn(2, 3, 2, 2),))
+    assert not any(note.undone for note in result.notes)
+    assert relative_error(model, result.subject, 3) < 1e-5
+    assert [shape[:2] for shape in shapes(result.subject, "conv")] == [(13, 3), (9, 13), (4, 9)]

@@ -12,7 +12,6 @@ from passes_support import relative_error, removed
 from torch import Tensor, nn
 
 from srigl_fx.masks.records import sparse_weights
-from srigl_fx.passes.remove_dead import FAILED
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,14 @@ IMAGE_KINDS = [
     "norm",
     "shuffle",
     "squeeze",
+    "uneven",
+    "causal",
+    "reflected",
+    "transposed",
+    "group norm",
+    "one group norm",
+    "instance norm",
+    "channels last norm",
 ]
 TOKEN_KINDS = ["linear", "add", "mul", "cat", "split", "layer norm", "attention", "glu", "heads", "first", "zero norm"]
 
@@ -66,6 +73,14 @@ class Random(nn.Module):
             "grouped": lambda: (nn.Conv2d(one, out, 1, groups=2, bias=bias), out),
             "norm": lambda: (nn.BatchNorm2d(one), one),
             "squeeze": lambda: (nn.Conv2d(one, one, 1, bias=bias), one),
+            "uneven": lambda: (nn.Conv2d(one, out, 2, bias=bias), out),
+            "causal": lambda: (nn.Conv2d(one, out, (1, 2), dilation=2, bias=bias), out),
+            "reflected": lambda: (nn.Conv2d(one, out, 3, padding=1, padding_mode="reflect", bias=bias), out),
+            "transposed": lambda: (nn.ConvTranspose2d(one, out, 3, padding=1, bias=bias), out),
+            "group norm": lambda: (nn.GroupNorm(2, one), one),
+            "one group norm": lambda: (nn.GroupNorm(1, one), one),
+            "instance norm": lambda: (nn.InstanceNorm2d(one, affine=bias), one),
+            "channels last norm": lambda: (nn.LayerNorm(one), one),
             "linear": lambda: (nn.Linear(one, out, bias=bias), out),
             "layer norm": lambda: (nn.LayerNorm(one), one),
             "attention": lambda: (nn.Linear(one, 3 * one, bias=bias), one),
@@ -104,6 +119,10 @@ class Random(nn.Module):
             return F.channel_shuffle(x, 2)
         if step.kind == "squeeze":
             return x * torch.sigmoid(layer(x.mean((2, 3), keepdim=True)))
+        if step.kind in ("uneven", "causal"):
+            x = F.pad(x, (0, 1, 0, 1) if step.kind == "uneven" else (2, 0, 0, 0), value=float(step.sources[1] % 2))
+        if step.kind == "channels last norm":
+            return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
         if step.kind == "attention":
             q, k, v = layer(x).reshape(*x.shape[:2], 3, 2, width // 2).permute(2, 0, 3, 1, 4)
             return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
@@ -138,7 +157,7 @@ def check(plan: list[Step], seed: int, *, image: bool) -> None:
             handle.weight.mul_(handle.mask)
     x = torch.randn(2, 4, 4, 4, generator=generator) if image else torch.randn(2, 3, 4, generator=generator)
     result = removed(model, (x,))
-    assert not any(note.reason.startswith(FAILED) for note in result.notes)
+    assert not any(note.undone for note in result.notes)
     program = result.subject
     for batch in (None, 1, 3):
         assert relative_error(model, program, batch) < 1e-5
