@@ -328,12 +328,13 @@ class MaskEngine:
                 continue
             if managed.parameter is None:
                 continue
-            own = managed.own(weight)
-            if own._version != managed.weight_version or self.watching or self._written:
+            own, grad = managed.own(weight), weight.grad
+            # Under backward(create_graph=True) a second backward needs the weight as it is: not without cause, then.
+            watched = (self.watching or self._written) and not (grad is not None and grad.requires_grad)
+            if own._version != managed.weight_version or watched:
                 stray = (own.ne(0) & ~managed.mask).any()
                 self._stray[managed.handle.fqn] = self._stray.get(managed.handle.fqn, stray) | stray
                 managed.project(weight)
-            grad = weight.grad
             if grad is not None and not managed.left_as(managed.own(grad)):
                 if not managed.arrived:
                     self._take_unseen(managed)
