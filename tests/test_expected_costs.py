@@ -8,6 +8,7 @@ from torch import nn
 import srigl_fx as sx
 from srigl_fx import lowering, measuring
 from srigl_fx.errors import LoweringError
+from srigl_fx.passes.program import Times
 from srigl_fx.runtime.cost_model import ONNXRUNTIME, Work, estimate
 
 
@@ -42,7 +43,7 @@ def test_auto_condenses_what_is_expected_to_gain_and_measures_nothing(monkeypatc
 
 
 def test_a_layer_that_loses_at_either_batch_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {1: {"dense": 4.0, "condensed": 1.0}, 16: {"dense": 1.0, "condensed": 2.0}}
+    given: Times = {1: {"dense": 4.0, "condensed": 1.0}, 16: {"dense": 1.0, "condensed": 2.0}}
     monkeypatch.setattr(
         lowering, "estimated_costs", lambda *_: measuring.Costs(measured={}, estimated={"0.weight": given})
     )

@@ -104,12 +104,13 @@ def test_a_transposed_convolution_takes_none_for_no_output_padding() -> None:
     active, bias = torch.arange(4, dtype=torch.int32), torch.zeros(4)
     settings = [4, 3, 2, 2], [2, 2], [0, 0], [1, 1], 1, None, "none", True
     x = torch.randn(1, 3, 5, 5)
+    neither: tuple[list[int] | None, ...] = ([], None)
     first, second = (
-        torch.ops.srigl_fx.condensed_conv(x, values, indices, active, bias, *settings, extra) for extra in ([], None)
+        torch.ops.srigl_fx.condensed_conv(x, values, indices, active, bias, *settings, extra) for extra in neither
     )
     assert torch.equal(first, second)
     gradients = []
-    for extra in ([], None):
+    for extra in neither:
         leaf = x.clone().requires_grad_()
         torch.ops.srigl_fx.condensed_conv(leaf, values, indices, active, bias, *settings, extra).sum().backward()
         gradients.append(leaf.grad)

@@ -336,7 +336,9 @@ class Curved(Simple):
 @pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("method", [Static, RigL])
 def test_a_second_derivative_inside_the_step(method: Any) -> None:
-    model = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), *_square())  # whose weight the backward passes through
+    model = nn.Sequential(
+        nn.Linear(24, 24), nn.Tanh(), *_square().children()
+    )  # whose weight the backward passes through
     optimizer = Curved(model.parameters())
     trainer = method(model, optimizer, total_steps=100, update_every=3, drop_fraction=0.5)
     before = model.get_parameter("2.weight").detach().clone()
