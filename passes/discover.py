@@ -19,7 +19,8 @@ Rules:
     8. The data flow through the whole model says what the neurons of each weight are to the rest of it
        (:mod:`srigl_fx.passes.sites.roles`).
     9. A weight that is transformed before it is used goes by what can be masked behind the transform
-       (:mod:`srigl_fx.passes.sites.transformed_weights`).
+       (:mod:`srigl_fx.passes.sites.transformed_weights`). One that ``torch.nn.utils.prune`` masks on its own stays
+       dense until that is made permanent.
 """
 
 import itertools
@@ -36,6 +37,7 @@ from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import ParametrizationList, type_before_parametrizations
 
 from srigl_fx.errors import SparsifyError
+from srigl_fx.masks.presence import pruned_by_torch
 from srigl_fx.masks.records import Role, WeightSite
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.draft import Draft, Finding
@@ -189,7 +191,7 @@ class _Evidence:
         evidence, transforms = self.transformed.settle(parameter, owner, evidence, layouts)
         holder = self.transformed.holder(parameter, owner)
         layouts += [use.layout for use in evidence if use.layout is not None]
-        reason, reached = self._why_dense(owner_name, owner, known, evidence, layouts)
+        reason, reached = self._why_dense(owner_name, owner, attr, known, evidence, layouts)
         if not reached and self.seen and id(parameter) not in self.seen and not isinstance(owner, ScriptModule):
             reason = f"no use of it was seen on the example inputs, and {reason}"
         layout = layouts[0] if layouts and len(set(layouts)) == 1 else Layout.usual("other", parameter.shape)
@@ -215,9 +217,14 @@ class _Evidence:
         return Finding(site=site, owner=holder, reason=reason, compensated=bool(reason), transforms=transforms)
 
     def _why_dense(
-        self, owner_name: str, owner: nn.Module, known: list[Known], uses: list[Use], layouts: list[Layout]
+        self, owner_name: str, owner: nn.Module, attr: str, known: list[Known], uses: list[Use], layouts: list[Layout]
     ) -> tuple[str, bool]:
         """(the reason the parameter can only stay dense or "", whether its use is understood)."""
+        if (pruned := pruned_by_torch(owner).get(attr)) is not None:
+            return (
+                f"torch.nn.utils.prune computes {pruned!r} from it: call prune.remove(layer, {pruned!r}) first",
+                False,
+            )
         reasons = [fact.reason for fact in known if fact.reason]
         if layouts and (reasons or any(use.kind == "lookup" for use in uses)):
             return "tied with an embedding table, which is looked up whole", True

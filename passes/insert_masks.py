@@ -12,6 +12,8 @@ Rules:
     5. Every found weight, dense ones too, leaves its record on its owner.
     6. Where a forward transforms a mask-managed weight, or a parametrisation does, what it makes of the weight is
        masked too (:mod:`srigl_fx.nn.effective`).
+    7. The model itself notes which of its weights have masks (:mod:`srigl_fx.masks.completeness`), and looks at a
+       state_dict as a whole before any of it is loaded.
 """
 
 import contextlib
@@ -20,20 +22,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from srigl_fx.errors import SparsifyError
 from srigl_fx.masks import invariants
+from srigl_fx.masks.completeness import note_masked
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, all_records, records_on, set_records
 from srigl_fx.nn import weight_norm
 from srigl_fx.nn.contraction import MaskedContraction
 from srigl_fx.nn.effective import Transform, attach_transforms, mixin_for
-from srigl_fx.nn.sparse_module import attach_masks, forget_loading, make_plain
+from srigl_fx.nn.following import holder_of
+from srigl_fx.nn.sparse_module import attach_holder, attach_masks, check_loading, make_plain
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.draft import Draft
 
 
 class InsertMasks(Pass[Draft]):
-    """Write masks, values, records and classes to the model (rules 1-6 of the module)."""
+    """Write masks, values, records and classes to the model (rules 1-7 of the module)."""
 
     def requires(self, subject: Draft) -> None:
         """No name may be taken; checked before anything is written."""
@@ -62,10 +67,15 @@ class InsertMasks(Pass[Draft]):
                 records = {fqn.removeprefix(prefix): subject.records[fqn] for fqn in names}
                 module = model.get_submodule(keeper)
                 attach_masks(module, masks, records, mixin_for(module))
+                if masks and isinstance(module, ParametrizationList):
+                    holder, attr = holder_of(keeper)
+                    attach_holder(model.get_submodule(holder), attr, module)
             for reader, found in readers.items():
                 attach_transforms(model.get_submodule(reader), tuple(found))
             if isinstance(model, fx.GraphModule):
                 _rewrite_graph(model, subject.records)
+            check_loading(model)
+            note_masked(model, subject.records.values())
             invariants.verify(model)
         except Exception as error:  # a user's class may refuse a buffer, another class or a write in any way it likes
             _undo(model, subject.records, [*readers, *keepers], former)
@@ -93,8 +103,9 @@ def _undo(model: nn.Module, records: dict[str, WeightRecord], written: list[str]
         weight_norm.guard(module, False, set(records_on(module)))
         if records_on(module):
             set_records(module, {})
+    note_masked(model, ())
+    for module in model.modules():
         make_plain(module)
-        forget_loading(module)
 
 
 def _by_reader(subject: Draft) -> dict[str, list[Transform]]:

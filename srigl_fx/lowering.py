@@ -18,6 +18,7 @@ from srigl_fx.compatibility import noted
 from srigl_fx.errors import LoweringError, SriglError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.lowered_regions import LoweredRegions
+from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
 from srigl_fx.measuring import Costs, estimated_costs, layer_costs
 from srigl_fx.passes.base import Note, Pass, run
@@ -92,7 +93,7 @@ def lower(
         LoweringError: Nothing to lower, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold, or
             outputs beyond the tolerance.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
-        InvariantError: Values off the mask, or rows with different fan-ins.
+        InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.
 
     Example:
         >>> import srigl_fx as sx
@@ -115,6 +116,7 @@ def lower(
         raise LoweringError(f"passes must be a tuple of graph passes, as (*LOWERING, MyPass()), not {passes!r}")
     with EXPORT_LOCK:
         _check_parameters(model)
+        invariants.check_sound(model)
         options = _Options(min_speedup, batch_sizes, value_dtype, verify, tuple(passes))
         args, kwargs = normalise_inputs(example_inputs)
         attempts = capture_whole(model, args, kwargs)

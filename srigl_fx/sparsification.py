@@ -116,6 +116,7 @@ def finalize(model: Model) -> Model:
     A trainer that is still attached is detached. The outputs do not change.
 
     Raises:
+        InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds.
         SparsifyError: If nothing in ``model`` was sparsified, its weights are spread over processes, or its own forward
             makes something else than zeros of zeros (weight standardisation does) and so cannot do without its masks.
 
@@ -134,6 +135,7 @@ def finalize(model: Model) -> Model:
     if not owners:
         raise SparsifyError(f"this {type(model).__name__} was not sparsified: there are no masks to take away")
     distributed.check_unwrapped(model, "finalize")
+    masks.invariants.check_sound(model)
     _check_replaceable(model)
     detach_from(model)
     masks.apply(model)
@@ -142,6 +144,7 @@ def finalize(model: Model) -> Model:
     for owner in owners.values():
         prepare_plain(owner)
         detach_masks(owner)
+    masks.completeness.note_masked(model, ())
     for module in model.modules():
         make_plain(module)
         if isinstance(module, fx.GraphModule):

@@ -12,6 +12,7 @@ from torch import nn
 
 from srigl_fx.errors import SriglError
 from srigl_fx.html_report import format_neurons, save_page, summary_page
+from srigl_fx.masks.invariants import check_sound
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, all_records
 from srigl_fx.report import format_bytes, format_table
 
@@ -151,6 +152,7 @@ def summary(model: nn.Module) -> Summary:
 
     Raises:
         SriglError: If nothing in ``model`` was sparsified.
+        InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: numbers would be wrong.
 
     Example:
         >>> import torch, srigl_fx as sx
@@ -168,6 +170,7 @@ def summary(model: nn.Module) -> Summary:
 
         if isinstance(report, LoweringReport):
             return Summary(tuple(_lowered_row(layer) for layer in (*report.layers, *report.others)))
+    check_sound(model)
     rows = [_row(fqn, owner, record) for fqn, owner, record in all_records(model)]
     if not rows:
         raise SriglError(f"nothing in this {type(model).__name__} was sparsified; call srigl_fx.sparsify(model) first")

@@ -4,23 +4,27 @@ Owns the view of a model as masked weights. It must not know how weights are dis
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from srigl_fx.masks import budgets, distributions, initialisation, invariants, records, shards, structures
+from srigl_fx.errors import InvariantError
+from srigl_fx.masks import budgets, completeness, distributions, initialisation, invariants, records, shards, structures
 from srigl_fx.masks.invariants import verify
 
 __all__ = [
     "apply",
     "budgets",
+    "completeness",
     "distributions",
     "initialisation",
     "invariants",
     "named_masks",
     "records",
+    "release",
     "shards",
     "strip",
     "structures",
@@ -48,13 +52,62 @@ def apply(model: nn.Module) -> None:
 
     For weights that were written by something other than training, such as a moving average of several models.
 
+    Raises:
+        InvariantError: A mask is not one of a single model: it keeps more than its budget, say, because masks were
+            averaged as well. Nothing is written then.
+
     Example:
         >>> from torch import nn
         >>> apply(nn.Linear(3, 2))
     """
+    invariants.check_masks(model)
     for handle in records.sparse_weights(model):
         weight = handle.weight
         shards.local(weight).masked_fill_(~shards.part(handle.mask, weight), 0.0)
+
+
+@torch.no_grad()
+def release(model: nn.Module, names: Iterable[str] | None = None) -> list[str]:
+    """Keep the values that weights have, off their masks too: the masks keep everything from now on, in place.
+
+    For weights that shall be dense after all, because an adapter was merged into them, say. They still count as sparse
+    ones, of a sparsity of zero. Detach a trainer first: it knows their budgets.
+
+    Args:
+        model: A model that was sparsified.
+        names: The weights, as :func:`named_masks` names them, or :func:`verify` where they have no mask any more; by
+            default all that are not zero off their masks.
+
+    Returns:
+        Their names.
+
+    Raises:
+        InvariantError: A name is not one of those.
+
+    Example:
+        >>> import srigl_fx as sx
+        >>> from torch import nn
+        >>> model = sx.sparsify(nn.Sequential(nn.Linear(64, 32)), sparsity=0.5)
+        >>> with torch.no_grad():
+        ...     _ = model[0].weight.add_(torch.ones(32, 2) @ torch.ones(2, 64))
+        >>> release(model), sx.summary(model).sparsity
+        (['0.weight'], 0.0)
+    """
+    handles = {handle.fqn: handle for handle in records.sparse_weights(model)}
+    unmasked = set(completeness.unmasked_since(model))
+    if names is None:
+        chosen = list(invariants.values_off(model))
+    else:
+        chosen = list(names)
+        if unknown := [name for name in chosen if name not in handles and name not in unmasked]:
+            raise InvariantError(f"no masked weight is called {', '.join(unknown)}; there are {', '.join(handles)}")
+    for handle in (handles[name] for name in chosen if name in handles):
+        handle.mask.fill_(True)
+        width = handle.record.site.matrix_shape[1]
+        full = tuple(block.rows * width for block in handle.record.site.blocks)
+        records.replace_record(model, handle, replace(handle.record, budgets=full, dense_start=False))
+    completeness.let_go(model, unmasked.intersection(chosen))
+    return chosen
 
 
 def strip(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,14 +115,21 @@ def strip(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
     A mask is a bool entry ``<name>_mask`` beside an entry ``<name>`` of the same shape.
 
+    Raises:
+        InvariantError: A weight is not zero off its mask: the dense model would not compute what the sparse one does.
+
     Example:
         >>> mask = torch.tensor([True, False])
-        >>> state = {"weight": torch.ones(2), "weight_mask": mask, "attn_mask": torch.ones(1)}
+        >>> state = {"weight": torch.tensor([2.0, 0.0]), "weight_mask": mask, "attn_mask": torch.ones(1)}
         >>> list(strip(state))
         ['weight', 'attn_mask']
     """
+    found = {name for name, value in state_dict.items() if _is_mask(state_dict, name, value)}
+    weights = [name.removesuffix(records.MASK_SUFFIX) for name in state_dict if name in found]
+    for problem in invariants.disagreements(state_dict, dict(zip(weights, weights, strict=True))):
+        raise InvariantError(problem)
     stripped: OrderedDict[str, Any] = OrderedDict(
-        (name, value) for name, value in state_dict.items() if not _is_mask(state_dict, name, value)
+        (name, value) for name, value in state_dict.items() if name not in found
     )
     if hasattr(state_dict, "_metadata"):
         # torch keeps the modules' version numbers there, and load_state_dict reads them.

@@ -1,8 +1,11 @@
 """What always holds for a sparse model, checked.
 
-Owns :func:`verify`. It must not know which method trains the model: it looks at masks, weights and optimizer state
-as they stand.
+Owns :func:`verify`, and the part of it that every verb asks before it begins. It must not know which method trains the
+model: it looks at masks, weights and optimizer state as they stand.
 """
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,18 +13,30 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import InvariantError
 from srigl_fx.masks.attached import engines
+from srigl_fx.masks.completeness import unmasked_since
 from srigl_fx.masks.optimizer_state import OptimizerState
-from srigl_fx.masks.records import Block, SparseWeight, sparse_weights
+from srigl_fx.masks.presence import added_since
+from srigl_fx.masks.records import MASK_SUFFIX, Block, SparseWeight, sparse_weights
 from srigl_fx.masks.shards import local, part
 
-_REMEDY = "; srigl_fx.masks.apply(model) sets the weights to zero there"
+_REMEDY = (
+    "; something else than its trainer wrote to it (an average of models, an adapter that was merged, another "
+    "optimizer): srigl_fx.masks.apply(model) sets the weights to zero there, srigl_fx.masks.release(model) keeps their "
+    "values and lets the mask keep everything"
+)
+_AVERAGED = (
+    "; masks that are averaged like weights (timm's ModelEmaV2, AveragedModel(use_buffers=True)) keep what any of them "
+    "kept: load the masks of the model that trains into the average, then call srigl_fx.masks.apply"
+)
 
 
 @torch.no_grad()
 def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """Check every mask-managed weight of ``model``; return silently if all is well.
 
-    1. The mask is a bool tensor of the weight's shape, on its device.
+    1. Each weight is a parameter of its module, of the shape it had, with its mask beside it: a bool tensor of that
+       shape, on its device. Nothing computes it from other tensors that did not when it was sparsified, and no weight
+       without a mask took the place of one that had one.
     2. The weight is exactly zero off the mask (a NaN there counts as not zero).
     3. No block of rows keeps more weights than its budget, unless gradual pruning is still on its way there.
     4. With constant fan-in, every active neuron of a block has the same fan-in, ``budget // active`` or the full one,
@@ -30,6 +45,9 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
        it holds for a new weight: zero, of most optimizers. Other state of the weight's shape is not looked at.
 
     6. A trainer that is attached sees the gradients of every weight, and has left none that is not zero off the mask.
+
+    :func:`srigl_fx.finalize`, :func:`srigl_fx.summary`, :func:`srigl_fx.lower`, :func:`srigl_fx.export_onnx` and
+    trainers that attach ask for rules 1 and 2 first, :func:`srigl_fx.train.checkpoint.save` for rules 1 to 4.
 
     Of a weight that is spread over processes, each checks the part it holds.
 
@@ -45,18 +63,108 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     Example:
         >>> verify(nn.Linear(4, 2))
     """
+    check_sound(model)
     for handle in sparse_weights(model):
-        weight, mask = _tensors(handle)
-        held = part(mask, weight)
-        if count := int(((local(weight) != 0) & ~held).sum()):
-            raise InvariantError(f"{handle.fqn}: {count} weights off the mask are not zero{_REMEDY}")
-        matrix = handle.record.site.to_matrix(mask)
-        for block, budget in zip(handle.record.site.blocks, handle.record.budgets, strict=True):
-            _check_block(handle, block, budget, matrix[block.start : block.stop])
+        _check_blocks(handle)
         if optimizer is not None:
-            _check_state(handle, optimizer, held)
+            _check_state(handle, optimizer, part(handle.mask, handle.weight))
     for fault in (fault for engine in engines(model) for fault in engine.faults()):
         raise InvariantError(fault)
+
+
+def check_sound(model: nn.Module) -> None:
+    """Require that the model is what its masks say: rules 1 and 2 of :func:`verify`. Every verb asks this first.
+
+    Raises:
+        InvariantError: It is not; the message names the weight.
+
+    Example:
+        >>> check_sound(nn.Linear(4, 2))
+    """
+    check_in_place(model)
+    for name, count in values_off(model).items():
+        raise InvariantError(f"{name}: {count} weights off the mask are not zero{_REMEDY}")
+
+
+def check_in_place(model: nn.Module) -> None:
+    """Require that each mask lies beside its weight, and each weight beside its mask: rule 1 of :func:`verify`.
+
+    Raises:
+        InvariantError: One does not; the message names the weight.
+
+    Example:
+        >>> check_in_place(nn.Linear(4, 2))
+    """
+    for handle in sparse_weights(model):
+        _check_mask(handle)
+    for name in unmasked_since(model):
+        raise InvariantError(
+            f"{name}: the weight that was here when the model was sparsified had a mask, and this one has none: its "
+            "module or its parameter was replaced, or it was tied to another weight and is not any more. Put the "
+            f"former one back or tie it again, or srigl_fx.masks.release(model, [{name!r}]) leaves it dense"
+        )
+
+
+def values_off(model: nn.Module) -> dict[str, int]:
+    """How many values are not zero off the mask, for each weight where there are any.
+
+    Example:
+        >>> values_off(nn.Linear(4, 2))
+        {}
+    """
+    counts = {handle.fqn: count_off(handle.weight, handle.mask) for handle in sparse_weights(model)}
+    return {name: count for name, count in counts.items() if count}
+
+
+def check_masks(model: nn.Module) -> None:
+    """Require that the masks are such as one model can have: rules 1, 3 and 4 of :func:`verify`.
+
+    Raises:
+        InvariantError: They are not; the message names the weight.
+
+    Example:
+        >>> check_masks(nn.Linear(4, 2))
+    """
+    for handle in sparse_weights(model):
+        _check_mask(handle)
+        _check_blocks(handle)
+
+
+@torch.no_grad()
+def count_off(weight: Tensor, mask: Tensor) -> int:
+    """How many values of what this process holds of a weight are not zero where its mask is False.
+
+    Example:
+        >>> count_off(torch.tensor([1.0, 2.0]), torch.tensor([True, False]))
+        1
+    """
+    return int(((local(weight) != 0) & ~part(mask.to(weight.device), weight)).sum())
+
+
+def disagreements(state_dict: Mapping[str, Any], names: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with the weights of a state_dict that are not zero off the masks that come with them.
+
+    Args:
+        state_dict: Any.
+        names: The keys of weights there, and what they are to be called.
+
+    Example:
+        >>> list(disagreements({"weight": torch.ones(2)}, {"weight": "fc.weight"}))
+        []
+    """
+    for key, name in names.items():
+        weight, mask = state_dict.get(key), state_dict.get(key + MASK_SUFFIX)
+        if not isinstance(weight, Tensor) or not isinstance(mask, Tensor) or weight.is_meta or mask.is_meta:
+            continue
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            continue
+        if count := count_off(weight, mask):
+            yield (
+                f"{name}: in this state_dict, {count} weights off its mask {key + MASK_SUFFIX!r} are not zero: the two "
+                "are not of one model at one time, as where weights are averaged over models whose masks differ. Call "
+                "srigl_fx.masks.apply on the model it is made from, or leave the masks out of it; then the weights "
+                "are cut to the masks that the loading model has"
+            )
 
 
 def over_budget(model: nn.Module) -> list[str]:
@@ -73,19 +181,35 @@ def over_budget(model: nn.Module) -> list[str]:
     ]
 
 
-def _tensors(handle: SparseWeight) -> tuple[nn.Parameter, Tensor]:
-    """The weight and its mask, after rule 1."""
-    try:
-        weight, mask = handle.weight, handle.mask
-    except AttributeError as error:
-        raise InvariantError(f"{handle.fqn}: the weight or its mask was removed from its module ({error})") from error
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise InvariantError(f"{handle.mask_fqn} must be a bool tensor, not {getattr(mask, 'dtype', type(mask))}")
+def _check_mask(handle: SparseWeight) -> None:
+    """Rule 1 for one weight."""
+    weight, mask, shape = handle.weight, handle.mask, handle.record.site.shape
+    if added := added_since(handle.owner):
+        raise InvariantError(
+            f"{handle.fqn}: the parametrisation {' and '.join(added)} was registered on top after sparsify, and may "
+            "fill pruned weights again: take it off (torch.nn.utils.parametrize.remove_parametrizations), and register "
+            "it before sparsify"
+        )
+    if weight.shape != shape:
+        raise InvariantError(
+            f"{handle.fqn} has shape {tuple(weight.shape)}, and had {shape} when the model was sparsified: finalize "
+            "the model, resize it, and sparsify it again"
+        )
+    if mask.dtype != torch.bool:
+        raise InvariantError(
+            f"{handle.mask_fqn} must be a bool tensor, not {mask.dtype}: something wrote a tensor of its own there"
+        )
     if mask.shape != weight.shape:
         raise InvariantError(f"{handle.mask_fqn} has shape {tuple(mask.shape)}, its weight {tuple(weight.shape)}")
     if mask.device != weight.device:
         raise InvariantError(f"{handle.mask_fqn} is on {mask.device}, its weight on {weight.device}: use model.to(...)")
-    return weight, mask
+
+
+def _check_blocks(handle: SparseWeight) -> None:
+    """Rules 3 and 4 for one weight."""
+    matrix = handle.record.site.to_matrix(handle.mask)
+    for block, budget in zip(handle.record.site.blocks, handle.record.budgets, strict=True):
+        _check_block(handle, block, budget, matrix[block.start : block.stop])
 
 
 def _check_state(handle: SparseWeight, optimizer: Optimizer, held: Tensor) -> None:
@@ -117,7 +241,7 @@ def _check_block(handle: SparseWeight, block: Block, budget: int, mask: Tensor) 
             )
         return
     if kept > budget:
-        raise InvariantError(f"{where}: the mask keeps {kept} weights, more than the budget of {budget}")
+        raise InvariantError(f"{where}: the mask keeps {kept} weights, more than the budget of {budget}{_AVERAGED}")
     if handle.record.structure != "constant_fan_in":
         return
     fan_in = mask.shape[1]

@@ -15,6 +15,9 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, fx, nn
 
+from srigl_fx.errors import InvariantError
+from srigl_fx.masks.presence import parameter_on, why_missing
+
 Kind = Literal[
     "linear",  # (out, in)
     "linear_in_out",  # (in, out): Hugging Face Conv1D, x @ w
@@ -40,6 +43,7 @@ Role = Literal[
 
 MASK_SUFFIX = "_mask"
 _RECORDS = "_srigl_fx_records"
+_MOVED = "_srigl_fx_moved"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,13 +197,42 @@ class SparseWeight:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The parameter, as its owner holds it now."""
-        return cast(nn.Parameter, getattr(self.owner, self.record.site.attr))
+        """The parameter, as its owner holds it now.
+
+        Raises:
+            InvariantError: It holds none under that name any more; the message says what took it away.
+        """
+        attr = self.record.site.attr
+        parameter = parameter_on(self.owner, attr)
+        if parameter is None:
+            raise InvariantError(f"{self.fqn}: {self._moved() or why_missing(self.owner, attr)}")
+        return parameter
 
     @property
     def mask(self) -> Tensor:
-        """The bool mask buffer, of the parameter's shape."""
-        return cast(Tensor, getattr(self.owner, self.record.site.attr + MASK_SUFFIX))
+        """The bool mask buffer, of the parameter's shape.
+
+        Raises:
+            InvariantError: It was removed.
+        """
+        mask = getattr(self.owner, self.record.site.attr + MASK_SUFFIX, None)
+        if not isinstance(mask, Tensor):
+            gone = (
+                "its mask was removed from its module: sparsify a model alike, load the weights into that, and "
+                "register its mask here"
+            )
+            raise InvariantError(f"{self.fqn}: {self._moved() or gone}")
+        return mask
+
+    def _moved(self) -> str:
+        """Where the mask went; "" if it did not."""
+        name = (kept_on(self.owner, _MOVED) or {}).get(self.record.site.attr)
+        return (
+            f"its transform was removed, and its mask is that of {name!r} now: detach the trainer, then create the "
+            "optimizer and the trainer anew"
+            if name
+            else ""
+        )
 
     @property
     def mask_fqn(self) -> str:
@@ -207,38 +240,75 @@ class SparseWeight:
         return self.fqn + MASK_SUFFIX
 
 
-def records_on(module: nn.Module) -> dict[str, WeightRecord]:
-    """The records kept on one module, by the parameter's name relative to it; empty where it has none.
+def kept_on(module: nn.Module, key: str) -> Any:
+    """What was kept on a module under this key; None where nothing was.
 
-    A module keeps those of the parameters it owns. A GraphModule also keeps those of the bare containers below it,
-    which its copies rebuild from the graph alone; of its own attributes deepcopy keeps ``meta``, pickle ``__dict__``.
+    Example:
+        >>> kept_on(nn.Linear(3, 2), "note")
     """
-    found = module.__dict__.get(_RECORDS)
-    if found is None and isinstance(module, fx.GraphModule):
-        found = module.meta.get(_RECORDS)
-    return cast("dict[str, WeightRecord]", found or {})
+    found = module.__dict__.get(key)
+    return module.meta.get(key) if found is None and isinstance(module, fx.GraphModule) else found
 
 
-def set_records(module: nn.Module, records: dict[str, WeightRecord]) -> None:
-    """Keep ``records`` on ``module``; an empty dict removes them."""
+def keep_on(module: nn.Module, key: str, value: Any) -> None:
+    """Keep something on a module, and on its copies; what is empty is removed.
+
+    Of a GraphModule's own attributes deepcopy keeps ``meta``, pickle ``__dict__``.
+
+    Example:
+        >>> layer = nn.Linear(3, 2)
+        >>> keep_on(layer, "note", "hello")
+        >>> kept_on(layer, "note")
+        'hello'
+    """
     stores: list[dict[str, Any]] = [module.__dict__]
     if isinstance(module, fx.GraphModule):
         stores.append(module.meta)
     for store in stores:
-        store.pop(_RECORDS, None)
-        if records:
-            store[_RECORDS] = records
+        store.pop(key, None)
+        if value:
+            store[key] = value
+
+
+def records_on(module: nn.Module) -> dict[str, WeightRecord]:
+    """The records kept on one module, by the parameter's name relative to it; empty where it has none.
+
+    A module keeps those of the parameters it owns. A GraphModule also keeps those of the bare containers below it,
+    which its copies rebuild from the graph alone.
+    """
+    return cast("dict[str, WeightRecord]", kept_on(module, _RECORDS) or {})
+
+
+def set_records(module: nn.Module, records: dict[str, WeightRecord]) -> None:
+    """Keep ``records`` on ``module``; an empty dict removes them."""
+    keep_on(module, _RECORDS, records)
+
+
+def move_record(source: nn.Module, name: str, owner: nn.Module, site: WeightSite) -> None:
+    """Keep a record on another module, or under another name."""
+    records = records_on(source)
+    record = replace(records[name], site=site)
+    set_records(source, {other: kept for other, kept in records.items() if other != name})
+    set_records(owner, {**records_on(owner), site.attr: record})
+
+
+def note_moved(source: nn.Module, name: str, fqn: str) -> None:
+    """Have whoever still looks for a mask where it was be told where it is."""
+    keep_on(source, _MOVED, {**(kept_on(source, _MOVED) or {}), name: fqn})
 
 
 def all_records(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightRecord]]:
     """Yield (live FQN, owner, record) for every recorded weight below ``model``, in registration order.
 
-    The FQN is the one ``model.named_parameters()`` would give now, also where ``model`` wraps the sparsified one.
+    The FQN is the one ``model.named_parameters()`` would give now, also where ``model`` wraps the sparsified one. Of a
+    weight that was left dense and is not there any more, there is nothing to tell.
     """
     for prefix, module in model.named_modules():
         for name, record in records_on(module).items():
             path, _, _ = name.rpartition(".")
             owner = module.get_submodule(path) if path else module  # a ScriptModule knows no get_submodule
+            if not record.sparse and parameter_on(owner, record.site.attr) is None:
+                continue
             yield (f"{prefix}.{name}" if prefix else name), owner, record
 
 
@@ -249,6 +319,14 @@ def sparse_weights(model: nn.Module) -> list[SparseWeight]:
     given = {record.site.fqn for _, _, record in found}
     unique = len(given) == len(found)
     return [SparseWeight(fqn, owner, record, record.site.fqn if unique else plain(fqn)) for fqn, owner, record in found]
+
+
+def replace_record(model: nn.Module, handle: SparseWeight, record: WeightRecord) -> None:
+    """Keep another record of a weight where its own is kept below ``model``."""
+    for module in model.modules():
+        found = records_on(module)
+        if own := [name for name, kept in found.items() if kept is handle.record]:
+            set_records(module, {**found, own[0]: record})
 
 
 def plain(name: str) -> str:

@@ -22,7 +22,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from srigl_fx.masks.records import MASK_SUFFIX, records_on
 from srigl_fx.nn import regenerated, weight_norm
-from srigl_fx.nn.sparse_module import SparseModule, dense_class, sparse_class
+from srigl_fx.nn.sparse_module import SparseModule, make_sparse
 
 _TRANSFORMS = "_srigl_fx_transforms"
 _PROGRAMS = "_srigl_fx_programs"
@@ -212,8 +212,7 @@ def attach_transforms(reader: nn.Module, transforms: tuple[Transform, ...]) -> N
     """
     vars(reader)[_TRANSFORMS] = transforms
     if not isinstance(reader, ParametrizationList):
-        cls = type(reader)
-        reader.__class__ = sparse_class(dense_class(cls) if issubclass(cls, SparseModule) else cls, EffectiveModule)
+        make_sparse(reader, EffectiveModule)
         _regenerate(reader)
     for transform in transforms:
         vars(reader.get_submodule(transform.path.rpartition(".")[0]))[_DENSE_GRADIENT] = False

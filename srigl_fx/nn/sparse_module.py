@@ -1,7 +1,8 @@
 """The class swap: a module that owns mask-managed weights becomes an instance of a generated subclass of its class.
 
 Owns the generated classes and what they add: a repr that shows the sparsity, projection of loaded weights, a word to
-the trainer where parameters may have been exchanged, and pickling. It must not know how masks are found or trained.
+the trainer where parameters may have been exchanged, and pickling. A class that torch made for a parametrised module
+stays the outermost one, as torch needs it to be. It must not know how masks are found or trained.
 The forward is the base class's own, untouched: the stored weight is exactly zero off the mask, so there is nothing to
 do there, except where a weight is transformed before it is used (:mod:`srigl_fx.nn.effective` adds to the class then).
 """
@@ -11,11 +12,15 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
+from srigl_fx.errors import InvariantError
 from srigl_fx.masks.attached import follow
-from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, records_on, set_records
+from srigl_fx.masks.invariants import disagreements
+from srigl_fx.masks.presence import remember_chain
+from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, records_on, set_records, sparse_weights
 from srigl_fx.masks.shards import local, part
-from srigl_fx.nn import weight_norm
+from srigl_fx.nn import following, weight_norm
 
 if TYPE_CHECKING:
     from srigl_fx.runtime.format import CondensedWeight
@@ -82,6 +87,17 @@ class SparseModule:
         finally:
             follow(cast(nn.Module, self))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As torch's; a parameter that was computed from a masked one until now gets the mask.
+
+        Raises:
+            InvariantError: ``torch.nn.utils.prune`` begins to prune a weight that has a mask.
+        """
+        module = cast(nn.Module, self)
+        following.refuse_pruning(module, name, param)
+        super().register_parameter(name, param)  # type: ignore[misc]
+        following.take_over(module, name)
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A generated class cannot be pickled by name: rebuild it from its base.
         state = cast(Any, self).__getstate__()
@@ -108,8 +124,8 @@ def project_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, e
     """Make a state_dict fit ``module`` before it is loaded: masks that are missing stay, weights are masked.
 
     So a dense checkpoint loads into a sparse model, and stored weights are zero off the mask whatever the file held.
-    What cannot be a mask is reported in ``errors``, from which torch makes its RuntimeError; that weight and its mask
-    are left as they are.
+    What cannot be a mask, and a weight that is not zero off the mask that comes with it, is reported in ``errors``,
+    from which torch makes its RuntimeError; that weight and its mask are left as they are.
     """
     for name, record in records_on(module).items():
         if not record.sparse:
@@ -117,12 +133,15 @@ def project_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, e
         key = prefix + name
         own = module.get_buffer(name + MASK_SUFFIX)
         mask = state_dict.setdefault(key + MASK_SUFFIX, own)
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != own.shape:
+        if not _can_be_mask(mask, own):
             found = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
             errors.append(
                 f"{key + MASK_SUFFIX} must be a bool tensor {tuple(own.shape)}, not {found}: masks come from a model "
                 "that was sparsified as this one; to keep those it has, load srigl_fx.masks.strip(state_dict)"
             )
+            state_dict[key + MASK_SUFFIX], state_dict[key] = own, module.get_parameter(name)
+        elif mask is not own and (problems := list(disagreements(state_dict, {key: key}))):
+            errors += problems
             state_dict[key + MASK_SUFFIX], state_dict[key] = own, module.get_parameter(name)
         elif isinstance(weight := state_dict.get(key), Tensor) and weight.shape == mask.shape:
             projected = weight.detach().clone()
@@ -183,8 +202,20 @@ def attach_masks(
     if masks and isinstance(module, fx.GraphModule):
         module.register_load_state_dict_pre_hook(_project_hook)  # type: ignore[no-untyped-call]
     elif masks:
-        module.__class__ = sparse_class(type(module), mixin)
+        make_sparse(module, mixin)
+        remember_chain(module)
         weight_norm.guard(module, True, set(masks))
+
+
+def attach_holder(holder: nn.Module, attr: str, parametrizations: nn.Module) -> None:
+    """Have ``holder`` keep the mask of a parametrised weight when the parametrisation is removed."""
+    make_sparse(holder)
+    following.watch(holder, attr, parametrizations)
+
+
+def check_loading(model: nn.Module) -> None:
+    """Have the model look at a state_dict as a whole, before any of it is loaded."""
+    model.register_load_state_dict_pre_hook(_check_hook)  # type: ignore[no-untyped-call]
 
 
 def detach_masks(module: nn.Module) -> None:
@@ -196,24 +227,52 @@ def detach_masks(module: nn.Module) -> None:
     weight_norm.guard(module, False, set(records_on(module)))
     set_records(module, {})
     make_plain(module)
-    forget_loading(module)
+
+
+def make_sparse(module: nn.Module, mixin: type[SparseModule] = SparseModule) -> None:
+    """Swap the module's class for its mask-managed subclass."""
+    cls = _own_class(module)
+    _set_own_class(module, sparse_class(dense_class(cls) if issubclass(cls, SparseModule) else cls, mixin))
 
 
 def make_plain(module: nn.Module) -> None:
-    """Give the module its own class back, without our attributes."""
-    cls = type(module)
+    """Give the module its own class back, without our attributes and hooks on loading."""
+    cls = _own_class(module)
     if issubclass(cls, SparseModule):
-        module.__class__ = dense_class(cls)
+        _set_own_class(module, dense_class(cls))
     for name in [name for name in vars(module) if name.startswith(_OWN)]:
         del vars(module)[name]
-
-
-def forget_loading(module: nn.Module) -> None:
-    """Remove the hook on loading that a GraphModule was given."""
     for key, hook in list(module._load_state_dict_pre_hooks.items()):
-        if getattr(hook, "hook", hook) is _project_hook:
+        if getattr(hook, "hook", hook) in (_project_hook, _check_hook):
             del module._load_state_dict_pre_hooks[key]
+
+
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, below the one that torch makes for a parametrised module."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def _set_own_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    if not parametrize.is_parametrized(module):
+        module.__class__ = cls
+        return
+    # torch looks for the properties of parametrised weights on the class itself, and for the former class as its base.
+    members = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
+    module.__class__ = type(f"Parametrized{cls.__name__}", (cls,), members)
 
 
 def _project_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
     project_loaded(module, state_dict, prefix, more[-1])
+
+
+def _check_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    weights = {prefix + handle.fqn: handle for handle in sparse_weights(module)}
+    masks = {key: state_dict.get(key + MASK_SUFFIX) for key in weights}
+    if any(mask is not None and not _can_be_mask(mask, weights[key].mask) for key, mask in masks.items()):
+        return  # all that is wrong is reported together
+    for problem in disagreements(state_dict, {key: handle.fqn for key, handle in weights.items()}):
+        raise InvariantError(problem)
+
+
+def _can_be_mask(mask: object, own: Tensor) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == own.shape

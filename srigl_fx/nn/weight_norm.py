@@ -17,6 +17,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from srigl_fx.nn.following import move_mask
+
 _PARAMETRIZATION: type[nn.Module] = parametrizations._WeightNorm
 _SPECTRAL: type[nn.Module] = parametrizations._SpectralNorm
 
@@ -109,6 +111,11 @@ class GuardedWeightNorm(WeightNorm):
         """The effective weight."""
         return weight_norm(getattr(module, self.name + "_v"), getattr(module, self.name + "_g"), self.dim)
 
+    def remove(self, module: nn.Module) -> None:
+        """As torch's; the mask of the direction becomes that of the weight, whose rows it scales."""
+        super().remove(module)
+        move_mask(module, f"{self.name}_v", module, self.name)
+
 
 class GuardedSpectralNorm(SpectralNorm):
     """The hook of the old ``torch.nn.utils.spectral_norm``, for which a weight of zeros stays as it is."""
@@ -122,6 +129,11 @@ class GuardedSpectralNorm(SpectralNorm):
             return SpectralNorm.compute_weight(self, view, do_power_iteration)
 
         return whole_kept(getattr(module, stored), normalised)
+
+    def remove(self, module: nn.Module) -> None:
+        """As torch's; the mask of the stored weight becomes that of the weight, which is a multiple of it."""
+        super().remove(module)
+        move_mask(module, f"{self.name}_orig", module, self.name)
 
 
 def hooks_on(module: nn.Module) -> dict[str, WeightNorm]:

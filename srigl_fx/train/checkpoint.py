@@ -56,6 +56,7 @@ def save(
 
     Raises:
         CheckpointError: Something cannot be stored, its name is in the message, or the file cannot be written.
+        InvariantError: The model is not what its masks say, and could not be loaded as it is.
 
     Example:
         >>> import tempfile
@@ -73,6 +74,7 @@ def save(
         raise CheckpointError("gradients are part of the trainer's state: pass trainer= to save them")
     if not isinstance(extra, Mapping | None):
         raise CheckpointError(f'extra is a {type(extra).__name__}, but must be a dict: extra={{"epoch": 3}}')
+    verify(model)
     contents: dict[str, Any] = {
         "model": {plain(name): value for name, value in _live(model).items()},
         "layout": layout(model),
@@ -182,8 +184,7 @@ def _check_masks(model: nn.Module, own: Mapping[str, Any], *, pruning: bool) -> 
         if mask is None:
             continue
         attr, stand_in = handle.record.site.attr, nn.Module()
-        zeros = torch.zeros((), dtype=handle.weight.dtype).expand(mask.shape)
-        stand_in.register_parameter(attr, nn.Parameter(zeros, requires_grad=False))
+        stand_in.register_parameter(attr, nn.Parameter(own[handle.fqn], requires_grad=False))
         stand_in.register_buffer(attr + MASK_SUFFIX, mask)
         set_records(stand_in, {attr: replace(handle.record, dense_start=pruning or handle.record.dense_start)})
         try:
