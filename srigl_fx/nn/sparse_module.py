@@ -29,6 +29,7 @@ _CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], dict[type[SparseModule], t
     weakref.WeakKeyDictionary()
 )
 _OWN = "_srigl_fx_"  # what our attributes begin with
+_TORCHS = "_srigl_fx_torchs_class"  # the class that torch made for a parametrised module
 
 
 class SparseModule:
@@ -257,8 +258,13 @@ def _set_own_class(module: nn.Module, cls: type[nn.Module]) -> None:
         module.__class__ = cls
         return
     # torch looks for the properties of parametrised weights on the class itself, and for the former class as its base.
-    members = {key: value for key, value in vars(type(module)).items() if key not in ("__dict__", "__weakref__")}
-    module.__class__ = type(f"Parametrized{cls.__name__}", (cls,), members)
+    former = type(module)
+    members = {key: value for key, value in vars(former).items() if key not in ("__dict__", "__weakref__", _TORCHS)}
+    torchs = vars(former).get(_TORCHS, former)
+    if torchs.__bases__ == (cls,) and vars(torchs).keys() - {"__dict__", "__weakref__"} == members.keys():
+        module.__class__ = torchs
+    else:
+        module.__class__ = type(f"Parametrized{cls.__name__}", (cls,), {**members, _TORCHS: torchs})
 
 
 def _project_hook(module: nn.Module, state_dict: dict[str, Any], prefix: str, *more: Any) -> None:
