@@ -146,6 +146,8 @@ class Program:
         kwargs: Example keyword arguments.
         batched: For each leaf of (args, kwargs), whether its leading dimension is the dynamic batch.
         how: How it was captured, for the report.
+        ties: For each leaf a number, the same where the graph ties the sizes of batched leaves; empty where it ties
+            all of them.
         masked: The tensors of the graph that are masked, by the target of the ``get_attr`` nodes that read them. A pass
             that puts another tensor in a masked one's place (transposed, scaled, without some rows) enters it here.
         folded: Why mask-managed weights were made into constants that are not masked, by the weights' names.
@@ -160,6 +162,7 @@ class Program:
     kwargs: dict[str, Any]
     batched: tuple[bool, ...]
     how: str
+    ties: tuple[int, ...] = ()
     masked: dict[str, MaskedTensor] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     layers: list[Layer] = field(default_factory=list)
@@ -210,13 +213,27 @@ class Program:
             ],
         )
 
-    def inputs(self, batch: int | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example inputs; with ``batch``, their samples repeated or cut to that many."""
+    @property
+    def other_batch(self) -> int:
+        """A second batch size to check at: odd, and no multiple of the example's unless that is 1."""
+        return self.batch_size + 1 + self.batch_size % 2
+
+    def inputs(self, batch: int | None = None, *, apart: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example inputs; with ``batch``, their samples repeated or cut to that many.
+
+        ``apart`` gives inputs whose batches the graph does not tie different ones, each larger by 2 than the last.
+        """
         if batch is None or not self.dynamic:
             return self.args, self.kwargs
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        ties = self.ties if apart and self.ties else (0,) * len(leaves)
+        order = list(dict.fromkeys(tie for tie, batched in zip(ties, self.batched, strict=True) if batched))
         args, kwargs = pytree.tree_unflatten(
-            [resize(leaf, batch) if batched else leaf for leaf, batched in zip(leaves, self.batched, strict=True)], spec
+            [
+                resize(leaf, batch + 2 * order.index(tie)) if batched else leaf
+                for leaf, batched, tie in zip(leaves, self.batched, ties, strict=True)
+            ],
+            spec,
         )
         return args, kwargs
 

@@ -3,14 +3,13 @@
 Owns :func:`verifier`, which :func:`srigl_fx.passes.base.run` can call after each pass. It must not know any pass.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import relative_error
 from srigl_fx.errors import PassError
-from srigl_fx.passes.capture import run_model
+from srigl_fx.passes.model_runs import Run, run_steps
 from srigl_fx.passes.program import Program
 
 _ADVICE = (
@@ -22,7 +21,8 @@ _ADVICE = (
 def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[str, Program], None]:
     """A check that compares a program's outputs with the model's, on the example inputs and at another batch size.
 
-    The model runs here, once for each batch size; the check itself runs the graph alone.
+    The model runs here, once for each batch size, or several times in a row where it keeps state; the check itself runs
+    the graph alone.
 
     Args:
         program: As captured; its model and inputs are what later programs are compared with.
@@ -42,28 +42,47 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
         >>> run((Normalize(),), program, check=verifier(program)).notes
         ()
     """
-    sizes = [program.batch_size, program.batch_size + 2] if program.dynamic else [None]
-    expected: list[tuple[int | None, list[Any]]] = [
-        (size, pytree.tree_leaves(run_model(program.model, *program.inputs(size)))) for size in sizes
-    ]
+    expected = [(size, _of_model(program, size)) for size in _sizes(program)]
 
     def check(name: str, subject: Program) -> None:
         allowed = subject.tolerance if tolerance is None else tolerance
         subject.module.recompile()  # a pass that forgot to would be found out only after the next
-        for size, outputs in expected:
-            got = pytree.tree_leaves(run_model(subject.module, *subject.inputs(size)))
+        for size, runs in expected:
             where = "" if size is None else f" at batch {size}"
-            if len(got) != len(outputs):
-                raise PassError(
-                    f"after the pass {name} the graph gives {len(got)} outputs{where}, the model {len(outputs)}; "
-                    f"{_ADVICE}"
-                )
-            for position, (one, other) in enumerate(zip(outputs, got, strict=True)):
-                error = relative_error(one, other)
-                if not error <= allowed:
+            given = subject.inputs(size, apart=True)
+            for step, (one, other) in enumerate(zip(runs, run_steps(subject.module, *given, len(runs)), strict=True)):
+                count = [len(pytree.tree_leaves(run.output)) for run in (other, one)]
+                if count[0] != count[1]:
                     raise PassError(
-                        f"after the pass {name}, output {position}{where} is off by {error:.2e} of its largest value "
-                        f"(allowed: {allowed:.2e}); {_ADVICE}"
+                        f"after the pass {name} the graph gives {count[0]} outputs{where}, the model {count[1]}; "
+                        f"{_ADVICE}"
                     )
+                for what, error in differences(one, other):
+                    if not error <= allowed:
+                        call = f" in call {step + 1}" if step else ""
+                        raise PassError(
+                            f"after the pass {name}, {what}{where}{call} is off by {error:.2e} of its largest value "
+                            f"(allowed: {allowed:.2e}); {_ADVICE}"
+                        )
 
     return check
+
+
+def _sizes(program: Program) -> list[int | None]:
+    return [program.batch_size, program.other_batch] if program.dynamic else [None]
+
+
+def _of_model(program: Program, size: int | None) -> list[Run]:
+    return run_steps(program.model, *program.inputs(size, apart=True))
+
+
+def differences(expected: Run, got: Run) -> Iterator[tuple[str, float]]:
+    """The relative errors of outputs, and of the buffers that were written, each with what it is the error of."""
+    leaves = [pytree.tree_leaves(run.output) for run in (expected, got)]
+    for position, (one, other) in enumerate(zip(*leaves, strict=True)):
+        yield f"output {position}", relative_error(one, other)
+    for name, buffer in expected.buffers.items():
+        if name not in got.buffers:
+            yield f"the buffer {name}", float("inf")
+        else:
+            yield f"the buffer {name}", relative_error(buffer, got.buffers[name])

@@ -1,6 +1,6 @@
 """What executes: the condensed format, its kernels, torch ops and the ONNX Runtime library.
 
-The three names for serving are loaded on first use: importing this package imports neither numba nor onnxruntime.
+The names for serving are loaded on first use: importing this package imports neither numba nor onnxruntime.
 """
 
 from importlib import import_module
@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from srigl_fx.runtime.ort.library import library_path as library_path
     from srigl_fx.runtime.ort.session import load as load
     from srigl_fx.runtime.ort.session import register as register
+    from srigl_fx.runtime.ort.stream import Stream as Stream
 
 _NAMES = {
     "load": "srigl_fx.runtime.ort.session",
     "register": "srigl_fx.runtime.ort.session",
+    "Stream": "srigl_fx.runtime.ort.stream",
     "library_path": "srigl_fx.runtime.ort.library",
 }
 
-__all__ = ["library_path", "load", "register"]
+__all__ = ["Stream", "library_path", "load", "register"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,9 +8,9 @@ import functools
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,19 @@ from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.lowering import lower
 from srigl_fx.onnx_file import CondensedNode, inspect_file
 from srigl_fx.onnx_model import build_model, functions_for
-from srigl_fx.passes.capture import copies, normalise_inputs
+from srigl_fx.onnx_names import sizes_of
+from srigl_fx.passes.example_inputs import normalise_inputs
+from srigl_fx.passes.hugging_face import register_caches
+from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import resize
+from srigl_fx.passes.state import kept_in, writes
+from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.report import format_bytes
+from srigl_fx.runtime.ort.stream import INPUT, Stream
 
 if TYPE_CHECKING:
     import onnx
+    import onnxruntime
 
 _LARGEST_FILE = 2**31 - 1  # what one protobuf message may hold
 
@@ -44,12 +51,17 @@ class ExportReport:
         layers: Its condensed layers.
         sparse_bytes: What they take in the file, biases included.
         dense_bytes: What the same layers take in a dense file, biases included.
-        dynamic_batch: Whether the file takes any batch size.
+        dynamic_batch: Whether the leading size of the first input is free.
         fallback: Whether it runs without the operator library.
         library_error: Largest difference between PyTorch and ONNX Runtime with the library, over the largest output;
             None where that was not checked.
         fallback_error: The same for an ONNX Runtime without the library.
-        notes: What could not be checked, and which passes failed and were undone, and why.
+        notes: What could not be checked, which passes failed and were undone, and which sizes are fixed, each with why.
+        inputs: The sizes of the inputs by name: numbers where they are fixed, the names of sizes where they are free.
+            Sizes have the same name where they must be the same.
+        outputs: The same of the outputs.
+        state: The buffers that the model writes: ``name`` is the input ``state.name`` and the output
+            ``next_state.name``, and ``srigl_fx.runtime.Stream`` carries it from call to call.
     """
 
     path: Path
@@ -62,6 +74,9 @@ class ExportReport:
     library_error: float | None
     fallback_error: float | None
     notes: tuple[str, ...] = ()
+    inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    outputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
+    state: tuple[str, ...] = ()
 
     @property
     def condensed_layers(self) -> int:
@@ -70,7 +85,12 @@ class ExportReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
-        return {**asdict(self), "path": str(self.path), "notes": list(self.notes)}
+        sizes = {
+            name: {key: list(shape) for key, shape in values.items()}
+            for name, values in (("inputs", self.inputs), ("outputs", self.outputs))
+        }
+        listed = {"notes": list(self.notes), "state": list(self.state)}
+        return {**asdict(self), "path": str(self.path), **sizes, **listed}
 
     def __str__(self) -> str:
         def error(value: float | None) -> str:
@@ -81,13 +101,26 @@ class ExportReport:
             f"{self.path}: {format_bytes(self.bytes)}, {self.condensed_layers} condensed "
             f"layer{'' if self.condensed_layers == 1 else 's'} "
             f"({format_bytes(self.sparse_bytes)} instead of {format_bytes(self.dense_bytes)}, {ratio:.3f} of dense)",
-            f"batch: {'any' if self.dynamic_batch else 'as in the example inputs'}; "
-            f"without the library: {'runs densely' if self.fallback else 'does not run'}",
+            f"batch: {self._batch}; without the library: {'runs densely' if self.fallback else 'does not run'}",
             f"largest relative error: {error(self.library_error)} with the library, "
             f"{error(self.fallback_error)} without",
+            f"takes {_listed(self.inputs)}; returns {_listed(self.outputs)}",
             *self.notes,
         ]
         return "\n".join(lines)
+
+    @property
+    def _batch(self) -> str:
+        """Which leading sizes are free, in words."""
+        sized = {name: shape for name, shape in self.inputs.items() if shape and not name.startswith(INPUT)}
+        free = [name for name, shape in sized.items() if isinstance(shape[0], str)]
+        if not free:
+            return "any" if self.dynamic_batch and not sized else "as in the example inputs"
+        return "any" if len(free) == len(sized) else f"any of {', '.join(free)}, else as in the example inputs"
+
+
+def _listed(sizes: dict[str, tuple[int | str, ...]]) -> str:
+    return ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in sizes.items())
 
 
 @noted
@@ -101,6 +134,7 @@ def export_onnx(
     min_speedup: float = 0.0,
     value_dtype: torch.dtype = torch.float32,
     verify: bool = True,
+    state: Literal["inputs", "error"] = "inputs",
 ) -> ExportReport:
     """Write a sparse-trained or lowered model as one ONNX file, and check it in ONNX Runtime.
 
@@ -118,17 +152,21 @@ def export_onnx(
         fallback: Put the functions for a stock ONNX Runtime into the file.
         min_speedup: As for :func:`srigl_fx.lower`; 0 condenses every layer that has an operator.
         value_dtype: As for :func:`srigl_fx.lower`; what is lowered already keeps its own.
-        verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one.
+        verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one;
+            of a model that keeps state, in several calls.
+        state: What becomes of buffers that the forward pass writes: with "inputs" each is an input and an output of the
+            file, and its present value is kept as the initial one (see ``srigl_fx.runtime.Stream``); "error" refuses.
 
     Returns:
         A report; ``str()`` is a few lines, ``.path`` the file.
 
     Raises:
-        ExportError: The graph has an operator without ONNX form, or ONNX Runtime's outputs differ. Or the model is not
-            one graph: the message says what broke, and how the parts that are graphs are exported.
+        ExportError: The graph has an operator without ONNX form, or ONNX Runtime's outputs differ. Or the model writes
+            buffers, and ``state`` is "error". Or the model is not one graph: the message says what broke, and how the
+            parts that are graphs are exported.
         LoweringError, CaptureError, InvariantError: As :func:`srigl_fx.lower` raises them.
 
-    An existing file at ``path`` is left alone in each case.
+    An existing file at ``path`` is left alone in each case, and the model, its buffers included, is never changed.
 
     Example:
         >>> import tempfile, srigl_fx as sx
@@ -146,27 +184,35 @@ def export_onnx(
     if target.is_dir() or not target.parent.is_dir():
         problem = "it is a folder" if target.is_dir() else f"there is no folder {target.parent}; create it first"
         raise ExportError(f"cannot write {target}: {problem}")
+    if state not in ("inputs", "error"):
+        raise ExportError(f'state must be "inputs" or "error", not {state!r}')
+    model = unwrapped(model)
     lowered = model
     if not isinstance(lowered, LoweredModule | LoweredRegions):
         lowered = lower(model, example_inputs, min_speedup=min_speedup, value_dtype=value_dtype, verify=verify)
     if isinstance(lowered, LoweredRegions):
         raise _not_one_graph(lowered)
+    names = tuple(writes(lowered.graph))
+    if names and state == "error":
+        raise _keeps_state(model, names)
     args, kwargs = normalise_inputs(example_inputs)
+    register_caches(model, pytree.tree_leaves((args, kwargs)))
     batched = _batched(lowered, args, kwargs, dynamic_batch)
     write = functools.partial(_write, target, lowered, args, kwargs, fallback=fallback, verify=verify)
-    notes: list[str] = []
     try:
-        errors, notes = write(batched)
+        written = write(batched)
     except ExportError as error:
         if not any(batched):
             raise
         try:
-            errors, notes = write([False] * len(batched))
+            written = write([False] * len(batched))
         except ExportError:
             raise error from error.__cause__
         batched = []
-        notes.append(f"the file takes the batch of the example inputs only; with any batch, {error}")
-    notes += [f"{note.by}: {note.reason}" for note in lowered.report.undone]
+        written.notes.append(f"the file takes the batch of the example inputs only; with any batch, {error}")
+    else:
+        written.notes.extend(_fixed(lowered, args, kwargs, batched) if dynamic_batch else [])
+    written.notes.extend(f"{note.by}: {note.reason}" for note in lowered.report.undone)
     contents = inspect_file(target)
     return ExportReport(
         path=target,
@@ -176,10 +222,49 @@ def export_onnx(
         dense_bytes=contents.dense_bytes,
         dynamic_batch=any(batched),
         fallback=fallback,
-        library_error=errors.get("library"),
-        fallback_error=errors.get("fallback"),
-        notes=tuple(notes),
+        library_error=written.errors.get("library"),
+        fallback_error=written.errors.get("fallback"),
+        notes=tuple(written.notes),
+        inputs=written.inputs,
+        outputs=written.outputs,
+        state=names,
     )
+
+
+@dataclass
+class _Written:
+    """What was written and found when it was checked."""
+
+    errors: dict[str, float]
+    notes: list[str]
+    inputs: dict[str, tuple[int | str, ...]]
+    outputs: dict[str, tuple[int | str, ...]]
+
+
+def _keeps_state(model: nn.Module, names: Sequence[str]) -> ExportError:
+    buffers = "; ".join(kept_in(model, name) for name in names)
+    return ExportError(
+        f'the forward pass writes {buffers}: pass state="inputs" to make that an input and an output of the file, or '
+        "make it an argument and a result of the forward"
+    )
+
+
+def _fixed(lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any], batched: Sequence[bool]) -> list[str]:
+    """Why leading sizes that might be free are not."""
+    leaves = pytree.tree_leaves((args, kwargs))
+    fixed = [
+        position
+        for position, (leaf, free) in enumerate(zip(leaves, batched, strict=True))
+        if isinstance(leaf, Tensor) and leaf.dim() and not free
+    ]
+    if not any(batched):
+        why = next((str(one) for one in lowered.report.capture_failures if "batch" in one.attempt), "")
+        return [f"the batch is fixed: {why}"] if why else []
+    return [
+        f"the leading size of input {position} is fixed at {leaves[position].shape[0]}: it is not that of the first "
+        "input of the example, which is taken for the batch"
+        for position in fixed
+    ]
 
 
 def _write(
@@ -191,18 +276,18 @@ def _write(
     *,
     fallback: bool,
     verify: bool,
-) -> tuple[dict[str, float], list[str]]:
-    """Write the file and check it; return the largest relative errors, and what was not checked."""
+) -> _Written:
+    """Write the file and check it."""
     proto = build_model(lowered, args, kwargs, batched)
     if fallback:
         proto.functions.extend(functions_for(proto))
     written = _write_beside(target, proto)
     try:
-        checked = _check(written, lowered, args, kwargs, batched, fallback=fallback) if verify else ({}, [])
+        errors, notes = _check(written, lowered, args, kwargs, batched, fallback=fallback) if verify else ({}, [])
         os.replace(written, target)
     finally:
         written.unlink(missing_ok=True)
-    return checked
+    return _Written(errors, notes, sizes_of(proto.graph.input), sizes_of(proto.graph.output))
 
 
 def _not_one_graph(lowered: LoweredRegions) -> ExportError:
@@ -287,28 +372,44 @@ def _check(
 
 
 def _compare(
-    session: Any, lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any], batched: Sequence[bool]
+    session: "onnxruntime.InferenceSession",
+    lowered: LoweredModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batched: Sequence[bool],
 ) -> float:
+    """The largest relative error at the example batch and, where that is free, at another one for each free size."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    example = next((leaf.shape[0] for leaf, free in zip(leaves, batched, strict=True) if free), None)
+    stream = Stream(session)
+    entries = [entry for entry in session.get_inputs() if not entry.name.startswith(INPUT)]
+    tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if len(entries) != len(tensors):
+        names = [entry.name for entry in entries]
+        raise ExportError(f"the file takes the inputs {names}, the model has {len(tensors)}; one of them is not used")
+    sizes = {
+        position: entry.shape[0]
+        for position, entry in zip(tensors, entries, strict=True)
+        if batched and batched[position]
+    }
+    order = list(dict.fromkeys(sizes.values()))
+    example = next((leaves[position].shape[0] for position in sizes), None)
     worst = 0.0
-    for batch in (example, example + 2) if example is not None else (None,):
+    for other in (None, example + 1 + example % 2) if example is not None else (None,):
         given = [
-            resize(leaf, batch) if batch is not None and free else leaf
-            for leaf, free in zip(leaves, batched, strict=True)
+            resize(leaf, other + 2 * order.index(sizes[position])) if other is not None and position in sizes else leaf
+            for position, leaf in enumerate(leaves)
         ]
-        with torch.no_grad():
-            call_args, call_kwargs = copies(pytree.tree_unflatten(given, spec))
-            expected = [
-                leaf for leaf in pytree.tree_leaves(lowered(*call_args, **call_kwargs)) if isinstance(leaf, Tensor)
-            ]
-        tensors = [leaf for leaf in given if isinstance(leaf, Tensor)]
-        names = [entry.name for entry in session.get_inputs()]
-        if len(names) != len(tensors):
-            raise ExportError(
-                f"the file takes the inputs {names}, the model has {len(tensors)}; one of them is not used"
-            )
-        served = session.run(None, {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)})
-        for one, other in zip(expected, served, strict=True):
-            worst = max(worst, relative_error(one, torch.from_numpy(other)))
+        try:
+            runs = run_steps(lowered, *pytree.tree_unflatten(given, spec))
+        except Exception as error:  # of an operator of the graph: any type
+            raise ExportError(f"the graph does not run at batch {other}: {error}") from error
+        feeds = {entry.name: given[position].numpy() for entry, position in zip(entries, tensors, strict=True)}
+        stream.reset()
+        for run in runs:
+            served = stream.run(None, feeds)
+            expected = [leaf for leaf in pytree.tree_leaves(run.output) if isinstance(leaf, Tensor)]
+            expected += run.buffers.values()
+            served += [stream.state[name] for name in run.buffers]
+            for one, value in zip(expected, served, strict=True):
+                worst = max(worst, relative_error(one, torch.from_numpy(value)))
     return worst

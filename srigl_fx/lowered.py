@@ -20,7 +20,8 @@ from srigl_fx.comparison import tolerance
 from srigl_fx.errors import LoweringError
 from srigl_fx.html_report import format_neurons, lowering_page, notes_by_pass, save_page
 from srigl_fx.passes.base import Note
-from srigl_fx.passes.capture import Failure, is_free
+from srigl_fx.passes.capture import Failure
+from srigl_fx.passes.capture_checks import is_free
 from srigl_fx.passes.removal import Removals
 from srigl_fx.removal_report import format_removals
 from srigl_fx.report import format_bytes, format_table

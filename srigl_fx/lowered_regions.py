@@ -21,7 +21,7 @@ from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LoweredModule, LoweringReport
 from srigl_fx.masks.records import records_on
 from srigl_fx.nn.sparse_module import detach_masks
-from srigl_fx.passes.capture import Inputs
+from srigl_fx.passes.example_inputs import Inputs
 
 _GRAPH = "_srigl_fx_graph"
 _CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = weakref.WeakKeyDictionary()

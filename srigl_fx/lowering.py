@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import relative_error
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import LoweringError, SriglError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
@@ -22,23 +21,18 @@ from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
 from srigl_fx.measuring import Costs, estimated_costs, layer_costs
 from srigl_fx.passes.base import Note, Pass, run
-from srigl_fx.passes.capture import (
-    EXPORT_LOCK,
-    Capture,
-    Failure,
-    capture_whole,
-    normalise_inputs,
-    run_model,
-    uncapturable,
-)
+from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole, uncapturable
 from srigl_fx.passes.condense import Condense, refuse_overflow
+from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.fuse_epilogues import FuseEpilogues
 from srigl_fx.passes.match import MatchWeights
+from srigl_fx.passes.model_runs import Run, run_steps
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Program, Times
 from srigl_fx.passes.select import Select
-from srigl_fx.passes.verify_program import verifier
+from srigl_fx.passes.verify_program import differences, verifier
+from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.region_lowering import lower_regions
 from srigl_fx.runtime.cost_model import ONNXRUNTIME
 from srigl_fx.runtime.format import VALUE_DTYPES
@@ -60,11 +54,13 @@ def lower(
 ) -> LoweredModule | LoweredRegions:
     """Lower a sparse-trained model: its masks become condensed custom operators.
 
-    The model itself is unchanged. Condensed weights are copies; every other parameter and buffer of the result is the
-    model's own, so training the model on afterwards changes those: lower a ``copy.deepcopy`` to have nothing in common.
+    The model itself is unchanged. Condensed weights are copies, and so are buffers that the forward pass writes: the
+    result keeps its own state. Every other parameter and buffer of the result is the model's own, so training the model
+    on afterwards changes those: lower a ``copy.deepcopy`` to have nothing in common.
 
     Args:
-        model: A model with masks, in eval mode, float32 on the CPU.
+        model: A model with masks, in eval mode, float32 on the CPU; in ``torch.compile``'s module or a data-parallel
+            wrapper, the model inside is lowered.
         example_inputs: A tuple of arguments, or (args, kwargs). A leading dimension that the inputs share becomes a
             dynamic batch where the model allows it.
         target: The hardware; "cpu" is the only one so far.
@@ -103,6 +99,7 @@ def lower(
         (['condensed', 'condensed'], torch.Size([5, 4]))
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
+    model = unwrapped(model)
     if not isinstance(value_dtype, torch.dtype) or str(value_dtype).removeprefix("torch.") not in VALUE_DTYPES:
         raise LoweringError(f"value_dtype must be torch.float32, torch.bfloat16 or torch.float16, not {value_dtype!r}")
     if torch.is_inference_mode_enabled():
@@ -320,26 +317,40 @@ def _unmasked(fqn: str, owner: nn.Module, record: WeightRecord) -> LayerReport:
 
 
 def _verify(program: Program, lowered: LoweredModule) -> float:
-    """Compare the lowered module with the model; return the largest error over the largest output."""
-    sizes = [program.batch_size, program.batch_size + 2] if program.dynamic else [program.batch_size]
+    """Compare the lowered module with the model, several calls in a row where that keeps state; the largest error."""
+    sizes = [program.batch_size, program.other_batch] if program.dynamic else [program.batch_size]
     worst = 0.0
     for size in sizes:
-        args, kwargs = program.inputs(size)
-        expected = pytree.tree_leaves(run_model(program.model, args, kwargs))
-        got = pytree.tree_leaves(run_model(lowered, args, kwargs))
-        if len(expected) != len(got):
-            raise LoweringError(
-                f"the lowered model gives {len(got)} outputs, the model {len(expected)}: please report it"
-            )
-        for position, (one, other) in enumerate(zip(expected, got, strict=True)):
-            error = relative_error(one, other)
-            if not error <= program.tolerance:
-                layers = ", ".join(layer.weight.fqn for layer in program.layers if layer.decision != "dense")
-                exact = "" if program.value_dtype is torch.float32 else "; value_dtype=torch.float32 rounds no weights"
+        args, kwargs = program.inputs(size, apart=True)
+        expected = run_steps(program.model, args, kwargs)
+        got = run_steps(lowered, args, kwargs, len(expected))
+        for step, (one, other) in enumerate(zip(expected, got, strict=True)):
+            count = [len(pytree.tree_leaves(run.output)) for run in (one, other)]
+            if count[0] != count[1]:
                 raise LoweringError(
-                    f"output {position} of the lowered model is off by {error:.2e} of the largest value at batch "
-                    f"{size} (allowed: {program.tolerance:.2e}); lowered layers: {layers}{exact}. A model whose "
-                    "outputs depend on more than its inputs cannot be verified: pass verify=False if that is so"
+                    f"the lowered model gives {count[1]} outputs, the model {count[0]}: please report it"
                 )
-            worst = max(worst, error)
+            for what, error in differences(one, other):
+                if not error <= program.tolerance:
+                    call = f" in call {step + 1}" if step else ""
+                    raise LoweringError(
+                        f"{what} of the lowered model is off by {error:.2e} of the largest value at batch {size}{call} "
+                        f"(allowed: {program.tolerance:.2e}); {_suspects(program, one)}"
+                    )
+                worst = max(worst, error)
     return worst
+
+
+def _suspects(program: Program, run: Run) -> str:
+    """What may have made the lowered model differ, and what to do about it."""
+    if run.changed:
+        return (
+            f"the forward keeps state in {', '.join(run.changed)}, and a graph keeps it in buffers alone: register "
+            "what it writes as buffers (register_buffer)"
+        )
+    layers = ", ".join(layer.weight.fqn for layer in program.layers if layer.decision != "dense")
+    exact = "" if program.value_dtype is torch.float32 else "; value_dtype=torch.float32 rounds no weights"
+    return (
+        f"lowered layers: {layers}{exact}. A model whose outputs depend on more than its inputs and buffers cannot be "
+        "verified: pass verify=False if that is so"
+    )

@@ -11,21 +11,24 @@ import logging
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import ExportError
 from srigl_fx.onnx_file import all_nodes
+from srigl_fx.onnx_names import name_batches, name_values, output_names
 from srigl_fx.onnx_rewrites import rewrite
+from srigl_fx.onnx_state import explicit
 from srigl_fx.passes.capture import EXPORT_LOCK
 from srigl_fx.passes.condensed_nodes import CONV, LINEAR
 from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments, resize
-from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, attributes_of, fallback_functions
 
@@ -41,6 +44,9 @@ def build_model(
 ) -> "onnx.ModelProto":
     """Translate a lowered graph, for opset 18 and every ONNX Runtime from 1.17 on; without the fallback functions.
 
+    A buffer ``name`` that the graph writes becomes the input ``state.name`` and the output ``next_state.name``, after
+    all others; its value is kept in the model's metadata.
+
     Args:
         module: The lowered graph.
         args: Example arguments.
@@ -51,27 +57,33 @@ def build_model(
         ExportError: torch.export or torch.onnx cannot translate the graph; the message names the operator.
     """
     _refuse_projections(module)
+    outputs = output_names(module)
+    stateless = explicit(module, args, kwargs)
+    args, kwargs = stateless.args, stateless.kwargs
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    free = [*batched, *[False] * (len(leaves) - len(batched))]
     shapes: Any = None
-    if any(batched):
-        leaves, spec = pytree.tree_flatten((args, kwargs))
+    if any(free):
         # Export takes a size of 1 for a constant.
-        leaves = [
-            resize(leaf, max(2, leaf.shape[0])) if free else leaf for leaf, free in zip(leaves, batched, strict=True)
-        ]
+        leaves = [resize(leaf, max(2, leaf.shape[0])) if one else leaf for leaf, one in zip(leaves, free, strict=True)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-        for leaf, free in zip(leaves, batched, strict=True):
-            if free:
+        for leaf, one in zip(leaves, free, strict=True):
+            if one:
                 shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
     try:
         with EXPORT_LOCK, _quiet(), torch.no_grad():
-            exported = torch.export.export(rewrite(module), args, kwargs, dynamic_shapes=shapes)
+            exported = torch.export.export(rewrite(stateless.module), args, kwargs, dynamic_shapes=shapes)
             _settle_layouts(exported.graph)
+            inputs = [
+                one.arg.name
+                for one in exported.graph_signature.input_specs
+                if one.kind is InputKind.USER_INPUT and isinstance(one.arg, TensorArgument)
+            ]
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
                 verbose=False,
-                output_names=_output_names(module),
                 opset_version=OPSET_VERSION,
                 custom_translation_table=_TRANSLATIONS,
             )
@@ -85,10 +97,32 @@ def build_model(
     model.ir_version = min(model.ir_version, IR_VERSION)
     _strip(model)
     _forget_logical_shapes(model.graph)
-    _name_batch(model, batched)
+    _name(model, inputs, outputs, list(stateless.state))
+    name_batches(model, [one for leaf, one in zip(leaves, free, strict=True) if isinstance(leaf, Tensor)])
+    if stateless.state:
+        _keep_state(model, stateless.state)
     if any(node.domain == abi.DOMAIN for node in all_nodes(model.graph)):
         model.metadata_props.add(key=MARK[0], value=MARK[1])
     return model
+
+
+def _name(model: "onnx.ModelProto", inputs: list[str], outputs: list[str], state: list[str]) -> None:
+    """Give inputs and outputs their names; those of the state come last."""
+    count = len(inputs) - len(state)
+    name_values(
+        model,
+        [*inputs[:count], *(stream.INPUT + name for name in state)],
+        [*outputs, *(stream.OUTPUT + name for name in state)],
+    )
+
+
+def _keep_state(model: "onnx.ModelProto", state: Mapping[str, Tensor]) -> None:
+    for name, value in state.items():
+        if value.dtype in (torch.bfloat16, torch.complex64, torch.complex128):
+            raise ExportError(f"the buffer {name} is {value.dtype}, which no file keeps as state: make it float32")
+    entry = model.metadata_props.add()
+    entry.key = stream.KEY
+    entry.value = stream.encode({name: value.numpy() for name, value in state.items()})
 
 
 def functions_for(model: "onnx.ModelProto") -> "list[onnx.FunctionProto]":
@@ -142,43 +176,6 @@ def _refuse_projections(module: fx.GraphModule) -> None:
                 f"the LSTM{name} projects its outputs (proj_size), and ONNX's LSTM has no projections: build it with "
                 "proj_size=0, or serve the lowered model with PyTorch (lower(...).save(path))"
             )
-
-
-def _output_names(module: fx.GraphModule) -> list[str] | None:
-    """Names for the outputs by their place in what the model returns: a dict's keys, "output" for a lone tensor.
-
-    None where an output has no value of its own (None, or a number), so that torch.onnx names them itself.
-    """
-    (returned,) = next(node for node in module.graph.nodes if node.op == "output").args
-    leaves = pytree.tree_leaves(returned)
-    inputs = {node.name for node in module.graph.nodes if node.op == "placeholder"}
-    spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-    if spec is None or spec.num_leaves != len(leaves) or not all(isinstance(leaf, fx.Node) for leaf in leaves):
-        return None
-    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(leaves, spec))
-    names = []
-    for path, _ in paths:
-        keys = [str(getattr(key, "key", getattr(key, "idx", key))) for key in path]
-        name = "_".join(keys if keys and not keys[0].isdigit() else ["output", *keys])
-        names.append(name + "_out" if name in inputs else name)
-    return names if len(set(names)) == len(names) else None
-
-
-def _name_batch(model: "onnx.ModelProto", batched: Sequence[bool]) -> None:
-    """Call the free leading size "batch" wherever it stands: the exporter gives each input a symbol of its own."""
-    if not any(batched):
-        return
-    graph = model.graph
-    symbols = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input if _is_ranked(value)} - {""}
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        for dimension in value.type.tensor_type.shape.dim:
-            for symbol in symbols:
-                if symbol in dimension.dim_param:
-                    dimension.dim_param = re.sub(rf"\b{re.escape(symbol)}\b", "batch", dimension.dim_param)
-
-
-def _is_ranked(value: "onnx.ValueInfoProto") -> bool:
-    return len(value.type.tensor_type.shape.dim) > 0
 
 
 def _strip(model: "onnx.ModelProto") -> None:

@@ -133,9 +133,18 @@ def _clear_bias(module: fx.GraphModule, node: fx.Node) -> None:
         )
 
 
+def is_tensor(value: Any) -> bool:
+    """Whether what a graph returns is a tensor, and so an output of a file.
+
+    Example:
+        >>> is_tensor(3), is_tensor(fx.Graph().placeholder("x"))
+        (False, True)
+    """
+    return isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), _NUMBERS)
+
+
 def _tensor_only(value: Any) -> fx.Node | None:
-    is_tensor = isinstance(value, fx.Node) and not isinstance(value.meta.get("val"), _NUMBERS)
-    return value if is_tensor else None
+    return value if is_tensor(value) else None
 
 
 def _slice(graph: fx.Graph, split: fx.Node) -> None:

@@ -16,7 +16,9 @@ from srigl_fx.errors import LoweringError, SriglError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowered_regions import LoweredRegions, assemble
 from srigl_fx.masks.records import SparseWeight, sparse_weights
-from srigl_fx.passes.capture import Capture, first_line, run_model, uncapturable
+from srigl_fx.passes.capture import Capture, uncapturable
+from srigl_fx.passes.capture_checks import first_line
+from srigl_fx.passes.model_runs import run_model
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.regions.finder import Region, RegionFinder
 

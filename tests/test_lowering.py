@@ -333,7 +333,7 @@ def test_verification_catches_a_model_that_differs() -> None:
             return y
 
     model = mask_by_hand(randomise(Drifts()), 0.5).eval()
-    with pytest.raises(LoweringError, match=r"off by .*fc\.weight"):
+    with pytest.raises(LoweringError, match=r"off by .*keeps state in calls"):
         lower(model, (torch.randn(2, 6),), min_speedup=0)
     lower(model, (torch.randn(2, 6),), min_speedup=0, verify=False)
 

@@ -21,7 +21,7 @@ import srigl_fx as sx
 from srigl_fx.errors import CaptureError, LoweringError
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.lowering import lower
-from srigl_fx.passes.capture import run_model
+from srigl_fx.passes.model_runs import run_model
 
 
 def branch(x: Tensor) -> Tensor:

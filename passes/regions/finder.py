@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from srigl_fx.errors import CaptureError
 from srigl_fx.masks.records import sparse_weights
-from srigl_fx.passes.capture import Failure, capture_region, class_name
+from srigl_fx.passes.capture import Failure, capture_region
+from srigl_fx.passes.capture_checks import class_name
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.regions.module_local import module_local
 from srigl_fx.passes.regions.recording import Call, Recording, record
@@ -117,6 +118,8 @@ class RegionFinder:
             return None
         try:
             example, free, varying = _merge(calls)
+            if written := sorted(buffer for buffer in self.recording.written if _within(buffer, name)):
+                raise CaptureError(f"it writes into {', '.join(written)}")
             if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
                 raise CaptureError("a module inside it is compiled by TorchScript")
         except CaptureError as error:

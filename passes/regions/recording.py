@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.capture import foreign_types, run_and_watch
+from srigl_fx.passes.example_inputs import foreign_types
+from srigl_fx.passes.model_runs import run_steps
 
 
 @dataclass
@@ -87,7 +88,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
             if not isinstance(module, torch.jit.ScriptModule):
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
                 handles.append(module.register_forward_hook(after))
-        recording.output, recording.written = run_and_watch(model, args, kwargs)
+        run = run_steps(model, args, kwargs, 1)[0]
+        recording.output, recording.written = run.output, frozenset(run.written)
     finally:
         for handle in handles:
             handle.remove()

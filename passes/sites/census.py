@@ -10,7 +10,7 @@ Rules:
        to the first contraction on every path.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from srigl_fx.errors import SparsifyError
-from srigl_fx.passes.capture import copies, normalise_inputs
+from srigl_fx.nn.model_state import restored
+from srigl_fx.passes.example_inputs import copies, normalise_inputs
 from srigl_fx.passes.sites.contractions import name_of
 from srigl_fx.passes.sites.weight_uses import Data, Derived, Use, Value, Views, after, initial
 from srigl_fx.passes.sites.weight_views import WeightView
@@ -63,7 +64,7 @@ def initialise_lazy(model: nn.Module, example_inputs: Any) -> None:
         training = {module: module.training for module in model.modules()}
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), restored(model):
                 _run(model, example_inputs)
         finally:
             for module, mode in training.items():
@@ -191,33 +192,16 @@ def _parameter_behind(node: Any) -> Tensor | None:
 @contextmanager
 def _evaluating(model: nn.Module, weights: set[int]) -> Any:
     """Evaluation mode, with every one of ``weights`` recording gradients; buffers are given back as they were."""
-    buffers = [(module, dict(module._buffers), _values(module._buffers)) for module in model.modules()]
     training = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if id(p) in weights and not p.requires_grad]
     model.eval()
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:
-        yield
+        with restored(model, copied=False):
+            yield
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
         for module, mode in training.items():
             module.training = mode
-        for module, own, values in buffers:
-            if not isinstance(module, torch.jit.ScriptModule):
-                module._buffers.clear()
-                module._buffers.update(own)
-            for name, before in values.items():
-                now = own[name]
-                if now is not None and not torch.equal(now, before):
-                    now.copy_(before)
-
-
-def _values(buffers: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Copies of the buffers that have values."""
-    return {
-        name: buffer.clone()
-        for name, buffer in buffers.items()
-        if buffer is not None and not buffer.is_meta and not isinstance(buffer, nn.parameter.UninitializedBuffer)
-    }

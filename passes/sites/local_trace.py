@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
+from srigl_fx.nn.model_state import restored
 from srigl_fx.passes.sites.contractions import name_of
 from srigl_fx.passes.sites.weight_uses import COPIES
 from srigl_fx.passes.sites.weight_views import VIEWS
@@ -180,7 +181,8 @@ def _restored(module: nn.Module) -> Iterator[None]:
         (value, value.copy()) for _, own in attributes for value in own.values() if type(value) in (dict, list, set)
     ]
     try:
-        yield
+        with restored(module, copied=False):  # the values too: what does not meet a symbol is computed
+            yield
     finally:
         for value, before in (*attributes, *containers):
             if not _same(value, before):

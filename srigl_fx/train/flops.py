@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks import named_masks
+from srigl_fx.nn.model_state import restored
 from srigl_fx.train.base import check_count, check_share
 from srigl_fx.train.schedules import cubic_sparsity, end_step, last_update_step
 
@@ -214,16 +215,13 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
     if not samples:
         raise TrainerError("the example inputs hold no tensor with a leading dimension: give those of a forward call")
     weights = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     fast_path = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)  # its one operation hides the products inside
     try:
-        with torch.random.fork_rng(devices=[]), _Contractions(weights) as seen:
+        with torch.random.fork_rng(devices=[]), restored(model), _Contractions(weights) as seen:
             model(*example_inputs)
     finally:
         mha.set_fastpath_enabled(fast_path)
-        for buffer, before in buffers:
-            buffer.copy_(before)
     return {
         name: LayerCost(products=products // samples, outputs=outputs // samples, activation=name in seen.convolved)
         for name, (products, outputs) in seen.counts.items()

@@ -7,7 +7,8 @@ from torch.nn import functional
 
 import srigl_fx as sx
 from srigl_fx.masks.records import all_records
-from srigl_fx.passes.capture import capture_whole, run_model
+from srigl_fx.passes.capture import capture_whole
+from srigl_fx.passes.model_runs import run_model
 
 
 class _Spectrum(nn.Module):

@@ -9,7 +9,8 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import PassResult, run
-from srigl_fx.passes.capture import capture, run_model
+from srigl_fx.passes.capture import capture
+from srigl_fx.passes.model_runs import run_model
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Program
 

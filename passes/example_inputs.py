@@ -1,0 +1,103 @@
+"""Example inputs: what they may be, copies of them, and what of a model's values a graph can hold.
+
+Owns the form (args, kwargs), that the caller's objects are never touched, and the words for what is wrong with them. It
+must not know what the inputs are for.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from srigl_fx.errors import CaptureError
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def normalise_inputs(example_inputs: Any) -> Inputs:
+    """Example inputs as (args, kwargs).
+
+    Raises:
+        CaptureError: They are neither a tuple nor (args, kwargs).
+
+    Example:
+        >>> normalise_inputs((1, 2)), normalise_inputs(((1,), {"mask": 2}))
+        (((1, 2), {}), ((1,), {'mask': 2}))
+    """
+    if not isinstance(example_inputs, tuple):
+        raise CaptureError(
+            f"example inputs must be a tuple of arguments, or (args, kwargs), not {type(example_inputs).__name__}: "
+            "pass (x,) for one tensor, ((), inputs) for keyword arguments only"
+        )
+    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
+        return example_inputs
+    return example_inputs, {}
+
+
+def copies(inputs: Inputs) -> Inputs:
+    """Copies of the inputs, for a run that may write into them: of tensors, of containers, of other objects.
+
+    What cannot be copied is given as it is.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> (copied,), _ = copies(((x,), {}))
+        >>> copied.add_(1), x
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        try:
+            return copy.deepcopy(leaf)
+        except Exception:  # an object of any kind, with any reason not to be copied
+            return leaf
+
+    copied: Inputs = pytree.tree_map(one, inputs)
+    return copied
+
+
+def foreign_types(inputs: Any, output: Any) -> str:
+    """What a module takes or returns that a captured graph cannot, in words; "" where there is no such thing.
+
+    Example:
+        >>> foreign_types({"x": torch.ones(1), "n": 3}, [None]), foreign_types((), [object()])
+        ('', 'it returns a value of type object')
+    """
+    for verb, value in (("takes", inputs), ("returns", output)):
+        leaves = pytree.tree_leaves(value)
+        names = sorted({type(leaf).__name__ for leaf in leaves if not _in_graphs(leaf)})
+        if names:
+            hint = _about_caches(verb, inputs) if any("Cache" in name for name in names) else ""
+            return f"it {verb} a value of type {', '.join(names)}{hint}"
+    return ""
+
+
+def _about_caches(verb: str, inputs: Any) -> str:
+    """What to do about a cache that no graph takes or returns, without what has been done already."""
+    _, given = inputs if isinstance(inputs, tuple) and len(inputs) == 2 else ((), {})
+    if verb == "returns" and not (isinstance(given, dict) and given.get("use_cache") is False):
+        return ": set model.config.use_cache = False, or give use_cache=False in the example inputs"
+    leave_out = ", or leave it out of the example inputs" if verb == "takes" else ""
+    return f": register its class with torch.utils._pytree.register_pytree_node{leave_out}"
+
+
+def _in_graphs(leaf: Any) -> bool:
+    """Whether a captured graph can take or return a value: constants and ordinary, strided tensors."""
+    if isinstance(leaf, Tensor):
+        return leaf.layout is torch.strided and not leaf.is_nested
+    return isinstance(leaf, bool | int | float | str | None)
+
+
+def describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The types and sizes of inputs, in words."""
+
+    def one(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        return type(value).__name__
+
+    return "(" + ", ".join([*map(one, args), *(f"{name}={one(value)}" for name, value in kwargs.items())]) + ")"

@@ -1,0 +1,260 @@
+"""Models that keep state in buffers: lowered, as ONNX files with inputs and outputs, and untouched by every verb."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import srigl_fx as sx
+from srigl_fx.errors import ExportError, FormatError, LoweringError
+from srigl_fx.lowered import LoweredModule
+from srigl_fx.runtime.ort.stream import KEY
+from srigl_fx.train.flops import layer_costs
+
+Forward = Callable[[Any, Tensor], Any]
+
+
+class Streaming(nn.Module):
+    """Layers around a forward that is given, with buffers for it."""
+
+    def __init__(self, forward: Forward) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.inner = nn.Module()
+        self.inner.register_buffer("h", torch.randn(1, 8))
+        self.register_buffer("context", torch.randn(1, 8))
+        self.register_buffer("n", torch.zeros((), dtype=torch.long))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool), persistent=False)
+        self.calls = 0
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(self._forward(self, torch.relu(self.fc(x))))
+        return y
+
+
+def copied(m: Any, y: Tensor) -> Any:
+    before = m.inner.h + y
+    m.inner.h.copy_(y[:1])
+    return before
+
+
+def assigned(m: Any, y: Tensor) -> Any:
+    m.context = torch.tanh(y[:1] + m.context)
+    return y * m.context
+
+
+def sliced(m: Any, y: Tensor) -> Any:
+    m.inner.h[:, 2:5] = y[:1, 2:5]
+    return y + m.inner.h
+
+
+def averaged(m: Any, y: Tensor) -> Any:
+    m.inner.h.lerp_(y.mean(0, keepdim=True), 0.1)
+    return y - m.inner.h
+
+
+def indexed(m: Any, y: Tensor) -> Any:
+    m.inner.h.index_put_((torch.tensor([0]), torch.tensor([2])), y[0, 0])
+    return y - m.inner.h
+
+
+def counted(m: Any, y: Tensor) -> Any:
+    m.n += 1
+    return y / m.n
+
+
+def begun(m: Any, y: Tensor) -> Any:
+    y = torch.where(m.started, y, -y)
+    m.started.fill_(True)
+    return y
+
+
+def silent(m: Any, y: Tensor) -> Any:
+    m.n = m.n + 1
+    return y
+
+
+WRITES: dict[Forward, str] = {
+    copied: "inner.h",
+    assigned: "context",
+    sliced: "inner.h",
+    averaged: "inner.h",
+    indexed: "inner.h",
+    counted: "n",
+    begun: "started",
+    silent: "n",
+}
+X = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+CHUNKS = [X, X.flip(0) * 2, -X]
+
+
+def streaming(forward: Forward) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = sx.sparsify(Streaming(forward), sparsity=0.5).eval()
+    return model
+
+
+def called(model: nn.Module) -> list[Tensor]:
+    """What a copy of the model returns, call after call."""
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        return [fresh(chunk) for chunk in CHUNKS]
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
+    return {name: (id(buffer), buffer.clone()) for name, buffer in model.named_buffers()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, tuple[int, Tensor]]) -> None:
+    now = dict(model.named_buffers())
+    assert now.keys() == before.keys()
+    assert getattr(model, "calls", 0) == 0
+    assert all(id(now[name]) == number and torch.equal(now[name], value) for name, (number, value) in before.items())
+
+
+@pytest.mark.parametrize("forward", WRITES, ids=lambda forward: forward.__name__)
+def test_a_lowered_model_keeps_state_of_its_own(forward: Forward, tmp_path: Path) -> None:
+    model = streaming(forward)
+    before, expected = snapshot(model), called(model)
+    lowered = sx.lower(model, (X,), min_speedup=0)
+    assert isinstance(lowered, LoweredModule)
+    assert lowered.report.max_error is not None
+    lowered.save(tmp_path / "model.srigl")
+    for one in (copy.deepcopy(lowered), sx.load_lowered(tmp_path / "model.srigl"), lowered):
+        with torch.no_grad():
+            for wanted, chunk in zip(expected, CHUNKS, strict=True):
+                torch.testing.assert_close(one(chunk), wanted, rtol=1e-4, atol=1e-5)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("forward", WRITES, ids=lambda forward: forward.__name__)
+def test_a_file_takes_and_returns_the_state(forward: Forward, tmp_path: Path) -> None:
+    model = streaming(forward)
+    before, expected, name = snapshot(model), called(model), WRITES[forward]
+    report = sx.export_onnx(model, tmp_path / "model.onnx", (X,))
+    assert_untouched(model, before)
+    assert report.state == (name,)
+    assert report.fallback_error is not None
+    assert report.fallback_error < 1e-4
+    session = sx.runtime.load(tmp_path / "model.onnx")
+    assert [value.name for value in session.get_inputs()] == ["x", f"state.{name}"]
+    assert [value.name for value in session.get_outputs()] == ["output", f"next_state.{name}"]
+    streams = [sx.runtime.Stream(session) for _ in range(2)]
+    np.testing.assert_array_equal(streams[0].state[name], before[name][1].numpy())
+    for wanted, chunk in zip(expected, CHUNKS, strict=True):
+        for stream in streams:  # each with a state of its own
+            np.testing.assert_allclose(stream.run(None, {"x": chunk.numpy()})[0], wanted, rtol=1e-4, atol=1e-5)
+    streams[0].reset()
+    np.testing.assert_allclose(streams[0].run(["output"], {"x": X.numpy()})[0], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_may_be_refused_for_its_state(tmp_path: Path) -> None:
+    model = streaming(copied)
+    with pytest.raises(ExportError, match=r"the buffer 'h' of inner \(Module\)"):
+        sx.export_onnx(model, tmp_path / "model.onnx", (X,), state="error")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ExportError, match="state must be"):
+        sx.export_onnx(model, tmp_path / "model.onnx", (X,), state="initial")  # type: ignore[arg-type]
+
+
+def test_a_malformed_state_in_a_file_is_an_error(tmp_path: Path) -> None:
+    sx.export_onnx(streaming(counted), tmp_path / "model.onnx", (X,), verify=False)
+    proto = onnx.load(tmp_path / "model.onnx")
+    (entry,) = [one for one in proto.metadata_props if one.key == KEY]
+    for text in ("[1]", entry.value.replace('"shape": []', '"shape": [9]'), entry.value.replace('"n"', '"m"')):
+        entry.value = text
+        onnx.save(proto, tmp_path / "other.onnx")
+        with pytest.raises(FormatError, match="export the model anew"):
+            sx.runtime.Stream(sx.runtime.load(tmp_path / "other.onnx"))
+
+
+def test_a_stream_of_a_file_without_state_is_the_session(tmp_path: Path) -> None:
+    model = sx.sparsify(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), sparsity=0.5).eval()
+    sx.export_onnx(model, tmp_path / "model.onnx", (X,), verify=False)
+    stream = sx.runtime.Stream(sx.runtime.load(tmp_path / "model.onnx"))
+    with torch.no_grad():
+        np.testing.assert_allclose(stream.run(None, {"input": X.numpy()})[0], model(X), rtol=1e-4, atol=1e-5)
+    assert stream.state == {}
+
+
+def unseen(m: Any, y: Tensor) -> Any:
+    m._buffers["n"] = m.n + 1
+    return y / m.n
+
+
+def unseen_in_part(m: Any, y: Tensor) -> Any:
+    m.inner.h = torch.tanh(y[:1] + m.inner.h)
+    return y * m.inner.h
+
+
+def unseen_data(m: Any, y: Tensor) -> Any:
+    m.inner.h.data = y[:1] + m.inner.h
+    return y * m.inner.h
+
+
+def retyped(m: Any, y: Tensor) -> Any:
+    m.n = m.n + 1.5
+    return y / m.n
+
+
+def grown(m: Any, y: Tensor) -> Any:
+    m.inner.h = y + m.inner.h
+    return m.inner.h * 1
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (unseen, "'n' of the model .* in a way that torch.export does not see"),
+        (unseen_in_part, r"'h' of inner .* in a way that torch.export does not see"),
+        (unseen_data, r"'h' of inner .* in a way that torch.export does not see"),
+        (retyped, r"changes the buffer 'n' .* from int64 \(\) to float32 \(\)"),
+        (grown, r"changes the buffer 'h' of inner .* from float32 \(1, 8\) to float32 \(2, 8\)"),
+    ],
+)
+def test_writes_that_no_graph_has_are_left_to_the_models_own_code(
+    forward: Forward, message: str, tmp_path: Path
+) -> None:
+    model = streaming(forward)
+    before, expected = snapshot(model), called(model)
+    lowered = sx.lower(model, (X,), min_speedup=0)
+    assert not isinstance(lowered, LoweredModule)
+    with torch.no_grad():
+        for wanted, chunk in zip(expected, CHUNKS, strict=True):
+            torch.testing.assert_close(lowered(chunk), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ExportError, match=message):
+        sx.export_onnx(model, tmp_path / "model.onnx", (X,))
+    assert_untouched(model, before)
+
+
+def test_state_outside_buffers_is_found_by_the_verification() -> None:
+    def attribute(m: Any, y: Tensor) -> Any:
+        m.calls += 1
+        return y * m.calls
+
+    model = streaming(attribute)
+    before = snapshot(model)
+    with pytest.raises(LoweringError, match=r"in call 2 .* keeps state in calls, .*register_buffer"):
+        sx.lower(model, (X,), min_speedup=0)
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("forward", [*WRITES, unseen, unseen_in_part, unseen_data, retyped, grown])
+def test_no_verb_touches_the_state(forward: Forward) -> None:
+    model = Streaming(forward)
+    before = snapshot(model)
+    sx.sparsify(model, sparsity=0.5, example_inputs=(X,))
+    masked = {name for name, _ in model.named_buffers()} - before.keys()
+    before |= {name: entry for name, entry in snapshot(model).items() if name in masked}
+    assert_untouched(model, before)
+    sx.summary(model)
+    sx.verify(model)
+    layer_costs(model, (X,))
+    assert_untouched(model, before)
