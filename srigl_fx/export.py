@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError, LibraryError
-from srigl_fx.lowered import LoweredModule
+from srigl_fx.lowered import LoweredModule, LoweringReport, format_speedups
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.lowering import lower
 from srigl_fx.onnx_file import CondensedNode, inspect_file
@@ -60,6 +60,7 @@ class ExportReport:
         inputs: The sizes of the inputs by name: numbers where they are fixed, the names of sizes where they are free.
             Sizes have the same name where they must be the same.
         outputs: The same of the outputs.
+        lowering: What became of each weight and why, with its expected times (:class:`~srigl_fx.lowered.LayerReport`).
         state: The buffers that the model writes: ``name`` is the input ``state.name`` and the output
             ``next_state.name``, and ``srigl_fx.runtime.Stream`` carries it from call to call.
     """
@@ -77,6 +78,7 @@ class ExportReport:
     inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     outputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     state: tuple[str, ...] = ()
+    lowering: LoweringReport | None = None
 
     @property
     def condensed_layers(self) -> int:
@@ -90,7 +92,8 @@ class ExportReport:
             for name, values in (("inputs", self.inputs), ("outputs", self.outputs))
         }
         listed = {"notes": list(self.notes), "state": list(self.state)}
-        return {**asdict(self), "path": str(self.path), **sizes, **listed}
+        lowering = None if self.lowering is None else self.lowering.as_dict()
+        return {**asdict(self), "path": str(self.path), **sizes, **listed, "lowering": lowering}
 
     def __str__(self) -> str:
         def error(value: float | None) -> str:
@@ -105,9 +108,20 @@ class ExportReport:
             f"largest relative error: {error(self.library_error)} with the library, "
             f"{error(self.fallback_error)} without",
             f"takes {_listed(self.inputs)}; returns {_listed(self.outputs)}",
+            *self._expected,
             *self.notes,
         ]
         return "\n".join(lines)
+
+    @property
+    def _expected(self) -> list[str]:
+        """What masked layers are expected to gain together, and which stay dense because they are expected to lose."""
+        if self.lowering is None:
+            return []
+        speedups = format_speedups(self.lowering.expected_speedups).removeprefix("; ")
+        dense = [layer for layer in self.lowering.layers if layer.decision == "dense" and layer.estimates]
+        left = "; ".join(f"{layer.fqn} stays dense, {layer.reason}" for layer in dense)
+        return list(filter(None, (speedups, left)))
 
     @property
     def _batch(self) -> str:
@@ -131,7 +145,7 @@ def export_onnx(
     *,
     dynamic_batch: bool = True,
     fallback: bool = True,
-    min_speedup: float = 0.0,
+    min_speedup: float | Literal["auto"] = "auto",
     value_dtype: torch.dtype = torch.float32,
     verify: bool = True,
     state: Literal["inputs", "error"] = "inputs",
@@ -150,7 +164,8 @@ def export_onnx(
         dynamic_batch: Let the file take any batch size, where the model does and ONNX can say it; the report notes
             where it cannot.
         fallback: Put the functions for a stock ONNX Runtime into the file.
-        min_speedup: As for :func:`srigl_fx.lower`; 0 condenses every layer that has an operator.
+        min_speedup: As for :func:`srigl_fx.lower`. "auto" leaves dense what the cost model expects to lose in ONNX
+            Runtime at batch 1 or 16, the same layers on every machine; 0 condenses every layer that has an operator.
         value_dtype: As for :func:`srigl_fx.lower`; what is lowered already keeps its own.
         verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one;
             of a model that keeps state, in several calls.
@@ -228,6 +243,7 @@ def export_onnx(
         inputs=written.inputs,
         outputs=written.outputs,
         state=names,
+        lowering=lowered.report,
     )
 
 

@@ -1,5 +1,7 @@
 """``min_speedup="auto"``: the cost model's word, the same on every machine, and what the report says of it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lowering_support import mask_by_hand, randomise
@@ -75,3 +77,15 @@ def test_auto_looks_at_the_batch_sizes_given_and_at_the_only_one_of_a_static_mod
 def test_other_words_are_refused() -> None:
     with pytest.raises(LoweringError, match='must be "auto" or a number'):
         sx.lower(_network(), (torch.randn(3, 4),), min_speedup="always")  # type: ignore[arg-type]
+
+
+def test_export_leaves_dense_what_is_expected_to_lose(tmp_path: Path) -> None:
+    report = sx.export_onnx(_network(), tmp_path / "model.onnx", (torch.randn(2, 4),))
+    assert [node.name for node in report.layers] == ["2.weight"]
+    assert report.lowering is not None
+    assert [layer.decision for layer in report.lowering.layers] == ["dense", "condensed"]
+    assert "0.weight stays dense, estimated: condensed is" in str(report)
+    assert "masked layers together expected" in str(report)
+    assert report.as_dict()["lowering"]["layers"][0]["decision"] == "dense"
+    everything = sx.export_onnx(_network(), tmp_path / "all.onnx", (torch.randn(2, 4),), min_speedup=0)
+    assert [node.name for node in everything.layers] == ["0.weight", "2.weight"]

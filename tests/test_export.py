@@ -62,7 +62,7 @@ def stock(path: Path) -> Any:
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, export.ExportReport]:
     torch.manual_seed(0)
     model, path = sparse(), tmp_path_factory.mktemp("export") / "model.onnx"
-    return model, path, sx.export_onnx(model, path, (X,))
+    return model, path, sx.export_onnx(model, path, (X,), min_speedup=0)
 
 
 Exported = tuple[nn.Module, Path, export.ExportReport]
@@ -150,14 +150,14 @@ def test_the_file_tells_nothing_of_the_machine(exported: Exported) -> None:
 
 def test_at_90_percent_the_layers_take_at_most_17_percent(tmp_path: Path) -> None:
     model = sparse(nn.Sequential(nn.Linear(768, 512), nn.ReLU(), nn.Linear(512, 768)))
-    report = sx.export_onnx(model, tmp_path / "model.onnx", (torch.ones(1, 768),), verify=False)
+    report = sx.export_onnx(model, tmp_path / "model.onnx", (torch.ones(1, 768),), verify=False, min_speedup=0)
     assert 0 < report.sparse_bytes <= 0.17 * report.dense_bytes
     assert report.bytes < report.sparse_bytes + 4 * (512 + 768) + 8192
 
 
 def test_a_lowered_model_and_its_file_may_be_static(tmp_path: Path) -> None:
     lowered = sx.lower(sparse(), (X,), min_speedup=0)
-    report = sx.export_onnx(lowered, tmp_path / "model.onnx", (X,), dynamic_batch=False)
+    report = sx.export_onnx(lowered, tmp_path / "model.onnx", (X,), dynamic_batch=False, min_speedup=0)
     assert not report.dynamic_batch
     assert stock(tmp_path / "model.onnx").get_inputs()[0].shape == [2, 8, 8, 8]
     with torch.no_grad():
@@ -167,7 +167,7 @@ def test_a_lowered_model_and_its_file_may_be_static(tmp_path: Path) -> None:
 
 def test_keyword_inputs(tmp_path: Path) -> None:
     model, scale = sparse(), torch.rand(2, 128) + 1
-    report = sx.export_onnx(model, tmp_path / "model.onnx", ((X,), {"scale": scale}))
+    report = sx.export_onnx(model, tmp_path / "model.onnx", ((X,), {"scale": scale}), min_speedup=0)
     with torch.no_grad():
         expected = model(X, scale=scale)["logits"].numpy()
     np.testing.assert_allclose(served(stock(report.path), X, scale)[1], expected, rtol=1e-5, atol=1e-5)
@@ -180,7 +180,7 @@ def test_ablated_neurons_and_a_whole_ablated_layer(tmp_path: Path) -> None:
         masks["fc1.weight"][::2] = False
         masks["fc2.weight"][:] = False
     sx.masks.apply(model)
-    report = sx.export_onnx(model, tmp_path / "model.onnx", (X,))
+    report = sx.export_onnx(model, tmp_path / "model.onnx", (X,), min_speedup=0)
     sizes = {tensor.name: tensor.dims[0] for tensor in onnx.load(report.path).graph.initializer}
     nodes = [node for node in onnx.load(report.path).graph.node if node.domain == "srigl_fx"]
     assert [sizes[node.input[3]] for node in nodes] == [8, 48, 0]
@@ -190,7 +190,7 @@ def test_ablated_neurons_and_a_whole_ablated_layer(tmp_path: Path) -> None:
 
 
 def test_without_the_fallback(tmp_path: Path) -> None:
-    report = sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,), fallback=False)
+    report = sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,), fallback=False, min_speedup=0)
     assert report.fallback_error is None
     assert "does not run" in str(report)
     assert not onnx.load(report.path).functions
@@ -201,14 +201,14 @@ def test_without_the_library_the_stock_check_still_runs(tmp_path: Path, monkeypa
         raise LibraryError("no compiler here")
 
     monkeypatch.setattr(session_module, "register", refuse)
-    report = sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,))
+    report = sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,), min_speedup=0)
     assert report.library_error is None
     assert report.fallback_error is not None
     assert "not checked with the operator library: no compiler here" in str(report)
 
 
 def test_without_verification_nothing_is_claimed(tmp_path: Path) -> None:
-    report = sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,), verify=False)
+    report = sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,), verify=False, min_speedup=0)
     assert report.library_error is None
     assert report.fallback_error is None
     assert "not checked with the library, not checked without" in str(report)
@@ -242,7 +242,7 @@ def test_a_failure_leaves_an_existing_file_as_it_was(
     training = model.training and isinstance(model, Net) and "training" in message
     model = sparse(model)
     with pytest.raises(error, match=message):
-        sx.export_onnx(model.train(training), path, inputs)
+        sx.export_onnx(model.train(training), path, inputs, min_speedup=0)
     assert path.read_bytes() == b"the former file"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -255,22 +255,22 @@ def test_a_file_that_disagrees_with_the_model_does_not_appear(tmp_path: Path, mo
     monkeypatch.setattr(export, "functions_for", lambda model: functions)
     model = sparse(nn.Sequential(nn.Linear(32, 16)))
     with pytest.raises(ExportError, match=r"off by .* of the largest value"):
-        sx.export_onnx(model, tmp_path / "model.onnx", (torch.ones(2, 32),))
+        sx.export_onnx(model, tmp_path / "model.onnx", (torch.ones(2, 32),), min_speedup=0)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"there is no folder .*absent"):
-        sx.export_onnx(sparse(), tmp_path / "absent" / "model.onnx", (X,))
+        sx.export_onnx(sparse(), tmp_path / "absent" / "model.onnx", (X,), min_speedup=0)
     with pytest.raises(ExportError, match="it is a folder"):
-        sx.export_onnx(sparse(), tmp_path, (X,))
+        sx.export_onnx(sparse(), tmp_path, (X,), min_speedup=0)
 
 
 def test_nothing_is_printed_or_logged(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,))
+        sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,), min_speedup=0)
     assert capfd.readouterr() == ("", "")
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
@@ -298,7 +298,7 @@ class Shared(nn.Module):
 
 
 def test_a_weight_that_is_used_twice_is_stored_and_counted_once(tmp_path: Path) -> None:
-    report = sx.export_onnx(sparse(Shared()), tmp_path / "model.onnx", (torch.ones(2, 64),))
+    report = sx.export_onnx(sparse(Shared()), tmp_path / "model.onnx", (torch.ones(2, 64),), min_speedup=0)
     assert len([node for node in onnx.load(report.path).graph.node if node.domain == "srigl_fx"]) == 2
     assert report.condensed_layers == 1
     assert report.dense_bytes == 4 * 65 * 64
@@ -318,7 +318,7 @@ class Keys(nn.Module):
 
 def test_inputs_outputs_and_the_batch_have_names(tmp_path: Path, exported: Exported) -> None:
     inputs = (torch.randn(2, 64), torch.randn(2, 64))
-    report = sx.export_onnx(sparse(Keys()), tmp_path / "model.onnx", inputs)
+    report = sx.export_onnx(sparse(Keys()), tmp_path / "model.onnx", inputs, min_speedup=0)
     session = stock(report.path)
     assert [(item.name, item.shape) for item in session.get_inputs()] == [
         ("first", ["batch", 64]),
@@ -328,6 +328,8 @@ def test_inputs_outputs_and_the_batch_have_names(tmp_path: Path, exported: Expor
         ("logits", ["batch", 64]),
         ("sum", ["batch", 64]),
     ]
-    single = sx.export_onnx(sparse(nn.Sequential(nn.Linear(64, 64))), tmp_path / "single.onnx", (inputs[0],))
+    single = sx.export_onnx(
+        sparse(nn.Sequential(nn.Linear(64, 64))), tmp_path / "single.onnx", (inputs[0],), min_speedup=0
+    )
     assert [item.name for item in stock(single.path).get_outputs()] == ["output"]
     assert [item.name for item in stock(exported[1]).get_outputs()] == ["hidden", "logits"]

@@ -51,7 +51,7 @@ def test_every_operator(tmp_path: Path, name: str, dtype: torch.dtype, functions
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_model(tmp_path: Path, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 4, 4)
-    report = sx.export_onnx(network(), tmp_path / "model.onnx", (x,), value_dtype=dtype)
+    report = sx.export_onnx(network(), tmp_path / "model.onnx", (x,), value_dtype=dtype, min_speedup=0)
     assert report.library_error is not None
     assert report.library_error < 1e-4
     assert report.fallback_error is not None

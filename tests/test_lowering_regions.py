@@ -494,7 +494,7 @@ def test_regions_are_saved_and_exported_one_by_one(tmp_path: Path) -> None:
         region.save(tmp_path / f"{name}.srigl")
         again = sx.load_lowered(tmp_path / f"{name}.srigl")
         torch.testing.assert_close(run_model(again, args, kwargs), run_model(region, args, kwargs))
-        report = sx.export_onnx(region, tmp_path / f"{name}.onnx", (args, kwargs))
+        report = sx.export_onnx(region, tmp_path / f"{name}.onnx", (args, kwargs), min_speedup=0)
         assert report.dynamic_batch
         assert report.condensed_layers == len(region.report.layers)
         assert {layer.region for layer in region.report.layers} == {name}

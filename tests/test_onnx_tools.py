@@ -60,7 +60,7 @@ X = torch.randn(2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(scope="module")
 def exported(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tools") / "model.onnx"
-    sx.export_onnx(model, path, (X,))
+    sx.export_onnx(model, path, (X,), min_speedup=0)
     return path
 
 
@@ -83,7 +83,7 @@ def onnxslim(source: Path, target: Path) -> None:
 def graphsurgeon(source: Path, target: Path) -> None:
     surgeon = pytest.importorskip("onnx_graphsurgeon")
     graph = surgeon.import_onnx(onnx.load(source))
-    onnx.save(surgeon.export_onnx(graph.fold_constants().cleanup().toposort()), target)
+    onnx.save(surgeon.export_onnx(graph.fold_constants().cleanup().toposort(), min_speedup=0), target)
 
 
 def onnxsim(source: Path, target: Path) -> None:
@@ -249,7 +249,7 @@ def test_pre_processing_makes_a_file_dense_and_loading_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     network = mask_by_hand(randomise(nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 8))), 0.2)
-    sx.export_onnx(network.eval(), tmp_path / "model.onnx", (torch.randn(2, 64),))
+    sx.export_onnx(network.eval(), tmp_path / "model.onnx", (torch.randn(2, 64),), min_speedup=0)
     pre_process(tmp_path / "model.onnx", tmp_path / "pre.onnx")
     for _ in range(2):  # the second time silently
         sx.runtime.load(tmp_path / "pre.onnx")
@@ -279,8 +279,8 @@ def test_merged_files_stay_sparse(
 ) -> None:
     second = mask_by_hand(randomise(nn.Sequential(nn.Linear(6, 32), nn.ReLU(), nn.Linear(32, 4))), 0.3).eval()
     first_file, second_file, both = (tmp_path / f"{name}.onnx" for name in ("first", "second", "both"))
-    sx.export_onnx(model, first_file, (X,), fallback=fallback)
-    sx.export_onnx(second, second_file, (torch.randn(2, 6),), fallback=fallback)
+    sx.export_onnx(model, first_file, (X,), fallback=fallback, min_speedup=0)
+    sx.export_onnx(second, second_file, (torch.randn(2, 6),), fallback=fallback, min_speedup=0)
     (given,) = [entry.name for entry in onnx.load(second_file).graph.input]
     if not any(prefixes):  # "output" stands in both files
         with pytest.raises(ExportError, match="cannot be joined"):
@@ -299,7 +299,7 @@ def test_merged_files_stay_sparse(
 
 @pytest.mark.parametrize("fallback", [True, False])
 def test_a_densified_file_has_standard_operators_alone(fallback: bool, model: nn.Module, tmp_path: Path) -> None:
-    sx.export_onnx(model, tmp_path / "sparse.onnx", (X,), fallback=fallback)
+    sx.export_onnx(model, tmp_path / "sparse.onnx", (X,), fallback=fallback, min_speedup=0)
     onnx_tools.densify(tmp_path / "sparse.onnx", tmp_path / "dense.onnx")
     dense = onnx.load(tmp_path / "dense.onnx")
     onnx.checker.check_model(dense, full_check=True)

@@ -138,7 +138,7 @@ def test_a_lowered_model_keeps_state_of_its_own(forward: Forward, tmp_path: Path
 def test_a_file_takes_and_returns_the_state(forward: Forward, tmp_path: Path) -> None:
     model = streaming(forward)
     before, expected, name = snapshot(model), called(model), WRITES[forward]
-    report = sx.export_onnx(model, tmp_path / "model.onnx", (X,))
+    report = sx.export_onnx(model, tmp_path / "model.onnx", (X,), min_speedup=0)
     assert_untouched(model, before)
     assert report.state == (name,)
     assert report.fallback_error is not None
@@ -158,14 +158,14 @@ def test_a_file_takes_and_returns_the_state(forward: Forward, tmp_path: Path) ->
 def test_a_file_may_be_refused_for_its_state(tmp_path: Path) -> None:
     model = streaming(copied)
     with pytest.raises(ExportError, match=r"the buffer 'h' of inner \(Module\)"):
-        sx.export_onnx(model, tmp_path / "model.onnx", (X,), state="error")
+        sx.export_onnx(model, tmp_path / "model.onnx", (X,), state="error", min_speedup=0)
     assert not list(tmp_path.iterdir())
     with pytest.raises(ExportError, match="state must be"):
-        sx.export_onnx(model, tmp_path / "model.onnx", (X,), state="initial")  # type: ignore[arg-type]
+        sx.export_onnx(model, tmp_path / "model.onnx", (X,), state="initial", min_speedup=0)  # type: ignore[arg-type]
 
 
 def test_a_malformed_state_in_a_file_is_an_error(tmp_path: Path) -> None:
-    sx.export_onnx(streaming(counted), tmp_path / "model.onnx", (X,), verify=False)
+    sx.export_onnx(streaming(counted), tmp_path / "model.onnx", (X,), verify=False, min_speedup=0)
     proto = onnx.load(tmp_path / "model.onnx")
     (entry,) = [one for one in proto.metadata_props if one.key == KEY]
     for text in ("[1]", entry.value.replace('"shape": []', '"shape": [9]'), entry.value.replace('"n"', '"m"')):
@@ -177,7 +177,7 @@ def test_a_malformed_state_in_a_file_is_an_error(tmp_path: Path) -> None:
 
 def test_a_stream_of_a_file_without_state_is_the_session(tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), sparsity=0.5).eval()
-    sx.export_onnx(model, tmp_path / "model.onnx", (X,), verify=False)
+    sx.export_onnx(model, tmp_path / "model.onnx", (X,), verify=False, min_speedup=0)
     stream = sx.runtime.Stream(sx.runtime.load(tmp_path / "model.onnx"))
     with torch.no_grad():
         np.testing.assert_allclose(stream.run(None, {"input": X.numpy()})[0], model(X), rtol=1e-4, atol=1e-5)
@@ -230,7 +230,7 @@ def test_writes_that_no_graph_has_are_left_to_the_models_own_code(
         for wanted, chunk in zip(expected, CHUNKS, strict=True):
             torch.testing.assert_close(lowered(chunk), wanted, rtol=1e-4, atol=1e-5)
     with pytest.raises(ExportError, match=message):
-        sx.export_onnx(model, tmp_path / "model.onnx", (X,))
+        sx.export_onnx(model, tmp_path / "model.onnx", (X,), min_speedup=0)
     assert_untouched(model, before)
 
 

@@ -98,7 +98,7 @@ def _measure(folder: Path, name: str, network: Network, batch: int, bench: Bench
     dense_file, sparse_file = folder / "dense.onnx", folder / "sparse.onnx"
     export_dense(twin, args, tuple(inputs), dense_file)
     lowered = sx.lower(model, args, min_speedup=0, verify=False)
-    sx.export_onnx(lowered, sparse_file, args, verify=False)
+    sx.export_onnx(lowered, sparse_file, args, verify=False, min_speedup=0)
     dense, sparse = (
         ort_session(str(dense_file), bench.threads),
         ort_session(str(sparse_file), bench.threads, library=True),

@@ -125,7 +125,9 @@ VERBS: dict[str, Callable[[nn.Module, Path], object]] = {
     "finalize": lambda model, _: sx.finalize(model),
     "summary": lambda model, _: sx.summary(model),
     "lower": lambda model, _: sx.lower(model, (torch.randn(2, 16),), min_speedup=0),
-    "export_onnx": lambda model, path: sx.export_onnx(model, str(path / "model.onnx"), (torch.randn(2, 16),)),
+    "export_onnx": lambda model, path: sx.export_onnx(
+        model, str(path / "model.onnx"), (torch.randn(2, 16),), min_speedup=0
+    ),
     "save": lambda model, path: checkpoint.save(path / "last.safetensors", model=model),
     "trainer": lambda model, _: static(model),
     "apply": lambda model, _: sx.masks.apply(model),

@@ -141,7 +141,7 @@ def export(model: nn.Module, lowered: Any, entry: Entry, example: Inputs, other:
     regions = lowered_regions(lowered)
     if not regions:
         path = folder / "model.onnx"
-        report = sx.export_onnx(lowered, path, example)
+        report = sx.export_onnx(lowered, path, example, min_speedup=0)
         inputs = other if report.dynamic_batch else example
         expected = tensors(run(model, inputs))
         for session in (sx.runtime.load(path), stock(path)):
@@ -150,7 +150,7 @@ def export(model: nn.Module, lowered: Any, entry: Entry, example: Inputs, other:
     failed = []
     for name, region in regions.items():
         try:
-            sx.export_onnx(region, folder / f"{name}.onnx", lowered.region_inputs[name])
+            sx.export_onnx(region, folder / f"{name}.onnx", lowered.region_inputs[name], min_speedup=0)
         except (ExportError, CaptureError) as error:
             failed.append(f"{name}: {error}")
     return f"{len(regions) - len(failed)} of {len(regions)} regions" + "".join(f"; {text}" for text in failed)
