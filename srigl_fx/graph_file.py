@@ -10,7 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,8 @@ from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from srigl_fx.errors import FormatError, LoweringError, SriglError
+from srigl_fx.errors import FormatError, LoweringError
+from srigl_fx.graph_guards import guard
 from srigl_fx.graph_ops import function_name, function_named
 from srigl_fx.passes.condensed_nodes import condensed_nodes, settled_padding
 from srigl_fx.passes.program import arguments
@@ -104,8 +105,6 @@ def guarded(origin: str, load_it: Callable[[], Value]) -> Value:
         return load_it()
     except FormatError as error:
         raise FormatError(f"{origin}: {error}") from error
-    except SriglError:
-        raise
     except Exception as error:
         raise FormatError(
             f"{origin} is not a lowered model, or is damaged ({type(error).__name__}: {error}); save it again with "
@@ -124,7 +123,14 @@ def load(data: bytes) -> tuple[fx.GraphModule, dict[str, Any]]:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
     for item in header["nodes"]:
-        nodes[item["name"]] = _decode_node(graph, item, nodes)
+        try:
+            nodes[item["name"]] = _decode_node(graph, item, nodes)
+        except Exception as error:
+            name = item.get("name") if isinstance(item, dict) else item
+            raise FormatError(
+                f"the node {name!r} is malformed ({type(error).__name__}: {error}); save it again with "
+                "lower(...).save(path)"
+            ) from error
     in_spec, out_spec = (pytree.tree_structure(_decode_tree(header[side])) for side in ("in", "out"))
     names = [_identifier(name) for name in header["arguments"]]
     results = nodes[header["nodes"][-1]["name"]]
@@ -143,9 +149,12 @@ def load(data: bytes) -> tuple[fx.GraphModule, dict[str, Any]]:
     for target, entry in header["attributes"].items():
         key, parameter = str(entry["tensor"]), bool(entry["parameter"])
         if (key, parameter) not in made:
+            if key not in tensors:
+                raise FormatError(f"the tensor {key} of {target} is missing; save it again with lower(...).save(path)")
             tensor = tensors[key]
             made[key, parameter] = nn.Parameter(tensor, tensor.is_floating_point()) if parameter else tensor
         _place(root, target, made[key, parameter])
+    guard(graph, lambda target: _tensor(root, target))
     graph.lint()
     module = fx.GraphModule(root, graph)
     _check_condensed(module)
@@ -201,6 +210,7 @@ def _encode(value: Any) -> Any:
         return {"tuple": [_encode(item) for item in value]}
     if isinstance(value, slice):
         return {"slice": [_encode(item) for item in (value.start, value.stop, value.step)]}
+    _check_place(value)
     if isinstance(value, torch.device):
         return {"device": str(value)}
     for kind in (torch.dtype, torch.layout, torch.memory_format):
@@ -221,11 +231,20 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
         items = [_decode(item, nodes) for item in content]
         return tuple(items) if kind == "tuple" else slice(*items)
     if kind == "device":
-        return torch.device(content)
+        return _check_place(torch.device(content))
     for known in (torch.dtype, torch.layout, torch.memory_format):
         if kind == known.__name__ and isinstance(found := getattr(torch, content, None), known):
-            return found
+            return _check_place(found)
     raise ValueError(f"an argument {value!r}")
+
+
+def _check_place(value: Any) -> Any:
+    """The value, if it is no device and no layout but those of all tensors in such a graph."""
+    if (isinstance(value, torch.device) and value.type != "cpu") or (
+        isinstance(value, torch.layout) and value is not torch.strided
+    ):
+        raise ValueError(f"{value}: a lowered graph has dense tensors on the CPU only")
+    return value
 
 
 def _encode_tree(spec: "pytree.TreeSpec") -> Any:
@@ -287,9 +306,12 @@ def _place(root: nn.Module, target: str, tensor: Tensor) -> None:
         owner.register_buffer(attr, tensor)
 
 
-def condensed_weights(module: fx.GraphModule) -> Iterator[tuple[fx.Node, CondensedWeight]]:
-    """Each condensed node of a graph whose operands are tensors of the module, with its weight."""
-    for node in module.graph.nodes:
+def condensed_weights(
+    module: fx.GraphModule, nodes: Iterable[fx.Node] | None = None
+) -> Iterator[tuple[fx.Node, CondensedWeight]]:
+    """Each condensed node of a graph (or among ``nodes``) whose operands are tensors of the module, with its weight."""
+    among: Iterable[Any] = module.graph.nodes if nodes is None else nodes
+    for node in among:
         if node.op != "call_function" or function_name(node.target).split(".")[0] != "srigl_fx":
             continue
         operands = node.args[1:5]
@@ -319,10 +341,17 @@ def _array(tensor: Tensor) -> "np.ndarray[Any, Any]":
 
 def _check_condensed(module: fx.GraphModule) -> None:
     for node in condensed_nodes(module.graph):
-        if (activation := arguments(node)["activation"]) not in ACTIVATIONS:
-            raise ValueError(f"a condensed operator with the activation {activation!r}")
-    for node, weight in condensed_weights(module):
-        if problem := weight.problem():
+        try:
+            if (activation := arguments(node)["activation"]) not in ACTIVATIONS:
+                raise ValueError(f"a condensed operator with the activation {activation!r}")
+            weight = next(iter(condensed_weights(module, [node])), None)
+            problem = "" if weight is None else weight[1].problem()
+        except Exception as error:
+            raise FormatError(
+                f"the condensed layer {node.name} is malformed ({type(error).__name__}: {error}); save it again with "
+                "lower(...).save(path)"
+            ) from error
+        if problem:
             name = str(arguments(node)["values"].target).removesuffix("_values")
             raise FormatError(
                 f"the condensed weight {name} is malformed: {problem}; save it again with lower(...).save(path)"

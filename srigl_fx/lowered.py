@@ -353,9 +353,18 @@ class LoweredModule(fx.GraphModule):
 def _build(module: fx.GraphModule, extra: dict[str, Any]) -> LoweredModule:
     inputs = extra["inputs"]
     placeholders = sum(node.op == "placeholder" for node in module.graph.nodes)
-    if len(inputs) != placeholders or not all(item is None or isinstance(item, dict) for item in inputs):
+    if len(inputs) != placeholders or not all(item is None or _describes_an_input(item) for item in inputs):
         raise ValueError("the inputs described are not those of the graph")
     return LoweredModule.build(module, LoweringReport.from_dict(extra["report"]), inputs)
+
+
+def _describes_an_input(item: Any) -> bool:
+    if "value" in item:
+        return isinstance(item["value"], bool | int | float | str)
+    sizes = item["shape"]
+    return isinstance(getattr(torch, item["dtype"]), torch.dtype) and all(
+        size is None or (isinstance(size, int) and size >= 0) for size in sizes
+    )
 
 
 def describe_inputs(placeholders: list[Any]) -> list[dict[str, Any] | None]:

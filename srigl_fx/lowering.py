@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from srigl_fx.compatibility import noted
-from srigl_fx.errors import LoweringError, SriglError
+from srigl_fx.errors import FormatError, LoweringError, SriglError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.masks import invariants
@@ -200,9 +200,8 @@ def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
     """Read a model that ``lower(...).save(path)`` wrote; nothing in the file is executed as code.
 
     Raises:
-        FormatError: The file cannot be read, or holds anything but a lowered graph. Numbers that have changed are not
-            noticed: there is no checksum.
-        FileNotFoundError: There is no such file.
+        FormatError: There is no such file, it cannot be read, or it holds anything but a lowered graph. Numbers that
+            have changed are not noticed: there is no checksum.
 
     Example:
         >>> import tempfile, srigl_fx as sx
@@ -214,7 +213,13 @@ def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
         >>> torch.equal(again(torch.ones(5, 16)), lowered(torch.ones(5, 16)))
         True
     """
-    return LoweredModule.from_bytes(Path(path).read_bytes(), origin=str(path))
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise FormatError(f"there is no file {path}; lower(...).save(path) writes one") from error
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}; give the path of a file") from error
+    return LoweredModule.from_bytes(data, origin=str(path))
 
 
 def _check_arguments(

@@ -1,0 +1,190 @@
+"""What a file's graph may call: by name, and nothing that wrong arguments end the process with."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lowering_support import mask_by_hand, randomise
+from operator_support.calls import overload
+from torch import Tensor, nn
+
+from srigl_fx import graph_ops
+from srigl_fx.errors import FormatError
+from srigl_fx.graph_file import guarded
+from srigl_fx.graph_guards import guard
+from srigl_fx.lowering import load_lowered, lower
+
+NAMES = sorted(graph_ops._ATEN)
+CALLS = 60
+PARTS = 8
+
+
+def test_each_is_listed_by_its_overload_and_writes_nothing() -> None:
+    for name in NAMES:
+        found = overload(name)
+        assert graph_ops.function_named(f"aten.{name}") == found, name
+        assert not found._schema.is_mutable
+
+
+def test_nothing_of_torchs_own_and_no_backward_is_listed() -> None:
+    names = {name for name in NAMES if not name.startswith("__")}
+    assert {name for name in names if name.startswith("_")} == {"_to_copy.default"}
+    assert not [name for name in names if "backward" in name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aten.as_strided.default",
+        "aten.max_pool2d_with_indices_backward.default",
+        "aten._embedding_bag.default",
+        "aten._softmax.default",
+        "aten.add.out",
+        "aten.add_.Tensor",
+        "aten.relu",
+        "aten.relu.nothing",
+        "srigl_fx.condensed_linear.out",
+        "srigl_fx.condensed_linear_gradients.default",
+    ],
+)
+def test_what_is_not_listed_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="not an operator that a saved graph may call"):
+        graph_ops.function_named(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_arguments_end_the_process(part: int, checkout: Path) -> None:
+    """Random shapes, types and values, in a process of their own; other ones in each run where a seed is given."""
+    seed = os.environ.get("SRIGL_FX_TEST_SEED", "0")
+    command = [sys.executable, "-W", "ignore", "-m", "operator_support.calls", seed, str(CALLS), *NAMES[part::PARTS]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), str(checkout / "tests")])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False, env=environment)
+    last = done.stdout.split("\n")[-2:][0]
+    assert done.returncode == 0, f"{last} ended the process: {done.stderr[-500:]}"
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **settings: bool | int | str) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.layer = kind(5, 4, **settings)  # type: ignore[arg-type]
+        self.last = nn.Linear(8 if settings.get("bidirectional") else 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.last(self.layer(self.first(x))[0])
+        return result
+
+
+class Normalised(nn.Module):
+    def __init__(self, *, statistics: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.norm = nn.BatchNorm1d(5, track_running_stats=statistics)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.norm(self.first(x).relu())
+        return result
+
+
+MODELS = [
+    pytest.param(lambda: Recurrent(nn.LSTM, batch_first=True), (2, 7, 6), id="lstm"),
+    pytest.param(lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), (7, 2, 6), id="lstm both ways"),
+    pytest.param(lambda: Recurrent(nn.LSTM, bias=False), (7, 2, 6), id="lstm without bias"),
+    pytest.param(lambda: Recurrent(nn.GRU, num_layers=2, batch_first=True), (2, 7, 6), id="gru"),
+    pytest.param(lambda: Recurrent(nn.RNN, batch_first=True), (2, 7, 6), id="rnn"),
+    pytest.param(lambda: Recurrent(nn.RNN, nonlinearity="relu"), (7, 2, 6), id="rnn relu"),
+    pytest.param(lambda: Normalised(statistics=True), (4, 6), id="batch norm"),
+    pytest.param(lambda: Normalised(statistics=False), (4, 6), id="batch norm of the batch"),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), MODELS)
+def test_guarded_operators_compute_the_same(make: "type[nn.Module]", shape: tuple[int, ...], tmp_path: Path) -> None:
+    model = mask_by_hand(randomise(make()), 0.4).eval()
+    x = torch.randn(shape)
+    lowered = lower(model, (x,), min_speedup=0)
+    lowered.save(tmp_path / "model.srigl")
+    again = load_lowered(tmp_path / "model.srigl")
+    with torch.no_grad():
+        assert torch.equal(again(x), lowered(x))
+    again.save(tmp_path / "again.srigl")
+    with torch.no_grad():
+        assert torch.equal(load_lowered(tmp_path / "again.srigl")(x), lowered(x))
+
+
+def recurrent_graph(shapes: list[tuple[int, ...]], **changes: object) -> tuple[torch.fx.Graph, dict[str, Tensor]]:
+    """A graph with one LSTM of these weights."""
+    graph, tensors = torch.fx.Graph(), {f"w{i}": torch.randn(shape) for i, shape in enumerate(shapes)}
+    x, h, c = (graph.placeholder(name) for name in "xhc")
+    weights = [graph.get_attr(name) for name in tensors]
+    settings = {"has_biases": True, "num_layers": 1, "dropout": 0.0, "train": False, "bidirectional": False}
+    settings |= {"batch_first": True, **changes}  # type: ignore[dict-item]
+    node = graph.call_function(torch.ops.aten.lstm.input, (x, [h, c], weights, *settings.values()))
+    graph.output(node)
+    return graph, tensors
+
+
+FIT = [(16, 3), (16, 4), (16,), (16,)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "changes"),
+    [
+        (FIT[:3], {}),
+        ([*FIT, *FIT], {}),
+        ([(16, 3), (16, 5), (16,), (16,)], {}),
+        ([(16, 3), (16, 4), (15,), (16,)], {}),
+        ([(16,), (16, 4), (16,), (16,)], {}),
+        (FIT, {"has_biases": False}),
+        (FIT, {"num_layers": 2}),
+        (FIT, {"num_layers": 0}),
+        (FIT, {"bidirectional": True}),
+        (FIT, {"train": True}),
+    ],
+)
+def test_weights_that_do_not_fit_a_recurrent_layer_are_refused(
+    shapes: list[tuple[int, ...]], changes: dict[str, object]
+) -> None:
+    graph, tensors = recurrent_graph(shapes, **changes)
+    with pytest.raises(FormatError, match=r"file: .*node lstm"):
+        guarded("file", lambda: _raise_format(graph, tensors))
+
+
+def _raise_format(graph: torch.fx.Graph, tensors: dict[str, Tensor]) -> None:
+    try:
+        guard(graph, tensors.__getitem__)
+    except ValueError as error:
+        raise FormatError(str(error)) from error
+
+
+@pytest.mark.parametrize("wrong", ["x", "h", "c", "x rank", "h rank", "x type"])
+def test_inputs_that_do_not_fit_a_recurrent_layer_are_an_error(wrong: str) -> None:
+    graph, tensors = recurrent_graph(FIT)
+    guard(graph, tensors.__getitem__)
+    run = torch.fx.GraphModule(tensors, graph)
+    given = {"x": torch.randn(2, 5, 3), "h": torch.randn(1, 2, 4), "c": torch.randn(1, 2, 4)}
+    run(*given.values())
+    changed = {
+        **given,
+        **{"x": {"x": torch.randn(2, 5, 2)}, "h": {"h": torch.randn(1, 2, 3)}, "c": {"c": torch.randn(1, 3, 4)}}.get(
+            wrong, {}
+        ),
+        **({"x": torch.randn(2, 5, 3, 3)} if wrong == "x rank" else {}),
+        **({"h": torch.randn(1, 1, 2, 4)} if wrong == "h rank" else {}),
+        **({"x": torch.randn(2, 5, 3).double()} if wrong == "x type" else {}),
+    }
+    with pytest.raises(RuntimeError):
+        run(*changed.values())
+
+
+def test_devices_and_layouts_of_a_file_are_those_of_a_lowered_graph() -> None:
+    from srigl_fx.graph_file import _decode
+
+    for value in ({"device": "meta"}, {"device": "cuda"}, {"layout": "sparse_coo"}):
+        with pytest.raises(ValueError, match="dense tensors on the CPU only"):
+            _decode(value, {})
+    assert _decode({"device": "cpu"}, {}) == torch.device("cpu")
