@@ -37,6 +37,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         *("_modules", "_non_persistent_buffers_set", "_parameters"),
     ),
     "a module's state_dict": ("_metadata",),
+    "a pruning hook": ("_tensor_name",),
     "a storage": ("_cdata",),
     "a tensor": ("_backward_hooks", "_post_accumulate_grad_hooks", "_version"),
     "an operator": ("_schema",),
@@ -112,6 +113,7 @@ def holder(where: str) -> Any:
         "a graph": torch.fx.Graph,
         "a module": torch.nn.Module,
         "a module's state_dict": lambda: torch.nn.Module().state_dict(),
+        "a pruning hook": _pruning_hook,
         "a storage": lambda: torch.zeros(1).untyped_storage(),
         "a tensor": lambda: torch.zeros(1),
         "an operator": lambda: torch.ops.aten.add.Tensor,
@@ -119,6 +121,15 @@ def holder(where: str) -> Any:
         "torch.ops.aten": lambda: torch.ops.aten,
     }
     return makers[where]() if where in makers else importlib.import_module(where)
+
+
+def _pruning_hook() -> Any:
+    """What ``torch.nn.utils.prune`` leaves on a module."""
+    from torch.nn import Linear
+    from torch.nn.utils import prune
+
+    pruned: Any = prune.identity(Linear(1, 1), "weight")  # type: ignore[no-untyped-call]
+    return next(iter(pruned._forward_pre_hooks.values()))
 
 
 def check_torch() -> None:

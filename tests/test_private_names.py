@@ -201,6 +201,10 @@ def test_hooks_after_a_step_can_be_put_in_front() -> None:
     assert calls == ["late", "first"]
 
 
+def test_a_pruning_hook_names_its_tensor() -> None:
+    assert holder("a pruning hook")._tensor_name == "weight"
+
+
 def test_forward_mode_is_seen() -> None:
     from torch.autograd import forward_ad
 
