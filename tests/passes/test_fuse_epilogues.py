@@ -56,10 +56,10 @@ def epilogues(module: fx.GraphModule) -> list[Epilogue]:
     return [(one["residual"] is not None, one["activation"]) for one in given]
 
 
-def fused(program: Program) -> tuple[list[Epilogue], list[str]]:
-    """The epilogues after the pass, which must not change what the graph computes, and the notes."""
-    expected = program.module(program.args[0].clone())
-    result = run((FuseEpilogues(),), program)
+def fused(before: Program) -> tuple[Program, list[Epilogue], list[str]]:
+    """The program after the pass, which must not change what the graph computes, its epilogues and the notes."""
+    expected = before.module(before.args[0].clone())
+    result = run((FuseEpilogues(),), before)
     program = result.subject
     got = program.module(program.args[0].clone())
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
@@ -68,7 +68,7 @@ def fused(program: Program) -> tuple[list[Epilogue], list[str]]:
     for node, value in zip(condensed_nodes(program.module.graph), values, strict=True):
         torch.testing.assert_close(node.meta["val"], value, rtol=0, atol=1e-6)
     assert not run((FuseEpilogues(),), program).changed
-    return epilogues(program.module), [note.reason for note in result.notes]
+    return program, epilogues(program.module), [note.reason for note in result.notes]
 
 
 ACTIVATIONS: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
@@ -101,7 +101,8 @@ ACTIVATIONS: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
 @pytest.mark.parametrize("batch", [1, 3, 17])
 def test_activations(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, batch: int) -> None:
     program = hand_made(lambda graph, layer, x: graph.call_function(operator, (layer(x), *args), kwargs), batch)
-    assert fused(program)[0] == [(False, name or "none")]
+    program, found, _ = fused(program)
+    assert found == [(False, name or "none")]
     assert any(node.target is operator for node in program.module.graph.nodes) == (not name)
 
 
@@ -110,7 +111,7 @@ def test_an_addition_then_an_activation(addition: Any) -> None:
     def build(graph: fx.Graph, layer: Any, x: fx.Node) -> fx.Node:
         return graph.call_function(aten.gelu.default, (graph.call_function(addition, (layer(x), x)),))
 
-    assert fused(hand_made(build))[0] == [(True, "gelu")]
+    assert fused(hand_made(build))[1] == [(True, "gelu")]
 
 
 def test_the_other_operand_may_come_later() -> None:
@@ -118,14 +119,14 @@ def test_the_other_operand_may_come_later() -> None:
         y = layer(x)
         return graph.call_function(aten.add.Tensor, (y, graph.call_function(aten.tanh.default, (x,))))
 
-    assert fused(hand_made(build))[0] == [(True, "none")]
+    assert fused(hand_made(build))[1] == [(True, "none")]
 
 
 def test_an_activation_is_not_moved_behind_an_addition() -> None:
     def build(graph: fx.Graph, layer: Any, x: fx.Node) -> fx.Node:
         return graph.call_function(aten.add.Tensor, (x, graph.call_function(aten.relu.default, (layer(x),))))
 
-    assert fused(hand_made(build))[0] == [(False, "relu")]
+    assert fused(hand_made(build))[1] == [(False, "relu")]
 
 
 def test_of_two_operators_the_later_takes_the_earlier() -> None:
@@ -134,7 +135,8 @@ def test_of_two_operators_the_later_takes_the_earlier() -> None:
         return graph.call_function(aten.relu.default, (graph.call_function(aten.add.Tensor, (second, first)),))
 
     program = hand_made(build)
-    assert fused(program)[0] == [(False, "none"), (True, "relu")]
+    program, found, _ = fused(program)
+    assert found == [(False, "none"), (True, "relu")]
     first, second = condensed_nodes(program.module.graph)
     assert arguments(second)["residual"] is first
 
@@ -145,7 +147,8 @@ def test_of_two_operators_the_one_read_once_takes_the_other() -> None:
         return [graph.call_function(aten.add.Tensor, (first, second)), second]
 
     program = hand_made(build)
-    assert fused(program)[0] == [(False, "none"), (True, "none")]  # in the order that the addition imposes
+    program, found, _ = fused(program)
+    assert found == [(False, "none"), (True, "none")]  # in the order that the addition imposes
 
 
 def test_a_residual_is_taken_once() -> None:
@@ -153,7 +156,7 @@ def test_a_residual_is_taken_once() -> None:
         once = graph.call_function(aten.add.Tensor, (layer(x), x))
         return graph.call_function(aten.add.Tensor, (once, x))
 
-    assert fused(hand_made(build))[0] == [(True, "none")]
+    assert fused(hand_made(build))[1] == [(True, "none")]
 
 
 def other(graph: fx.Graph, layer: Any, x: fx.Node, what: str) -> Any:
@@ -186,7 +189,8 @@ def other(graph: fx.Graph, layer: Any, x: fx.Node, what: str) -> Any:
 )
 def test_other_additions_stay(what: str) -> None:
     program = hand_made(lambda graph, layer, x: other(graph, layer, x, what), batch=3)
-    assert fused(program)[0] == [(False, "none")]
+    program, found, _ = fused(program)
+    assert found == [(False, "none")]
 
 
 @pytest.mark.parametrize("also", ["an output", "another reader"])
@@ -200,7 +204,7 @@ def test_a_value_that_is_needed_elsewhere_is_left_with_a_note(also: str, what: s
             z = graph.call_function(aten.add.Tensor, (y, x))
         return [z, y if also == "an output" else graph.call_function(aten.tanh.default, (y,))]
 
-    found, notes = fused(hand_made(build))
+    _, found, notes = fused(hand_made(build))
     assert found == [(False, "none")]
     assert notes == [
         f"{'relu_default' if what == 'activation' else 'add_tensor'} not fused: what it reads is used elsewhere too"
