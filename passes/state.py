@@ -20,7 +20,8 @@ def writes(graph: fx.Graph) -> dict[str, fx.Node]:
         ...     def forward(self, x):
         ...         self.calls += 1
         ...         return x / self.calls
-        >>> list(writes(torch.export.export(Counter(), (torch.ones(2),)).run_decompositions({}).module().graph))
+        >>> from srigl_fx.passes.capture import capture_whole
+        >>> list(writes(capture_whole(Counter().eval(), (torch.ones(2),), {}).program.module.graph))
         ['calls']
     """
     return {

@@ -48,7 +48,8 @@ def explicit(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, An
         ...     def forward(self, x):
         ...         self.total += x
         ...         return self.total * 2
-        >>> module = torch.export.export(Sum(), (torch.ones(2),)).run_decompositions({}).module()
+        >>> from srigl_fx.passes.capture import capture_whole
+        >>> module = capture_whole(Sum().eval(), (torch.ones(2),), {}).program.module
         >>> found = explicit(module, (torch.ones(2),), {})
         >>> found.state, found.module(torch.ones(2), state_0=torch.tensor([1.0, 5.0]))
         ({'total': tensor([0., 0.])}, (tensor([ 4., 12.]), [tensor([2., 6.])]))
