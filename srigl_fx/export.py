@@ -187,7 +187,8 @@ def export_onnx(
         >>> import tempfile, srigl_fx as sx
         >>> model = sx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), sparsity=0.75)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report = sx.export_onnx(model.eval(), f"{folder}/model.onnx", (torch.ones(2, 16),), verify=False)
+        ...     path, inputs = f"{folder}/model.onnx", (torch.ones(2, 16),)
+        ...     report = sx.export_onnx(model.eval(), path, inputs, min_speedup=0, verify=False)
         >>> report.condensed_layers
         2
     """
