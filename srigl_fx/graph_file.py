@@ -22,7 +22,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import FormatError, LoweringError
-from srigl_fx.graph_guards import guard
+from srigl_fx.graph_guards import check, guard
 from srigl_fx.graph_ops import function_name, function_named
 from srigl_fx.passes.condensed_nodes import condensed_nodes, settled_padding
 from srigl_fx.passes.program import arguments
@@ -60,6 +60,7 @@ def dump(module: fx.GraphModule, extra: dict[str, Any]) -> bytes:
                 storages.add(tensors[key].untyped_storage().data_ptr())
             attributes[str(node.target)] = {"tensor": key, "parameter": node.target in parameters}
         try:
+            check(node, lambda target: _tensor(module, target))
             nodes.append(_encode_node(node))
         except ValueError as error:
             raise LoweringError(f"this lowered module cannot be saved: node {node.name}: {error}") from error

@@ -1,10 +1,12 @@
-"""What takes the place, in a graph from a file, of operators that check too little.
+"""What is asked, of a graph for a file, of operators that check too little themselves.
 
-Owns the replacements: batch normalisation becomes the public operator, which compares the sizes of its weights; a
-recurrent layer's weights are checked, and its input and state brought to the sizes that these weights have, or refused
-when it runs. Graphs compute the same as before. It must not know the file format.
+Owns the checks, made when a graph is saved and when it is loaded, and what takes the place of an operator in a graph
+from a file: batch normalisation becomes the public operator, which compares the sizes of its weights; the input and
+state of a recurrent layer are brought to the sizes that its weights have, and the heads of attention in groups are
+counted, or refused when it runs. Graphs compute the same as before. It must not know the file format.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,43 +17,125 @@ from srigl_fx.graph_ops import GUARDED, function_name
 from srigl_fx.passes.condensed_nodes import set_arguments
 from srigl_fx.passes.program import arguments
 
+_ATTENTION = "scaled_dot_product_attention"
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
+_SMALLEST, _LARGEST = 1e-12, 2**31 - 1  # of numbers that sizes are made of
+_RANGES = {None, torch.int64, torch.int32, torch.float32, torch.float64}
 
 
-def guard(graph: fx.Graph, tensor_at: Callable[[str], Tensor]) -> None:
-    """Replace the guarded operators of a graph, in place.
+def check(node: fx.Node, tensor_at: Callable[[str], Tensor]) -> None:
+    """Ask of a node's arguments what a guarded operator does not; nothing of other nodes.
 
     Args:
-        graph: A graph of a file.
+        node: A node of the graph.
         tensor_at: The tensor that a ``get_attr`` node names.
 
     Raises:
-        ValueError: The arguments of one cannot be right; the message names its node.
+        ValueError: They cannot be right, or cannot be told to be; the message names the node.
+    """
+    if node.op != "call_function" or function_name(node.target) not in GUARDED:
+        return
+    name = _packet(node)
+    try:
+        if "batch_norm" in name:
+            _check_batch_norm(node)
+        elif name == "arange":
+            _check_range(node)
+        elif "max_pool" in name:
+            _check_pooling(node)
+        elif name == _ATTENTION:
+            _check_attention(node)
+        elif name in _GATES:
+            _check_recurrent(node, _GATES[name], tensor_at)
+        else:
+            _check_divisor(node)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"node {node.name}: {error}") from error
+
+
+def guard(graph: fx.Graph, tensor_at: Callable[[str], Tensor]) -> None:
+    """Check all nodes of a graph from a file, and replace the operators that would check too little, in place.
+
+    Raises:
+        ValueError: As :func:`check`.
     """
     for node in list(graph.nodes):
+        check(node, tensor_at)
         if node.op == "call_function" and function_name(node.target) in GUARDED:
-            try:
-                name = node.target.overloadpacket.__name__
-                if "batch_norm" in name:
-                    _guard_batch_norm(graph, node)
-                else:
-                    _guard_recurrent(graph, node, _GATES[name], tensor_at)
-            except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"node {node.name}: {error}") from error
+            if "batch_norm" in _packet(node):
+                _replace_batch_norm(graph, node)
+            elif _packet(node) == _ATTENTION and arguments(node).get("enable_gqa"):
+                _count_heads(graph, node)
+            elif _packet(node) in _GATES:
+                _size_recurrent(graph, node, _GATES[_packet(node)], tensor_at)
 
 
-def _guard_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
+def _packet(node: fx.Node) -> str:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    return str(node.target.overloadpacket.__name__)
+
+
+def _check_range(node: fx.Node) -> None:
+    given = arguments(node)
+    step, dtype = given["step"], given.get("dtype")
+    kinds: Any = int if dtype in (torch.int64, torch.int32) else int | float
+    if dtype not in _RANGES:
+        raise ValueError(f"a range of {dtype}")
+    if isinstance(step, bool) or not isinstance(step, kinds) or not _SMALLEST <= abs(step) <= _LARGEST:
+        raise ValueError(f"a range in steps of {step!r}")
+
+
+def _check_pooling(node: fx.Node) -> None:
+    given = arguments(node)
+    for name, least in (("kernel_size", 1), ("stride", 1), ("padding", 0), ("dilation", 1)):
+        numbers = given.get(name, ())
+        for number in numbers if isinstance(numbers, list | tuple) else [numbers]:
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= _LARGEST:
+                raise ValueError(f"pooling with a {name} of {numbers}")
+
+
+def _check_attention(node: fx.Node) -> None:
+    grouped = arguments(node).get("enable_gqa", False)
+    if not isinstance(grouped, bool):
+        raise ValueError(f"attention with enable_gqa={grouped}")
+
+
+def _count_heads(graph: fx.Graph, node: fx.Node) -> None:
+    """Divide the heads of queries by those of keys and of values, as the operator does: by none is an error here."""
+    given = arguments(node)
+    with graph.inserting_before(node):
+        queries, *others = (
+            graph.call_function(torch.ops.aten.sym_size.int, (given[name], -3)) for name in ("query", "key", "value")
+        )
+        for heads in others:
+            graph.call_function(operator.floordiv, (queries, heads))
+
+
+def _check_divisor(node: fx.Node) -> None:
+    divisor = arguments(node)["other"]
+    if isinstance(divisor, bool) or not isinstance(divisor, int | float) or divisor in (0, -1) or divisor != divisor:
+        raise ValueError(f"whole division by {divisor}, where a number other than 0 and -1 can be checked")
+
+
+def _check_batch_norm(node: fx.Node) -> None:
     given = arguments(node)
     for user in node.users:
         if function_name(user.target) != "_operator.getitem" or user.args != (node, 0):
             raise ValueError("only the normalised result of a batch normalisation can be read")
-    statistics = given.get("running_mean"), given.get("running_var")
     training = given.get("training", False)
-    if (None in statistics) is not bool(training) or not isinstance(training, bool):
+    if not isinstance(training, bool) or (None in _statistics(given)) is not training:
         raise ValueError("a batch normalisation needs its statistics, and none where it takes those of the batch")
-    operands = given["input"], given["weight"], given["bias"], *statistics
+
+
+def _statistics(given: dict[str, Any]) -> tuple[Any, Any]:
+    return given.get("running_mean"), given.get("running_var")
+
+
+def _replace_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
+    given = arguments(node)
+    operands = given["input"], given["weight"], given["bias"], *_statistics(given)
     with graph.inserting_before(node):
-        settings = training, given["momentum"], given["eps"], False
+        settings = given.get("training", False), given["momentum"], given["eps"], False
         normal = graph.call_function(torch.ops.aten.batch_norm.default, (*operands, *settings))
     for user in list(node.users):
         user.replace_all_uses_with(normal)
@@ -59,10 +143,10 @@ def _guard_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _guard_recurrent(graph: fx.Graph, node: fx.Node, gates: int, tensor_at: Callable[[str], Tensor]) -> None:
+def _check_recurrent(node: fx.Node, gates: int, tensor_at: Callable[[str], Tensor]) -> None:
     given = arguments(node)
     flags = [given[name] for name in ("has_biases", "train", "bidirectional", "batch_first")]
-    biases, train, both, first = flags
+    biases, train, both, _ = flags
     layers, ways = given["num_layers"], 2 if both else 1
     weights = [tensor_at(str(weight.target)) for weight in given["params"] if weight.op == "get_attr"]
     if not all(isinstance(flag, bool) for flag in flags) or train or not isinstance(layers, int) or layers < 1:
@@ -76,16 +160,21 @@ def _guard_recurrent(graph: fx.Graph, node: fx.Node, gates: int, tensor_at: Call
     fit = [tuple(weight.shape) for weight in weights] == wanted and len(given["params"]) == len(wanted)
     if not fit or min(width, hidden) < 1 or any(weight.dtype is not torch.float32 for weight in weights):
         raise ValueError("the weights of a recurrent layer have other shapes than its settings ask for")
+    if gates == 4 and len(given["hx"]) != 2:
+        raise ValueError("a recurrent layer has another number of states")
+
+
+def _size_recurrent(graph: fx.Graph, node: fx.Node, gates: int, tensor_at: Callable[[str], Tensor]) -> None:
+    given = arguments(node)
+    width, hidden = (int(tensor_at(str(weight.target)).shape[1]) for weight in given["params"][:2])
+    rows = given["num_layers"] * (2 if given["bidirectional"] else 1)
 
     def sized(value: fx.Node, sizes: list[Any]) -> fx.Node:
         return graph.call_function(torch.ops.aten.expand.default, (value, sizes))
 
-    states = list(given["hx"]) if gates == 4 else [given["hx"]]
-    if len(states) != (2 if gates == 4 else 1):
-        raise ValueError("a recurrent layer has another number of states")
     with graph.inserting_before(node):
         x = sized(given["input"], [-1, -1, width])
-        batch = graph.call_function(torch.ops.aten.sym_size.int, (x, 0 if first else 1))
-        states = [sized(state, [layers * ways, batch, hidden]) for state in states]
+        batch = graph.call_function(torch.ops.aten.sym_size.int, (x, 0 if given["batch_first"] else 1))
+        states = [sized(state, [rows, batch, hidden]) for state in (given["hx"] if gates == 4 else [given["hx"]])]
         states = [graph.call_function(torch.ops.aten.clone.default, (state,)) for state in states]
     set_arguments(node, input=x, hx=states if gates == 4 else states[0])

@@ -34,58 +34,55 @@ __and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__
 acos.default acosh.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
 adaptive_max_pool1d.default adaptive_max_pool2d.default add.Scalar add.Tensor addbmm.default addcdiv.default
 addcmul.default addmm.default addmv.default affine_grid_generator.default alias.default amax.default amin.default
-angle.default any.default any.dim any.dims arange.default arange.start arange.start_step argmax.default argmin.default
-argsort.default asin.default asinh.default atan.default atan2.default atanh.default avg_pool1d.default
-avg_pool2d.default avg_pool3d.default baddbmm.default batch_norm.default bilinear.default bincount.default
-bitwise_and.Scalar bitwise_and.Scalar_Tensor bitwise_and.Tensor bitwise_left_shift.Scalar_Tensor
-bitwise_left_shift.Tensor bitwise_left_shift.Tensor_Scalar bitwise_not.default bitwise_or.Scalar
-bitwise_or.Scalar_Tensor bitwise_or.Tensor bitwise_right_shift.Scalar_Tensor bitwise_right_shift.Tensor
-bitwise_right_shift.Tensor_Scalar bitwise_xor.Scalar bitwise_xor.Scalar_Tensor bitwise_xor.Tensor bmm.default
-broadcast_to.default bucketize.Scalar bucketize.Tensor cat.default ceil.default celu.default channel_shuffle.default
-chunk.default clamp.Tensor clamp.default clamp_max.Tensor clamp_max.default clamp_min.Tensor clamp_min.default
-clip.Tensor clip.default clone.default col2im.default concat.default conj_physical.default constant_pad_nd.default
-contiguous.default conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding
-conv_transpose1d.default conv_transpose2d.input conv_transpose3d.input convolution.default copy.default
-copysign.Scalar copysign.Tensor cos.default cosh.default cosine_similarity.default cumprod.default cumsum.default
-deg2rad.default detach.default diag_embed.default diagonal.default diff.default div.Scalar div.Scalar_mode div.Tensor
-div.Tensor_mode dot.default dropout.default einsum.default elu.default embedding.default embedding_bag.default
-embedding_bag.padding_idx empty.memory_format empty_like.default eq.Scalar eq.Tensor erf.default erfc.default
+angle.default any.default any.dim any.dims arange.default arange.start argmax.default argmin.default argsort.default
+asin.default asinh.default atan.default atan2.default atanh.default avg_pool1d.default avg_pool2d.default
+avg_pool3d.default baddbmm.default batch_norm.default bilinear.default bincount.default bitwise_and.Scalar
+bitwise_and.Scalar_Tensor bitwise_and.Tensor bitwise_left_shift.Scalar_Tensor bitwise_left_shift.Tensor
+bitwise_left_shift.Tensor_Scalar bitwise_not.default bitwise_or.Scalar bitwise_or.Scalar_Tensor bitwise_or.Tensor
+bitwise_right_shift.Scalar_Tensor bitwise_right_shift.Tensor bitwise_right_shift.Tensor_Scalar bitwise_xor.Scalar
+bitwise_xor.Scalar_Tensor bitwise_xor.Tensor bmm.default broadcast_to.default bucketize.Scalar bucketize.Tensor
+cat.default ceil.default celu.default channel_shuffle.default chunk.default clamp.Tensor clamp.default
+clamp_max.Tensor clamp_max.default clamp_min.Tensor clamp_min.default clip.Tensor clip.default clone.default
+col2im.default concat.default conj_physical.default constant_pad_nd.default contiguous.default conv1d.default
+conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding conv_transpose1d.default
+conv_transpose2d.input conv_transpose3d.input convolution.default copy.default copysign.Scalar copysign.Tensor
+cos.default cosh.default cosine_similarity.default cumprod.default cumsum.default deg2rad.default detach.default
+diag_embed.default diagonal.default diff.default div.Scalar div.Tensor dot.default dropout.default einsum.default
+elu.default embedding.default empty.memory_format empty_like.default eq.Scalar eq.Tensor erf.default erfc.default
 erfinv.default exp.default exp2.default expand.default expand_as.default expm1.default feature_dropout.default
 fill.Scalar fill.Tensor flatten.using_ints flip.default float_power.Scalar float_power.Tensor_Scalar
-float_power.Tensor_Tensor floor.default floor_divide.Scalar floor_divide.default fmax.default fmin.default fmod.Scalar
-fmod.Tensor frac.default frexp.Tensor full.default full_like.default gather.default gcd.default ge.Scalar ge.Tensor
-gelu.default grid_sampler.default grid_sampler_2d.default group_norm.default gru_cell.default gt.Scalar gt.Tensor
-hardshrink.default hardsigmoid.default hardswish.default hardtanh.default heaviside.default histc.default
-hypot.default i0.default im2col.default index.Tensor index_add.default index_copy.default index_put.default
-index_select.default instance_norm.default isfinite.default isinf.default isnan.default isneginf.default
-isposinf.default item.default layer_norm.default lcm.default ldexp.Tensor le.Scalar le.Tensor leaky_relu.default
-lerp.Scalar lerp.Tensor lgamma.default lift_fresh_copy.default linalg_norm.default linalg_vector_norm.default
-linear.default linspace.Scalar_Tensor linspace.Tensor_Scalar linspace.Tensor_Tensor linspace.default log.default
-log10.default log1p.default log2.default log_softmax.int logaddexp.default logaddexp2.default logical_and.default
-logical_not.default logical_or.default logical_xor.default logit.default logsumexp.default lstm_cell.default lt.Scalar
-lt.Tensor masked_fill.Scalar masked_fill.Tensor masked_select.default matmul.default max.default max.dim max.other
-max_pool1d.default max_pool2d.default max_pool2d_with_indices.default max_pool3d.default
-max_pool3d_with_indices.default maximum.default mean.default mean.dim meshgrid.default meshgrid.indexing min.default
-min.dim min.other minimum.default mish.default mm.default movedim.int movedim.intlist mul.Scalar mul.Tensor mv.default
-nan_to_num.default narrow.default native_group_norm.default native_layer_norm.default ne.Scalar ne.Tensor neg.default
-new_empty.default new_full.default new_ones.default new_zeros.default nonzero.default norm.Scalar norm.ScalarOpt_dim
-norm.ScalarOpt_dim_dtype norm.ScalarOpt_dtype one_hot.default ones.default ones_like.default outer.default pad.default
-permute.default pixel_shuffle.default pixel_unshuffle.default positive.default pow.Scalar pow.Tensor_Scalar
-pow.Tensor_Tensor prod.default prod.dim_int rad2deg.default reciprocal.default reflection_pad1d.default
-reflection_pad2d.default reflection_pad3d.default relu.default relu6.default remainder.Scalar remainder.Scalar_Tensor
-remainder.Tensor repeat.default repeat_interleave.Tensor repeat_interleave.self_Tensor repeat_interleave.self_int
+float_power.Tensor_Tensor floor.default fmax.default fmin.default frac.default frexp.Tensor full.default
+full_like.default gather.default ge.Scalar ge.Tensor gelu.default grid_sampler.default grid_sampler_2d.default
+group_norm.default gru_cell.default gt.Scalar gt.Tensor hardshrink.default hardsigmoid.default hardswish.default
+hardtanh.default heaviside.default histc.default hypot.default i0.default im2col.default index.Tensor
+index_add.default index_copy.default index_put.default index_select.default instance_norm.default isfinite.default
+isinf.default isnan.default isneginf.default isposinf.default item.default layer_norm.default ldexp.Tensor le.Scalar
+le.Tensor leaky_relu.default lerp.Scalar lerp.Tensor lgamma.default lift_fresh_copy.default linalg_norm.default
+linalg_vector_norm.default linear.default linspace.Scalar_Tensor linspace.Tensor_Scalar linspace.Tensor_Tensor
+linspace.default log.default log10.default log1p.default log2.default log_softmax.int logaddexp.default
+logaddexp2.default logical_and.default logical_not.default logical_or.default logical_xor.default logit.default
+logsumexp.default lstm_cell.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor masked_select.default
+matmul.default max.default max.dim max.other maximum.default mean.default mean.dim meshgrid.default meshgrid.indexing
+min.default min.dim min.other minimum.default mish.default mm.default movedim.int movedim.intlist mul.Scalar
+mul.Tensor mv.default nan_to_num.default narrow.default native_group_norm.default native_layer_norm.default ne.Scalar
+ne.Tensor neg.default new_empty.default new_full.default new_ones.default new_zeros.default nonzero.default
+norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype norm.ScalarOpt_dtype one_hot.default ones.default
+ones_like.default outer.default pad.default permute.default pixel_shuffle.default pixel_unshuffle.default
+positive.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prod.default prod.dim_int rad2deg.default
+reciprocal.default reflection_pad1d.default reflection_pad2d.default reflection_pad3d.default relu.default
+relu6.default repeat.default repeat_interleave.Tensor repeat_interleave.self_Tensor repeat_interleave.self_int
 replication_pad1d.default replication_pad2d.default replication_pad3d.default reshape.default rms_norm.default
 rnn_relu_cell.default rnn_tanh_cell.default roll.default round.decimals round.default rsqrt.default rsub.Scalar
-scalar_tensor.default scaled_dot_product_attention.default scatter.reduce scatter.src scatter.value
-scatter.value_reduce scatter_add.default scatter_reduce.two searchsorted.Scalar searchsorted.Tensor select.int
-select_scatter.default selu.default sgn.default sigmoid.default sign.default signbit.default silu.default sin.default
-sinc.default sinh.default slice.Tensor slice_scatter.default softmax.int softplus.default softshrink.default
-sort.default sort.stable split.Tensor split_with_sizes.default sqrt.default square.default squeeze.default squeeze.dim
-squeeze.dims stack.default std.correction std.default std.dim std_mean.correction std_mean.default std_mean.dim
-sub.Scalar sub.Tensor sum.default sum.dim_IntList swapaxes.default sym_numel.default sym_size.int t.default
-take_along_dim.default tan.default tanh.default tensordot.default threshold.default tile.default to.dtype topk.default
-transpose.int tril.default triu.default true_divide.Tensor trunc.default type_as.default unbind.int unflatten.int
-unfold.default unsqueeze.default upsample_bicubic2d.default upsample_bicubic2d.vec upsample_bilinear2d.default
+scalar_tensor.default scatter.reduce scatter.src scatter.value scatter.value_reduce scatter_add.default
+scatter_reduce.two searchsorted.Scalar searchsorted.Tensor select.int select_scatter.default selu.default sgn.default
+sigmoid.default sign.default signbit.default silu.default sin.default sinc.default sinh.default slice.Tensor
+slice_scatter.default softmax.int softplus.default softshrink.default sort.default sort.stable split.Tensor
+split_with_sizes.default sqrt.default square.default squeeze.default squeeze.dim squeeze.dims stack.default
+std.correction std.default std.dim std_mean.correction std_mean.default std_mean.dim sub.Scalar sub.Tensor sum.default
+sum.dim_IntList swapaxes.default sym_numel.default sym_size.int t.default take_along_dim.default tan.default
+tanh.default tensordot.default threshold.default tile.default to.dtype topk.default transpose.int tril.default
+triu.default true_divide.Tensor trunc.default type_as.default unbind.int unflatten.int unfold.default
+unsqueeze.default upsample_bicubic2d.default upsample_bicubic2d.vec upsample_bilinear2d.default
 upsample_bilinear2d.vec upsample_linear1d.default upsample_linear1d.vec upsample_nearest1d.default
 upsample_nearest1d.vec upsample_nearest2d.default upsample_nearest2d.vec upsample_nearest3d.default
 upsample_nearest3d.vec upsample_trilinear3d.default upsample_trilinear3d.vec var.correction var.default var.dim
@@ -94,12 +91,16 @@ where.ScalarOther where.ScalarSelf where.default where.self xlogy.Scalar_Other x
 zeros.default zeros_like.default
 """
 _ATEN = frozenset(_ATEN_NAMES.split())
-# What graphs call and what checks too little; graph_guards.py puts something else in its place before it can run.
+# What graphs call and what checks too little: graph_guards.py checks it, or puts something else in its place.
 GUARDED = frozenset(
     f"aten.{name}"
     for name in (
         *("_native_batch_norm_legit_no_training.default", "_native_batch_norm_legit.no_stats"),
         *("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"),
+        "scaled_dot_product_attention.default",
+        *("max_pool1d.default", "max_pool2d.default", "max_pool3d.default", "arange.start_step"),
+        *("div.Tensor_mode", "div.Scalar_mode", "floor_divide.default", "floor_divide.Scalar"),
+        *("remainder.Tensor", "remainder.Scalar", "fmod.Tensor", "fmod.Scalar"),
     )
 )
 _OURS = frozenset({"condensed_linear.default", "condensed_conv.default"})

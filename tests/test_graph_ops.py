@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,13 +13,16 @@ from operator_support.calls import overload
 from torch import Tensor, nn
 
 from srigl_fx import graph_ops
-from srigl_fx.errors import FormatError
+from srigl_fx.errors import FormatError, LoweringError
 from srigl_fx.graph_file import guarded
 from srigl_fx.graph_guards import guard
 from srigl_fx.lowering import load_lowered, lower
 
 NAMES = sorted(graph_ops._ATEN)
-CALLS = 60
+# Of the guarded ones, those whose arguments are only checked; the others have tests of their own below.
+CHECKED = sorted(name.removeprefix("aten.") for name in graph_ops.GUARDED)
+CHECKED = [name for name in CHECKED if not name.startswith(("_native", "lstm", "gru", "rnn"))]
+CALLS = 300
 PARTS = 8
 
 
@@ -60,7 +64,16 @@ def test_what_is_not_listed_is_refused(name: str) -> None:
 def test_no_arguments_end_the_process(part: int, checkout: Path) -> None:
     """Random shapes, types and values, in a process of their own; other ones in each run where a seed is given."""
     seed = os.environ.get("SRIGL_FX_TEST_SEED", "0")
-    command = [sys.executable, "-W", "ignore", "-m", "operator_support.calls", seed, str(CALLS), *NAMES[part::PARTS]]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "operator_support.calls",
+        seed,
+        str(CALLS),
+        *(NAMES + CHECKED)[part::PARTS],
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(checkout), str(checkout / "tests")])}
     done = subprocess.run(command, capture_output=True, text=True, timeout=540, check=False, env=environment)
     last = done.stdout.split("\n")[-2:][0]
@@ -179,6 +192,71 @@ def test_inputs_that_do_not_fit_a_recurrent_layer_are_an_error(wrong: str) -> No
     }
     with pytest.raises(RuntimeError):
         run(*changed.values())
+
+
+def no_tensor(name: str) -> Tensor:
+    raise KeyError(name)
+
+
+def called(function: Any, *args: Any, **kwargs: Any) -> torch.fx.Graph:
+    """A graph that calls the function, with its input wherever an argument is ``...``."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_function(function, tuple(x if arg is ... else arg for arg in args), kwargs))
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("step", "dtype"), [(0, None), (0.0, None), (0.5, torch.int64), (1, torch.int8), (2**40, None), (True, None)]
+)
+def test_steps_that_a_range_cannot_take_are_refused(step: float, dtype: torch.dtype | None) -> None:
+    graph = called(torch.ops.aten.arange.start_step, 0, ..., step, dtype=dtype)
+    with pytest.raises(ValueError, match=r"node arange\w*: a range "):
+        guard(graph, no_tensor)
+
+
+@pytest.mark.parametrize(("step", "dtype"), [(2, None), (-3, torch.int64), (0.5, None), (1, torch.float32)])
+def test_other_steps_stay(step: float, dtype: torch.dtype | None) -> None:
+    graph = called(torch.ops.aten.arange.start_step, 0, ..., step, dtype=dtype)
+    guard(graph, no_tensor)
+    end = -7 if step < 0 else 7
+    assert torch.equal(torch.fx.GraphModule({}, graph)(end), torch.arange(0, end, step, dtype=dtype))
+
+
+@pytest.mark.parametrize("divisor", [..., 0, -1, True, float("nan")])
+@pytest.mark.parametrize("packet", ["remainder", "fmod", "floor_divide"])
+def test_whole_division_is_by_a_number_that_can_be_checked(packet: str, divisor: Any) -> None:
+    function = getattr(torch.ops.aten, packet)
+    with pytest.raises(ValueError, match="whole division by"):
+        guard(called(function.Scalar, ..., divisor), no_tensor)
+    graph = called(function.Scalar, ..., 3)
+    guard(graph, no_tensor)
+    x = torch.arange(-7, 8)
+    assert torch.equal(torch.fx.GraphModule({}, graph)(x), function(x, 3))
+
+
+@pytest.mark.parametrize("settings", [([0, 1],), ([2, 2], [0, 1]), ([2, 2], [1, 1], [-1, 0]), ([2**40, 1],)])
+def test_pooling_that_no_module_does_is_refused(settings: Any) -> None:
+    with pytest.raises(ValueError, match="pooling with a"):
+        guard(called(torch.ops.aten.max_pool2d.default, ..., *settings), no_tensor)
+
+
+class Divides(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor, by: Tensor) -> Tensor:
+        result: Tensor = self.layer(x) // by
+        return result
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    model = mask_by_hand(randomise(Divides()), 0.4).eval()
+    lowered = lower(model, (torch.randn(2, 6), torch.full((1,), 2.0)), min_speedup=0)
+    with pytest.raises(LoweringError, match=r"cannot be saved: node \w+: .*whole division by"):
+        lowered.save(tmp_path / "model.srigl")
+    assert not list(tmp_path.iterdir())
 
 
 def test_devices_and_layouts_of_a_file_are_those_of_a_lowered_graph() -> None:
