@@ -78,6 +78,9 @@ if __name__ == "__main__":
     parser.add_argument("path", type=Path, help="the checkpoint; training resumes from it if it exists")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps in all")
     parser.add_argument("--every", type=int, default=20, help="steps between checkpoints")
+    parser.add_argument("--threads", type=int, default=None, help="sums are rounded as their number has it")
     parser.add_argument("--kill-at", type=int, default=None, help="die at this step, as in a power cut")
     arguments = parser.parse_args()
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
     main(arguments.path, steps=arguments.steps, every=arguments.every, kill_at=arguments.kill_at)

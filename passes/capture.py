@@ -21,11 +21,11 @@ from srigl_fx.nn.model_state import restored
 from srigl_fx.passes.capture_checks import (
     FreeSizes,
     check_free,
-    check_other_batch,
     check_pure,
     check_state,
     class_name,
     first_line,
+    fit_batches,
     free_sizes,
     raised_by,
     replaced_buffer,
@@ -231,7 +231,7 @@ def _climb(
                 check_free(program, exported, free if rung.dim is not None else {}, required or {})
                 if run is not None:
                     check_state(program, run)
-                    check_other_batch(program)
+                    program = fit_batches(program)
                 else:
                     check_pure(exported)
             except Exception as error:  # export raises nearly every type; the next rung may still do

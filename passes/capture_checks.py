@@ -6,6 +6,8 @@ Owns these checks and the words of failures. It must not know how a graph is cap
 import os
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,17 +98,25 @@ def check_state(program: Program, run: Run) -> None:
         )
 
 
-def check_other_batch(program: Program) -> None:
-    """Refuse a program with a free batch whose model does not run at another batch size.
+def fit_batches(program: Program) -> Program:
+    """Find out whether the model runs at another batch size, and whether its inputs may then have different ones.
+
+    Returns:
+        The program, its inputs' batches tied where the model runs with equal ones only, which its graph may not say.
 
     Raises:
-        CaptureError: The message has the model's own error.
+        CaptureError: The model runs at no other batch size; the message has its own error.
     """
     if not program.dynamic:
-        return
+        return program
+    tied = replace(program, ties=())
     try:
-        run_model(program.model, *program.inputs(program.other_batch, apart=True))
-    except Exception as error:  # the model's own code: any type
+        with suppress(Exception):  # the model's own code: any type
+            run_model(program.model, *program.inputs(program.other_batch, apart=True))
+            return program
+        run_model(program.model, *tied.inputs(program.other_batch))
+        return tied
+    except Exception as error:
         raise CaptureError(
             f"the model does not run at batch {program.other_batch}, the samples of the example inputs repeated: "
             f"{raised_by(error)}{type(error).__name__}: {first_line(error)}"

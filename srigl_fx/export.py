@@ -213,21 +213,23 @@ def export_onnx(
         raise _keeps_state(model, names)
     args, kwargs = normalise_inputs(example_inputs)
     register_caches(model, pytree.tree_leaves((args, kwargs)))
-    batched = _batched(lowered, args, kwargs, dynamic_batch)
+    batches = _batches(lowered, args, kwargs)
+    if not dynamic_batch:
+        batches = [None] * len(batches)
     write = functools.partial(_write, target, lowered, args, kwargs, fallback=fallback, verify=verify)
     try:
-        written = write(batched)
+        written = write(batches)
     except ExportError as error:
-        if not any(batched):
+        if not _any(batches):
             raise
         try:
-            written = write([False] * len(batched))
+            written = write([None] * len(batches))
         except ExportError:
             raise error from error.__cause__
-        batched = []
+        batches = []
         written.notes.append(f"the file takes the batch of the example inputs only; with any batch, {error}")
     else:
-        written.notes.extend(_fixed(lowered, args, kwargs, batched) if dynamic_batch else [])
+        written.notes.extend(_fixed(lowered, args, kwargs, batches) if dynamic_batch else [])
     written.notes.extend(f"{note.by}: {note.reason}" for note in lowered.report.undone)
     contents = inspect_file(target)
     return ExportReport(
@@ -236,7 +238,7 @@ def export_onnx(
         layers=contents.weights,
         sparse_bytes=contents.sparse_bytes,
         dense_bytes=contents.dense_bytes,
-        dynamic_batch=any(batched),
+        dynamic_batch=_any(batches),
         fallback=fallback,
         library_error=written.errors.get("library"),
         fallback_error=written.errors.get("fallback"),
@@ -266,15 +268,17 @@ def _keeps_state(model: nn.Module, names: Sequence[str]) -> ExportError:
     )
 
 
-def _fixed(lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any], batched: Sequence[bool]) -> list[str]:
+def _fixed(
+    lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any], batches: Sequence[int | None]
+) -> list[str]:
     """Why leading sizes that might be free are not."""
     leaves = pytree.tree_leaves((args, kwargs))
     fixed = [
         position
-        for position, (leaf, free) in enumerate(zip(leaves, batched, strict=True))
-        if isinstance(leaf, Tensor) and leaf.dim() and not free
+        for position, (leaf, batch) in enumerate(zip(leaves, batches, strict=True))
+        if isinstance(leaf, Tensor) and leaf.dim() and batch is None
     ]
-    if not any(batched):
+    if not _any(batches):
         why = next((str(one) for one in lowered.report.capture_failures if "batch" in one.attempt), "")
         return [f"the batch is fixed: {why}"] if why else []
     return [
@@ -289,18 +293,18 @@ def _write(
     lowered: LoweredModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    batched: Sequence[bool],
+    batches: Sequence[int | None],
     *,
     fallback: bool,
     verify: bool,
 ) -> _Written:
     """Write the file and check it."""
-    proto = build_model(lowered, args, kwargs, batched)
+    proto = build_model(lowered, args, kwargs, batches)
     if fallback:
         proto.functions.extend(functions_for(proto))
     written = _write_beside(target, proto)
     try:
-        errors, notes = _check(written, lowered, args, kwargs, batched, fallback=fallback) if verify else ({}, [])
+        errors, notes = _check(written, lowered, args, kwargs, batches, fallback=fallback) if verify else ({}, [])
         os.replace(written, target)
     finally:
         written.unlink(missing_ok=True)
@@ -321,15 +325,20 @@ def _not_one_graph(lowered: LoweredRegions) -> ExportError:
     )
 
 
-def _batched(lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_batch: bool) -> list[bool]:
-    """For each input leaf, whether its leading size is to stay free: where the lowered graph leaves it free."""
+def _batches(lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:
+    """For each input leaf None where its leading size is fixed, else a number, the same where they must be equal."""
     count = len(pytree.tree_leaves((args, kwargs)))
     if count != len(lowered.inputs):
         raise ExportError(
             f"the lowered model takes {len(lowered.inputs)} inputs, the example inputs are {count}; pass those it was "
             "lowered with"
         )
-    return [dynamic_batch and bool(item and item.get("shape") and item["shape"][0] is None) for item in lowered.inputs]
+    return [None if item is None else item.get("batch") for item in lowered.inputs]
+
+
+def _any(batches: Sequence[int | None]) -> bool:
+    """Whether any leading size is free."""
+    return any(batch is not None for batch in batches)
 
 
 def _write_beside(target: Path, proto: "onnx.ModelProto") -> Path:
@@ -350,7 +359,7 @@ def _check(
     lowered: LoweredModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    batched: Sequence[bool],
+    batches: Sequence[int | None],
     *,
     fallback: bool,
 ) -> tuple[dict[str, float], list[str]]:
@@ -373,7 +382,7 @@ def _check(
                 continue
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            errors[host] = _compare(session, lowered, args, kwargs, batched)
+            errors[host] = _compare(session, lowered, args, kwargs, batches)
         except ExportError as error:
             raise ExportError(f"{host}: {error}") from error
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
@@ -393,7 +402,7 @@ def _compare(
     lowered: LoweredModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    batched: Sequence[bool],
+    batches: Sequence[int | None],
 ) -> float:
     """The largest relative error at the example batch and, where that is free, at another one for each free size."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -406,7 +415,7 @@ def _compare(
     sizes = {
         position: entry.shape[0]
         for position, entry in zip(tensors, entries, strict=True)
-        if batched and batched[position]
+        if batches and batches[position] is not None
     }
     order = list(dict.fromkeys(sizes.values()))
     example = next((leaves[position].shape[0] for position in sizes), None)

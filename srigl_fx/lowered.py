@@ -22,6 +22,7 @@ from srigl_fx.html_report import format_neurons, lowering_page, notes_by_pass, s
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.capture import Failure
 from srigl_fx.passes.capture_checks import is_free
+from srigl_fx.passes.program import Program
 from srigl_fx.passes.removal import Removals
 from srigl_fx.removal_report import format_removals
 from srigl_fx.report import format_bytes, format_table
@@ -290,7 +291,8 @@ class LoweredModule(fx.GraphModule):
             module: The graph and its tensors.
             report: What was done.
             inputs: For each flat input its "dtype" and "shape" (None for a free size; with "any_rank", only the last
-                size matters), its "value" if it is a constant of the graph, or None where it may be anything.
+                size matters), its "value" if it is a constant of the graph, or None where it may be anything. Inputs
+                that have the same number as their "batch" must have the same leading size.
         """
         module.graph.set_codegen(_CodeGen(module.graph._codegen.pytree_info))  # type: ignore[attr-defined]
         lowered = cls(module, module.graph)
@@ -362,21 +364,28 @@ def _describes_an_input(item: Any) -> bool:
     if "value" in item:
         return isinstance(item["value"], bool | int | float | str)
     sizes = item["shape"]
-    return isinstance(getattr(torch, item["dtype"]), torch.dtype) and all(
-        size is None or (isinstance(size, int) and size >= 0) for size in sizes
+    return (
+        isinstance(item.get("batch", 0), int)
+        and isinstance(getattr(torch, item["dtype"]), torch.dtype)
+        and all(size is None or (isinstance(size, int) and size >= 0) for size in sizes)
     )
 
 
-def describe_inputs(placeholders: list[Any]) -> list[dict[str, Any] | None]:
+def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
     """What :meth:`LoweredModule.build` wants to know about inputs, from their (symbolic) values at capture."""
 
-    def one(value: Any) -> dict[str, Any] | None:
+    def one(value: Any, batch: int) -> dict[str, Any] | None:
         if isinstance(value, Tensor):
             shape = [None if is_free(size) else int(size) for size in value.shape]
-            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+            described = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+            return {**described, "batch": batch} if shape and shape[0] is None else described
         return {"value": value} if isinstance(value, bool | int | float | str) else None
 
-    return [one(value) for value in placeholders]
+    values = [node.meta.get("val") for node in program.module.graph.find_nodes(op="placeholder")]
+    ties = program.ties or (0,) * len(values)
+    own = range(len(values), 2 * len(values))  # of inputs whose leading size is free and not the batch
+    batches = [tie if batched else one for tie, batched, one in zip(ties, program.batched, own, strict=True)]
+    return [one(value, batch) for value, batch in zip(values, batches, strict=True)]
 
 
 def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -392,6 +401,7 @@ def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
     expected = module.meta[_STATE]["inputs"]
     if len(leaves) != len(expected):
         raise LoweringError(f"the lowered module takes {len(expected)} inputs, not {len(leaves)}")
+    batches: dict[int, tuple[int, int]] = {}  # for each free batch, the input that has shown it, and its size
     for position, (leaf, wanted) in enumerate(zip(leaves, expected, strict=True)):
         if wanted is None:
             continue
@@ -415,3 +425,10 @@ def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
             raise LoweringError(
                 f"input {position} of the lowered module is {given}, but the graph was captured for {needed}: {remedy}"
             )
+        if "batch" in wanted and not wanted.get("any_rank"):
+            first, size = batches.setdefault(wanted["batch"], (position, leaf.shape[0]))
+            if leaf.shape[0] != size:
+                raise LoweringError(
+                    f"input {position} of the lowered module has batch {leaf.shape[0]} and input {first} has {size}: "
+                    "give them the same, as the model asks for"
+                )

@@ -179,7 +179,7 @@ def _run_passes(
     captured: Program, options: _Options, check: Callable[[str, Program], None] | None
 ) -> tuple[LoweredModule, Program]:
     """Lower one captured graph, which stays as it is; the program is what its passes made of it."""
-    inputs = describe_inputs([n.meta.get("val") for n in captured.module.graph.nodes if n.op == "placeholder"])
+    inputs = describe_inputs(captured)
     rewritten = run(options.passes, captured, check=check)
     matched = run((MatchWeights(),), rewritten.subject)
     program = matched.subject

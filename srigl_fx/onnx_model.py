@@ -40,7 +40,7 @@ _SINGLE_NUMBERS = ("in_features", "flat_size", "group")
 
 
 def build_model(
-    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], batched: Sequence[bool]
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], batches: Sequence[int | None]
 ) -> "onnx.ModelProto":
     """Translate a lowered graph, for opset 18 and every ONNX Runtime from 1.17 on; without the fallback functions.
 
@@ -51,7 +51,8 @@ def build_model(
         module: The lowered graph.
         args: Example arguments.
         kwargs: Example keyword arguments.
-        batched: For each leaf of (args, kwargs), whether its leading size stays free; empty for a static model.
+        batches: For each leaf of (args, kwargs) None where its leading size is fixed, else a number, the same where
+            they must be equal; empty for a static model.
 
     Raises:
         ExportError: torch.export or torch.onnx cannot translate the graph; the message names the operator.
@@ -61,15 +62,18 @@ def build_model(
     stateless = explicit(module, args, kwargs)
     args, kwargs = stateless.args, stateless.kwargs
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    free = [*batched, *[False] * (len(leaves) - len(batched))]
+    free = [*batches, *[None] * (len(leaves) - len(batches))]
     shapes: Any = None
-    if any(free):
+    if any(batch is not None for batch in free):
         # Export takes a size of 1 for a constant.
-        leaves = [resize(leaf, max(2, leaf.shape[0])) if one else leaf for leaf, one in zip(leaves, free, strict=True)]
+        leaves = [
+            leaf if batch is None else resize(leaf, max(2, leaf.shape[0]))
+            for leaf, batch in zip(leaves, free, strict=True)
+        ]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-        for leaf, one in zip(leaves, free, strict=True):
-            if one:
+        for leaf, batch in zip(leaves, free, strict=True):
+            if batch is not None:
                 shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
     try:
         with EXPORT_LOCK, _quiet(), torch.no_grad():

@@ -111,18 +111,20 @@ def _rename(graph: "onnx.GraphProto", names: Mapping[str, str]) -> None:
             listed[:] = [names.get(name, name) for name in listed]
 
 
-def name_batches(model: "onnx.ModelProto", batched: Sequence[bool]) -> None:
+def name_batches(model: "onnx.ModelProto", batches: Sequence[int | None]) -> None:
     """Call the free leading size "batch" wherever it stands, and one that is not tied to it by its input's name.
 
     Args:
-        model: Its free sizes have symbols, the same where the graph ties them.
-        batched: For each input of the model, whether its leading size is free.
+        model: Its free sizes have symbols.
+        batches: For each input of the model None where its leading size is fixed, else a number, the same where they
+            must be equal.
     """
     names: dict[str, str] = {}
-    for value, free in zip(model.graph.input, batched, strict=True):
-        if free:
-            symbol = value.type.tensor_type.shape.dim[0].dim_param
-            names.setdefault(symbol, f"{value.name}_batch" if names else "batch")
+    called: dict[int, str] = {}
+    for value, batch in zip(model.graph.input, batches, strict=True):
+        if batch is not None:
+            name = called.setdefault(batch, f"{value.name}_batch" if called else "batch")
+            names.setdefault(value.type.tensor_type.shape.dim[0].dim_param, name)
     names.pop("", None)
     if not names:
         return

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import srigl_fx as sx
+from srigl_fx.errors import LoweringError
 
 
 class Pair(NamedTuple):
@@ -100,6 +101,40 @@ def test_tied_sizes_are_the_batch(tmp_path: Path) -> None:
     )
     assert report.inputs == {"x": ("batch", 16), "y": ("batch", 12)}
     assert "batch: any;" in str(report)
+
+
+class Chunks(nn.Module):
+    """Runs with equal batches only, which no symbol of the graph says: two halves of what was joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 16)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        halves = torch.chunk(self.layer(torch.cat([first, second])), 2)
+        return torch.bmm(halves[0].unsqueeze(1), second.unsqueeze(2)) + halves[1].unsqueeze(1)
+
+
+def test_batches_that_only_the_model_ties_are_one(tmp_path: Path) -> None:
+    model = sx.sparsify(Chunks(), sparsity=0.5).eval()
+    example = (torch.randn(2, 16), torch.randn(2, 16))
+    lowered = sx.lower(model, example, min_speedup=0)
+    report = sx.export_onnx(lowered, tmp_path / "chunks.onnx", example, min_speedup=0)
+    assert report.inputs == {"first": ("batch", 16), "second": ("batch", 16)}
+    assert "batch: any;" in str(report)
+    session = sx.runtime.load(tmp_path / "chunks.onnx")
+    for batch in (1, 5):
+        first, second = torch.randn(batch, 16), torch.randn(batch, 16)
+        with torch.no_grad():
+            expected = model(first, second)
+        served = session.run(None, {"first": first.numpy(), "second": second.numpy()})[0]
+        np.testing.assert_allclose(served, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(lowered(first, second), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(LoweringError, match="input 1 of the lowered module has batch 3 and input 0 has 5"):
+        lowered(torch.randn(5, 16), torch.randn(3, 16))
+    lowered.save(tmp_path / "chunks.safetensors")
+    with pytest.raises(LoweringError, match="input 1 of the lowered module has batch 3"):
+        sx.load_lowered(tmp_path / "chunks.safetensors")(torch.randn(5, 16), torch.randn(3, 16))
 
 
 class Step(nn.Module):

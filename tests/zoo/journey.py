@@ -4,6 +4,7 @@ Owns the steps and their checks; what comes out is a row of the coverage table. 
 """
 
 from collections import Counter
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -109,11 +110,12 @@ def ablate(model: nn.Module, never: tuple[str, ...]) -> int:
 
     The others take over the budget, with random new weights, as an update of SRigL would leave them.
     """
-    named = {name for name, why in protected_weights(model, never).items() if why.startswith("protect names it")}
-    protected = {*protected_weights(model, "output"), *named}
+    protected = set(protected_weights(model, "output"))
     ablated = 0
     for handle in sparse_weights(model):
-        if handle.fqn in protected:
+        if handle.fqn in protected or any(
+            fnmatchcase(handle.fqn.removesuffix(".weight"), pattern) for pattern in never
+        ):
             continue
         site = handle.record.site
         weight, mask = site.to_matrix(handle.weight).clone(), site.to_matrix(handle.mask).clone()
