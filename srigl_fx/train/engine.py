@@ -22,7 +22,6 @@ from torch.utils.hooks import RemovableHandle
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks.attached import attach, forget
-from srigl_fx.masks.invariants import values_off
 from srigl_fx.masks.projection import keep_only
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.masks.shards import held, is_sharded, part
@@ -89,13 +88,6 @@ class MaskEngine:
         handles = sparse_weights(model)
         self.processes.copy_first([handle.mask for handle in handles])
         self.processes.copy_first([handle.weight for handle in handles if not is_sharded(handle.weight)])
-        if off := values_off(model):
-            _log.warning(
-                "attaching a trainer sets %d weights off their masks to zero, the first in %s: something else wrote to "
-                "them (training without a trainer, an adapter that was merged, an average of models)",
-                sum(off.values()),
-                next(iter(off)),
-            )
         self.refresh()
         self._steps.register()
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train_support import batches, hook_count, loss_of, mask_copies, mlp, same, train
 
 from srigl_fx import masks, sparsify
+from srigl_fx.errors import InvariantError
 from srigl_fx.masks import verify
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.train import SRigL, Static, detach_from
@@ -169,11 +170,15 @@ def test_state_that_is_loaded_is_masked() -> None:
     train(model, optimizer, batches(1), lambda: verify(model, optimizer))
 
 
-def test_attaching_cleans_up_earlier_dense_training() -> None:
+def test_gradients_and_state_of_earlier_dense_training_are_masked() -> None:
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())
     train(model, optimizer, batches(2))
     torch.autograd.backward(loss_of(model, next(batches(1))))
+    with pytest.raises(InvariantError, match="weights off the mask are not zero"):
+        Static(model, optimizer)
+    assert hook_count(model, optimizer) == 0
+    masks.apply(model)
     Static(model, optimizer)
     verify(model, optimizer)
     for handle in sparse_weights(model):

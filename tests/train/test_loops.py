@@ -345,6 +345,7 @@ def test_a_copy_amid_a_step_has_masks_and_no_trainer(way: str) -> None:
     train(clone, clone_optimizer, data[:2])
     with pytest.raises(SriglError, match="weights off the mask are not zero"):
         verify(clone)  # nothing kept it sparse
+    masks.apply(clone)
     again = SRigL(clone, clone_optimizer, total_steps=100, update_every=2, drop_fraction=0.5)
     before = mask_copies(clone)
     train(clone, clone_optimizer, data[4:], lambda: verify(clone, clone_optimizer))
