@@ -158,6 +158,15 @@ class OptimizerState:
             return f"the state {', '.join(found.irregular)} of {name} begins with another value for each weight"
         return None
 
+    def group(self, parameter: Tensor) -> Mapping[str, Any]:
+        """The options of the parameter's group; those of the first one where none holds it."""
+        return self._group(parameter)[1]
+
+    def holds(self, parameter: Tensor) -> bool:
+        """Whether the optimizer steps the parameter."""
+        self._group(parameter)
+        return self._is_at(parameter, self._places.get(id(parameter)))
+
     def _inner(self) -> "OptimizerState | None":
         """The view of what the optimizer wraps: what it adds itself is left alone if it cannot be tried out."""
         inner = list(chain(self._living()))[1:]

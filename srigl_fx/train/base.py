@@ -22,6 +22,7 @@ from srigl_fx.train.engine import MaskEngine
 from srigl_fx.train.optimizer_state import check_growable
 from srigl_fx.train.schedules import captures_gradient, end_step, is_update_step
 from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout, note_threads
+from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount, check_step_count
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Trainer(ABC):
         stop_at: float = 0.0,
         grad_samples: int = 1,
         auto: bool = True,
+        step_count: StepCount = DEFAULT_STEP_COUNT,
     ) -> None:
         """Check everything, then attach; see the subclasses for the arguments."""
         check_attachable(model, optimizer)
@@ -69,6 +71,7 @@ class Trainer(ABC):
         check_count("update_every", update_every)
         check_count("grad_samples", grad_samples)
         check_share("stop_at", stop_at)
+        check_step_count(step_count)
         if not self.prunes_from_dense and (full := over_budget(model)):
             raise TrainerError(
                 f'the mask of {full[0]} keeps more weights than its budget, as sparsify(..., mask_init="dense") and '
@@ -81,13 +84,15 @@ class Trainer(ABC):
         self.grad_samples = grad_samples
         self.end = 0 if total_steps is None else end_step(total_steps, stop_at)
         self.auto = auto
+        self.step_count: StepCount = step_count
         self.last_update: int | None = None
         self._steps = 0
         self._overflows: Tensor | None = None
         self._due = self._near_update = False
         self._changed_at: int | None = None
         self._logged: set[str] = set()
-        self._engine = MaskEngine(model, optimizer, self._after_step, self._settings())
+        count_steps = self.grows and step_count == "weight"
+        self._engine = MaskEngine(model, optimizer, self._after_step, self._settings(), count_steps=count_steps)
         self._prepare()
 
     @property
@@ -141,6 +146,8 @@ class Trainer(ABC):
                 (name, part, tensor) for name, parts in captured.items() for part, tensor in parts.items()
             ),
         }
+        if self._engine.counts is not None:
+            state["step_counts"] = self._engine.counts.saved(self._engine.whole)
         if extra := self._extra_state():
             state["extra"] = extra
         if include_gradients:
@@ -173,6 +180,8 @@ class Trainer(ABC):
                 grad = gradients.get(plain(name))
                 parameter.grad = None if grad is None else shard_like(grad.to(parameter.device), parameter)
         self._engine.refresh()
+        if self._engine.counts is not None:
+            self._engine.counts.restore(state.get("step_counts", ()))
         self._prepare()
         captured: dict[str, dict[str, Tensor]] = {}
         for name, part, tensor in state["captured"]:

@@ -21,6 +21,7 @@ from srigl_fx.masks.records import SparseWeight, Structure, sparse_weights
 from srigl_fx.train.base import Trainer, check_count, check_share
 from srigl_fx.train.schedules import cosine_drop_fraction, default_interval, end_step, last_update_step
 from srigl_fx.train.selection import counts_of_rows
+from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 from srigl_fx.train.updates import drop_and_grow
 
 _log = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ class DynamicTrainer(Trainer):
         stop_at: Share of the steps after which the masks stay as they are.
         grad_samples: Optimizer steps whose dense gradients count towards an update: the last ones before it.
         auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
+        step_count: Whose optimizer steps a weight that has grown counts: those of its "tensor", as optimizers do, or
+            its own ("weight"). docs/methods.md, "First steps of grown weights".
 
     Raises:
         TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
@@ -133,6 +136,7 @@ class DynamicTrainer(Trainer):
         stop_at: float = 0.75,
         grad_samples: int = 1,
         auto: bool = True,
+        step_count: StepCount = DEFAULT_STEP_COUNT,
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
         every = interval(total_steps, update_every, stop_at, grad_samples)
@@ -147,6 +151,7 @@ class DynamicTrainer(Trainer):
             stop_at=stop_at,
             grad_samples=grad_samples,
             auto=auto,
+            step_count=step_count,
         )
 
     def growth(self, layer: Layer) -> Tensor:

@@ -30,7 +30,9 @@ from srigl_fx.train.distributed import gather, processes_of, reshard
 from srigl_fx.train.managed import ManagedWeight
 from srigl_fx.train.optimizer_state import MaskedState, keeps_zeros
 from srigl_fx.train.state import layout
+from srigl_fx.train.step_counts import StepCounts
 from srigl_fx.train.stepping import StepHook, StepHooks, unwrap
+from srigl_fx.train.young import FindCondensed
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class MaskEngine:
 
     Attributes:
         processes: Those that train the model together.
+        counts: The steps of each weight since it grew, where they are counted.
         watching: Whether the host may wait before the next step to learn who else writes to the weights.
     """
 
@@ -52,6 +55,8 @@ class MaskEngine:
         optimizer: Optimizer,
         on_step: Callable[[Tensor | None], None],
         settings: Mapping[str, Any] | None = None,
+        *,
+        count_steps: bool = False,
     ) -> None:
         """Attach hooks to the model's masked parameters and to the optimizer; processes start from equal masks.
 
@@ -61,6 +66,7 @@ class MaskEngine:
             on_step: Called after every optimizer step, once the weights are masked; its argument is the gradient
                 scaler's overflow flag, where the optimizer was given one.
             settings: What else must be the same on all processes that train the model.
+            count_steps: Weights that grow make the steps of their own age, not of their parameter's.
 
         Raises:
             TrainerError: Nothing is masked, a trainer is attached already, the optimizer does not fit, or another
@@ -81,6 +87,9 @@ class MaskEngine:
         self._managed: dict[str, ManagedWeight] = {}
         self._hooks: list[RemovableHandle] = []
         self._steps = StepHooks(optimizer, self._before_step, self._after_step)
+        self.counts = StepCounts(self._steps.optimizers, lambda: self._managed) if count_steps else None
+        if self.counts is not None:
+            self.counts.check(sparse_weights(model))
         self._looks = _LOOKS
         self._stray: dict[str, Tensor] = {}  # whether weights were moved off the mask, since that was last asked
         self._written = False
@@ -89,7 +98,12 @@ class MaskEngine:
         self.processes.copy_first([handle.mask for handle in handles])
         self.processes.copy_first([handle.weight for handle in handles if not is_sharded(handle.weight)])
         self.refresh()
+        # Young weights are moved between the step and the look at the weights behind it.
+        if self.counts is not None:
+            self._hooks += self._steps.after_each(self.counts.after_step)
         self._steps.register()
+        if self.counts is not None:
+            self._hooks += self._steps.before_each(self.counts.before_step)
 
     @property
     def capturing(self) -> bool:
@@ -123,6 +137,8 @@ class MaskEngine:
         self.check_attached()
         reshard(self._model)
         check_held(self._model, self._optimizer)
+        if self.counts is not None:
+            self.counts.check(sparse_weights(self._model))
         self._elementwise = keeps_zeros(self._optimizer)
         self._parameters_held = _count_parameters(self._optimizer)
         known = self._managed
@@ -215,19 +231,30 @@ class MaskEngine:
     def set_mask(self, handle: SparseWeight, new: Tensor) -> None:
         """Write a new mask, in place; entries that leave or enter it become zero in weight and optimizer state."""
         managed = self._managed[handle.fqn]
-        staying = new & handle.mask
+        staying, grown = new & handle.mask, new & ~handle.mask
         handle.mask.copy_(new)
         if managed.slices is not None:
-            staying = staying[managed.slices]
+            staying, grown = staying[managed.slices], grown[managed.slices]
         keep_only(own := managed.own(handle.weight), staying)
         managed.weight_version = own._version
         managed.project_gradient()
         self._states.begin_anew(managed, staying)
         managed.know_mask()
+        if self.counts is not None:
+            self.counts.begin(managed, grown)
 
-    def trust(self, handle: SparseWeight, is_kept: Callable[[Tensor], bool] | None) -> None:
-        """Leave gradients of a weight as they arrive where ``is_kept`` says that they are zero off the mask."""
-        self._managed[handle.fqn].is_kept = is_kept
+    def trust(
+        self,
+        handle: SparseWeight,
+        is_kept: Callable[[Tensor], bool] | None,
+        find_condensed: FindCondensed | None = None,
+    ) -> None:
+        """Leave gradients of a weight as they arrive where ``is_kept`` says that they are zero off the mask.
+
+        ``find_condensed`` gives the optimizer's state of the weight while it is kept elsewhere.
+        """
+        managed = self._managed[handle.fqn]
+        managed.is_kept, managed.find_condensed = is_kept, find_condensed
 
     def before_each_step(self, hook: StepHook) -> None:
         """Call a trainer's own hook, too, before every step of the optimizer and of those inside it."""
@@ -409,6 +436,8 @@ class MaskEngine:
         managed.project_gradient()
         self._states.mask(managed, force=True)
         managed.know_mask()
+        if managed.young is not None:
+            managed.young = managed.young.within(managed.mask)
 
 
 def _count_parameters(optimizer: Optimizer) -> int:

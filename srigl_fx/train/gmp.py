@@ -16,6 +16,7 @@ from srigl_fx.masks.records import SparseWeight, set_dense_start, sparse_weights
 from srigl_fx.masks.shards import local, part
 from srigl_fx.train.dynamic import DynamicTrainer, Layer, interval
 from srigl_fx.train.schedules import cubic_sparsity, end_step, last_update_step
+from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 from srigl_fx.train.updates import gmp_update
 
 
@@ -45,6 +46,7 @@ class GMP(DynamicTrainer):
         stop_at: Share of the steps after which the masks stay as they are.
         grad_samples: Unused.
         auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
+        step_count: Unused.
 
     Raises:
         TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
@@ -83,6 +85,7 @@ class GMP(DynamicTrainer):
         stop_at: float = 0.75,
         grad_samples: int = 1,
         auto: bool = True,
+        step_count: StepCount = DEFAULT_STEP_COUNT,
     ) -> None:
         """Check the arguments, then attach to model and optimizer and open the masks."""
         every = interval(total_steps, update_every, stop_at)

@@ -17,6 +17,7 @@ from srigl_fx.masks.records import SparseWeight
 from srigl_fx.masks.shards import Slices, as_shard, local
 from srigl_fx.nn.effective import want_dense_gradient
 from srigl_fx.train.untraced import untraced
+from srigl_fx.train.young import FindCondensed, Young
 
 # Marks that go where the content of a tensor goes: torch.utils.swap_tensors exchanges attributes along with it, while
 # hooks stay behind. No weak reference would do, as tensors that have one cannot be swapped.
@@ -43,6 +44,8 @@ class ManagedWeight:
         states: The optimizer's state tensors that are known to be zero off the mask.
         projection: The mask in the form in which it is applied fastest.
         is_kept: Says of a gradient that arrives whether it is known to be zero off the mask.
+        young: The weights that have grown not long ago, where their steps are counted.
+        find_condensed: Gives the optimizer's state where it is kept of the kept weights alone.
     """
 
     handle: SparseWeight
@@ -59,6 +62,8 @@ class ManagedWeight:
     states: tuple[Tensor, ...] = ()
     projection: Projection = field(default_factory=Projection)
     is_kept: Callable[[Tensor], bool] | None = None
+    young: Young | None = None
+    find_condensed: FindCondensed | None = None
     _token: int = field(default_factory=lambda: next(_tokens))
     _hook: RemovableHandle | None = None
     _early_hook: RemovableHandle | None = None

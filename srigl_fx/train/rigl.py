@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
 from srigl_fx.train.schedules import is_update_step
+from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 
 
 class RigL(DynamicTrainer):
@@ -30,6 +31,8 @@ class RigL(DynamicTrainer):
         stop_at: Share of the steps after which the masks stay as they are.
         grad_samples: Optimizer steps whose dense gradients count towards an update: the last ones before it.
         auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
+        step_count: Whose optimizer steps a weight that has grown counts: those of its "tensor", as optimizers do, or
+            its own ("weight"). docs/methods.md, "First steps of grown weights".
         replace_step: On the step of an update, change the masks only, as the original does: all gradients of the
             optimizer are set to None before it steps, so that weights, biases and state stay. By default the weights
             move first, as in SRigL's experiments.
@@ -67,6 +70,7 @@ class RigL(DynamicTrainer):
         stop_at: float = 0.75,
         grad_samples: int = 1,
         auto: bool = True,
+        step_count: StepCount = DEFAULT_STEP_COUNT,
         replace_step: bool = False,
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
@@ -80,6 +84,7 @@ class RigL(DynamicTrainer):
             stop_at=stop_at,
             grad_samples=grad_samples,
             auto=auto,
+            step_count=step_count,
         )
         if replace_step:
             self._engine.before_each_step(self._hold_weights)

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
+from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 from srigl_fx.train.updates import random_scores
 
 
@@ -33,6 +34,8 @@ class SET(DynamicTrainer):
         stop_at: Share of the steps after which the masks stay as they are.
         grad_samples: Unused; accepted so that methods can be exchanged.
         auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
+        step_count: Whose optimizer steps a weight that has grown counts: those of its "tensor", as optimizers do, or
+            its own ("weight"). docs/methods.md, "First steps of grown weights".
         seed: Seeds the draws.
 
     Raises:
@@ -68,6 +71,7 @@ class SET(DynamicTrainer):
         stop_at: float = 0.75,
         grad_samples: int = 1,
         auto: bool = True,
+        step_count: StepCount = DEFAULT_STEP_COUNT,
         seed: int = 0,
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
@@ -82,6 +86,7 @@ class SET(DynamicTrainer):
             drop_fraction=drop_fraction,
             stop_at=stop_at,
             auto=auto,
+            step_count=step_count,
         )
 
     def growth(self, layer: Layer) -> Tensor:

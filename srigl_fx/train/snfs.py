@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
+from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 
 
 class SNFS(DynamicTrainer):
@@ -53,6 +54,7 @@ class SNFS(DynamicTrainer):
         stop_at: float = 0.75,
         grad_samples: int = 1,
         auto: bool = True,
+        step_count: StepCount = DEFAULT_STEP_COUNT,
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
         super().__init__(
@@ -63,6 +65,7 @@ class SNFS(DynamicTrainer):
             drop_fraction=drop_fraction,
             stop_at=stop_at,
             auto=auto,
+            step_count=step_count,
         )
 
     def growth(self, layer: Layer) -> Tensor:

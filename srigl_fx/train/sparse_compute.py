@@ -29,6 +29,7 @@ from srigl_fx.nn.sparse_module import SparseModule, dense_class
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.optimizer_state import ELEMENTWISE
 from srigl_fx.train.untraced import untraced
+from srigl_fx.train.young import Condensed
 
 if TYPE_CHECKING:
     from srigl_fx.runtime.products import Pattern
@@ -120,6 +121,10 @@ class KeptWeight:
     def kept_gradient(self, grad: Tensor) -> Tensor:
         """The parameter's gradient at the kept values."""
         return grad.reshape(-1).index_select(0, self.positions)
+
+    def condensed(self) -> Condensed | None:
+        """The optimizer's state, while it is kept here."""
+        return Condensed(self.state, self.positions) if self.state else None
 
     def take_state(self, dense: State) -> None:
         """Take the optimizer's state of the parameter over."""
@@ -226,7 +231,7 @@ class SparseCompute:
             raise TrainerError(f"no masked weight that trains can be computed sparsely: {reasons}")
         for kept in self._kept:
             kept.refresh()
-            self._engine.trust(kept.handle, kept.is_kept)
+            self._engine.trust(kept.handle, kept.is_kept, kept.condensed)
             if kept.linear:
                 _LAYERS[kept.handle.owner] = self, kept
                 kept.handle.owner.forward = types.MethodType(forward, kept.handle.owner)

@@ -17,6 +17,7 @@ from srigl_fx.train.attach import check_attachable
 from srigl_fx.train.base import check_count, check_share
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
 from srigl_fx.train.protect import Protection, protected_weights, warn_of_unknown
+from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 from srigl_fx.train.updates import AblationMode, srigl_update
 
 Revival = Literal["scaled", "reference"]
@@ -53,6 +54,8 @@ class SRigL(DynamicTrainer):
         warn_ablated: The log says so, once, when an update ablates more than this share of a layer's active neurons.
         grad_samples: Optimizer steps before an update whose dense gradients are summed for growth.
         auto: Update within ``optimizer.step()``; else when :meth:`step` is called after it.
+        step_count: Whose optimizer steps a weight that has grown counts: those of its "tensor", as optimizers do, or
+            its own ("weight"). docs/methods.md, "First steps of grown weights".
 
     Raises:
         TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
@@ -92,6 +95,7 @@ class SRigL(DynamicTrainer):
         warn_ablated: float = 0.5,
         grad_samples: int = 1,
         auto: bool = True,
+        step_count: StepCount = DEFAULT_STEP_COUNT,
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
         check_attachable(model, optimizer)
@@ -130,6 +134,7 @@ class SRigL(DynamicTrainer):
             stop_at=stop_at,
             grad_samples=grad_samples,
             auto=auto,
+            step_count=step_count,
         )
         if may_ablate and protect not in ("output", "none"):
             warn_of_unknown(model, self.protected)

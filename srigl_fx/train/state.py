@@ -51,6 +51,7 @@ def check_state(state: Any, method: str) -> None:
         "weights": isinstance(weights, dict) and all(isinstance(value, dict) for value in weights.values()),
         "captured": _is_table(state.get("captured"), (str, str, Tensor)),
         "gradients": _is_table(state.get("gradients", ()), (str, Tensor)),
+        "step_counts": _is_table(state.get("step_counts", ()), (str, Tensor, Tensor, Tensor)),
     }
     if damaged := [name for name, is_sound in sound.items() if not is_sound]:
         raise TrainerError(f"the trainer's state is damaged at {', '.join(damaged)}; load another checkpoint")
@@ -105,10 +106,27 @@ def check_tensors(state: dict[str, Any], model: nn.Module) -> None:
     ]
     if unknown:
         raise TrainerError(f"the state holds gradients that fit no parameter of the model: {', '.join(unknown[:5])}")
+    counted = state.get("step_counts", ())
+    odd = [row[0] for row in counted if not _are_counts(row, masked.get(row[0]))]
+    if odd or len({row[0] for row in counted}) != len(counted):
+        raise TrainerError(
+            f"the state holds counts of steps that fit no weight of the model: {', '.join(odd[:5]) or 'one twice'}"
+        )
 
 
 def _fits(grad: Tensor, parameter: nn.Parameter | None) -> bool:
     return parameter is not None and grad.shape == parameter.shape and grad.dtype == parameter.dtype
+
+
+def _are_counts(row: tuple[str, Tensor, Tensor, Tensor], weight: nn.Parameter | None) -> bool:
+    """Whether a row says of weights, in order, when they grew, and what their products of momenta are."""
+    _, positions, born, products = row
+    if weight is None or positions.dtype != torch.int64 or positions.dim() != 1:
+        return False
+    if not all(one.is_floating_point() and one.shape == positions.shape for one in (born, products)):
+        return False
+    bounded = bool((positions.diff() > 0).all()) and bool(((positions >= 0) & (positions < weight.numel())).all())
+    return bounded and bool((born.isfinite() & (born > 0)).all()) and bool(products.isfinite().all())
 
 
 def check_layout(saved: dict[str, dict[str, Any]], live: dict[str, dict[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.masks.records import SparseWeight
 from srigl_fx.train.base import Trainer
+from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 
 
 class Static(Trainer):
@@ -27,6 +28,7 @@ class Static(Trainer):
         stop_at: Unused.
         grad_samples: Unused.
         auto: Unused.
+        step_count: Unused.
 
     Raises:
         TrainerError: The model has no masks, has a trainer already, or the optimizer does not fit.
@@ -57,6 +59,7 @@ class Static(Trainer):
         stop_at: float = 0.75,
         grad_samples: int = 1,
         auto: bool = True,
+        step_count: StepCount = DEFAULT_STEP_COUNT,
     ) -> None:
         """Attach to model and optimizer."""
         super().__init__(model, optimizer, total_steps=total_steps)

@@ -77,6 +77,10 @@ class StepHooks:
         """Have ``hook`` called before the steps of all of them, nested ones too; remove it by what is returned."""
         return [each.register_step_pre_hook(untraced(hook)) for each in self.optimizers]
 
+    def after_each(self, hook: StepHook) -> list[RemovableHandle]:
+        """Have ``hook`` called behind the steps of all of them, nested ones too; remove it by what is returned."""
+        return [each.register_step_post_hook(untraced(hook)) for each in self.optimizers]
+
     def remove(self) -> None:
         """Follow no step any more; a second call does nothing."""
         for hook in self._hooks:

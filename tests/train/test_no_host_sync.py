@@ -87,6 +87,24 @@ def test_an_ordinary_step_waits_for_nothing(name: str, clip: bool) -> None:
         assert seen[True] == []
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "Adafactor"])
+def test_counting_the_steps_of_young_weights_waits_for_nothing(name: str) -> None:
+    seen = {}
+    for step_count in ("tensor", "weight"):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        method: Any = SRigL
+        trainer = method(model, optimizer, total_steps=1000, update_every=2, step_count=step_count)
+        for _ in range(2):
+            step(model, optimizer, clip=False)
+        assert trainer.last_update == 2
+        with Operations() as operations:
+            step(model, optimizer, clip=False)
+        seen[step_count] = operations.waiting
+    assert seen["weight"] == seen["tensor"]
+
+
 def test_a_topology_update_is_seen_to_wait() -> None:
     model = mlp()
     optimizer = OPTIMIZERS["SGD"](model.parameters())

@@ -201,6 +201,38 @@ def like_one_process_in_short() -> None:
     compare_with_one_process([case for case in CASES if case[1:] == ({}, 1, None, True)])
 
 
+def counted_steps() -> None:
+    """Weights that grow make steps of their own age, also after a save of what the processes have in parts."""
+    data_of_steps = data(11)
+
+    def make(wrap: Callable[[nn.Module], nn.Module]) -> tuple[nn.Module, Optimizer, Trainer]:
+        model = wrap(sparse_net())
+        optimizer = AdamW(model.parameters(), lr=0.01, eps=1e-6)
+        options: dict[str, Any] = {**EVERY_TWO, "ablation": 0.9, "drop_fraction": 0.5, "step_count": "weight"}
+        found: list[Trainer] = []
+        attach = alone if wrap is plain else (lambda attach: attach())
+        attach(lambda: found.append(SRigL(model, optimizer, **options)))
+        return model, optimizer, found[0]
+
+    def plain(model: nn.Module) -> nn.Module:
+        return model
+
+    single, single_optimizer, single_trainer = make(plain)
+    run(single, single_optimizer, data_of_steps[:7], share=lambda batch: batch)
+    state = single_trainer.state_dict()
+    run(single, single_optimizer, data_of_steps[7:], share=lambda batch: batch)
+    for wrap in (DistributedDataParallel, shard):
+        model, optimizer, trainer = make(wrap)
+        run(model, optimizer, data_of_steps[:7])
+        own = trainer.state_dict()
+        assert own["step_counts"]
+        for mine_, theirs in zip(own["step_counts"], state["step_counts"], strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(mine_[1:], theirs[1:], strict=True))
+        trainer.load_state_dict(state)
+        run(model, optimizer, data_of_steps[7:])
+        assert_equal_models(model, single)
+
+
 Case = tuple[str, dict[str, Any], int, Any, bool]
 
 

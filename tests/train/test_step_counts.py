@@ -1,0 +1,491 @@
+"""With a count of steps of its own, a weight that grows makes the steps of a parameter that was made when it grew."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from train_support import batches, loss_of, mlp, train
+
+from srigl_fx import verify
+from srigl_fx.errors import TrainerError
+from srigl_fx.masks.records import sparse_weights
+from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static, checkpoint, compute_sparse
+
+Make = Callable[[Any], Optimizer]
+
+
+class CorrectedRMSprop(Optimizer):
+    """RMSprop whose second moment is divided by what it has seen of a constant."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        unused = {"weight_decay": 0.0, "momentum": 0.0, "centered": False, "maximize": False}
+        super().__init__(params, {**unused, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=0, **{name: torch.zeros_like(parameter) for name in ("square", "mean", "buffer")})
+                state["step"] += 1
+                grad = -parameter.grad if group["maximize"] else parameter.grad
+                grad = grad + group["weight_decay"] * parameter
+                alpha = group["alpha"]
+                state["square"].mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
+                state["mean"].lerp_(grad, 1 - alpha)
+                variance = state["square"] / (1 - alpha ** state["step"])
+                if group["centered"]:
+                    variance = variance - state["mean"].square()
+                state["buffer"].mul_(group["momentum"]).add_(grad / (variance.sqrt() + group["eps"]))
+                parameter.sub_(group["lr"] * state["buffer"])
+        return None
+
+
+def rmsprop(**options: Any) -> tuple[Make, Make]:
+    """The optimizer that trains, and the one that young weights are to be trained by."""
+    options = {"lr": 0.003, "alpha": 0.99, "eps": 1e-8, **options}
+    return lambda p: torch.optim.RMSprop(p, **options), lambda p: CorrectedRMSprop(p, **options)
+
+
+def both(kind: Any, **options: Any) -> tuple[Make, Make]:
+    def make(parameters: Any) -> Optimizer:
+        made: Optimizer = kind(parameters, **options)
+        return made
+
+    return make, make
+
+
+OPTIMIZERS: dict[str, tuple[Make, Make]] = {
+    "Adam": both(torch.optim.Adam, lr=0.003),
+    "Adam, L2": both(torch.optim.Adam, lr=0.003, weight_decay=0.1),
+    "Adam, one at a time": both(torch.optim.Adam, lr=0.003, foreach=False),
+    "Adam, foreach": both(torch.optim.Adam, lr=0.003, foreach=True),
+    "Adam, fused": both(torch.optim.Adam, lr=0.003, fused=True),
+    "Adam, tensor as learning rate": both(torch.optim.Adam, lr=torch.tensor(0.003), foreach=False),
+    "Adam, amsgrad": both(torch.optim.Adam, lr=0.003, amsgrad=True),
+    "Adam, maximize": both(torch.optim.Adam, lr=0.003, maximize=True),
+    "AdamW": both(torch.optim.AdamW, lr=0.003, weight_decay=0.1),
+    "AdamW, fused amsgrad": both(torch.optim.AdamW, lr=0.003, fused=True, amsgrad=True),
+    "AdamW, short memory": both(torch.optim.AdamW, lr=0.003, betas=(0.5, 0.6)),
+    "AdamW, no momentum": both(torch.optim.AdamW, lr=0.003, betas=(0.0, 0.999)),
+    "Adamax": both(torch.optim.Adamax, lr=0.003),
+    "NAdam": both(torch.optim.NAdam, lr=0.003),
+    "NAdam, L2": both(torch.optim.NAdam, lr=0.003, weight_decay=0.1, foreach=False),
+    "NAdam, decoupled": both(torch.optim.NAdam, lr=0.003, weight_decay=0.1, decoupled_weight_decay=True, maximize=True),
+    "RAdam": both(torch.optim.RAdam, lr=0.003),
+    "RAdam, L2": both(torch.optim.RAdam, lr=0.003, weight_decay=0.1, foreach=False),
+    "Adagrad": both(torch.optim.Adagrad, lr=0.01),
+    "Adagrad, decay": both(torch.optim.Adagrad, lr=0.01, lr_decay=0.1, weight_decay=0.1),
+    "Adagrad, fused": both(torch.optim.Adagrad, lr=0.01, lr_decay=0.1, fused=True),
+    "Adadelta": both(torch.optim.Adadelta, lr=0.5),
+    "Rprop": both(torch.optim.Rprop, lr=0.001),
+    "SGD": both(torch.optim.SGD, lr=0.05, momentum=0.9),
+    "RMSprop": rmsprop(),
+    "RMSprop, L2": rmsprop(weight_decay=0.1),
+    "RMSprop, maximize": rmsprop(weight_decay=0.1, maximize=True),
+    "RMSprop, centred": rmsprop(centered=True),
+    "RMSprop, momentum": rmsprop(momentum=0.9),
+    "RMSprop, centred momentum": rmsprop(centered=True, momentum=0.9, weight_decay=0.1),
+}
+
+
+class Cohorts:
+    """A plain loop: the weights that grew at one step are a parameter of their own, with an optimizer of its own."""
+
+    def __init__(self, model: nn.Module, make: Make, make_young: Make) -> None:
+        self.weights = {handle.fqn: handle for handle in sparse_weights(model)}
+        self.make_young = make_young
+        self.cohorts: list[tuple[str, Tensor, nn.Parameter, Optimizer]] = []
+        self.masks = {name: torch.zeros_like(handle.mask) for name, handle in self.weights.items()}
+        self.follow(make)
+
+    def follow(self, make: Make | None = None) -> int:
+        """Take up what grew since the last call; how much that is."""
+        grown = 0
+        for name, handle in self.weights.items():
+            new = (handle.mask & ~self.masks[name]).flatten().nonzero().squeeze(1)
+            gone = (~handle.mask).flatten()
+            for index, (whose, positions, parameter, optimizer) in enumerate(self.cohorts):
+                if whose == name:  # what went and comes back later is not the same weight
+                    kept = torch.where(gone[positions.clamp(min=0)], -1, positions)
+                    self.cohorts[index] = whose, kept, parameter, optimizer
+            if len(new):
+                parameter = nn.Parameter(handle.weight.detach().flatten()[new].clone())
+                self.cohorts.append((name, new, parameter, (make or self.make_young)([parameter])))
+            self.masks[name] = handle.mask.clone()
+            grown += len(new)
+        return grown
+
+    def step(self, options: dict[str, Any]) -> None:
+        """A step of all, with the gradients that the model has now."""
+        for name, positions, parameter, optimizer in self.cohorts:
+            grad = self.weights[name].weight.grad
+            assert grad is not None
+            parameter.grad = torch.where(positions >= 0, grad.flatten()[positions.clamp(min=0)], 0.0)
+            optimizer.param_groups[0].update(options)
+            optimizer.step()
+
+    def check(self, rtol: float, atol: float) -> None:
+        for name, positions, parameter, _ in self.cohorts:
+            alive = positions >= 0
+            have = self.weights[name].weight.detach().flatten()[positions[alive]]
+            torch.testing.assert_close(have, parameter.detach()[alive], rtol=rtol, atol=atol)
+
+
+def follow(
+    model: nn.Module, optimizer: Optimizer, cohorts: Cohorts, data: Any, *, rtol: float = 1e-5, atol: float = 2e-6
+) -> int:
+    """Train with a changing learning rate, and compare all kept weights after each step; how many grew."""
+    grown = 0
+    for number, x in enumerate(data):
+        optimizer.zero_grad()
+        loss_of(model, x.to(next(model.parameters()).dtype)).backward()
+        optimizer.param_groups[0]["lr"] *= 0.9 if number % 4 == 2 else 1.0
+        cohorts.step({"lr": optimizer.param_groups[0]["lr"]})
+        optimizer.step()
+        grown += cohorts.follow()
+        cohorts.check(rtol, atol)
+    return grown
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_grown_weight_steps_as_a_parameter_of_its_own(name: str) -> None:
+    make, make_young = OPTIMIZERS[name]
+    model = mlp()
+    optimizer = make(model.parameters())
+    SRigL(model, optimizer, total_steps=60, update_every=4, stop_at=0.5, step_count="weight")
+    assert follow(model, optimizer, Cohorts(model, make, make_young), batches(40)) > 200
+    verify(model, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    make, make_young = OPTIMIZERS["AdamW"]
+    model = mlp().to(dtype)
+    optimizer = make(model.parameters())
+    RigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype is torch.float64 else {"rtol": 0.05, "atol": 0.002}
+    assert follow(model, optimizer, Cohorts(model, make, make_young), batches(20), **tolerance) > 100
+
+
+def test_by_hand() -> None:
+    """A weight that grows at step 100 takes one learning rate at its first step, where Adam alone takes 0.98 of one."""
+    for step_count, first in (("tensor", 0.1 * (1 - 0.999**101) ** 0.5 / 0.001**0.5), ("weight", 1.0)):
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, eps=1e-12)
+        method: Any = RigL
+        method(model, optimizer, total_steps=1000, update_every=100, step_count=step_count)
+        train(model, optimizer, batches(99))
+        before = {handle.fqn: handle.mask.clone() for handle in sparse_weights(model)}
+        train(model, optimizer, batches(1, seed=1))
+        train(model, optimizer, batches(1, seed=2))
+        for handle in sparse_weights(model):
+            grown = handle.mask & ~before[handle.fqn]
+            assert grown.any()
+            steps = handle.weight[grown].abs()
+            moved = steps[handle.weight.grad[grown] != 0]  # type: ignore[index]
+            torch.testing.assert_close(moved, torch.full_like(moved, 1e-4 * first), rtol=1e-3, atol=0.0)
+
+
+def test_others_are_not_touched() -> None:
+    """The option changes what a weight that has grown takes, and nothing before anything grows."""
+    runs = []
+    for step_count in ("tensor", "weight"):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+        method: Any = SRigL
+        trainer = method(model, optimizer, total_steps=60, update_every=5, step_count=step_count)
+        train(model, optimizer, batches(5))
+        runs.append((model, optimizer, trainer))
+    (one, first, _), (other, second, _) = runs
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for run in runs:
+        train(run[0], run[1], batches(1, seed=1))
+    handles = zip(sparse_weights(one), sparse_weights(other), strict=True)
+    assert any(not torch.equal(mine.weight, theirs.weight) for mine, theirs in handles)
+    assert torch.equal(one[0].bias, other[0].bias)  # type: ignore[arg-type]
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(first.state[mine]["step"], second.state[theirs]["step"])
+
+
+@pytest.mark.parametrize("method", [SRigL, RigL, SET, SNFS, GMP, Static])
+def test_every_method_takes_the_option(method: Any) -> None:
+    model = mlp()
+    optimizer = torch.optim.NAdam(model.parameters(), lr=0.003)
+    trainer = method(model, optimizer, total_steps=20, update_every=3, step_count="weight")
+    train(model, optimizer, batches(12), check=lambda: verify(model, optimizer))
+    assert bool(trainer.state_dict().get("step_counts")) is (method not in (GMP, Static))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.ASGD, torch.optim.Adafactor, type("Own", (torch.optim.AdamW,), {})])
+def test_an_optimizer_that_is_not_known_is_refused(kind: Any) -> None:
+    model = mlp()
+    optimizer = kind(model.parameters())
+    with pytest.raises(TrainerError, match=rf'step_count="weight" knows .*: what {kind.__name__} makes of .*0\.weight'):
+        SRigL(model, optimizer, total_steps=20, step_count="weight")
+    SRigL(model, optimizer, total_steps=20)  # nothing was left behind
+
+
+def test_another_choice_is_refused() -> None:
+    model = mlp()
+    with pytest.raises(TrainerError, match='step_count is \'neuron\'; choose "tensor" or "weight"'):
+        SRigL(model, torch.optim.Adam(model.parameters()), total_steps=20, step_count="neuron")  # type: ignore[arg-type]
+
+
+class Lookahead(Optimizer):
+    """Moves the weights once more behind the inner step, when it is time."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner, self.now = inner, False
+        self.slow = [p.detach().clone() for group in self.param_groups for p in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.inner.step(closure)
+        if self.now:
+            fast = (p for group in self.param_groups for p in group["params"])
+            for slow, parameter in zip(self.slow, fast, strict=True):
+                slow.copy_(parameter.lerp_(slow, 0.5))
+
+
+def test_inside_a_wrapper_the_step_itself_is_corrected() -> None:
+    """Lookahead halves what the inner optimizer and the count of steps have made of the weight, all of it."""
+    seen = []
+    for wrap in (False, True):
+        torch.manual_seed(0)
+        model = mlp()
+        inner = torch.optim.AdamW(model.parameters(), lr=0.003)
+        optimizer: Any = Lookahead(inner) if wrap else inner
+        SRigL(model, optimizer, total_steps=60, update_every=3, step_count="weight")
+        train(model, optimizer, batches(3))
+        handle = sparse_weights(model)[0]
+        before = handle.weight.detach().clone()
+        if wrap:
+            optimizer.now = True
+            optimizer.slow = [p.detach().clone() for p in model.parameters()]
+        train(model, optimizer, batches(1, seed=3))
+        seen.append(handle.weight.detach() - before)
+    assert seen[0].any()
+    torch.testing.assert_close(seen[1], seen[0] / 2, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+def test_steps_that_a_gradient_scaler_skips_do_not_count(kind: Any, fused: bool) -> None:
+    options = {"lr_decay": 0.1} if kind is torch.optim.Adagrad else {}
+    make, make_young = both(kind, lr=0.003, fused=fused, weight_decay=0.1, **options)
+    model = mlp()
+    optimizer = make(model.parameters())
+    trainer = RigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+    cohorts, scaler = Cohorts(model, make, make_young), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for number, x in enumerate(batches(24)):
+        optimizer.zero_grad()
+        loss = loss_of(model, x)
+        scaler.scale(loss).backward()
+        skipped = number % 5 == 4
+        clean = [None if p.grad is None else p.grad / scaler.get_scale() for p in model.parameters()]
+        if skipped:
+            next(model.parameters()).grad[0, 0] = torch.inf  # type: ignore[index]
+        scaler.step(optimizer)
+        scaler.update()
+        if not skipped:
+            for parameter, grad in zip(model.parameters(), clean, strict=True):
+                parameter.grad = grad
+            cohorts.step({})
+        cohorts.follow()
+        cohorts.check(1e-5, 2e-6)
+    assert trainer.steps == 20
+
+
+def test_a_step_without_a_gradient_does_not_count() -> None:
+    make, make_young = OPTIMIZERS["RMSprop, momentum"]
+    model = mlp()
+    optimizer = make(model.parameters())
+    SET(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+    cohorts = Cohorts(model, make, make_young)
+    follow(model, optimizer, cohorts, batches(8))
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.step()
+        cohorts.check(1e-5, 2e-6)
+        cohorts.follow()
+    follow(model, optimizer, cohorts, batches(8, seed=1))
+
+
+def test_a_closure_gives_the_gradients() -> None:
+    models = []
+    for closed in (False, True):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.RMSprop(model.parameters(), lr=0.003, weight_decay=0.1)
+        SRigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+        for x in batches(14):
+
+            def closure(x: Tensor = x, model: nn.Module = model, optimizer: Optimizer = optimizer) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(model, x)
+                loss.backward()
+                return loss
+
+            if closed:
+                optimizer.step(closure)
+            else:
+                closure()
+                optimizer.step()
+        models.append(model)
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam, L2", "RMSprop, centred momentum", "Adagrad, decay"])
+def test_with_steps_of_the_kept_weights_alone(name: str) -> None:
+    make, make_young = OPTIMIZERS[name]
+    torch.manual_seed(0)
+    model = mlp(0.9)
+    optimizer = make(model.parameters())
+    trainer = SRigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+    with compute_sparse(trainer) as sparse:
+        assert sparse.steps_kept
+        assert follow(model, optimizer, Cohorts(model, make, make_young), batches(20), rtol=1e-4, atol=1e-5) > 50
+        optimizer.state_dict()
+        verify(model, optimizer)
+        train(model, optimizer, batches(4, seed=2))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", ["AdamW", "NAdam, L2", "RMSprop, momentum"])
+def test_in_a_compiled_step(name: str) -> None:
+    torch._dynamo.reset()
+    make, _ = OPTIMIZERS[name]
+    models = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = make(model.parameters())
+        SRigL(model, optimizer, total_steps=60, update_every=3, step_count="weight")
+
+        def step(x: Tensor, model: nn.Module = model, optimizer: Optimizer = optimizer) -> None:
+            optimizer.zero_grad()
+            loss_of(model, x).backward()
+            optimizer.step()
+
+        part = torch.compile(step, backend="aot_eager") if compiled else step
+        for x in batches(14):
+            part(x)
+        verify(model, optimizer)
+        models.append(model)
+    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
+        # The compiled optimizers themselves round another way.
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "NAdam, L2"])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_run_resumes_exactly(tmp_path: Path, name: str, sparse: bool) -> None:
+    def start(seed: int) -> dict[str, Any]:
+        torch.manual_seed(seed)
+        model = mlp(0.9)
+        optimizer = OPTIMIZERS[name][0](model.parameters())
+        trainer = SRigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+        if sparse:
+            compute_sparse(trainer)
+        return {"model": model, "optimizer": optimizer, "trainer": trainer}
+
+    whole, resumed = start(0), start(1)
+    train(resumed["model"], resumed["optimizer"], batches(6, seed=9))
+    train(whole["model"], whole["optimizer"], batches(14))
+    checkpoint.save(tmp_path / "last", **whole)
+    checkpoint.load(tmp_path / "last", **resumed)
+    for run in (whole, resumed):
+        train(run["model"], run["optimizer"], batches(10, seed=1))
+    for mine, theirs in zip(whole["model"].parameters(), resumed["model"].parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert whole["trainer"].state_dict()["step_counts"]
+
+
+def test_a_state_from_before_has_no_young_weights() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    trainer = SRigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+    train(model, optimizer, batches(9))
+    state = trainer.state_dict()
+    former = {key: value for key, value in state.items() if key != "step_counts"}
+    trainer.load_state_dict(former)
+    assert trainer.state_dict()["step_counts"] == ()
+    trainer.load_state_dict(state)
+    assert len(trainer.state_dict()["step_counts"]) == len(state["step_counts"]) == 3
+    trainer.detach()
+    plain = SRigL(model, optimizer, total_steps=60, update_every=4)
+    plain.load_state_dict(state)
+    assert "step_counts" not in plain.state_dict()
+
+
+@pytest.mark.parametrize("what", ["name", "twice", "order", "range", "kind", "length", "born", "products"])
+def test_a_damaged_state_is_refused(what: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters())
+    trainer = SRigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+    train(model, optimizer, batches(9))
+    state = trainer.state_dict()
+    name, positions, born, products = state["step_counts"][0]
+    rows: dict[str, tuple[Any, ...]] = {
+        "name": (("other", positions, born, products),),
+        "twice": (state["step_counts"][0],) * 2,
+        "order": ((name, positions.flip(0), born, products),),
+        "range": ((name, positions + 10**6, born, products),),
+        "kind": ((name, positions.float(), born, products),),
+        "length": ((name, positions, born[1:], products),),
+        "born": ((name, positions, -born, products),),
+        "products": ((name, positions, born, products / 0),),
+    }
+    with pytest.raises(TrainerError, match=r"counts of steps that fit no weight|damaged at step_counts"):
+        trainer.load_state_dict({**state, "step_counts": rows[what]})
+    after = trainer.state_dict()["step_counts"]
+    assert all(torch.equal(one[1], other[1]) for one, other in zip(state["step_counts"], after, strict=True))
+
+
+def test_weights_are_young_only_as_long_as_it_matters() -> None:
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.003, betas=(0.5, 0.5))
+    trainer = SRigL(model, optimizer, total_steps=400, update_every=10, step_count="weight")
+    train(model, optimizer, batches(200))
+    # 0.5**age is a quarter of the smallest difference of float32 at an age of 25; that is asked when the mask changes.
+    for _, _, born, _ in trainer.state_dict()["step_counts"]:
+        assert born.max() - born.min() < 25
+    assert any(len(set(born.tolist())) == 3 for _, _, born, _ in trainer.state_dict()["step_counts"])
+
+
+def test_a_mask_that_somebody_loads_ends_the_youth_of_what_is_gone() -> None:
+    model = mlp()
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.003, weight_decay=0.1)
+    SRigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+    first = copy.deepcopy(model.state_dict())
+    train(model, optimizer, batches(9))
+    model.load_state_dict(first)
+    train(model, optimizer, batches(2), check=lambda: verify(model, optimizer))
+
+
+def test_an_optimizer_that_begins_anew_makes_its_own_steps() -> None:
+    """Its state is dropped, or an earlier one loaded: the parameter is younger than what grew in it."""
+    runs = []
+    for step_count in ("tensor", "weight"):
+        torch.manual_seed(0)
+        model = mlp()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+        method: Any = SRigL
+        method(model, optimizer, total_steps=100, update_every=10, step_count=step_count)
+        train(model, optimizer, batches(10))
+        optimizer.state.clear()
+        train(model, optimizer, batches(9, seed=1))
+        runs.append(model)
+    for mine, theirs in zip(*(model.parameters() for model in runs), strict=True):
+        assert torch.equal(mine, theirs)
