@@ -226,7 +226,7 @@ def _climb(
                 continue
             before = rung
             try:
-                exported = _export(model, args, kwargs, free if rung.dim is not None else {}, rung)
+                exported = _export(model, args, kwargs, free if rung.dim is not None else {}, rung, run)
                 program = _program(model, exported, args, kwargs, rung.strict)
                 check_free(program, exported, free if rung.dim is not None else {}, required or {})
                 if run is not None:
@@ -257,7 +257,12 @@ def _clashing_name(model: nn.Module) -> str:
 
 
 def _export(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], free: FreeSizes, rung: _Rung
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    free: FreeSizes,
+    rung: _Rung,
+    run: Run | None,
 ) -> ExportedProgram:
     leaves, spec = pytree.tree_flatten((args, kwargs))
     shared = _batched(leaves)
@@ -266,7 +271,8 @@ def _export(
             leaves[position] = resize(leaves[position], 2)
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     sizes = [dict.fromkeys(sorted(free[i]), rung.dim) if i in free else None for i in range(len(leaves))]
-    return export(model, args, kwargs, sizes, strict=rung.strict)
+    writes = run is not None and bool(run.written)
+    return export(model, args, kwargs, sizes, strict=rung.strict, writes=writes)
 
 
 def _batched(leaves: list[Any]) -> list[bool]:

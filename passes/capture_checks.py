@@ -93,8 +93,8 @@ def check_state(program: Program, run: Run) -> None:
     """
     for name in run.written.keys() - writes(program.module.graph).keys():
         raise CaptureError(
-            f"it writes {kept_in(program.model, name)} in a way that torch.export does not see (its .data, an entry of "
-            "_buffers, an assignment in a sub-module): write it with copy_"
+            f"it writes {kept_in(program.model, name)} in a way that torch.export does not see (through its "
+            ".data, say): write it with copy_"
         )
 
 

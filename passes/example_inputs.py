@@ -1,10 +1,8 @@
-"""Example inputs: what they may be, copies of them, and what of a model's values a graph can hold.
+"""Example inputs: what they may be, and what of a model's values a graph can hold.
 
-Owns the form (args, kwargs), that the caller's objects are never touched, and the words for what is wrong with them. It
-must not know what the inputs are for.
+Owns the form (args, kwargs), and the words for what is wrong with them. It must not know what the inputs are for.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -34,30 +32,6 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
     if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
         return example_inputs
     return example_inputs, {}
-
-
-def copies(inputs: Inputs) -> Inputs:
-    """Copies of the inputs, for a run that may write into them: of tensors, of containers, of other objects.
-
-    What cannot be copied is given as it is.
-
-    Example:
-        >>> x = torch.zeros(2)
-        >>> (copied,), _ = copies(((x,), {}))
-        >>> copied.add_(1), x
-        (tensor([1., 1.]), tensor([0., 0.]))
-    """
-
-    def one(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.clone()
-        try:
-            return copy.deepcopy(leaf)
-        except Exception:  # an object of any kind, with any reason not to be copied
-            return leaf
-
-    copied: Inputs = pytree.tree_map(one, inputs)
-    return copied
 
 
 def foreign_types(inputs: Any, output: Any) -> str:

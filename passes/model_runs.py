@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.nn.model_state import restored
-from srigl_fx.passes.example_inputs import copies
+from srigl_fx.nn.model_state import copies, restored
 from srigl_fx.passes.tracing import plain_execution
 
 STEPS = 3  # in a row, of a model that keeps state

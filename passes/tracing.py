@@ -1,7 +1,8 @@
 """One call of ``torch.export``, and the state of a model and of torch in which it can succeed.
 
 Owns what has to be so while a model is traced, and that it is as before afterwards: the attention and expert
-implementations, signatures with a variable number of arguments, silence. It must not know which attempt comes next.
+implementations, signatures with a variable number of arguments, assigned buffers, silence. It must not know which
+attempt comes next.
 """
 
 import contextlib
@@ -15,9 +16,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+
+from srigl_fx.errors import CaptureError
 
 aten = torch.ops.aten
 _LOG = logging.getLogger(__name__)
@@ -31,6 +34,7 @@ def export(
     sizes: list[dict[int, Any] | None],
     *,
     strict: bool,
+    writes: bool = False,
 ) -> ExportedProgram:
     """Export ``model`` and bring the program into functional form.
 
@@ -40,7 +44,13 @@ def export(
         kwargs: Its keyword arguments.
         sizes: For each flat input, what its free dimensions are to be; None where all its sizes are fixed.
         strict: Trace with torch's bytecode analysis instead of plain Python.
+        writes: The forward writes buffers: what it assigns is to be written into the buffers that were there.
+
+    Raises:
+        CaptureError: A buffer that two modules have is assigned in one of them, which parts them.
     """
+    if writes and not strict:
+        model = _writing_in_place(model)
     model = _with_plain_signature(model, args, kwargs)
     names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     values = [*args, *kwargs.values()]
@@ -79,6 +89,44 @@ def _with_plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
     plain: nn.Module = cls.__new__(type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__}))
     plain.__dict__ = model.__dict__
     return plain
+
+
+def _writing_in_place(model: nn.Module) -> nn.Module:
+    """``model`` with a forward that, when all is done, writes into the buffers what its modules have assigned to them.
+
+    Export sees writes into a buffer, but an assignment only where the exported module itself makes it: one in a
+    sub-module, or to an entry of ``_buffers``, is lost without an error. The values are written at the end, since until
+    then the forward may read what it held before. The module returned has the very attributes of ``model``.
+    """
+    cls, own = type(model), vars(model).get("forward")
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        before = {module: dict(module._buffers) for module in self.modules()}
+        output = cls.forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+        held: dict[int, tuple[Tensor, list[Tensor]]] = {}
+        for module, buffers in before.items():
+            for name, was in buffers.items():
+                now = module._buffers.get(name)
+                if was is not None and now is not None:
+                    held.setdefault(id(was), (was, []))[1].append(now)
+                    module._buffers[name] = was
+        assigned = [(was, now) for was, now in held.values() if any(one is not was for one in now)]
+        if not assigned:
+            return output
+        if any(one is not now[0] for _, now in assigned for one in now):
+            raise CaptureError("a buffer that two modules share is assigned in one of them: write it with copy_")
+        # Outputs, and what is assigned, may be a buffer that is about to be written.
+        output = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
+        for (was, _), value in zip(assigned, [now[0].clone() for _, now in assigned], strict=True):
+            was.copy_(value)
+        return output
+
+    given = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    named = [one for one in inspect.signature(model.forward).parameters.values() if one.name != "self"]
+    forward.__signature__ = inspect.Signature([given, *named])  # type: ignore[attr-defined]
+    writing: nn.Module = cls.__new__(type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__}))
+    writing.__dict__ = model.__dict__ if own is None else {k: v for k, v in vars(model).items() if k != "forward"}
+    return writing
 
 
 def _reshape_views(module: fx.GraphModule) -> None:

@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from srigl_fx.errors import SparsifyError
-from srigl_fx.nn.model_state import restored
-from srigl_fx.passes.example_inputs import copies, normalise_inputs
+from srigl_fx.nn.model_state import copies, restored
+from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.sites.contractions import name_of
 from srigl_fx.passes.sites.weight_uses import Data, Derived, Use, Value, Views, after, initial
 from srigl_fx.passes.sites.weight_views import WeightView

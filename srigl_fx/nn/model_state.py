@@ -1,9 +1,10 @@
 """Running a model so that it is afterwards as it was before.
 
 Owns what a forward pass may change besides its results, and that it is given back: buffers, however they are written,
-and plain attributes. It must not know what a run is for.
+plain attributes, and what it is given. It must not know what a run is for.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.utils import _pytree as pytree
 
 from srigl_fx.masks.records import MASK_SUFFIX
 
+_Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 _PLAIN = (Tensor, bool, int, float, complex, str, type(None))  # what state is kept in, where not in buffers
 
 
@@ -57,14 +60,16 @@ class State:
     def written(self) -> dict[str, str]:
         """The buffers that have been written, by name, and how their type or sizes changed ("" where they did not)."""
         found: dict[str, str] = {}
-        seen: set[int] = set()
+        seen: dict[int, Tensor | None] = {}  # by id of a buffer that was there: what is there now
         for (path, module), (before, _) in zip(self._open, self._before, strict=True):
             for key in {**before, **module._buffers}:
                 was, now = before.get(key), module._buffers.get(key)
-                if id(was) not in seen and (now is not self._placed.get(id(was), was) or self._touched(was)):
+                if id(was) in seen and now is seen[id(was)]:  # the same buffer under another name
+                    continue
+                if now is not self._placed.get(id(was), was) or (id(was) not in seen and self._touched(was)):
                     found[_joined(path, key)] = "" if _kind(was) == _kind(now) else f"{_kind(was)} to {_kind(now)}"
                 if was is not None:
-                    seen.add(id(was))
+                    seen.setdefault(id(was), now)
         return found
 
     def changed_attributes(self) -> list[str]:
@@ -131,6 +136,30 @@ def restored(model: nn.Module, *, copied: bool = True) -> Iterator[State]:
         yield state
     finally:
         state.restore()
+
+
+def copies(inputs: _Inputs) -> _Inputs:
+    """Copies of the inputs, for a run that may write into them: of tensors, of containers, of other objects.
+
+    What cannot be copied is given as it is.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> (copied,), _ = copies(((x,), {}))
+        >>> copied.add_(1), x
+        (tensor([1., 1.]), tensor([0., 0.]))
+    """
+
+    def one(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.clone()
+        try:
+            return copy.deepcopy(leaf)
+        except Exception:  # an object of any kind, with any reason not to be copied
+            return leaf
+
+    copied: _Inputs = pytree.tree_map(one, inputs)
+    return copied
 
 
 def _is_mask(module: nn.Module, key: str, value: Tensor) -> bool:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks import named_masks
-from srigl_fx.nn.model_state import restored
+from srigl_fx.nn.model_state import copies, restored
 from srigl_fx.train.base import check_count, check_share
 from srigl_fx.train.schedules import cubic_sparsity, end_step, last_update_step
 
@@ -219,7 +219,8 @@ def layer_costs(model: nn.Module, example_inputs: tuple[Any, ...]) -> dict[str, 
     mha.set_fastpath_enabled(False)  # its one operation hides the products inside
     try:
         with torch.random.fork_rng(devices=[]), restored(model), _Contractions(weights) as seen:
-            model(*example_inputs)
+            args, kwargs = copies((example_inputs, {}))  # a forward may write into its inputs
+            model(*args, **kwargs)
     finally:
         mha.set_fastpath_enabled(fast_path)
     return {
