@@ -132,8 +132,12 @@ def load(data: bytes) -> tuple[fx.GraphModule, dict[str, Any]]:
                 f"the node {name!r} is malformed ({type(error).__name__}: {error}); save it again with "
                 "lower(...).save(path)"
             ) from error
-    in_spec, out_spec = (pytree.tree_structure(_decode_tree(header[side])) for side in ("in", "out"))
-    names = [_identifier(name) for name in header["arguments"]]
+    given, returned = _decode_tree(header["in"]), _decode_tree(header["out"])
+    _, keywords = given
+    # Code is generated with these; other keys of dicts are only compared.
+    for name in (*header["arguments"], *keywords):
+        _identifier(name)
+    in_spec, out_spec = pytree.tree_structure(given), pytree.tree_structure(returned)
     results = nodes[header["nodes"][-1]["name"]]
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     if (
@@ -144,7 +148,7 @@ def load(data: bytes) -> tuple[fx.GraphModule, dict[str, Any]]:
         or out_spec.num_leaves != len(results.args[0])
     ):
         raise ValueError("inputs or outputs do not fit the graph")
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, in_spec, out_spec)))
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(list(header["arguments"]), in_spec, out_spec)))
     root = nn.Module()
     made: dict[tuple[str, bool], Tensor] = {}
     for target, entry in header["attributes"].items():
@@ -276,7 +280,7 @@ def _decode_tree(tree: Any) -> Any:
         if kind == "tuple":
             return tuple(_decode_tree(child) for child in children)
         if kind == "dict":
-            return {_identifier(key): _decode_tree(child) for key, child in children.items()}
+            return {key: _decode_tree(child) for key, child in children.items()}
     if tree == 0:
         return 0
     raise ValueError(f"a container {tree!r}")

@@ -168,6 +168,25 @@ def test_save_and_load(case: Lowered, tmp_path: Path) -> None:
         assert torch.equal(load_lowered(tmp_path / "model.srigl")(x), lowered(x))
 
 
+class ByKeys(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 8)
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"0": self.layer(x["0"]), "it's {x}": x["a b"] + 1}
+
+
+def test_keys_of_inputs_and_outputs_may_be_any_words(tmp_path: Path) -> None:
+    model = mask_by_hand(randomise(ByKeys()), 0.4).eval()
+    x = {"0": torch.randn(3, 16), "a b": torch.randn(3, 2)}
+    lower(model, (x,), min_speedup=0).save(tmp_path / "model.srigl")
+    again = load_lowered(tmp_path / "model.srigl")(x)
+    assert list(again) == ["0", "it's {x}"]
+    for key, expected in model(x).items():
+        torch.testing.assert_close(again[key], expected)
+
+
 def test_export_again_and_compile(case: Lowered) -> None:
     model, lowered, shape = case
     x = torch.randn(4, *shape)
