@@ -2,8 +2,9 @@
 
 Owns the checks, made when a graph is saved and when it is loaded, and what takes the place of an operator in a graph
 from a file: batch normalisation becomes the public operator, which compares the sizes of its weights; the input and
-state of a recurrent layer are brought to the sizes that its weights have, and the heads of attention in groups are
-counted, or refused when it runs. Graphs compute the same as before. It must not know the file format.
+state of a recurrent layer are brought to the sizes that its weights have, the heads of attention in groups are
+counted, and the rows of bags looked at, or refused when it runs. Graphs compute the same as before. It must not know
+the file format.
 """
 
 import operator
@@ -18,6 +19,7 @@ from srigl_fx.passes.condensed_nodes import set_arguments
 from srigl_fx.passes.program import arguments
 
 _ATTENTION = "scaled_dot_product_attention"
+_BAGS = "embedding_bag"
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _SMALLEST, _LARGEST = 1e-12, 2**31 - 1  # of numbers that sizes are made of
 _RANGES = {None, torch.int64, torch.int32, torch.float32, torch.float64}
@@ -45,6 +47,8 @@ def check(node: fx.Node, tensor_at: Callable[[str], Tensor]) -> None:
             _check_pooling(node)
         elif name == _ATTENTION:
             _check_attention(node)
+        elif name == _BAGS:
+            _check_bags(node)
         elif name in _GATES:
             _check_recurrent(node, _GATES[name], tensor_at)
         else:
@@ -66,6 +70,8 @@ def guard(graph: fx.Graph, tensor_at: Callable[[str], Tensor]) -> None:
                 _replace_batch_norm(graph, node)
             elif _packet(node) == _ATTENTION and arguments(node).get("enable_gqa"):
                 _count_heads(graph, node)
+            elif _packet(node) == _BAGS:
+                _bound_bags(graph, node)
             elif _packet(node) in _GATES:
                 _size_recurrent(graph, node, _GATES[_packet(node)], tensor_at)
 
@@ -109,6 +115,35 @@ def _count_heads(graph: fx.Graph, node: fx.Node) -> None:
         )
         for heads in others:
             graph.call_function(operator.floordiv, (queries, heads))
+
+
+def _check_bags(node: fx.Node) -> None:
+    given = arguments(node)
+    flags = [given.get(name, False) for name in ("scale_grad_by_freq", "sparse", "include_last_offset")]
+    numbers = [given.get("mode", 0), given.get("padding_idx")]
+    if not all(isinstance(flag, bool) for flag in flags) or flags[1]:
+        raise ValueError("the settings of an embedding bag are not those of one")
+    if any(isinstance(number, bool) for number in numbers) or numbers[0] not in (0, 1, 2):
+        raise ValueError(f"an embedding bag with mode {numbers[0]} and padding_idx {numbers[1]}")
+    if not isinstance(numbers[1], int | None):
+        raise ValueError(f"an embedding bag with padding_idx {numbers[1]}")
+    for user in node.users:
+        if user.target is not operator.getitem or user.args != (node, 0):
+            raise ValueError("only the sums of an embedding bag can be read")
+
+
+def _bound_bags(graph: fx.Graph, node: fx.Node) -> None:
+    """Look up what the operator takes for granted: rows of the table, one bag or more, which begin in order in it."""
+    given = arguments(node)
+    lookup = torch.ops.aten.index_select.default  # an error where an index is no integer, or out of range
+    with graph.inserting_before(node):
+        column = graph.call_function(torch.ops.aten.select.int, (given["weight"], 1, 0))
+        graph.call_function(lookup, (column, 0, given["indices"]))
+        ends = graph.call_function(torch.ops.aten.constant_pad_nd.default, (given["indices"], [0, 1]))
+        lengths = graph.call_function(torch.ops.aten.diff.default, (given["offsets"],))
+        graph.call_function(torch.ops.aten.select.int, (given["offsets"], 0, int(given.get("include_last_offset", 0))))
+        for places in (given["offsets"], lengths):
+            graph.call_function(lookup, (ends, 0, places))
 
 
 def _check_divisor(node: fx.Node) -> None:

@@ -100,6 +100,7 @@ GUARDED = frozenset(
         "scaled_dot_product_attention.default",
         *("max_pool1d.default", "max_pool2d.default", "max_pool3d.default", "arange.start_step"),
         *("div.Tensor_mode", "div.Scalar_mode", "floor_divide.default", "floor_divide.Scalar"),
+        "embedding_bag.padding_idx",
         *("remainder.Tensor", "remainder.Scalar", "fmod.Tensor", "fmod.Scalar"),
     )
 )

@@ -129,6 +129,42 @@ def test_guarded_operators_compute_the_same(make: "type[nn.Module]", shape: tupl
         assert torch.equal(load_lowered(tmp_path / "again.srigl")(x), lowered(x))
 
 
+class Bags(nn.Module):
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.bags, self.layer = nn.EmbeddingBag(20, 16, mode=mode), nn.Linear(16, 8)
+
+    def forward(self, rows: Tensor, starts: Tensor) -> Tensor:
+        result: Tensor = self.layer(self.bags(rows, starts))
+        return result
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_embedding_bags_are_saved_and_look_at_their_rows(mode: str, tmp_path: Path) -> None:
+    model = mask_by_hand(randomise(Bags(mode)), 0.4).eval()
+    rows, starts = torch.randint(0, 20, (9,)), torch.tensor([0, 3, 3, 7])
+    lowered = lower(model, (rows, starts), min_speedup=0)
+    lowered.save(tmp_path / "model.srigl")
+    load_lowered(tmp_path / "model.srigl").save(tmp_path / "again.srigl")
+    again = load_lowered(tmp_path / "again.srigl")
+    with torch.no_grad():
+        assert torch.equal(again(rows, starts), lowered(rows, starts))
+        for wrong in ((rows + 20, starts), (rows, starts + 8), (rows, starts.flip(0)), (rows, starts - 1)):
+            with pytest.raises((IndexError, RuntimeError)):
+                again(*wrong)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [(1, 0, False), (False, 3, False), (False, True, False), (False, 0, True), (False, 0, False, None, False, 1.0)],
+)
+def test_settings_that_no_embedding_bag_has_are_refused(settings: Any) -> None:
+    settings = (*settings, *(None, False, None)[len(settings) - 3 :])
+    graph = called(torch.ops.aten.embedding_bag.padding_idx, ..., ..., ..., *settings)
+    with pytest.raises(ValueError, match="embedding bag"):
+        guard(graph, no_tensor)
+
+
 def recurrent_graph(shapes: list[tuple[int, ...]], **changes: object) -> tuple[torch.fx.Graph, dict[str, Tensor]]:
     """A graph with one LSTM of these weights."""
     graph, tensors = torch.fx.Graph(), {f"w{i}": torch.randn(shape) for i, shape in enumerate(shapes)}

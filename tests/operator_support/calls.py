@@ -4,6 +4,7 @@
 process dies, the last name says which operator ended it. What an operator raises is of no interest.
 """
 
+import operator
 import random
 import resource
 import sys
@@ -182,7 +183,9 @@ def as_in_a_file(name: str) -> Callable[..., Any]:
             return [node_for(item) for item in value] if isinstance(value, list) else value
 
         arguments = tuple(map(node_for, given)), {key: node_for(value) for key, value in named.items()}
-        graph.output(graph.call_function(overload(name), *arguments))
+        result = graph.call_function(overload(name), *arguments)
+        several = len(overload(name)._schema.returns) > 1
+        graph.output(graph.call_function(operator.getitem, (result, 0)) if several else result)
         guard(graph, lambda attribute: tensors[int(attribute)])
         return fx.GraphModule({}, graph)(*tensors)
 
@@ -288,6 +291,18 @@ def _attention(c: Calls, _: int) -> list[Any]:
     return [q, k, v, mask, 0.0, mask is None and c.random.random() < 0.5]
 
 
+def _bags(c: Calls, _: int) -> list[Any]:
+    count, bags, last = c.random.randint(0, 6), c.random.randint(1, 4), c.random.random() < 0.4
+    starts = sorted(c.random.randint(0, count) for _ in range(bags - 1))
+    offsets = torch.tensor([0, *starts, *([count] if last else [])])
+    indices, weighted = c.tensor(count, dtype=torch.int64, high=5), c.random.random() < 0.3
+    kinds = torch.float32, torch.float32, torch.float64, torch.float16, torch.bfloat16
+    table = c.tensor(5, c.random.choice((1, 4, 16)), dtype=c.random.choice(kinds))
+    each = c.tensor(count).to(table.dtype) if weighted else None
+    padding = c.random.choice((None, 0, 4, -1))
+    return [table, indices, offsets, False, 0 if weighted else c.random.randint(0, 2), False, each, last, padding]
+
+
 # Arguments that fit, for operators that random ones hardly ever get past the first check of.
 FITTING: dict[str, Callable[[Calls, int], list[Any]]] = {
     **{f"conv{rank}d": _convolution(rank, False) for rank in (1, 2, 3)},
@@ -326,6 +341,7 @@ FITTING: dict[str, Callable[[Calls, int], list[Any]]] = {
     "tensordot": lambda c, _: [c.tensor(2, 3, 4), c.tensor(3, 4, 5), [1, 2], [0, 1]],
     "einsum": lambda c, _: [c.random.choice(_WORDS[-3:]), [c.tensor(3, 4), c.tensor(4, 5)]],
     "embedding": lambda c, _: [c.tensor(5, 4), c.tensor(2, 3, dtype=torch.int64, high=5), c.random.choice((-1, 0))],
+    "embedding_bag": _bags,
     "scaled_dot_product_attention": _attention,
     "grid_sampler": lambda c, _: [
         c.tensor(2, 3, 4, 5),
