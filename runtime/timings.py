@@ -17,7 +17,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,38 @@ class Timings:
         except OSError as error:
             self._give_up(error)
 
+    def drop(self, what: Mapping[str, Any]) -> None:
+        """Forget the seconds of ``what`` in this environment, on disk too: what measures it next measures it anew."""
+        self._forget(lambda line: _key(line["what"], line["where"]) == _key(what, self._where))
+
+    def clear(self) -> None:
+        """Forget everything measured on this processor, whatever the threads and the versions."""
+        self._forget(lambda line: line["where"].get("cpu") == self._where["cpu"])
+
+    def by_threads(self, what: Mapping[str, Any]) -> dict[int, Seconds]:
+        """The seconds of ``what`` for this processor and these versions, by the number of threads."""
+        found: dict[int, Seconds] = {}
+        for key, seconds in self._known.items():
+            known, where = json.loads(key)
+            threads = where.get("threads")
+            if known == what and isinstance(threads, int) and {**self._where, "threads": threads} == where:
+                found[threads] = seconds
+        return dict(sorted(found.items()))
+
+    def _forget(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+        for key in list(self._known):
+            what, where = json.loads(key)
+            if unwanted({"what": what, "where": where}):
+                del self._known[key]
+        if self._path is None or not self._path.exists():
+            return
+        try:
+            with locked(self._path.parent, _LOCK):
+                lines, _ = _read(self._path)
+                _write(self._path, [line for line in lines if not unwanted(line)])
+        except OSError as error:
+            self._give_up(error)
+
     def _give_up(self, error: OSError) -> None:
         _warn(f"measured times cannot be kept in {self._path}: {error}; set {CACHE_VARIABLE} to a folder of your own")
         self._path = None
@@ -201,11 +233,16 @@ def _mend(path: Path) -> None:
             _warn(f"{damaged} lines of {path} could not be read and are dropped; they will be measured anew")
         if path.stat().st_size > _LARGEST:
             lines = lines[len(lines) // 2 :]
-        descriptor, name = tempfile.mkstemp(prefix=FILE, dir=path.parent)
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-            os.replace(name, path)
-        except OSError:
-            os.unlink(name)
-            raise
+        _write(path, lines)
+
+
+def _write(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Replace the file, all at once or not at all; the lock is held."""
+    descriptor, name = tempfile.mkstemp(prefix=FILE, dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        os.replace(name, path)
+    except OSError:
+        os.unlink(name)
+        raise

@@ -8,15 +8,21 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from srigl_fx.cli import doctor
 from srigl_fx.cli.app import app
 from srigl_fx.cli.doctor import run_tiny_model, tiny_model
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_file import FileReport, inspect_file
+from srigl_fx.runtime.cache import CACHE_VARIABLE
+from srigl_fx.runtime.calibration import WHAT, believable, predicted
+from srigl_fx.runtime.cost_model import Machine
 from srigl_fx.runtime.ort.library import library_status
+from srigl_fx.runtime.timings import Timings
 
 on_linux = pytest.mark.skipif(not library_status().supported, reason=library_status().reason)
 
@@ -185,6 +191,27 @@ def test_doctor_runs_a_model_through_the_library() -> None:
     assert result.exit_code == 0
     for seen in ("onnxruntime", "instruction set", "tiny model in ONNX Runtime", "extra [lightning]", "GPU"):
         assert seen in result.output
+
+
+@on_linux
+def test_doctor_shows_and_renews_the_stored_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_library", lambda: iter(()))  # it would be built in the new folder
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    assert "not measured here yet" in run("doctor").output
+    timings = Timings.open()
+    timings.put(WHAT, {**predicted(Machine()), "condensed few": 4.9e-3})
+    timings.put({"operator": "from a busy moment"}, {"dense": 1.0})
+    shown = run("doctor").output
+    assert "condensed few 4.9 ms" in shown
+    assert "not believable" in shown
+    renewed = run("doctor", "--renew")
+    assert renewed.exit_code == 0
+    stored = Timings.open().get(WHAT)
+    assert stored is not None
+    assert believable(stored, torch.get_num_threads())
+    assert doctor.format_probes(stored) in renewed.output
+    assert "not believable" not in renewed.output
+    assert len(Timings.open()) == 1
 
 
 def test_bench_compares_at_each_setting() -> None:

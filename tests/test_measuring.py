@@ -1,6 +1,7 @@
 """What layers cost: measured once, remembered, estimated where that is clear; and lowering that uses it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from torch import nn
 from srigl_fx import measuring
 from srigl_fx.lowered import LoweredModule, LoweringReport
 from srigl_fx.lowering import lower
-from srigl_fx.measuring import is_clear
-from srigl_fx.passes.program import Times
+from srigl_fx.measuring import contradicts, is_believable, is_clear
+from srigl_fx.passes.program import Decision, Times
 from srigl_fx.runtime.cache import CACHE_VARIABLE
 from srigl_fx.runtime.timings import FILE
 
@@ -121,6 +122,108 @@ def test_convolutions_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "estimate", lambda work, machine: {"dense": 9.0, "condensed": 1.0, "shrunk": 9.0})
     measured = {layer.fqn: bool(layer.seconds) for layer in lowered().report.layers}
     assert measured == {"0.weight": True, "3.weight": False, "5.weight": False}
+
+
+def poisoned(cache: Path, factor: float) -> list[dict[str, float]]:
+    """Make all condensed layers that were measured seem so many times as slow; their times before."""
+    lines = [json.loads(line) for line in cache.read_text().splitlines()]
+    before = []
+    for line in lines:
+        if line["what"]["operator"].startswith("aten."):
+            before.append(dict(line["seconds"]))
+            line["seconds"]["condensed"] *= factor
+    cache.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return before
+
+
+@pytest.mark.parametrize("factor", [1e4, 1e-4, 1e300, 1e-200])
+def test_a_remembered_time_that_contradicts_the_estimates_is_measured_again(cache: Path, factor: float) -> None:
+    lowered(min_speedup=1.001)
+    before = poisoned(cache, factor)
+    assert before
+    layers = lowered(min_speedup=1.001).report.layers
+    again = {json.dumps(line["what"]): line["seconds"] for line in map(json.loads, cache.read_text().splitlines())}
+    after = [seconds for what, seconds in again.items() if '"aten.' in what and '"again"' not in what]
+    assert len(after) == len(before)
+    for old, new in zip(before, after, strict=True):
+        assert 0.1 < new["condensed"] / old["condensed"] < 10
+    assert all(
+        0.1 < layer.seconds[2]["condensed"] / old["condensed"] < 10 for layer, old in zip(layers, before, strict=True)
+    )
+
+
+def test_two_measurements_that_agree_are_believed_whatever_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that the cost model misjudges is measured twice, in two moments, and then no more."""
+    monkeypatch.setattr(measuring, "estimate", lambda work, machine: {"dense": 1.0, "condensed": 1.0, "shrunk": 1.0})
+    times: dict[Decision, float] = {"dense": 5e-5, "condensed": 1e-5, "shrunk": 3e-5}
+    measured: list[object] = []
+
+    def measure(forms: Mapping[Decision, object]) -> dict[Decision, float]:
+        measured.append(forms)
+        return {form: times[form] for form in forms}
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    for count in (3, 6, 6):
+        assert {layer.decision for layer in lowered().report.layers} == {"condensed"}
+        assert len(measured) == count
+
+
+def test_a_layer_that_cannot_be_measured_is_estimated_and_nothing_is_kept(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(measuring, "measure", lambda _: None)
+    report = lowered(min_speedup=1.001).report
+    assert all(layer.reason.startswith("estimated: ") and not layer.seconds for layer in report.layers)
+    assert {what["operator"] for what in kept(cache)} == {"constants of the cost model"}
+    (record,) = caplog.records
+    assert "0.weight, 3.weight, 5.weight could not be measured" in record.getMessage()
+
+
+def test_estimates_that_are_not_believable_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants by which a layer loses 33 times against dense, where the default ones let it gain 4 times."""
+    default = measuring._default()
+
+    def estimate(work: object, machine: object) -> dict[str, float]:
+        return {"dense": 8.0, "condensed": 2.0} if machine == default else {"dense": 1.0, "condensed": 33.0}
+
+    linear = mask_by_hand(randomise(nn.Sequential(nn.Linear(32, 32))), 0.2).eval()
+    monkeypatch.setattr(measuring, "estimate", estimate)
+    (layer,) = lower(linear, (torch.randn(2, 32),)).report.layers
+    assert layer.seconds
+    assert not layer.reason.startswith("estimated")
+
+
+@pytest.mark.parametrize(
+    ("estimated", "believable"),
+    [
+        ({"dense": 4.0, "condensed": 1.0}, True),
+        ({"dense": 40.0, "condensed": 10.0}, True),
+        ({"dense": 15.9, "condensed": 1.0}, True),
+        ({"dense": 16.1, "condensed": 1.0}, False),
+        ({"dense": 1.01, "condensed": 1.0}, True),
+        ({"dense": 0.99, "condensed": 1.0}, False),
+        ({"dense": 0.03, "condensed": 1.0}, False),
+    ],
+)
+def test_is_believable(estimated: dict[Decision, float], believable: bool) -> None:
+    usual: Times = {1: {"dense": 8.0, "condensed": 2.0}}
+    assert is_believable({1: estimated}, usual) == believable
+
+
+@pytest.mark.parametrize(
+    ("seconds", "contradict"),
+    [
+        ({"dense": 8e-5, "condensed": 2e-5}, False),
+        ({"dense": 8e-5, "condensed": 5.9e-5}, False),
+        ({"dense": 8e-5, "condensed": 6.1e-5}, True),
+        ({"dense": 8e-5, "condensed": 0.6e-5}, True),
+        ({"dense": 8e-4, "condensed": 2e-4}, False),
+        ({"dense": 8e-3, "condensed": 2e-3}, True),  # both a hundred times as long
+        ({"dense": 8e-9, "condensed": 2e-9}, True),
+    ],
+)
+def test_contradicts(seconds: dict[str, float], contradict: bool) -> None:
+    assert contradicts(seconds, {"dense": 8e-5, "condensed": 2e-5}) == contradict
 
 
 @pytest.mark.parametrize(

@@ -126,12 +126,17 @@ def library(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what is installed and what works here: kernels, operator library, GPU, extras."""
+def doctor(
+    renew: Annotated[
+        bool,
+        typer.Option("--renew", help="Forget the times measured on this processor; measure the cost model anew."),
+    ] = False,
+) -> None:
+    """Say what is installed and what works here: kernels, operator library, measured times, GPU, extras."""
     from srigl_fx.cli.doctor import examine
 
     with _readable_errors():
-        report = examine()
+        report = examine(renew=renew)
         typer.echo(str(report))
     raise typer.Exit(0 if report.healthy else 1)
 

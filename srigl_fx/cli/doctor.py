@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ import numpy as np
 
 from srigl_fx.compatibility import known_good, untested
 from srigl_fx.errors import SriglError
-from srigl_fx.report import format_table
+from srigl_fx.report import format_seconds, format_table
 
 if TYPE_CHECKING:
     import onnx
@@ -62,13 +62,24 @@ class Health:
         return format_table(("", "what", "seen here"), rows) + "\n\n" + OTHER_PLATFORMS
 
 
-def examine() -> Health:
+def examine(*, renew: bool = False) -> Health:
     """Look at this machine; takes about half a minute where the operator library must be built first.
+
+    Args:
+        renew: Forget all times measured on this processor, and measure the constants of the cost model anew; some ten
+            seconds, most of which compile the kernels.
 
     Example:
         >>> examine().healthy  # doctest: +SKIP
         True
     """
+    if renew:
+        from srigl_fx.runtime.calibration import machine_constants
+        from srigl_fx.runtime.timings import Timings
+
+        timings = Timings.open()
+        timings.clear()
+        machine_constants(timings)
     return Health((*_platform(), *_packages(), *_library(), *_timings(), *_gpu()))
 
 
@@ -123,13 +134,32 @@ def _library() -> Iterator[Finding]:
 
 
 def _timings() -> Iterator[Finding]:
+    from srigl_fx.runtime.calibration import WHAT, believable
     from srigl_fx.runtime.timings import Timings, timings_path
 
     path = timings_path()
     if path is None:
         yield Finding("measured times", False, "not kept: no cache folder, or SRIGL_FX_CACHE is set to nothing")
-    else:
-        yield Finding("measured times", True, f"{path}: {len(Timings(path))} for this machine and these versions")
+        return
+    timings = Timings(path)
+    yield Finding("measured times", True, f"{path}: {len(timings)} for this machine and these versions")
+    constants = timings.by_threads(WHAT)
+    if not constants:
+        yield Finding("cost model", True, "not measured here yet: the first lower does it, or doctor --renew")
+    for threads, seconds in constants.items():
+        believed = believable(seconds, threads)
+        doubt = "" if believed else "; not believable, so not used: measured anew when needed, or by doctor --renew"
+        yield Finding(f"cost model, threads: {threads}", believed, format_probes(seconds) + doubt)
+
+
+def format_probes(seconds: Mapping[str, float]) -> str:
+    """The measured times that the constants of the cost model come from.
+
+    Example:
+        >>> format_probes({"dense call": 3e-6, "dense few": 2.5e-4, "condensed call": 1e-5})
+        'condensed call 10 µs, dense call 3 µs, dense few 250 µs'
+    """
+    return ", ".join(f"{name} {format_seconds(one)}" for name, one in sorted(seconds.items()))
 
 
 def run_tiny_model() -> float:

@@ -2,7 +2,7 @@
 
 import time
 
-from srigl_fx.runtime.autotune import measure
+from srigl_fx.runtime.autotune import measure, measure_undisturbed
 
 
 def test_measure_tells_slow_from_fast() -> None:
@@ -23,3 +23,31 @@ def test_measure_tells_slow_from_fast() -> None:
 
 def test_nothing_to_measure() -> None:
     assert measure({}) == {}
+
+
+def test_undisturbed_times_leave_out_what_waits() -> None:
+    """A call that waits, for another thread that waits for a processor, say, tells nothing of what it takes."""
+    waits = iter([True, False, False] * 1000)
+
+    def often_waits() -> None:
+        if next(waits):
+            time.sleep(0.01)
+        sum(range(1000))
+
+    calls = {"works": lambda: sum(range(1000)), "often waits": often_waits, "always waits": lambda: time.sleep(0.002)}
+    times = measure_undisturbed(calls, seconds=0.0, limit=2.0)
+    assert times.keys() == {"works", "often waits"}
+    assert times["often waits"] < 0.002
+
+
+def test_an_expensive_call_is_measured_a_few_times() -> None:
+    calls: list[float] = []
+
+    def expensive() -> None:
+        calls.append(time.thread_time())
+        while time.thread_time() < calls[-1] + 0.05:
+            pass
+
+    measure_undisturbed({"expensive": expensive}, limit=0.0)
+    assert len(calls) == 2 + 5  # to warm up, and the fewest rounds
+    assert measure_undisturbed({}) == {}

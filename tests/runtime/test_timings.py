@@ -60,6 +60,50 @@ def test_the_newest_time_counts(path: Path) -> None:
     assert Timings(path).get(WHAT) == {"dense": 1.0}
 
 
+def test_what_is_dropped_is_forgotten_by_all(path: Path) -> None:
+    kept = Timings(path)
+    kept.put(WHAT, SECONDS)
+    kept.put(WHAT, {"dense": 1.0})
+    kept.put({**WHAT, "kept": 13}, SECONDS)
+    kept.drop(WHAT)
+    kept.drop({"never": "measured"})
+    for one in (kept, Timings(path)):
+        assert one.get(WHAT) is None
+        assert one.get({**WHAT, "kept": 13}) == SECONDS
+    assert len(path.read_text().splitlines()) == 1
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    in_memory = Timings(None)
+    in_memory.put(WHAT, SECONDS)
+    in_memory.drop(WHAT)
+    assert in_memory.get(WHAT) is None
+
+
+def test_clearing_leaves_the_times_of_other_processors(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {**environment(), "cpu": "another"}
+    with monkeypatch.context() as patch:
+        patch.setattr(timings, "environment", lambda: other)
+        Timings(path).put(WHAT, SECONDS)
+    with monkeypatch.context() as patch:
+        patch.setattr(timings, "environment", lambda: {**environment(), "threads": 64, "torch": "1.0"})
+        Timings(path).put(WHAT, SECONDS)
+    kept = Timings(path)
+    kept.put(WHAT, SECONDS)
+    kept.clear()
+    assert kept.get(WHAT) is None
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line)["where"] == other
+
+
+def test_times_by_threads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, torch_version in ((64, torch.__version__), (2, torch.__version__), (8, "1.0")):
+        where = {**environment(), "threads": threads, "torch": torch_version}
+        with monkeypatch.context() as patch:
+            patch.setattr(timings, "environment", lambda where=where: where)
+            Timings(path).put(WHAT, {"dense": float(threads)})
+    assert list(Timings(path).by_threads(WHAT).items()) == [(2, {"dense": 2.0}), (64, {"dense": 64.0})]
+    assert Timings(path).by_threads({**WHAT, "kept": 13}) == {}
+
+
 def test_a_line_says_what_where_and_how_long(path: Path) -> None:
     Timings(path).put(WHAT, SECONDS)
     (line,) = path.read_text().splitlines()
