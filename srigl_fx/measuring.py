@@ -102,7 +102,7 @@ def layer_costs(program: Program, batch_sizes: Sequence[int], min_speedup: float
         machine = checked(contradicted) or _default()
     if too_busy:
         _logger.warning(
-            "other processes had the processors: %s could not be measured, and what is estimated decides; lower again "
+            "the processors were busy with other work: %s could not be measured, and estimates decide; lower again "
             "when the machine is quiet",
             ", ".join(too_busy),
         )
