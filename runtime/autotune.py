@@ -61,19 +61,22 @@ def measure(
 def measure_undisturbed(
     alternatives: Mapping[Name, Callable[[], object]],
     *,
-    rounds: int = 15,
-    seconds: float = 0.1,
+    alone: bool,
+    rounds: int = 30,
+    seconds: float = 0.06,
     pause: float = 0.002,
-    limit: float = 0.5,
+    limit: float = 1.0,
 ) -> dict[Name, float]:
     """The least seconds of one call of each alternative, of rounds in which other processes left this one alone.
 
-    Only rounds count in which this thread had a processor for nearly all the time: one that waits, for a processor or
-    for threads of its own that wait for one, tells what else runs, not what the call takes. Where threads share a call,
-    a busy machine makes it seem hundreds of times as long, and no number of rounds helps.
+    Where threads share a call, a busy machine makes it seem hundreds of times as long, and no number of rounds helps.
+    So only rounds count in which this thread had a processor for nearly all the time: one that waits, for a processor
+    or for threads of its own that wait for one, tells what else runs, not what the call takes. Of calls that this
+    thread computes alone, every round counts, by the time for which it had a processor.
 
     Args:
         alternatives: What to call, by name; calls that sleep are always taken for disturbed.
+        alone: Whether no other threads take part in the calls.
         rounds: How often all alternatives are gone through, at least.
         seconds: About how long all calls may take together on a quiet machine.
         pause: Seconds between rounds, such that one disturbance does not meet them all.
@@ -83,7 +86,8 @@ def measure_undisturbed(
         The seconds by name. An alternative without three undisturbed rounds is left out.
 
     Example:
-        >>> sorted(measure_undisturbed({"sum": lambda: sum(range(100)), "sleep": lambda: time.sleep(0.01)}, limit=0.1))
+        >>> calls = {"sum": lambda: sum(range(100)), "sleep": lambda: time.sleep(0.01)}
+        >>> sorted(measure_undisturbed(calls, alone=False, limit=0.5))
         ['sum']
     """
     share = seconds / rounds / max(1, len(alternatives))
@@ -102,8 +106,10 @@ def measure_undisturbed(
             # The first call may have been a disturbed one: how many make a round is found as rounds go by.
             one, held = _timed(call, max(1, int(share / max(fastest[name], 1e-7))))
             fastest[name] = min(fastest[name], one)
-            if held >= _HELD or not _THREAD_CLOCK:
+            if not _THREAD_CLOCK:
                 taken[name].append(one)
+            elif alone or held >= _HELD:
+                taken[name].append(one * held if alone else one)
         done += 1
     return {name: min(times) for name, times in taken.items() if len(times) >= _ENOUGH}
 

@@ -140,7 +140,7 @@ def measure(alternatives: Mapping[Decision, Callable[[], object]]) -> dict[Decis
         >>> sorted(measure({"dense": lambda: sum(range(1000)), "condensed": lambda: sum(range(10))}) or {})
         ['condensed', 'dense']
     """
-    taken = measure_undisturbed(alternatives)
+    taken = measure_undisturbed(alternatives, alone=torch.get_num_threads() == 1)
     return taken if len(taken) == len(alternatives) else None
 
 
