@@ -68,7 +68,7 @@ _logger = logging.getLogger(__name__)
 def machine_constants(timings: Timings, *, may_measure: bool = True) -> Machine:
     """The constants for this machine and number of threads: those measured earlier, or measured now.
 
-    Measuring takes about 0.4 s, 2 s on a busy machine, and the kernels are compiled first. What the machine is too busy
+    Measuring takes about 0.5 s, 3 s on a busy machine, and the kernels are compiled first. What the machine is too busy
     to show, or what no machine can do, is not kept.
 
     Args:
