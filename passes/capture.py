@@ -51,6 +51,7 @@ _HINT = (
     "a forward must not branch on the values of tensors (use torch.where or torch.cond), return caches or other "
     "objects that are not tensors (model.config.use_cache = False), or call libraries other than torch"
 )
+_LEAKED = "fake tensor"  # the forward kept what tracing gave it where export does not look: no trace can be right
 _DATA_DEPENDENT = re.compile(r"data-dependent|unbacked|GuardOnDataDependent", re.IGNORECASE)
 _SYMBOLIC = re.compile(r"SymInt|SymBool|SymFloat|\bs\d+\b|constraint|speciali[sz]|dynamic shape", re.IGNORECASE)
 
@@ -192,7 +193,7 @@ class _Rung:
         """Whether this attempt may succeed where the one ``before`` failed with ``error``."""
         if before is None:
             return True
-        if _DATA_DEPENDENT.search(error):
+        if _DATA_DEPENDENT.search(error) or _LEAKED in error:
             return False
         sizes = before.dim is not None and bool(_SYMBOLIC.search(error))
         if self.strict == before.strict:
@@ -220,13 +221,14 @@ def _climb(
     before: _Rung | None = None
     if clash := _clashing_name(model):
         return Capture(None, (Failure(name=name, type=class_name(model), attempt=NOT_TRIED, error=clash),))
-    with EXPORT_LOCK, fit_for_capture(model), restored(model, copied=False):
+    with EXPORT_LOCK, fit_for_capture(model):
         for rung in rungs:
             if (rung.dim is not None and not free) or not rung.worth(before, _whole_text(cause), required is not None):
                 continue
             before = rung
             try:
-                exported = _export(model, args, kwargs, free if rung.dim is not None else {}, rung, run)
+                with restored(model, copied=False):
+                    exported = _export(model, args, kwargs, free if rung.dim is not None else {}, rung, run)
                 program = _program(model, exported, args, kwargs, rung.strict)
                 check_free(program, exported, free if rung.dim is not None else {}, required or {})
                 if run is not None:

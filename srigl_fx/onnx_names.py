@@ -83,7 +83,12 @@ def name_values(model: "onnx.ModelProto", inputs: Sequence[str], outputs: Sequen
         while new in others or new in wanted:
             new = "_" + new
         names[name] = new
-    for part in _graphs(graph):
+    rename_values(model, names)
+
+
+def rename_values(model: "onnx.ModelProto", names: Mapping[str, str]) -> None:
+    """Give values other names, wherever they stand; none of these may be taken."""
+    for part in _graphs(model.graph):
         _rename(part, names)
 
 

@@ -3,6 +3,7 @@
 Owns :func:`rewrite`, from a graph to one that computes the same. It must not know ONNX, files or masks.
 """
 
+import functools
 import operator
 import sys
 from typing import Any
@@ -45,6 +46,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     6. Padding of condensed weights that is no longer zero is zero again: the fallback adds it.
     7. Output padding of a transposed convolution that is its stride or more, which ONNX Runtime does not take, becomes
        zeros after its data: each of them makes the output longer by a stride.
+    8. Batch normalisation that is training becomes sums and products: ``torch.onnx`` takes it for one that is not.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -80,6 +82,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
             _extend(graph, node)
         elif node.target is aten.instance_norm.default and arguments(node)["use_input_stats"]:
             normalised.append(node)
+        elif node.target is aten._native_batch_norm_legit_functional.default and arguments(node)["training"]:
+            _normalise_by_batch(graph, node)
     rewritten = fx.GraphModule(module, graph)
     for node, values in settled_padding(rewritten):
         with graph.inserting_before(node):
@@ -89,6 +93,48 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     rewritten.recompile()
     return rewritten
+
+
+def _normalise_by_batch(graph: fx.Graph, node: fx.Node) -> None:
+    """Statistics of the batch, what is normalised by them, and the running ones a step further."""
+    given = arguments(node)
+    dims = [dim for dim in range(given["input"].meta["val"].dim()) if dim != 1]
+    with graph.inserting_before(node):
+
+        def call(function: Any, *args: Any) -> fx.Node:
+            return graph.call_function(function, args)
+
+        def along(values: fx.Node) -> fx.Node:
+            """Values of the channels, in the place of these among the input's dimensions."""
+            return call(aten.view.default, values, [1, -1, *[1] * (len(dims) - 1)])
+
+        def further(running: fx.Node, values: fx.Node) -> fx.Node:
+            kept = call(aten.mul.Tensor, running, 1 - given["momentum"])
+            return call(aten.add.Tensor, kept, call(aten.mul.Tensor, values, given["momentum"]))
+
+        mean = call(aten.mean.dim, given["input"], dims)
+        centred = call(aten.sub.Tensor, given["input"], along(mean))
+        variance = call(aten.mean.dim, call(aten.mul.Tensor, centred, centred), dims)
+        # The running variance is that of a sample: the sum of squares over one less than there are.
+        count = functools.reduce(
+            lambda one, other: call(operator.mul, one, other),
+            [call(aten.sym_size.int, given["input"], dim) for dim in dims],
+        )
+        unbiased = call(aten.mul.Tensor, variance, call(operator.truediv, count, call(operator.sub, count, 1)))
+        scale = call(aten.rsqrt.default, call(aten.add.Tensor, variance, given["eps"]))
+        output = call(aten.mul.Tensor, centred, along(scale))
+        if given["weight"] is not None:
+            output = call(aten.mul.Tensor, output, along(given["weight"]))
+        if given["bias"] is not None:
+            output = call(aten.add.Tensor, output, along(given["bias"]))
+        running = further(given["running_mean"], mean), further(given["running_var"], unbiased)
+    results = (output, mean, scale, *running)
+    for user in list(node.users):
+        position = user.args[1]
+        assert isinstance(position, int)
+        user.replace_all_uses_with(results[position])
+        graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def _extend(graph: fx.Graph, node: fx.Node) -> None:

@@ -8,15 +8,17 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.onnx_file import all_nodes
 from srigl_fx.onnx_model import functions_for
-from srigl_fx.runtime.ort import abi
+from srigl_fx.onnx_names import rename_values
+from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
 
 if TYPE_CHECKING:
+    import numpy as np
     import onnx
 
 _STANDARD_DOMAINS = frozenset({"", "ai.onnx", "ai.onnx.ml"})
@@ -34,7 +36,7 @@ def merge(
 
     ``onnx.compose.merge_models`` does the work. Given a prefix, it renames functions and whatever calls them, and no
     operator library knows a ``CondensedLinear`` by another name: here the functions are taken out before and put back
-    after.
+    after. State in either file is state of the whole: what was ``mean`` is called ``a_mean`` after the prefix "a_".
 
     Args:
         first: The file whose outputs are read by the other.
@@ -56,6 +58,9 @@ def merge(
 
     before, after = _load(Path(first)), _load(Path(second))
     fallback = all(_take_functions(model) for model in (before, after))
+    state: dict[str, np.ndarray[Any, Any]] = {}
+    for model, prefix in zip((before, after), prefixes, strict=True):
+        state |= {prefix + name: value for name, value in _take_state(model).items()}
     before.ir_version = after.ir_version = max(before.ir_version, after.ir_version)  # both say the same in either
     try:
         merged = onnx.compose.merge_models(
@@ -66,6 +71,14 @@ def merge(
             f"{first} and {second} cannot be joined: {error}; give io_map names of outputs of the first and inputs of "
             "the second, and prefixes where both use a name"
         ) from error
+    for prefix in filter(None, prefixes):
+        names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
+        rename_values(
+            merged,
+            {prefix + put + name: put + prefix + name for name in names for put in (stream.INPUT, stream.OUTPUT)},
+        )
+    if state:
+        merged.metadata_props.add(key=stream.KEY, value=stream.encode(state))
     if fallback:
         merged.functions.extend(functions_for(merged))
     _merge_imports(merged)
@@ -143,6 +156,18 @@ def _take_functions(model: "onnx.ModelProto") -> bool:
     del model.functions[:]
     model.functions.extend(others)
     return ours >= called
+
+
+def _take_state(model: "onnx.ModelProto") -> "dict[str, np.ndarray[Any, Any]]":
+    """Take out of a model's metadata what its state begins with."""
+    held = [entry for entry in model.metadata_props if entry.key == stream.KEY]
+    left = [entry for entry in model.metadata_props if entry.key != stream.KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend(left)
+    try:
+        return stream.decode(held[0].value) if held else {}
+    except Exception as error:  # the file is untrusted: anything
+        raise FormatError(f"the file's state is malformed ({error}); export the model anew") from error
 
 
 def _merge_imports(model: "onnx.ModelProto") -> None:

@@ -1,5 +1,6 @@
 """Models that keep state in buffers: lowered, as ONNX files with inputs and outputs, and untouched by every verb."""
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import srigl_fx as sx
+from srigl_fx import onnx_tools
 from srigl_fx.errors import ExportError, FormatError, LoweringError
 from srigl_fx.lowered import LoweredModule
 from srigl_fx.passes.capture import capture
@@ -404,3 +406,89 @@ def test_no_verb_touches_the_inputs(decide: bool, tmp_path: Path) -> None:
     assert torch.equal(inputs[1]["shift"], torch.ones(2, 1))
     lowered = sx.lower(model, inputs, min_speedup=0)
     torch.testing.assert_close(lowered(X.clone(), {"shift": torch.ones(2, 1)}, decide), expected, rtol=1e-4, atol=1e-5)
+
+
+class TrainsItsNorm(nn.Module):
+    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.norm.train()
+        y: Tensor = self.norm(self.layer(x))
+        return y
+
+
+@pytest.mark.parametrize(
+    ("norm", "layer", "sizes"),
+    [
+        (nn.BatchNorm1d(6), nn.Linear(16, 6), (16,)),
+        (nn.BatchNorm2d(6, affine=False, momentum=0.3), nn.Conv2d(4, 6, 3), (4, 8, 7)),
+        (nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(16, 6), (16,)),
+    ],
+    ids=["linear", "convolution", "no statistics"],
+)
+def test_batch_norm_that_is_training_is_exported_so(
+    norm: nn.Module, layer: nn.Module, sizes: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = sx.sparsify(TrainsItsNorm(copy.deepcopy(norm), copy.deepcopy(layer)), sparsity=0.5).eval()
+    sx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(4, *sizes),), min_speedup=0)
+    stream = sx.runtime.Stream(sx.runtime.load(tmp_path / "model.onnx"))
+    for batch in (4, 7, 3):
+        x = torch.randn(batch, *sizes)
+        with torch.no_grad():
+            expected = model(x)
+        np.testing.assert_allclose(stream.run(None, {"x": x.numpy()})[0], expected, rtol=1e-4, atol=1e-5)
+    for name, buffer in dict(model.named_buffers()).items():
+        if name in stream.state:
+            np.testing.assert_allclose(stream.state[name], buffer, rtol=1e-4, atol=1e-6)
+
+
+def test_merged_files_keep_the_state_of_both(tmp_path: Path) -> None:
+    models: list[Any] = [Streaming(forward) for forward in (averaged, counted)]
+    models[0].out = nn.Linear(8, 6)  # what the second takes
+    models = [sx.sparsify(model, sparsity=0.5).eval() for model in models]
+    for name, model in zip("ab", models, strict=True):
+        sx.export_onnx(model, tmp_path / f"{name}.onnx", (X,), min_speedup=0)
+    both = tmp_path / "both.onnx"
+    onnx_tools.merge(tmp_path / "a.onnx", tmp_path / "b.onnx", both, {"output": "x"}, prefixes=("a_", "b_"))
+    stream = sx.runtime.Stream(sx.runtime.load(both))
+    assert list(stream.state) == ["a_inner.h", "b_n"]
+    for _ in range(3):
+        with torch.no_grad():
+            expected = models[1](models[0](X))
+        np.testing.assert_allclose(stream.run(None, {"a_x": X.numpy()})[0], expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(stream.state["a_inner.h"], models[0].inner.h, rtol=1e-5, atol=1e-6)
+
+
+def in_a_list(m: Any, y: Tensor) -> Any:
+    y = y + m.kept[-1]
+    m.kept.append(y[:1])
+    return y
+
+
+def in_a_dict(m: Any, y: Tensor) -> Any:
+    y = y + m.cache.get("last", 0)
+    m.cache["last"] = y[:1]
+    return y
+
+
+@pytest.mark.parametrize(("forward", "name"), [(in_a_list, "kept"), (in_a_dict, "cache")])
+def test_lists_and_dicts_are_given_back_as_they_were(forward: Forward, name: str, tmp_path: Path) -> None:
+    model: Any = sx.sparsify(Streaming(forward), sparsity=0.5).eval()
+    first = torch.randn(1, 8)
+    model.kept, model.cache = [first], {"first": [first]}
+    with pytest.raises(LoweringError, match=f"keeps state in {name}"):
+        sx.lower(model, (X,), min_speedup=0)
+    calls: list[Callable[[], Any]] = [
+        lambda: sx.lower(model, (X,), min_speedup=0),
+        lambda: sx.export_onnx(model, tmp_path / "model.onnx", (X,), min_speedup=0),
+        lambda: layer_costs(model, (X,)),
+    ]
+    for call in calls:
+        with contextlib.suppress(LoweringError):
+            call()
+        assert len(model.kept) == 1
+        assert model.kept[0] is first
+        assert list(model.cache) == ["first"]
+        assert model.cache["first"][0] is first

@@ -1,10 +1,11 @@
 """Running a model so that it is afterwards as it was before.
 
 Owns what a forward pass may change besides its results, and that it is given back: buffers, however they are written,
-plain attributes, and what it is given. It must not know what a run is for.
+plain attributes, lists, dicts and sets among them, and what it is given. It must not know what a run is for.
 """
 
 import copy
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils import _pytree as pytree
 from srigl_fx.masks.records import MASK_SUFFIX
 
 _Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+_OWN = frozenset(vars(nn.Module()))  # what every module keeps: parameters, hooks and the like
+_CONTAINERS = frozenset({list, dict, set, OrderedDict, defaultdict, deque})
 _PLAIN = (Tensor, bool, int, float, complex, str, type(None))  # what state is kept in, where not in buffers
 
 
@@ -34,6 +37,7 @@ class State:
         self._open: list[tuple[str, nn.Module]] = []
         self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._transient: list[set[str]] = []
+        self._containers: dict[int, tuple[str, Any, Any]] = {}  # by id: where it is kept, itself, what was in it
         for name, module in model.named_modules():
             if isinstance(module, LazyModuleMixin):  # its first run gives it sizes, which stay
                 continue
@@ -45,10 +49,24 @@ class State:
             self._open.append((name, module))
             self._before.append(before)
             self._transient.append(set(module._non_persistent_buffers_set))
+            for key, value in before[1].items():
+                if key not in _OWN:
+                    self._keep(_joined(name, key), value)
             for store, held in zip((module._buffers, vars(module)), before, strict=True):
                 for key, value in held.items():
                     if isinstance(value, Tensor) and not _is_mask(module, key, value) and self._save(value) and copied:
                         store[key] = self._placed.setdefault(id(value), value.detach().clone())
+
+    def _keep(self, name: str, value: Any) -> None:
+        """Keep what is in a container, and in those inside it."""
+        if type(value) not in _CONTAINERS or id(value) in self._containers:
+            return
+        self._containers[id(value)] = name, value, copy.copy(value)
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, Tensor):
+                self._save(item)
+            else:
+                self._keep(name, item)
 
     def _save(self, tensor: Tensor) -> bool:
         """Keep a tensor's values, if it has such."""
@@ -82,7 +100,20 @@ class State:
                 changed = now is not placed and isinstance(now, _PLAIN) and not _same(now, placed)
                 if changed or (isinstance(was, Tensor) and self._touched(was)):
                     found.append(_joined(path, key))
-        return found
+        found += [name for name, now, was in self._containers.values() if self._refilled(now, was)]
+        return list(dict.fromkeys(found))
+
+    def _refilled(self, now: Any, was: Any) -> bool:
+        """Whether a container holds other things than before, or tensors in it were written to."""
+        items = [list(one.values() if isinstance(one, dict) else one) for one in (now, was)]
+        if len(items[0]) != len(items[1]) or (isinstance(now, dict) and list(now) != list(was)):
+            return True
+        if any(isinstance(item, Tensor) and self._touched(item) for item in items[1]):
+            return True
+        return any(
+            one is not other and not (isinstance(one, _PLAIN) and _same(one, other))
+            for one, other in zip(*items, strict=True)
+        )
 
     def values(self) -> dict[str, Tensor]:
         """Copies of the buffers as they are now, by name."""
@@ -109,6 +140,9 @@ class State:
                 for key, value in before.items():
                     if store.get(key, store) is not value:
                         store[key] = value
+        for _, container, contents in self._containers.values():
+            container.clear()
+            (container.extend if isinstance(container, list | deque) else container.update)(contents)
         for tensor, values in self._saved.values():
             if not _same(tensor, values):
                 tensor.copy_(values)
