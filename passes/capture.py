@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import CaptureError
@@ -35,7 +36,8 @@ from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.model_runs import Run, run_steps
 from srigl_fx.passes.program import Program, resize
 from srigl_fx.passes.state import own_state
-from srigl_fx.passes.tracing import export, fit_for_capture
+from srigl_fx.passes.tracing import export, fit_for_capture, flattened, writing_in_place
+from srigl_fx.passes.trees import is_plain
 from srigl_fx.passes.wrappers import unwrapped
 
 aten = torch.ops.aten
@@ -228,8 +230,8 @@ def _climb(
             before = rung
             try:
                 with restored(model, copied=False):
-                    exported = _export(model, args, kwargs, free if rung.dim is not None else {}, rung, run)
-                program = _program(model, exported, args, kwargs, rung.strict)
+                    exported, tree = _export(model, args, kwargs, free if rung.dim is not None else {}, rung, run)
+                program = _program(model, exported, args, kwargs, rung.strict, tree)
                 check_free(program, exported, free if rung.dim is not None else {}, required or {})
                 if run is not None:
                     check_state(program, run)
@@ -265,7 +267,8 @@ def _export(
     free: FreeSizes,
     rung: _Rung,
     run: Run | None,
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, _PyTreeInfo | None]:
+    """Export ``model``; the tree is that of its arguments and results where the program takes and returns leaves."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     shared = _batched(leaves)
     for position in free:
@@ -273,8 +276,12 @@ def _export(
             leaves[position] = resize(leaves[position], 2)
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     sizes = [dict.fromkeys(sorted(free[i]), rung.dim) if i in free else None for i in range(len(leaves))]
-    writes = run is not None and bool(run.written)
-    return export(model, args, kwargs, sizes, strict=rung.strict, writes=writes)
+    if run is not None and run.written and not rung.strict:
+        model = writing_in_place(model)
+    if is_plain(spec) and (run is None or is_plain(pytree.tree_structure(run.output))):
+        return export(model, args, kwargs, sizes, strict=rung.strict), None
+    flat = flattened(model, args, kwargs)
+    return export(flat.module, flat.leaves, {}, sizes, strict=rung.strict), flat.tree
 
 
 def _batched(leaves: list[Any]) -> list[bool]:
@@ -285,10 +292,18 @@ def _batched(leaves: list[Any]) -> list[bool]:
 
 
 def _program(
-    model: nn.Module, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any], strict: bool
+    model: nn.Module,
+    exported: ExportedProgram,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    strict: bool,
+    tree: _PyTreeInfo | None,
 ) -> Program:
     module = exported.module(check_guards=False)
     assert isinstance(module, torch.fx.GraphModule)
+    if tree is not None:
+        module.graph.set_codegen(_PyTreeCodeGen(tree))
+        module = fx.GraphModule(module, module.graph)
     for node in module.graph.find_nodes(op="call_function", target=aten.copy_.default):
         written, value, *_ = node.args  # of an input or a buffer, added by export without a value
         node.meta.setdefault("val", written.meta.get("val", value.meta.get("val")))

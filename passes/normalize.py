@@ -45,7 +45,9 @@ class Normalize(Pass[Program]):
     4. What returns its operand goes: ``alias``, ``detach``, dropout that is off, slices of everything.
     5. A copy of the same type and layout goes, unless its memory could be told from its operand's: where it reaches an
        output through nothing but views, or where the graph reads strides.
-    6. Nodes without users or effects go.
+    6. Empty tensors of one dimension are not concatenated: torch passes over them, whatever the others' sizes are. A
+       cache begins with one.
+    7. Nodes without users or effects go.
     """
 
     only_improves = True
@@ -71,6 +73,9 @@ class Normalize(Pass[Program]):
             ):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 graph.erase_node(node)
+            elif node.target is aten.cat.default:
+                if not _drop_empty(node):
+                    continue
             elif node.target not in _NUMBERED or not _number_padding(subject.module, node):
                 continue
             changed = True
@@ -123,6 +128,20 @@ def _copies_nothing_new(node: fx.Node) -> bool:
     kept = arguments(node).get("memory_format") in (None, torch.preserve_format)
     same_layout = kept or str(before.stride()) == str(after.stride())  # by name: sizes may be unknown
     return same_layout and (before.dtype, before.device) == (after.dtype, after.device)
+
+
+def _drop_empty(node: fx.Node) -> bool:
+    """Take the operands that a concatenation passes over out of it; whether there were any."""
+    operands = cast(list[fx.Node], arguments(node)["tensors"])
+    kept = [one for one in operands if not _is_empty(one.meta.get("val"))] or operands[:1]
+    if len(kept) == len(operands):
+        return False
+    node.args = (kept, *node.args[1:])
+    return True
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 1 and isinstance(value.shape[0], int) and value.shape[0] == 0
 
 
 def _number_padding(module: fx.GraphModule, node: fx.Node) -> bool:

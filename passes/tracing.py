@@ -6,21 +6,25 @@ attempt comes next.
 """
 
 import contextlib
+import functools
 import inspect
 import io
 import logging
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.graph import _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import CaptureError
+from srigl_fx.passes.trees import identifiers, leaf_paths
 
 aten = torch.ops.aten
 _LOG = logging.getLogger(__name__)
@@ -34,7 +38,6 @@ def export(
     sizes: list[dict[int, Any] | None],
     *,
     strict: bool,
-    writes: bool = False,
 ) -> ExportedProgram:
     """Export ``model`` and bring the program into functional form.
 
@@ -44,13 +47,7 @@ def export(
         kwargs: Its keyword arguments.
         sizes: For each flat input, what its free dimensions are to be; None where all its sizes are fixed.
         strict: Trace with torch's bytecode analysis instead of plain Python.
-        writes: The forward writes buffers: what it assigns is to be written into the buffers that were there.
-
-    Raises:
-        CaptureError: A buffer that two modules have is assigned in one of them, which parts them.
     """
-    if writes and not strict:
-        model = _writing_in_place(model)
     model = _with_plain_signature(model, args, kwargs)
     names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     values = [*args, *kwargs.values()]
@@ -77,32 +74,48 @@ def _with_plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[
     variable = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
     if not any(signature.parameters[name].kind in variable for name in given):
         return model
-    cls = type(model)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return cls.forward(self, *args, **kwargs)
-
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     one_each = [inspect.Parameter(f"input_{i}", inspect.Parameter.POSITIONAL_ONLY) for i in range(len(args))]
     named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in kwargs]
-    forward.__signature__ = inspect.Signature([own, *one_each, *named])  # type: ignore[attr-defined]
-    plain: nn.Module = cls.__new__(type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__}))
-    plain.__dict__ = model.__dict__
-    return plain
+    return _around(model, lambda forward, _, args, kwargs: forward(*args, **kwargs), [*one_each, *named])
 
 
-def _writing_in_place(model: nn.Module) -> nn.Module:
+def _around(
+    model: nn.Module,
+    around: Callable[[Callable[..., Any], nn.Module, tuple[Any, ...], dict[str, Any]], Any],
+    parameters: Iterable[inspect.Parameter],
+) -> nn.Module:
+    """A module with the very attributes of ``model`` and another forward.
+
+    Args:
+        model: The model.
+        around: What the new forward does; it is given the old one, the new module, arguments and keyword arguments.
+        parameters: What the new forward takes.
+    """
+    cls, own = type(model), vars(model).get("forward")  # a method of the very object goes before that of its class
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return around(functools.partial(cls.forward, self) if own is None else own, self, args, kwargs)
+
+    given = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = inspect.Signature([given, *parameters])  # type: ignore[attr-defined]
+    made: nn.Module = cls.__new__(type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__}))
+    made.__dict__ = model.__dict__ if own is None else {k: v for k, v in vars(model).items() if k != "forward"}
+    return made
+
+
+def writing_in_place(model: nn.Module) -> nn.Module:
     """``model`` with a forward that, when all is done, writes into the buffers what its modules have assigned to them.
 
     Export sees writes into a buffer, but an assignment only where the exported module itself makes it: one in a
     sub-module, or to an entry of ``_buffers``, is lost without an error. The values are written at the end, since until
     then the forward may read what it held before. The module returned has the very attributes of ``model``.
-    """
-    cls, own = type(model), vars(model).get("forward")
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    Its forward raises CaptureError where a buffer that two modules share is assigned in one of them, which parts them.
+    """
+
+    def around(forward: Callable[..., Any], self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         before = {module: dict(module._buffers) for module in self.modules()}
-        output = cls.forward(self, *args, **kwargs) if own is None else own(*args, **kwargs)
+        output = forward(*args, **kwargs)
         held: dict[int, tuple[Tensor, list[Tensor]]] = {}
         for module, buffers in before.items():
             for name, was in buffers.items():
@@ -121,12 +134,54 @@ def _writing_in_place(model: nn.Module) -> nn.Module:
             was.copy_(value)
         return output
 
-    given = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    named = [one for one in inspect.signature(model.forward).parameters.values() if one.name != "self"]
-    forward.__signature__ = inspect.Signature([given, *named])  # type: ignore[attr-defined]
-    writing: nn.Module = cls.__new__(type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__}))
-    writing.__dict__ = model.__dict__ if own is None else {k: v for k, v in vars(model).items() if k != "forward"}
-    return writing
+    return _around(model, around, inspect.signature(model.forward).parameters.values())
+
+
+@dataclass
+class Flattened:
+    """A module that takes and returns lists of leaves, in the place of one that takes and returns objects.
+
+    Attributes:
+        module: It has the very attributes of the module that it is made of.
+        leaves: Its arguments.
+        names: What the other module's arguments are called.
+        takes: How its arguments and keyword arguments are made of leaves.
+        returned: How what it returned is made of leaves, by run.
+    """
+
+    module: nn.Module
+    leaves: tuple[Any, ...]
+    names: list[str]
+    takes: pytree.TreeSpec
+    returned: list[pytree.TreeSpec]
+
+    @property
+    def tree(self) -> _PyTreeInfo:
+        """What makes a graph of leaves take and return objects again."""
+        return _PyTreeInfo(self.names, self.takes, self.returned[-1])
+
+
+def flattened(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Flattened:
+    """``model`` as a function of leaves; objects that hold them are made, and taken apart, in its forward.
+
+    Export would make such objects anew at the border of every graph that it makes, and what they do meanwhile (a cache
+    makes empty tensors) is in no graph.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    names = [*list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)[: len(args)], *kwargs]
+    specs: list[pytree.TreeSpec] = []
+
+    def around(forward: Callable[..., Any], self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given, named = pytree.tree_unflatten(list(args), spec)
+        returned, out_spec = pytree.tree_flatten(forward(*given, **named))
+        specs.append(out_spec)
+        return returned
+
+    positional = inspect.Parameter.POSITIONAL_ONLY
+    # The steps from arguments and keyword arguments: the name in the place of the number, and a keyword's own.
+    steps = [(names[int(rest[0])], *rest[1:]) if kind == "0" else rest for kind, *rest in leaf_paths(spec)]
+    module = _around(model, around, [inspect.Parameter(name, positional) for name in identifiers(steps)])
+    return Flattened(module, tuple(leaves), names, spec, specs)
 
 
 def _reshape_views(module: fx.GraphModule) -> None:

@@ -256,9 +256,7 @@ def _encode_tree(spec: "pytree.TreeSpec") -> Any:
     """A tree of inputs or outputs: 0 is a leaf; other registered types become the plain container they resemble."""
     if spec.is_leaf():
         return 0
-    whole = pytree.tree_unflatten(range(spec.num_leaves), spec)
-    parts, _ = pytree.tree_flatten(whole, is_leaf=lambda part: part is not whole)
-    children = [_encode_tree(pytree.tree_structure(part)) for part in parts]
+    children = [_encode_tree(child) for child in spec.children()]
     if isinstance(spec.type, type) and issubclass(spec.type, dict):
         keys = list(spec.context[1] if isinstance(spec.context, tuple) else spec.context)
         if len(keys) == len(children) and all(isinstance(key, str) for key in keys):

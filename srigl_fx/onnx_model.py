@@ -23,7 +23,7 @@ from srigl_fx.errors import ExportError
 from srigl_fx.onnx_file import all_nodes
 from srigl_fx.onnx_names import name_batches, name_values, output_names
 from srigl_fx.onnx_rewrites import rewrite
-from srigl_fx.onnx_state import explicit
+from srigl_fx.onnx_state import explicit, of_leaves
 from srigl_fx.passes.capture import EXPORT_LOCK
 from srigl_fx.passes.condensed_nodes import CONV, LINEAR
 from srigl_fx.passes.feature_major import settle_layouts
@@ -55,11 +55,12 @@ def build_model(
             they must be equal; empty for a static model.
 
     Raises:
-        ExportError: torch.export or torch.onnx cannot translate the graph; the message names the operator.
+        ExportError: torch.export or torch.onnx cannot translate the graph, or makes something of it that is no ONNX;
+            the message names the operator and its module.
     """
     _refuse_projections(module)
     outputs = output_names(module)
-    stateless = explicit(module, args, kwargs)
+    stateless = explicit(*of_leaves(module, args, kwargs))
     args, kwargs = stateless.args, stateless.kwargs
     leaves, spec = pytree.tree_flatten((args, kwargs))
     free = [*batches, *[None] * (len(leaves) - len(batches))]
@@ -99,6 +100,7 @@ def build_model(
             "something that ONNX has, or serve the lowered model with PyTorch (lower(...).save(path))"
         ) from error
     model.ir_version = min(model.ir_version, IR_VERSION)
+    _check_types(model)
     _strip(model)
     _forget_logical_shapes(model.graph)
     _name(model, inputs, outputs, list(stateless.state))
@@ -180,6 +182,30 @@ def _refuse_projections(module: fx.GraphModule) -> None:
                 f"the LSTM{name} projects its outputs (proj_size), and ONNX's LSTM has no projections: build it with "
                 "proj_size=0, or serve the lowered model with PyTorch (lower(...).save(path))"
             )
+
+
+def _check_types(model: "onnx.ModelProto") -> None:
+    """Refuse a model with a node that is given what it does not take: no runtime would open the file.
+
+    The nodes still have the exporter's notes, which say what module each is of.
+    """
+    import onnx
+    from onnx.shape_inference import InferenceError, infer_shapes
+
+    if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
+        return
+    try:
+        infer_shapes(model, check_type=True)
+    except InferenceError as error:
+        found = re.search(r"node name: (\S+?)\)", str(error))
+        notes = [node.metadata_props for node in model.graph.node if found and node.name == found.group(1)]
+        spaces = [note.value for note in (notes[0] if notes else ()) if note.key == "namespace"]
+        *modules, operator = [part.partition(": ")[::2] for part in spaces[0].split("/")] if spaces else [("", "")]
+        place = next((name for name, _ in reversed(modules) if name), "")
+        raise ExportError(
+            f"torch.onnx makes something of {operator[1] or 'an operator'}{f' (in {place})' if place else ''} that is "
+            f"no ONNX: {_innermost(error)}; replace it, or serve the lowered model with PyTorch (lower(...).save(path))"
+        ) from error
 
 
 def _strip(model: "onnx.ModelProto") -> None:

@@ -6,12 +6,13 @@ whatever a graph calls its own values. It must not know how a model is translate
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.onnx_rewrites import is_tensor
+from srigl_fx.passes.trees import leaf_paths
 
 if TYPE_CHECKING:
     import onnx
@@ -37,22 +38,12 @@ def output_names(module: fx.GraphModule) -> list[str]:
     spec = module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
     if spec is None or spec.num_leaves != len(leaves):
         spec = pytree.tree_structure(list(range(len(leaves))))
-    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(list(range(len(leaves))), spec))
     names: list[str] = []
-    for path, position in paths:
-        if is_tensor(leaves[position]):
-            keys = [_text(key) for key in path]
-            name = "_".join(keys if keys and keys[0] and not keys[0].isdigit() else ["output", *keys])
+    for path, leaf in zip(leaf_paths(spec), leaves, strict=True):
+        if is_tensor(leaf):
+            name = "_".join(path if path and path[0] and not path[0].isdigit() else ["output", *path])
             names.append(_unused(name + "_out" if name in inputs else name, {*names, *inputs}))
     return names
-
-
-def _text(key: Any) -> str:
-    """One step on the way to an output."""
-    for attribute in ("key", "idx", "name"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
 
 
 def _unused(name: str, taken: set[str]) -> str:

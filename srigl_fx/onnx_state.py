@@ -1,6 +1,7 @@
 """State of a model as inputs and outputs of a graph: ONNX has no buffers that a call could write.
 
-Owns the graph's new form. It must not know ONNX files, nor how a session carries the state.
+Owns the graph's new form, in which objects among inputs and outputs are taken apart, too. It must not know ONNX files,
+nor how a session carries the state.
 """
 
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from torch import Tensor, fx
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.program import tensor_at
+from srigl_fx.passes.program import copy_module, tensor_at
 from srigl_fx.passes.state import writes
+from srigl_fx.passes.trees import is_plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,27 @@ class Explicit:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     state: dict[str, Tensor]
+
+
+def of_leaves(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[fx.GraphModule, tuple[Any, ...], dict[str, Any]]:
+    """The graph as a function of leaves where inputs or outputs are objects, which torch.onnx would make anew.
+
+    Returns:
+        A graph, and its arguments and keyword arguments: those that were given, where all are plain containers.
+    """
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    info = getattr(module.graph._codegen, "pytree_info", None)
+    if is_plain(spec) and (info is None or info.out_spec is None or is_plain(info.out_spec)):
+        return module, args, kwargs
+    made, _ = copy_module(module)
+    names = [node.name for node in made.graph.find_nodes(op="placeholder")]
+    (output,) = made.graph.find_nodes(op="output")
+    returned = pytree.tree_structure(tuple(range(len(pytree.tree_leaves(output.args[0])))))
+    given = pytree.tree_structure((tuple(leaves), {}))
+    made.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(names, given, returned)))
+    return fx.GraphModule(made, made.graph), tuple(leaves), {}
 
 
 def explicit(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Explicit:

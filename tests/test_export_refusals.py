@@ -1,7 +1,9 @@
 """What ONNX cannot say or says differently: promoted subtraction, projected LSTMs, inputs written into."""
 
+from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -66,3 +68,71 @@ def test_inputs_that_the_model_writes_into_are_compared_fairly(tmp_path: Path) -
     assert torch.equal(x, before)
     assert report.fallback_error is not None
     assert report.fallback_error < 1e-5
+
+
+class _Vocoder(nn.Module):
+    window: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(17, 17)
+        self.register_buffer("window", torch.hann_window(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = torch.stft(x, 32, 8, window=self.window, return_complex=True)
+        gain = torch.sigmoid(self.fc(spectrum.abs().transpose(1, 2))).transpose(1, 2)
+        return torch.istft(spectrum * gain, 32, 8, window=self.window, length=x.shape[1])
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_made_into_no_onnx_is_refused_by_the_name_of_its_module(verify: bool, tmp_path: Path) -> None:
+    model = sx.sparsify(nn.Sequential(OrderedDict(vocoder=_Vocoder())), sparsity=0.5).eval()
+    with pytest.raises(ExportError, match=r"\(in vocoder\) that is no ONNX.*lower\(...\)\.save"):
+        sx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 128),), min_speedup=0, verify=verify)
+    assert not list(tmp_path.iterdir())
+
+
+class _Chooses(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(torch.cond(x.sum() > 0, lambda y: self.one(y), lambda y: self.other(y) * 2, (x,)))
+        return y
+
+
+def test_branches_of_cond_are_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = sx.sparsify(_Chooses(), sparsity=0.5).eval()
+    x = torch.rand(3, 8)
+    report = sx.export_onnx(model, tmp_path / "model.onnx", (x,), min_speedup=0)
+    assert report.fallback_error is not None
+    session = sx.runtime.load(tmp_path / "model.onnx")
+    with torch.no_grad():
+        for given in (x, -x):
+            np.testing.assert_allclose(session.run(None, {"x": given.numpy()})[0], model(given), rtol=1e-4, atol=1e-5)
+
+
+class _Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.fc = nn.EmbeddingBag(20, 8), nn.Linear(8, 4)
+
+    def forward(self, words: Tensor, offsets: Tensor | None = None) -> Tensor:
+        y: Tensor = self.fc(self.bag(words, offsets))
+        return y
+
+
+@pytest.mark.parametrize("with_offsets", [True, False])
+def test_bags_of_words_with_offsets_or_as_rows(with_offsets: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = sx.sparsify(_Bags(), sparsity=0.5).eval()
+    words = torch.arange(15) % 7
+    inputs = (words, torch.tensor([0, 4, 9])) if with_offsets else (words.reshape(3, 5),)
+    sx.export_onnx(model, tmp_path / "model.onnx", inputs, min_speedup=0)
+    other = [inputs[0].flip(0), *inputs[1:]]
+    session = sx.runtime.load(tmp_path / "model.onnx")
+    feeds = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), other, strict=True)}
+    with torch.no_grad():
+        np.testing.assert_allclose(session.run(None, feeds)[0], model(*other), rtol=1e-4, atol=1e-5)

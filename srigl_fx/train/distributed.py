@@ -231,7 +231,10 @@ def check_unwrapped(model: nn.Module, verb: str) -> None:
         >>> check_unwrapped(nn.Linear(3, 2), "sparsify")
     """
     if _data_parallel(model) and verb == "sparsify":
-        raise SparsifyError(f"the model is in DistributedDataParallel already; the order is {_DDP_ORDER}")
+        raise SparsifyError(
+            "the model is in DistributedDataParallel already: sparsify its .module, and wrap that anew; the order is "
+            f"{_DDP_ORDER}"
+        )
     if _flat_sharded(model) or any(is_sharded(parameter) for parameter in model.parameters()):
         raise SparsifyError(
             f"the weights are sharded over processes already; the order is {_FSDP_ORDER}"

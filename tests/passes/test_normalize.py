@@ -28,7 +28,7 @@ class Views(nn.Module):
         return x.to(torch.float32).view(x.shape[0], -1).transpose(0, 1).reshape(-1)
 
 
-def test_rules_1_2_and_6_assertions_views_and_dead_nodes() -> None:
+def test_rules_1_2_and_7_assertions_views_and_dead_nodes() -> None:
     program = normalise(Views().eval(), torch.randn(2, 3, 4))
     called = targets(program)
     assert aten.reshape.default in called
@@ -131,3 +131,16 @@ def test_rule_5_keeps_casts_and_the_layout_that_strides_are_read_from() -> None:
 def test_normal_form_is_stable() -> None:
     program = normalise(Copied().eval(), torch.randn(2, 3))
     assert not run((Normalize(),), program).changed
+
+
+class BeginsEmpty(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.cat([torch.tensor([]), x], -2), torch.tensor([]), x[:, :0] + 1, x], 1)
+
+
+def test_rule_6_empty_tensors_are_not_concatenated() -> None:
+    x = torch.randn(2, 3, 4)
+    program = normalise(BeginsEmpty().eval(), x)
+    counts = [len(node.args[0]) for node in program.module.graph.nodes if node.target is aten.cat.default]
+    assert counts == [1, 3]  # an empty tensor with dimensions of its own stays
+    torch.testing.assert_close(program.module(x), BeginsEmpty()(x))

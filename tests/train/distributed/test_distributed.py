@@ -23,7 +23,7 @@ from srigl_fx.train.base import Trainer
 from srigl_fx.train.distributed import Processes, fingerprint, processes_of
 
 WORKER = Path(__file__).with_name("worker.py")
-IN_SHORT = ("like_one_process_in_short", "counted_steps", "opposite_gradients")
+IN_SHORT = ("like_one_process_in_short", "counted_steps", "opposite_gradients", "other_verbs")
 WRONG = ("wrong_orders", "other_models", "diverged", "not_finite", "failing_updates")
 ANY_NUMBER = ("methods", "communication", *WRONG, "sharded_tools")
 TWO = (

@@ -357,6 +357,27 @@ def communication() -> None:
     assert collectives_in(lambda: run(model, optimizer, steps)) == dense
 
 
+def other_verbs() -> None:
+    """What takes a model takes the one inside DistributedDataParallel; finalize leaves the wrapper on."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(24, 12), nn.ReLU(), nn.Linear(12, 3))
+    model = DistributedDataParallel(sx.sparsify(layers, sparsity=0.5)).eval()
+    x, path = torch.randn(2, 24), OUT / f"model_{dist.get_rank()}.onnx"
+    with torch.no_grad():
+        expected = model(x)
+    lowered = sx.lower(model, (x,), min_speedup=0)
+    torch.testing.assert_close(lowered(x), expected, rtol=1e-4, atol=1e-5)
+    assert lowered.report.capture == "torch.export, dynamic batch"
+    assert sx.export_onnx(model, path, (x,), min_speedup=0, verify=False).condensed_layers > 0
+    sx.verify(model)
+    assert [row.name for row in sx.summary(model).rows] == ["module.0.weight", "module.2.weight"]
+    assert "sparsify its .module" in raised(
+        SparsifyError, lambda: sx.sparsify(DistributedDataParallel(nn.Linear(3, 2)))
+    )
+    assert sx.finalize(model) is model
+    torch.testing.assert_close(model(x), expected)
+
+
 def wrong_orders() -> None:
     """Each wrong order of wrapping is an error that names the right one."""
     order = "sparsify(model) -> DistributedDataParallel(model) -> optimizer -> trainer"
