@@ -37,6 +37,7 @@ from srigl_fx.train.young import FindCondensed
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 20  # backward passes, each for gradients of its own, after which a step should have come
+_WARY = 6  # steps behind a change of masks at which weights are looked at: who keeps others writes them back then
 _LOOKS = 3  # how often gradients past the hooks are looked at outside of updates, as it makes the host wait
 
 
@@ -90,7 +91,7 @@ class MaskEngine:
         self.counts = StepCounts(self._steps.optimizers, lambda: self._managed) if count_steps else None
         if self.counts is not None:
             self.counts.check(sparse_weights(model))
-        self._looks = _LOOKS
+        self._looks, self._wary = _LOOKS, 0
         self._stray: dict[str, Tensor] = {}  # whether weights were moved off the mask, since that was last asked
         self._written = False
         self._logged: set[str] = set()
@@ -240,6 +241,7 @@ class MaskEngine:
         managed.project_gradient()
         self._states.begin_anew(managed, staying)
         managed.know_mask()
+        self._wary = _WARY
         if self.counts is not None:
             self.counts.begin(managed, grown)
 
@@ -333,6 +335,10 @@ class MaskEngine:
         def on_gradient(parameter: Tensor) -> None:
             if (alive := engine()) is not None:
                 managed = alive._managed[name]
+                if (
+                    alive._wary == _WARY
+                ):  # some show the optimizer other weights than the model (schedule-free averages)
+                    alive._note_stray(managed)
                 managed.take_gradient(parameter, capture=alive._capturing)
                 if managed.rounds == _PATIENCE:
                     alive._tell_of_steps()
@@ -357,10 +363,11 @@ class MaskEngine:
                 continue
             own, grad = managed.own(weight), weight.grad
             # Under backward(create_graph=True) a second backward needs the weight as it is: not without cause, then.
-            watched = (self.watching or self._written) and not (grad is not None and grad.requires_grad)
+            watched = (self.watching or self._written or self._wary > 0) and not (
+                grad is not None and grad.requires_grad
+            )
             if own._version != managed.weight_version or watched:
-                stray = (own.ne(0) & ~managed.mask).any()
-                self._stray[managed.handle.fqn] = self._stray.get(managed.handle.fqn, stray) | stray
+                self._note_stray(managed)
                 managed.project(weight)
             if grad is not None and not managed.left_as(managed.own(grad)):
                 if not managed.arrived:
@@ -368,11 +375,13 @@ class MaskEngine:
                 managed.project(grad)
             if managed.swapped:
                 managed.hook(self._on_gradient(managed.handle.fqn))
-        if self.watching:
+        # What lies in the host's memory can be read at once; for the rest the host waits where it may.
+        if self.watching or all(flag.device.type == "cpu" for flag in self._stray.values()):
             self._look_for_writers()
 
     @torch.no_grad()
     def _after_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._wary = max(0, self._wary - 1)
         closure = any(callable(given) for given in (*args[1:], *kwargs.values()))
         for managed in self._managed.values():
             managed.arrived, managed.rounds = False, 0
@@ -385,16 +394,25 @@ class MaskEngine:
                 managed.weight_version = managed.own(managed.parameter)._version
         self._on_step(getattr(self._optimizer, "found_inf", None))
 
+    @torch.no_grad()
+    def _note_stray(self, managed: ManagedWeight) -> None:
+        """Note whether a weight is off its mask, without waiting to know."""
+        if managed.parameter is None or not managed.knows_mask():
+            return
+        stray = (managed.own(managed.handle.weight).ne(0) & ~managed.mask).any()
+        self._stray[managed.handle.fqn] = self._stray.get(managed.handle.fqn, stray) | stray
+
     def _look_for_writers(self) -> None:
         """Say so where weights have been moved off the mask since a step: the forward passes then have seen them."""
-        found, self._stray = self._stray, {}
+        found = {name: self._stray[name] for name in self._managed if name in self._stray}
+        self._stray = {}
         flags = torch.stack([flag.cpu() for flag in found.values()]).tolist() if found else []
         if names := [name for name, flag in zip(found, flags, strict=True) if flag]:
             self._written = True
             self._log_once(
                 "written",
                 "weights of %s were moved off the mask between two steps. An optimizer around the one that the trainer "
-                "follows does that (Lookahead, TRAC): attach the trainer to the outermost, or call "
+                "follows does that (Lookahead, TRAC, schedule-free): attach the trainer to the outermost, or call "
                 "srigl_fx.masks.apply(model) after each of its steps. They are set to zero before each step now",
                 names[0],
             )

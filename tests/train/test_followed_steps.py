@@ -194,11 +194,46 @@ def test_a_wrapper_that_moves_weights_unseen_is_said(way: str, method: Any, capl
     assert not caplog.records
     with pytest.raises(InvariantError, match=r"0\.weight: \d+ weights off the mask are not zero"):
         verify(model)
-    train(model, optimizer, batches(7))
+    train(model, optimizer, batches(1))
+    said = [record.message.partition(" were")[0] for record in caplog.records]
+    assert said == ["weights of 0.weight"], "the next step says so"
+    train(model, optimizer, batches(6))
     assert [record.message.partition(" were")[0] for record in caplog.records] == ["weights of 0.weight"]
     optimizer.zero_grad()
     optimizer.inner.step()
     verify(model)
+
+
+class ScheduleFree(Optimizer):
+    """Steps weights that the model does not see, and averages them into those that it sees (Defazio et al., 2024)."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.inner = optimizer
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        averages = [parameter.detach().clone() for parameter in parameters]
+        for parameter in parameters:
+            parameter.copy_(self.state[parameter].setdefault("z", parameter.detach().clone()))
+        self.inner.step()
+        for parameter, average in zip(parameters, averages, strict=True):
+            self.state[parameter]["z"].copy_(parameter)
+            parameter.lerp_(average, 0.9)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_wrapper_that_shows_the_inner_optimizer_other_weights(inner: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp()
+    optimizer = ScheduleFree(_sgd(model))
+    SRigL(model, optimizer.inner if inner else optimizer, **OPTIONS)
+    train(model, optimizer, batches(3))
+    assert not caplog.records
+    train(model, optimizer, batches(1))
+    assert [record.message.partition(" were")[0] for record in caplog.records] == ["weights of 0.weight"] * inner
+    if not inner:
+        train(model, optimizer, batches(9), lambda: verify(model, optimizer))
 
 
 @pytest.mark.parametrize("by_closure", [False, True])
