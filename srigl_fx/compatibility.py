@@ -43,8 +43,8 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     "an operator": ("_schema",),
     "an optimizer": ("_optimizer_step_post_hooks",),
     "torch.ops.aten": (
-        *("_assert_async", "_assert_scalar", "_assert_tensor_metadata", "_native_batch_norm_legit_no_training"),
-        *("_softmax", "_to_copy", "_unsafe_view"),
+        *("_assert_async", "_assert_scalar", "_assert_tensor_metadata", "_native_batch_norm_legit_functional"),
+        *("_native_batch_norm_legit_no_training", "_softmax", "_to_copy", "_unsafe_view"),
     ),
 }
 """Names by where they are: a module, or an object of a public class."""

@@ -146,6 +146,10 @@ def test_operators_and_their_schemas() -> None:
         ("_assert_scalar.default", "self, assert_msg"),
         ("_assert_tensor_metadata.default", "a, size, stride, dtype, device, layout"),
         (
+            "_native_batch_norm_legit_functional.default",
+            "input, weight, bias, running_mean, running_var, training, momentum, eps",
+        ),
+        (
             "_native_batch_norm_legit_no_training.default",
             "input, weight, bias, running_mean, running_var, momentum, eps",
         ),
