@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks.attached import engines
-from srigl_fx.masks.invariants import check_sound
+from srigl_fx.masks.invariants import check_in_place
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.train.distributed import check_wrapping
 from srigl_fx.train.stepping import family, unwrap
@@ -33,7 +33,7 @@ def check_attachable(model: nn.Module, optimizer: object) -> None:
     Raises:
         TrainerError: Nothing is masked, a trainer is attached already, or the optimizer is not one whose steps masks
             can follow, or does not hold the masked parameters.
-        InvariantError: A weight or its mask is not where it was, or a weight has values off its mask.
+        InvariantError: A weight or its mask is not where it was. Of values off a mask the engine knows.
 
     Example:
         >>> layer = nn.Linear(3, 2)
@@ -55,7 +55,7 @@ def check_attachable(model: nn.Module, optimizer: object) -> None:
             "before attaching another one"
         )
     check_wrapping(model)
-    check_sound(model)
+    check_in_place(model)
     check_held(model, followed)
 
 

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks.attached import attach, forget
+from srigl_fx.masks.invariants import check_sound, values_off
 from srigl_fx.masks.projection import keep_only
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.masks.shards import held, is_sharded, part
@@ -72,6 +73,7 @@ class MaskEngine:
         Raises:
             TrainerError: Nothing is masked, a trainer is attached already, the optimizer does not fit, or another
                 process trains something else; nothing is attached then.
+            InvariantError: The model of a single process is not what its masks say.
         """
         check_attachable(model, optimizer)
         optimizer = unwrap(optimizer)
@@ -98,6 +100,15 @@ class MaskEngine:
         handles = sparse_weights(model)
         self.processes.copy_first([handle.mask for handle in handles])
         self.processes.copy_first([handle.weight for handle in handles if not is_sharded(handle.weight)])
+        if self.processes.group is None:
+            check_sound(model)
+        elif off := values_off(model):
+            # Of models that each process drew for itself, the first one's weights or masks have just come.
+            _log.warning(
+                "attaching a trainer sets %d weights off the masks of the first process to zero, the first in %s",
+                sum(off.values()),
+                next(iter(off)),
+            )
         self.refresh()
         # Young weights are moved between the step and the look at the weights behind it.
         if self.counts is not None:
