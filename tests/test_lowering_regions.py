@@ -362,7 +362,7 @@ def assert_same(model: nn.Module, lowered: nn.Module, inputs: tuple[Any, ...]) -
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("name", CASES)
 def test_hard_cases(name: str) -> None:
     make, inputs, regions, dense = CASES[name]
@@ -553,7 +553,7 @@ def test_a_region_that_the_copy_does_not_call_is_given_up() -> None:
     }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_scripted_model_is_refused_with_the_reason() -> None:
     scripted = torch.jit.script(nn.Sequential(nn.Linear(12, 5), nn.ReLU()).eval())
     with pytest.raises(CaptureError, match="compiled by TorchScript"):

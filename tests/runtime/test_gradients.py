@@ -225,7 +225,7 @@ def _jacobian(call: Callable[[Tensor], Tensor], at: tuple[Tensor], _: tuple[Tens
     return torch.func.jacfwd(call)(*at)  # type: ignore[no-any-return]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, in jvp
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")  # torch's own, in jvp
 @pytest.mark.parametrize("derive", [torch.func.jvp, _jacobian])
 def test_forward_mode_is_refused(derive: Callable[..., Any]) -> None:
     """torch would give zeros."""

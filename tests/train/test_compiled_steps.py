@@ -18,7 +18,7 @@ from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static
 from srigl_fx.train.base import Trainer
 
 # What torch itself warns of while it imports its compiler.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 
 METHODS: list[type[Trainer]] = [SRigL, RigL, SET, SNFS, Static, GMP]
 Step = Callable[[Tensor], None]
