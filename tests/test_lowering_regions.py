@@ -330,7 +330,7 @@ CASES: dict[str, Case] = {
     "in_place_on_input": (InPlaceOnInput, vectors, {"body.1", "head"}, set()),
     "constants_differ": (ConstantsDiffer, vectors, {"switch.fc"}, set()),
     "hooked": (Hooked, vectors, {"body", "leaf"}, set()),
-    "compiled_child": (CompiledChild, vectors, {"body._orig_mod", "head"}, set()),
+    "compiled_child": (CompiledChild, vectors, {"body", "head"}, set()),
     "experts": (Experts, lambda n: (torch.randn(8 * n, 12),), {"experts.0", "experts.1"}, set()),
 }
 
