@@ -151,8 +151,8 @@ def test_what_agrees_with_the_clock_stays_and_is_looked_at_once(
     [
         ("loops", 1, {}),
         ("loops", 1, {"condensed few": 5.0}),
-        ("loops", 2, {"dense few": 0.2}),
-        ("threads", 1, {"dense few": 0.2}),
+        ("loops", 2, {"dense few": 0.12}),
+        ("threads", 1, {"dense few": 0.12}),
         ("threads", 2, {}),
         ("threads", 2, {"condensed few": 150.0}),
     ],
