@@ -1,12 +1,15 @@
 """The measured constants of the cost model: what is believed, what is thrown away, what a busy machine can do."""
 
 import os
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +17,17 @@ from lowering_support import mask_by_hand, randomise
 from torch import nn
 
 import srigl_fx as sx
-from srigl_fx.runtime import calibration
+from srigl_fx.runtime import autotune, calibration
 from srigl_fx.runtime.cache import CACHE_VARIABLE
-from srigl_fx.runtime.calibration import WHAT, believable, checked_constants, machine_constants, predicted, probe
+from srigl_fx.runtime.calibration import (
+    AGREE,
+    WHAT,
+    believable,
+    checked_constants,
+    machine_constants,
+    predicted,
+    probe,
+)
 from srigl_fx.runtime.cost_model import Machine
 from srigl_fx.runtime.timings import FILE, Timings
 
@@ -59,6 +70,79 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class SimulatedMachine:
+    """A processor and its clocks, on which the probes take known times, and other processes take turns with them.
+
+    It is what the operating system does to two threads on two processors: a process that computes is interrupted after
+    a few milliseconds, for as long as the others compute; a call that threads share ends when the last one has had its
+    turn, and the first one waits for it. What shares a core's arithmetic units makes all calls slower, too.
+    """
+
+    SLICE = 3e-3
+
+    def __init__(self, true: dict[str, float], threads: int, seed: int) -> None:
+        self.true, self.threads, self.draw = true, threads, random.Random(seed)
+        self.now = self.held = 0.0
+        self.left = self.SLICE
+        self.other = 0.0  # from when on the processor of the other threads is theirs, for a slice
+        self.busy = False
+        self.contention = 1.6  # where others run
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def thread_time(self) -> float:
+        return self.held
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self.left = self.SLICE * self.draw.random() if self.busy else self.SLICE
+
+    def call(self, name: str) -> None:
+        seconds = self.true[name] * self.draw.uniform(1.0, 1.1)
+        self._compute(seconds * (self.contention if self.busy else 1.0))
+        if self.busy and self.threads > 1:  # the other threads may have to wait for their turn
+            if self.now > self.other + self.SLICE:
+                self.other = self.now + self.draw.uniform(0.0, 2.0) * self.SLICE
+            self.now = max(self.now, self.other)
+
+    def _compute(self, seconds: float) -> None:
+        while self.busy and seconds > self.left:
+            self.now += self.left + self.draw.uniform(1.0, 3.0) * self.SLICE
+            self.held += self.left
+            seconds -= self.left
+            self.left = self.SLICE
+        self.now += seconds
+        self.held += seconds
+        self.left -= seconds
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], SimulatedMachine]:
+    """Let the probes run on a simulated machine, of a speed and with disturbances that are drawn from a seed."""
+
+    def start(seed: int) -> SimulatedMachine:
+        draw, count = random.Random(seed), torch.get_num_threads()
+        speed = draw.choice([0.3, 1.0, 4.0])
+        expected = predicted(Machine().with_threads(count))
+        true = {name: speed * draw.uniform(0.8, 1.2) * seconds for name, seconds in expected.items()}
+        machine = SimulatedMachine(true, count, seed)
+        monkeypatch.setattr(autotune, "time", machine)
+
+        def measured(calls: Collection[str], **effort: Any) -> dict[str, float]:
+            return autotune.measure_undisturbed({name: partial(machine.call, name) for name in calls}, **effort)
+
+        monkeypatch.setattr(calibration, "measure_undisturbed", measured)
+        return machine
+
+    return start
+
+
+def off(found: dict[str, float], true: dict[str, float]) -> float:
+    """The factor by which the worst of the times is off."""
+    return max((max(seconds / true[name], true[name] / seconds) for name, seconds in found.items()), default=1.0)
+
+
 @pytest.mark.parametrize(
     ("change", "believed"),
     [
@@ -95,18 +179,24 @@ def test_machines_of_all_speeds_are_believed(factor: float, count: int) -> None:
         dict.fromkeys(USUAL, 1e-300),
     ],
 )
-def test_what_no_machine_can_do_is_neither_used_nor_kept(timings: Timings, stored: dict[str, float]) -> None:
+def test_what_no_machine_can_do_is_neither_used_nor_kept(
+    timings: Timings, simulated: Callable[[int], SimulatedMachine], stored: dict[str, float]
+) -> None:
+    machine = simulated(0)
     timings.put(WHAT, stored)
     assert machine_constants(timings, may_measure=False) == Machine()
     found = machine_constants(timings)
     again = timings.get(WHAT)
     assert again is not None
-    assert believable(again, 1)
+    assert off(again, machine.true) < 2
     assert machine_constants(Timings.open(), may_measure=False) == found
 
 
 @pytest.mark.parametrize("damage", [b"NaN", b"-1.0", b"Infinity", b'"3"', b"null", b"[]", b"true", b"0.0"])
-def test_an_odd_value_is_dropped_and_measured_anew(timings: Timings, tmp_path: Path, damage: bytes) -> None:
+def test_an_odd_value_is_dropped_and_measured_anew(
+    timings: Timings, simulated: Callable[[int], SimulatedMachine], tmp_path: Path, damage: bytes
+) -> None:
+    simulated(0)
     timings.put(WHAT, {**USUAL, "dense few": 0.5})
     path = tmp_path / FILE
     path.write_bytes(path.read_bytes().replace(b"0.5", damage))
@@ -117,26 +207,10 @@ def test_an_odd_value_is_dropped_and_measured_anew(timings: Timings, tmp_path: P
     assert Timings(path).get(WHAT) is not None
 
 
-@pytest.mark.parametrize("factor", [1 / 8, 8.0])
-@pytest.mark.parametrize("name", ["dense few", "condensed few", "condensed many"])
-def test_a_stored_time_that_contradicts_the_clock_is_thrown_away(timings: Timings, name: str, factor: float) -> None:
-    true = probe()
-    poisoned = {**true, name: factor * true[name]}
-    if not believable(poisoned, 1):  # then it is not used in any case
-        poisoned[name] = true[name] * (4.0 if factor > 1 else 0.25)
-    timings.put(WHAT, poisoned)
-    checked_constants(timings, ["dot", "tile"])
-    renewed = Timings.open().get(WHAT)
-    assert renewed is not None
-    assert renewed[name] == pytest.approx(true[name], rel=2.0)
-    assert abs(renewed[name] / poisoned[name] - 1) > 0.5
-
-
 def test_what_agrees_with_the_clock_stays_and_is_looked_at_once(
-    timings: Timings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    timings: Timings, simulated: Callable[[int], SimulatedMachine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true = probe()
-    timings.put(WHAT, true)
+    timings.put(WHAT, simulated(0).true)
     before = (tmp_path / FILE).read_bytes()
     found = checked_constants(timings, ["dot", "tile"])
     assert found == machine_constants(timings, may_measure=False)
@@ -145,32 +219,65 @@ def test_what_agrees_with_the_clock_stays_and_is_looked_at_once(
     assert (tmp_path / FILE).read_bytes() == before
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_busy_machine_is_measured_right_or_not_at_all(
+    timings: Timings, simulated: Callable[[int], SimulatedMachine], count: int, seed: int
+) -> None:
+    with threads(count):
+        machine = simulated(seed)
+        machine.busy = True
+        assert off(probe(), machine.true) < 2
+        checked_constants(timings, ["dot", "tile"])
+        kept = timings.get(WHAT)
+        assert kept is None or off(kept, machine.true) < 2
+        machine.busy = False
+        checked_constants(timings, ["dot", "tile"])
+        kept = timings.get(WHAT)
+        assert kept is not None
+        assert off(kept, machine.true) < 2
+
+
+@pytest.mark.parametrize("factor", [1 / 150, 1 / 6, 6.0, 150.0])
+@pytest.mark.parametrize("name", ["dense few", "condensed few", "condensed many"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_stored_time_that_contradicts_the_clock_is_thrown_away(
+    timings: Timings, simulated: Callable[[int], SimulatedMachine], count: int, name: str, factor: float
+) -> None:
+    with threads(count):
+        machine = simulated(int(factor * 600))
+        timings.put(WHAT, {**machine.true, name: factor * machine.true[name]})
+        machine.busy = True
+        checked_constants(timings, ["dot", "tile"])
+        machine.busy = False
+        checked_constants(Timings.open(), ["dot", "tile"])
+        renewed = Timings.open().get(WHAT)
+        assert renewed is not None
+        assert off(renewed, machine.true) < AGREE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "count", "poison"),
     [
         ("loops", 1, {}),
-        ("loops", 1, {"condensed few": 5.0}),
-        ("loops", 2, {"dense few": 0.12}),
-        ("threads", 1, {"dense few": 0.12}),
-        ("threads", 2, {}),
+        ("loops", 2, {"dense few": 0.08}),
+        ("threads", 1, {"condensed few": 15.0}),
         ("threads", 2, {"condensed few": 150.0}),
     ],
 )
 def test_a_busy_moment_decides_nothing(timings: Timings, kind: str, count: int, poison: dict[str, float]) -> None:
+    """On the real clock: what is stored then, and how far it is off, depends on the machine; the decisions do not."""
     model = mask_by_hand(randomise(nn.Sequential(nn.Linear(2048, 1024))), 0.1).eval()
     x = torch.randn(1, 2048)
     with threads(count):
-        quiet = probe()
         if poison:
-            true = {**predicted(Machine().with_threads(count)), **quiet}
+            true = {**predicted(Machine().with_threads(count)), **probe()}
             timings.put(WHAT, {name: poison.get(name, 1.0) * seconds for name, seconds in true.items()})
         with busy(kind):
             (layer,) = sx.lower(model, (x,)).report.layers
             assert layer.decision == "condensed", layer.reason  # a tenth of the weights of one sample
         (layer,) = sx.lower(model, (x,)).report.layers
         assert layer.decision == "condensed", layer.reason
-        checked_constants(Timings.open(), ["dot", "tile"])
-        stored = Timings.open().get(WHAT) or {}
-        off = {name: seconds / quiet[name] for name, seconds in stored.items() if name in quiet}
-        assert all(1 / 5 < one < 5 for one in off.values()), off
+        kept = Timings.open().get(WHAT)
+        assert kept is None or believable(kept, count)
