@@ -1,6 +1,7 @@
 """Objects that hold tensors among inputs and outputs: caches of Hugging Face transformers, and classes of one's own."""
 
 import copy
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from srigl_fx.errors import LoweringError
 from srigl_fx.lowered import LoweredModule
 
 IDS = torch.tensor([[3, 7], [1, 60]])
+# What transformers 5.24 calls "cache" is "past_key_values" in those before it.
+RENAMED = "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters
+CACHE = "cache" if RENAMED else "past_key_values"
 SHAPE: dict[str, Any] = {"vocab_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 
 
@@ -63,7 +67,7 @@ def test_a_decoder_that_is_given_a_cache_is_one_graph(make: Any, use_cache: bool
     torch.manual_seed(0)
     model, cache = sparse(make()), filled()
     before = copy.deepcopy(tensors(cache))
-    inputs = ((IDS,), {"past_key_values": cache, "use_cache": use_cache})
+    inputs = ((IDS,), {CACHE: cache, "use_cache": use_cache})
     lowered = sx.lower(model, inputs, min_speedup=0)
     assert isinstance(lowered, LoweredModule)
     assert lowered.report.capture == "torch.export, dynamic batch"
@@ -77,24 +81,24 @@ def test_a_decoder_that_is_given_a_cache_is_one_graph(make: Any, use_cache: bool
         given = transformers.DynamicCache()
         for layer in cache.layers:
             given.update(-layer.keys[rows], layer.values[rows] / 2, len(given.layers))
-        wanted = model(IDS[rows], past_key_values=copy.deepcopy(given), use_cache=use_cache)
-        got = lowered(IDS[rows], past_key_values=copy.deepcopy(given), use_cache=use_cache)
+        wanted = model(IDS[rows], use_cache=use_cache, **{CACHE: copy.deepcopy(given)})
+        got = lowered(IDS[rows], use_cache=use_cache, **{CACHE: copy.deepcopy(given)})
     torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-5)
-    names = [f"past_key_values_{kind}_cache_{layer}" for kind in ("key", "value") for layer in range(2)]
+    names = [f"{CACHE}_{kind}_cache_{layer}" for kind in ("key", "value") for layer in range(2)]
     assert list(report.inputs) == ["input_ids", *names]
     session = sx.runtime.load(tmp_path / "model.onnx")
     feeds = {"input_ids": IDS[rows].numpy(), **{n: x.numpy() for n, x in zip(names, tensors(given), strict=True)}}
     logits, *served = session.run(None, feeds)
     np.testing.assert_allclose(logits, wanted.logits, rtol=1e-4, atol=1e-5)
     assert [one.name for one in session.get_outputs()][1:] == [f"{name}_out" for name in names[: len(served)]]
-    assert (wanted.past_key_values is None) <= (not use_cache)
-    if wanted.past_key_values is not None:  # some return what they are given though they were told not to use it
-        assert got.past_key_values.get_seq_length() == 7
-        for one, other, file in zip(tensors(wanted.past_key_values), tensors(got.past_key_values), served, strict=True):
+    assert (wanted.get(CACHE) is None) <= (not use_cache)
+    if wanted.get(CACHE) is not None:  # some return what they are given though they were told not to use it
+        assert got[CACHE].get_seq_length() == 7
+        for one, other, file in zip(tensors(wanted[CACHE]), tensors(got[CACHE]), served, strict=True):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(file, one, rtol=1e-4, atol=1e-5)
     else:
-        assert got.past_key_values is None
+        assert got.get(CACHE) is None
         assert served == []
 
 
@@ -107,9 +111,9 @@ def test_a_decoder_that_makes_a_cache_is_one_graph(tmp_path: Path) -> None:
         wanted, got = model(IDS.flip(0), use_cache=True), lowered(IDS.flip(0), use_cache=True)
     torch.testing.assert_close(got.logits, wanted.logits, rtol=1e-4, atol=1e-5)
     report = sx.export_onnx(lowered, tmp_path / "model.onnx", ((IDS,), {"use_cache": True}))
-    assert list(report.outputs)[:2] == ["logits", "past_key_values_key_cache_0"]
+    assert list(report.outputs)[:2] == ["logits", f"{CACHE}_key_cache_0"]
     served = sx.runtime.load(tmp_path / "model.onnx").run(None, {"input_ids": IDS.flip(0).numpy()})
-    for one, other, file in zip(tensors(wanted.past_key_values), tensors(got.past_key_values), served[1:], strict=True):
+    for one, other, file in zip(tensors(wanted[CACHE]), tensors(got[CACHE]), served[1:], strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(file, one, rtol=1e-4, atol=1e-5)
     with pytest.raises(LoweringError, match="DynamicCache have no form in a file"):
