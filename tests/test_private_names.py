@@ -19,6 +19,7 @@ from torch import nn
 
 from srigl_fx import compatibility
 from srigl_fx.compatibility import LATE, PRIVATE, holder
+from srigl_fx.passes.trees import children
 
 LISTED = {name for names in (*PRIVATE.values(), *LATE.values()) for name in names}
 LISTED |= {part for where in (*PRIVATE, *LATE) for part in where.split(".") if part.startswith("_")}
@@ -175,6 +176,7 @@ def test_trees_are_taken_apart_and_put_together() -> None:
     assert tree.tree_map(str, (1, [2])) == ("1", ["2"])
     assert tree.tree_map_only(int, str, (1, None)) == ("1", None)
     assert (spec.num_leaves, spec.is_leaf(), spec.type, list(spec.context)) == (4, False, dict, ["b", "a"])
+    assert [child.num_leaves for child in children(spec)] == [3, 1]
     paths, _ = tree.tree_flatten_with_path(value)
     assert [str(path[0].key) for path, _ in paths] == ["b", "b", "b", "a"]
 
