@@ -11,7 +11,8 @@ Rules:
        ``unknown`` reader gets its values, and what it returns is a contraction of them without a weight.
     4. What is computed from parameters, sizes and constants alone is no data: it has no node.
     5. A module that was not met with data on the way from the model's inputs is a beginning of its own: its inputs are
-       ``input`` values, and what it returns goes to an ``unknown`` reader.
+       ``input`` values, and what it returns goes to an ``unknown`` reader. So is another way through a module, if it
+       meets modules that were not met.
     6. Any operation that is not known to mix neurons keeps them apart: ``elementwise``, whatever it does to positions.
        What it makes of one value alone is that value.
 """
@@ -96,9 +97,24 @@ class Flow:
         self._met: set[int] = set()
         self._called(model, (), {}, root=True)
         for module in model.modules():
-            own = None if isinstance(module, ScriptModule) else getattr(type(module), "forward", None)
-            if id(module) not in self._met and own not in (None, nn.Module.forward):
+            if self._is_new(module):
                 self._make("unknown", _data(self._called(module, (), {}, root=True)))
+            if any(map(self._is_new, module.modules())):
+                self._other_ways(module)
+
+    def _is_new(self, module: nn.Module) -> bool:
+        """Whether a module that has a forward was not met yet."""
+        own = None if isinstance(module, ScriptModule) else getattr(type(module), "forward", None)
+        return id(module) not in self._met and own not in (None, nn.Module.forward)
+
+    def _other_ways(self, module: nn.Module) -> None:
+        """Join in the ways through a module on which children are called that were met on none before."""
+        if isinstance(module, fx.GraphModule | nn.Sequential) or _sort_of(module) is not None:
+            return
+        for trace in self._ways(module):
+            called = {str(node.target) for node in trace.graph.find_nodes(op="call_module")}
+            if not trace.failure and any(id(module.get_submodule(name)) not in self._met for name in called):
+                self._make("unknown", _data(_Frame(self, module, trace, (), {}, root=True).run()))
 
     def _make(self, sort: Sort, inputs: Iterable[Value], weights: frozenset[int] = frozenset()) -> Value:
         given = tuple(dict.fromkeys(inputs))
@@ -233,6 +249,8 @@ class _Frame:
             return make("contraction", data, weights) if weights else make("product", data)
         if name in LOOKUPS or name in OPAQUE:
             return make("contraction", data, _ids((args, kwargs)))
+        if name == "" and (weights := _ids((args, kwargs))):  # such as the attention of torchvision's Swin
+            return make("contraction", data, weights)
         if name in _ATTENTIONS or (name == "" and "attention" in getattr(target, "__name__", "")):
             return make("product", data)
         if name in _NORMS:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from srigl_fx.nn.model_state import restored
@@ -53,7 +54,7 @@ def traces_of(module: nn.Module) -> Iterator[Trace]:
     """
     for left_out in _left_out(module):
         for answer in (False, True):
-            tracer = _Tracer(answer)
+            tracer = _Tracer(module, answer)
             failure = ""
             with _restored(module), _silent():
                 try:
@@ -89,12 +90,14 @@ def _outside(*args: Any, **kwargs: Any) -> None:
 class _Tracer(fx.Tracer):
     """Follows one way through a forward: every condition on data has the same answer."""
 
-    def __init__(self, answer: bool) -> None:
+    def __init__(self, module: nn.Module, answer: bool) -> None:
         modules: Any = ()  # functions of math take symbols for numbers
         super().__init__(autowrap_modules=modules, param_shapes_constant=True)
         self.answer = answer
         self.conditions = 0
         self.weights: dict[fx.Node, bool] = {}
+        weight = next((each for each in module.parameters() if each.is_floating_point()), torch.empty(0))
+        self.weight_dtype, self.weight_device = weight.dtype, weight.device
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """A symbol that can also stand for a number or a length."""
@@ -155,7 +158,16 @@ class _Tracer(fx.Tracer):
 
 
 class _Symbol(fx.Proxy):
-    """Where Python insists on a number, it is 1: loops go round once."""
+    """Where Python insists on a number, it is 1: loops go round once.
+
+    Its dtype and its device are those of the module's weights: functions that make tensors, and ``torch.finfo``, take
+    no symbols for them.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("dtype", "device"):
+            return getattr(cast(_Tracer, self.tracer), f"weight_{name}")
+        return super().__getattr__(name)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})

@@ -294,7 +294,16 @@ def test_timm() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit"])
+def test_torchvision() -> None:
+    models = pytest.importorskip("torchvision", reason="torchvision is not installed").models
+    found = roles(models.swin_transformer.SwinTransformer([4, 4], 8, [1, 1], [2, 2], [7, 7], num_classes=4))
+    # One function of torchvision is handed both weights of attention: what it returns may be the neurons of either.
+    for block in ("features.1.0", "features.3.0"):
+        layers = ("attn.qkv", "attn.proj", "mlp.0", "mlp.3")
+        assert [found[f"{block}.{layer}.weight"] for layer in layers] == ["stream", "stream", "width", "stream"]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5", "bart"])
 def test_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
     shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 16}
@@ -306,6 +315,16 @@ def test_transformers(name: str) -> None:
         "bert": lambda: transformers.BertModel(transformers.BertConfig(**shape, vocab_size=20)),
         "vit": lambda: transformers.ViTForImageClassification(
             transformers.ViTConfig(**shape, image_size=16, patch_size=8)
+        ),
+        "t5": lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, vocab_size=20)
+        ),
+        "bart": lambda: transformers.BartModel(
+            transformers.BartConfig(
+                **{f"{part}_{size}": 1 for part in ("encoder", "decoder") for size in ("layers", "attention_heads")},
+                **{f"{part}_ffn_dim": 16 for part in ("encoder", "decoder")},
+                **{"d_model": 8, "vocab_size": 20, "max_position_embeddings": 8},
+            )
         ),
     }
     wanted: dict[str, dict[str, list[str]]] = {
@@ -321,6 +340,8 @@ def test_transformers(name: str) -> None:
             "stream": ["o_proj", "fc2", "embeddings.projection"],
             "width": ["fc1"],
         },
+        "t5": {"attention": [".q", ".k", ".v"], "stream": [".o", ".wo"], "width": [".wi"]},
+        "bart": {"attention": ["q_proj", "k_proj", "v_proj"], "stream": ["out_proj", "fc2"], "width": ["fc1"]},
     }
     found = roles(build[name]())
     for role, endings in wanted[name].items():
