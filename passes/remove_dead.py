@@ -5,12 +5,10 @@ and how a graph is cut are in modules of their own.
 """
 
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor, fx
-from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import PassError
@@ -24,6 +22,7 @@ from srigl_fx.passes.channels.removable import Removable, count_reasons
 from srigl_fx.passes.channels.shrink import Shrink
 from srigl_fx.passes.channels.transport import Transport
 from srigl_fx.passes.constness import Constant, constants
+from srigl_fx.passes.fake_values import fake_result
 from srigl_fx.passes.program import Program, tensor_at
 from srigl_fx.passes.removal import Removal, Removals
 
@@ -180,8 +179,7 @@ def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda operand: operand.meta.get("val"))
             assert callable(node.target)
             try:
-                with _without_guards(mode), mode, torch.no_grad():
-                    node.meta["val"] = node.target(*args, **kwargs)
+                node.meta["val"] = fake_result(mode, node.target, args, kwargs)
             except Exception as error:
                 raise PassError(
                     f"removing channels left {node.name} ({node.target}) with operands it cannot take "
@@ -195,11 +193,6 @@ def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None
                 f"removing channels gave {node.name} ({node.target}) the shape {_shapes(node.meta['val'])}, not "
                 f"{expected[node]}; this is a defect: please report it with the model, or leave RemoveDead out"
             )
-
-
-def _without_guards(mode: FakeTensorMode) -> AbstractContextManager[object]:
-    """Let no operator's own checks fix the batch size."""
-    return nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
 
 
 def _shapes(value: Any) -> list[list[int]]:

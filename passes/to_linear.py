@@ -5,14 +5,14 @@ that the passes after it know one contraction. It must not know what is done wit
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses import FakeTensor
 
 from srigl_fx.passes.base import Pass, PassResult
+from srigl_fx.passes.fake_values import fake_result
 from srigl_fx.passes.program import MaskedTensor, Program, arguments, new_buffer, tensor_at
 
 aten = torch.ops.aten
@@ -163,8 +163,7 @@ def _call(node: fx.Node, function: Any, *args: Any) -> fx.Node:
     new.meta = {name: value for name, value in node.meta.items() if name != "val"}
     if fake is not None:
         held = [fake.from_tensor(v, static_shapes=True) if _is_real(v) else v for v in values]
-        with fake, _unguarded(fake):
-            new.meta["val"] = function(*held)
+        new.meta["val"] = fake_result(fake, function, held)
     else:
         new.meta["val"] = function(*values)
     return new
@@ -172,8 +171,3 @@ def _call(node: fx.Node, function: Any, *args: Any) -> fx.Node:
 
 def _is_real(value: object) -> bool:
     return isinstance(value, Tensor) and not isinstance(value, FakeTensor)
-
-
-def _unguarded(fake: FakeTensorMode) -> AbstractContextManager[object]:
-    """Shapes are computed without deciding on the size of the batch."""
-    return nullcontext() if fake.shape_env is None else fake.shape_env.suppress_guards()

@@ -20,6 +20,7 @@ OLDEST, NEWEST = (2, 9), (2, 14)
 PRIVATE: dict[str, tuple[str, ...]] = {
     "torch": ("_weight_norm",),
     "torch._C": ("_storage_Use_Count",),
+    "torch._dispatch.python": ("enable_python_dispatcher",),
     "torch._ops": ("OpOverload", "OpOverloadPacket"),
     "torch._subclasses": ("FakeTensor", "FakeTensorMode"),
     "torch.autograd.forward_ad": ("_current_level",),
