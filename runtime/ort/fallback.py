@@ -47,7 +47,7 @@ _CONTRACTIONS = {
     "CondensedLinear": """
     transposed = Transpose <perm: ints = [1, 0]> (weight)
     product = MatMul ({x}, transposed)
-    {y} = Add (product, bias)
+    {y} = {sum} (product, bias)
 """,
     "CondensedConv": """
     {y} = Conv <strides: ints = @strides, pads: ints = @pads, dilations: ints = @dilations, group: int = @group>
@@ -173,7 +173,10 @@ def _function(name: str, base: str, residual: bool, activation: str, permuted: C
     steps = [before, _CONTRACTIONS[base], after, _ADDITION if residual else "", _ACTIVATIONS[activation]]
     steps = [step for step in steps if step]
     results = ["x", *(f"step{i}" for i in range(1, len(steps))), "y"]
-    body = "".join(step.format(x=results[i], y=results[i + 1]) for i, step in enumerate(steps))
+    # ONNX Runtime before 1.30 makes MatMul and Add one Gemm, and takes any Transpose in front of it for one that swaps
+    # rows and columns, even where a node's permutation changes nothing. It leaves a Sum as it is.
+    total = "Sum" if "x_perm" in permuted else "Add"
+    body = "".join(step.format(x=results[i], y=results[i + 1], sum=total) for i, step in enumerate(steps))
     inputs = (*abi.INPUTS, *(["residual"] if residual else []))
     header = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
     signature = f"{name} <{', '.join(attributes_of(base))}> ({', '.join(inputs)}) => (y)"

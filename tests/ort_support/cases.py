@@ -20,6 +20,11 @@ CASES: dict[str, tuple[Node, tuple[tuple[int, ...], ...]]] = {
         linear(n=300, in_features=768, k=77, n_active=280, index_type="int32"),
         ((1, 768), (100, 768)),
     ),
+    # Some other node of its operator permutes; a fallback that swapped rows and columns here would have 10 of each.
+    "linear_permuted_elsewhere": (
+        linear().with_attributes(x_perm=[0, 1], y_perm=[0, 1]).replace(permuted=("x_perm", "y_perm")),
+        ((10, 10), (7, 10), (0, 10)),
+    ),
     "conv1d": (conv(kernel=(3,), strides=[2], pads=[1, 0], dilations=[2]), ((2, 4, 9), (0, 4, 9))),
     "conv2d": (conv(), ((1, 4, 5, 6),)),
     "conv2d_grouped": (

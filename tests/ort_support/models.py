@@ -28,6 +28,7 @@ class Node:
     inputs: Sequence[str] = ("x", *WEIGHTS)
     x_type: int = TensorProto.FLOAT
     not_constant: frozenset[str] = field(default_factory=frozenset)
+    permuted: Sequence[str] = ()  # which of its attributes a node of its operator may use to permute x or y
 
     def replace(self, **changes: Any) -> "Node":
         return dataclasses.replace(self, **changes)
@@ -64,7 +65,7 @@ class Node:
             graph,
             opset_imports=[helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid("srigl_fx", 1)],
             ir_version=IR_VERSION,
-            functions=fallback_functions() if fallback else [],
+            functions=fallback_functions(permuted={self.op: self.permuted}) if fallback else [],
         )
 
     def feeds(self, x: Array) -> dict[str, Array]:
