@@ -35,9 +35,16 @@ if TYPE_CHECKING:
     from srigl_fx.runtime.products import Pattern
 
 _DENSEST = 0.3  # the share of kept weights above which nothing is gained
-_FREE = 2  # uses of a storage that only its tensor and the question itself hold
 
 State = dict[str, Any]
+
+
+def _uses(tensor: Tensor) -> int:
+    """How many hold the tensor's memory; some releases of PyTorch count the question itself, some do not."""
+    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+_FREE = _uses(torch.empty(1))  # of memory that nobody else holds
 
 
 @dataclass(eq=False)
@@ -106,7 +113,7 @@ class KeptWeight:
         It lies in memory that is written again at the next step, unless somebody still looks at it.
         """
         buffer = self._buffer
-        in_use = buffer is None or torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) > _FREE
+        in_use = buffer is None or _uses(buffer) > _FREE
         if buffer is None or in_use or buffer._version != self._buffer_version:
             buffer = torch.zeros(self._mask.shape if self._mask is not None else 0, dtype=gradient.dtype)
         buffer.view(-1).index_copy_(0, self.positions, gradient)
