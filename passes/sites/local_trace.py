@@ -6,9 +6,11 @@ on optional arguments, there is a trace for each of a few ways; a loop over data
 to the module meanwhile is undone.
 """
 
+import functools
 import inspect
 import logging
 import operator
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -187,8 +189,14 @@ class _Symbol(fx.Proxy):
 
 @contextmanager
 def _restored(module: nn.Module) -> Iterator[None]:
-    """Undo what the code writes to the module and those below it: attributes, buffers, caches in dicts and lists."""
-    attributes = [(each.__dict__, each.__dict__.copy()) for each in module.modules()]
+    """Undo what the code writes to the module and those below it.
+
+    That are attributes, buffers, caches in dicts and lists, and the attributes of plain objects among them: a
+    classifier of Hugging Face, for one, writes to its configuration which kind of problem its labels are of.
+    """
+    modules = list(module.modules())
+    held = {id(value): value for each in modules for value in each.__dict__.values() if _is_plain_object(value)}
+    attributes = [(each.__dict__, each.__dict__.copy()) for each in (*modules, *held.values())]
     containers: list[tuple[Any, Any]] = [
         (value, value.copy()) for _, own in attributes for value in own.values() if type(value) in (dict, list, set)
     ]
@@ -200,6 +208,12 @@ def _restored(module: nn.Module) -> Iterator[None]:
             if not _same(value, before):
                 value.clear()
                 value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether it keeps attributes of its own, and is neither data nor code."""
+    code = (type, types.ModuleType, types.FunctionType, types.MethodType, functools.partial)
+    return isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (nn.Module, Tensor, *code))
 
 
 @contextmanager

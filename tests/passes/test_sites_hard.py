@@ -4,6 +4,7 @@ import copy
 import cProfile
 import pstats
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,7 @@ class Stateful(nn.Module):
         super().__init__()
         self.fc = nn.Linear(8, 8)
         self.cache: dict[str, Any] = {}
+        self.config = SimpleNamespace(problem=None)
         self.log: list[Any] = []
         self.seen: Tensor
         self.register_buffer("seen", torch.zeros(1))
@@ -49,6 +51,7 @@ class Stateful(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.cache["last"] = x
+        self.config.problem = "regression" if x.dtype.is_floating_point else "classification"
         self.log.append(x)
         self.child.last = x
         self.seen = self.seen + 1
@@ -61,6 +64,7 @@ def test_tracing_leaves_no_symbols_behind() -> None:
     model = Stateful()
     discover(model)
     assert (model.cache, model.log, hasattr(model.child, "last")) == ({}, [], False)
+    assert vars(model.config) == {"problem": None}
     discover(model, (torch.randn(2, 8),))
     assert not any(isinstance(value, fx.Proxy) for value in (*model.cache.values(), *model.log))
     assert model.seen.item() == 0
