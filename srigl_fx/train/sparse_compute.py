@@ -12,8 +12,7 @@ the versions of tensors as they are.
 import types
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,145 +26,11 @@ from srigl_fx.masks.records import SparseWeight
 from srigl_fx.masks.shards import is_sharded
 from srigl_fx.nn.sparse_module import SparseModule, dense_class
 from srigl_fx.train.base import Trainer
+from srigl_fx.train.kept import KeptWeight
 from srigl_fx.train.optimizer_state import ELEMENTWISE
 from srigl_fx.train.untraced import untraced
-from srigl_fx.train.young import Condensed
-
-if TYPE_CHECKING:
-    from srigl_fx.runtime.products import Pattern
 
 _DENSEST = 0.3  # the share of kept weights above which nothing is gained
-
-State = dict[str, Any]
-
-
-def _uses(tensor: Tensor) -> int:
-    """How many hold the tensor's memory; some releases of PyTorch count the question itself, some do not."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-_FREE = _uses(torch.empty(1))  # of memory that nobody else holds
-
-
-@dataclass(eq=False)
-class KeptWeight:
-    """One masked weight, as what it keeps.
-
-    Attributes:
-        handle: Where weight and mask are found.
-        linear: Whether its layer computes with it here.
-        pattern: Its pattern, for those.
-        positions: int64, where the kept values are in the flat parameter.
-        values: The kept values, as a parameter that the optimizer steps.
-        state: The optimizer's state of them; empty while it is that of the dense parameter.
-        fresh: What that state holds off the mask.
-    """
-
-    handle: SparseWeight
-    linear: bool
-    pattern: "Pattern | None" = None
-    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    values: nn.Parameter = field(default_factory=lambda: nn.Parameter(torch.empty(0)))
-    state: State = field(default_factory=dict)
-    fresh: Mapping[str, float] = field(default_factory=dict)
-    _mask: Tensor | None = None
-    _mask_version: int = -1
-    _buffer: Tensor | None = None
-    _buffer_version: int = -1
-
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Follow the mask and the parameter, if somebody changed them."""
-        weight, mask = self.handle.weight, self.handle.mask
-        if mask is not self._mask or mask._version != self._mask_version:
-            self._follow(mask)
-        values = weight.detach().reshape(-1).index_select(0, self.positions)
-        if values.shape != self.values.shape or values.dtype != self.values.dtype:
-            self.values = nn.Parameter(values)
-        elif not _same_bits(values, self.values):  # written only then: a backward may still need them
-            self.values.copy_(values)
-
-    def _follow(self, mask: Tensor) -> None:
-        state = self._dense_state(mask.shape)
-        if self.linear:
-            from srigl_fx.runtime.products import Pattern
-
-            site = self.handle.record.site
-            rows, columns = site.matrix_shape
-            self.pattern = Pattern.of_mask(site.to_matrix(mask))
-            self.positions = self.pattern.positions
-            if site.kind == "linear_in_out":
-                self.positions = self.positions % columns * rows + self.positions // columns
-        else:
-            self.positions = mask.reshape(-1).nonzero().squeeze(1)
-        self.state = self._kept_state(state, mask.shape)
-        self._buffer = None
-        self._mask, self._mask_version = mask, mask._version
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Write the values into the parameter."""
-        self.handle.weight.detach().view(-1).index_copy_(0, self.positions, self.values)
-
-    def dense_gradient(self, gradient: Tensor) -> Tensor:
-        """A gradient of the values as one of the parameter, zero off the mask.
-
-        It lies in memory that is written again at the next step, unless somebody still looks at it.
-        """
-        buffer = self._buffer
-        in_use = buffer is None or _uses(buffer) > _FREE
-        if buffer is None or in_use or buffer._version != self._buffer_version:
-            buffer = torch.zeros(self._mask.shape if self._mask is not None else 0, dtype=gradient.dtype)
-        buffer.view(-1).index_copy_(0, self.positions, gradient)
-        self._buffer, self._buffer_version = buffer, buffer._version
-        return buffer.detach()
-
-    def is_kept(self, grad: Tensor) -> bool:
-        """Whether ``grad`` is the last :meth:`dense_gradient`, unchanged."""
-        buffer = self._buffer
-        return buffer is not None and grad.data_ptr() == buffer.data_ptr() and grad._version == self._buffer_version
-
-    def kept_gradient(self, grad: Tensor) -> Tensor:
-        """The parameter's gradient at the kept values."""
-        return grad.reshape(-1).index_select(0, self.positions)
-
-    def condensed(self) -> Condensed | None:
-        """The optimizer's state, while it is kept here."""
-        return Condensed(self.state, self.positions) if self.state else None
-
-    def take_state(self, dense: State) -> None:
-        """Take the optimizer's state of the parameter over."""
-        self.state = self._kept_state(dense, self.handle.mask.shape)
-
-    def give_state(self) -> State:
-        """The optimizer's state of the parameter, which is then no longer kept here."""
-        state, self.state = self._dense_state(self.handle.mask.shape), {}
-        return state
-
-    def _kept_state(self, dense: State, shape: torch.Size) -> State:
-        return {
-            name: value.reshape(-1).index_select(0, self.positions) if _is_like(value, shape) else value
-            for name, value in dense.items()
-        }
-
-    def _dense_state(self, shape: torch.Size) -> State:
-        return {
-            name: value.new_full((shape.numel(),), self.fresh.get(name, 0.0))
-            .index_copy_(0, self.positions, value)
-            .reshape(shape)
-            if _is_like(value, self.values.shape)
-            else value
-            for name, value in self.state.items()
-        }
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[one.element_size()]
-    return torch.equal(one.view(integer), other.detach().view(integer))
-
-
-def _is_like(value: object, shape: torch.Size) -> bool:
-    return isinstance(value, Tensor) and value.shape == shape
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -177,8 +42,8 @@ class _SparseLinear(torch.autograd.Function):
 
         assert kept.pattern is not None
         ctx.kept, ctx.pattern, ctx.dense_gradient = kept, kept.pattern, dense_gradient
-        ctx.save_for_backward(x, kept.values)
-        return kept.pattern.multiply(kept.values.detach(), pack(x), bias)
+        ctx.save_for_backward(x, kept.values)  # of which it tells the version, as it is a view of what is stepped
+        return kept.pattern.multiply(kept.values, pack(x), bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -188,7 +53,7 @@ class _SparseLinear(torch.autograd.Function):
         x, values = ctx.saved_tensors
         kept: KeptWeight = ctx.kept
         packed = pack(grad)
-        of_x = ctx.pattern.multiply_transposed(values.detach(), packed) if ctx.needs_input_grad[0] else None
+        of_x = ctx.pattern.multiply_transposed(values, packed) if ctx.needs_input_grad[0] else None
         of_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         of_weight = None
         if ctx.needs_input_grad[1] and ctx.dense_gradient:
@@ -301,8 +166,8 @@ class SparseCompute:
         """Put the parameters back in their places."""
         for parameters, place, kept in self._swapped:
             parameters[place] = kept.handle.weight
-            kept.state = dict(self._optimizer.state.pop(kept.values, {}))
-            kept.values.grad = None
+            kept.state = dict(self._optimizer.state.pop(kept.stepped, {}))
+            kept.stepped.grad = None
         self._swapped = []
 
     @torch.no_grad()
@@ -322,10 +187,10 @@ class SparseCompute:
                 kept.refresh()
                 if state := self._optimizer.state.pop(parameter, None):
                     kept.take_state(state)
-                kept.values.grad = kept.kept_gradient(parameter.grad)
+                kept.stepped.grad = kept.kept_gradient(parameter.grad)
                 if kept.state:
-                    self._optimizer.state[kept.values] = kept.state
-                parameters[place] = kept.values
+                    self._optimizer.state[kept.stepped] = kept.state
+                parameters[place] = kept.stepped
                 self._swapped.append((parameters, place, kept))
 
     def _after_step(self, *_: Any) -> None:

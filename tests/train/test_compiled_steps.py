@@ -16,6 +16,7 @@ from srigl_fx.masks import verify
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static
 from srigl_fx.train.base import Trainer
+from srigl_fx.train.sparse_compute import compute_sparse
 
 # What torch itself warns of while it imports its compiler.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
@@ -52,6 +53,12 @@ def _run(
         optimizer.zero_grad()
         (part if what == "backward" else backward)(x)
         (part if what == "optimizer.step" else optimizer.step)()
+
+
+def _whole_step(model: nn.Module, optimizer: Optimizer, x: Tensor) -> None:
+    optimizer.zero_grad()
+    loss_of(model, x).backward()
+    optimizer.step()
 
 
 def _pair(method: type[Trainer], model: nn.Module, **options: Any) -> list[tuple[nn.Module, Optimizer, Trainer]]:
@@ -151,6 +158,47 @@ def test_a_transformed_weight_in_a_compiled_step() -> None:
     _run(plain, other)
     _assert_same(model, plain, optimizer, other)
     assert counter.frame_count <= 6
+
+
+# How often a step is compiled once the first update is over: where the number of kept weights grows beyond what there
+# was room for (ablation), and each time that it has halved (from all to 5 %).
+RECOMPILED: list[tuple[type[Trainer], int]] = [(RigL, 0), (SET, 0), (SNFS, 0), (Static, 0), (SRigL, 1), (GMP, 4)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["step", "optimizer.step"])
+@pytest.mark.parametrize(("method", "most"), RECOMPILED)
+def test_steps_from_the_kept_weights_alone_are_not_compiled_anew_by_updates(
+    method: type[Trainer], most: int, what: str
+) -> None:
+    layers = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64)).double()
+    pair = _pair(method, sparsify(layers, sparsity=0.95), **({"ablation": 0.9} if method is SRigL else {}))
+    (model, optimizer, trainer), (plain, other, expected) = pair
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(optimizer.step if what == "optimizer.step" else _whole_step, backend=counter)
+    counts = []
+    data = torch.randn(40, 32, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with compute_sparse(trainer) as computing, compute_sparse(expected):
+        assert computing.steps_kept
+        for index, x in enumerate(data):
+            if what == "step":
+                compiled(model, optimizer, x)
+            else:
+                optimizer.zero_grad()
+                loss_of(model, x).backward()
+                compiled()
+            _whole_step(plain, other, x)
+            counts.append(counter.frame_count)
+            if index == 20:
+                optimizer.state_dict()
+                other.state_dict()
+        assert trainer.last_update == expected.last_update == (None if method is Static else 27)
+    assert counts[3] <= 4  # the model, backward and the optimizer, which is once without momentum
+    assert counts[-1] - counts[3] <= most, counts
+    assert same(mask_copies(model), mask_copies(plain))
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    verify(model, optimizer)
 
 
 @pytest.mark.parametrize("what", ["step", "optimizer.step"])

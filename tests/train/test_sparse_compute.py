@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from srigl_fx import RigL, SRigL, Static, sparsify, verify
+from srigl_fx import GMP, RigL, SRigL, Static, sparsify, verify
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks import named_masks
 from srigl_fx.train.base import Trainer
@@ -142,6 +142,35 @@ def test_equals_masked_dense_training_with_fixed_masks_and_micro_batches() -> No
 
 def test_equals_masked_dense_training_of_small_batches() -> None:
     assert_equal_training(mlp, OPTIMIZERS["SGD with momentum"], srigl, (3, 70))
+
+
+@pytest.mark.parametrize(
+    "optimize",
+    [
+        OPTIMIZERS["SGD with momentum"],
+        lambda parameters: torch.optim.Adagrad(parameters, lr=1e-2, initial_accumulator_value=0.1, weight_decay=1e-3),
+    ],
+)
+def test_equals_masked_dense_training_while_fewer_and_fewer_weights_are_kept(optimize: Optimize) -> None:
+    """What the optimizer steps has room for more than is kept, and that room is given back."""
+
+    def gmp(model: nn.Module, optimizer: torch.optim.Optimizer) -> Trainer:
+        return GMP(model, optimizer, total_steps=16, update_every=2)
+
+    computing = assert_equal_training(mlp, optimize, gmp, (96, 70), steps=20)
+    for kept in computing._kept:
+        count = int(kept.handle.mask.sum())
+        assert len(kept.values) == count < len(kept.stepped) <= 2 * count
+        assert not kept.stepped[count:].any()
+
+
+def test_a_step_between_forward_and_backward_is_refused() -> None:
+    """By torch, as for a dense layer: the values that the gradient of the input needs have been written to."""
+    model, optimizer, _ = trained()
+    loss = model(torch.randn(96, 70)).square().mean()
+    step(model, optimizer, torch.randn(96, 70))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def trained(make: Callable[[], nn.Module] = mlp) -> tuple[nn.Module, torch.optim.Optimizer, SparseCompute]:
