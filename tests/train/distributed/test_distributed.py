@@ -45,11 +45,15 @@ def _environment(**extra: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **extra}
 
 
-def launch(out: Path, processes: int, scenarios: tuple[str, ...]) -> Outcomes:
+def launch(out: Path, processes: int, scenarios: tuple[str, ...], *, patience_s: int = 170) -> Outcomes:
     """What became of each scenario on each rank."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     done = subprocess.run(
-        [*command, str(WORKER), str(out), *scenarios], env=_environment(), capture_output=True, text=True, timeout=170
+        [*command, str(WORKER), str(out), *scenarios],
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        timeout=patience_s,
     )
     assert done.returncode == 0, done.stderr
     ranks = [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
@@ -75,6 +79,13 @@ def four(folder: Path, two: Outcomes) -> Outcomes:
 def test_two_processes_in_short(tmp_path: Path) -> None:
     for name, outcome in launch(tmp_path, 2, IN_SHORT).items():
         assert outcome == ["ok", "ok"], f"{name}\n" + "\n".join(outcome)
+
+
+@pytest.mark.slow
+def test_compiled_steps_of_two_processes(tmp_path: Path) -> None:
+    """By themselves, as they take longer than all others."""
+    outcome = launch(tmp_path, 2, ("compiled_steps",), patience_s=400)["compiled_steps"]
+    assert outcome == ["ok"] * 2, "\n".join(outcome)
 
 
 @pytest.mark.slow

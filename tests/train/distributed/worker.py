@@ -21,6 +21,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -645,6 +646,61 @@ def second_order() -> None:
     for handle in sparse_weights(twin):
         assert handle.weight.grad is not None
         torch.testing.assert_close(once[handle.fqn], Processes(dist.group.WORLD, True).mean(handle.weight.grad))
+
+
+def compiled_steps() -> None:
+    """A step compiled as a whole is to the last bit what it is without, and mask updates compile nothing anew."""
+    cases: list[tuple[str, str, dict[str, Any], dict[str, Any], int]] = [
+        *[(name, "DDP", {}, {}, 1) for name in METHODS],
+        ("SRigL", "DDP", {}, {}, 2),
+        ("SRigL", "DDP", {"gradient_as_bucket_view": True}, {}, 1),
+        ("RigL", "DDP", {"static_graph": True}, {}, 1),
+        ("RigL", "DDP", {}, {"optimize_ddp": False}, 1),
+        ("RigL", "DDP", {}, {"optimize_ddp": "python_reducer", "compiled_autograd": True}, 1),
+        ("SRigL", "FSDP", {}, {}, 1),
+        ("RigL", "FSDP", {}, {}, 2),
+    ]
+    for name, way, options, config, micro in cases:
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        pair: list[tuple[nn.Module, Optimizer, Trainer]] = []
+        for compiled in (False, True):
+            with torch._dynamo.config.patch(config if compiled else {}):
+                model: nn.Module = small_net()
+                model = DistributedDataParallel(model, **options) if way == "DDP" else shard(model)
+                optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+                trainer = METHODS[name](model, optimizer, **EVERY_TWO)
+                pair.append((model, optimizer, trainer))
+                start, counts = digest(model), []
+                take = torch.compile(accumulated_step, backend=counter) if compiled else accumulated_step
+                for batches in data(8, micro=micro):
+                    take(model, optimizer, [mine(batch) for batch in batches])
+                    counts.append(counter.frame_count)
+            sx.verify(model, optimizer)
+            assert_same_masks(model)
+        (plain, _, expected), (model, _, trainer) = pair
+        where = f"{name} {way} {options} {config} {micro} {counts}"
+        assert counts[0] > 0, where
+        assert counts[2:] == counts[2:3] * 6, where
+        assert (trainer.steps, trainer.last_update) == (expected.steps, expected.last_update), where
+        assert (digest(model) == start) == (name == "Static"), where
+        assert digest(model) == digest(plain), where
+        for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(local(one), local(other)), where
+
+
+def accumulated_step(model: nn.Module, optimizer: Optimizer, batches: list[Tensor]) -> None:
+    optimizer.zero_grad()
+    for index, x in enumerate(batches):
+        with no_sync(model, index == len(batches) - 1):
+            loss_of(model, x).backward()
+    optimizer.step()
+
+
+def small_net() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(24, 33), nn.ReLU(), nn.Linear(33, 33), nn.ReLU(), nn.Linear(33, 3))
+    return sx.sparsify(layers.double(), sparsity=0.75, distribution="uniform")
 
 
 SAVED: dict[str, Any] = {"total_steps": 40, "update_every": 4, "ablation": 0.9, "drop_fraction": 0.5, "grad_samples": 3}
