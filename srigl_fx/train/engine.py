@@ -33,13 +33,13 @@ from srigl_fx.train.optimizer_state import MaskedState, keeps_zeros
 from srigl_fx.train.state import layout
 from srigl_fx.train.step_counts import StepCounts
 from srigl_fx.train.stepping import StepHook, StepHooks, unwrap
+from srigl_fx.train.strays import Strays
 from srigl_fx.train.young import FindCondensed
 
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 20  # backward passes, each for gradients of its own, after which a step should have come
 _WARY = 6  # steps behind a change of masks at which weights are looked at: who keeps others writes them back then
-_LOOKS = 3  # how often gradients past the hooks are looked at outside of updates, as it makes the host wait
 
 
 class MaskEngine:
@@ -93,10 +93,8 @@ class MaskEngine:
         self.counts = StepCounts(self._steps.optimizers, lambda: self._managed) if count_steps else None
         if self.counts is not None:
             self.counts.check(sparse_weights(model))
-        self._looks, self._wary = _LOOKS, 0
-        self._stray: dict[str, Tensor] = {}  # whether weights were moved off the mask, since that was last asked
-        self._written = False
-        self._logged: set[str] = set()
+        self._wary = 0
+        self._strays = Strays(optimizer)
         handles = sparse_weights(model)
         self.processes.copy_first([handle.mask for handle in handles])
         self.processes.copy_first([handle.weight for handle in handles if not is_sharded(handle.weight)])
@@ -346,13 +344,12 @@ class MaskEngine:
         def on_gradient(parameter: Tensor) -> None:
             if (alive := engine()) is not None:
                 managed = alive._managed[name]
-                if (
-                    alive._wary == _WARY
-                ):  # some show the optimizer other weights than the model (schedule-free averages)
-                    alive._note_stray(managed)
+                # Some show the optimizer other weights than the model: schedule-free averages, noise inside a step.
+                if alive._wary == _WARY:
+                    alive._strays.note(managed, inside_step=alive._steps.running)
                 managed.take_gradient(parameter, capture=alive._capturing)
                 if managed.rounds == _PATIENCE:
-                    alive._tell_of_steps()
+                    alive._strays.tell_of_steps(_PATIENCE)
 
         return on_gradient
 
@@ -374,21 +371,19 @@ class MaskEngine:
                 continue
             own, grad = managed.own(weight), weight.grad
             # Under backward(create_graph=True) a second backward needs the weight as it is: not without cause, then.
-            watched = (self.watching or self._written or self._wary > 0) and not (
+            watched = (self.watching or self._strays.written or self._wary > 0) and not (
                 grad is not None and grad.requires_grad
             )
             if own._version != managed.weight_version or watched:
-                self._note_stray(managed)
+                self._strays.note(managed)
                 managed.project(weight)
             if grad is not None and not managed.left_as(managed.own(grad)):
                 if not managed.arrived:
-                    self._take_unseen(managed)
+                    self._strays.take_unseen(managed, capture=self._capturing)
                 managed.project(grad)
             if managed.swapped:
                 managed.hook(self._on_gradient(managed.handle.fqn))
-        # What lies in the host's memory can be read at once; for the rest the host waits where it may.
-        if self.watching or all(flag.device.type == "cpu" for flag in self._stray.values()):
-            self._look_for_writers()
+        self._strays.tell(self._managed, wait=self.watching)
 
     @torch.no_grad()
     def _after_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -404,57 +399,6 @@ class MaskEngine:
                     managed.project(managed.parameter)
                 managed.weight_version = managed.own(managed.parameter)._version
         self._on_step(getattr(self._optimizer, "found_inf", None))
-
-    @torch.no_grad()
-    def _note_stray(self, managed: ManagedWeight) -> None:
-        """Note whether a weight is off its mask, without waiting to know."""
-        if managed.parameter is None or not managed.knows_mask():
-            return
-        stray = (managed.own(managed.handle.weight).ne(0) & ~managed.mask).any()
-        self._stray[managed.handle.fqn] = self._stray.get(managed.handle.fqn, stray) | stray
-
-    def _look_for_writers(self) -> None:
-        """Say so where weights have been moved off the mask since a step: the forward passes then have seen them."""
-        found = {name: self._stray[name] for name in self._managed if name in self._stray}
-        self._stray = {}
-        flags = torch.stack([flag.cpu() for flag in found.values()]).tolist() if found else []
-        if names := [name for name, flag in zip(found, flags, strict=True) if flag]:
-            self._written = True
-            self._log_once(
-                "written",
-                "weights of %s were moved off the mask between two steps. An optimizer around the one that the trainer "
-                "follows does that (Lookahead, TRAC, schedule-free): attach the trainer to the outermost, or call "
-                "srigl_fx.masks.apply(model) after each of its steps. They are set to zero before each step now",
-                names[0],
-            )
-
-    def _take_unseen(self, managed: ManagedWeight) -> None:
-        """Take a gradient into account that came past the hook; say so where others may have seen it unmasked."""
-        if not self._capturing and not self._looks:
-            return
-        self._looks = max(0, self._looks - 1)
-        if managed.take_unseen(capture=self._capturing):
-            self._log_once(
-                "unseen",
-                "the gradient of %s came past the trainer's hooks: its content was swapped (torch.utils.swap_tensors), "
-                "it was written by hand, or the backward pass was compiled as one graph. It is masked now, before the "
-                "step; what looked at it before, such as clipping, saw entries off the mask",
-                managed.handle.fqn,
-            )
-
-    def _tell_of_steps(self) -> None:
-        self._log_once(
-            "steps",
-            "%d backward passes and no step of %s: masks are updated at its steps alone. Attach the trainer to the "
-            "optimizer that steps",
-            _PATIENCE,
-            type(self._optimizer).__name__,
-        )
-
-    def _log_once(self, cause: str, message: str, *details: object) -> None:
-        if cause not in self._logged:
-            self._logged.add(cause)
-            _log.warning(message, *details)
 
     def _project(self, managed: ManagedWeight) -> None:
         """Set weight, gradient and state to zero off the mask as it is now."""

@@ -62,6 +62,11 @@ class StepHooks:
         self._frame: FrameType | None = None
         self._hooks: list[RemovableHandle] = []
 
+    @property
+    def running(self) -> bool:
+        """Whether a step runs, so that the gradients that arrive are those of its closure."""
+        return bool(self._open)
+
     def register(self) -> None:
         """Begin to follow the steps."""
         self._hooks = [

@@ -282,3 +282,59 @@ def test_an_optimizer_of_ones_own() -> None:
     optimizer = Lookahead(model.parameters(), lr=0.05, momentum=0.9)
     SRigL(model, optimizer, total_steps=100, update_every=3)
     train(model, optimizer, batches(7), lambda: verify(model, optimizer))
+
+
+class Shaken(Optimizer):
+    """Moves all weights by noise inside its step before it asks for gradients, the less the more its state says."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 0.01})
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        with torch.no_grad():
+            for parameter in parameters:
+                scale = self.state[parameter].setdefault("scale", torch.ones_like(parameter))
+                parameter.add_(0.01 * torch.randn(parameter.shape) / scale)
+        if closure is not None:
+            with torch.enable_grad():
+                closure()
+        with torch.no_grad():
+            for parameter in parameters:
+                scale = self.state[parameter]["scale"]
+                scale.lerp_((parameter.grad.abs() + 0.1).square(), 0.1)
+                parameter.sub_(self.defaults["lr"] * parameter.grad / scale)
+
+
+def test_noise_inside_a_step(caplog: pytest.LogCaptureFixture) -> None:
+    """Equal to masks by hand where state off them begins anew after each step: the noise there depends on it."""
+    model = mlp()
+    by_hand = copy.deepcopy(model)
+    optimizer, plain = Shaken(model.parameters()), Shaken(by_hand.parameters())
+    RigL(model, optimizer, total_steps=100, update_every=3, drop_fraction=0.5)
+    live = {handle.fqn: handle for handle in sparse_weights(model)}
+    for step, x in enumerate(batches(10)):
+        before = {name: handle.mask.clone() for name, handle in live.items()}
+        for module, each in ((model, optimizer), (by_hand, plain)):
+
+            def closure(module: nn.Module = module) -> None:
+                module.zero_grad()
+                torch.autograd.backward(loss_of(module, x))  # noqa: B023 - called at once
+                if module is by_hand:
+                    for handle in sparse_weights(module):
+                        assert handle.weight.grad is not None
+                        handle.weight.grad.mul_(before[handle.fqn])  # noqa: B023
+
+            torch.manual_seed(step)
+            each.step(closure)
+        with torch.no_grad():
+            for handle in sparse_weights(by_hand):
+                staying = before[handle.fqn] & live[handle.fqn].mask
+                handle.weight.mul_(staying)
+                plain.state[handle.weight]["scale"][~staying] = 1.0
+        verify(model, optimizer)
+        for mine, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
+            assert torch.equal(mine, theirs)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1
+    assert said[0].startswith("weights of 0.weight are off the mask where Shaken asks for gradients inside its step")
