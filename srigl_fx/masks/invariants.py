@@ -65,7 +65,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     """
     check_sound(model)
     for handle in sparse_weights(model):
-        _check_blocks(handle)
+        for block, budget, rows in _blocks(handle):
+            _check_block(handle, block, budget, rows)
         if optimizer is not None:
             _check_state(handle, optimizer, part(handle.mask, handle.weight))
     for fault in (fault for engine in engines(model) for fault in engine.faults()):
@@ -127,9 +128,8 @@ def check_masks(model: nn.Module) -> None:
     """
     for handle in sparse_weights(model):
         _check_mask(handle)
-        matrix = handle.record.site.to_matrix(handle.mask)
-        for block, budget in zip(handle.record.site.blocks, handle.record.budgets, strict=True):
-            kept = int(matrix[block.start : block.stop].sum())
+        for _, budget, rows in _blocks(handle):
+            kept = int(rows.sum())
             if kept > budget and not handle.record.dense_start:
                 raise InvariantError(_over_budget(handle.fqn, kept, budget))
 
@@ -213,11 +213,11 @@ def _check_mask(handle: SparseWeight) -> None:
         raise InvariantError(f"{handle.mask_fqn} is on {mask.device}, its weight on {weight.device}: use model.to(...)")
 
 
-def _check_blocks(handle: SparseWeight) -> None:
-    """Rules 3 and 4 for one weight."""
+def _blocks(handle: SparseWeight) -> Iterator[tuple[Block, int, Tensor]]:
+    """The blocks of a weight's rows, with their budgets and their rows of the mask."""
     matrix = handle.record.site.to_matrix(handle.mask)
     for block, budget in zip(handle.record.site.blocks, handle.record.budgets, strict=True):
-        _check_block(handle, block, budget, matrix[block.start : block.stop])
+        yield block, budget, matrix[block.start : block.stop]
 
 
 def _check_state(handle: SparseWeight, optimizer: Optimizer, held: Tensor) -> None:
@@ -238,6 +238,7 @@ def _check_state(handle: SparseWeight, optimizer: Optimizer, held: Tensor) -> No
 
 
 def _check_block(handle: SparseWeight, block: Block, budget: int, mask: Tensor) -> None:
+    """Rules 3 and 4 for one block of a weight's rows."""
     where = f"{handle.fqn} (rows {block.start}-{block.stop - 1}, {block.name})" if block.name else handle.fqn
     counts = mask.sum(dim=1)
     kept = int(counts.sum())

@@ -12,10 +12,10 @@ import inspect
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 # Enough for what begins late (at a tenth or a twentieth step), and some milliseconds of work.
 STEPS = 40
 _SCALES = (0.1, 3.0)
+_T = TypeVar("_T")
 
 
 class ProbeError(Exception):
@@ -74,25 +75,25 @@ def probe(
         >>> probe(adam, adam.param_groups[0], (6, 5)).fresh
         {'exp_avg': 0.0, 'exp_avg_sq': 0.0}
     """
-    reasons = []
     on = (torch.rand(tuple(shape), generator=torch.Generator().manual_seed(0), device="cpu") < 0.5).to(device)
     on.view(-1)[0], on.view(-1)[-1] = True, False
-    for second_order in (False, True):
-        try:
-            with _undisturbed(on.device):
-                first, second = (_run(optimizer, group, on, seed, second_order) for seed in range(2))
-        except Exception as error:  # whatever somebody's optimizer raises
-            reasons.append(f"{type(error).__name__}: {error}")
-            continue
-        starts = {name: _start(name, first, second, on) for name in first.after if name in second.after}
-        elementwise = {name: start for name, start in starts.items() if start is not None}
-        return Found(
-            {name: float(start[0]) + 0.0 for name, start in elementwise.items() if _is_one_value(start)},
-            frozenset((*first.after, *second.after)),
-            tuple(name for name, start in elementwise.items() if not _is_one_value(start)),
-            tuple(sorted(first.masks | second.masks)),
-        )
-    raise ProbeError(f"a new {type(optimizer).__name__} with its settings does not step: {reasons[0]}")
+
+    def attempt(second_order: bool) -> tuple[_Run, _Run]:
+        with _undisturbed(on.device):
+            return _run(optimizer, group, on, 0, second_order), _run(optimizer, group, on, 1, second_order)
+
+    try:
+        first, second = _first_that_steps(attempt)
+    except ProbeError as error:
+        raise ProbeError(f"a new {type(optimizer).__name__} with its settings does not step: {error}") from None
+    starts = {name: _start(name, first, second, on) for name in first.after if name in second.after}
+    elementwise = {name: start for name, start in starts.items() if start is not None}
+    return Found(
+        {name: float(start[0]) + 0.0 for name, start in elementwise.items() if _is_one_value(start)},
+        frozenset((*first.after, *second.after)),
+        tuple(name for name, start in elementwise.items() if not _is_one_value(start)),
+        tuple(sorted(first.masks | second.masks)),
+    )
 
 
 def needs(
@@ -109,32 +110,17 @@ def needs(
         >>> list(begin), list(later)
         ([], ['step', 'exp_avg', 'exp_avg_sq'])
     """
-    reasons = []
-    for second_order in (False, True):
-        try:
-            with _undisturbed(torch.device("cpu")):
-                parameter = nn.Parameter(torch.ones(tuple(shape), dtype=torch.float32))
-                stepper: Any = _stand_in(optimizer, group, parameter)
-                begin = dict(stepper.state.get(parameter, {}))
 
-                def closure(parameter: nn.Parameter = parameter) -> Tensor:
-                    with torch.enable_grad():
-                        parameter.grad = None
-                        loss = parameter.square().sum()
-                        torch.autograd.backward(loss, create_graph=True)
-                        return loss.detach()
+    def attempt(second_order: bool) -> tuple[Mapping[Any, Any], Mapping[Any, Any]]:
+        with _undisturbed(torch.device("cpu")):
+            parameter = nn.Parameter(torch.ones(tuple(shape), dtype=torch.float32))
+            stepper: Any = _stand_in(optimizer, group, parameter)
+            begin = dict(stepper.state.get(parameter, {}))
+            loss = None if not second_order else lambda: parameter.square().sum()
+            _step(stepper, parameter, torch.ones_like(parameter), loss)
+            return begin, dict(stepper.state.get(parameter, {}))
 
-                if second_order:
-                    closure()
-                    stepper.step(closure)
-                else:
-                    parameter.grad = torch.ones_like(parameter)
-                    stepper.step()
-                parameter.grad = None
-                return begin, dict(stepper.state.get(parameter, {}))
-        except Exception as error:  # whatever somebody's optimizer raises
-            reasons.append(f"{type(error).__name__}: {error}")
-    raise ProbeError(reasons[0])
+    return _first_that_steps(attempt)
 
 
 def tensors_of(state: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -222,20 +208,10 @@ def _run(optimizer: Optimizer, group: Mapping[str, Any], on: Tensor, seed: int, 
     for _ in range(STEPS):
         slope = values() * _SCALES[seed]
 
-        def closure(slope: Tensor = slope) -> Tensor:
-            with torch.enable_grad():
-                parameter.grad = None
-                loss = (on * (_SCALES[seed] * parameter.square() + slope * parameter)).sum()
-                torch.autograd.backward(loss, create_graph=True)
-                return loss.detach()
+        def loss(slope: Tensor = slope) -> Tensor:
+            return (on * (_SCALES[seed] * parameter.square() + slope * parameter)).sum()
 
-        if second_order:
-            closure()
-            stepper.step(closure)
-        else:
-            parameter.grad = slope
-            stepper.step()
-        parameter.grad = None
+        _step(stepper, parameter, slope, loss if second_order else None)
         with torch.no_grad():
             parameter.copy_(torch.where(on, parameter, 0.0))
         for name, value in (pair for one in chain(stepper) for pair in tensors_of(one.state.get(parameter, {}))):
@@ -245,6 +221,37 @@ def _run(optimizer: Optimizer, group: Mapping[str, Any], on: Tensor, seed: int, 
                 whole = value.detach().reshape(on.shape)
                 found.after.setdefault(name, []).append(_Sight(whole[on], whole[~on]))
     return found
+
+
+def _step(stepper: Any, parameter: nn.Parameter, gradient: Tensor, loss: Callable[[], Tensor] | None) -> None:
+    """One step by ``gradient``; or where a loss is given by its gradients, which have gradients themselves."""
+
+    def closure() -> Tensor:
+        assert loss is not None
+        with torch.enable_grad():
+            parameter.grad = None
+            value = loss()
+            torch.autograd.backward(value, create_graph=True)
+            return value.detach()
+
+    if loss is None:
+        parameter.grad = gradient
+        stepper.step()
+    else:
+        closure()
+        stepper.step(closure)
+    parameter.grad = None
+
+
+def _first_that_steps(attempt: Callable[[bool], _T]) -> _T:
+    """What ``attempt`` gives with gradients alone, or else with second-order ones and a closure; the first reason."""
+    reasons = []
+    for second_order in (False, True):
+        try:
+            return attempt(second_order)
+        except Exception as error:  # whatever somebody's optimizer raises
+            reasons.append(f"{type(error).__name__}: {error}")
+    raise ProbeError(reasons[0])
 
 
 def _start(name: str, first: _Run, second: _Run, on: Tensor) -> Tensor | None:
