@@ -245,10 +245,12 @@ def _read_node(
 
 def _constant_bytes(tensor: "onnx.TensorProto", where: str) -> int:
     """Bytes of a constant by its declared type and shape."""
-    from onnx import helper
+    from onnx import TensorProto, helper
 
     try:
-        item = int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        # NumPy has no bfloat16 of its own: releases of onnx name other types for it.
+        half = tensor.data_type == TensorProto.BFLOAT16
+        item = 2 if half else int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
     except (KeyError, ValueError, TypeError) as error:
         raise FormatError(f"{where}: the constant {tensor.name!r} has an unknown type ({tensor.data_type})") from error
     return int(math.prod(tensor.dims) * item)

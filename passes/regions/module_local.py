@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from srigl_fx.passes.fake_values import fake_result
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.regions.recording import Call
 
@@ -107,5 +108,4 @@ def _values(example: Tensor, layer: Any, operator: Any, settings: tuple[Any, ...
         operands = [
             mode.from_tensor(p.detach(), static_shapes=True) for p in (layer.weight, layer.bias) if p is not None
         ]
-        with mode:
-            return [x, *operands, operator(x, *[*operands, None][:2], *settings)]
+        return [x, *operands, fake_result(mode, operator, (x, *[*operands, None][:2], *settings))]
