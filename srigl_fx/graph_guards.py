@@ -3,8 +3,8 @@
 Owns the checks, made when a graph is saved and when it is loaded, and what takes the place of an operator in a graph
 from a file: batch normalisation becomes the public operator, which compares the sizes of its weights; the input and
 state of a recurrent layer are brought to the sizes that its weights have, the heads of attention in groups are
-counted, and the rows of bags looked at, or refused when it runs. Graphs compute the same as before. It must not know
-the file format.
+counted, and the rows of bags looked at, or refused when it runs. Graphs compute the same as before; one that has been
+guarded already, and saved again, gets nothing more. It must not know the file format.
 """
 
 import operator
@@ -76,6 +76,23 @@ def guard(graph: fx.Graph, tensor_at: Callable[[str], Tensor]) -> None:
                 _size_recurrent(graph, node, _GATES[_packet(node)], tensor_at)
 
 
+def _called(graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
+    """The call of ``target`` that there is above ``before`` already, else a new one right above it."""
+    (operand, *_) = args
+    for user in operand.users:
+        if user.target is target and user < before and not user.kwargs and _same(user.args, args):
+            return user
+    with graph.inserting_before(before):
+        return graph.call_function(target, args)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments are equal, and a number is not taken for a truth value; lists and tuples are alike."""
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other) and bool(one == other)
+
+
 def _packet(node: fx.Node) -> str:
     assert isinstance(node.target, torch._ops.OpOverload)
     return str(node.target.overloadpacket.__name__)
@@ -109,12 +126,11 @@ def _check_attention(node: fx.Node) -> None:
 def _count_heads(graph: fx.Graph, node: fx.Node) -> None:
     """Divide the heads of queries by those of keys and of values, as the operator does: by none is an error here."""
     given = arguments(node)
-    with graph.inserting_before(node):
-        queries, *others = (
-            graph.call_function(torch.ops.aten.sym_size.int, (given[name], -3)) for name in ("query", "key", "value")
-        )
-        for heads in others:
-            graph.call_function(operator.floordiv, (queries, heads))
+    queries, *others = (
+        _called(graph, node, torch.ops.aten.sym_size.int, (given[name], -3)) for name in ("query", "key", "value")
+    )
+    for heads in others:
+        _called(graph, node, operator.floordiv, (queries, heads))
 
 
 def _check_bags(node: fx.Node) -> None:
@@ -136,14 +152,13 @@ def _bound_bags(graph: fx.Graph, node: fx.Node) -> None:
     """Look up what the operator takes for granted: rows of the table, one bag or more, which begin in order in it."""
     given = arguments(node)
     lookup = torch.ops.aten.index_select.default  # an error where an index is no integer, or out of range
-    with graph.inserting_before(node):
-        column = graph.call_function(torch.ops.aten.select.int, (given["weight"], 1, 0))
-        graph.call_function(lookup, (column, 0, given["indices"]))
-        ends = graph.call_function(torch.ops.aten.constant_pad_nd.default, (given["indices"], [0, 1]))
-        lengths = graph.call_function(torch.ops.aten.diff.default, (given["offsets"],))
-        graph.call_function(torch.ops.aten.select.int, (given["offsets"], 0, int(given.get("include_last_offset", 0))))
-        for places in (given["offsets"], lengths):
-            graph.call_function(lookup, (ends, 0, places))
+    column = _called(graph, node, torch.ops.aten.select.int, (given["weight"], 1, 0))
+    _called(graph, node, lookup, (column, 0, given["indices"]))
+    ends = _called(graph, node, torch.ops.aten.constant_pad_nd.default, (given["indices"], [0, 1]))
+    lengths = _called(graph, node, torch.ops.aten.diff.default, (given["offsets"],))
+    _called(graph, node, torch.ops.aten.select.int, (given["offsets"], 0, int(given.get("include_last_offset", 0))))
+    for places in (given["offsets"], lengths):
+        _called(graph, node, lookup, (ends, 0, places))
 
 
 def _check_divisor(node: fx.Node) -> None:
@@ -204,12 +219,23 @@ def _size_recurrent(graph: fx.Graph, node: fx.Node, gates: int, tensor_at: Calla
     width, hidden = (int(tensor_at(str(weight.target)).shape[1]) for weight in given["params"][:2])
     rows = given["num_layers"] * (2 if given["bidirectional"] else 1)
 
-    def sized(value: fx.Node, sizes: list[Any]) -> fx.Node:
-        return graph.call_function(torch.ops.aten.expand.default, (value, sizes))
+    def called(target: Callable[..., Any], *args: Any) -> fx.Node:
+        return _called(graph, node, target, args)
 
-    with graph.inserting_before(node):
-        x = sized(given["input"], [-1, -1, width])
-        batch = graph.call_function(torch.ops.aten.sym_size.int, (x, 0 if given["batch_first"] else 1))
-        states = [sized(state, [rows, batch, hidden]) for state in (given["hx"] if gates == 4 else [given["hx"]])]
-        states = [graph.call_function(torch.ops.aten.clone.default, (state,)) for state in states]
+    def is_sized(value: Any, sizes: list[Any]) -> bool:
+        expands = isinstance(value, fx.Node) and value.target is torch.ops.aten.expand.default and not value.kwargs
+        return expands and _same(value.args[1:], (sizes,))
+
+    def sized(value: fx.Node, sizes: list[Any]) -> fx.Node:
+        return value if is_sized(value, sizes) else called(torch.ops.aten.expand.default, value, sizes)
+
+    def copied(value: fx.Node, sizes: list[Any]) -> fx.Node:
+        copies = value.target is torch.ops.aten.clone.default and not value.kwargs
+        if copies and is_sized(value.args[0], sizes):
+            return value
+        return called(torch.ops.aten.clone.default, sized(value, sizes))
+
+    x = sized(given["input"], [-1, -1, width])
+    batch = called(torch.ops.aten.sym_size.int, x, 0 if given["batch_first"] else 1)
+    states = [copied(state, [rows, batch, hidden]) for state in (given["hx"] if gates == 4 else [given["hx"]])]
     set_arguments(node, input=x, hx=states if gates == 4 else states[0])

@@ -16,6 +16,7 @@ from srigl_fx import graph_ops
 from srigl_fx.errors import FormatError, LoweringError
 from srigl_fx.graph_file import guarded
 from srigl_fx.graph_guards import guard
+from srigl_fx.lowered import LoweredModule
 from srigl_fx.lowering import load_lowered, lower
 
 NAMES = sorted(graph_ops._ATEN)
@@ -152,6 +153,46 @@ def test_embedding_bags_are_saved_and_look_at_their_rows(mode: str, tmp_path: Pa
         for wrong in ((rows + 20, starts), (rows, starts + 8), (rows, starts.flip(0)), (rows, starts - 1)):
             with pytest.raises((IndexError, RuntimeError)):
                 again(*wrong)
+
+
+class Grouped(nn.Module):
+    """Two heads of queries for each of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.keys = nn.Linear(6, 16), nn.Linear(6, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, keys = (one.unflatten(-1, (-1, 4)).transpose(1, 2) for one in (self.query(x), self.keys(x)))
+        mixed: Tensor = nn.functional.scaled_dot_product_attention(query, keys, keys, enable_gqa=True)
+        return mixed
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs"),
+    [
+        pytest.param(lambda: Bags("mean"), (torch.arange(9), torch.tensor([0, 3, 3, 7])), id="bags"),
+        pytest.param(Grouped, (torch.ones(2, 5, 6),), id="heads in groups"),
+        pytest.param(lambda: Recurrent(nn.LSTM, num_layers=2, bidirectional=True), (torch.ones(7, 2, 6),), id="lstm"),
+        pytest.param(lambda: Recurrent(nn.GRU, batch_first=True), (torch.ones(2, 7, 6),), id="gru"),
+        pytest.param(lambda: Normalised(statistics=True), (torch.ones(4, 6),), id="batch norm"),
+    ],
+)
+def test_a_graph_that_is_loaded_and_saved_again_does_not_grow(
+    make: "type[nn.Module]", inputs: tuple[Tensor, ...]
+) -> None:
+    once = lower(mask_by_hand(randomise(make()), 0.4).eval(), inputs, min_speedup=0)
+    assert isinstance(once, LoweredModule)
+    loaded, sizes, counts = once, [], []
+    for _ in range(4):
+        data = loaded._bytes()
+        loaded = LoweredModule.from_bytes(data)
+        sizes.append(len(data))
+        counts.append(len(loaded.graph.nodes))
+        with torch.no_grad():
+            assert torch.equal(loaded(*inputs), once(*inputs))
+    assert len(set(counts)) == 1
+    assert len(set(sizes[1:])) == 1
 
 
 @pytest.mark.parametrize(
