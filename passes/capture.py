@@ -21,6 +21,7 @@ from srigl_fx.errors import CaptureError
 from srigl_fx.nn.model_state import restored
 from srigl_fx.passes.capture_checks import (
     FreeSizes,
+    about_places,
     check_free,
     check_pure,
     check_state,
@@ -240,7 +241,7 @@ def _climb(
                     check_pure(exported)
             except Exception as error:  # export raises nearly every type; the next rung may still do
                 cause = cause or error
-                text = raised_by(error) + first_line(error)
+                text = raised_by(error) + first_line(error) + about_places(error, model)
                 if all(failure.error != text for failure in failures):
                     failures.append(Failure(name=name, type=class_name(model), attempt=rung.attempt, error=text))
                 continue

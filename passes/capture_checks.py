@@ -110,10 +110,12 @@ def fit_batches(program: Program) -> Program:
     if not program.dynamic:
         return program
     tied = replace(program, ties=())
+    free = {tie for tie, batched in zip(program.ties, program.batched, strict=False) if batched}
     try:
-        with suppress(Exception):  # the model's own code: any type
-            run_model(program.model, *program.inputs(program.other_batch, apart=True))
-            return program
+        if len(free) > 1:  # else the batches of all inputs are one, and this would be the run below
+            with suppress(Exception):  # the model's own code: any type
+                run_model(program.model, *program.inputs(program.other_batch, apart=True))
+                return program
         run_model(program.model, *tied.inputs(program.other_batch))
         return tied
     except Exception as error:
@@ -138,6 +140,20 @@ def raised_by(error: BaseException) -> str:
     inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(inside) and f.line]
     return f"{os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}, `{frames[-1].line}`: " if frames else ""
+
+
+def about_places(error: BaseException, model: nn.Module) -> str:
+    """What to do where export wants to know a position that a tensor holds; "" after other errors."""
+    if "specialized integer" not in str(error):
+        return ""
+    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = next((names[id(one)] for one in reversed(owners) if names.get(id(one))), "")
+    return (
+        f"; a position{f' in {inside}' if inside else ''} is known only when the graph runs: index with the tensor "
+        "itself, as in buffer[position] = x, without int() or .item(), and write ranges with "
+        "buffer.index_copy_(dim, positions, x)"
+    )
 
 
 def class_name(module: nn.Module) -> str:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeInfo
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import CaptureError
@@ -54,7 +55,7 @@ def export(
     by_name = dict(zip([*names[: len(args)], *kwargs], values, strict=True))
     leaves = iter(sizes)
     shapes = pytree.tree_map(lambda _: next(leaves), by_name) if any(sizes) else None
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.nullcontext() if strict else _PlacesOfTensors():
         warnings.simplefilter("ignore")  # about torch's own internals; nothing a user could act on
         exported: ExportedProgram = torch.export.export(
             model, args, kwargs, dynamic_shapes=shapes and {name: shapes[name] for name in names}, strict=strict
@@ -62,6 +63,58 @@ def export(
         _reshape_views(exported.graph_module)
         functional: ExportedProgram = exported.run_decompositions({})
         return functional
+
+
+class _PlacesOfTensors(TorchFunctionMode):
+    """Let a forward assign to a place that a tensor names, as ring buffers do: ``buffer[position % size] = x``.
+
+    Export makes a number of such a position, which it cannot know, where it is assigned to, but not where it is
+    selected: so the place is selected, and what that gives (a view) is written.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__setitem__ and _is_place_of_tensors(args[1]):
+            written, value = _selected(args[0], args[1]), args[2]
+            if not isinstance(value, Tensor):
+                return written.fill_(value)
+            while value.dim() > written.dim() and value.shape[0] == 1:  # as an assignment takes it
+                value = value[0]
+            return written.copy_(value)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_place_of_tensors(index: Any) -> bool:
+    """Whether an index has whole numbers in tensors, or made of tensors, and nothing that selects but numbers."""
+    parts = index if isinstance(index, tuple) else (index,)
+    numbers = [
+        part
+        for part in parts
+        if not (part is None or part is Ellipsis or (isinstance(part, slice) and part == slice(None)))
+    ]
+    tensors = [part for part in numbers if isinstance(part, Tensor)]
+    if any(one.dim() or one.dtype is torch.bool or one.is_floating_point() for one in tensors):
+        return False
+    alone = all(isinstance(one, int | torch.SymInt | Tensor) and not isinstance(one, bool) for one in numbers)
+    return alone and any(isinstance(one, torch.SymInt | Tensor) for one in numbers)
+
+
+def _selected(tensor: Tensor, index: Any) -> Tensor:
+    """The view that such an index names, by one selection for each number."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    left = tensor.dim() - sum(part is not None and part is not Ellipsis for part in parts)
+    rest = next((place for place, part in enumerate(parts) if part is Ellipsis), len(parts))
+    parts[rest : rest + 1] = [slice(None)] * left
+    dim = 0
+    for part in parts:
+        if part is None:
+            tensor = tensor.unsqueeze(dim)
+        elif not isinstance(part, slice):
+            tensor = tensor.select(dim, part.item() if isinstance(part, Tensor) else part)  # type: ignore[arg-type]
+            continue
+        dim += 1
+    return tensor
 
 
 def _with_plain_signature(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:

@@ -107,6 +107,15 @@ def twice(m: Any, y: Tensor) -> Any:
     return y * m.inner.h
 
 
+def in_a_ring(m: Any, y: Tensor) -> Any:
+    place = y[0].argmax()
+    m.inner.h[0, (place + 3) % 8] = y[0, 1]
+    m.inner.h[..., place] += 2.0
+    m.inner.h[:, place - 8] = y[:1, 1] + m.inner.h[:, place]
+    m.inner.h[None, 0, (place + 1) % 8] = -1
+    return y - m.inner.h
+
+
 WRITES: dict[Forward, str] = {
     copied: "inner.h",
     assigned: "context",
@@ -120,6 +129,7 @@ WRITES: dict[Forward, str] = {
     in_an_entry: "n",
     delayed: "inner.h",
     twice: "inner.h",
+    in_a_ring: "inner.h",
 }
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
 CHUNKS = [X, X.flip(0) * 2, -X]
@@ -492,3 +502,29 @@ def test_lists_and_dicts_are_given_back_as_they_were(forward: Forward, name: str
         assert model.kept[0] is first
         assert list(model.cache) == ["first"]
         assert model.cache["first"][0] is first
+
+
+def at_a_number(m: Any, y: Tensor) -> Any:
+    m.context[0, int(m.n % 8)] = y[0, 0]
+    return y + m.context
+
+
+def in_a_range(m: Any, y: Tensor) -> Any:
+    m.context[:, m.n : m.n + 1] = y[:1, :1]
+    return y + m.context
+
+
+@pytest.mark.parametrize("forward", [at_a_number, in_a_range])
+def test_a_place_that_no_graph_knows_is_refused_with_the_remedy(forward: Forward, tmp_path: Path) -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = streaming(forward)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.memory(x)
+            return y
+
+    remedy = r"m\.context\[.*a position in memory is known only when the graph runs: index with the tensor itself"
+    with pytest.raises(ExportError, match=remedy):
+        sx.export_onnx(Outer().eval(), tmp_path / "model.onnx", (torch.randn(2, 6),), min_speedup=0)

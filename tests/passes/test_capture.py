@@ -2,6 +2,7 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from srigl_fx.errors import CaptureError
 from srigl_fx.passes.capture import capture, capture_whole
+from srigl_fx.passes.capture_checks import fit_batches
 from srigl_fx.passes.example_inputs import foreign_types, normalise_inputs
 from srigl_fx.passes.model_runs import run_model
 
@@ -405,6 +407,29 @@ def test_inputs_that_the_graph_does_not_tie_get_sizes_of_their_own() -> None:
     assert program.batched == (True, True, True)
     assert [leaf.shape[0] for leaf in program.inputs(3, apart=True)[0]] == [3, 5, 3]
     assert [leaf.shape[0] for leaf in program.inputs(3)[0]] == [3, 3, 3]
+
+
+def test_other_batches_are_not_tried_twice_where_they_are_tied() -> None:
+    class Fails(nn.Module):
+        def forward(self, *inputs: Tensor) -> Tensor:
+            seen.append([len(one) for one in inputs])
+            raise ValueError("of the one size")
+
+    class Adds(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x + y
+
+    class Apart(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return x * 2, y * 3
+
+    inputs = (torch.ones(2, 3), torch.ones(2, 3))
+    for model, tried in ((Adds(), [[3, 3]]), (Apart(), [[3, 5], [3, 3]])):
+        program = capture(model.eval(), inputs)
+        seen: list[list[int]] = []
+        with pytest.raises(CaptureError, match="does not run at batch 3"):
+            fit_batches(replace(program, model=Fails().eval()))
+        assert seen == tried
 
 
 def test_wrappers_are_taken_off() -> None:
