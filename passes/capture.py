@@ -30,11 +30,12 @@ from srigl_fx.passes.capture_checks import (
     fit_batches,
     free_sizes,
     raised_by,
+    raised_in,
     replaced_buffer,
 )
 from srigl_fx.passes.example_inputs import describe, foreign_types, normalise_inputs
-from srigl_fx.passes.hugging_face import register_caches
-from srigl_fx.passes.model_runs import Run, run_steps
+from srigl_fx.passes.hugging_face import knows_caches, register_caches, untold
+from srigl_fx.passes.model_runs import Run, run_model, run_steps
 from srigl_fx.passes.program import Program, resize
 from srigl_fx.passes.state import own_state
 from srigl_fx.passes.tracing import export, fit_for_capture, flattened, writing_in_place
@@ -128,9 +129,11 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     try:
         return run_steps(model, args, kwargs, 1)[0]
     except Exception as error:
+        name, module = raised_in(error, model)
+        inside = f"in {name} ({class_name(module)}): " if name else ""
         raise CaptureError(
             f"{type(model).__name__} does not run on the example inputs {describe(args, kwargs)}: "
-            f"{first_line(error)}; its forward is {inspect.signature(model.forward)}"
+            f"{inside}{first_line(error)}; its forward is {inspect.signature(model.forward)}"
         ) from error
 
 
@@ -154,13 +157,26 @@ def capture_whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     run = _run_once(model, args, kwargs)
     register_caches(model, pytree.tree_leaves((args, kwargs, run.output)))
-    problem = foreign_types((args, kwargs), run.output) or replaced_buffer(model, run)
+    problem = foreign_types((args, kwargs), run.output) or _untold((args, kwargs), run.output)
+    problem = problem or replaced_buffer(model, run)
     if problem:
         return Capture(None, (Failure(name="", type=class_name(model), attempt=NOT_TRIED, error=problem),))
     batched = _batched(pytree.tree_leaves((args, kwargs)))
     free = {position: frozenset({0}) for position, is_batched in enumerate(batched) if is_batched}
     rungs = [_Rung(Dim.DYNAMIC, False), _Rung(Dim.AUTO, False), _Rung(None, False)]
     return _climb(model, args, kwargs, free, [*rungs, _Rung(Dim.AUTO, True), _Rung(None, True)], run=run)
+
+
+def _untold(inputs: Any, output: Any) -> str:
+    """What a model takes or returns that counts in numbers which no graph has, and what to do; "" if there is none."""
+    for verb, values in (("takes", inputs), ("returns", output)):
+        if found := untold(values, given=verb == "takes"):
+            leave_out = "" if verb == "takes" else ", or give use_cache=False"
+            return (
+                f"it {verb} {found}: give it a DynamicCache() that is made without a config, which keeps all positions "
+                f"(the window is in the mask all the same){leave_out}"
+            )
+    return ""
 
 
 def capture_region(
@@ -176,6 +192,13 @@ def capture_region(
         varying: Those that must be free.
         name: The sub-module's fully-qualified name, for the failures.
     """
+    if knows_caches():
+        try:
+            problem = _untold((args, kwargs), run_model(model, args, kwargs))
+        except Exception as error:  # the model's own code: any type
+            problem = raised_by(error) + first_line(error)
+        if problem:
+            return Capture(None, (Failure(name=name, type=class_name(model), attempt=NOT_TRIED, error=problem),))
     rungs = [_Rung(Dim.AUTO, False), _Rung(None, False), _Rung(Dim.AUTO, True)]
     return _climb(model, args, kwargs, free, rungs[:: 2 if varying else 1], name=name, required=varying)
 

@@ -146,14 +146,20 @@ def about_places(error: BaseException, model: nn.Module) -> str:
     """What to do where export wants to know a position that a tensor holds; "" after other errors."""
     if "specialized integer" not in str(error):
         return ""
-    owners = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
-    names = {id(module): name for name, module in model.named_modules()}
-    inside = next((names[id(one)] for one in reversed(owners) if names.get(id(one))), "")
+    inside, _ = raised_in(error, model)
     return (
         f"; a position{f' in {inside}' if inside else ''} is known only when the graph runs: index with the tensor "
         "itself, as in buffer[position] = x, without int() or .item(), and write ranges with "
         "buffer.index_copy_(dim, positions, x)"
     )
+
+
+def raised_in(error: BaseException, model: nn.Module) -> tuple[str, nn.Module]:
+    """The innermost sub-module whose code led to the error, with its name; "" and the model where there is none."""
+    running = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = {id(module): name for name, module in model.named_modules()}
+    inside = next((one for one in reversed(running) if isinstance(one, nn.Module) and names.get(id(one))), model)
+    return names[id(inside)] if inside is not model else "", inside
 
 
 def class_name(module: nn.Module) -> str:

@@ -45,12 +45,17 @@ def leaf_paths(spec: pytree.TreeSpec) -> list[tuple[str, ...]]:
     if spec.is_leaf():
         return [()]
     parts = children(spec)
-    steps = _steps(spec, len(parts))
+    steps = steps_of(spec, len(parts))
     return [(step, *rest) for step, child in zip(steps, parts, strict=True) for rest in leaf_paths(child)]
 
 
-def _steps(spec: pytree.TreeSpec, count: int) -> Sequence[str]:
-    """What the children of a container are called; their numbers where it does not say."""
+def steps_of(spec: pytree.TreeSpec, count: int) -> Sequence[str]:
+    """What the ``count`` children of a container are called; their numbers where it does not say.
+
+    Example:
+        >>> steps_of(pytree.tree_structure({"x": 1, "y": 2}), 2)
+        ['x', 'y']
+    """
     try:
         made = pytree.SUPPORTED_NODES[spec.type].unflatten_fn(list(range(count)), spec.context)
         found = pytree.tree_flatten_with_path(made, is_leaf=lambda one: one is not made)[0]

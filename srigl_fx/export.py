@@ -7,7 +7,7 @@ model is lowered or translated, nor how the library works.
 import functools
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ from srigl_fx.lowering import lower
 from srigl_fx.onnx_file import CondensedNode, inspect_file
 from srigl_fx.onnx_model import build_model, functions_for
 from srigl_fx.onnx_names import sizes_of
+from srigl_fx.onnx_places import place_in
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.model_runs import run_steps
@@ -299,12 +300,14 @@ def _write(
     verify: bool,
 ) -> _Written:
     """Write the file and check it."""
-    proto = build_model(lowered, args, kwargs, batches)
+    origins: dict[str, str] = {}
+    proto = build_model(lowered, args, kwargs, batches, origins)
     if fallback:
         proto.functions.extend(functions_for(proto))
     written = _write_beside(target, proto)
     try:
-        errors, notes = _check(written, lowered, args, kwargs, batches, fallback=fallback) if verify else ({}, [])
+        checked = _check(written, lowered, args, kwargs, batches, origins, fallback=fallback) if verify else ({}, [])
+        errors, notes = checked
         os.replace(written, target)
     finally:
         written.unlink(missing_ok=True)
@@ -360,10 +363,14 @@ def _check(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     batches: Sequence[int | None],
+    origins: Mapping[str, str],
     *,
     fallback: bool,
 ) -> tuple[dict[str, float], list[str]]:
-    """Run the file with and without the library; return the largest relative errors, and what was not checked."""
+    """Run the file with and without the library; return the largest relative errors, and what was not checked.
+
+    ``origins`` says where the file's nodes come from, for errors.
+    """
     import onnxruntime
 
     from srigl_fx.runtime.ort.session import register
@@ -387,7 +394,10 @@ def _check(
             raise ExportError(f"{host}: {error}") from error
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             remedy = "; fallback=False writes a file for the operator library alone" if host == "fallback" else ""
-            raise ExportError(f"ONNX Runtime cannot run the exported file ({host}): {error}{remedy}") from error
+            if place := place_in(str(error), origins):
+                remedy = "; replace it, give it float32, or serve with PyTorch (lower(...).save(path))"
+                place = f", because of {place}"
+            raise ExportError(f"ONNX Runtime cannot run the exported file ({host}){place}: {error}{remedy}") from error
         if not errors[host] <= TOLERANCE:
             raise ExportError(
                 f"ONNX Runtime's outputs ({host}) are off by {errors[host]:.2e} of the largest value (allowed: "

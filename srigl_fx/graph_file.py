@@ -10,6 +10,7 @@ import math
 import os
 import re
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -266,6 +267,10 @@ def _encode_tree(spec: "pytree.TreeSpec") -> Any:
         return {"tuple": children}
     elif spec.type is list:
         return children
+    if isinstance(spec.type, type) and not issubclass(spec.type, dict | deque):
+        steps = trees.steps_of(spec, len(children))
+        numbered = list(steps) == [str(number) for number in range(len(children))]
+        return children if numbered else {"dict": dict(zip(steps, children, strict=True))}
     raise ValueError(
         f"inputs or outputs of type {spec.type.__name__} have no form in a file; use tuples, lists or dicts"
     )

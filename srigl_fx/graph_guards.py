@@ -78,7 +78,7 @@ def guard(graph: fx.Graph, tensor_at: Callable[[str], Tensor]) -> None:
 
 def _called(graph: fx.Graph, before: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> fx.Node:
     """The call of ``target`` that there is above ``before`` already, else a new one right above it."""
-    (operand, *_) = args
+    operand: fx.Node = args[0]
     for user in operand.users:
         if user.target is target and user < before and not user.kwargs and _same(user.args, args):
             return user

@@ -19,6 +19,7 @@ from srigl_fx import graph_file
 from srigl_fx.comparison import tolerance
 from srigl_fx.errors import LoweringError
 from srigl_fx.html_report import format_neurons, lowering_page, notes_by_pass, save_page
+from srigl_fx.passes import trees
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.capture import Failure
 from srigl_fx.passes.capture_checks import is_free
@@ -320,7 +321,8 @@ class LoweredModule(fx.GraphModule):
         """Write the module to one file: safetensors, with the graph as JSON in its header. No pickle, no code.
 
         The file appears whole or not at all. Output types other than tuples, lists, dicts and tensors are stored as the
-        plain container they are made of.
+        plain container they are made of. So are those of inputs: what takes and returns a ``DynamicCache`` takes and
+        returns, from a file, a dict of lists, ``{"key_cache": [...], "value_cache": [...]}``.
 
         Raises:
             LoweringError: The graph calls something that such a file cannot hold.
@@ -388,6 +390,31 @@ def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
     return [one(value, batch) for value, batch in zip(values, batches, strict=True)]
 
 
+def _by_argument(module: LoweredModule) -> list[tuple[str, pytree.TreeSpec]]:
+    """Names of the arguments, and how each is made."""
+    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    positional, named = trees.children(info.in_spec)
+    return list(zip(info.orig_args, [*trees.children(positional), *trees.children(named)], strict=True))
+
+
+def _path(module: LoweredModule, position: int) -> str:
+    """Which part of which argument an input is, in brackets; "" where it is an argument as a whole."""
+    paths = [(name, *path) for name, spec in _by_argument(module) for path in trees.leaf_paths(spec)]
+    return f" ({' '.join(paths[position])})" if len(paths[position]) > 1 else ""
+
+
+def _other_counts(module: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Which argument has more or fewer leaves than when the graph was captured, and what to do."""
+    for place, (name, spec) in enumerate(_by_argument(module)):
+        count = len(pytree.tree_leaves(args[place] if place < len(args) else kwargs[name]))
+        if count != spec.num_leaves:
+            return (
+                f": {name} holds {count}, and the graph was captured for {spec.num_leaves} (an empty cache holds "
+                "none): lower the model again with such example inputs"
+            )
+    return ""
+
+
 def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Refuse inputs that the captured graph was not made for: it has their sizes and constants built in."""
     if torch.compiler.is_compiling():  # the compiler guards on shapes itself
@@ -400,7 +427,9 @@ def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
     leaves = pytree.tree_leaves([*args, *(kwargs[name] for name in missing)])
     expected = module.meta[_STATE]["inputs"]
     if len(leaves) != len(expected):
-        raise LoweringError(f"the lowered module takes {len(expected)} inputs, not {len(leaves)}")
+        raise LoweringError(
+            f"the lowered module takes {len(expected)} inputs, not {len(leaves)}{_other_counts(module, args, kwargs)}"
+        )
     batches: dict[int, tuple[int, int]] = {}  # for each free batch, the input that has shown it, and its size
     for position, (leaf, wanted) in enumerate(zip(leaves, expected, strict=True)):
         if wanted is None:
@@ -423,7 +452,8 @@ def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[s
             needed = f"{wanted['dtype']} ({'..., ' if wanted.get('any_rank') else ''}{dimensions})"
         if not fits:
             raise LoweringError(
-                f"input {position} of the lowered module is {given}, but the graph was captured for {needed}: {remedy}"
+                f"input {position} of the lowered module{_path(module, position)} is {given}, but the graph was "
+                f"captured for {needed}: {remedy}"
             )
         if "batch" in wanted and not wanted.get("any_rank"):
             first, size = batches.setdefault(wanted["batch"], (position, leaf.shape[0]))

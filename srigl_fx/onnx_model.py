@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.errors import ExportError
 from srigl_fx.onnx_file import all_nodes
 from srigl_fx.onnx_names import name_batches, name_values, output_names
+from srigl_fx.onnx_places import place_in, places
 from srigl_fx.onnx_rewrites import rewrite
 from srigl_fx.onnx_state import explicit, of_leaves
 from srigl_fx.passes.capture import EXPORT_LOCK
@@ -40,7 +41,11 @@ _SINGLE_NUMBERS = ("in_features", "flat_size", "group")
 
 
 def build_model(
-    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any], batches: Sequence[int | None]
+    module: fx.GraphModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batches: Sequence[int | None],
+    origins: dict[str, str] | None = None,
 ) -> "onnx.ModelProto":
     """Translate a lowered graph, for opset 18 and every ONNX Runtime from 1.17 on; without the fallback functions.
 
@@ -53,6 +58,7 @@ def build_model(
         kwargs: Example keyword arguments.
         batches: For each leaf of (args, kwargs) None where its leading size is fixed, else a number, the same where
             they must be equal; empty for a static model.
+        origins: Where given, :func:`~srigl_fx.onnx_places.places` of the model are put there, which it does not keep.
 
     Raises:
         ExportError: torch.export or torch.onnx cannot translate the graph, or makes something of it that is no ONNX;
@@ -101,6 +107,8 @@ def build_model(
         ) from error
     model.ir_version = min(model.ir_version, IR_VERSION)
     _check_types(model)
+    if origins is not None:
+        origins.update(places(model))
     _strip(model)
     _forget_logical_shapes(model.graph)
     _name(model, inputs, outputs, list(stateless.state))
@@ -197,13 +205,8 @@ def _check_types(model: "onnx.ModelProto") -> None:
     try:
         infer_shapes(model, check_type=True)
     except InferenceError as error:
-        found = re.search(r"node name: (\S+?)\)", str(error))
-        notes = [node.metadata_props for node in model.graph.node if found and node.name == found.group(1)]
-        spaces = [note.value for note in (notes[0] if notes else ()) if note.key == "namespace"]
-        *modules, operator = [part.partition(": ")[::2] for part in spaces[0].split("/")] if spaces else [("", "")]
-        place = next((name for name, _ in reversed(modules) if name), "")
         raise ExportError(
-            f"torch.onnx makes something of {operator[1] or 'an operator'}{f' (in {place})' if place else ''} that is "
+            f"torch.onnx makes something of {place_in(str(error), places(model)) or 'an operator'} that is "
             f"no ONNX: {_innermost(error)}; replace it, or serve the lowered model with PyTorch (lower(...).save(path))"
         ) from error
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import srigl_fx as sx
-from srigl_fx.errors import LoweringError
+from srigl_fx.errors import ExportError, LoweringError
 from srigl_fx.lowered import LoweredModule
 
 IDS = torch.tensor([[3, 7], [1, 60]])
@@ -116,8 +116,82 @@ def test_a_decoder_that_makes_a_cache_is_one_graph(tmp_path: Path) -> None:
     for one, other, file in zip(tensors(wanted[CACHE]), tensors(got[CACHE]), served[1:], strict=True):
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(file, one, rtol=1e-4, atol=1e-5)
-    with pytest.raises(LoweringError, match="DynamicCache have no form in a file"):
-        lowered.save(tmp_path / "model.srigl")
+
+
+def test_a_file_takes_and_returns_the_tensors_of_a_cache(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, cache = sparse(llama()), filled()
+    lowered = sx.lower(model, ((IDS,), {CACHE: cache}), min_speedup=0)
+    assert isinstance(lowered, LoweredModule)
+    lowered.save(tmp_path / "model.srigl")
+    parts = {"key_cache": tensors(cache)[:2], "value_cache": tensors(cache)[2:]}
+    with torch.no_grad():
+        wanted = model(IDS, **{CACHE: copy.deepcopy(cache)})
+        got = sx.load_lowered(tmp_path / "model.srigl")(IDS, **{CACHE: parts})
+    torch.testing.assert_close(got["logits"], wanted.logits, rtol=1e-4, atol=1e-5)
+    returned = [*got[CACHE]["key_cache"], *got[CACHE]["value_cache"]]
+    for one, other in zip(tensors(wanted[CACHE]), returned, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    name = f"{CACHE} key_cache 0"
+    with pytest.raises(LoweringError, match=rf"\({name}\) is float32 \(2, 2, 6, 8\), but .* \(any, 2, 5, 8\): lower"):
+        lowered(IDS, **{CACHE: filled(6)})
+    with pytest.raises(LoweringError, match=f"{CACHE} holds 0, and the graph was captured for 4"):
+        lowered(IDS, **{CACHE: transformers.DynamicCache()})
+
+
+def windowed() -> nn.Module:
+    """Sees four positions; the weights are large, so that it matters which."""
+    torch.manual_seed(0)
+    shape = {**SHAPE, "num_hidden_layers": 1, "num_key_value_heads": 4, "intermediate_size": 16}
+    model = transformers.MistralForCausalLM(
+        transformers.MistralConfig(**shape, sliding_window=4, initializer_range=0.5)
+    )
+    return sparse(model)
+
+
+def stepped(model: nn.Module, cache: Any, steps: int) -> Any:
+    with torch.no_grad():
+        for step in range(steps):
+            model(IDS[:, :1] + step, **{CACHE: cache})
+    return cache
+
+
+def static(model: Any) -> Any:
+    return transformers.StaticCache(config=model.config, max_cache_len=16)
+
+
+@pytest.mark.parametrize("make", [lambda model: transformers.DynamicCache(config=model.config), static])
+def test_positions_that_a_window_counts_in_numbers_are_in_no_graph(make: Any, tmp_path: Path) -> None:
+    model: Any = windowed()
+    inputs = ((IDS[:, :1],), {CACHE: stepped(model, make(model), 7)})
+    lowered = sx.lower(model, inputs, min_speedup=0)
+    assert not isinstance(lowered, LoweredModule)
+    assert "counts its positions in a number" in str(lowered.report)
+    for steps in (3, 5, 9):
+        cache = stepped(model, make(model), steps)
+        with torch.no_grad():
+            wanted = model(IDS[:, 1:], **{CACHE: copy.deepcopy(cache)}).logits
+            torch.testing.assert_close(lowered(IDS[:, 1:], **{CACHE: cache}).logits, wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ExportError, match=r"SlidingWindowLayer\) counts its positions .*DynamicCache\(\) that is made"):
+        sx.export_onnx(model, tmp_path / "model.onnx", inputs, min_speedup=0)
+    full = stepped(model, transformers.DynamicCache(), 7)
+    lowered = sx.lower(model, ((IDS[:, :1],), {CACHE: full}), min_speedup=0)
+    assert isinstance(lowered, LoweredModule)
+    with torch.no_grad():
+        wanted = model(IDS[:, 1:], **{CACHE: stepped(model, transformers.DynamicCache(config=model.config), 7)}).logits
+        torch.testing.assert_close(lowered(IDS[:, 1:], **{CACHE: full}).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_cache_serves_every_length() -> None:
+    torch.manual_seed(0)
+    model = sparse(llama())
+    lowered = sx.lower(model, ((IDS[:, :1],), {CACHE: stepped(model, static(model), 4)}), min_speedup=0)
+    assert isinstance(lowered, LoweredModule)
+    for steps in (2, 6):
+        cache = stepped(model, static(model), steps)
+        with torch.no_grad():
+            wanted = model(IDS[:, 1:], **{CACHE: copy.deepcopy(cache)}).logits
+            torch.testing.assert_close(lowered(IDS[:, 1:], **{CACHE: cache}).logits, wanted, rtol=1e-4, atol=1e-5)
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from srigl_fx.errors import ExportError
+from srigl_fx.errors import CaptureError, ExportError
 
 
 class _Masked(nn.Module):
@@ -136,3 +136,47 @@ def test_bags_of_words_with_offsets_or_as_rows(with_offsets: bool, tmp_path: Pat
     feeds = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), other, strict=True)}
     with torch.no_grad():
         np.testing.assert_allclose(session.run(None, feeds)[0], model(*other), rtol=1e-4, atol=1e-5)
+
+
+class _Doubles(nn.Module):
+    """Computes in float64 what ONNX Runtime computes in float32 alone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc, self.kind = nn.Linear(6, 8), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x).double()
+        if self.kind == "erf":
+            return torch.erf(torch.erf(y)).float()
+        if self.kind == "conv":
+            return nn.functional.conv1d(y[:, None], y.new_ones(1, 1, 3)).float()
+        return nn.functional.instance_norm(y[:, None]).float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "operator"), [("erf", "erf"), ("conv", "conv1d|convolution"), ("norm", "instance_norm|batch_norm")]
+)
+def test_what_onnx_runtime_does_not_run_is_refused_by_its_module(kind: str, operator: str, tmp_path: Path) -> None:
+    model = sx.sparsify(nn.Sequential(nn.Sequential(nn.Linear(6, 6), _Doubles(kind))), sparsity=0.5).eval()
+    said = rf"\(library\), because of aten\.\w*({operator})\S* \(in 0\.1\): .*NOT_IMPLEMENTED.*; replace it, give it"
+    with pytest.raises(ExportError, match=said):
+        sx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 6),), min_speedup=0)
+    assert not list(tmp_path.iterdir())
+
+
+class _OffsetBags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags, self.fc = nn.EmbeddingBag(20, 16), nn.Linear(16, 8)
+
+    def forward(self, rows: Tensor, starts: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.bags(rows, starts))
+        return y
+
+
+def test_offsets_in_two_dimensions_are_refused_by_the_module_that_gets_them(tmp_path: Path) -> None:
+    model = sx.sparsify(_OffsetBags(), sparsity=0.5).eval()
+    inputs = (torch.arange(9), torch.tensor([[0, 3, 3, 7]]))
+    with pytest.raises(CaptureError, match=r"in bags \(EmbeddingBag\): offsets has to be a 1D Tensor"):
+        sx.export_onnx(model, tmp_path / "model.onnx", inputs, min_speedup=0)
