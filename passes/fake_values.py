@@ -26,7 +26,7 @@ def fake_result(
         >>> fake_result(mode, torch.ops.aten.mul.Tensor, (x, 2.0)).shape
         torch.Size([2, 3])
     """
-    # An operator's own checks would decide on a free size, and those written in C++ cannot read one in PyTorch 2.9.
+    # An operator's own checks would decide on a free size, and operators composed in C++ may not be able to read one.
     unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
     with unguarded, mode, enable_python_dispatcher(), torch.no_grad():
         return function(*args, **(kwargs or {}))

@@ -13,17 +13,6 @@ from torch.utils import _pytree as pytree
 _PLAIN = (tuple, list, dict, OrderedDict, defaultdict, deque, namedtuple)
 
 
-def children(spec: pytree.TreeSpec) -> list[pytree.TreeSpec]:
-    """The trees right below the root of one, none below a leaf.
-
-    Example:
-        >>> [child.is_leaf() for child in children(pytree.tree_structure([1, (2, 3)]))]
-        [True, False]
-    """
-    # PyTorch 2.9 has the attribute alone; where it has the method, the attribute is deprecated.
-    return spec.children() if hasattr(spec, "children") else spec.children_specs
-
-
 def is_plain(spec: pytree.TreeSpec) -> bool:
     """Whether a tree is made of containers that hold whatever they are given: Python's own, and kinds of dicts.
 
@@ -32,7 +21,7 @@ def is_plain(spec: pytree.TreeSpec) -> bool:
         True
     """
     plain = spec.type in _PLAIN or (isinstance(spec.type, type) and issubclass(spec.type, dict | tuple))
-    return spec.is_leaf() or (plain and all(map(is_plain, children(spec))))
+    return spec.is_leaf() or (plain and all(map(is_plain, spec.children())))
 
 
 def leaf_paths(spec: pytree.TreeSpec) -> list[tuple[str, ...]]:
@@ -44,7 +33,7 @@ def leaf_paths(spec: pytree.TreeSpec) -> list[tuple[str, ...]]:
     """
     if spec.is_leaf():
         return [()]
-    parts = children(spec)
+    parts = spec.children()
     steps = steps_of(spec, len(parts))
     return [(step, *rest) for step, child in zip(steps, parts, strict=True) for rest in leaf_paths(child)]
 

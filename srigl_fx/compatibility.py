@@ -14,7 +14,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from srigl_fx.errors import VersionError
 
-OLDEST, NEWEST = (2, 9), (2, 14)
+OLDEST, NEWEST = (2, 13), (2, 14)
 """The oldest and the newest minor release of PyTorch that were tried; docs/versions.md says with which tests."""
 
 PRIVATE: dict[str, tuple[str, ...]] = {
@@ -76,7 +76,7 @@ def known_good() -> str:
 
     Example:
         >>> known_good()
-        "srigl_fx is known to work with PyTorch 2.9 to 2.14: pip install 'torch>=2.9,<2.15'"
+        "srigl_fx is known to work with PyTorch 2.13 to 2.14: pip install 'torch>=2.13,<2.15'"
     """
     oldest, newest = (".".join(map(str, release)) for release in (OLDEST, NEWEST))
     after = f"{NEWEST[0]}.{NEWEST[1] + 1}"

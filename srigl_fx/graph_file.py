@@ -25,7 +25,6 @@ from torch.utils import _pytree as pytree
 from srigl_fx.errors import FormatError, LoweringError
 from srigl_fx.graph_guards import check, guard
 from srigl_fx.graph_ops import function_name, function_named
-from srigl_fx.passes import trees
 from srigl_fx.passes.condensed_nodes import condensed_nodes, settled_padding
 from srigl_fx.passes.program import arguments
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight
@@ -258,7 +257,7 @@ def _encode_tree(spec: "pytree.TreeSpec") -> Any:
     """A tree of inputs or outputs: 0 is a leaf; other registered types become the plain container they resemble."""
     if spec.is_leaf():
         return 0
-    children = [_encode_tree(child) for child in trees.children(spec)]
+    children = [_encode_tree(child) for child in spec.children()]
     if isinstance(spec.type, type) and issubclass(spec.type, dict):
         keys = list(spec.context[1] if isinstance(spec.context, tuple) else spec.context)
         if len(keys) == len(children) and all(isinstance(key, str) for key in keys):

@@ -24,7 +24,6 @@ def _source(page: Path) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch.compile
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # by torch.export.load of PyTorch 2.9
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if BLOCK.search(page.read_text("utf-8"))], ids=lambda p: p.stem
 )

@@ -1,6 +1,6 @@
 """What the library uses of PyTorch without a promise is listed, is there, and behaves as it is used.
 
-Checked on PyTorch 2.9.0, 2.13.0 and 2.14.1. A private name that is used and not listed in
+Checked on PyTorch 2.13.0 and 2.14.1. A private name that is used and not listed in
 ``srigl_fx.compatibility`` fails here, and so does one that is listed and not used any more. Names that end in the same
 word as one of the library's own are not told apart from it.
 """
@@ -19,7 +19,6 @@ from torch import nn
 
 from srigl_fx import compatibility
 from srigl_fx.compatibility import LATE, PRIVATE, holder
-from srigl_fx.passes.trees import children
 
 LISTED = {name for names in (*PRIVATE.values(), *LATE.values()) for name in names}
 LISTED |= {part for where in (*PRIVATE, *LATE) for part in where.split(".") if part.startswith("_")}
@@ -176,7 +175,7 @@ def test_trees_are_taken_apart_and_put_together() -> None:
     assert tree.tree_map(str, (1, [2])) == ("1", ["2"])
     assert tree.tree_map_only(int, str, (1, None)) == ("1", None)
     assert (spec.num_leaves, spec.is_leaf(), spec.type, list(spec.context)) == (4, False, dict, ["b", "a"])
-    assert [child.num_leaves for child in children(spec)] == [3, 1]
+    assert [child.num_leaves for child in spec.children()] == [3, 1]
     paths, _ = tree.tree_flatten_with_path(value)
     assert [str(path[0].key) for path, _ in paths] == ["b", "b", "b", "a"]
 
@@ -295,7 +294,7 @@ def test_an_unknown_torch_that_lacks_a_name_is_refused_in_one_line(tmp_path: Pat
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1] == (
         "srigl_fx.errors.VersionError: PyTorch 2.99.1 lacks what srigl_fx needs (torch: _weight_norm). "
-        "srigl_fx is known to work with PyTorch 2.9 to 2.14: pip install 'torch>=2.9,<2.15'"
+        "srigl_fx is known to work with PyTorch 2.13 to 2.14: pip install 'torch>=2.13,<2.15'"
     )
 
 
