@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.errors import FormatError, LoweringError
 from srigl_fx.graph_guards import check, guard
 from srigl_fx.graph_ops import function_name, function_named
+from srigl_fx.passes import trees
 from srigl_fx.passes.condensed_nodes import condensed_nodes, settled_padding
 from srigl_fx.passes.program import arguments
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight

@@ -394,7 +394,7 @@ def _by_argument(module: LoweredModule) -> list[tuple[str, pytree.TreeSpec]]:
     """Names of the arguments, and how each is made."""
     info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
     positional, named = trees.children(info.in_spec)
-    return list(zip(info.orig_args, [*trees.children(positional), *trees.children(named)], strict=True))
+    return list(zip(info.orig_args, [*positional.children(), *named.children()], strict=True))
 
 
 def _path(module: LoweredModule, position: int) -> str:
