@@ -393,7 +393,7 @@ def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
 def _by_argument(module: LoweredModule) -> list[tuple[str, pytree.TreeSpec]]:
     """Names of the arguments, and how each is made."""
     info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    positional, named = trees.children(info.in_spec)
+    positional, named = info.in_spec.children()
     return list(zip(info.orig_args, [*positional.children(), *named.children()], strict=True))
 
 
