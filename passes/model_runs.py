@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from srigl_fx.errors import CaptureError
 from srigl_fx.nn.model_state import copies, restored
 from srigl_fx.passes.tracing import plain_execution
 
@@ -48,6 +49,10 @@ def run_steps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], s
 
     What one pass writes, the next reads. By default :data:`STEPS` of a model that keeps state, else one.
 
+    Raises:
+        CaptureError: The forward writes to a parameter, which then keeps what was written: no copies of parameters are
+            held. The message names it.
+
     Example:
         >>> norm = nn.BatchNorm1d(2)
         >>> [int(run.buffers["num_batches_tracked"]) for run in run_steps(norm, (torch.ones(3, 2),), {})]
@@ -56,11 +61,13 @@ def run_steps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], s
         1
     """
     runs: list[Run] = []
+    versions = _versions(model)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), plain_execution(), restored(model) as state:
         torch.manual_seed(0)
         while steps is None or len(runs) < steps:
             given, named = copies((args, kwargs))  # a forward may write into its inputs
             output = _apart(model(*given, **named))
+            _check_parameters(model, versions)
             written, values = state.written(), state.values()
             runs.append(
                 Run(
@@ -73,6 +80,27 @@ def run_steps(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], s
             if steps is None:
                 steps = STEPS if runs[0].keeps_state else 1
     return runs
+
+
+def _versions(model: nn.Module) -> dict[str, int]:
+    """How often each parameter was written to; of those that have values, and count."""
+    return {
+        name: parameter._version
+        for name, parameter in model.named_parameters()
+        if not isinstance(parameter, nn.parameter.UninitializedParameter) and not parameter.is_inference()
+    }
+
+
+def _check_parameters(model: nn.Module, before: dict[str, int]) -> None:
+    now = _versions(model)
+    for name, version in before.items():
+        if now.get(name, version) != version:
+            path, _, own = name.rpartition(".")
+            raise CaptureError(
+                f"the forward of {path or 'the model'} ({type(model.get_submodule(path)).__name__}) writes to its "
+                f"parameter {own!r}, which no graph does: register what a forward writes with register_buffer. The run "
+                "on the example inputs has written to it, too"
+            )
 
 
 def _apart(output: Any) -> Any:

@@ -13,10 +13,9 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from srigl_fx.errors import RuleError
-from srigl_fx.masks.records import Structure
+from srigl_fx.masks.records import Structure, plain
 
 RuleKey = str | type[nn.Module]
-_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def check_sparsity(sparsity: object, where: str) -> float:
@@ -129,6 +128,7 @@ class _Rule:
 class RuleSet:
     """The rules of one ``sparsify`` call, in the user's order.
 
+    Names are those in the model, without or with what torch.compile and data parallelism put in front of them.
     Precedence: the exact name of the parameter or of a module above it (the longest wins), then the first glob that
     matches the parameter's or a module's name, then the first type; ``*`` crosses dots.
 
@@ -156,19 +156,24 @@ class RuleSet:
             return _Rule(key=key, spec=spec, form="type")
         if not isinstance(key, str):
             raise RuleError(f"rule {key!r}: a key is a module or parameter name, a glob, or a module type")
-        pattern = key
-        for prefix in _WRAPPER_PREFIXES:
-            pattern = pattern.removeprefix(prefix)
-        return _Rule(key=key, spec=spec, form="glob" if any(c in key for c in "*?[") else "name", pattern=pattern)
+        form: Literal["name", "glob"] = "glob" if any(c in key for c in "*?[") else "name"
+        return _Rule(key=key, spec=spec, form=form, pattern=plain(key))
 
     def match(self, names: Sequence[str], module: nn.Module) -> Match | None:
         """The rule for a weight with these names (its own and its aliases) on ``module``, or None."""
+        # As they are, and without the prefixes of wrappers.
         scopes = {scope for name in names for scope in _scopes(name)}
-        exact = [rule for rule in self._rules if rule.form == "name" and rule.pattern in scopes]
+        short = {scope for name in names for scope in _scopes(plain(name))}
+        exact = [rule for rule in self._rules if rule.form == "name" and (rule.key in scopes or rule.pattern in short)]
         globs = [
             rule
             for rule in self._rules
-            if rule.form == "glob" and any(fnmatch.fnmatchcase(scope, rule.pattern) for scope in scopes)
+            if rule.form == "glob"
+            and any(
+                fnmatch.fnmatchcase(scope, pattern)
+                for pattern, found in ((str(rule.key), scopes), (rule.pattern, short))
+                for scope in found
+            )
         ]
         types = [rule for rule in self._rules if isinstance(rule.key, type) and isinstance(module, rule.key)]
         self._used |= {rule.key for rule in (*exact, *globs, *types)}
@@ -186,6 +191,7 @@ class RuleSet:
         unused = [rule for rule in self._rules if rule.key not in self._used]
         if not unused:
             return
+        available = list(map(plain, available))
         scopes = sorted({scope for name in available for scope in _scopes(name)} - {""})
         close = [name for rule in unused for name in difflib.get_close_matches(rule.pattern, scopes, n=3, cutoff=0.5)]
         some = ", ".join(available[:8]) + (", ..." if len(available) > 8 else "")

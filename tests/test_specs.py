@@ -44,6 +44,11 @@ def test_an_alias_of_a_tied_weight_matches_too() -> None:
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
 def test_wrapper_prefixes_are_ignored(prefix: str) -> None:
     assert key_for({prefix + "fc": 0.1}, "fc.weight") == prefix + "fc"
+    for key in ("fc", "fc.weight", "f*", prefix + "fc", prefix + "f*", "*fc.weight"):
+        assert key_for({key: 0.1}, prefix + "fc.weight") == key
+    assert key_for({"f": 0.1}, prefix + "fc.weight") is None
+    with pytest.raises(RuleError, match=r"names that come close: fc$"):
+        RuleSet({"f": 0.1}).check_all_used([prefix + "fc.weight"])
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, 90, float("nan"), float("inf"), "0.9", True])

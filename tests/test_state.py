@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx import onnx_tools
-from srigl_fx.errors import ExportError, FormatError, LoweringError
+from srigl_fx.errors import CaptureError, ExportError, FormatError, LoweringError
 from srigl_fx.lowered import LoweredModule
 from srigl_fx.passes.capture import capture
 from srigl_fx.runtime.ort.stream import KEY
@@ -528,3 +528,35 @@ def test_a_place_that_no_graph_knows_is_refused_with_the_remedy(forward: Forward
     remedy = r"m\.context\[.*a position in memory is known only when the graph runs: index with the tensor itself"
     with pytest.raises(ExportError, match=remedy):
         sx.export_onnx(Outer().eval(), tmp_path / "model.onnx", (torch.randn(2, 6),), min_speedup=0)
+
+
+class Count(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+
+class WritesParameter(nn.Module):
+    """Counts in a parameter that does not train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 8)
+        self.inner = Count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.inner.count.add_(1)
+        y: Tensor = self.fc(x) * self.inner.count
+        return y
+
+
+def test_a_parameter_that_is_written_is_named(tmp_path: Path) -> None:
+    model = sx.sparsify(WritesParameter(), sparsity=0.5).eval()
+    for verb in (
+        lambda: sx.lower(model, (torch.randn(2, 16),)),
+        lambda: sx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 16),)),
+    ):
+        with pytest.raises(CaptureError, match=r"inner \(Count\) writes to its parameter 'count'.*register_buffer"):
+            verb()
+    assert not list(tmp_path.iterdir())

@@ -81,3 +81,10 @@ def test_a_wrapped_model_is_sparsified_inside_or_refused_with_the_attribute(name
     else:
         assert sx.sparsify(wrapped, sparsity=0.5) is wrapped
         assert len(list(sx.masks.named_masks(wrapped))) == 2
+
+
+@pytest.mark.parametrize("name", ["compile", "DataParallel"])
+def test_rules_have_the_names_of_the_model_inside(name: str) -> None:
+    wrapped = WRAPPERS[name](layers())
+    sx.sparsify(wrapped, sparsity=0.5, rules={"2": None})
+    assert [site.rpartition("0.")[2] for site, _ in sx.masks.named_masks(wrapped)] == ["weight"]

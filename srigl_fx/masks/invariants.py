@@ -24,6 +24,10 @@ _REMEDY = (
     "optimizer): srigl_fx.masks.apply(model) sets the weights to zero there, srigl_fx.masks.release(model) keeps their "
     "values and lets the mask keep everything"
 )
+_DIVERGED = (
+    "; a step with gradients that were not finite, or a file, wrote them: resume from an earlier checkpoint, at a "
+    "lower learning rate"
+)
 _AVERAGED = (
     "; masks that are averaged like weights (timm's ModelEmaV2, AveragedModel(use_buffers=True)) keep what any of them "
     "kept: load the masks of the model that trains into the average, then call srigl_fx.masks.apply"
@@ -41,9 +45,9 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     3. No block of rows keeps more weights than its budget, unless gradual pruning is still on its way there.
     4. With constant fan-in, every active neuron of a block has the same fan-in, ``budget // active`` or the full one,
        and enough neurons are active to hold the budget. While gradual pruning is on its way, every neuron is active.
-    5. Optimizer state that belongs to single weights (:mod:`srigl_fx.masks.optimizer_state`) holds off the mask what
-       it holds for a new weight: zero, of most optimizers. Other state of the weight's shape is not looked at.
-
+    5. The optimizer holds every weight that trains. State that belongs to single weights
+       (:mod:`srigl_fx.masks.optimizer_state`) is off the mask what it is for a new weight: zero, of most optimizers.
+       Other state of the weight's shape is not looked at.
     6. A trainer that is attached sees the gradients of every weight, and has left none that is not zero off the mask.
 
     :func:`srigl_fx.finalize`, :func:`srigl_fx.summary`, :func:`srigl_fx.lower`, :func:`srigl_fx.export_onnx` and
@@ -68,6 +72,7 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
         for block, budget, rows in _blocks(handle):
             _check_block(handle, block, budget, rows)
         if optimizer is not None:
+            _check_held(handle, optimizer)
             _check_state(handle, optimizer, part(handle.mask, handle.weight))
     for fault in (fault for engine in engines(model) for fault in engine.faults()):
         raise InvariantError(fault)
@@ -83,8 +88,12 @@ def check_sound(model: nn.Module) -> None:
         >>> check_sound(nn.Linear(4, 2))
     """
     check_in_place(model)
-    for name, count in values_off(model).items():
-        raise InvariantError(f"{name}: {count} weights off the mask are not zero{_REMEDY}")
+    off = values_off(model)
+    for handle in sparse_weights(model):
+        if count := off.get(handle.fqn):
+            if not local(handle.weight).isfinite().all():
+                raise InvariantError(f"{handle.fqn}: {_not_finite(handle)}{_DIVERGED}")
+            raise InvariantError(f"{handle.fqn}: {count} weights off the mask are not zero{_REMEDY}")
 
 
 def check_in_place(model: nn.Module) -> None:
@@ -104,6 +113,12 @@ def check_in_place(model: nn.Module) -> None:
             "module or its parameter was replaced, or it was tied to another weight and is not any more. Put the "
             f"former one back or tie it again, or srigl_fx.masks.release(model, [{name!r}]) leaves it dense"
         )
+
+
+def _not_finite(handle: SparseWeight) -> str:
+    """How many values of a weight are not finite, on and off its mask."""
+    wrong, kept = ~local(handle.weight).isfinite(), part(handle.mask.to(handle.weight.device), handle.weight)
+    return f"{int((wrong & kept).sum())} kept weights and {int((wrong & ~kept).sum())} off the mask are NaN or infinite"
 
 
 def values_off(model: nn.Module) -> dict[str, int]:
@@ -218,6 +233,16 @@ def _blocks(handle: SparseWeight) -> Iterator[tuple[Block, int, Tensor]]:
     matrix = handle.record.site.to_matrix(handle.mask)
     for block, budget in zip(handle.record.site.blocks, handle.record.budgets, strict=True):
         yield block, budget, matrix[block.start : block.stop]
+
+
+def _check_held(handle: SparseWeight, optimizer: Optimizer) -> None:
+    """Rule 5: whether the optimizer has the weight at all."""
+    held = (parameter is handle.weight for group in optimizer.param_groups for parameter in group["params"])
+    if handle.weight.requires_grad and not any(held):
+        raise InvariantError(
+            f"{handle.fqn}: the optimizer does not hold this weight, and does not train it: create the optimizer from "
+            "model.parameters() of this very model, after anything that replaces parameters"
+        )
 
 
 def _check_state(handle: SparseWeight, optimizer: Optimizer, held: Tensor) -> None:

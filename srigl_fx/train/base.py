@@ -180,8 +180,16 @@ class Trainer(ABC):
                 grad = gradients.get(plain(name))
                 parameter.grad = None if grad is None else shard_like(grad.to(parameter.device), parameter)
         self._engine.refresh()
+        counts = state.get("step_counts")
         if self._engine.counts is not None:
-            self._engine.counts.restore(state.get("step_counts", ()))
+            self._engine.counts.restore(counts or ())
+            if counts is None and self.steps:
+                _log.info("the saved run counted no steps of single weights: they begin with the count of their tensor")
+        elif counts is not None:
+            _log.info(
+                "the saved run counted the steps of single weights, this trainer counts those of whole tensors: pass "
+                'step_count="weight" to go on as it did'
+            )
         self._prepare()
         captured: dict[str, dict[str, Tensor]] = {}
         for name, part, tensor in state["captured"]:

@@ -10,7 +10,7 @@ base class: torch calls the hooks in both if both classes have made instances.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from types import FrameType
 from typing import Any
 
@@ -175,5 +175,12 @@ def _refusal(optimizer: object, inner: list[object]) -> str:
         return (
             f"{kind} takes no step hooks, so that a trainer cannot follow its steps: call super().__init__(params, "
             "defaults) in its __init__, or pass the optimizer inside it"
+        )
+    inside = optimizer.values() if isinstance(optimizer, Mapping) else optimizer
+    several = inside if isinstance(inside, Iterable) else getattr(optimizer, "optimizers", ())
+    if isinstance(several, Iterable) and any(isinstance(each, Optimizer) for each in several):
+        return (
+            f"a trainer follows one torch.optim.Optimizer, and the {kind} holds several: pass the one that holds the "
+            "masked weights, and leave the weights that another one trains dense with rules={name: None}"
         )
     return f"the optimizer must be a torch.optim.Optimizer, or hold one, not {kind}"

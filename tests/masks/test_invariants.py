@@ -1,3 +1,4 @@
+import math
 import re
 
 import pytest
@@ -24,7 +25,10 @@ def test_values_off_the_mask(value: float) -> None:
     model = _model()
     weight, mask = model.get_parameter("2.weight"), model.get_buffer("2.weight_mask")
     weight.data[tuple((~mask).nonzero()[0])] = value
-    with pytest.raises(InvariantError, match=re.escape("2.weight: 1 weights off the mask are not zero")):
+    message = "2.weight: 1 weights off the mask are not zero"
+    if not math.isfinite(value):
+        message = "2.weight: 0 kept weights and 1 off the mask are NaN or infinite"
+    with pytest.raises(InvariantError, match=re.escape(message)):
         verify(model)
 
 
@@ -83,4 +87,26 @@ def test_optimizer_state_off_the_mask() -> None:
     masks.apply(model)
     verify(model)
     with pytest.raises(InvariantError, match=r"0\.weight: the optimizer state 'exp_avg'"):
+        verify(model, optimizer)
+
+
+def test_values_that_are_not_finite_are_called_so() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(32, 16)), sparsity=0.5)
+    model.get_parameter("0.weight").data.fill_(float("nan"))
+    with pytest.raises(InvariantError, match=r"0\.weight: 256 kept weights and 256 off the mask are NaN or infinite"):
+        verify(model)
+
+
+def test_an_optimizer_that_has_lost_a_weight() -> None:
+    model = sparsify(nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 8)), sparsity=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    verify(model, optimizer)
+    optimizer.param_groups[0]["params"].pop(0)
+    with pytest.raises(InvariantError, match=r"0\.weight: the optimizer does not hold this weight"):
+        verify(model, optimizer)
+    model.get_parameter("0.weight").requires_grad_(False)
+    verify(model, optimizer)
+    former = model.get_parameter("1.weight").detach().clone()
+    model.get_submodule("1").register_parameter("weight", nn.Parameter(former))
+    with pytest.raises(InvariantError, match=r"1\.weight: the optimizer does not hold this weight"):
         verify(model, optimizer)

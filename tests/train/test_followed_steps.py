@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -273,6 +274,10 @@ def test_wrappers_that_cannot_be_followed_leave_nothing_behind() -> None:
         (Two(first, second), "Two holds 2 optimizers and takes no step hooks"),
         (Hookless(model.parameters()), r"Hookless takes no step hooks.*super\(\).__init__"),
         (Passing(torch.optim.LBFGS(model.parameters())), "LBFGS"),
+        ([first, second], "one torch.optim.Optimizer, and the list holds several: pass the one that holds"),
+        ({"a": first, "b": second}, "the dict holds several"),
+        (SimpleNamespace(optimizers=(first, second)), "the SimpleNamespace holds several"),
+        ([object()], "must be a torch.optim.Optimizer, or hold one, not list"),
         (NoOptimizer(object()), "must be a torch.optim.Optimizer, or hold one, not NoOptimizer"),  # type: ignore[arg-type]
     ):
         with pytest.raises(TrainerError, match=message):

@@ -412,7 +412,8 @@ def test_a_run_resumes_exactly(tmp_path: Path, name: str, sparse: bool) -> None:
     assert whole["trainer"].state_dict()["step_counts"]
 
 
-def test_a_state_from_before_has_no_young_weights() -> None:
+def test_a_state_from_before_has_no_young_weights(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="srigl_fx")
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters())
     trainer = SRigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
@@ -420,12 +421,18 @@ def test_a_state_from_before_has_no_young_weights() -> None:
     state = trainer.state_dict()
     former = {key: value for key, value in state.items() if key != "step_counts"}
     trainer.load_state_dict(former)
+    assert "counted no steps of single weights" in caplog.text
+    caplog.clear()
     assert trainer.state_dict()["step_counts"] == ()
     trainer.load_state_dict(state)
     assert len(trainer.state_dict()["step_counts"]) == len(state["step_counts"]) == 3
+    assert not caplog.text
     trainer.detach()
     plain = SRigL(model, optimizer, total_steps=60, update_every=4)
+    plain.load_state_dict(former)
+    assert not caplog.text
     plain.load_state_dict(state)
+    assert 'pass step_count="weight" to go on' in caplog.text
     assert "step_counts" not in plain.state_dict()
 
 
