@@ -7,6 +7,7 @@ counted, and the rows of bags looked at, or refused when it runs. Graphs compute
 guarded already, and saved again, gets nothing more. It must not know the file format.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ _ATTENTION = "scaled_dot_product_attention"
 _BAGS = "embedding_bag"
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _SMALLEST, _LARGEST = 1e-12, 2**31 - 1  # of numbers that sizes are made of
+_MOST_PLACES = 1 << 24  # of an adaptive pooling's output, for each channel
 _RANGES = {None, torch.int64, torch.int32, torch.float32, torch.float64}
 
 
@@ -43,6 +45,8 @@ def check(node: fx.Node, tensor_at: Callable[[str], Tensor]) -> None:
             _check_batch_norm(node)
         elif name == "arange":
             _check_range(node)
+        elif name.startswith("adaptive"):
+            _check_adaptive_pooling(node)
         elif "max_pool" in name:
             _check_pooling(node)
         elif name == _ATTENTION:
@@ -106,6 +110,15 @@ def _check_range(node: fx.Node) -> None:
         raise ValueError(f"a range of {dtype}")
     if isinstance(step, bool) or not isinstance(step, kinds) or not _SMALLEST <= abs(step) <= _LARGEST:
         raise ValueError(f"a range in steps of {step!r}")
+
+
+def _check_adaptive_pooling(node: fx.Node) -> None:
+    """PyTorch goes through all places of the output, also where it has no channels and so no elements."""
+    sizes = arguments(node)["output_size"]
+    numbers = sizes if isinstance(sizes, list | tuple) else [sizes]
+    plain = all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers)
+    if not plain or math.prod(numbers) > _MOST_PLACES:
+        raise ValueError(f"pooling to {sizes} places")
 
 
 def _check_pooling(node: fx.Node) -> None:

@@ -31,8 +31,7 @@ _PYTHON: dict[str, Callable[..., Any]] = {
 # each with random ones.
 _ATEN_NAMES = """
 __and__.Scalar __and__.Tensor __or__.Scalar __or__.Tensor __xor__.Scalar __xor__.Tensor _to_copy.default abs.default
-acos.default acosh.default adaptive_avg_pool1d.default adaptive_avg_pool2d.default adaptive_avg_pool3d.default
-adaptive_max_pool1d.default adaptive_max_pool2d.default add.Scalar add.Tensor addbmm.default addcdiv.default
+acos.default acosh.default add.Scalar add.Tensor addbmm.default addcdiv.default
 addcmul.default addmm.default addmv.default affine_grid_generator.default alias.default amax.default amin.default
 angle.default any.default any.dim any.dims arange.default arange.start argmax.default argmin.default argsort.default
 asin.default asinh.default atan.default atan2.default atanh.default avg_pool1d.default avg_pool2d.default
@@ -99,6 +98,8 @@ GUARDED = frozenset(
         *("lstm.input", "gru.input", "rnn_tanh.input", "rnn_relu.input"),
         "scaled_dot_product_attention.default",
         *("max_pool1d.default", "max_pool2d.default", "max_pool3d.default", "arange.start_step"),
+        *(f"adaptive_{kind}_pool{axes}d.default" for kind in ("avg", "max") for axes in (1, 2)),
+        "adaptive_avg_pool3d.default",
         *("div.Tensor_mode", "div.Scalar_mode", "floor_divide.default", "floor_divide.Scalar"),
         "embedding_bag.padding_idx",
         *("remainder.Tensor", "remainder.Scalar", "fmod.Tensor", "fmod.Scalar"),

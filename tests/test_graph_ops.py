@@ -312,6 +312,17 @@ def test_whole_division_is_by_a_number_that_can_be_checked(packet: str, divisor:
     assert torch.equal(torch.fx.GraphModule({}, graph)(x), function(x, 3))
 
 
+@pytest.mark.parametrize("sizes", [[2**20, 2**20], [2**40, 1], [-1, 3], [True, 3], [2.0, 3]])
+def test_adaptive_pooling_to_more_places_than_any_module_has_is_refused(sizes: Any) -> None:
+    pool = torch.ops.aten.adaptive_max_pool2d.default
+    with pytest.raises(ValueError, match="pooling to"):
+        guard(called(pool, ..., sizes), no_tensor)
+    graph = called(pool, ..., [2, 3])
+    guard(graph, no_tensor)
+    x = torch.randn(2, 3, 5, 7)
+    assert torch.equal(torch.fx.GraphModule({}, graph)(x)[0], nn.functional.adaptive_max_pool2d(x, (2, 3)))
+
+
 @pytest.mark.parametrize("settings", [([0, 1],), ([2, 2], [0, 1]), ([2, 2], [1, 1], [-1, 0]), ([2**40, 1],)])
 def test_pooling_that_no_module_does_is_refused(settings: Any) -> None:
     with pytest.raises(ValueError, match="pooling with a"):
