@@ -344,8 +344,6 @@ def test_transformers(name: str) -> None:
         "bart": {"attention": ["q_proj", "k_proj", "v_proj"], "stream": ["out_proj", "fc2"], "width": ["fc1"]},
     }
     found = roles(build[name]())
-    if any(layer.endswith("attention.query.weight") for layer in found):  # in transformers 5.0, as in BERT
-        wanted["vit"] = wanted["bert"] | {"width": ["intermediate.dense"]}
     for role, endings in wanted[name].items():
         for ending in endings:
             layers = {layer: is_now for layer, is_now in found.items() if layer.endswith(f"{ending}.weight")}

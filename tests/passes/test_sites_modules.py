@@ -196,10 +196,8 @@ def test_hugging_face_experts() -> None:
         "experts.gate_up_proj": ("stack", ""),
         "experts.down_proj": ("stack", ""),
     }
-    # In transformers 5.0, experts do not say yet how they store their matrices: their graph shows a stack of three.
-    says = hasattr(mixtral.model.layers[0].mlp.experts, "has_gate")
-    names = ["0.gate", "0.up", "1.gate", "1.up", "2.gate", "2.up"] if says else ["0", "1", "2"]
-    assert [block.name for block in found["experts.gate_up_proj"].site.blocks] == names
+    blocks = found["experts.gate_up_proj"].site.blocks
+    assert [block.name for block in blocks] == ["0.gate", "0.up", "1.gate", "1.up", "2.gate", "2.up"]
     ids = torch.randint(0, 50, (2, 7))
     assert any("gate_up_proj" in name for name in train_some(mixtral.train(), ids, updates=1))
 
