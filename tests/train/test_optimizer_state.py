@@ -304,7 +304,8 @@ def test_sparse_steps_begin_grown_weights_anew() -> None:
 def test_a_second_backward_passes_through_the_mask() -> None:
     model = _square()
     twin = copy.deepcopy(model)
-    Static(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # which keeps the trainer
+    Static(model, optimizer)
     x = torch.randn(8, 24)
     products = []
     for one in (model, twin):
