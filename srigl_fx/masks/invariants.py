@@ -17,7 +17,7 @@ from srigl_fx.masks.completeness import unmasked_since
 from srigl_fx.masks.optimizer_state import OptimizerState
 from srigl_fx.masks.presence import added_since
 from srigl_fx.masks.records import MASK_SUFFIX, Block, SparseWeight, sparse_weights
-from srigl_fx.masks.shards import local, part
+from srigl_fx.masks.shards import is_sharded, local, part
 
 _REMEDY = (
     "; something else than its trainer wrote to it (an average of models, an adapter that was merged, another "
@@ -237,8 +237,10 @@ def _blocks(handle: SparseWeight) -> Iterator[tuple[Block, int, Tensor]]:
 
 def _check_held(handle: SparseWeight, optimizer: Optimizer) -> None:
     """Rule 5: whether the optimizer has the weight at all."""
-    held = (parameter is handle.weight for group in optimizer.param_groups for parameter in group["params"])
-    if handle.weight.requires_grad and not any(held):
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if any(map(is_sharded, held)):  # a forward may have left whole parameters in the place of the sharded ones
+        return
+    if handle.weight.requires_grad and not any(parameter is handle.weight for parameter in held):
         raise InvariantError(
             f"{handle.fqn}: the optimizer does not hold this weight, and does not train it: create the optimizer from "
             "model.parameters() of this very model, after anything that replaces parameters"
