@@ -33,9 +33,9 @@ def leaf_paths(spec: pytree.TreeSpec) -> list[tuple[str, ...]]:
     """
     if spec.is_leaf():
         return [()]
-    parts = spec.children()
-    steps = steps_of(spec, len(parts))
-    return [(step, *rest) for step, child in zip(steps, parts, strict=True) for rest in leaf_paths(child)]
+    children = spec.children()
+    steps = steps_of(spec, len(children))
+    return [(step, *rest) for step, child in zip(steps, children, strict=True) for rest in leaf_paths(child)]
 
 
 def steps_of(spec: pytree.TreeSpec, count: int) -> Sequence[str]:
