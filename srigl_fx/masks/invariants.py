@@ -45,8 +45,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     3. No block of rows keeps more weights than its budget, unless gradual pruning is still on its way there.
     4. With constant fan-in, every active neuron of a block has the same fan-in, ``budget // active`` or the full one,
        and enough neurons are active to hold the budget. While gradual pruning is on its way, every neuron is active.
-    5. The optimizer holds every weight that trains (not asked where parameters are sharded: a forward may have left whole
-       ones in their place). State that belongs to single weights
+    5. The optimizer holds every weight that trains (not asked where parameters are sharded: a forward may have left
+       whole ones in their place). State that belongs to single weights
        (:mod:`srigl_fx.masks.optimizer_state`) is off the mask what it is for a new weight: zero, of most optimizers.
        Other state of the weight's shape is not looked at.
     6. A trainer that is attached sees the gradients of every weight, and has left none that is not zero off the mask.
