@@ -225,7 +225,6 @@ def test_export_and_compilation_see_the_mask(name: str) -> None:
     expected = model(x)
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), expected, rtol=1e-6, atol=1e-6)
-    torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected, rtol=1e-6, atol=1e-6)
 

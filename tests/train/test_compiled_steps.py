@@ -82,11 +82,6 @@ def _assert_same(one: nn.Module, other: nn.Module, first: Optimizer, second: Opt
             assert not isinstance(value, Tensor) or torch.equal(value, second.state[theirs][name])
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler() -> None:
-    torch._dynamo.reset()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["step", "backward", "optimizer.step"])
 @pytest.mark.parametrize("method", METHODS)

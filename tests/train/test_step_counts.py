@@ -364,7 +364,6 @@ def test_with_steps_of_the_kept_weights_alone(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.parametrize("name", ["AdamW", "NAdam, L2", "RMSprop, momentum"])
 def test_in_a_compiled_step(name: str) -> None:
-    torch._dynamo.reset()
     make, _ = OPTIMIZERS[name]
     models = []
     for compiled in (False, True):

@@ -218,7 +218,6 @@ def test_a_compiled_model_captures_too() -> None:
     x = torch.randn(8, 24)
     engine, _ = engine_of(model)
     gradients = []
-    torch._dynamo.reset()
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         engine.capturing = False
         loss_of(run, x).backward()
