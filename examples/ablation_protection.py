@@ -10,9 +10,7 @@ are.
 """
 
 import argparse
-import csv
 import math
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from claims import analysis, report, runs
+from claims import analysis, report, rows, runs
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -258,36 +256,38 @@ def plan(seeds: int | None) -> list[tuple[str, str, int]]:
 
 
 def read(path: Path) -> dict[tuple[str, str, int], dict[str, str]]:
-    """The finished runs in ``path``; none where there is no such file."""
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {(row["task"], row["variant"], int(row["seed"])): row for row in csv.DictReader(file)}
+    """The finished runs in ``path``, without a last line that was cut off; none where there is no such file.
+
+    Raises:
+        ValueError: The file is damaged; the message names the line.
+    """
+    return rows.read(path, COLUMNS, _parsed)
+
+
+def _parsed(row: dict[str, str]) -> tuple[tuple[str, str, int], dict[str, str]]:
+    for name, known in (("task", CASES), ("variant", VARIANTS)):
+        if row[name] not in known:
+            raise ValueError(f"no {name} is called {row[name]!r}")
+    for name in ("score", "active_share", "narrowest_share"):
+        float(row[name])
+    return (row["task"], row["variant"], int(row["seed"])), row
 
 
 def append(path: Path, row: dict[str, object]) -> None:
-    """Write the row of a finished run, and see it on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write the row of a finished run in one piece, and see it on the disk; a line cut off before is removed."""
+    rows.append(path, COLUMNS, row)
 
 
 def table(path: Path) -> str:
     """One Markdown table a task: score, what is gained over protecting outputs alone, and the neurons that are left."""
-    rows = read(path)
+    done = read(path)
     return "\n\n".join(
-        "\n".join(_lines(task, {(variant, seed): row for (one, variant, seed), row in rows.items() if one == task}))
+        "\n".join(_lines(task, {(variant, seed): row for (one, variant, seed), row in done.items() if one == task}))
         for task in CASES
     )
 
 
-def _lines(task: str, rows: dict[tuple[str, int], dict[str, str]]) -> Iterator[str]:
+def _lines(task: str, done: dict[tuple[str, int], dict[str, str]]) -> Iterator[str]:
     recipe = CASES[task].recipe
     sign, digits = (-1, 3) if recipe.bits else (1, 1)
     unit = "bits per character, less is better" if recipe.bits else "accuracy, %"
@@ -295,13 +295,13 @@ def _lines(task: str, rows: dict[tuple[str, int], dict[str, str]]) -> Iterator[s
     yield "| treatment | score | gain over protected outputs alone | active neurons % | narrowest layer | seeds |"
     yield "|---|---|---|---|---|---|"
     for variant, treatment in VARIANTS.items():
-        found = {seed: row for (one, seed), row in rows.items() if one == variant}
+        found = {seed: row for (one, seed), row in done.items() if one == variant}
         if not found:
             continue
         gains = [
-            sign * (float(row["score"]) - float(rows["outputs", seed]["score"]))
+            sign * (float(row["score"]) - float(done["outputs", seed]["score"]))
             for seed, row in found.items()
-            if ("outputs", seed) in rows
+            if ("outputs", seed) in done
         ]
         narrow = min(found.values(), key=lambda row: float(row["narrowest_share"]))
         cells = [

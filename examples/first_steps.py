@@ -8,18 +8,16 @@ and ``docs/methods.md`` shows the table. ``--table-only`` makes it from the rows
 """
 
 import argparse
-import csv
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from claims import report, runs
+from claims import report, rows, runs
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -140,40 +138,44 @@ def density_scaled(model: nn.Module, rate: float) -> list[dict[str, Any]]:
 
 
 def read(path: Path) -> dict[Key, float]:
-    """The scores of the finished runs in ``path``; none where there is no such file."""
-    if not path.exists():
-        return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        return {
-            Key(row["task"], row["method"], row["optimizer"], row["treatment"], int(row["seed"])): float(row["score"])
-            for row in csv.DictReader(file)
-        }
+    """The scores of the finished runs in ``path``, without a last line that was cut off; none where it is missing.
+
+    Raises:
+        ValueError: The file is damaged; the message names the line.
+    """
+    return rows.read(path, COLUMNS, _parsed)
+
+
+def _parsed(row: dict[str, str]) -> tuple[Key, float]:
+    key = Key(row["task"], row["method"], row["optimizer"], row["treatment"], int(row["seed"]))
+    known: dict[str, Collection[str]] = {
+        "task": runs.TASKS,
+        "method": METHODS,
+        "optimizer": OPTIMIZERS,
+        "treatment": TREATMENTS,
+    }
+    for name, choices in known.items():
+        if row[name] not in choices:
+            raise ValueError(f"no {name} is called {row[name]!r}")
+    return key, float(row["score"])
 
 
 def append(path: Path, key: Key, values: dict[str, object]) -> None:
-    """Write the row of a finished run, and see it on the disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if new:
-            writer.writerow(COLUMNS)
-        writer.writerow([*astuple(key), *values.values()])
-        file.flush()
-        os.fsync(file.fileno())
+    """Write the row of a finished run in one piece, and see it on the disk; a line cut off before is removed."""
+    rows.append(path, COLUMNS, {**asdict(key), **values})
 
 
 def table(scores: dict[Key, float]) -> str:
     """A Markdown table: scores, and what each treatment gains over ``step_count="tensor"`` within each seed."""
     header = "| task | optimizer | method | treatment | score | gain | seeds | |\n|---|---|---|---|---|---|---|---|"
-    rows = [
+    lines = [
         _row(scores, optimizer, task, method, treatment)
         for optimizer in OPTIMIZERS
         for task in runs.TASKS
         for method in METHODS
         for treatment in TREATMENTS
     ]
-    return "\n".join([header, *(row for row in rows if row)])
+    return "\n".join([header, *(line for line in lines if line)])
 
 
 def _row(scores: dict[Key, float], optimizer: str, task: str, method: str, treatment: str) -> str:

@@ -1,15 +1,13 @@
-"""The file of results: one row a finished run, safe to be killed at any moment.
+"""The results of the paper's claims: a run's row, and which runs the file still lacks.
 
-Owns the CSV and which runs it still lacks; it must not know what the numbers mean.
+It must not know what the numbers mean, or how the file is kept (``rows.py``).
 """
 
-import csv
-import io
-import os
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from claims import rows
 from claims.runs import METHODS, TASKS, Key
 
 COLUMNS = (
@@ -63,29 +61,19 @@ def plan(
 
 
 def read(path: Path) -> list[Row]:
-    """The finished runs in ``path``, without a last line that was cut off; none where there is no such file."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    rows = []
-    for line in csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])):
-        key = Key(int(line["seed"]), line["task"], line["method"], float(line["sparsity"]), int(line["steps"]))
-        rows.append(Row(key, line))
-    return rows
+    """The finished runs in ``path``, without a last line that was cut off; none where there is no such file.
+
+    Raises:
+        ValueError: The file is damaged; the message names the line.
+    """
+    return [*rows.read(path, COLUMNS, _parsed).values()]
+
+
+def _parsed(line: dict[str, str]) -> tuple[Key, Row]:
+    key = Key(int(line["seed"]), line["task"], line["method"], float(line["sparsity"]), int(line["steps"]))
+    return key, Row(key, line)
 
 
 def append(path: Path, key: Key, values: Mapping[str, object]) -> None:
     """Write the row of a finished run in one piece, and see it on the disk; a line cut off before is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    with path.open("a+b") as file:
-        file.seek(0)
-        end = file.read().rfind(b"\n") + 1
-        file.truncate(end)
-        if end == 0:
-            writer.writerow(COLUMNS)
-        writer.writerow([*astuple(key), *(values[column] for column in COLUMNS[5:])])
-        file.write(text.getvalue().encode())
-        file.flush()
-        os.fsync(file.fileno())
+    rows.append(path, COLUMNS, {**asdict(key), **values})
