@@ -1,4 +1,4 @@
-"""The tasks of a job on torch's own threads.
+"""The tasks of a job on torch's own threads, and how many of these there are in a block.
 
 Owns how tasks are spread: over the OpenMP pool that torch computes with (the libgomp in its Linux wheels), entered the
 way compiled code enters it; so the threads are those that ``torch.set_num_threads`` counts, none is started at import,
@@ -10,7 +10,8 @@ import ctypes
 import functools
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,29 @@ def run(task: tuple[Entry, int], job: int, tasks: int, threads: int) -> None:
             _one_after_another()(task[1], job, tasks)
     else:
         start(task[1], job, tasks, min(threads, tasks))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """A block in which torch, and so the kernels, compute with ``count`` threads; afterwards with as many as before.
+
+    Example:
+        >>> import torch
+        >>> before = torch.get_num_threads()
+        >>> with torch_threads(before + 1):
+        ...     torch.get_num_threads() == before + 1
+        True
+        >>> torch.get_num_threads() == before
+        True
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _after_fork() -> None:

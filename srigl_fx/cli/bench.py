@@ -5,8 +5,7 @@ Owns the measurement and its table; it must not know the kernels: it calls the p
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from srigl_fx.errors import SriglError
 from srigl_fx.report import format_table
+from srigl_fx.runtime.threads import torch_threads
 
 Shape = tuple[int, int]
 DEFAULT_SHAPES: tuple[Shape, ...] = ((768, 768), (768, 3072), (3072, 768), (4096, 4096))
@@ -58,7 +58,7 @@ def compare(shapes: Sequence[Shape], sparsities: Sequence[float], batches: Seque
     if not all(0 <= sparsity < 1 for sparsity in sparsities) or not all(batch >= 1 for batch in batches):
         raise SriglError("a sparsity must lie in [0, 1), such as 0.9, and a batch size must be at least 1")
     rows = []
-    with _threads(threads), torch.inference_mode():
+    with torch_threads(threads), torch.inference_mode():
         for inputs, outputs in shapes:
             for sparsity in sparsities:
                 for batch in batches:
@@ -104,13 +104,3 @@ def _medians(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple
                 call()
                 measured.append(time.perf_counter() - started)
     return statistics.median(times[0]), statistics.median(times[1])
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

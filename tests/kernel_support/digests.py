@@ -6,15 +6,14 @@ import json
 import torch
 
 from kernel_support import DTYPES, Convolution, bits, check_conv, check_linear, condensed
+from srigl_fx.runtime.threads import torch_threads
 
 
 def digests(threads: int) -> dict[str, str]:
     """A digest of every result at that number of threads."""
     generator = torch.Generator().manual_seed(1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     found = {}
-    try:
+    with torch_threads(threads):
         for dtype in DTYPES:
             weight = condensed(300, 500, 50, n_active=280, dtype=dtype)
             for batch in (1, 3, 16, 33, 130):
@@ -28,8 +27,6 @@ def digests(threads: int) -> dict[str, str]:
                     x = torch.randn(batch, 20, 13, 14, generator=generator)
                     y = check_conv(shape, conv_weight, x, activation="silu")
                     found[f"conv {shape} {dtype} {batch}"] = hashlib.sha256(bits(y)).hexdigest()
-    finally:
-        torch.set_num_threads(before)
     return found
 
 

@@ -29,6 +29,7 @@ from srigl_fx.runtime.calibration import (
     probe,
 )
 from srigl_fx.runtime.cost_model import Machine
+from srigl_fx.runtime.threads import torch_threads
 from srigl_fx.runtime.timings import FILE, Timings
 
 USUAL = predicted(Machine())
@@ -58,16 +59,6 @@ def busy(kind: str) -> Iterator[None]:
         for other in others:
             other.kill()
             other.wait(timeout=60)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class SimulatedMachine:
@@ -224,7 +215,7 @@ def test_what_agrees_with_the_clock_stays_and_is_looked_at_once(
 def test_a_busy_machine_is_measured_right_or_not_at_all(
     timings: Timings, simulated: Callable[[int], SimulatedMachine], count: int, seed: int
 ) -> None:
-    with threads(count):
+    with torch_threads(count):
         machine = simulated(seed)
         machine.busy = True
         assert off(probe(), machine.true) < 2
@@ -244,7 +235,7 @@ def test_a_busy_machine_is_measured_right_or_not_at_all(
 def test_a_stored_time_that_contradicts_the_clock_is_thrown_away(
     timings: Timings, simulated: Callable[[int], SimulatedMachine], count: int, name: str, factor: float
 ) -> None:
-    with threads(count):
+    with torch_threads(count):
         machine = simulated(int(factor * 600))
         timings.put(WHAT, {**machine.true, name: factor * machine.true[name]})
         machine.busy = True
@@ -270,7 +261,7 @@ def test_a_busy_moment_decides_nothing(timings: Timings, kind: str, count: int, 
     """On the real clock: what is stored then, and how far it is off, depends on the machine; the decisions do not."""
     model = mask_by_hand(randomise(nn.Sequential(nn.Linear(2048, 1024))), 0.1).eval()
     x = torch.randn(1, 2048)
-    with threads(count):
+    with torch_threads(count):
         if poison:
             true = {**predicted(Machine().with_threads(count)), **probe()}
             timings.put(WHAT, {name: poison.get(name, 1.0) * seconds for name, seconds in true.items()})

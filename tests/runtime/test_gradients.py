@@ -17,6 +17,7 @@ from srigl_fx.errors import FormatError
 from srigl_fx.runtime import gradients, ops
 from srigl_fx.runtime.format import is_padding
 from srigl_fx.runtime.products import Pattern, pack
+from srigl_fx.runtime.threads import torch_threads
 
 linear = torch.ops.srigl_fx.condensed_linear
 conv = torch.ops.srigl_fx.condensed_conv
@@ -24,10 +25,8 @@ conv = torch.ops.srigl_fx.condensed_conv
 
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield
 
 
 def exact(first: Tensor, second: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from kernel_support import (
 )
 
 from srigl_fx.runtime.format import ValueDtype
+from srigl_fx.runtime.threads import torch_threads
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
@@ -112,17 +113,13 @@ def test_more_samples_than_are_packed_at_a_time(n: int) -> None:
 )
 def test_threads_share_the_work(active: Sequence[int], transposed: bool, kernel: tuple[int, int], threads: int) -> None:
     """Whichever filters are ablated at the borders of the threads' shares."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         for groups in (1, 4):
             shape = Convolution(n=80, channels=40, kernel=kernel, groups=groups, size=(10, 13), transposed=transposed)
             weight = shape.condensed(9, active=active)
             for batch in (1, 5):
                 y = check_conv(shape, weight, shape.input(batch))
                 check_conv(shape, weight, shape.input(batch), residual=torch.randn(y.shape), activation="relu")
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

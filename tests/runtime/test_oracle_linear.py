@@ -24,6 +24,7 @@ from kernel_support import (
 from torch import Tensor
 
 from srigl_fx.runtime.format import ValueDtype
+from srigl_fx.runtime.threads import torch_threads
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 # One sample, a few, half a tile, tiles with and without a rest.
@@ -231,10 +232,8 @@ def test_the_hint_for_export_changes_nothing(batch: int, y_feature_major: bool) 
 
 @pytest.fixture(params=[2, 3, 5])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 
 from srigl_fx.runtime import timings
 from srigl_fx.runtime.cache import CACHE_VARIABLE
+from srigl_fx.runtime.threads import torch_threads
 from srigl_fx.runtime.timings import FILE, Timings, environment
 
 WHAT = {"operator": "linear", "weight": [8, 16], "kept": 12, "stride": None}
@@ -120,12 +121,8 @@ def test_another_environment_has_times_of_its_own(path: Path, monkeypatch: pytes
     monkeypatch.setenv("SRIGL_FX_ISA", "x86-64")
     assert Timings(path).get(WHAT) is None
     monkeypatch.delenv("SRIGL_FX_ISA")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
+    with torch_threads(torch.get_num_threads() + 1):
         assert Timings(path).get(WHAT) is None
-    finally:
-        torch.set_num_threads(threads)
     assert Timings(path).get(WHAT) == SECONDS
 
 
