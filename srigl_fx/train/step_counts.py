@@ -68,16 +68,25 @@ class StepCounts:
         self._before: dict[str, _Before] = {}
 
     def check(self, handles: Iterable[SparseWeight]) -> None:
-        """Require that it is known how the steps of some weights are counted.
+        """Require that it is known how the steps of some weights are counted, and that they can be made up for.
 
         Raises:
-            TrainerError: It is not; the message names the optimizer.
+            TrainerError: It is not, or they cannot; the message names the optimizer.
         """
         for handle in handles:
-            if handle.weight.requires_grad and (self._holder(handle.weight) is None or handle.weight.is_complex()):
+            if not handle.weight.requires_grad:
+                continue
+            holder = self._holder(handle.weight)
+            if holder is None or handle.weight.is_complex():
                 raise TrainerError(
                     f'step_count="weight" knows how {known_names()} count steps: what {type(self._outermost).__name__} '
                     f'makes of those of {handle.fqn} is not known. Train with one of these, or with step_count="tensor"'
+                )
+            if OptimizerState.of(holder[0]).group(handle.weight).get("differentiable"):
+                raise TrainerError(
+                    f'step_count="weight" moves weights behind the step: that is no part of the graph which '
+                    f"{type(holder[0]).__name__}(differentiable=True) is to make of its steps of {handle.fqn}. "
+                    "Make the optimizer without differentiable=True"
                 )
 
     @torch.no_grad()

@@ -1,7 +1,6 @@
 """With a count of steps of its own, a weight that grows makes the steps of a parameter that was made when it grew."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,56 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from train_support import batches, loss_of, mlp, train
+from train_support.cohorts import Cohorts, Make, both, follow, rmsprop
 
 from srigl_fx import verify
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static, checkpoint, compute_sparse
-
-Make = Callable[[Any], Optimizer]
-
-
-class CorrectedRMSprop(Optimizer):
-    """RMSprop whose second moment is divided by what it has seen of a constant."""
-
-    def __init__(self, params: Any, **options: Any) -> None:
-        unused = {"weight_decay": 0.0, "momentum": 0.0, "centered": False, "maximize": False}
-        super().__init__(params, {**unused, **options})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state[parameter]
-                if not state:
-                    state.update(step=0, **{name: torch.zeros_like(parameter) for name in ("square", "mean", "buffer")})
-                state["step"] += 1
-                grad = -parameter.grad if group["maximize"] else parameter.grad
-                grad = grad + group["weight_decay"] * parameter
-                alpha = group["alpha"]
-                state["square"].mul_(alpha).addcmul_(grad, grad, value=1 - alpha)
-                state["mean"].lerp_(grad, 1 - alpha)
-                variance = state["square"] / (1 - alpha ** state["step"])
-                if group["centered"]:
-                    variance = variance - state["mean"].square()
-                state["buffer"].mul_(group["momentum"]).add_(grad / (variance.sqrt() + group["eps"]))
-                parameter.sub_(group["lr"] * state["buffer"])
-        return None
-
-
-def rmsprop(**options: Any) -> tuple[Make, Make]:
-    """The optimizer that trains, and the one that young weights are to be trained by."""
-    options = {"lr": 0.003, "alpha": 0.99, "eps": 1e-8, **options}
-    return lambda p: torch.optim.RMSprop(p, **options), lambda p: CorrectedRMSprop(p, **options)
-
-
-def both(kind: Any, **options: Any) -> tuple[Make, Make]:
-    def make(parameters: Any) -> Optimizer:
-        made: Optimizer = kind(parameters, **options)
-        return made
-
-    return make, make
-
 
 OPTIMIZERS: dict[str, tuple[Make, Make]] = {
     "Adam": both(torch.optim.Adam, lr=0.003),
@@ -68,6 +23,10 @@ OPTIMIZERS: dict[str, tuple[Make, Make]] = {
     "Adam, foreach": both(torch.optim.Adam, lr=0.003, foreach=True),
     "Adam, fused": both(torch.optim.Adam, lr=0.003, fused=True),
     "Adam, tensor as learning rate": both(torch.optim.Adam, lr=torch.tensor(0.003), foreach=False),
+    "Adam, fused, tensor as learning rate": both(torch.optim.Adam, lr=torch.tensor(0.003), fused=True),
+    "Adam, tensors as options": both(
+        torch.optim.Adam, lr=torch.tensor(0.003), betas=(torch.tensor(0.9), torch.tensor(0.999)), foreach=False
+    ),
     "Adam, amsgrad": both(torch.optim.Adam, lr=0.003, amsgrad=True),
     "Adam, maximize": both(torch.optim.Adam, lr=0.003, maximize=True),
     "AdamW": both(torch.optim.AdamW, lr=0.003, weight_decay=0.1),
@@ -95,63 +54,18 @@ OPTIMIZERS: dict[str, tuple[Make, Make]] = {
 }
 
 
-class Cohorts:
-    """A plain loop: the weights that grew at one step are a parameter of their own, with an optimizer of its own."""
-
-    def __init__(self, model: nn.Module, make: Make, make_young: Make) -> None:
-        self.weights = {handle.fqn: handle for handle in sparse_weights(model)}
-        self.make_young = make_young
-        self.cohorts: list[tuple[str, Tensor, nn.Parameter, Optimizer]] = []
-        self.masks = {name: torch.zeros_like(handle.mask) for name, handle in self.weights.items()}
-        self.follow(make)
-
-    def follow(self, make: Make | None = None) -> int:
-        """Take up what grew since the last call; how much that is."""
-        grown = 0
-        for name, handle in self.weights.items():
-            new = (handle.mask & ~self.masks[name]).flatten().nonzero().squeeze(1)
-            gone = (~handle.mask).flatten()
-            for index, (whose, positions, parameter, optimizer) in enumerate(self.cohorts):
-                if whose == name:  # what went and comes back later is not the same weight
-                    kept = torch.where(gone[positions.clamp(min=0)], -1, positions)
-                    self.cohorts[index] = whose, kept, parameter, optimizer
-            if len(new):
-                parameter = nn.Parameter(handle.weight.detach().flatten()[new].clone())
-                self.cohorts.append((name, new, parameter, (make or self.make_young)([parameter])))
-            self.masks[name] = handle.mask.clone()
-            grown += len(new)
-        return grown
-
-    def step(self, options: dict[str, Any]) -> None:
-        """A step of all, with the gradients that the model has now."""
-        for name, positions, parameter, optimizer in self.cohorts:
-            grad = self.weights[name].weight.grad
-            assert grad is not None
-            parameter.grad = torch.where(positions >= 0, grad.flatten()[positions.clamp(min=0)], 0.0)
-            optimizer.param_groups[0].update(options)
-            optimizer.step()
-
-    def check(self, rtol: float, atol: float) -> None:
-        for name, positions, parameter, _ in self.cohorts:
-            alive = positions >= 0
-            have = self.weights[name].weight.detach().flatten()[positions[alive]]
-            torch.testing.assert_close(have, parameter.detach()[alive], rtol=rtol, atol=atol)
+def begun(step_count: str, kind: Any, method: Any = SRigL, **options: Any) -> tuple[nn.Module, Any]:
+    """The same model, whatever the option, with a trainer."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = kind(model.parameters(), lr=0.003)
+    method(model, optimizer, step_count=step_count, **options)
+    return model, optimizer
 
 
-def follow(
-    model: nn.Module, optimizer: Optimizer, cohorts: Cohorts, data: Any, *, rtol: float = 1e-5, atol: float = 2e-6
-) -> int:
-    """Train with a changing learning rate, and compare all kept weights after each step; how many grew."""
-    grown = 0
-    for number, x in enumerate(data):
-        optimizer.zero_grad()
-        loss_of(model, x.to(next(model.parameters()).dtype)).backward()
-        optimizer.param_groups[0]["lr"] *= 0.9 if number % 4 == 2 else 1.0
-        cohorts.step({"lr": optimizer.param_groups[0]["lr"]})
-        optimizer.step()
-        grown += cohorts.follow()
-        cohorts.check(rtol, atol)
-    return grown
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -195,23 +109,16 @@ def test_by_hand() -> None:
 
 def test_others_are_not_touched() -> None:
     """The option changes what a weight that has grown takes, and nothing before anything grows."""
-    runs = []
-    for step_count in ("tensor", "weight"):
-        torch.manual_seed(0)
-        model = mlp()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
-        method: Any = SRigL
-        trainer = method(model, optimizer, total_steps=60, update_every=5, step_count=step_count)
-        train(model, optimizer, batches(5))
-        runs.append((model, optimizer, trainer))
-    (one, first, _), (other, second, _) = runs
-    for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    runs = [begun(count, torch.optim.AdamW, total_steps=60, update_every=5) for count in ("tensor", "weight")]
     for run in runs:
-        train(run[0], run[1], batches(1, seed=1))
+        train(*run, batches(5))
+    (one, first), (other, second) = runs
+    assert_same_weights(one, other)
+    for run in runs:
+        train(*run, batches(1, seed=1))
     handles = zip(sparse_weights(one), sparse_weights(other), strict=True)
     assert any(not torch.equal(mine.weight, theirs.weight) for mine, theirs in handles)
-    assert torch.equal(one[0].bias, other[0].bias)  # type: ignore[arg-type]
+    assert torch.equal(one.get_parameter("0.bias"), other.get_parameter("0.bias"))
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         assert torch.equal(first.state[mine]["step"], second.state[theirs]["step"])
 
@@ -324,10 +231,7 @@ def test_a_step_without_a_gradient_does_not_count() -> None:
 def test_a_closure_gives_the_gradients() -> None:
     models = []
     for closed in (False, True):
-        torch.manual_seed(0)
-        model = mlp()
-        optimizer = torch.optim.RMSprop(model.parameters(), lr=0.003, weight_decay=0.1)
-        SRigL(model, optimizer, total_steps=60, update_every=4, step_count="weight")
+        model, optimizer = begun("weight", torch.optim.RMSprop, total_steps=60, update_every=4)
         for x in batches(14):
 
             def closure(x: Tensor = x, model: nn.Module = model, optimizer: Optimizer = optimizer) -> Tensor:
@@ -342,8 +246,7 @@ def test_a_closure_gives_the_gradients() -> None:
                 closure()
                 optimizer.step()
         models.append(model)
-    for mine, theirs in zip(*(model.parameters() for model in models), strict=True):
-        assert torch.equal(mine, theirs)
+    assert_same_weights(*models)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "NAdam, L2", "RMSprop, centred momentum", "Adagrad, decay"])
@@ -406,8 +309,7 @@ def test_a_run_resumes_exactly(tmp_path: Path, name: str, sparse: bool) -> None:
     checkpoint.load(tmp_path / "last", **resumed)
     for run in (whole, resumed):
         train(run["model"], run["optimizer"], batches(10, seed=1))
-    for mine, theirs in zip(whole["model"].parameters(), resumed["model"].parameters(), strict=True):
-        assert torch.equal(mine, theirs)
+    assert_same_weights(whole["model"], resumed["model"])
     assert whole["trainer"].state_dict()["step_counts"]
 
 
@@ -482,16 +384,9 @@ def test_a_mask_that_somebody_loads_ends_the_youth_of_what_is_gone() -> None:
 
 def test_an_optimizer_that_begins_anew_makes_its_own_steps() -> None:
     """Its state is dropped, or an earlier one loaded: the parameter is younger than what grew in it."""
-    runs = []
-    for step_count in ("tensor", "weight"):
-        torch.manual_seed(0)
-        model = mlp()
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
-        method: Any = SRigL
-        method(model, optimizer, total_steps=100, update_every=10, step_count=step_count)
+    runs = [begun(count, torch.optim.Adam, total_steps=100, update_every=10) for count in ("tensor", "weight")]
+    for model, optimizer in runs:
         train(model, optimizer, batches(10))
         optimizer.state.clear()
         train(model, optimizer, batches(9, seed=1))
-        runs.append(model)
-    for mine, theirs in zip(*(model.parameters() for model in runs), strict=True):
-        assert torch.equal(mine, theirs)
+    assert_same_weights(runs[0][0], runs[1][0])
