@@ -57,6 +57,7 @@ def untold(values: Any, *, given: bool) -> str:
 
     A cache with a sliding window counts them in a number. A graph would have the number of the example built in, and
     no other cache of the same sizes would be told from it: of one that is ``given`` this is so once its window is full.
+    One of a decoder with an encoder marks which layers are to be filled anew, as those are that were reset.
 
     Example:
         >>> untold([1, {"x": "text"}], given=True)
@@ -65,6 +66,8 @@ def untold(values: Any, *, given: bool) -> str:
     if not knows_caches():
         return ""
     for value in pytree.tree_leaves(values, is_leaf=lambda one: _is_theirs(type(one)) and _layers(one) is not None):
+        if given and (number := _to_be_filled_anew(value)) is not None:
+            return f"a {type(value).__name__} whose layer {number} is full and marked as one that is to be filled"
         for number, layer in enumerate(_layers(value) or ()):
             keys, seen = getattr(layer, "keys", None), getattr(layer, "cumulative_length", None)
             window = getattr(layer, "sliding_window", None)
@@ -83,6 +86,17 @@ def _layers(value: Any) -> list[Any] | None:
     parts = [getattr(value, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
     layers = [one for part in (value, *parts) for one in getattr(part, "layers", None) or () if part is not None]
     return layers if layers and hasattr(value, "get_seq_length") else None
+
+
+def _to_be_filled_anew(value: Any) -> int | None:
+    """The first layer of a cache of an encoder's keys and values that has some which the next call does not take."""
+    marks, cross = getattr(value, "is_updated", None), getattr(value, "cross_attention_cache", None)
+    if isinstance(marks, dict):
+        for number, layer in enumerate(getattr(cross, "layers", ())):
+            keys = getattr(layer, "keys", None)
+            if isinstance(keys, Tensor) and keys.numel() and not marks.get(number):
+                return number
+    return None
 
 
 def _is_theirs(kind: type) -> bool:

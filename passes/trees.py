@@ -20,8 +20,17 @@ def is_plain(spec: pytree.TreeSpec) -> bool:
         >>> is_plain(pytree.tree_structure([1, {"x": (2, None)}]))
         True
     """
-    plain = spec.type in _PLAIN or (isinstance(spec.type, type) and issubclass(spec.type, dict | tuple))
-    return spec.is_leaf() or (plain and all(map(is_plain, spec.children())))
+    return spec.is_leaf() or (holds_anything(spec.type) and all(map(is_plain, spec.children())))
+
+
+def holds_anything(kind: Any) -> bool:
+    """Whether containers of this type, as a tree names it, hold whatever they are given.
+
+    Example:
+        >>> holds_anything(dict), holds_anything(slice)
+        (True, False)
+    """
+    return kind in _PLAIN or (isinstance(kind, type) and issubclass(kind, dict | tuple))
 
 
 def leaf_paths(spec: pytree.TreeSpec) -> list[tuple[str, ...]]:

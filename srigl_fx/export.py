@@ -20,6 +20,7 @@ from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError, LibraryError
 from srigl_fx.lowered import LoweredModule, LoweringReport, format_speedups
+from srigl_fx.lowered_inputs import arranged
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.lowering import lower
 from srigl_fx.onnx_file import CondensedNode, inspect_file
@@ -214,6 +215,7 @@ def export_onnx(
         raise _keeps_state(model, names)
     args, kwargs = normalise_inputs(example_inputs)
     register_caches(model, pytree.tree_leaves((args, kwargs)))
+    args, kwargs = arranged(lowered, args, kwargs)
     batches = _batches(lowered, args, kwargs)
     if not dynamic_batch:
         batches = [None] * len(batches)

@@ -73,8 +73,8 @@ def dump(module: fx.GraphModule, extra: dict[str, Any]) -> bytes:
             "nodes": nodes,
             "attributes": attributes,
             "arguments": list(info.orig_args),
-            "in": _encode_tree(info.in_spec),
-            "out": _encode_tree(info.out_spec),
+            "in": encode_tree(info.in_spec),
+            "out": encode_tree(info.out_spec),
             "extra": extra,
         }
     except ValueError as error:
@@ -254,11 +254,11 @@ def _check_place(value: Any) -> Any:
     return value
 
 
-def _encode_tree(spec: "pytree.TreeSpec") -> Any:
+def encode_tree(spec: "pytree.TreeSpec") -> Any:
     """A tree of inputs or outputs: 0 is a leaf; other registered types become the plain container they resemble."""
     if spec.is_leaf():
         return 0
-    children = [_encode_tree(child) for child in spec.children()]
+    children = [encode_tree(child) for child in spec.children()]
     if isinstance(spec.type, type) and issubclass(spec.type, dict):
         keys = list(spec.context[1] if isinstance(spec.context, tuple) else spec.context)
         if len(keys) == len(children) and all(isinstance(key, str) for key in keys):

@@ -10,20 +10,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
-from torch.utils import _pytree as pytree
 
 import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs call
 from srigl_fx import graph_file
 from srigl_fx.comparison import tolerance
-from srigl_fx.errors import LoweringError
 from srigl_fx.html_report import format_neurons, lowering_page, notes_by_pass, save_page
-from srigl_fx.passes import trees
+from srigl_fx.lowered_inputs import check_inputs, is_description
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.capture import Failure
-from srigl_fx.passes.capture_checks import is_free
-from srigl_fx.passes.program import Program
+from srigl_fx.passes.example_inputs import Inputs
 from srigl_fx.passes.removal import Removals
 from srigl_fx.removal_report import format_removals
 from srigl_fx.report import format_bytes, format_table
@@ -357,108 +354,14 @@ class LoweredModule(fx.GraphModule):
 def _build(module: fx.GraphModule, extra: dict[str, Any]) -> LoweredModule:
     inputs = extra["inputs"]
     placeholders = sum(node.op == "placeholder" for node in module.graph.nodes)
-    if len(inputs) != placeholders or not all(item is None or _describes_an_input(item) for item in inputs):
+    if len(inputs) != placeholders or not all(item is None or is_description(item) for item in inputs):
         raise ValueError("the inputs described are not those of the graph")
     return LoweredModule.build(module, LoweringReport.from_dict(extra["report"]), inputs)
 
 
-def _describes_an_input(item: Any) -> bool:
-    if "value" in item:
-        return isinstance(item["value"], bool | int | float | str)
-    sizes = item["shape"]
-    return (
-        isinstance(item.get("batch", 0), int)
-        and isinstance(getattr(torch, item["dtype"]), torch.dtype)
-        and all(size is None or (isinstance(size, int) and size >= 0) for size in sizes)
-    )
-
-
-def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
-    """What :meth:`LoweredModule.build` wants to know about inputs, from their (symbolic) values at capture."""
-
-    def one(value: Any, batch: int) -> dict[str, Any] | None:
-        if isinstance(value, Tensor):
-            shape = [None if is_free(size) else int(size) for size in value.shape]
-            described = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
-            return {**described, "batch": batch} if shape and shape[0] is None else described
-        return {"value": value} if isinstance(value, bool | int | float | str) else None
-
-    values = [node.meta.get("val") for node in program.module.graph.find_nodes(op="placeholder")]
-    ties = program.ties or (0,) * len(values)
-    own = range(len(values), 2 * len(values))  # of inputs whose leading size is free and not the batch
-    batches = [tie if batched else one for tie, batched, one in zip(ties, program.batched, own, strict=True)]
-    return [one(value, batch) for value, batch in zip(values, batches, strict=True)]
-
-
-def _by_argument(module: LoweredModule) -> list[tuple[str, pytree.TreeSpec]]:
-    """Names of the arguments, and how each is made."""
-    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    positional, named = info.in_spec.children()
-    return list(zip(info.orig_args, [*positional.children(), *named.children()], strict=True))
-
-
-def _path(module: LoweredModule, position: int) -> str:
-    """Which part of which argument an input is, in brackets; "" where it is an argument as a whole."""
-    paths = [(name, *path) for name, spec in _by_argument(module) for path in trees.leaf_paths(spec)]
-    return f" ({' '.join(paths[position])})" if len(paths[position]) > 1 else ""
-
-
-def _other_counts(module: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Which argument has more or fewer leaves than when the graph was captured, and what to do."""
-    for place, (name, spec) in enumerate(_by_argument(module)):
-        count = len(pytree.tree_leaves(args[place] if place < len(args) else kwargs[name]))
-        if count != spec.num_leaves:
-            return (
-                f": {name} holds {count}, and the graph was captured for {spec.num_leaves} (an empty cache holds "
-                "none): lower the model again with such example inputs"
-            )
-    return ""
-
-
-def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse inputs that the captured graph was not made for: it has their sizes and constants built in."""
+def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
+    """Refuse inputs that the captured graph was not made for; the others in the containers that it takes."""
     if torch.compiler.is_compiling():  # the compiler guards on shapes itself
-        return
+        return None
     assert isinstance(module, LoweredModule)
-    names = module.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
-    missing = names[len(args) :]
-    if len(args) > len(names) or set(missing) != set(kwargs):
-        return  # the call itself says what is wrong
-    leaves = pytree.tree_leaves([*args, *(kwargs[name] for name in missing)])
-    expected = module.meta[_STATE]["inputs"]
-    if len(leaves) != len(expected):
-        raise LoweringError(
-            f"the lowered module takes {len(expected)} inputs, not {len(leaves)}{_other_counts(module, args, kwargs)}"
-        )
-    batches: dict[int, tuple[int, int]] = {}  # for each free batch, the input that has shown it, and its size
-    for position, (leaf, wanted) in enumerate(zip(leaves, expected, strict=True)):
-        if wanted is None:
-            continue
-        remedy = "lower the model again with such example inputs"
-        if "value" in wanted:
-            fits = leaf == wanted["value"]
-            given, needed = repr(leaf), f"the constant {wanted['value']!r}"
-        else:
-            shape = wanted["shape"]
-            sizes = tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
-            if wanted.get("any_rank"):
-                shape, sizes = shape[-1:], sizes[-1:]
-            fits = isinstance(leaf, Tensor) and len(sizes) == len(shape)
-            fits = fits and all(size is None or size == have for size, have in zip(shape, sizes, strict=True))
-            if isinstance(leaf, Tensor) and str(leaf.dtype) != "torch." + wanted["dtype"]:
-                fits, remedy = False, f"give it as {wanted['dtype']}"
-            given = f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-            dimensions = ", ".join("any" if size is None else str(size) for size in shape)
-            needed = f"{wanted['dtype']} ({'..., ' if wanted.get('any_rank') else ''}{dimensions})"
-        if not fits:
-            raise LoweringError(
-                f"input {position} of the lowered module{_path(module, position)} is {given}, but the graph was "
-                f"captured for {needed}: {remedy}"
-            )
-        if "batch" in wanted and not wanted.get("any_rank"):
-            first, size = batches.setdefault(wanted["batch"], (position, leaf.shape[0]))
-            if leaf.shape[0] != size:
-                raise LoweringError(
-                    f"input {position} of the lowered module has batch {leaf.shape[0]} and input {first} has {size}: "
-                    "give them the same, as the model asks for"
-                )
+    return check_inputs(module, module.inputs, args, kwargs)

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import FormatError, LoweringError, SriglError
-from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport, describe_inputs
+from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport
+from srigl_fx.lowered_inputs import describe_inputs
 from srigl_fx.lowered_regions import LoweredRegions
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights

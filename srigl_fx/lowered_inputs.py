@@ -1,0 +1,279 @@
+"""What a lowered module is given: arguments made as its graph takes them, of the sizes that it was captured for.
+
+Owns how the inputs of a graph are described, and comparing arguments with that. It must not know how a model is
+lowered, nor reports.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from srigl_fx.errors import LoweringError
+from srigl_fx.graph_file import encode_tree
+from srigl_fx.passes import trees
+from srigl_fx.passes.capture_checks import is_free
+from srigl_fx.passes.example_inputs import Inputs
+from srigl_fx.passes.hugging_face import register_caches, untold
+from srigl_fx.passes.program import Program
+
+Described = Sequence[dict[str, Any] | None]
+
+_AGAIN = "lower the model again with such example inputs"
+_SHOWN = 60  # characters of a value in a message
+
+
+def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
+    """What :meth:`~srigl_fx.lowered.LoweredModule.build` wants to know about inputs, from their values at capture."""
+
+    def one(value: Any, batch: int) -> dict[str, Any] | None:
+        if isinstance(value, Tensor):
+            shape = [None if is_free(size) else int(size) for size in value.shape]
+            described = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+            return {**described, "batch": batch} if shape and shape[0] is None else described
+        return {"value": value} if isinstance(value, bool | int | float | str) else None
+
+    values = [node.meta.get("val") for node in program.module.graph.find_nodes(op="placeholder")]
+    ties = program.ties or (0,) * len(values)
+    own = range(len(values), 2 * len(values))  # of inputs whose leading size is free and not the batch
+    batches = [tie if batched else one for tie, batched, one in zip(ties, program.batched, own, strict=True)]
+    return [one(value, batch) for value, batch in zip(values, batches, strict=True)]
+
+
+def is_description(item: Any) -> bool:
+    """Whether an item of a file describes an input.
+
+    Example:
+        >>> is_description({"value": 2}), is_description({"dtype": "float32", "shape": [None, -1]})
+        (True, False)
+    """
+    if "value" in item:
+        return isinstance(item["value"], bool | int | float | str)
+    return (
+        isinstance(item.get("batch", 0), int)
+        and isinstance(getattr(torch, item["dtype"]), torch.dtype)
+        and all(size is None or (isinstance(size, int) and size >= 0) for size in item["shape"])
+    )
+
+
+def arranged(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Arguments in the containers that the graph takes; those that are so already are returned as they are.
+
+    A cache of Hugging Face transformers becomes the lists of tensors that a graph from a file takes in its place, a
+    tuple the list that it stands for. What is given is not changed.
+
+    Raises:
+        LoweringError: An argument is made otherwise; the message names what differs.
+
+    Example:
+        >>> import srigl_fx as sx
+        >>> model = sx.sparsify(torch.nn.Sequential(torch.nn.Linear(8, 4)), sparsity=0.5).eval()
+        >>> lowered = sx.lower(model, (torch.ones(1, 8),), min_speedup=0)
+        >>> arranged(lowered, (2,), {})
+        ((2,), {})
+    """
+    given = _by_argument(module)
+    names = [name for name, _ in given]
+    missing = names[len(args) :]
+    if len(args) > len(names) or set(missing) != set(kwargs):
+        return args, kwargs  # the call itself says what is wrong
+    values = [*args, *(kwargs[name] for name in missing)]
+    made = [_arranged(module, name, spec, value) for (name, spec), value in zip(given, values, strict=True)]
+    return tuple(made[: len(args)]), dict(zip(missing, made[len(args) :], strict=True))
+
+
+def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """The arguments as :func:`arranged` makes them, after a look at what the graph has built in: sizes and constants.
+
+    Args:
+        module: The lowered module.
+        described: Its inputs, as :func:`describe_inputs` describes them.
+        args: The arguments of a call.
+        kwargs: Its keyword arguments.
+
+    Raises:
+        LoweringError: The graph was captured for other arguments; the message names the first that differs.
+    """
+    args, kwargs = arranged(module, args, kwargs)
+    names = [name for name, _ in _by_argument(module)][len(args) :]
+    if set(names) != set(kwargs):
+        return args, kwargs
+    leaves = pytree.tree_leaves([*args, *(kwargs[name] for name in names)])
+    batches: dict[int, tuple[int, int]] = {}  # for each free batch, the input that has shown it, and its size
+    for position, (leaf, wanted) in enumerate(zip(leaves, described, strict=True)):
+        if wanted is None:
+            continue
+        remedy = _AGAIN
+        if "value" in wanted:
+            fits = leaf == wanted["value"]
+            given, needed = repr(leaf), f"the constant {wanted['value']!r}"
+        else:
+            shape = wanted["shape"]
+            sizes = tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
+            if wanted.get("any_rank"):
+                shape, sizes = shape[-1:], sizes[-1:]
+            fits = isinstance(leaf, Tensor) and len(sizes) == len(shape)
+            fits = fits and all(size is None or size == have for size, have in zip(shape, sizes, strict=True))
+            if isinstance(leaf, Tensor) and str(leaf.dtype) != "torch." + wanted["dtype"]:
+                fits, remedy = False, f"give it as {wanted['dtype']}"
+            given = f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
+            dimensions = ", ".join("any" if size is None else str(size) for size in shape)
+            needed = f"{wanted['dtype']} ({'..., ' if wanted.get('any_rank') else ''}{dimensions})"
+        if not fits:
+            raise LoweringError(
+                f"input {position} of the lowered module{_path(module, position)} is {given}, but the graph was "
+                f"captured for {needed}: {remedy}"
+            )
+        if "batch" in wanted and not wanted.get("any_rank"):
+            first, size = batches.setdefault(wanted["batch"], (position, leaf.shape[0]))
+            if leaf.shape[0] != size:
+                raise LoweringError(
+                    f"input {position} of the lowered module has batch {leaf.shape[0]} and input {first} has {size}: "
+                    "give them the same, as the model asks for"
+                )
+    return args, kwargs
+
+
+def _by_argument(module: fx.GraphModule) -> list[tuple[str, pytree.TreeSpec]]:
+    """Names of the arguments, and how each is made."""
+    info = module.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    positional, named = info.in_spec.children()
+    return list(zip(info.orig_args, [*positional.children(), *named.children()], strict=True))
+
+
+def _path(module: fx.GraphModule, position: int) -> str:
+    """Which part of which argument an input is, in brackets; "" where it is an argument as a whole."""
+    paths = [(name, *path) for name, spec in _by_argument(module) for path in trees.leaf_paths(spec)]
+    return f" ({' '.join(paths[position])})" if len(paths[position]) > 1 else ""
+
+
+def _arranged(module: fx.GraphModule, name: str, spec: pytree.TreeSpec, value: Any) -> Any:
+    """One argument in the containers that the graph takes."""
+    if spec.is_leaf() and isinstance(value, Tensor | bool | int | float | str | None):
+        return value
+    if _structure(value) == spec:
+        return value
+    leaves = _leaves(module, name, spec, value)
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _structure(value: Any) -> pytree.TreeSpec | None:
+    """How a value is made; None where what it is registered with refuses it."""
+    try:
+        return pytree.tree_structure(value)
+    except Exception:  # of a registered class: any type
+        return None
+
+
+def _leaves(module: fx.GraphModule, where: str, spec: pytree.TreeSpec, value: Any) -> list[Any]:
+    """The leaves of a value, in the order of the graph's."""
+    if spec.is_leaf():
+        made = _structure(value)
+        if made is None or not made.is_leaf():
+            raise _differs(where, f"is a {type(value).__name__}, and the graph was captured for one tensor or constant")
+        return [value]
+    if not trees.holds_anything(spec.type):
+        return _leaves_of_class(where, spec, value)
+    template = pytree.SUPPORTED_NODES[spec.type].unflatten_fn(list(range(spec.num_children)), spec.context)
+    if isinstance(template, Mapping) and isinstance(value, Mapping):
+        if set(value) != set(template):
+            keys = f"{_show(list(value))}, and the graph was captured for {_show(list(template))}"
+            raise _differs(where, f"has the keys {keys}")
+        children = [value[key] for key in template]
+    elif isinstance(template, list | tuple | deque) and isinstance(value, list | tuple | deque):
+        if len(value) != len(template):
+            raise _differs(where, f"holds {len(value)}, and the graph was captured for {len(template)}")
+        children = list(value)
+    else:
+        return _leaves_of_cache(module, where, spec, value)
+    steps = trees.steps_of(spec, len(children))
+    return [
+        leaf
+        for step, inner, child in zip(steps, spec.children(), children, strict=True)
+        for leaf in _leaves(module, f"{where} {step}", inner, child)
+    ]
+
+
+def _leaves_of_class(where: str, spec: pytree.TreeSpec, value: Any) -> list[Any]:
+    """The leaves of an object of a registered class, which has to be just as the example was, but for its tensors."""
+    kind = spec.type.__name__
+    if type(value) is not spec.type:
+        raise _differs(where, f"is a {type(value).__name__}, and the graph was captured for a {kind}", "give it one")
+    leaves, made = _flatten(where, value)
+    if made == spec:
+        return leaves
+    if len(leaves) != spec.num_leaves:
+        raise _differs(where, f"holds {len(leaves)}, and the graph was captured for {_count(spec, leaves)}")
+    raise _differs(where, f"is a {kind} {_difference(spec.context, made.context)}")
+
+
+def _leaves_of_cache(module: fx.GraphModule, where: str, spec: pytree.TreeSpec, value: Any) -> list[Any]:
+    """The leaves of a cache where the graph takes plain containers, as those from files do."""
+    kind, plain = type(value).__name__, _encoded(spec)
+    if not register_caches(module, [value]) or type(value) not in pytree.SUPPORTED_NODES:
+        raise _differs(where, f"is a {kind}, and the graph takes {_words(plain)}", "give it that")
+    if reason := untold(value, given=True):
+        raise _differs(where, f"is {reason}, and the graph has that of its example", "give it to the model itself")
+    leaves, made = _flatten(where, value)
+    if _encoded(made) == plain:
+        return leaves
+    what = f"is a {kind} that holds {len(leaves)}, and the graph was captured for {_count(spec, leaves)}"
+    if len(leaves) == spec.num_leaves:
+        what = f"is a {kind} that is taken apart into {_words(_encoded(made))}, and the graph takes {_words(plain)}"
+    raise _differs(where, what)
+
+
+def _flatten(where: str, value: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """The leaves and the structure of an object of a registered class."""
+    try:
+        return pytree.tree_flatten(value)
+    except Exception as error:  # of a registered class: any type
+        raise _differs(
+            where, f"is a {type(value).__name__} that cannot be taken apart ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _encoded(spec: pytree.TreeSpec) -> Any:
+    """The plain containers that stand for a tree in a file; None where there are none."""
+    try:
+        return encode_tree(spec)
+    except ValueError:
+        return None
+
+
+def _words(tree: Any) -> str:
+    """Plain containers, as a file writes them, in words."""
+    if isinstance(tree, dict) and "dict" in tree:
+        return f"a dict with the keys {_show(list(tree['dict']))}"
+    items = tree.get("tuple") if isinstance(tree, dict) else tree
+    return f"a {'tuple' if isinstance(tree, dict) else 'list'} of {len(items)}" if items else "other containers"
+
+
+def _count(spec: pytree.TreeSpec, leaves: Sequence[Any]) -> str:
+    return f"{spec.num_leaves}{' (an empty cache holds none)' if len(leaves) < spec.num_leaves else ''}"
+
+
+def _difference(wanted: Any, given: Any, name: str = "") -> str:
+    """What of a registered class is not in its tensors and is another than in the example, in words."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if isinstance(wanted, dict) and isinstance(given, dict) and set(wanted) == set(given):
+        pairs = [(str(key), old, given[key]) for key, old in wanted.items()]
+    elif isinstance(wanted, list) and isinstance(given, list) and len(wanted) == len(given):
+        pairs = [("", old, new) for old, new in zip(wanted, given, strict=True)]
+    for step, old, new in pairs:
+        if old != new:  # transformers writes its own marks as single letters
+            return _difference(old, new, step if len(step) > 1 else name)
+    said = f"{name} " if name else ""
+    return f"made with {said}{_show(given)}, and the graph was captured for one with {said}{_show(wanted)}"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def _differs(where: str, what: str, remedy: str = _AGAIN) -> LoweringError:
+    return LoweringError(f"these are not the arguments of the lowered module: {where} {what}: {remedy}")
