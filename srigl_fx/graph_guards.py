@@ -1,8 +1,8 @@
 """What is asked, of a graph for a file, of operators that check too little themselves.
 
 Owns the checks, made when a graph is saved and when it is loaded, and what takes the place of an operator in a graph
-from a file: batch normalisation becomes the public operator, which compares the sizes of its weights; the input and
-state of a recurrent layer are brought to the sizes that its weights have, the heads of attention in groups are
+from a file: batch and group normalisation become the public operators, which compare the sizes of weights; the input
+and state of a recurrent layer are brought to the sizes that its weights have, the heads of attention in groups are
 counted, and the rows of bags looked at, or refused when it runs. Graphs compute the same as before; one that has been
 guarded already, and saved again, gets nothing more. It must not know the file format.
 """
@@ -21,9 +21,10 @@ from srigl_fx.passes.program import arguments
 
 _ATTENTION = "scaled_dot_product_attention"
 _BAGS = "embedding_bag"
+_GROUPS = "native_group_norm"
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _SMALLEST, _LARGEST = 1e-12, 2**31 - 1  # of numbers that sizes are made of
-_MOST_PLACES = 1 << 24  # of an adaptive pooling's output, for each channel
+_MOST_PLACES = 1 << 24  # of an adaptive pooling's output, for each channel; and that a border or a step takes
 _RANGES = {None, torch.int64, torch.int32, torch.float32, torch.float64}
 
 
@@ -43,6 +44,10 @@ def check(node: fx.Node, tensor_at: Callable[[str], Tensor]) -> None:
     try:
         if "batch_norm" in name:
             _check_batch_norm(node)
+        elif name == _GROUPS:
+            _check_only_the_first_is_read(node, "group normalisation")
+        elif "pad" in name or name == "col2im":
+            _check_extents(node)
         elif name == "arange":
             _check_range(node)
         elif name.startswith("adaptive"):
@@ -72,6 +77,8 @@ def guard(graph: fx.Graph, tensor_at: Callable[[str], Tensor]) -> None:
         if node.op == "call_function" and function_name(node.target) in GUARDED:
             if "batch_norm" in _packet(node):
                 _replace_batch_norm(graph, node)
+            elif _packet(node) == _GROUPS:
+                _replace_group_norm(graph, node)
             elif _packet(node) == _ATTENTION and arguments(node).get("enable_gqa"):
                 _count_heads(graph, node)
             elif _packet(node) == _BAGS:
@@ -130,6 +137,17 @@ def _check_pooling(node: fx.Node) -> None:
                 raise ValueError(f"pooling with a {name} of {numbers}")
 
 
+def _check_extents(node: fx.Node) -> None:
+    """PyTorch multiplies and adds these before it compares them with sizes, and what overflows passes for small."""
+    given = arguments(node)
+    if given.get("mode", "") == "constant":
+        return
+    for name in ("output_size", "kernel_size", "dilation", "padding", "pad", "stride"):
+        for number in given.get(name, ()):
+            if isinstance(number, bool) or not isinstance(number, int) or abs(number) > _MOST_PLACES:
+                raise ValueError(f"{_packet(node)} with a {name} of {given[name]}")
+
+
 def _check_attention(node: fx.Node) -> None:
     grouped = arguments(node).get("enable_gqa", False)
     if not isinstance(grouped, bool):
@@ -182,12 +200,16 @@ def _check_divisor(node: fx.Node) -> None:
 
 def _check_batch_norm(node: fx.Node) -> None:
     given = arguments(node)
-    for user in node.users:
-        if function_name(user.target) != "_operator.getitem" or user.args != (node, 0):
-            raise ValueError("only the normalised result of a batch normalisation can be read")
+    _check_only_the_first_is_read(node, "batch normalisation")
     training = given.get("training", False)
     if not isinstance(training, bool) or (None in _statistics(given)) is not training:
         raise ValueError("a batch normalisation needs its statistics, and none where it takes those of the batch")
+
+
+def _check_only_the_first_is_read(node: fx.Node, what: str) -> None:
+    for user in node.users:
+        if function_name(user.target) != "_operator.getitem" or user.args != (node, 0):
+            raise ValueError(f"only the normalised result of a {what} can be read")
 
 
 def _statistics(given: dict[str, Any]) -> tuple[Any, Any]:
@@ -200,6 +222,20 @@ def _replace_batch_norm(graph: fx.Graph, node: fx.Node) -> None:
     with graph.inserting_before(node):
         settings = given.get("training", False), given["momentum"], given["eps"], False
         normal = graph.call_function(torch.ops.aten.batch_norm.default, (*operands, *settings))
+    _put_in_place(graph, node, normal)
+
+
+def _replace_group_norm(graph: fx.Graph, node: fx.Node) -> None:
+    """The public operator takes the sizes from its input, where this one believes those that it is told."""
+    given = arguments(node)
+    operands = given["input"], given["group"], given["weight"], given["bias"], given["eps"]
+    with graph.inserting_before(node):
+        normal = graph.call_function(torch.ops.aten.group_norm.default, operands)
+    _put_in_place(graph, node, normal)
+
+
+def _put_in_place(graph: fx.Graph, node: fx.Node, normal: fx.Node) -> None:
+    """Let what reads the first result of a normalisation read ``normal``."""
     for user in list(node.users):
         user.replace_all_uses_with(normal)
         graph.erase_node(user)

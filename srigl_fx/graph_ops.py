@@ -42,7 +42,7 @@ bitwise_right_shift.Scalar_Tensor bitwise_right_shift.Tensor bitwise_right_shift
 bitwise_xor.Scalar_Tensor bitwise_xor.Tensor bmm.default broadcast_to.default bucketize.Scalar bucketize.Tensor
 cat.default ceil.default celu.default channel_shuffle.default chunk.default clamp.Tensor clamp.default
 clamp_max.Tensor clamp_max.default clamp_min.Tensor clamp_min.default clip.Tensor clip.default clone.default
-col2im.default concat.default conj_physical.default constant_pad_nd.default contiguous.default conv1d.default
+concat.default conj_physical.default constant_pad_nd.default contiguous.default conv1d.default
 conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding conv_transpose1d.default
 conv_transpose2d.input conv_transpose3d.input convolution.default copy.default copysign.Scalar copysign.Tensor
 cos.default cosh.default cosine_similarity.default cumprod.default cumsum.default deg2rad.default detach.default
@@ -63,14 +63,14 @@ logaddexp2.default logical_and.default logical_not.default logical_or.default lo
 logsumexp.default lstm_cell.default lt.Scalar lt.Tensor masked_fill.Scalar masked_fill.Tensor masked_select.default
 matmul.default max.default max.dim max.other maximum.default mean.default mean.dim meshgrid.default meshgrid.indexing
 min.default min.dim min.other minimum.default mish.default mm.default movedim.int movedim.intlist mul.Scalar
-mul.Tensor mv.default nan_to_num.default narrow.default native_group_norm.default native_layer_norm.default ne.Scalar
+mul.Tensor mv.default nan_to_num.default narrow.default native_layer_norm.default ne.Scalar
 ne.Tensor neg.default new_empty.default new_full.default new_ones.default new_zeros.default nonzero.default
 norm.Scalar norm.ScalarOpt_dim norm.ScalarOpt_dim_dtype norm.ScalarOpt_dtype one_hot.default ones.default
-ones_like.default outer.default pad.default permute.default pixel_shuffle.default pixel_unshuffle.default
+ones_like.default outer.default permute.default pixel_shuffle.default pixel_unshuffle.default
 positive.default pow.Scalar pow.Tensor_Scalar pow.Tensor_Tensor prod.default prod.dim_int rad2deg.default
 reciprocal.default reflection_pad1d.default reflection_pad2d.default reflection_pad3d.default relu.default
 relu6.default repeat.default repeat_interleave.Tensor repeat_interleave.self_Tensor repeat_interleave.self_int
-replication_pad1d.default replication_pad2d.default replication_pad3d.default reshape.default rms_norm.default
+reshape.default rms_norm.default
 rnn_relu_cell.default rnn_tanh_cell.default roll.default round.decimals round.default rsqrt.default rsub.Scalar
 scalar_tensor.default scatter.reduce scatter.src scatter.value scatter.value_reduce scatter_add.default
 scatter_reduce.two searchsorted.Scalar searchsorted.Tensor select.int select_scatter.default selu.default sgn.default
@@ -103,6 +103,8 @@ GUARDED = frozenset(
         *("div.Tensor_mode", "div.Scalar_mode", "floor_divide.default", "floor_divide.Scalar"),
         "embedding_bag.padding_idx",
         *("remainder.Tensor", "remainder.Scalar", "fmod.Tensor", "fmod.Scalar"),
+        *("col2im.default", "native_group_norm.default", "pad.default"),
+        *(f"replication_pad{axes}d.default" for axes in (1, 2, 3)),
     )
 )
 _OURS = frozenset({"condensed_linear.default", "condensed_conv.default"})

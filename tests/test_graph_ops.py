@@ -1,5 +1,6 @@
 """What a file's graph may call: by name, and nothing that wrong arguments end the process with."""
 
+import operator
 import os
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from srigl_fx.lowering import load_lowered, lower
 NAMES = sorted(graph_ops._ATEN)
 # Of the guarded ones, those whose arguments are only checked; the others have tests of their own below.
 CHECKED = sorted(name.removeprefix("aten.") for name in graph_ops.GUARDED)
-CHECKED = [name for name in CHECKED if not name.startswith(("_native", "lstm", "gru", "rnn"))]
+CHECKED = [name for name in CHECKED if not name.startswith(("_native", "native_group", "lstm", "gru", "rnn"))]
 CALLS = 300
 PARTS = 8
 
@@ -327,6 +328,61 @@ def test_adaptive_pooling_to_more_places_than_any_module_has_is_refused(sizes: A
 def test_pooling_that_no_module_does_is_refused(settings: Any) -> None:
     with pytest.raises(ValueError, match="pooling with a"):
         guard(called(torch.ops.aten.max_pool2d.default, ..., *settings), no_tensor)
+
+
+PATCHES = (torch.ops.aten.col2im.default, [6, 6], [2, 2], [1, 1], [0, 0], [2, 2])
+BORDERS = {
+    torch.ops.aten.replication_pad1d.default: [1, 2],
+    torch.ops.aten.replication_pad2d.default: [1, 2, 0, 3],
+    torch.ops.aten.replication_pad3d.default: [1, 2, 0, 3, 1, 1],
+}
+
+
+@pytest.mark.parametrize("wrong", [2**24 + 1, 2**32, -(2**40), 2**63 - 1, True, 1.0])
+def test_borders_and_steps_that_overflow_are_refused(wrong: Any) -> None:
+    function, *settings = PATCHES
+    calls = [called(function, ..., *settings[:i], [1, wrong], *settings[i + 1 :]) for i in range(len(settings))]
+    calls += [called(function, ..., [*sizes[:-1], wrong]) for function, sizes in BORDERS.items()]
+    calls.append(called(torch.ops.aten.pad.default, ..., [1, wrong], "replicate"))
+    for graph in calls:
+        with pytest.raises(ValueError, match=r"with a (output_size|kernel_size|dilation|padding|pad|stride) of"):
+            guard(graph, no_tensor)
+
+
+def test_borders_and_patches_of_a_usual_size_stay() -> None:
+    x = torch.randn(2, 12, 9)
+    function, *settings = PATCHES
+    graph = called(function, ..., *settings)
+    guard(graph, no_tensor)
+    assert torch.equal(torch.fx.GraphModule({}, graph)(x), nn.functional.fold(x, 6, 2, stride=2))
+    for rank, (border, sizes) in enumerate(BORDERS.items(), 1):
+        given = torch.randn(2, 3, *[4] * rank)
+        for graph in (called(border, ..., sizes), called(torch.ops.aten.pad.default, ..., sizes, "replicate")):
+            guard(graph, no_tensor)
+            wanted = nn.functional.pad(given, sizes, "replicate")
+            assert torch.equal(torch.fx.GraphModule({}, graph)(given), wanted)
+
+
+@pytest.mark.parametrize("told", [(2, 4, 15), (1, 1, 1), (2**62, 4, 2**62)])
+def test_group_norms_take_their_sizes_from_their_input(told: tuple[int, ...]) -> None:
+    graph, tensors = torch.fx.Graph(), {"w": torch.randn(4), "b": torch.randn(4)}
+    nodes = [graph.placeholder("x"), *(graph.get_attr(name) for name in tensors)]
+    results = graph.call_function(torch.ops.aten.native_group_norm.default, (*nodes, *told, 2, 1e-5))
+    graph.output(graph.call_function(operator.getitem, (results, 0)))
+    guard(graph, tensors.__getitem__)
+    x = torch.randn(2, 4, 3, 5)
+    wanted = nn.functional.group_norm(x, 2, tensors["w"], tensors["b"])
+    assert torch.equal(torch.fx.GraphModule(tensors, graph)(x), wanted)
+
+
+def test_only_the_normalised_result_of_a_group_norm_is_read() -> None:
+    graph = torch.fx.Graph()
+    results = graph.call_function(
+        torch.ops.aten.native_group_norm.default, (graph.placeholder("x"), None, None, 2, 4, 15, 2, 1e-5)
+    )
+    graph.output(graph.call_function(operator.getitem, (results, 1)))
+    with pytest.raises(ValueError, match="only the normalised result of a group normalisation"):
+        guard(graph, no_tensor)
 
 
 class Divides(nn.Module):
