@@ -178,9 +178,9 @@ def export_onnx(
         A report; ``str()`` is a few lines, ``.path`` the file.
 
     Raises:
-        ExportError: The graph has an operator without ONNX form, or ONNX Runtime's outputs differ. Or the model writes
-            buffers, and ``state`` is "error". Or the model is not one graph: the message says what broke, and how the
-            parts that are graphs are exported.
+        ExportError: The graph has an operator without ONNX form, or ONNX Runtime's outputs differ. Or the example
+            inputs are a batch of 0. Or the model writes buffers, and ``state`` is "error". Or the model is not one
+            graph: the message says what broke, and how the parts that are graphs are exported.
         LoweringError, CaptureError, InvariantError: As :func:`srigl_fx.lower` raises them.
 
     An existing file at ``path`` is left alone in each case, and the model, its buffers included, is never changed.
@@ -204,6 +204,9 @@ def export_onnx(
         raise ExportError(f"cannot write {target}: {problem}")
     if state not in ("inputs", "error"):
         raise ExportError(f'state must be "inputs" or "error", not {state!r}')
+    if not isinstance(dynamic_batch, bool):
+        raise ExportError(f"dynamic_batch must be True or False, not {dynamic_batch!r}")
+    _require_rows(example_inputs)
     model = unwrapped(model)
     lowered = model
     if not isinstance(lowered, LoweredModule | LoweredRegions):
@@ -261,6 +264,16 @@ class _Written:
     notes: list[str]
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
+
+
+def _require_rows(example_inputs: Any) -> None:
+    """Require a batch of examples to check the file with: rows cannot be made out of none."""
+    leaves = pytree.tree_leaves(normalise_inputs(example_inputs))
+    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
+    if first is not None and first.shape[0] == 0:
+        raise ExportError(
+            f"the first tensor of the example inputs is {tuple(first.shape)}, a batch of 0 examples: give at least one"
+        )
 
 
 def _keeps_state(model: nn.Module, names: Sequence[str]) -> ExportError:
@@ -418,6 +431,7 @@ def _compare(
 ) -> float:
     """The largest relative error at the example batch and, where that is free, at another one for each free size."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # NumPy takes no others
     stream = Stream(session)
     entries = [entry for entry in session.get_inputs() if not entry.name.startswith(INPUT)]
     tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]

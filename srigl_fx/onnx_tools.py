@@ -47,7 +47,8 @@ def merge(
 
     Raises:
         FormatError: A file cannot be read, or is no ONNX file.
-        ExportError: The two do not fit together: the message is that of ``onnx.compose``.
+        ExportError: The two do not fit together: an output and its input have other types or sizes, or
+            ``onnx.compose`` says what is wrong.
 
     Example:
         >>> merge("missing.onnx", "missing.onnx", "both.onnx", {"y": "x"})
@@ -57,6 +58,7 @@ def merge(
     import onnx.compose
 
     before, after = _load(Path(first)), _load(Path(second))
+    _require_fitting(before, after, io_map)
     fallback = all(_take_functions(model) for model in (before, after))
     state: dict[str, np.ndarray[Any, Any]] = {}
     for model, prefix in zip((before, after), prefixes, strict=True):
@@ -121,7 +123,8 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
         try:
             onnxruntime.InferenceSession(str(whole), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-            raise FormatError(f"ONNX Runtime cannot read {source}: {error}") from error
+            problem = str(error).replace(str(whole), str(source))
+            raise FormatError(f"ONNX Runtime cannot read {source}: {problem}") from error
         result = onnx.load(dense)
     domains = {node.domain for node in all_nodes(result.graph)}
     if foreign := sorted(domains - _STANDARD_DOMAINS):
@@ -141,11 +144,41 @@ def _load(path: Path) -> "onnx.ModelProto":
     from google.protobuf.message import DecodeError
 
     try:
-        return onnx.load(path)
+        model = onnx.load(path)
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
     except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
         raise FormatError(f"{path} is no ONNX file, or a damaged one: {error}") from error
+    if not model.HasField("graph"):  # so it is with an empty file
+        raise FormatError(f"{path} is no ONNX file, or a damaged one: it holds no graph")
+    return model
+
+
+def _require_fitting(before: "onnx.ModelProto", after: "onnx.ModelProto", io_map: Mapping[str, str]) -> None:
+    """Require of each output and the input that it becomes one type, and sizes that are equal where both are known."""
+    given = {entry.name: entry.type.tensor_type for entry in before.graph.output}
+    taken = {entry.name: entry.type.tensor_type for entry in after.graph.input}
+    for left, right in io_map.items():
+        if left not in given or right not in taken:
+            continue  # onnx.compose says so
+        one, other = given[left], taken[right]
+        sized = one.HasField("shape") and other.HasField("shape")
+        pairs = list(zip(one.shape.dim, other.shape.dim, strict=False)) if sized else []
+        unequal = any(
+            a.HasField("dim_value") and b.HasField("dim_value") and a.dim_value != b.dim_value for a, b in pairs
+        )
+        if one.elem_type != other.elem_type or unequal or (sized and len(one.shape.dim) != len(other.shape.dim)):
+            raise ExportError(
+                f"the output {left!r} is {_described(one)}, but the input {right!r} that it should become is "
+                f"{_described(other)}: connect others in io_map"
+            )
+
+
+def _described(kind: "onnx.TypeProto.Tensor") -> str:
+    import onnx
+
+    sizes = [str(dim.dim_value) if dim.HasField("dim_value") else dim.dim_param or "any" for dim in kind.shape.dim]
+    return f"{onnx.TensorProto.DataType.Name(kind.elem_type).lower()} ({', '.join(sizes)})"
 
 
 def _take_functions(model: "onnx.ModelProto") -> bool:

@@ -180,3 +180,30 @@ def test_offsets_in_two_dimensions_are_refused_by_the_module_that_gets_them(tmp_
     inputs = (torch.arange(9), torch.tensor([[0, 3, 3, 7]]))
     with pytest.raises(CaptureError, match=r"in bags \(EmbeddingBag\): offsets has to be a 1D Tensor"):
         sx.export_onnx(model, tmp_path / "model.onnx", inputs, min_speedup=0)
+
+
+def _plain() -> nn.Module:
+    return sx.sparsify(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), sparsity=0.5).eval()
+
+
+def test_an_example_that_requires_grad_is_an_example(tmp_path: Path) -> None:
+    x = torch.randn(2, 8, requires_grad=True)
+    report = sx.export_onnx(_plain(), tmp_path / "model.onnx", (x,), min_speedup=0)
+    assert report.fallback_error is not None
+    assert report.fallback_error < 1e-5
+    assert x.requires_grad
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("dynamic_batch", [True, False])
+def test_a_batch_of_no_examples_is_refused(dynamic_batch: bool, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"\(0, 8\), a batch of 0 examples: give at least one"):
+        sx.export_onnx(_plain(), tmp_path / "model.onnx", (torch.randn(0, 8),), dynamic_batch=dynamic_batch)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("given", ["yes", 1, None])
+def test_dynamic_batch_is_true_or_false(given: object, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="dynamic_batch must be True or False, not "):
+        sx.export_onnx(_plain(), tmp_path / "model.onnx", (torch.randn(2, 8),), dynamic_batch=given)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
