@@ -76,7 +76,7 @@ class MaskEngine:
             InvariantError: The model of a single process is not what its masks say.
         """
         check_attachable(model, optimizer)
-        optimizer = unwrap(optimizer)
+        given, optimizer = optimizer, unwrap(optimizer)
         self.processes = processes_of(model)
         self.processes.check_agreed(
             {**{f"the weight {name}": value for name, value in layout(model).items()}, **(settings or {})},
@@ -94,7 +94,7 @@ class MaskEngine:
         if self.counts is not None:
             self.counts.check(sparse_weights(model))
         self._wary = 0
-        self._strays = Strays(optimizer)
+        self._strays = Strays(optimizer, given)
         handles = sparse_weights(model)
         self.processes.copy_first([handle.mask for handle in handles])
         self.processes.copy_first([handle.weight for handle in handles if not is_sharded(handle.weight)])

@@ -21,6 +21,11 @@ _WRITTEN = (
     "follows does that (Lookahead, TRAC, schedule-free): attach the trainer to the outermost, or call "
     "srigl_fx.masks.apply(model) after each of its steps. They are set to zero before each step now"
 )
+_WRITTEN_AROUND = (
+    "weights of %s were moved off the mask between two steps. The %s around the %s takes no step hooks: if it is what "
+    "moves them (schedule-free averages, say), no trainer can follow it, and an optimizer that does the same and is a "
+    "torch.optim.Optimizer itself is needed. They are set to zero before each step now"
+)
 _MOVED = (
     "weights of %s are off the mask where %s asks for gradients inside its step, as it moves all weights there (noise, "
     "say): these gradients are not those of the sparse model. After the step the weights are zero off the mask again"
@@ -43,10 +48,16 @@ class Strays:
         written: Whether weights were found to be moved off the mask between two steps.
     """
 
-    def __init__(self, optimizer: object) -> None:
-        """Notice nothing yet; ``optimizer`` is who the log says moves weights inside its steps."""
+    def __init__(self, optimizer: object, given: object) -> None:
+        """Notice nothing yet.
+
+        Args:
+            optimizer: Who the log says moves weights inside its steps: the one that is followed.
+            given: What the trainer was attached to, the optimizer itself or something around it.
+        """
         self.written = False
-        self._optimizer = type(optimizer).__name__
+        self._optimizer, self._given = type(optimizer).__name__, type(given).__name__
+        self._is_followed = given is optimizer
         self._looks = _LOOKS
         self._between: dict[str, Tensor] = {}
         self._inside: dict[str, Tensor] = {}
@@ -73,7 +84,10 @@ class Strays:
             return
         if first := _first(self._between, names):
             self.written = True
-            self._warn("written", _WRITTEN, first)
+            if self._is_followed:
+                self._warn("written", _WRITTEN, first)
+            else:
+                self._warn("written", _WRITTEN_AROUND, first, self._given, self._optimizer)
         if first := _first(self._inside, names):
             self._warn("moved", _MOVED, first, self._optimizer)
         self._between, self._inside = {}, {}

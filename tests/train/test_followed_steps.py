@@ -198,6 +198,10 @@ def test_a_wrapper_that_moves_weights_unseen_is_said(way: str, method: Any, capl
     train(model, optimizer, batches(1))
     said = [record.message.partition(" were")[0] for record in caplog.records]
     assert said == ["weights of 0.weight"], "the next step says so"
+    remedy = (
+        "attach the trainer to the outermost" if way == "inner" else "The Hookless around the SGD takes no step hooks"
+    )
+    assert remedy in caplog.records[0].message
     train(model, optimizer, batches(6))
     assert [record.message.partition(" were")[0] for record in caplog.records] == ["weights of 0.weight"]
     optimizer.zero_grad()
