@@ -19,6 +19,8 @@ _KINDS = re.compile(r"implementation for (\w+)\(\d+\)|running (\w+) node|Op ?\((
 def places(model: "onnx.ModelProto") -> dict[str, str]:
     """Operator and module of each node of the graph, in words, by its name and by its kind where all have the same.
 
+    The operator is the one that the exporter translated: what it takes apart first has the name of a part.
+
     Example:
         >>> import onnx
         >>> node = onnx.helper.make_node("Erf", ["x"], ["y"], name="node_erf")
@@ -45,9 +47,25 @@ def places(model: "onnx.ModelProto") -> dict[str, str]:
 def place_in(message: str, known: Mapping[str, str]) -> str:
     """The place of the node that a message names, or of its kind; "" where it names none that is known.
 
+    A node that ONNX Runtime has made of several has a name of its own. Where that holds the name of one of them, it is
+    the place of that one; where it does not, the kind is no help either, since it is that of the new node.
+
     Example:
-        >>> place_in("Could not find an implementation for Erf(13) node with name 'n0'", {"Erf": "aten.erf.default"})
+        >>> place_in("Could not find an implementation for Erf(13) node with name 'n0'", {"n0": "aten.erf.default"})
         'aten.erf.default'
+        >>> place_in("Non-zero status code returned while running Erf node. Name:''", {"Erf": "aten.erf.default"})
+        'aten.erf.default'
+        >>> place_in("node with name 'node_mm/MatMulAddFusion'", {"node_mm": "aten.mm.default (in inner)"})
+        'aten.mm.default (in inner), fused with others'
     """
-    found = [name for match in (*_NAMES.findall(message), *_KINDS.findall(message)) for name in match]
-    return next((known[name] for name in found if name in known), "")
+    if names := [name for match in _NAMES.findall(message) for name in match if name]:
+        exact = next((known[name] for name in names if name in known), "")
+        return exact or next((place for name in names if (place := _inside(name, known))), "")
+    kinds = [kind for match in _KINDS.findall(message) for kind in match if kind]
+    return next((known[kind] for kind in kinds if kind in known), "")
+
+
+def _inside(name: str, known: Mapping[str, str]) -> str:
+    """The place of the longest known name that a fused node's name holds as a word."""
+    held = [one for one in known if re.search(rf"(?<!\w){re.escape(one)}(?!\w|/\d)", name)]
+    return f"{known[max(held, key=len)]}, fused with others" if held else ""

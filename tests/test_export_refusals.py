@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import CaptureError, ExportError
+from srigl_fx.onnx_places import place_in
 
 
 class _Masked(nn.Module):
@@ -163,6 +164,39 @@ def test_what_onnx_runtime_does_not_run_is_refused_by_its_module(kind: str, oper
     with pytest.raises(ExportError, match=said):
         sx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 6),), min_speedup=0)
     assert not list(tmp_path.iterdir())
+
+
+class _Half(nn.Module):
+    """Multiplies and adds in bfloat16, which ONNX Runtime makes one node of, and does not run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.bfloat16() @ torch.ones(6, 6, dtype=torch.bfloat16) + torch.ones(6, dtype=torch.bfloat16)
+        return y.float()
+
+
+def test_a_node_that_onnx_runtime_fused_is_named_by_one_that_is_in_it(tmp_path: Path) -> None:
+    model = sx.sparsify(nn.Sequential(nn.Linear(6, 6), _Half()), sparsity=0.5)
+    model = nn.Sequential(model, nn.Linear(6, 4)).eval()  # with a Gemm of its own, which is not to blame
+    said = r"\(library\), because of aten\.m\w+\.default \(in 0\.1\), fused with others: .*Gemm.*; replace it, give it"
+    with pytest.raises(ExportError, match=said):
+        sx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 6),), min_speedup=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("node_conv", "one"),
+        ("fused node_conv", "one, fused with others"),
+        ("node_conv/ConvActivation", "one, fused with others"),
+        ("node_conv_1/Fusion/", "two, fused with others"),
+        ("node_conv_2", ""),  # not the first with a number
+        ("Gelu_token_3", ""),  # nor the only one of its kind
+    ],
+)
+def test_names_of_fused_nodes_are_read_as_far_as_they_tell(name: str, place: str) -> None:
+    known = {"node_conv": "one", "node_conv_1": "two", "Conv": "three"}
+    message = f"Could not find an implementation for Conv(11) node with name '{name}'"
+    assert place_in(message, known) == place
 
 
 class _OffsetBags(nn.Module):
