@@ -27,6 +27,8 @@ from srigl_fx.train.base import Trainer
 from srigl_fx.train.checkpoint_file import read, write
 from srigl_fx.train.state import check_layout, layout
 
+# Options that choose an implementation: None leaves the choice to the optimizer.
+_SWITCHES = frozenset({"foreach", "fused"})
 # Optimizer state that is one number for each parameter, in torch's optimizers.
 _NUMBERS = frozenset({"step", "mu_product", "mu", "eta"})
 
@@ -233,7 +235,9 @@ def _check_optimizer(optimizer: Optimizer, saved: Any) -> None:
         for key, own in own_options.items():
             if key not in theirs and key in optimizer.defaults and key in ours:
                 raise CheckpointError(f"its optimizer state is damaged: the option {key} of {kind} is missing")
-            if key in theirs and not _alike(theirs[key], own, optimizer.defaults.get(key, own)):
+            switch = key in _SWITCHES and isinstance(own, bool | None)
+            odd = switch and not isinstance(theirs.get(key), bool | None)
+            if key in theirs and (odd or not _alike(theirs[key], own, optimizer.defaults.get(key, own))):
                 raise CheckpointError(f"the option {key} of {kind} is {theirs[key]!r} there, but {own!r} here")
     if len(parameters) != sum(len(group["params"]) for group in live) or not state.keys() <= parameters.keys():
         raise CheckpointError(f"the state of {kind} is not of its parameters")
@@ -244,6 +248,10 @@ def _check_optimizer(optimizer: Optimizer, saved: Any) -> None:
                     f"{key!r} of parameter {index} of {kind} has shape {tuple(value.shape)} there, the parameter "
                     f"{tuple(parameters[index].shape)}"
                 )
+        if not _is_count(optimizer, values.get("step", 0)):
+            raise CheckpointError(
+                f"'step' of parameter {index} of {kind} is {float(values['step']):g} there, which is no number of steps"
+            )
     for theirs, ours in zip(groups, live, strict=True):
         _check_next_step(optimizer, theirs, ours, state)
 
@@ -297,6 +305,14 @@ def _kind(value: Any) -> type:
         return bool
     number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
     return float if number else type(value)
+
+
+def _is_count(optimizer: Optimizer, step: Any) -> bool:
+    """Whether a parameter may have made so many steps; anything but a number is not asked here."""
+    if not type(optimizer).__module__.startswith("torch.optim") or not isinstance(step, Tensor | int | float):
+        return True
+    number = float(step)
+    return number >= 0 and number.is_integer()
 
 
 def _fits(optimizer: Optimizer, key: object, value: Tensor, parameter: Tensor) -> bool:

@@ -58,6 +58,8 @@ def write(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
         {'step': 7, 'betas': (0.9, 0.999), 'weight': tensor([1., 1.])}
     """
     target = Path(path)
+    if not target.name:
+        raise CheckpointError(f"{os.fspath(path)!r} cannot be written: it is a folder; give the path of a file")
     encoder = _Encoder()
     tree = json.dumps({name: encoder.encode(item, name) for name, item in value.items()}, allow_nan=False)
     metadata = {_FORMAT: VERSION, _TREE: tree, _DIGEST: _digest(tree, encoder.tensors)}

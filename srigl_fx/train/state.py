@@ -33,10 +33,12 @@ def check_state(state: Any, method: str) -> None:
     """Require what ``state_dict`` writes, whole, before any of it is used."""
     if not isinstance(state, dict):
         raise TrainerError(f"a trainer's state is a dict, as state_dict() gives it, not {type(state).__name__}")
-    if state.get("version") != STATE_VERSION or state.get("method") != method:
+    saved, version = state.get("method"), state.get("version")
+    same = isinstance(saved, str) and saved == method
+    if not same or not isinstance(version, int) or version != STATE_VERSION:
         raise TrainerError(
-            f"this is no state of {method} (version {STATE_VERSION}) but of {state.get('method')} "
-            f"(version {state.get('version')}): resume with the method that was saved"
+            f"this is no state of {method} (version {STATE_VERSION}) but of {saved} (version {version}): resume with "
+            "the method that was saved"
         )
 
     def is_count(value: object) -> bool:

@@ -181,6 +181,9 @@ def test_saving_into_a_missing_folder_or_a_folder_is_an_error(tmp_path: Path) ->
         with pytest.raises(CheckpointError, match="cannot be written"):
             save(path, model=mlp())
     assert not list(tmp_path.iterdir())
+    for nameless in (".", ""):
+        with pytest.raises(CheckpointError, match=rf"'{nameless}' cannot be written: it is a folder"):
+            save(nameless, model=mlp())
     with pytest.raises(CheckpointError, match="pass trainer="):
         save(tmp_path / "last", model=mlp(), include_gradients=True)
 
@@ -277,6 +280,12 @@ def _set(*keys: Any, to: Any) -> Any:
         (lambda c: c["optimizer"]["state"][1].pop("step"), "'step' of parameter 1 of AdamW, which .* is missing"),
         (_set("optimizer", "state", 0, "exp_avg", to=None), "'exp_avg' of parameter 0 of AdamW is a NoneType there"),
         (_set("optimizer", "state", 0, "step", to="3"), "'step' of parameter 0 of AdamW is a str there"),
+        (_set("optimizer", "state", 0, "step", to=torch.tensor(-5.0)), "'step' of parameter 0 of AdamW is -5 there"),
+        (_set("optimizer", "state", 1, "step", to=torch.tensor(2.5)), "'step' of parameter 1 of AdamW is 2.5 there"),
+        (_set("optimizer", "state", 2, "step", to=float("inf")), "'step' of parameter 2 of AdamW is inf there"),
+        (_set("optimizer", "state", 2, "step", to=float("nan")), "'step' of parameter 2 of AdamW is nan there"),
+        (_set("optimizer", "param_groups", 0, "foreach", to="yes"), "option foreach of AdamW is 'yes' there"),
+        (_set("optimizer", "param_groups", 0, "fused", to=1), "option fused of AdamW is 1 there"),
         (_set("trainer", to=None), "without a trainer"),
         (_set("trainer", to=[]), "a trainer's state is a dict"),
         (_set("trainer", "steps", to=-1), "damaged at steps"),

@@ -447,6 +447,15 @@ def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
     assert trainer.steps == 0
 
 
+@pytest.mark.parametrize("key", ["version", "method"])
+@pytest.mark.parametrize("value", [torch.tensor([1, 1]), torch.tensor(1), None, [1]], ids=str)
+def test_a_state_that_says_not_whose_it_is_changes_nothing(key: str, value: Any) -> None:
+    _, _, trainer = _start()
+    with pytest.raises(TrainerError, match="this is no state of SRigL"):
+        trainer.load_state_dict({**trainer.state_dict(), "steps": 17, key: value})
+    assert trainer.steps == 0
+
+
 def test_another_number_of_threads_is_noted(caplog: pytest.LogCaptureFixture) -> None:
     _, _, trainer = _start()
     state, threads = trainer.state_dict(), torch.get_num_threads()
