@@ -17,6 +17,7 @@ Rules:
        What it makes of one value alone is that value.
 """
 
+import functools
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,10 +31,17 @@ from srigl_fx.passes.sites.contractions import LOOKUPS, OPAQUE, name_of, operand
 from srigl_fx.passes.sites.local_trace import Trace
 from srigl_fx.passes.sites.registry import lookup
 
-Sort = Literal["input", "contraction", "product", "sum", "norm", "elementwise", "unknown"]
+Sort = Literal["input", "contraction", "product", "sum", "norm", "length", "elementwise", "unknown"]
 
 _SUMS = frozenset(
     ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd", "sub", "sub_", "__sub__", "isub", "subtract")
+)
+_BETWEEN = frozenset(("lerp", "lerp_"))  # a sum of two, weighted by a third
+_SCALED_SUMS = frozenset(("addcmul", "addcmul_", "addcdiv", "addcdiv_"))  # a sum of one and what two others make
+_REDUCTIONS = frozenset(("sum", "mean"))
+_LENGTHS = frozenset(("mean", "sum", "var", "std", "norm", "vector_norm", "linalg_vector_norm"))
+_SCALINGS = frozenset(
+    ("mul", "mul_", "__mul__", "__rmul__", "multiply", "div", "div_", "truediv", "__truediv__", "divide", "true_divide")
 )
 _NORMS = frozenset(
     ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm", "normalize")
@@ -53,8 +61,8 @@ class Value:
 
     Attributes:
         sort: What made it: a model's input; a contraction with weights; a product of data with data, such as attention;
-            a sum of two data; a normalisation over neurons; anything else, which keeps neurons apart; or what stands
-            for readers that nobody saw.
+            a sum of two data; a normalisation over neurons; a length, which is one number for all values on the last
+            axis; anything else, which keeps neurons apart; or what stands for readers that nobody saw.
         inputs: The data it was made from.
         weights: Ids of the parameters that a contraction read.
         place: Its place in :attr:`Flow.values`.
@@ -84,6 +92,7 @@ class Flow:
 
     Attributes:
         values: All values; each stands behind those it was made from.
+        stacks: Those that are several values side by side, of which a reduction makes their sum.
     """
 
     def __init__(self, model: nn.Module, ways: Ways) -> None:
@@ -93,6 +102,7 @@ class Flow:
             TooLargeError: The graph would be too large.
         """
         self.values: list[Value] = []
+        self.stacks: set[Value] = set()
         self._ways = ways
         self._met: set[int] = set()
         self._called(model, (), {}, root=True)
@@ -255,8 +265,23 @@ class _Frame:
             return make("product", data)
         if name in _NORMS:
             return make("norm", data)
-        summed = [each for each in args[:2] if isinstance(each, Value)]
-        return make("sum" if name in _SUMS and len(summed) == 2 else "elementwise", data)
+        summed = list(_data(args[:2]))
+        if name in _SUMS and len(summed) == 2:
+            return make("sum", data)
+        if name in _BETWEEN and len(summed) == 2:
+            return make("elementwise", [make("sum", summed), *data[2:]])
+        if name in _SCALED_SUMS and isinstance(args[0], Value) and len(data) > 1:
+            return make("sum", [args[0], make("elementwise", data[1:])])
+        if name in _REDUCTIONS and data[0] in self.flow.stacks:
+            return functools.reduce(lambda left, right: make("sum", [left, right]), data[0].inputs)
+        if name in _LENGTHS and len(data) == 1 and _keeps_last_axis_as_one(args, kwargs):
+            return make("length", data)
+        if name in _SCALINGS and len(summed) == 2 and _is_scaled_by_its_length(*summed):
+            return make("norm", data)
+        made = make("elementwise", data)
+        if name == "stack" and len(made.inputs) > 1:
+            self.flow.stacks.add(made)
+        return made
 
     def _part(self, target: Any, args: Any) -> Any:
         whole, key = args[0], args[1]
@@ -279,6 +304,18 @@ class _Frame:
         first = node.args[0] if node.args else None
         if in_place and isinstance(first, fx.Node) and isinstance(made, Value):
             self.known[first] = made
+
+
+def _keeps_last_axis_as_one(args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a reduction with these arguments is over the last axis, and leaves it there with size one."""
+    dim = kwargs.get("dim", next((each for each in args[1:] if isinstance(each, int | tuple | list)), None))
+    over_last = dim == -1 or (isinstance(dim, tuple | list) and [*dim] == [-1])
+    return over_last and (kwargs.get("keepdim") is True or (bool(args[2:]) and args[-1] is True))
+
+
+def _is_scaled_by_its_length(one: Value, other: Value) -> bool:
+    """Whether one of two factors is a length of the other: a normalisation that is written out."""
+    return any(length.sort == "length" and whole in length.inputs for length, whole in ((one, other), (other, one)))
 
 
 def _sort_of(module: nn.Module) -> Sort | None:

@@ -7,7 +7,8 @@ Rules:
     1. A sum skips a layer where one side has passed more contractions than the other and was made from it: from a
        value that the shorter side is, up to operations that keep neurons apart, or from the input of the shorter side's
        only contraction, if that input depends on all that the longer side depends on. (So a shortcut with a projection
-       counts, and a projected condition that is added to every block does not.)
+       counts, and a projected condition that is added to every block does not.) What is multiplied neuron by neuron has
+       passed as many as the factor that has passed fewest, the other being a gate.
     2. A weight is a writer of a residual stream (``stream``) if its neurons reach such a sum through operations that
        keep neurons apart, normalisations among them: what writes to the stream first, and every branch.
     3. It gives factors of attention (``attention``) if they reach a product of data with data in the same way.
@@ -74,7 +75,7 @@ def _role(written: Value, skips: set[Value]) -> Role | None:
 
 def _keeps_apart(value: Value) -> bool:
     """Whether its neurons are passed on one by one to somebody."""
-    return value.sort in ("elementwise", "sum") and bool(value.users)
+    return value.sort in ("elementwise", "sum", "length") and bool(value.users)
 
 
 def _readers(written: Value, *, through_norms: bool, until: set[Value]) -> set[Value]:
@@ -88,7 +89,7 @@ def _readers(written: Value, *, through_norms: bool, until: set[Value]) -> set[V
                 found.add(user)
                 if user in until:
                     return found
-                if user.sort in ("elementwise", "sum") or (through_norms and user.sort == "norm"):
+                if user.sort in ("elementwise", "sum", "length") or (through_norms and user.sort == "norm"):
                     pending.append(user)
     return found
 
@@ -103,7 +104,8 @@ def _skips(values: list[Value]) -> set[Value]:
         own = 1 << value.place
         at = [each.place for each in value.inputs]
         mixes = value.sort in ("contraction", "product")
-        depth.append(max((depth[place] for place in at), default=0) + mixes)
+        choose = min if value.sort == "elementwise" else max  # a gate is no way of what it is multiplied with
+        depth.append(choose((depth[place] for place in at), default=0) + mixes)
         ancestors.append(own | _union(ancestors, at))
         sources.append(own if value.sort == "input" else _union(sources, at))
         heads.append(own if mixes or value.sort == "input" else own | _union(heads, at))

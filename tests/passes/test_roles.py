@@ -124,6 +124,73 @@ class Gated(nn.Module):
         return x + y * torch.sigmoid(self.squeeze(y.mean(dim=1, keepdim=True)))
 
 
+class Skip(nn.Module):
+    """A layer beside what it reads, joined in another way than by a plus."""
+
+    def __init__(self, join: Callable[["Skip", Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.stem, self.up, self.down, self.head = nn.Linear(8, 6), nn.Linear(6, 9), nn.Linear(9, 6), nn.Linear(6, 2)
+        self.gate = nn.Linear(6, 6)
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        logits: Tensor = self.head(self.join(self, h, self.down(torch.relu(self.up(h)))))
+        return logits
+
+
+def _highway(skip: Skip, h: Tensor, y: Tensor) -> Tensor:
+    gate = torch.sigmoid(skip.gate(h))
+    return h * (1 - gate) + gate * y
+
+
+JOINS: dict[str, Callable[[Skip, Tensor, Tensor], Tensor]] = {
+    "lerp": lambda skip, h, y: torch.lerp(h, y, 0.5),
+    "gated lerp": lambda skip, h, y: h.lerp(y, torch.sigmoid(skip.gate(h))),
+    "stacked": lambda skip, h, y: torch.stack([h, y]).sum(0),
+    "averaged": lambda skip, h, y: torch.stack((y, h), dim=-1).mean(-1),
+    "addcmul": lambda skip, h, y: torch.addcmul(h, y, torch.sigmoid(skip.gate(h))),
+    "highway": _highway,
+}
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_sums_by_other_names_skip_a_layer_too(name: str) -> None:
+    found = roles(Skip(JOINS[name]))
+    assert {part: found[f"{part}.weight"] for part in ("stem", "up", "down", "head")} == {
+        **{"stem": "stream", "up": "width", "down": "stream", "head": "width"}
+    }
+
+
+def test_what_is_only_stacked_skips_nothing() -> None:
+    found = roles(Skip(lambda skip, h, y: torch.stack([h, y]).amax(0)))
+    assert found["down.weight"] == "width"
+
+
+def _layer_norm(y: Tensor) -> Tensor:
+    centred = y - y.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+
+
+NORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rms": lambda y: y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-5),
+    "divided by its norm": lambda y: y / y.norm(dim=-1, keepdim=True).clamp(min=1e-6),
+    "vector norm": lambda y: torch.div(y, torch.linalg.vector_norm(y, dim=-1, keepdim=True)),
+    "layer norm": _layer_norm,
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_normalisation_that_is_written_out_is_one(name: str) -> None:
+    assert roles(Skip(lambda skip, h, y: NORMS[name](y)))["down.weight"] == "normalised"
+    assert roles(Skip(lambda skip, h, y: h + NORMS[name](y)))["down.weight"] == "stream"
+
+
+def test_a_mean_over_neurons_that_scales_something_else_is_none() -> None:
+    assert roles(Skip(lambda skip, h, y: y * h.mean(-1, keepdim=True)))["down.weight"] == "width"
+    assert roles(Skip(lambda skip, h, y: y * y.mean(0, keepdim=True)))["down.weight"] == "width"
+
+
 class Normalised(nn.Module):
     def __init__(self) -> None:
         super().__init__()
