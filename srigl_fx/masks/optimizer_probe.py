@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 # Enough for what begins late (at a tenth or a twentieth step), and some milliseconds of work.
 STEPS = 40
+_LARGE = 130
 _SCALES = (0.1, 3.0)
 _T = TypeVar("_T")
 
@@ -57,6 +58,35 @@ def small_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """
     sizes = sorted({size for size in shape if size > 1})
     return tuple(5 + sizes.index(size) if size > 1 else 1 for size in shape)
+
+
+def large_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape itself, but for sizes of more than :data:`_LARGE`, which are cut down and still compare as they did.
+
+    Some optimizers treat matrices of 64 or 128 rows and more as matrices, and smaller ones entry by entry.
+
+    Example:
+        >>> large_shape((64, 32, 3, 3)), large_shape((512, 512)), large_shape((4096, 1024))
+        ((64, 32, 3, 3), (130, 130), (131, 130))
+    """
+    sizes = sorted(set(shape))
+    return tuple(min(size, _LARGE + sizes.index(size)) for size in shape)
+
+
+def agreed(one: Found, other: Found) -> Found:
+    """What holds by two trials at different sizes.
+
+    Example:
+        >>> small = Found({"m": 0.0}, frozenset("m"), (), ())
+        >>> agreed(small, Found({}, frozenset("m"), (), ())).fresh
+        {}
+    """
+    return Found(
+        {name: value for name, value in one.fresh.items() if other.fresh.get(name) == value},
+        one.seen | other.seen,
+        tuple(dict.fromkeys((*one.irregular, *other.irregular))),
+        tuple(dict.fromkeys((*one.own_masks, *other.own_masks))),
+    )
 
 
 def probe(

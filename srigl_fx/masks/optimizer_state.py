@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from srigl_fx.masks.optimizer_probe import Found, ProbeError, chain, probe, small_shape, tensors_of
+from srigl_fx.masks.optimizer_probe import Found, ProbeError, agreed, chain, large_shape, probe, small_shape, tensors_of
 
 Fresh = Mapping[str, float]
 
@@ -96,7 +96,7 @@ class OptimizerState:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._optimizer = weakref.ref(optimizer)
-        self._found: dict[tuple[int, tuple[int, ...]], Found | ProbeError] = {}
+        self._found: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Found | ProbeError] = {}
         self._places: dict[int, tuple[int, int]] = {}  # no weak references: swap_tensors refuses parameters with one
 
     @classmethod
@@ -198,15 +198,23 @@ class OptimizerState:
     def _look(
         self, parameter: Tensor, index: int, group: Mapping[str, Any], names: Iterable[str] = ()
     ) -> Found | ProbeError:
-        """Try the optimizer out, once a group and kind of shape, and again where it keeps something new."""
-        key = index, small_shape(parameter.shape)
+        """Try the optimizer out, once a group and kind of shape, and again where it keeps something new.
+
+        At two sizes: what is found at a small one alone may be so because it is small.
+        """
+        key = index, *(shapes := (small_shape(parameter.shape), large_shape(parameter.shape)))
         found = self._found.get(key)
         if isinstance(found, ProbeError):
             return found
         names = frozenset(names)
         if found is None or not names <= found.seen:
             before = names if found is None else names | found.seen
-            found = self._found[key] = self._try(group, key[1], parameter.device)
+            small, large = (self._try(group, shape, parameter.device) for shape in shapes)
+            if isinstance(small, Found) and isinstance(large, Found):
+                found = agreed(small, large)
+            else:
+                found = large if isinstance(small, Found) else small
+            self._found[key] = found
             if isinstance(found, Found):  # what is not seen now either will not be seen by trying again
                 found = self._found[key] = Found(found.fresh, found.seen | before, found.irregular, found.own_masks)
         return found

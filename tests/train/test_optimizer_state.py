@@ -59,6 +59,17 @@ class Rotated(Simple):
         return move
 
 
+class RotatedIfLarge(Rotated):
+    """Plain momentum for small matrices, under the name that the rotated one has for large ones."""
+
+    def move(self, state: Any, parameter: Tensor) -> Tensor:
+        assert parameter.grad is not None
+        if len(parameter) >= 64:
+            return super().move(state, parameter)
+        momentum: Tensor = state.setdefault("exp_avg", torch.zeros_like(parameter)).lerp_(parameter.grad, 0.1)
+        return momentum
+
+
 class Preconditioned(Simple):
     """As Shampoo: of a square layer the statistics have the weight's shape; momentum is elementwise."""
 
@@ -207,6 +218,16 @@ def test_what_is_found_is_what_belongs_to_single_weights(name: str) -> None:
     found = probe(optimizer := MAKE[name]([weight]), optimizer.param_groups[0], (5, 5))
     assert found.fresh == pytest.approx(ELEMENTWISE[name])
     assert (found.own_masks, found.irregular) == ((), ())
+
+
+@pytest.mark.parametrize("size", [24, 64, 300])
+def test_what_a_small_matrix_keeps_is_not_believed_of_a_large_one(size: int) -> None:
+    weight = nn.Parameter(torch.randn(size, size))
+    optimizer = RotatedIfLarge([weight])
+    weight.grad = torch.randn(size, size)
+    optimizer.step()
+    found = [state.name for state in OptimizerState.of(optimizer).elementwise(weight)]
+    assert found == (["exp_avg"] if size < 64 else [])
 
 
 KNOWN: list[Any] = [
