@@ -91,7 +91,14 @@ def check_state(program: Program, run: Run) -> None:
     Raises:
         CaptureError: The message names the buffer.
     """
-    for name in run.written.keys() - writes(program.module.graph).keys():
+    for name in sorted(run.written.keys() - writes(program.module.graph).keys()):
+        buffers = dict(program.model.named_buffers(remove_duplicate=False))
+        names = [other for other, buffer in buffers.items() if buffer is buffers.get(name)]
+        if len(names) > 1:
+            raise CaptureError(
+                f"it writes a buffer that is registered in {len(names)} places ({', '.join(names)}), of which "
+                "torch.export follows one: register it in one module, and have the others read it from there"
+            )
         raise CaptureError(
             f"it writes {kept_in(program.model, name)} in a way that torch.export does not see (through its "
             ".data, say): write it with copy_"

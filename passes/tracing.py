@@ -180,7 +180,9 @@ def writing_in_place(model: nn.Module) -> nn.Module:
         if not assigned:
             return output
         if any(one is not now[0] for _, now in assigned for one in now):
-            raise CaptureError("a buffer that two modules share is assigned in one of them: write it with copy_")
+            raise CaptureError(
+                "a buffer that two modules share is assigned in one of them, which parts them: register it in one"
+            )
         # Outputs, and what is assigned, may be a buffer that is about to be written.
         output = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
         for (was, _), value in zip(assigned, [now[0].clone() for _, now in assigned], strict=True):

@@ -308,6 +308,21 @@ def test_a_shared_buffer_that_one_of_its_modules_assigns_is_no_part_of_a_graph(s
     assert_untouched(model, before)
 
 
+def in_place(m: Any, y: Tensor) -> Any:
+    m.inner.h.copy_(y[:1] + m.inner.h * 0.5)
+    return y * m.context
+
+
+def test_a_buffer_in_two_modules_that_is_written_in_place_is_named_with_both(tmp_path: Path) -> None:
+    model = Streaming(in_place)
+    model.inner.h = model.context
+    sx.sparsify(model.eval(), sparsity=0.5)
+    before = snapshot(model)
+    with pytest.raises(ExportError, match=r"registered in 2 places \(context, inner\.h\)"):
+        sx.export_onnx(model, tmp_path / "model.onnx", (X,))
+    assert_untouched(model, before)
+
+
 def unseen_data(m: Any, y: Tensor) -> Any:
     m.inner.h.data = y[:1] + m.inner.h
     return y * m.inner.h
