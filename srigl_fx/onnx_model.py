@@ -66,6 +66,8 @@ def build_model(
     """
     _refuse_projections(module)
     outputs = output_names(module)
+    if not outputs:
+        raise ExportError("the model returns no tensor: a file of ONNX needs one; None and numbers are no outputs")
     stateless = explicit(*of_leaves(module, args, kwargs))
     args, kwargs = stateless.args, stateless.kwargs
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -322,10 +324,13 @@ def _where(module: fx.GraphModule, error: BaseException) -> str:
     """The sub-module that holds the operator without translation, where the error names the operator."""
     if not (found := re.search(r"op='([\w.]+)', overload='(\w+)'", str(_root(error)))):
         return ""
-    for node in module.graph.nodes:
-        if str(node.target) == ".".join(found.groups()):
-            stack = list(node.meta.get("nn_module_stack", {}).values())
-            return f" (in {stack[-1][0]})" if stack and stack[-1][0] else ""
+    # The exporter takes some apart first: aten.linalg_svd is then aten._linalg_svd.
+    whole, taken_apart = ".".join(found.groups()), found[1].replace("._", ".") + "."
+    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    exact = [node for node in nodes if str(node.target) == whole]
+    for node in exact or [node for node in nodes if str(node.target).startswith(taken_apart)]:
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        return f" (in {stack[-1][0]})" if stack and stack[-1][0] else ""
     return ""
 
 

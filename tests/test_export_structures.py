@@ -202,6 +202,25 @@ def test_an_operator_without_translation_is_placed(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+class Singular(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        values: Tensor = torch.linalg.svd(x)[1]
+        return values
+
+
+def test_an_operator_that_the_exporter_takes_apart_first_is_placed_too(tmp_path: Path) -> None:
+    model = sx.sparsify(nn.Sequential(nn.Linear(16, 16), nn.Sequential(Singular())), sparsity=0.5).eval()
+    with pytest.raises(ExportError, match=r"\(in 1\.0\).*_linalg_svd"):
+        sx.export_onnx(model, tmp_path / "model.onnx", (x(2),), min_speedup=0)
+
+
+@pytest.mark.parametrize("returned", [None, 3])
+def test_a_model_that_returns_no_tensor_is_refused(returned: Any, tmp_path: Path) -> None:
+    model = sx.sparsify(Net(lambda net, x: (net.fc(x), returned)[1]), sparsity=0.5).eval()
+    with pytest.raises(ExportError, match="returns no tensor"):
+        sx.export_onnx(model, tmp_path / "model.onnx", (x(2),), min_speedup=0)
+
+
 class Branching(nn.Module):
     """One block branches on values, the others are graphs."""
 
