@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,6 +17,7 @@ from srigl_fx.errors import LoweringError, SriglError
 from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowered_regions import LoweredRegions, assemble
 from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.passes import trees
 from srigl_fx.passes.capture import Capture, uncapturable
 from srigl_fx.passes.capture_checks import first_line
 from srigl_fx.passes.model_runs import run_model
@@ -62,9 +64,10 @@ def lower_regions(
 
     Raises:
         CaptureError: There is no region.
-        LoweringError: The model cannot be copied, or does not give the same outputs.
+        LoweringError: The model cannot be copied, gives a sparse tensor, or does not give the same outputs.
     """
     finder = RegionFinder(model, args, kwargs, attempts.failures)
+    _require_dense(model, finder.recording.output)
 
     def lowered(name: str) -> list[_Lowered]:
         return [_lower_one(region, lower_one, verify=verify) for region in finder.below(name)]
@@ -162,6 +165,20 @@ def _error(finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], k
             "reads its weights, or the outputs depend on more than the inputs"
         )
     return worst
+
+
+def _require_dense(model: nn.Module, output: Any) -> None:
+    """Require outputs that can be compared: of sparse tensors PyTorch compares none."""
+    leaves, spec = pytree.tree_flatten(output)
+    for path, leaf in zip(trees.leaf_paths(spec), leaves, strict=True):
+        for tensor in _leaves(leaf, set()):
+            if isinstance(tensor, Tensor) and tensor.layout is not torch.strided:
+                which = f"the output {'.'.join(path)!r}" if path else "the output"
+                raise LoweringError(
+                    f"{which} of {type(model).__name__} is a sparse tensor ({tensor.layout}), which cannot be compared "
+                    "with the lowered model's: return it as to_dense(), or lower the part of the model that comes "
+                    "before it is made sparse"
+                )
 
 
 def _difference(expected: Any, got: Any) -> float:

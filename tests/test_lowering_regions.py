@@ -542,6 +542,37 @@ class HoldsOn(nn.Module):
         return y
 
 
+class SparseOutput(nn.Module):
+    """Gives the output that ``wrap`` makes of a sparse one."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.wrap = block(), wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(torch.relu(self.body(x)))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    ("wrap", "said"),
+    [
+        (lambda y: y.to_sparse(), r"the output of SparseOutput is a sparse tensor \(torch\.sparse_coo\)"),
+        (lambda y: (y, {"graph": y.to_sparse_csr()}), r"the output '1\.graph' of .* \(torch\.sparse_csr\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_a_sparse_tensor_among_the_outputs_is_refused_by_name(
+    wrap: Callable[[Tensor], Any], said: str, verify: bool, tmp_path: Path
+) -> None:
+    model = sx.sparsify(SparseOutput(wrap), sparsity=0.5).eval()
+    with pytest.raises(LoweringError, match=said + ".* return it as to_dense"):
+        lower(model, (torch.randn(2, 12),), min_speedup=0, verify=verify)
+    with pytest.raises(LoweringError, match=said):
+        sx.export_onnx(model, tmp_path / "model.onnx", (torch.randn(2, 12),), verify=verify)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_region_that_the_copy_does_not_call_is_given_up() -> None:
     model = masked(HoldsOn)
     lowered = lowered_regions(model, vectors(2))
