@@ -60,7 +60,8 @@ def dump(module: fx.GraphModule, extra: dict[str, Any]) -> bytes:
                 shared = held.untyped_storage().data_ptr() in storages
                 tensors[key] = held.clone() if shared else held
                 storages.add(tensors[key].untyped_storage().data_ptr())
-            attributes[str(node.target)] = {"tensor": key, "parameter": node.target in parameters}
+            parameter = node.target in parameters
+            attributes[str(node.target)] = {"tensor": key, "parameter": parameter, **_described(tensors[key])}
         try:
             check(node, lambda target: _tensor(module, target))
             nodes.append(_encode_node(node))
@@ -159,6 +160,7 @@ def load(data: bytes) -> tuple[fx.GraphModule, dict[str, Any]]:
             if key not in tensors:
                 raise FormatError(f"the tensor {key} of {target} is missing; save it again with lower(...).save(path)")
             tensor = tensors[key]
+            _check_kind(target, entry, tensor)
             made[key, parameter] = nn.Parameter(tensor, tensor.is_floating_point()) if parameter else tensor
         _place(root, target, made[key, parameter])
     guard(graph, lambda target: _tensor(root, target))
@@ -166,6 +168,23 @@ def load(data: bytes) -> tuple[fx.GraphModule, dict[str, Any]]:
     module = fx.GraphModule(root, graph)
     _check_condensed(module)
     return module, header["extra"]
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+
+
+def _check_kind(target: str, entry: dict[str, Any], tensor: Tensor) -> None:
+    """Require of a tensor the type and sizes that the graph was saved with; files from before they were kept say none.
+
+    Most operators would find out by themselves, in the middle of a call.
+    """
+    found = _described(tensor)
+    if (wanted := {key: entry.get(key, found[key]) for key in found}) != found:
+        raise FormatError(
+            f"the tensor {target} is {found['dtype']} {found['shape']}, but the graph was saved with "
+            f"{wanted['dtype']} {wanted['shape']}; save it again with lower(...).save(path)"
+        )
 
 
 def _encode_node(node: fx.Node) -> dict[str, Any]:

@@ -411,6 +411,23 @@ def set_tensor(suffix: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[
     return edit
 
 
+def forget_kinds(header: dict[str, Any], _: dict[str, Tensor]) -> None:
+    """Make it the header of a file from before types and sizes were kept."""
+    for entry in header["attributes"].values():
+        del entry["dtype"], entry["shape"]
+
+
+@pytest.mark.parametrize("edit", [forget_kinds, lambda header, tensors: None])
+def test_files_with_and_without_the_kinds_of_tensors_load(
+    saved: bytes, edit: Callable[[dict[str, Any], dict[str, Tensor]], None], tmp_path: Path
+) -> None:
+    (tmp_path / "old").write_bytes(edited(saved, edit))
+    (tmp_path / "new").write_bytes(saved)
+    x = torch.randn(3, 20)
+    assert torch.equal(load_lowered(tmp_path / "old")(x), load_lowered(tmp_path / "new")(x))
+
+
+@pytest.mark.parametrize("with_kinds", [True, False])
 @pytest.mark.parametrize(
     "edit",
     [
@@ -448,10 +465,10 @@ def set_tensor(suffix: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[
     ],
 )
 def test_a_malicious_file_is_refused(
-    saved: bytes, edit: Callable[[dict[str, Any], dict[str, Tensor]], None], tmp_path: Path
+    saved: bytes, edit: Callable[[dict[str, Any], dict[str, Tensor]], None], with_kinds: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "bad.srigl"
-    path.write_bytes(edited(saved, edit))
+    path.write_bytes(edited(saved if with_kinds else edited(saved, forget_kinds), edit))
     with pytest.raises(FormatError):
         load_lowered(path)
 
@@ -461,6 +478,29 @@ def test_a_malformed_weight_is_named(saved: bytes, tmp_path: Path) -> None:
     path.write_bytes(edited(saved, set_tensor("_active", lambda t: t.flip(0))))
     with pytest.raises(
         FormatError, match=r"bad\.srigl: the condensed weight \w+\.weight is malformed: active rows are not"
+    ):
+        load_lowered(path)
+
+
+@pytest.mark.parametrize("name", ["2.weight", "2.bias"])
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda t: t.int(), r"int32 \[4"),
+        (lambda t: t.reshape(1, *t.shape), r"float32 \[1, 4"),
+        (lambda t: t.reshape(*reversed(t.shape), 1), r"float32 \[\d"),
+    ],
+)
+def test_a_dense_tensor_of_another_kind_is_named(
+    name: str, change: Callable[[Tensor], Tensor], found: str, tmp_path: Path
+) -> None:
+    model = mask_by_hand(nn.Linear(16, 8), 0.5)
+    path = tmp_path / "bad.srigl"
+    lower(nn.Sequential(model, nn.ReLU(), nn.Linear(8, 4)).eval(), (torch.randn(2, 16),), min_speedup=0).save(path)
+    path.write_bytes(edited(path.read_bytes(), set_tensor(name, change)))
+    wanted = r"\[4, 8\]" if name == "2.weight" else r"\[4\]"
+    with pytest.raises(
+        FormatError, match=rf"bad\.srigl: the tensor {name} is {found}.*the graph was saved with float32 {wanted}"
     ):
         load_lowered(path)
 
