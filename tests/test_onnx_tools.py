@@ -83,7 +83,7 @@ def onnxslim(source: Path, target: Path) -> None:
 def graphsurgeon(source: Path, target: Path) -> None:
     surgeon = pytest.importorskip("onnx_graphsurgeon")
     graph = surgeon.import_onnx(onnx.load(source))
-    onnx.save(surgeon.export_onnx(graph.fold_constants().cleanup().toposort(), min_speedup=0), target)
+    onnx.save(surgeon.export_onnx(graph.fold_constants().cleanup().toposort()), target)
 
 
 def onnxsim(source: Path, target: Path) -> None:
