@@ -75,13 +75,9 @@ def arranged(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, An
         >>> arranged(lowered, (2,), {})
         ((2,), {})
     """
-    given = _by_argument(module)
-    names = [name for name, _ in given]
-    missing = names[len(args) :]
-    if len(args) > len(names) or set(missing) != set(kwargs):
-        return args, kwargs  # the call itself says what is wrong
-    values = [*args, *(kwargs[name] for name in missing)]
-    made = [_arranged(module, name, spec, value) for (name, spec), value in zip(given, values, strict=True)]
+    made, missing = _values(module, args, kwargs)
+    if made is None:
+        return args, kwargs
     return tuple(made[: len(args)]), dict(zip(missing, made[len(args) :], strict=True))
 
 
@@ -97,11 +93,10 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
     Raises:
         LoweringError: The graph was captured for other arguments; the message names the first that differs.
     """
-    args, kwargs = arranged(module, args, kwargs)
-    names = [name for name, _ in _by_argument(module)][len(args) :]
-    if set(names) != set(kwargs):
+    made, missing = _values(module, args, kwargs)
+    if made is None:
         return args, kwargs
-    leaves = pytree.tree_leaves([*args, *(kwargs[name] for name in names)])
+    leaves = made if all(isinstance(value, Tensor) for value in made) else pytree.tree_leaves(made)
     batches: dict[int, tuple[int, int]] = {}  # for each free batch, the input that has shown it, and its size
     for position, (leaf, wanted) in enumerate(zip(leaves, described, strict=True)):
         if wanted is None:
@@ -134,7 +129,22 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
                     f"input {position} of the lowered module has batch {leaf.shape[0]} and input {first} has {size}: "
                     "give them the same, as the model asks for"
                 )
-    return args, kwargs
+    return tuple(made[: len(args)]), dict(zip(missing, made[len(args) :], strict=True))
+
+
+def _values(
+    module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[list[Any] | None, list[str]]:
+    """All arguments in the order and the containers of the graph, and the names of those given by name.
+
+    None where arguments are missing or too many: the call itself says what is wrong.
+    """
+    given = _by_argument(module)
+    missing = [name for name, _ in given[len(args) :]]
+    if len(args) > len(given) or set(missing) != set(kwargs):
+        return None, missing
+    values = [*args, *(kwargs[name] for name in missing)]
+    return [_arranged(module, name, spec, value) for (name, spec), value in zip(given, values, strict=True)], missing
 
 
 def _by_argument(module: fx.GraphModule) -> list[tuple[str, pytree.TreeSpec]]:
