@@ -16,6 +16,7 @@ from torch import Tensor
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operator that is probed
 from srigl_fx.runtime.autotune import measure_undisturbed
 from srigl_fx.runtime.cost_model import Kernel, Machine, Work, condensed, dense
+from srigl_fx.runtime.kernels.isa import ISAS, host_isa
 from srigl_fx.runtime.timings import Timings
 
 WHAT = {"operator": "constants of the cost model"}  # what the times of the probes are filed under
@@ -65,6 +66,16 @@ _seen: set[tuple[str, float, int]] = set()  # names, seconds and threads that th
 _logger = logging.getLogger(__name__)
 
 
+def host_machine() -> Machine:
+    """The default constants for the instruction set of this process and its number of threads; nothing is measured.
+
+    Example:
+        >>> host_machine().dense_rate >= Machine().dense_rate
+        True
+    """
+    return Machine(level=ISAS.index(host_isa())).with_threads(torch.get_num_threads())
+
+
 def machine_constants(timings: Timings, *, may_measure: bool = True) -> Machine:
     """The constants for this machine and number of threads: those measured earlier, or measured now.
 
@@ -76,7 +87,7 @@ def machine_constants(timings: Timings, *, may_measure: bool = True) -> Machine:
         may_measure: If not, and nothing was measured earlier, the default constants for this number of threads.
 
     Example:
-        >>> machine_constants(Timings(None), may_measure=False) == Machine().with_threads(torch.get_num_threads())
+        >>> machine_constants(Timings(None), may_measure=False) == host_machine()
         True
     """
     seconds = _stored(timings)
@@ -185,8 +196,7 @@ def _agree(seconds: Mapping[str, float], stored: Mapping[str, float]) -> bool:
 
 
 def _constants(seconds: Mapping[str, float] | None) -> Machine:
-    default = Machine().with_threads(torch.get_num_threads())
-    return default if seconds is None else fit(seconds, default)
+    return host_machine() if seconds is None else fit(seconds, host_machine())
 
 
 def _measured(names: Collection[str], **effort: Any) -> dict[str, float]:

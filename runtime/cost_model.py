@@ -1,6 +1,7 @@
 """How long a layer takes in each of its forms, estimated: a roofline with a handful of constants.
 
-Owns the formulas, the constants and the choice of kernel by batch size. It must not know torch, nor measure anything:
+Owns the formulas and the constants; which kernel computes what is the plan's. It must not know torch, nor measure
+anything:
 :mod:`srigl_fx.runtime.calibration` fits the constants to a machine, ``benchmarks/cost_model.py`` checks the formulas.
 
 After Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009), from the counts of
@@ -11,7 +12,8 @@ weights, and add up where it copies data first.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from srigl_fx.runtime.kernels.choice import LANES, MOST_DOT_SAMPLES
+from srigl_fx.runtime.kernels import plan
+from srigl_fx.runtime.kernels.isa import AVX512, ISAS
 
 Form = Literal["dense", "condensed", "shrunk"]
 Kernel = Literal["dot", "tile"]
@@ -19,16 +21,7 @@ Kernel = Literal["dot", "tile"]
 _PARALLEL = 0.85  # what a further thread adds
 _GAPS = 1.3  # places in a dot panel for each kept weight
 _SPARSEST = 32  # inputs for each place in a dot panel, at most: four places a row in a window of 128
-
-
-def kernel_for(columns: int) -> Kernel:
-    """The kernel for so many samples: dot products for a few, tiles of columns for more.
-
-    Example:
-        >>> kernel_for(1), kernel_for(64)
-        ('dot', 'tile')
-    """
-    return "dot" if columns <= MOST_DOT_SAMPLES else "tile"
+_LEVEL = ISAS.index(AVX512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +61,7 @@ class Machine:
         move_rate: Elements a second that are brought into, or out of, the layout of the tile kernel.
         dense_call: Seconds to call a dense operator.
         condensed_call: Seconds to call a condensed one.
+        level: The instruction set, its position in ISAS.
     """
 
     dense_rate: float = 90e9
@@ -79,6 +73,7 @@ class Machine:
     move_rate: float = 4e9
     dense_call: float = 3e-6
     condensed_call: float = 10e-6
+    level: int = _LEVEL
 
     def with_threads(self, threads: int) -> "Machine":
         """The same machine with more threads than one.
@@ -115,6 +110,21 @@ def estimate(work: Work, machine: Machine) -> dict[Form, float]:
     return seconds
 
 
+def kernel_for(work: Work, machine: Machine) -> Kernel:
+    """The kind of kernel that computes the condensed layer, by its arithmetic: sample by sample, or tiles of columns.
+
+    Example:
+        >>> work = Work(rows=768, fan_in=768, active=768, kept=768 * 77, columns=1)
+        >>> kernel_for(work, Machine()), kernel_for(replace(work, columns=64), Machine())
+        ('dot', 'tile')
+    """
+    if work.convolution:
+        return "tile"
+    k = -(-work.kept // max(1, work.active))
+    kernel = plan.linear_kernel(machine.level, work.fan_in, work.active, k, work.columns, False, True)
+    return "tile" if kernel == plan.TILE else "dot"
+
+
 def dense(work: Work, machine: Machine) -> float:
     """Estimated seconds of the dense layer.
 
@@ -139,11 +149,11 @@ def condensed(work: Work, machine: Machine) -> float:
         >>> condensed(work, Machine(dot_rate=1.3e5, condensed_call=0.5))
         1.5
     """
-    if not work.convolution and kernel_for(work.columns) == "dot":
+    if kernel_for(work, machine) == "dot":
         stored = max(_GAPS * work.kept, work.active * work.fan_in / _SPARSEST)
         size = stored * (work.value_bytes + 1)
         reading = 0.0 if size <= machine.cache_bytes else size / machine.bandwidth
         return machine.condensed_call + max(work.columns * stored / machine.dot_rate, reading)
-    columns = -(-work.columns // LANES) * LANES
+    columns = -(-work.columns // plan.LANES) * plan.LANES
     moved = work.columns * (work.fan_in + work.rows) / machine.move_rate  # a convolution's windows one by one
     return machine.condensed_call + work.kept * columns / machine.tile_rate + moved

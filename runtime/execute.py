@@ -1,7 +1,8 @@
 """One call of a condensed operator, as jobs for the kernels.
 
-Owns the choice of kernel, its scratch, and the cut into tasks; operands are valid and contiguous. It must not know how
-operators are registered, checked or differentiated.
+Owns the layouts of tensors, the scratch of kernels, and the call of their tasks, as the plan has them
+(:mod:`srigl_fx.runtime.kernels.plan`); operands are valid. It must not know how operators are registered, checked or
+differentiated.
 """
 
 import ctypes
@@ -14,14 +15,15 @@ from torch import Tensor
 
 from srigl_fx.runtime import threads
 from srigl_fx.runtime.jit import entry
-from srigl_fx.runtime.kernels import choice, conv, job
-from srigl_fx.runtime.kernels.choice import COLUMNS, LANES
+from srigl_fx.runtime.kernels import conv, job, plan
 from srigl_fx.runtime.kernels.isa import ISAS, host_isa
-from srigl_fx.runtime.weights import Job, Kind, Panel, _Prepared, new_job, panel_of
+from srigl_fx.runtime.kernels.plan import COLUMNS, LANES
+from srigl_fx.runtime.kernels.table import KERNELS
+from srigl_fx.runtime.weights import Job, _Prepared, new_job, panel_of
 
 ACTIVATION_NUMBERS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5, "hardswish": 6}
 
-_CHUNK_FLOATS = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
+_TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "linear"}
 _SLACK = 64  # floats behind a packed sample that may be read
 
 
@@ -30,73 +32,89 @@ def _level() -> int:
     return ISAS.index(host_isa())
 
 
-def _panel(
+# The rules of the plan are Python here, on the path of every call: asked once for each set of sizes.
+_linear_kernel = functools.lru_cache(maxsize=4096)(plan.linear_kernel)
+_window_of = functools.lru_cache(maxsize=4096)(plan.window_of)
+
+
+def _may_pack(prepared: _Prepared | None, values: Tensor) -> bool:
+    """Whether a packed weight may be kept: torch must count the writes to it."""
+    return prepared is not None and not values.is_inference()
+
+
+def _job(
     prepared: _Prepared | None,
-    kind: Kind,
+    kernel: int,
     operands: Sequence[Tensor],
     in_features: int,
     block_rows: int,
-) -> Panel | None:
-    """The panel for a kernel, or None where the canonical format is what there is."""
-    _, values, indices, active, bias = operands
-    n_active, k = values.shape
-    if prepared is None or not n_active * k:
-        return None
-    sizes = in_features, n_active, k
-    window = choice.dot_window(_level(), *sizes) if kind == "dot" else choice.tile_window(*sizes)
-    if not window:
-        return None
-    return panel_of(prepared, kind, window, values, indices, active, in_features, bias.shape[0], block_rows)
-
-
-def _fill_in(j: "ctypes.Array[ctypes.c_int64]", operands: Sequence[Tensor], y: Tensor) -> None:
+    y: Tensor,
+) -> "ctypes.Array[ctypes.c_int64]":
+    """A job for this kernel with all that is about the operands and ``y``; packed is what it reads packed."""
     x, values, indices, active, bias = operands
+    window = _window_of(kernel, _level(), in_features, *values.shape)
+    if window:
+        assert prepared is not None
+        sizes = in_features, bias.shape[0], block_rows
+        panel = panel_of(prepared, kernel, window, values, indices, active, *sizes)
+        j = Job.from_buffer_copy(panel.template)
+    else:
+        j = new_job(values, indices, active, in_features, bias.shape[0])
     j[job.X], j[job.Y], j[job.BIAS] = x.data_ptr(), y.data_ptr(), bias.data_ptr()
     j[job.VALUES], j[job.INDICES], j[job.ACTIVE] = values.data_ptr(), indices.data_ptr(), active.data_ptr()
+    return j
 
 
 def linear(
     prepared: _Prepared | None,
-    operands: Sequence[Tensor],
+    x: Tensor,
+    weight: Sequence[Tensor],
     in_features: int,
-    y: Tensor,
     residual: Tensor | None,
     activation: str,
-    x_feature_major: bool,
     y_feature_major: bool,
-) -> None:
-    """Compute ``y``, which has elements; ``operands`` are x, values, indices, active and bias.
+) -> Tensor:
+    """The outputs (..., n) of samples (..., in_features), with the memory of (n, ...) if so asked.
 
-    ``x`` and ``y`` are contiguous, or their (features, samples) transposed is where so said; the residual as ``y``.
+    ``x`` is read as it lies if it is contiguous, or if its (in_features, ...) transposed is and the kernel can.
+
+    Args:
+        prepared: What is known about the weight.
+        x: The samples.
+        weight: Contiguous values, indices, active and bias.
+        in_features: The inputs of the layer.
+        residual: Of the output's shape, or None.
+        activation: The activation's name.
+        y_feature_major: Whether the output's transposed is to be contiguous.
     """
-    values, n = operands[1], operands[4].shape[0]
-    n_active, k = values.shape
-    batch = y.numel() // n
-    rows_only = not (x_feature_major or y_feature_major)
-    kind: Kind = "dot" if batch <= choice.MOST_DOT_SAMPLES and rows_only else "tile"
-    panel = _panel(prepared, kind, operands, in_features, n)
-    if panel is None and rows_only and kind == "dot" and _level() == 0 and batch > 1:
-        panel, kind = _panel(prepared, "tile", operands, in_features, n), "tile"
-    assert rows_only or panel is not None
-    if panel is None:
-        j, task = new_job(values, operands[2], operands[3], in_features, n), "rows_task"
-    else:
-        j, task = Job.from_buffer_copy(panel.template), f"{kind}_task"
-    _fill_in(j, operands, y)
+    values, n = weight[0], weight[3].shape[0]
+    shape = (*x.shape[:-1], n)
+    batch = math.prod(shape[:-1])
+    x_columns = not x.is_contiguous() and x.dim() > 1 and x.movedim(-1, 0).is_contiguous()
+    sizes = _level(), in_features, *values.shape, batch
+    kernel = _linear_kernel(*sizes, x_columns or y_feature_major, _may_pack(prepared, values))
+    if kernel == plan.STRIDED:
+        # It is plain and slow, for hosts where an operator cannot ask for other layouts; here copies are at hand.
+        y = linear(prepared, x.contiguous(), weight, in_features, residual, activation, False)
+        return y.movedim(-1, 0).contiguous().movedim(0, -1) if y_feature_major else y
+    x = x.movedim(-1, 0) if x_columns else x.contiguous()
+    y = x.new_empty((n, *shape[:-1])).movedim(0, -1) if y_feature_major else x.new_empty(shape)
+    if not y.numel():
+        return y
+    if residual is not None:
+        residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
+    j = _job(prepared, kernel, (x, *weight), in_features, n, y)
     j[job.BATCH], j[job.ACTIVATION] = batch, ACTIVATION_NUMBERS[activation]
-    j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_feature_major, y_feature_major
+    j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
+    n_active, k = values.shape
     thread_count = torch.get_num_threads()
-    tiles = -(-batch // COLUMNS) if task == "tile_task" else 1
-    splits = choice.shares(tiles, n_active // LANES, batch * n_active * k, thread_count)
+    tiles = -(-batch // COLUMNS) if kernel == plan.TILE else 1
+    splits = plan.shares(tiles, n_active // LANES, batch * n_active * k, thread_count)
     j[job.ROW_SPLITS] = splits
-    threads.run(entry(task), ctypes.addressof(j), tiles * splits, thread_count)
+    threads.run(entry(_TASKS[kernel]), ctypes.addressof(j), tiles * splits, thread_count)
     _raise_if_failed(j)
-
-
-def can_tile(prepared: _Prepared | None, operands: Sequence[Tensor], in_features: int) -> bool:
-    """Whether the kernel that takes and gives feature-major tensors can run."""
-    return _panel(prepared, "tile", operands, in_features, operands[4].shape[0]) is not None
+    return y
 
 
 def _raise_if_failed(j: "ctypes.Array[ctypes.c_int64]") -> None:
@@ -139,34 +157,31 @@ def convolution(
 ) -> None:
     """Compute ``y``, which has elements, over one to three axes; operands, residual and ``y`` are contiguous."""
     x, values, indices, active, bias = operands
-    n, _, *kernel = weight_shape
-    lead = 3 - len(kernel)
+    n, _, *taps = weight_shape
+    lead = 3 - len(taps)
     one, zero = (1,) * lead, (0,) * lead
-    spacing, step, before = [1] * len(kernel), list(stride), list(padding)
+    spacing, step, before = [1] * len(taps), list(stride), list(padding)
     if transposed:
         spacing, step = step, spacing
-        before = [d * (taps - 1) - p for d, taps, p in zip(dilation, kernel, padding, strict=True)]
-    sizes = (x.shape[1], n, groups, *one, *x.shape[2:], *one, *y.shape[2:], *one, *kernel, *one, *step, *zero, *before)
+        before = [d * (size - 1) - p for d, size, p in zip(dilation, taps, padding, strict=True)]
+    sizes = (x.shape[1], n, groups, *one, *x.shape[2:], *one, *y.shape[2:], *one, *taps, *one, *step, *zero, *before)
     n_active, k = values.shape
     numbers = (*sizes, *one, *dilation, *one, *spacing, int(transposed), k)
     geometry, offsets, size, positions = _geometry(numbers)
     in_features, block_rows = math.prod(weight_shape[1:]), n // groups
-    panel = _panel(prepared, "tile", operands, in_features, block_rows) if block_rows >= LANES else None
-    if panel is None:
+    kernel = plan.conv_kernel(in_features, n_active, k, block_rows, _may_pack(prepared, values))
+    if kernel == plan.ROWS:
         values = values.float()
-        j = new_job(values, indices, active, in_features, n)
-    else:
-        j = Job.from_buffer_copy(panel.template)
-    _fill_in(j, (x, values, indices, active, bias), y)
+    j = _job(prepared, kernel, (x, values, indices, active, bias), in_features, block_rows, y)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.BATCH] = ACTIVATION_NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
-    if panel is None:
+    if kernel == plan.ROWS:
         _run_samples(j, x, bool(geometry[conv.DIRECT]), size, positions)
     else:
         outputs = y.numel() // n
         tiles, thread_count = -(-outputs // COLUMNS), torch.get_num_threads()
-        splits = choice.shares(tiles, n_active // LANES, outputs * n_active * k, thread_count)
+        splits = plan.shares(tiles, n_active // LANES, outputs * n_active * k, thread_count)
         j[job.ROW_SPLITS] = splits
         threads.run(entry("conv_tile_task"), ctypes.addressof(j), tiles * splits, thread_count)
     _raise_if_failed(j)
@@ -175,7 +190,7 @@ def convolution(
 def _run_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, direct: bool, size: int, positions: int) -> None:
     """Pack and convolve the samples, a chunk at a time."""
     batch, thread_count, work = x.shape[0], torch.get_num_threads(), positions * j[job.N_ACTIVE] * j[job.K]
-    chunk = batch if direct else max(1, min(batch, _CHUNK_FLOATS // size))
+    chunk = batch if direct else max(1, min(batch, plan.CHUNK_FLOATS // size))
     packed = x if direct else x.new_empty(chunk * size)
     j[job.PACKED], j[job.PACKED_SIZE] = packed.data_ptr(), size
     address = ctypes.addressof(j)
@@ -183,9 +198,9 @@ def _run_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, direct: bool, siz
         samples = min(chunk, batch - first)
         j[job.SAMPLE], j[job.SAMPLES] = first, samples
         if not direct:
-            splits = choice.shares(samples, x.shape[1], samples * size, thread_count)
+            splits = plan.shares(samples, x.shape[1], samples * size, thread_count)
             j[job.ROW_SPLITS] = splits
             threads.run(entry("conv_pack_task"), address, samples * splits, thread_count)
-        splits = choice.shares(samples, j[job.N_ACTIVE] // LANES, samples * work, thread_count)
+        splits = plan.shares(samples, j[job.N_ACTIVE] // LANES, samples * work, thread_count)
         j[job.ROW_SPLITS] = splits
         threads.run(entry("conv_rows_task"), address, samples * splits, thread_count)

@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from srigl_fx.runtime.kernels.isa import ISA_VARIABLE
+
 Entry = Callable[[int, int], None]
 
 _entries: dict[str, tuple[Entry, int]] = {}
@@ -49,14 +51,13 @@ def _compile(name: str) -> tuple[Entry, int]:
     import numba as typed_numba
 
     numba: Any = typed_numba  # half of its functions are annotated
-    if wanted := os.environ.get("SRIGL_FX_ISA"):
+    if wanted := os.environ.get(ISA_VARIABLE):
         # What Numba generates around the kernels' own vector code is held to the same instruction set.
         numba.config.CPU_NAME, numba.config.CPU_FEATURES = wanted, ""
     from srigl_fx.runtime.kernels import tasks
 
     types = numba.types
-    function = {task.__name__: task for task in tasks.TASKS}[name]
     signature = types.void(types.CPointer(types.int64), types.int64)
-    compiled = numba.cfunc(signature, fastmath=tasks.FASTMATH, error_model="numpy")(function)
+    compiled = numba.cfunc(signature, fastmath=tasks.FASTMATH, error_model="numpy")(tasks.TASKS[name])
     _keep.append(compiled)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(compiled.address), int(compiled.address)

@@ -1,6 +1,6 @@
 """The condensed operators of torch: ``torch.ops.srigl_fx.condensed_linear`` and ``condensed_conv``.
 
-Owns validation, the choice of kernel, allocation and the fake kernels (shapes for torch.compile and torch.export). It
+Owns schemas, validation and the fake kernels (shapes for torch.compile and torch.export). It
 must not know graphs or models. float32 on the CPU.
 
 Importing this module registers the operators, and is what a process needs that loads a program of torch.export or a
@@ -88,27 +88,10 @@ def _condensed_linear(
 ) -> Tensor:
     op = "condensed_linear"
     _refuse_forward_mode(op)
-    shape = _linear_shape(op, x, bias, in_features)
-    _check_epilogue(op, shape, residual, activation)
+    _check_epilogue(op, _linear_shape(op, x, bias, in_features), residual, activation)
     prepared = check_weight(op, values, indices, active, bias, in_features)
-    n = bias.shape[0]
-    columns = x.dim() > 1 and not x.is_contiguous() and x.movedim(-1, 0).is_contiguous()
-    if columns or y_feature_major:
-        operands = _contiguous(x.movedim(-1, 0) if columns else x, values, indices, active, bias)
-        if execute.can_tile(prepared, operands, in_features):
-            y = x.new_empty((n, *shape[:-1])).movedim(0, -1) if y_feature_major else x.new_empty(shape)
-            if residual is not None:
-                residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
-            if y.numel():
-                layouts = columns, y_feature_major
-                execute.linear(prepared, operands, in_features, y, residual, activation, *layouts)
-            return y
-    y = x.new_empty(shape)
-    if y.numel():
-        residual = None if residual is None else residual.contiguous()
-        operands = _contiguous(x, values, indices, active, bias)
-        execute.linear(prepared, operands, in_features, y, residual, activation, False, False)
-    return y.movedim(-1, 0).contiguous().movedim(0, -1) if y_feature_major else y
+    weight = _contiguous(values, indices, active, bias)
+    return execute.linear(prepared, x, weight, in_features, residual, activation, y_feature_major)
 
 
 def _conv_shape(
@@ -193,24 +176,18 @@ def _condensed_conv(
     y = x.new_empty(shape)
     if y.numel():
         residual = None if residual is None else residual.contiguous()
-        operands = _contiguous(x, values, indices, active, bias)
+        operands = x.contiguous(), *_contiguous(values, indices, active, bias)
         settings = weight_shape, stride, padding, dilation, groups, transposed
         execute.convolution(prepared, operands, *settings, y, residual, activation)
     return y
 
 
-def _contiguous(x: Tensor, values: Tensor, indices: Tensor, active: Tensor, bias: Tensor) -> Sequence[Tensor]:
-    """The operands, copied only where they have gaps; usually none does, and this is on the path of every call."""
-    operands = x, values, indices, active, bias
-    if (
-        x.is_contiguous()
-        and values.is_contiguous()
-        and indices.is_contiguous()
-        and active.is_contiguous()
-        and bias.is_contiguous()
-    ):
-        return operands
-    return [operand.contiguous() for operand in operands]
+def _contiguous(values: Tensor, indices: Tensor, active: Tensor, bias: Tensor) -> Sequence[Tensor]:
+    """The weight, copied only where it has gaps; usually it has none, and this is on the path of every call."""
+    weight = values, indices, active, bias
+    if values.is_contiguous() and indices.is_contiguous() and active.is_contiguous() and bias.is_contiguous():
+        return weight
+    return [operand.contiguous() for operand in weight]
 
 
 _library.impl("condensed_linear", _condensed_linear, "CPU")

@@ -11,7 +11,7 @@ import ctypes
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from torch import Tensor
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.format import range_problem
 from srigl_fx.runtime.jit import entry
-from srigl_fx.runtime.kernels import job
+from srigl_fx.runtime.kernels import job, plan
 
 Job = ctypes.c_int64 * job.SIZE
-Kind = Literal["dot", "tile"]
 INDEX_BYTES = {torch.uint16: 2, torch.int32: 4}
 VALUE_TYPES = {torch.float32: job.FLOAT32, torch.bfloat16: job.BFLOAT16, torch.float16: job.FLOAT16}
 _CACHE_LINE = 64
@@ -65,7 +64,7 @@ class _Prepared:
         self.indices = weakref.ref(indices, lambda _: _prepared.pop(key, None))
         self.active = weakref.ref(active)
         self.facts = facts
-        self.panels: dict[tuple[Kind, int], Panel] = {}
+        self.panels: dict[tuple[int, int], Panel] = {}
         self.lock = threading.Lock()
 
 
@@ -121,7 +120,7 @@ def _check_ranges(op: str, indices: Tensor, active: Tensor, in_features: int, ou
 
 def panel_of(
     prepared: _Prepared,
-    kind: Kind,
+    kernel: int,
     window: int,
     values: Tensor,
     indices: Tensor,
@@ -129,30 +128,28 @@ def panel_of(
     in_features: int,
     out_features: int,
     block_rows: int,
-) -> Panel | None:
-    """The weight packed for a kernel, from memory or anew; None for values that are inference tensors.
+) -> Panel:
+    """The weight packed for a kernel, from memory or anew; the values are no inference tensor.
 
     Packing takes about as long as computing a few samples.
     """
-    if values.is_inference():
-        return None
     facts = values._version, values.data_ptr(), values.dtype, window
-    found = prepared.panels.get((kind, block_rows))
+    found = prepared.panels.get((kernel, block_rows))
     if found is None or not found.is_of(values, facts):
         with prepared.lock:
-            found = prepared.panels.get((kind, block_rows))
+            found = prepared.panels.get((kernel, block_rows))
             if found is None or not found.is_of(values, facts):
                 arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
-                template, memory = _pack(kind, window, *arrays, in_features, out_features, block_rows)
+                template, memory = _pack(kernel, window, *arrays, in_features, out_features, block_rows)
                 nbytes = sum(array.nbytes for array in memory)
                 content = values.detach().clone().contiguous() if _can_train(values) else None
                 found = Panel(template, memory, nbytes, weakref.ref(values), content, facts)
-                prepared.panels[kind, block_rows] = found
+                prepared.panels[kernel, block_rows] = found
     return found
 
 
 def _pack(
-    kind: Kind,
+    kernel: int,
     window: int,
     values: Tensor,
     indices: Tensor,
@@ -165,12 +162,12 @@ def _pack(
     from srigl_fx.runtime.kernels import panel
 
     j = new_job(values, indices, active, in_features, out_features)
-    j[job.BLOCK_ROWS], j[job.PANEL_WINDOW], j[job.PANEL_IS_TILE] = block_rows, window, kind == "tile"
+    j[job.BLOCK_ROWS], j[job.PANEL_WINDOW], j[job.KERNEL] = block_rows, window, kernel
     scratch = np.zeros(panel.LANES, np.int64)
     address = ctypes.addressof(j)
     entry("measure_panel")[0](address, scratch.ctypes.data)
     count, phases = j[job.PANEL_COUNT], j[job.PANEL_PHASES]
-    phase_bytes = panel.TILE_BYTES if kind == "tile" else panel.dot_bytes(j[job.VALUE_TYPE])
+    phase_bytes = panel.TILE_BYTES if kernel == plan.TILE else panel.dot_bytes(j[job.VALUE_TYPE])
     memory = np.empty(phases * phase_bytes + _CACHE_LINE, np.uint8)
     groups = np.empty((count + 1) * panel.GROUP_WORDS, np.int64)
     starts, rows = np.empty(phases, np.int32), np.empty(count * panel.LANES, np.int32)

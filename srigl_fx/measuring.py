@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.passes.condense import can_shrink, variants
 from srigl_fx.passes.program import Decision, Layer, Program, Times, Use, arguments
 from srigl_fx.runtime.autotune import measure_undisturbed
-from srigl_fx.runtime.calibration import checked_constants, machine_constants
+from srigl_fx.runtime.calibration import checked_constants, host_machine, machine_constants
 from srigl_fx.runtime.cost_model import Kernel, Machine, Work, estimate, kernel_for
 from srigl_fx.runtime.timings import Timings
 
@@ -284,8 +284,8 @@ class _Call:
 
     @property
     def kernel(self) -> Kernel:
-        """The kernel of the condensed form."""
-        return kernel_for(self._columns) if self.is_modelled else "tile"
+        """The kernel of the condensed form, on this machine."""
+        return kernel_for(self._work(), host_machine())
 
     @property
     def _columns(self) -> int:
@@ -294,11 +294,11 @@ class _Call:
             return self._x.numel() // self._x.shape[1]
         return math.prod(self._y_shape) // self._use.mask.shape[0]
 
-    def estimated(self, machine: Machine, scale: float = 1.0) -> dict[Decision, float]:
-        """The cost model's word for this call, or for one with ``scale`` times as many samples."""
+    def _work(self, scale: float = 1.0) -> Work:
+        """What this call computes, or one with ``scale`` times as many samples."""
         geometry, mask = self._use.geometry, self._use.mask
         rows, fan_in = mask.shape
-        work = Work(
+        return Work(
             rows=rows,
             fan_in=fan_in,
             active=int(mask.any(1).sum()),
@@ -307,7 +307,10 @@ class _Call:
             value_bytes=self._value_dtype.itemsize,
             convolution=geometry is not None,
         )
-        seconds = estimate(work, machine)
+
+    def estimated(self, machine: Machine, scale: float = 1.0) -> dict[Decision, float]:
+        """The cost model's word for this call, or for one with ``scale`` times as many samples."""
+        seconds = estimate(self._work(scale), machine)
         return {form: seconds[form] for form in self._forms}
 
     def remembered(self, timings: Timings) -> dict[str, float] | None:

@@ -4,10 +4,13 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numba as typed_numba
+import numba.extending as typed_extending
 
+from srigl_fx.runtime.kernels import plan
 from srigl_fx.runtime.kernels.isa import AVX2, AVX512, BASELINE, compiled_isa
 
 numba: Any = typed_numba  # half of its functions are annotated
+extending: Any = typed_extending
 
 ISA: Final = compiled_isa()
 FASTMATH: Final = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity keep their meaning
@@ -17,3 +20,11 @@ REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 8}[ISA]  # vectors of 16 sums 
 def compiled(function: Callable[..., Any]) -> Any:
     """A function that kernels can call."""
     return numba.njit(error_model="numpy", fastmath=FASTMATH)(function)
+
+
+def planned(rule: Callable[..., Any]) -> Any:
+    """A rule of the plan, with the rules that it asks, as a function that kernels can call."""
+    for name, asked in vars(plan).items():
+        if name in rule.__code__.co_names and callable(asked):
+            extending.register_jitable(asked)
+    return numba.njit(error_model="numpy")(rule)

@@ -7,9 +7,9 @@ from typing import Any, Final
 
 from srigl_fx.runtime.kernels import conv, job, patches
 from srigl_fx.runtime.kernels.activations import activate_row
-from srigl_fx.runtime.kernels.choice import COLUMNS
 from srigl_fx.runtime.kernels.compiled import compiled
 from srigl_fx.runtime.kernels.panel import LANES
+from srigl_fx.runtime.kernels.plan import COLUMNS
 from srigl_fx.runtime.kernels.tiles import (
     BLOCK_GROUPS,
     CACHE_LINE,

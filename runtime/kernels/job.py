@@ -34,7 +34,7 @@ from typing import Final
     PANEL_COUNT,  # groups
     PANEL_PHASES,  # of all groups together
     PANEL_WINDOW,
-    PANEL_IS_TILE,
+    KERNEL,  # that reads the panel, or that computes the call: a number of kernels.plan
     BLOCK_ROWS,  # output rows that read the same inputs: all, or those of one group of a convolution
     GEOMETRY,  # of a convolution: kernels.conv
     OFFSETS,  # int64: where a packed sample's taps start

@@ -9,12 +9,12 @@ import numpy as np
 
 from srigl_fx.runtime.kernels import job, panel
 from srigl_fx.runtime.kernels.activations import activate_row
-from srigl_fx.runtime.kernels.choice import COLUMNS
 from srigl_fx.runtime.kernels.compiled import ISA, compiled
 from srigl_fx.runtime.kernels.dot import GATHERS, LOADS, dot_group
-from srigl_fx.runtime.kernels.isa import AVX2, AVX512
+from srigl_fx.runtime.kernels.isa import AVX2, AVX512, ISAS
 from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
 from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES
+from srigl_fx.runtime.kernels.plan import COLUMNS, DOT_WINDOWS
 from srigl_fx.runtime.kernels.tiles import (
     BLOCK_GROUPS,
     CACHE_LINE,
@@ -43,15 +43,6 @@ from srigl_fx.runtime.kernels.vector import (
 
 Pointer = Any
 _ZERO: Final = np.float32(0)
-
-
-def _windowed(window: int, value_type: int) -> Any:
-    return dot_group({AVX512: window, AVX2: GATHERS}.get(ISA, LOADS), value_type)
-
-
-_dot_64, _dot_128 = _windowed(64, FLOAT32), _windowed(128, FLOAT32)
-_dot_64_bfloat16, _dot_128_bfloat16 = _windowed(64, BFLOAT16), _windowed(128, BFLOAT16)
-_dot_64_float16, _dot_128_float16 = _windowed(64, FLOAT16), _windowed(128, FLOAT16)
 
 
 @compiled
@@ -150,22 +141,34 @@ def strided_task(j: Pointer, task: int) -> None:
 
 
 @compiled
-def _dot(j: Pointer, x: int, first: int, phases: int, sums: int) -> None:
-    value_type = j[job.VALUE_TYPE]
-    at, start = j[job.PANEL] + first * panel.dot_bytes(value_type), j[job.PANEL_STARTS] + first * 4
-    if j[job.PANEL_WINDOW] == 64:
-        if value_type == FLOAT32:
-            _dot_64(x, at, start, phases, sums)
-        elif value_type == BFLOAT16:
-            _dot_64_bfloat16(x, at, start, phases, sums)
+def _no_dot(window: int, value_type: int, x: int, at: int, start: int, phases: int, sums: int) -> None:
+    """Unreachable: every window and value type has a case before it."""
+
+
+def _case(window: int, value_type: int, otherwise: Any) -> Any:
+    """The dot product for one window and value type; ``otherwise`` for others. LLVM makes one function of the chain."""
+    group = dot_group({AVX512: window, AVX2: GATHERS}.get(ISA, LOADS), value_type)
+
+    def dot(found: int, found_type: int, x: int, at: int, start: int, phases: int, sums: int) -> None:
+        if found == window and found_type == value_type:
+            group(x, at, start, phases, sums)
         else:
-            _dot_64_float16(x, at, start, phases, sums)
-    elif value_type == FLOAT32:
-        _dot_128(x, at, start, phases, sums)
-    elif value_type == BFLOAT16:
-        _dot_128_bfloat16(x, at, start, phases, sums)
-    else:
-        _dot_128_float16(x, at, start, phases, sums)
+            otherwise(found, found_type, x, at, start, phases, sums)
+
+    return compiled(dot)
+
+
+_dot_of = _no_dot
+for _window in DOT_WINDOWS[ISAS.index(ISA)]:
+    for _value_type in (FLOAT16, BFLOAT16, FLOAT32):
+        _dot_of = _case(_window, _value_type, _dot_of)
+
+
+@compiled
+def _dot(j: Pointer, x: int, first: int, phases: int, sums: int) -> None:
+    value_type, window = j[job.VALUE_TYPE], j[job.PANEL_WINDOW]
+    at, start = j[job.PANEL] + first * panel.dot_bytes(value_type), j[job.PANEL_STARTS] + first * 4
+    _dot_of(window, value_type, x, at, start, phases, sums)
 
 
 def dot_task(j: Pointer, task: int) -> None:

@@ -21,6 +21,7 @@ import numba as typed_numba
 
 from srigl_fx.runtime.kernels import job
 from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT32
+from srigl_fx.runtime.kernels.plan import TILE
 from srigl_fx.runtime.kernels.vector import as_float, bytes_, floats, ints, shorts, words
 
 numba: Any = typed_numba  # half of its functions are annotated
@@ -153,7 +154,7 @@ def measure_panel(j: Pointer, scratch: int) -> None:
 
 @_compiled
 def _fill_phase(j: Pointer, row: int, rows: int, phase: int, start: int, cursors: Pointer) -> None:
-    value_type, is_tile = j[job.VALUE_TYPE], j[job.PANEL_IS_TILE] != 0
+    value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] == TILE
     at = j[job.PANEL] + phase * (TILE_BYTES if is_tile else dot_bytes(value_type))
     wide, narrow = shorts(at), bytes_(at)
     values, indices, index_bytes = j[job.VALUES], j[job.INDICES], j[job.INDEX_BYTES]

@@ -1,13 +1,14 @@
 """All that a thread or an operator can ask of the kernels, by name. Importing it imports Numba.
 
-Owns the list. Each is a function of a job (:mod:`srigl_fx.runtime.kernels.job`) and a number, for tasks the task's, so
-that any pool of threads can run them; tasks write disjoint outputs. A process compiles them for one instruction set.
+Owns the functions behind :mod:`srigl_fx.runtime.kernels.table`. Each is a function of a job
+(:mod:`srigl_fx.runtime.kernels.job`) and a number, for tasks the task's, so that any pool of threads can run them;
+tasks write disjoint outputs. A process compiles them for one instruction set.
 """
 
 from typing import Any, Final
 
-from srigl_fx.runtime.kernels import choice, job, panel
-from srigl_fx.runtime.kernels.compiled import FASTMATH, ISA, compiled
+from srigl_fx.runtime.kernels import job, panel, plan, table
+from srigl_fx.runtime.kernels.compiled import FASTMATH, ISA, planned
 from srigl_fx.runtime.kernels.conv_tasks import conv_offsets, conv_pack_task, conv_plan, conv_rows_task, conv_tile_task
 from srigl_fx.runtime.kernels.isa import ISAS
 from srigl_fx.runtime.kernels.linear_tasks import dot_task, rows_task, strided_task, tile_task
@@ -17,22 +18,25 @@ __all__ = ["FASTMATH", "TASKS"]
 
 Pointer = Any
 _LEVEL: Final = ISAS.index(ISA)
-_dot_window, _tile_window = compiled(choice.dot_window), compiled(choice.tile_window)
+_linear_kernel, _window_of = planned(plan.linear_kernel), planned(plan.window_of)
 
 
-def choose_window(j: Pointer, is_tile: int) -> None:
-    """Choose the window of a panel; 0 where there is no panel of this kind."""
-    in_features, n_active, k = j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K]
-    j[job.PANEL_IS_TILE] = is_tile
-    if is_tile != 0:
-        j[job.PANEL_WINDOW] = _tile_window(in_features, n_active, k)
-    else:
-        j[job.PANEL_WINDOW] = _dot_window(_LEVEL, in_features, n_active, k)
+def plan_linear(j: Pointer, packed: int) -> None:
+    """Store the kernel that the plan has for a linear call whose weight may be packed, or may not."""
+    columns = j[job.X_FEATURE_MAJOR] + j[job.Y_FEATURE_MAJOR] != 0
+    sizes = j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K]
+    j[job.KERNEL] = _linear_kernel(_LEVEL, *sizes, j[job.BATCH], columns, packed != 0)
+
+
+def plan_panel(j: Pointer, kernel: int) -> None:
+    """Store a kernel and the window of the panel that it reads; 0 where there is none."""
+    j[job.KERNEL] = kernel
+    j[job.PANEL_WINDOW] = _window_of(kernel, _LEVEL, j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K])
 
 
 def phase_size(j: Pointer, unused: int) -> None:
     """Store the bytes of a phase as the address of the panel, which is still to come."""
-    j[job.PANEL] = panel.TILE_BYTES if j[job.PANEL_IS_TILE] != 0 else panel.dot_bytes(j[job.VALUE_TYPE])
+    j[job.PANEL] = panel.TILE_BYTES if j[job.KERNEL] == plan.TILE else panel.dot_bytes(j[job.VALUE_TYPE])
 
 
 def widen_values(j: Pointer, target: int) -> None:
@@ -42,19 +46,10 @@ def widen_values(j: Pointer, target: int) -> None:
         wide[i] = panel.value_at(j[job.VALUES], j[job.VALUE_TYPE], i)
 
 
-TASKS = (
-    panel.measure_panel,
-    panel.fill_panel,
-    choose_window,
-    phase_size,
-    rows_task,
-    strided_task,
-    dot_task,
-    tile_task,
-    conv_plan,
-    conv_offsets,
-    conv_pack_task,
-    conv_tile_task,
-    conv_rows_task,
-    widen_values,
+_FUNCTIONS = (
+    *(rows_task, strided_task, dot_task, tile_task, conv_rows_task, conv_tile_task),
+    *(panel.measure_panel, panel.fill_panel, plan_linear, plan_panel, phase_size),
+    *(conv_plan, conv_offsets, conv_pack_task, widen_values),
 )
+TASKS = {function.__name__: function for function in _FUNCTIONS}
+assert tuple(TASKS) == table.TASKS  # the library's tables of symbols are made from those

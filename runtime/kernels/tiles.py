@@ -11,9 +11,9 @@ import numpy as np
 
 from srigl_fx.runtime.kernels import job
 from srigl_fx.runtime.kernels.activations import ACTIVATIONS, activate_row
-from srigl_fx.runtime.kernels.choice import COLUMNS
 from srigl_fx.runtime.kernels.compiled import REGISTERS, compiled
 from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES, TILE_BYTES, TILE_UNIT, tile_unit
+from srigl_fx.runtime.kernels.plan import COLUMNS
 from srigl_fx.runtime.kernels.tile import add_rows, phase_of, prefetched_lines, rows_in_flight, values_of
 from srigl_fx.runtime.kernels.vector import add_floats, allocate, copy_floats, fill_floats, floats, ints, words
 

@@ -6,6 +6,8 @@ part follows ``onnxruntime_c_api.h`` as of API version 17 (ONNX Runtime 1.17), w
 
 from typing import Final
 
+from srigl_fx.runtime.kernels.table import TASKS
+
 API_VERSION: Final = 17
 MINIMUM_ONNXRUNTIME: Final = (1, 17)
 DOMAIN: Final = "srigl_fx"
@@ -89,39 +91,8 @@ OP_SIZE: Final = 224
 STATE_DOMAIN, STATE_KERNELS = (WORD * i for i in range(2))
 STATE_SIZE: Final = 2 * WORD
 
-# The kernel table of one instruction set: the tasks of kernels.tasks, a word each.
-TASKS: Final = (
-    "measure_panel",
-    "fill_panel",
-    "choose_window",
-    "phase_size",
-    "rows_task",
-    "strided_task",
-    "dot_task",
-    "tile_task",
-    "conv_plan",
-    "conv_offsets",
-    "conv_pack_task",
-    "conv_tile_task",
-    "conv_rows_task",
-    "widen_values",
-)
-(
-    TABLE_MEASURE_PANEL,
-    TABLE_FILL_PANEL,
-    TABLE_CHOOSE_WINDOW,
-    TABLE_PHASE_SIZE,
-    TABLE_ROWS,
-    TABLE_STRIDED,
-    TABLE_DOT,
-    TABLE_TILE,
-    TABLE_CONV_PLAN,
-    TABLE_CONV_OFFSETS,
-    TABLE_CONV_PACK,
-    TABLE_CONV_TILE,
-    TABLE_CONV_ROWS,
-    TABLE_WIDEN_VALUES,
-) = (WORD * i for i in range(len(TASKS)))
+# The kernel table of one instruction set: the tasks of kernels.table, a word each.
+TABLE: Final = {task: WORD * i for i, task in enumerate(TASKS)}
 TABLE_SIZE: Final = WORD * len(TASKS)
 
 # One node: what its attributes and constant inputs say. Immutable once created, but for the panels, of which each is

@@ -17,6 +17,7 @@ from typing import Any
 
 from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.kernels.isa import COMPILE_VARIABLE, ISAS
+from srigl_fx.runtime.kernels.table import TASKS
 from srigl_fx.runtime.ort import abi
 
 SHIM = "shim"
@@ -75,9 +76,9 @@ def _compile_kernels(isa: str) -> bytes:
     llvm.initialize_native_asmprinter()
     signature = types.void(types.CPointer(types.int64), types.int64)
     modules = []
-    for function in tasks.TASKS:
+    for name, function in tasks.TASKS.items():
         decorate = numba.cfunc(signature, error_model="numpy", fastmath=tasks.FASTMATH)
-        modules.append(_module(llvm, decorate(function), _kernel_symbol(function.__name__, isa)))
+        modules.append(_module(llvm, decorate(function), _kernel_symbol(name, isa)))
     return _emit(llvm, modules, isa)
 
 
@@ -96,7 +97,7 @@ def _tables() -> str:
         used.add(symbol)
         return f"ptrtoint (ptr @{symbol} to i64)"
 
-    kernels = [address(_kernel_symbol(name, isa)) for isa in ISAS for name in abi.TASKS]
+    kernels = [address(_kernel_symbol(name, isa)) for isa in ISAS for name in TASKS]
     operators, names = [], []
     for fields in shim.OPERATOR_FIELDS:
         words = ["0"] * (abi.OP_SIZE // abi.WORD)

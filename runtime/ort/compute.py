@@ -4,7 +4,8 @@ Owns the two compute functions, as functions that Numba compiles ahead of time (
 refused is ``checks``'s, arithmetic is the kernels'; it must not know how nodes are created or operators registered.
 """
 
-from srigl_fx.runtime.kernels import choice, conv, job
+from srigl_fx.runtime.kernels import conv, job, plan
+from srigl_fx.runtime.kernels.compiled import planned
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.checks import check_weights, describe_float, refuse, tensor_data
 from srigl_fx.runtime.ort.panels import find_panel, kernel, store_weights
@@ -16,16 +17,25 @@ _GEOMETRY_WORDS = conv.GEOMETRY_SIZE
 
 _malloc, _free = external("malloc", 1), external("free", 1)
 
-_TASK_WORK = 1 << 16  # multiply-adds that are worth a task of their own
-_MAX_TASKS = 16
+_MAX_TASKS = plan.MOST_TASKS
 _TASK_GROUPS = 4  # of rows, at least: a task reads all of its tile
 _FEW_TILES = 4  # of a convolution: fewer of them share their rows out, each filling its inputs anew
 _CACHE_LINE = 64
-_COLUMNS, _LANES = choice.COLUMNS, choice.LANES
-_CHUNK_ELEMENTS = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
+_COLUMNS, _LANES = plan.COLUMNS, plan.LANES
+_DOT, _TILE, _STRIDED = plan.DOT, plan.TILE, plan.STRIDED
+_CHUNK_ELEMENTS = plan.CHUNK_FLOATS
 _SLACK = 64  # floats behind a packed sample that may be read
 _MAX_ELEMENTS = 1 << 48  # of an output; more than any machine holds, few enough to count in bytes
 _WEIGHT_INPUTS = len(abi.INPUTS) - 1
+_shares, _conv_kernel = planned(plan.shares_for_any), planned(plan.conv_kernel)
+
+_PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _TILE_TASK = (
+    abi.TABLE[task] for task in ("plan_linear", "rows_task", "strided_task", "dot_task", "tile_task")
+)
+_CONV_PLAN, _CONV_OFFSETS, _CONV_PACK, _CONV_TILE, _CONV_ROWS, _WIDEN_VALUES = (
+    abi.TABLE[task]
+    for task in ("conv_plan", "conv_offsets", "conv_pack_task", "conv_tile_task", "conv_rows_task", "widen_values")
+)
 
 
 @inlined
@@ -36,12 +46,6 @@ def _field(j: int, position: int) -> int:
 @inlined
 def _set_field(j: int, position: int, value: int) -> None:
     store(j, abi.WORD * position, value)
-
-
-@inlined
-def _shares(rows: int, work: int) -> int:
-    """Into how many tasks ``rows`` rows of ``work`` multiply-adds altogether are cut; who runs them is not known."""
-    return max(1, min(work // _TASK_WORK, min(rows, _MAX_TASKS)))
 
 
 @inlined
@@ -120,10 +124,13 @@ def _output(node: int, context: int, shape: int, rank: int, x: int, data: int) -
 
 
 @inlined
-def _set_data(j: int, data: int) -> None:
+def _set_call(j: int, data: int, batch: int, x_columns: int, y_columns: int) -> None:
     _set_field(j, job.X, load(data, 0))
     _set_field(j, job.Y, load(data, abi.WORD))
     _set_field(j, job.RESIDUAL, load(data, 2 * abi.WORD))
+    _set_field(j, job.BATCH, batch)
+    _set_field(j, job.X_FEATURE_MAJOR, x_columns)
+    _set_field(j, job.Y_FEATURE_MAJOR, y_columns)
 
 
 @inlined
@@ -145,7 +152,7 @@ def _run_tiles(node: int, context: int, j: int, batch: int, work: int) -> int:
             store(memory, abi.WORD * i, 0)
         _set_field(j, job.TILE_OWNERS, memory)
         _set_field(j, job.TILES, (memory + 2 * abi.WORD * tasks + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE)
-    status = _run_tasks(node, context, kernel(node, abi.TABLE_TILE), tasks, j)
+    status = _run_tasks(node, context, kernel(node, _TILE_TASK), tasks, j)
     if memory != 0:
         _free(memory)
     return status
@@ -199,25 +206,27 @@ def compute_linear(node: int, context: int) -> int:
     status = _output(node, context, shape, rank, load(x, 0), data)
     if status != 0 or batch == 0:
         return status
-    n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
-    rows_only = x_columns == 0 and y_columns == 0
-    panel, is_tile = 0, 1
-    if batch <= choice.MOST_DOT_SAMPLES and rows_only:
-        panel, is_tile = find_panel(node, weights, 0, n), 0
-    if panel == 0 and (batch > 1 or not rows_only):
-        panel, is_tile = find_panel(node, weights, 1, n), 1
-    _start_job(node, panel, weights, j)
-    _set_data(j, data)
-    _set_field(j, job.BATCH, batch)
-    _set_field(j, job.X_FEATURE_MAJOR, x_columns)
-    _set_field(j, job.Y_FEATURE_MAJOR, y_columns)
-    if panel == 0 and not rows_only:
-        return _run_tasks(node, context, kernel(node, abi.TABLE_STRIDED), 1, j)
-    work = batch * n_active * k
-    if panel != 0 and is_tile != 0:
+    _start_job(node, 0, weights, j)
+    _set_call(j, data, batch, x_columns, y_columns)
+    call(kernel(node, _PLAN_LINEAR), (j, 1))
+    number, panel = _field(j, job.KERNEL), 0
+    if number in (_DOT, _TILE):
+        panel = find_panel(node, weights, number, n)
+        if panel == 0:  # weights that are not constant, or no memory
+            call(kernel(node, _PLAN_LINEAR), (j, 0))
+            number = _field(j, job.KERNEL)
+        else:
+            _start_job(node, panel, weights, j)
+            _set_call(j, data, batch, x_columns, y_columns)
+    work = batch * _field(j, job.N_ACTIVE) * _field(j, job.K)
+    if number == _TILE:
         return _run_tiles(node, context, j, batch, work)
-    task = kernel(node, abi.TABLE_DOT if panel != 0 else abi.TABLE_ROWS)
-    splits = _shares(_field(j, job.PANEL_COUNT) if panel != 0 else n_active, work)
+    if number == _STRIDED:
+        return _run_tasks(node, context, kernel(node, _STRIDED_TASK), 1, j)
+    task, rows = kernel(node, _ROWS_TASK), _field(j, job.N_ACTIVE)
+    if number == _DOT:
+        task, rows = kernel(node, _DOT_TASK), _field(j, job.PANEL_COUNT)
+    splits = _shares(rows, work)
     _set_field(j, job.ROW_SPLITS, splits)
     return _run_tasks(node, context, task, splits, j)
 
@@ -230,7 +239,7 @@ def _run_positions(node: int, context: int, j: int, positions: int, work: int) -
     if tiles < _FEW_TILES:
         splits = min(_shares(_field(j, job.PANEL_COUNT), work), _FEW_TILES // tiles)
     _set_field(j, job.ROW_SPLITS, splits)
-    return _run_tasks(node, context, kernel(node, abi.TABLE_CONV_TILE), tiles * splits, j)
+    return _run_tasks(node, context, kernel(node, _CONV_TILE), tiles * splits, j)
 
 
 @inlined
@@ -256,12 +265,12 @@ def _run_samples(node: int, context: int, weights: int, j: int, geometry: int, b
         return refuse(node, text("not enough memory for the padded input '@'"), text("x"), 0, 0)
     offsets = (scratch + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
     _set_field(j, job.OFFSETS, offsets)
-    call(kernel(node, abi.TABLE_CONV_OFFSETS), (j, 0))
+    call(kernel(node, _CONV_OFFSETS), (j, 0))
     _set_field(j, job.PACKED, _field(j, job.X) if direct else offsets + offsets_bytes)
     _set_field(j, job.PACKED_SIZE, size)
     if wide != 0:
         target = offsets + offsets_bytes + packed_floats * 4
-        call(kernel(node, abi.TABLE_WIDEN_VALUES), (j, target))
+        call(kernel(node, _WIDEN_VALUES), (j, target))
         _set_field(j, job.VALUES, target)
     rows = (load(geometry, abi.WORD * conv.OUT_D) - 1) * load(geometry, abi.WORD * conv.PACKED_H)
     rows += load(geometry, abi.WORD * conv.OUT_H) - 1
@@ -273,13 +282,13 @@ def _run_samples(node: int, context: int, weights: int, j: int, geometry: int, b
         if not direct:
             splits = _shares(channels, size)
             _set_field(j, job.ROW_SPLITS, splits)
-            status = _run_tasks(node, context, kernel(node, abi.TABLE_CONV_PACK), samples * splits, j)
+            status = _run_tasks(node, context, kernel(node, _CONV_PACK), samples * splits, j)
         if status == 0:
             splits = 1
             if samples < _FEW_TILES:
                 splits = min(_shares(n_active, positions * n_active * k), _FEW_TILES // samples)
             _set_field(j, job.ROW_SPLITS, splits)
-            status = _run_tasks(node, context, kernel(node, abi.TABLE_CONV_ROWS), samples * splits, j)
+            status = _run_tasks(node, context, kernel(node, _CONV_ROWS), samples * splits, j)
         first += samples
     _free(scratch)
     return status
@@ -349,18 +358,19 @@ def compute_conv(node: int, context: int) -> int:
     if status != 0 or elements == 0:
         return status
     block_rows = n // load(geometry, abi.WORD * conv.GROUPS)
-    panel = find_panel(node, weights, 1, block_rows) if block_rows >= _LANES else 0
+    in_features, panel = load(node, abi.NODE_IN_FEATURES), 0
+    n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
+    if _conv_kernel(in_features, n_active, k, block_rows, True) == _TILE:
+        panel = find_panel(node, weights, _TILE, block_rows)
     _start_job(node, panel, weights, j)
-    _set_data(j, data)
-    store(geometry, abi.WORD * conv.K, load(weights, abi.WEIGHTS_K))
+    _set_call(j, data, batch, 0, 0)
+    store(geometry, abi.WORD * conv.K, k)
     _set_field(j, job.GEOMETRY, geometry)
-    _set_field(j, job.BATCH, batch)
-    call(kernel(node, abi.TABLE_CONV_PLAN), (j, 0))
+    call(kernel(node, _CONV_PLAN), (j, 0))
     if panel == 0:
         return _run_samples(node, context, weights, j, geometry, batch)
     positions = elements // n
-    work = positions * load(weights, abi.WEIGHTS_N_ACTIVE) * load(weights, abi.WEIGHTS_K)
-    return _run_positions(node, context, j, positions, work)
+    return _run_positions(node, context, j, positions, positions * n_active * k)
 
 
 FUNCTIONS = (compute_linear, compute_conv)

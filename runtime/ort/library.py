@@ -47,7 +47,9 @@ def _unsupported() -> str | None:
 
 
 def _source_hash() -> str:
-    sources = sorted([*_PACKAGE.glob("*.py"), *_PACKAGE.parent.glob("kernels/*.py")])
+    kernels = sorted((_PACKAGE.parent / "kernels").rglob("*.py"))
+    assert kernels, "the sources of the kernels are not where the operator library looks for them"
+    sources = [*sorted(_PACKAGE.glob("*.py")), *kernels]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
 
 

@@ -7,6 +7,7 @@ panel is laid out, nor what is computed with it.
 
 from srigl_fx.runtime.kernels import job
 from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
+from srigl_fx.runtime.kernels.plan import TILE
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, exchange, external, inlined, linked, load, stack, store
 
@@ -16,6 +17,9 @@ _JOB_WORDS = job.SIZE
 _JOB_BYTES = 8 * job.SIZE
 _SCRATCH_WORDS = 16
 _CACHE_LINE = 64
+_PLAN_PANEL, _MEASURE_PANEL, _PHASE_SIZE, _FILL_PANEL = (
+    abi.TABLE[task] for task in ("plan_panel", "measure_panel", "phase_size", "fill_panel")
+)
 
 
 @inlined
@@ -47,9 +51,9 @@ def store_weights(node: int, weights: int, j: int) -> int:
 
 
 @linked
-def find_panel(node: int, weights: int, is_tile: int, block_rows: int) -> int:
+def find_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> int:
     """The node's panel for a kernel; 0 where there is none: no such kernel, weights that change, or no memory."""
-    place = node + (abi.NODE_TILE_PANEL if is_tile != 0 else abi.NODE_DOT_PANEL)
+    place = node + (abi.NODE_TILE_PANEL if kernel_number == TILE else abi.NODE_DOT_PANEL)
     found = load(place, 0)
     if found != 0:
         return found
@@ -65,11 +69,11 @@ def find_panel(node: int, weights: int, is_tile: int, block_rows: int) -> int:
         store(measured, abi.WORD * i, 0)
     store_weights(node, weights, measured)
     store(measured, abi.WORD * job.BLOCK_ROWS, block_rows)
-    call(kernel(node, abi.TABLE_CHOOSE_WINDOW), (measured, is_tile))
+    call(kernel(node, _PLAN_PANEL), (measured, kernel_number))
     if load(measured, abi.WORD * job.PANEL_WINDOW) == 0:
         return 0
-    call(kernel(node, abi.TABLE_MEASURE_PANEL), (measured, scratch))
-    call(kernel(node, abi.TABLE_PHASE_SIZE), (measured, 0))
+    call(kernel(node, _MEASURE_PANEL), (measured, scratch))
+    call(kernel(node, _PHASE_SIZE), (measured, 0))
     groups, phases = load(measured, abi.WORD * job.PANEL_COUNT), load(measured, abi.WORD * job.PANEL_PHASES)
     # The job; where each group starts; each phase's window; each lane's output; the phases themselves, aligned.
     groups_at = _JOB_BYTES
@@ -85,7 +89,7 @@ def find_panel(node: int, weights: int, is_tile: int, block_rows: int) -> int:
     store(made, abi.WORD * job.PANEL_STARTS, made + starts_at)
     store(made, abi.WORD * job.PANEL_ROWS, made + rows_at)
     store(made, abi.WORD * job.PANEL, (made + panel_at) // _CACHE_LINE * _CACHE_LINE)
-    call(kernel(node, abi.TABLE_FILL_PANEL), (made, scratch))
+    call(kernel(node, _FILL_PANEL), (made, scratch))
     before = exchange(place, 0, made)
     if before != 0:  # another thread was faster
         _free(made)

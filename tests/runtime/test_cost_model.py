@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srigl_fx.runtime import calibration
-from srigl_fx.runtime.calibration import fit, machine_constants, predicted, probe
+from srigl_fx.runtime.calibration import fit, host_machine, machine_constants, predicted, probe
 from srigl_fx.runtime.cost_model import Machine, Work, condensed, dense, estimate, kernel_for
 from srigl_fx.runtime.timings import Timings
 
@@ -43,7 +43,8 @@ def test_dense_by_hand(work: Work, seconds: float) -> None:
     ("work", "seconds"),
     [
         (SMALL, 200 + 1.3 * 50 / 1e3),  # 30 % gaps
-        (replace(SMALL, columns=5), 200 + 1.3 * 250 / 1e3),
+        (replace(LARGE, columns=5), 200 + 5 * 130.0),
+        (replace(SMALL, columns=5), 200 + 16 * 50 / 1e3 + 150 / 1e3),  # too narrow for a dot panel: tiles of 16 columns
         (replace(LARGE, kept=1000), 200 + 10**6 / 32 / 1e3),  # mostly gaps
         (replace(SMALL, columns=5, convolution=True), 200 + 16 * 50 / 1e3 + 150 / 1e3),  # tiles of 16 columns
         (replace(SMALL, columns=17), 200 + 32 * 50 / 1e3 + 510 / 1e3),
@@ -68,8 +69,15 @@ def test_shrunk_only_where_rows_are_ablated() -> None:
 
 
 def test_kernels_by_columns() -> None:
-    assert [kernel_for(columns) for columns in (0, 1, 5)] == ["dot"] * 3
-    assert [kernel_for(columns) for columns in (6, 4096)] == ["tile"] * 2
+    def kernels(work: Work, machine: Machine) -> list[str]:
+        return [kernel_for(replace(work, columns=columns), machine) for columns in (1, 2, 5, 6, 4096)]
+
+    assert kernels(LARGE, Machine()) == ["dot"] * 3 + ["tile"] * 2
+    assert kernels(replace(LARGE, fan_in=63), Machine()) == ["dot"] + ["tile"] * 4  # too narrow for a dot panel
+    assert kernels(replace(LARGE, fan_in=63), Machine(level=1)) == ["dot"] * 3 + ["tile"] * 2  # but not for AVX2
+    assert kernels(LARGE, Machine(level=0)) == ["dot"] + ["tile"] * 4
+    assert kernels(replace(LARGE, fan_in=1 << 17), Machine(level=0)) == ["dot"] * 5  # row by row: tiles are not so wide
+    assert kernels(replace(LARGE, convolution=True), Machine()) == ["tile"] * 5
 
 
 @given(
@@ -118,7 +126,7 @@ def test_noise_gives_no_absurd_constants() -> None:
 
 def test_probes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = Timings(None)
-    assert machine_constants(timings, may_measure=False) == Machine()
+    assert machine_constants(timings, may_measure=False) == host_machine()
     measured = probe()
     assert set(measured) == set(predicted(Machine()))
     monkeypatch.setattr(calibration, "probe", lambda: measured)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
-from srigl_fx.runtime.kernels import choice
-from srigl_fx.runtime.weights import Kind, check_weight, panel_of
+from srigl_fx.runtime.kernels import plan
+from srigl_fx.runtime.kernels.isa import AVX512, ISAS
+from srigl_fx.runtime.weights import check_weight, panel_of
 
 LIMITS = {0.9: 0.3, 0.95: 0.2, 0.99: 0.1}  # sparsity -> of the dense bytes
 
@@ -19,11 +20,7 @@ def test_packed_copies_are_small(n: int, in_features: int, sparsity: float, dtyp
     values, active, bias = torch.randn(n, k).to(dtype), torch.arange(n, dtype=torch.int32), torch.randn(n)
     prepared = check_weight("condensed_linear", values, indices, active, bias, in_features)
     assert prepared is not None
-    windows: dict[Kind, int] = {
-        "dot": choice.dot_window(2, in_features, n, k),
-        "tile": choice.tile_window(in_features, n, k),
-    }
-    for kind, window in windows.items():
-        packed = panel_of(prepared, kind, window, values, indices, active, in_features, n, n)
-        assert packed is not None
+    for kernel in (plan.DOT, plan.TILE):
+        window = plan.window_of(kernel, ISAS.index(AVX512), in_features, n, k)
+        packed = panel_of(prepared, kernel, window, values, indices, active, in_features, n, n)
         assert packed.nbytes <= LIMITS[sparsity] * 4 * n * in_features

@@ -1,0 +1,121 @@
+"""The plan of what runs where: which kernel computes a call, in which packed form, and into how many tasks it is cut.
+
+Owns these rules, in whole numbers and without a branch on who asks: the operators of torch and the cost model call them
+as they are, and Numba compiles the same functions for the operators of ONNX Runtime. It must not know how a kernel
+works; :mod:`srigl_fx.runtime.kernels.table` describes them.
+"""
+
+from typing import Final
+
+# The kernels of a linear layer; a convolution has those called ROWS and TILE.
+ROWS: Final = 0  # from the canonical format, weight by weight
+STRIDED: Final = 1  # the same for tensors that are feature-major
+DOT: Final = 2  # from a dot panel: inputs are looked up in registers
+TILE: Final = 3  # from a tile panel: 16 or 32 samples, or output positions, side by side
+
+MOST_DOT_SAMPLES: Final = 5  # up to so many, looking inputs up for each beats laying samples side by side
+LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
+DOT_WINDOWS: Final = ((), (256,), (64, 128))  # inputs of a dot panel's window, by instruction set
+COLUMNS: Final = 32  # of a full tile
+LANES: Final = 16  # rows of a group
+CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
+_MOST_TILE_INPUTS: Final = 65535  # a tile's indices are uint16, and one of them names a row of zeros
+_IN_CACHE: Final = 300_000  # kept weights that a second-level cache holds
+_TASK_WORK: Final = 1 << 16  # multiply-adds that are worth a task
+MOST_TASKS: Final = 16  # where it is not known how many threads there are
+
+
+def dot_window(level: int, in_features: int, n_active: int, k: int) -> int:
+    """The window of a dot panel for an instruction set (its position in ISAS); 0 where there is no such kernel.
+
+    AVX-512 looks up 64 or 128 inputs in registers: more take longer, but leave fewer gaps, which counts where weights
+    are few or come from memory. AVX2 gathers, from as many as a byte can name.
+    """
+    if level == 0 or n_active * k == 0:
+        return 0
+    if level == 1:
+        return 256
+    if in_features < 64:
+        return 0
+    wide = in_features >= 128 and (100 * k < 3 * in_features or n_active * k > _IN_CACHE)
+    return 128 if wide else 64
+
+
+def tile_window(in_features: int, n_active: int, k: int) -> int:
+    """The window of a tile panel; 0 where there is no such kernel.
+
+    A row keeps about 25 weights in it, so that few gaps are left and the inputs stay in a near cache.
+    """
+    if in_features > _MOST_TILE_INPUTS or n_active * k == 0:
+        return 0
+    if 100 * k < 2 * in_features:
+        return in_features
+    return 512 if 100 * k < 7 * in_features else 256
+
+
+def linear_kernel(
+    level: int, in_features: int, n_active: int, k: int, batch: int, feature_major: bool, packed: bool
+) -> int:
+    """The kernel of a linear layer: ROWS, STRIDED, DOT or TILE.
+
+    Args:
+        level: The instruction set, its position in ISAS.
+        in_features: Inputs of the layer.
+        n_active: Its rows that are not ablated.
+        k: The weights that each of them keeps.
+        batch: Samples of the call.
+        feature_major: Whether the input or the output is.
+        packed: Whether a packed weight may be kept: not where weights change from call to call.
+
+    Example:
+        >>> [linear_kernel(2, 768, 768, 77, batch, False, True) for batch in (1, 64)] == [DOT, TILE]
+        True
+    """
+    if packed and not feature_major and batch <= MOST_DOT_SAMPLES and dot_window(level, in_features, n_active, k) != 0:
+        return DOT
+    # One sample alone leaves 15 of 16 columns of a tile empty, and rows are faster. From two samples on they are not:
+    # of layers too narrow for a dot panel, tiles take 1.07 times as long at worst, and 0.4 times at best.
+    if packed and (feature_major or batch > 1) and tile_window(in_features, n_active, k) != 0:
+        return TILE
+    return STRIDED if feature_major else ROWS
+
+
+def conv_kernel(in_features: int, n_active: int, k: int, block_rows: int, packed: bool) -> int:
+    """The kernel of a convolution, ROWS or TILE; ``block_rows`` output rows read the same inputs.
+
+    Example:
+        >>> conv_kernel(576, 64, 58, 64, True) == TILE, conv_kernel(9, 64, 3, 1, True) == ROWS
+        (True, True)
+    """
+    if packed and block_rows >= LANES and tile_window(in_features, n_active, k) != 0:
+        return TILE
+    return ROWS
+
+
+def window_of(kernel: int, level: int, in_features: int, n_active: int, k: int) -> int:
+    """The window of the panel that a kernel reads; 0 where there is none."""
+    if kernel == DOT:
+        return dot_window(level, in_features, n_active, k)
+    return tile_window(in_features, n_active, k) if kernel == TILE else 0
+
+
+def shares(tiles: int, groups: int, work: int, threads: int) -> int:
+    """Into how many shares the rows of each tile are cut so that ``threads`` threads have about equally much to do.
+
+    Example:
+        >>> shares(1, 48, 1 << 24, 2), shares(8, 48, 1 << 24, 2), shares(1, 48, 1000, 2)
+        (2, 1, 1)
+    """
+    if threads == 1 or work < 2 * _TASK_WORK or tiles % threads == 0 or tiles >= 4 * threads:
+        return 1
+    return max(1, min(groups, threads, work // _TASK_WORK))
+
+
+def shares_for_any(rows: int, work: int) -> int:
+    """Into how many tasks ``rows`` rows of ``work`` multiply-adds are cut where nobody says how many threads there are.
+
+    Example:
+        >>> shares_for_any(768, 1 << 24), shares_for_any(768, 1 << 17), shares_for_any(4, 1 << 24)
+        (16, 2, 4)
+    """
+    return max(1, min(work // _TASK_WORK, min(rows, MOST_TASKS)))

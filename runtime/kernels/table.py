@@ -1,0 +1,123 @@
+"""What kernels there are: one row for each.
+
+Owns the list, from which the operator library takes its symbols, the tests what they must run, and the documentation
+its table. It must not know how a kernel works, nor which one a call takes: :mod:`srigl_fx.runtime.kernels.plan` says
+that. Plain Python: importing it does not import Numba.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from srigl_fx.runtime.kernels import plan
+from srigl_fx.runtime.kernels.isa import AVX2, AVX512, ISAS
+
+FLOATS: Final = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One kernel.
+
+    Attributes:
+        task: The function of :mod:`srigl_fx.runtime.kernels.tasks` that runs a share of a call.
+        layer: The kind of layer that it computes.
+        number: What the plan calls it.
+        computes: How, in a phrase.
+        reads: The form of the weight: the canonical format, or a packed one.
+        values: The dtypes of stored values; sums are float32 always.
+        isas: The instruction sets that have it.
+        samples: The fewest and the most samples of a call that takes it; None for any number.
+        feature_major: Whether it reads and writes feature-major tensors too.
+        file: Where it is, in ``runtime/kernels``.
+    """
+
+    task: str
+    layer: Literal["linear", "convolution"]
+    number: int
+    computes: str
+    reads: Literal["canonical", "dot panel", "tile panel"]
+    values: tuple[str, ...] = FLOATS
+    isas: tuple[str, ...] = ISAS
+    samples: tuple[int, int | None] = (1, None)
+    feature_major: bool = False
+    file: str
+
+
+KERNELS: Final = (
+    Kernel(
+        task="rows_task",
+        layer="linear",
+        number=plan.ROWS,
+        computes="weight by weight; where no panel fits or may be kept, and for one sample without another kernel",
+        reads="canonical",
+        file="linear_tasks.py",
+    ),
+    Kernel(
+        task="strided_task",
+        layer="linear",
+        number=plan.STRIDED,
+        computes="weight by weight, between tensors that are feature-major; in ONNX Runtime only",
+        reads="canonical",
+        feature_major=True,
+        file="linear_tasks.py",
+    ),
+    Kernel(
+        task="dot_task",
+        layer="linear",
+        number=plan.DOT,
+        computes="inputs are looked up in vector registers, 16 rows at a time",
+        reads="dot panel",
+        isas=(AVX2, AVX512),
+        samples=(1, plan.MOST_DOT_SAMPLES),
+        file="dot.py",
+    ),
+    Kernel(
+        task="tile_task",
+        layer="linear",
+        number=plan.TILE,
+        computes="32 samples side by side: one broadcast multiply-add for each kept weight and 16 samples",
+        reads="tile panel",
+        feature_major=True,
+        file="tile.py",
+    ),
+    Kernel(
+        task="conv_rows_task",
+        layer="convolution",
+        number=plan.ROWS,
+        computes="weight by weight over a padded copy; fewer than 16 filters a group",
+        reads="canonical",
+        file="conv.py",
+    ),
+    Kernel(
+        task="conv_tile_task",
+        layer="convolution",
+        number=plan.TILE,
+        computes="the tile kernel with 32 output positions in place of samples; padding is never stored",
+        reads="tile panel",
+        file="tile.py, patches.py",
+    ),
+)
+
+# What the callers of kernels need besides: the plan itself, packing, and the preparation of a convolution.
+HELPERS: Final = (
+    *("measure_panel", "fill_panel", "plan_linear", "plan_panel", "phase_size"),
+    *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values"),
+)
+TASKS: Final = (*(kernel.task for kernel in KERNELS), *HELPERS)
+
+
+def as_markdown() -> str:
+    """The kernels as the table of docs/kernels.md.
+
+    Example:
+        >>> print(as_markdown().splitlines()[4].split(" | ")[:3])
+        ['| linear', '1 to 5', 'inputs are looked up in vector registers, 16 rows at a time']
+    """
+    lines = ["| layer | samples | how | reads | instruction sets | file |", "|---|---|---|---|---|---|"]
+    for kernel in KERNELS:
+        least, most = kernel.samples
+        samples = "any" if most is None else f"{least} to {most}"
+        isas = "all" if kernel.isas == ISAS else ", ".join(kernel.isas)
+        layer = f"{kernel.layer}, also feature-major" if kernel.feature_major else kernel.layer
+        lines.append(f"| {layer} | {samples} | {kernel.computes} | {kernel.reads} | {isas} | `{kernel.file}` |")
+    return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""One plan of what runs where: torch, ONNX Runtime and the cost model ask it, and its table lists every kernel."""
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_support import DTYPES, Convolution, check_conv, check_linear, condensed, operands
+from kernel_support.onnx_models import LinearOperator
+
+from srigl_fx.runtime import execute
+from srigl_fx.runtime.cost_model import Machine, Work, kernel_for
+from srigl_fx.runtime.format import ValueDtype
+from srigl_fx.runtime.jit import entry
+from srigl_fx.runtime.kernels import job, plan
+from srigl_fx.runtime.kernels.isa import AVX2, ISAS, host_isa
+from srigl_fx.runtime.kernels.table import KERNELS, Kernel, as_markdown
+
+LEVEL = ISAS.index(host_isa())
+sizes = {
+    "in_features": st.one_of(st.integers(1, 300), st.integers(1, 1 << 17)),
+    "n_active": st.integers(0, 5000),
+    "k": st.one_of(st.integers(0, 40), st.integers(0, 1 << 17)),
+}
+
+
+@settings(deadline=None)  # the first call compiles
+@given(**sizes, batch=st.integers(0, 40), x_columns=st.booleans(), y_columns=st.booleans(), packed=st.booleans())
+def test_the_library_asks_the_same_plan(
+    in_features: int, n_active: int, k: int, batch: int, x_columns: bool, y_columns: bool, packed: bool
+) -> None:
+    """What is compiled for the operators of ONNX Runtime, called with a job as they call it."""
+    j = (ctypes.c_int64 * job.SIZE)()
+    j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K], j[job.BATCH] = in_features, n_active, k, batch
+    j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_columns
+    entry("plan_linear")[0](ctypes.addressof(j), packed)
+    expected = plan.linear_kernel(LEVEL, in_features, n_active, k, batch, x_columns or y_columns, packed)
+    assert j[job.KERNEL] == expected
+    for kernel in (plan.DOT, plan.TILE):
+        entry("plan_panel")[0](ctypes.addressof(j), kernel)
+        window = plan.window_of(kernel, LEVEL, in_features, n_active, k)
+        assert (j[job.KERNEL], j[job.PANEL_WINDOW]) == (kernel, window)
+
+
+@given(**sizes, batch=st.integers(1, 40), level=st.integers(0, 2))
+def test_the_cost_model_asks_it_too(in_features: int, n_active: int, k: int, batch: int, level: int) -> None:
+    kept = n_active * k
+    work = Work(rows=n_active + 1, fan_in=in_features, active=n_active, kept=kept, columns=batch)
+    tile = plan.linear_kernel(level, in_features, n_active, k, batch, False, True) == plan.TILE
+    assert kernel_for(work, Machine(level=level)) == ("tile" if tile else "dot")
+
+
+@pytest.mark.parametrize("level", range(len(ISAS)))
+def test_every_kernel_has_its_calls(level: int) -> None:
+    """A kernel of the table is the plan's for some call on each of its instruction sets, and on no other."""
+    found = {
+        plan.linear_kernel(level, in_features, 64, k, batch, feature_major, packed)
+        for in_features, k in ((16, 4), (63, 7), (64, 7), (128, 100), (70_000, 1000))
+        for batch in (1, 2, 5, 6, 40)
+        for feature_major in (False, True)
+        for packed in (False, True)
+    }
+    assert found == {kernel.number for kernel in KERNELS if kernel.layer == "linear" and ISAS[level] in kernel.isas}
+    for kernel in KERNELS:
+        if kernel.reads != "canonical":
+            assert bool(plan.window_of(kernel.number, level, 128, 64, 100)) == (ISAS[level] in kernel.isas)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tasks that torch's operators run, in order."""
+    tasks: list[str] = []
+
+    def noted(name: str) -> Any:
+        tasks.append(name)
+        return entry(name)
+
+    monkeypatch.setattr(execute, "entry", noted)
+    return tasks
+
+
+def _linear(in_features: int, batch: int, dtype: ValueDtype, *, packed: bool = True) -> None:
+    weight = condensed(40, in_features, 19, n_active=37, dtype=dtype)
+    with torch.inference_mode(not packed):  # torch does not count the writes to what is made here
+        tensors = tuple(part.clone() for part in operands(weight))
+    x, residual = torch.randn(batch, in_features), torch.randn(batch, 40)
+    check_linear(weight, x, tensors=tensors, residual=residual, activation="relu")  # type: ignore[arg-type]
+
+
+def _conv(n: int, dtype: ValueDtype) -> None:
+    shape = Convolution(n=n, padding=(1, 1))
+    check_conv(shape, shape.condensed(5, dtype=dtype), shape.input(2))
+
+
+# For each kernel that torch takes, a call that the plan gives to it on every instruction set that has it.
+CALLS: dict[str, Callable[[ValueDtype], None]] = {
+    "rows_task": lambda dtype: _linear(200, 7, dtype, packed=False),
+    "dot_task": lambda dtype: _linear(200, 3, dtype),
+    "tile_task": lambda dtype: _linear(200, 37, dtype),
+    "conv_rows_task": lambda dtype: _conv(5, dtype),
+    "conv_tile_task": lambda dtype: _conv(37, dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.task)
+def test_each_kernel_runs_for_each_value_dtype(
+    kernel: Kernel, dtype: ValueDtype, ran: list[str], request: pytest.FixtureRequest
+) -> None:
+    """A new row of the table fails here until somebody says how it is reached."""
+    assert kernel.values == DTYPES
+    if ISAS[LEVEL] not in kernel.isas:
+        assert not plan.window_of(kernel.number, LEVEL, 200, 37, 19)
+    elif kernel.task == "strided_task":  # torch turns the tensors around instead
+        request.getfixturevalue("library")
+        weight = condensed(40, 70_000, 19, n_active=37, dtype=dtype)  # too wide for a tile
+        for x_columns, y_columns in ((True, False), (False, True), (True, True)):
+            operator = LinearOperator(weight, library=True, x_feature_major=x_columns, y_feature_major=y_columns)
+            operator.check(torch.randn(7, 70_000))
+    else:
+        CALLS[kernel.task](dtype)
+        assert kernel.task in ran
+        assert {task for task in ran if task.endswith("_task")} <= {kernel.task, "conv_pack_task"}
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [20, 63, 64, 200])
+def test_torch_and_onnxruntime_give_the_same_bits(in_features: int, dtype: ValueDtype) -> None:
+    """The kernels sum in orders of their own, so that another kernel shows in the last bits.
+
+    Two to five samples of fewer than 64 inputs ran row by row in one of them and in tiles in the other.
+    """
+    weight = condensed(70, in_features, 17, n_active=66, dtype=dtype)
+    operator = LinearOperator(weight, library=True)
+    for batch in (1, 2, 3, 5, 6, 16, 17, 40):
+        x = torch.randn(batch, in_features)
+        assert torch.equal(check_linear(weight, x), operator.check(x)), batch
+
+
+def test_one_and_two_samples_of_a_narrow_layer(ran: list[str]) -> None:
+    weight = condensed(300, 63, 20)
+    check_linear(weight, torch.randn(1, 63))
+    assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "rows_task")
+    check_linear(weight, torch.randn(2, 63))
+    assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "tile_task")
+
+
+def test_the_documentation_has_the_table(checkout: Path) -> None:
+    page = (checkout / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert page.partition("<!-- kernels -->\n\n")[2].partition("\n\n<!-- end -->")[0] == as_markdown()
