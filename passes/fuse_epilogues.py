@@ -3,6 +3,7 @@
 Owns :class:`FuseEpilogues`. It must not know formats or kernels, nor how a layer came to be condensed.
 """
 
+import math
 from bisect import bisect
 from typing import Any
 
@@ -12,21 +13,21 @@ from torch import fx
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.condensed_nodes import is_condensed, same_shape, set_arguments
 from srigl_fx.passes.program import Program, arguments
+from srigl_fx.runtime.activations import ACTIVATIONS, Activation
 
 aten = torch.ops.aten
 
-_SIMPLE = {
-    aten.relu.default: "relu",
-    aten.relu_.default: "relu",
-    aten.relu6.default: "relu6",
-    aten.relu6_.default: "relu6",
-    aten.silu.default: "silu",
-    aten.silu_.default: "silu",
-    aten.hardswish.default: "hardswish",
-    aten.hardswish_.default: "hardswish",
-}
-_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
-_GELUS = frozenset({aten.gelu.default, aten.gelu_.default})
+
+def _overloads(name: str) -> list[Any]:
+    """The ATen operator of this name, and the one that writes into its input if there is one."""
+    packets = [getattr(aten, name), getattr(aten, f"{name}_", None)]
+    return [packet.default for packet in packets if packet is not None]
+
+
+_OPERATORS: dict[Any, list[Activation]] = {}
+for _row in ACTIVATIONS:
+    for _overload in _overloads(_row.aten) if _row.aten else ():
+        _OPERATORS.setdefault(_overload, []).append(_row)
 _RANGES = {  # operators that clamp, with the names of their limits
     aten.hardtanh.default: ("min_val", "max_val"),
     aten.hardtanh_.default: ("min_val", "max_val"),
@@ -34,15 +35,19 @@ _RANGES = {  # operators that clamp, with the names of their limits
     aten.clamp_min.default: ("min", ""),
     aten.clamp_min_.default: ("min", ""),
 }
-_CLAMPS: dict[tuple[Any, ...], str] = {(0.0, None): "relu", (0.0, 6.0): "relu6"}
+_CLAMPS = {  # None for no limit
+    tuple(None if math.isinf(limit) else limit for limit in row.limits): row.name
+    for row in ACTIVATIONS
+    if row.limits is not None and row.aten
+}
 _ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 
 
 class FuseEpilogues(Pass[Program]):
     """Take what follows a condensed operator into it: the sum is added to and clipped while it is in registers.
 
-    1. An activation that is the only reader of a condensed operator becomes its activation: ReLU, ReLU6 (both also as
-       ``clamp`` and ``hardtanh``), GELU in both forms, SiLU, Hardswish.
+    1. An activation of :data:`srigl_fx.runtime.activations.ACTIVATIONS` that is the only reader of a condensed operator
+       becomes its activation; one that only limits its input also where it is written as ``clamp`` or ``hardtanh``.
     2. An addition of two float32 tensors of one shape that is the only reader of a condensed operator without epilogue
        gives it the other operand as residual; an activation after the addition follows by rule 1. The operator moves to
        where the addition was, as the other operand may be computed after it.
@@ -101,12 +106,13 @@ def activation_of(node: fx.Node) -> str:
         >>> activation_of(graph.call_function(aten.clamp.default, (x, 0, 6))), activation_of(x)
         ('relu6', '')
     """
-    if node.target in _SIMPLE:
-        return _SIMPLE[node.target]
-    if node.target in _GELUS:
-        return _GELU.get(arguments(node)["approximate"], "")
+    if node.target not in _OPERATORS and node.target not in _RANGES:
+        return ""
+    given = arguments(node)
+    for row in _OPERATORS.get(node.target, ()):
+        if all(given[name] == value for name, value in row.settings.items()):
+            return row.name
     if node.target in _RANGES:
-        given = arguments(node)
         return _CLAMPS.get(tuple(given.get(name) for name in _RANGES[node.target]), "")
     return ""
 

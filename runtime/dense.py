@@ -1,23 +1,26 @@
 """The condensed operators' formulas in torch's own dense operators.
 
-Owns the activations, the dense weight and its convolution: what runs where no kernel does, and what is differentiated.
-It must not know kernels or gradients.
+Owns the activations by torch, the dense weight and its convolution: what runs where no kernel does, and what is
+differentiated. It must not know kernels or gradients.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda y: y,
-    "relu": torch.relu,
-    "relu6": torch.nn.functional.relu6,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": lambda y: torch.nn.functional.gelu(y, approximate="tanh"),
-    "silu": torch.nn.functional.silu,
-    "hardswish": torch.nn.functional.hardswish,
-}
+from srigl_fx.runtime.activations import ACTIVATIONS, Activation
+
+
+def _function(row: Activation) -> Callable[[Tensor], Tensor]:
+    if not row.aten:
+        return lambda y: y
+    function = getattr(torch.nn.functional, row.aten, None) or getattr(torch, row.aten)
+    return functools.partial(function, **row.settings)
+
+
+FUNCTIONS = {row.name: _function(row) for row in ACTIVATIONS}
 
 
 def dense_weight(weight: Tensor, weight_shape: Sequence[int], groups: int, transposed: bool) -> Tensor:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from srigl_fx.runtime import threads
+from srigl_fx.runtime.activations import NUMBERS
 from srigl_fx.runtime.jit import entry
 from srigl_fx.runtime.kernels import conv, job, plan
 from srigl_fx.runtime.kernels.isa import ISAS, host_isa
 from srigl_fx.runtime.kernels.plan import COLUMNS, LANES
 from srigl_fx.runtime.kernels.table import KERNELS
 from srigl_fx.runtime.weights import Job, _Prepared, new_job, panel_of
-
-ACTIVATION_NUMBERS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5, "hardswish": 6}
 
 _TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "linear"}
 _SLACK = 64  # floats behind a packed sample that may be read
@@ -104,7 +103,7 @@ def linear(
     if residual is not None:
         residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
     j = _job(prepared, kernel, (x, *weight), in_features, n, y)
-    j[job.BATCH], j[job.ACTIVATION] = batch, ACTIVATION_NUMBERS[activation]
+    j[job.BATCH], j[job.ACTIVATION] = batch, NUMBERS[activation]
     j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
     n_active, k = values.shape
@@ -174,7 +173,7 @@ def convolution(
         values = values.float()
     j = _job(prepared, kernel, (x, values, indices, active, bias), in_features, block_rows, y)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
-    j[job.ACTIVATION], j[job.BATCH] = ACTIVATION_NUMBERS[activation], x.shape[0]
+    j[job.ACTIVATION], j[job.BATCH] = NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
     if kernel == plan.ROWS:
         _run_samples(j, x, bool(geometry[conv.DIRECT]), size, positions)

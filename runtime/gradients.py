@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.dense import ACTIVATIONS, dense_conv, expand, is_padding
+from srigl_fx.runtime.dense import FUNCTIONS, dense_conv, expand, is_padding
 from srigl_fx.runtime.products import Pattern, pack
 
 _library: Any = torch.library.Library("srigl_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -48,7 +48,7 @@ def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         before = torch.ops.srigl_fx.condensed_linear(*operands, in_features, residual)
         with torch.enable_grad():
             before = before.detach().requires_grad_()
-            (grad,) = torch.autograd.grad(ACTIVATIONS[activation](before), before, grad)
+            (grad,) = torch.autograd.grad(FUNCTIONS[activation](before), before, grad)
     of_x, of_values = torch.ops.srigl_fx.condensed_linear_gradients(
         grad, x.detach(), values.detach(), indices, active, wanted[0], wanted[1]
     )
@@ -85,7 +85,7 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if residual is not None:
             leaves.append(residual.detach().requires_grad_())
             y = y + leaves[-1]
-        grads = torch.autograd.grad(ACTIVATIONS[activation](y), leaves, grad)
+        grads = torch.autograd.grad(FUNCTIONS[activation](y), leaves, grad)
     grad_values = None
     if ctx.needs_input_grad[1]:
         grad_values = grads[1].reshape(-1)[positions].masked_fill(is_padding(positions), 0).to(values.dtype)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime import execute
-from srigl_fx.runtime.dense import ACTIVATIONS as ACTIVATIONS
+from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.dense import dense_conv as dense_conv
 from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
@@ -47,8 +47,8 @@ def _check_input(op: str, x: Tensor) -> None:
 
 
 def _check_epilogue(op: str, shape: Sequence[int], residual: Tensor | None, activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise FormatError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    if activation not in NAMES:
+        raise FormatError(f"{op}: activation must be one of {', '.join(NAMES)}, not {activation!r}")
     if residual is not None and (residual.dtype is not torch.float32 or tuple(residual.shape) != tuple(shape)):
         raise FormatError(
             f"{op}: residual must be float32 of the output's shape {tuple(shape)}, not {residual.dtype} "

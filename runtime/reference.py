@@ -3,26 +3,17 @@
 Owns what the operators mean. It must not know how they are executed; every kernel is compared with it.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from srigl_fx.runtime.activations import ACTIVATIONS
+
 Array = NDArray[Any]
 
-_erf = np.vectorize(math.erf, otypes=[np.float64])
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "none": lambda y: y,
-    "relu": lambda y: np.maximum(y, 0),
-    "relu6": lambda y: np.clip(y, 0, 6),
-    "gelu": lambda y: y * (1 + _erf(y / math.sqrt(2))) / 2,
-    "gelu_tanh": lambda y: y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))) / 2,
-    "silu": lambda y: y / (1 + np.exp(-y)),
-    "hardswish": lambda y: y * np.clip(y + 3, 0, 6) / 6,
-}
+REFERENCES: dict[str, Callable[[Array], Array]] = {row.name: row.reference for row in ACTIVATIONS}
 
 
 def condensed_linear(
@@ -49,7 +40,7 @@ def condensed_linear(
         active: Integers (n_active,).
         bias: float32 (n,).
         residual: float32 (..., n), or None.
-        activation: A key of ``ACTIVATIONS``.
+        activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
         accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
 
     Returns:
@@ -77,7 +68,7 @@ def _kept(indices: Array) -> Array:
 
 def _finish(y: Array, residual: Array | None, activation: str) -> Array:
     with np.errstate(over="ignore"):  # of exp, where the quotient is zero all the same
-        return ACTIVATIONS[activation](y if residual is None else y + residual)
+        return REFERENCES[activation](y if residual is None else y + residual)
 
 
 def condensed_conv(
@@ -115,7 +106,7 @@ def condensed_conv(
         transposed: Whether each input is spread over the outputs that the kernel reaches from it.
         output_padding: What a transposed convolution's output has more, after every dimension; none by default.
         residual: float32 of the output's shape, or None.
-        activation: A key of ``ACTIVATIONS``.
+        activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
         accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
 
     Returns:

@@ -28,8 +28,8 @@ from srigl_fx.graph_ops import function_name, function_named
 from srigl_fx.passes import trees
 from srigl_fx.passes.condensed_nodes import condensed_nodes, settled_padding
 from srigl_fx.passes.program import arguments
+from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight
-from srigl_fx.runtime.ops import ACTIVATIONS
 
 Value = TypeVar("Value")
 
@@ -370,7 +370,7 @@ def _array(tensor: Tensor) -> "np.ndarray[Any, Any]":
 def _check_condensed(module: fx.GraphModule) -> None:
     for node in condensed_nodes(module.graph):
         try:
-            if (activation := arguments(node)["activation"]) not in ACTIVATIONS:
+            if (activation := arguments(node)["activation"]) not in NAMES:
                 raise ValueError(f"a condensed operator with the activation {activation!r}")
             weight = next(iter(condensed_weights(module, [node])), None)
             problem = "" if weight is None else weight[1].problem()

@@ -25,12 +25,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "compatibility": ("errors",),
     "masks": ("errors",),
     "runtime.format": ("errors",),
-    "runtime.reference": ("errors",),
-    "runtime.kernels": ("errors",),
+    "runtime.reference": ("errors", "runtime.activations"),
+    "runtime.activations": (),
+    "runtime.kernels": ("errors", "runtime.activations"),
     "nn": ("masks", "runtime.format", *COMMON),
     "train": ("masks", "nn", "runtime.products", *COMMON),
     "integrations": ("masks", "nn", "train", *COMMON),
-    "passes": ("masks", "nn", "runtime.format", "runtime.ops", "comparison", *COMMON),
+    "passes": ("masks", "nn", "runtime.activations", "runtime.format", "runtime.ops", "comparison", *COMMON),
     "runtime": ("masks", *COMMON),
 }
 KERNELS_KNOW_NOT = {"torch", "onnx", "onnxruntime", "onnxscript"}

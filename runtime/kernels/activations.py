@@ -1,6 +1,7 @@
 """The activation functions that kernels apply to what they computed, one float32 at a time.
 
-Owns their arithmetic and their numbering; it must not know kernels. Branch-free and without calls, so that LLVM
+Owns their arithmetic: a function for each row of :mod:`srigl_fx.runtime.activations`, by its name. It must not know
+kernels. Branch-free and without calls, so that LLVM
 vectorises any loop over them; NaN and infinity give what torch's functions give, those in float64 for gelu (in float32
 it has a NaN at infinity). Importing it imports Numba.
 
@@ -16,21 +17,20 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic as typed_intrinsic
 
+from srigl_fx.runtime.activations import NAMES, NUMBERS
+
 Pointer = Any
 Function = TypeVar("Function", bound=Callable[..., Any])
 numba: Any = typed_numba  # half of its functions are annotated
 intrinsic: Any = typed_intrinsic
 types: Any = numba.types
 
-# In the order of their numbers; the library of ONNX operators and its callers count on it.
-ACTIVATIONS = {"none": 0, "relu": 1, "relu6": 2, "gelu": 3, "gelu_tanh": 4, "silu": 5, "hardswish": 6}
-
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
 # Adding it rounds a float to an integer, which then is in the low bits of the sum.
 _ROUNDER, _ROUNDER_BITS = 1.5 * 2**23, 0x4B400000
 
 # Numba would compute in float64 with Python's numbers.
-_ZERO, _HALF, _ONE, _THREE, _SIX = (np.float32(number) for number in (0, 0.5, 1, 3, 6))
+_ZERO, _HALF, _ONE, _SIX = (np.float32(number) for number in (0, 0.5, 1, 6))
 _SIXTH = np.float32(1 / 6)
 _LOWEST, _HIGHEST = np.float32(-127), np.float32(128)  # the exponents whose bits make zero and infinity
 _LOG2_E = np.float32(np.log2(np.e))
@@ -179,6 +179,29 @@ def gelu(x: np.float32) -> np.float32:
     return x * (tail if x < _ZERO else _ONE - tail)
 
 
+def _case(number: int, function: Any, otherwise: Any) -> Any:
+    """Apply ``function`` where the activation has this number; LLVM makes one function of the chain of cases."""
+
+    def apply(y: Pointer, count: int, kind: int) -> None:
+        if kind == number:
+            for i in range(count):
+                y[i] = function(y[i])
+        else:
+            otherwise(y, count, kind)
+
+    return _compiled(apply)
+
+
+@_compiled
+def _leave(y: Pointer, count: int, kind: int) -> None:
+    """No activation."""
+
+
+_apply = _leave
+for _name in reversed(NAMES[1:]):
+    _apply = _case(NUMBERS[_name], globals()[_name], _apply)
+
+
 @_compiled
 def activate_row(y: Pointer, count: int, kind: int) -> None:
     """Apply the activation of number ``kind`` to ``count`` floats, in place.
@@ -188,31 +211,14 @@ def activate_row(y: Pointer, count: int, kind: int) -> None:
     Args:
         y: What to change.
         count: How many floats.
-        kind: One of the numbers in ``ACTIVATIONS``; any other leaves ``y`` as it is.
+        kind: A number of :mod:`srigl_fx.runtime.activations`; any other leaves ``y`` as it is.
 
     Example:
         >>> signature = types.void(types.CPointer(types.float32), types.int64, types.int64)
         >>> compiled = numba.cfunc(signature)(activate_row.py_func)
         >>> y = np.array([-1, 2], np.float32)
-        >>> compiled.ctypes(y.ctypes.data_as(compiled.ctypes.argtypes[0]), y.size, ACTIVATIONS["relu"])
+        >>> compiled.ctypes(y.ctypes.data_as(compiled.ctypes.argtypes[0]), y.size, NUMBERS["relu"])
         >>> y.tolist()
         [0.0, 2.0]
     """
-    if kind == 1:
-        for i in range(count):
-            y[i] = relu(y[i])
-    elif kind == 2:
-        for i in range(count):
-            y[i] = relu6(y[i])
-    elif kind == 3:
-        for i in range(count):
-            y[i] = gelu(y[i])
-    elif kind == 4:
-        for i in range(count):
-            y[i] = gelu_tanh(y[i])
-    elif kind == 5:
-        for i in range(count):
-            y[i] = silu(y[i])
-    elif kind == 6:
-        for i in range(count):
-            y[i] = hardswish(y[i])
+    _apply(y, count, kind)

@@ -9,8 +9,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from srigl_fx.runtime.activations import ACTIVATIONS
 from srigl_fx.runtime.kernels import job
-from srigl_fx.runtime.kernels.activations import ACTIVATIONS, activate_row
+from srigl_fx.runtime.kernels.activations import activate_row
 from srigl_fx.runtime.kernels.compiled import REGISTERS, compiled
 from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES, TILE_BYTES, TILE_UNIT, tile_unit
 from srigl_fx.runtime.kernels.plan import COLUMNS
@@ -20,7 +21,9 @@ from srigl_fx.runtime.kernels.vector import add_floats, allocate, copy_floats, f
 Pointer = Any
 BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level cache
 CACHE_LINE: Final = 64
-_NONE, _RELU, _RELU6 = (ACTIVATIONS[name] for name in ("none", "relu", "relu6"))
+# By the activation's number, the limits that it has, if it is a limit.
+_IS_LIMIT = tuple(row.limits is not None for row in ACTIVATIONS)
+_LOW, _HIGH = (tuple(np.float32((row.limits or (0, 0))[end]) for row in ACTIVATIONS) for end in (0, 1))
 _INFINITY: Final = np.float32(np.inf)
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
 
@@ -146,7 +149,7 @@ def put_rest(j: Pointer, g0: int, g1: int, first: int, last: int, width: int, ou
 @compiled
 def is_limit(activation: int) -> bool:
     """Whether an activation, if any, only limits its input."""
-    return activation in (_NONE, _RELU, _RELU6)
+    return _IS_LIMIT[activation]
 
 
 @compiled
@@ -169,8 +172,7 @@ def multiply(
     """
     groups, starts, at = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), j[job.PANEL]
     unit = tile_unit(in_features)
-    low = -_INFINITY if j[job.ACTIVATION] == _NONE else np.float32(0)
-    high = np.float32(6) if j[job.ACTIVATION] == _RELU6 else _INFINITY
+    low, high = _LOW[j[job.ACTIVATION]], _HIGH[j[job.ACTIVATION]]
     added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
     # Few enough inputs for a first-level cache, enough for twenty weights a row before its sums are put away.
     step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K]))

@@ -6,6 +6,7 @@ part follows ``onnxruntime_c_api.h`` as of API version 17 (ONNX Runtime 1.17), w
 
 from typing import Final
 
+from srigl_fx.runtime.activations import ACTIVATIONS
 from srigl_fx.runtime.kernels.table import TASKS
 
 API_VERSION: Final = 17
@@ -14,15 +15,7 @@ DOMAIN: Final = "srigl_fx"
 DOMAIN_VERSION: Final = 1
 INPUTS: Final = ("x", "values", "indices", "active", "bias")
 BASES: Final = ("CondensedLinear", "CondensedConv", "CondensedConvTranspose")
-ACTIVATIONS: Final = {  # as torch's operators call them -> the end of an operator's name
-    "none": "",
-    "relu": "Relu",
-    "relu6": "Relu6",
-    "gelu": "Gelu",
-    "gelu_tanh": "GeluTanh",
-    "silu": "Silu",
-    "hardswish": "Hardswish",
-}
+SUFFIXES: Final = {row.name: row.suffix for row in ACTIVATIONS}  # of the operators that apply an activation
 ENTRY_POINT: Final = "RegisterCustomOps"
 
 WORD: Final = 8  # bytes of a pointer, and of every field of our own
@@ -156,13 +149,13 @@ def operator_name(base: str, residual: bool, activation: str) -> str:
     Args:
         base: One of ``BASES``.
         residual: Whether it adds a sixth input before the activation.
-        activation: One of ``ACTIVATIONS``.
+        activation: One of ``SUFFIXES``.
 
     Example:
         >>> operator_name("CondensedConv", True, "relu"), operator_name("CondensedLinear", False, "none")
         ('CondensedConvAddRelu', 'CondensedLinear')
     """
-    return f"{base}{'Add' if residual else ''}{ACTIVATIONS[activation]}"
+    return f"{base}{'Add' if residual else ''}{SUFFIXES[activation]}"
 
 
 def operator_names() -> dict[str, tuple[str, bool, str]]:
@@ -172,7 +165,7 @@ def operator_names() -> dict[str, tuple[str, bool, str]]:
         >>> operator_names()["CondensedLinearGeluTanh"]
         ('CondensedLinear', False, 'gelu_tanh')
     """
-    parts = [(base, residual, kind) for base in BASES for residual in (False, True) for kind in ACTIVATIONS]
+    parts = [(base, residual, kind) for base in BASES for residual in (False, True) for kind in SUFFIXES]
     return {operator_name(*part): part for part in parts}
 
 

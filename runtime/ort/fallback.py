@@ -8,6 +8,7 @@ runs is a plain Gemm, MatMul, Conv or ConvTranspose with its epilogue. It must n
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from srigl_fx.runtime.activations import ACTIVATIONS
 from srigl_fx.runtime.ort import abi
 
 if TYPE_CHECKING:
@@ -76,49 +77,7 @@ _CONTRACTIONS = {
 _ADDITION = """
     {y} = Add ({x}, residual)
 """
-_ACTIVATIONS = {
-    "none": "",
-    "relu": """
-    {y} = Relu ({x})
-""",
-    "relu6": """
-    low = Constant <value: tensor = float {{0.0}}> ()
-    high = Constant <value: tensor = float {{6.0}}> ()
-    {y} = Clip ({x}, low, high)
-""",
-    "gelu": """
-    root_two = Constant <value: tensor = float {{1.4142135623730951}}> ()
-    half = Constant <value: tensor = float {{0.5}}> ()
-    unit = Constant <value: tensor = float {{1.0}}> ()
-    scaled = Div ({x}, root_two)
-    erf = Erf (scaled)
-    raised = Add (erf, unit)
-    weighted = Mul ({x}, raised)
-    {y} = Mul (weighted, half)
-""",
-    "gelu_tanh": """
-    root_two_by_pi = Constant <value: tensor = float {{0.7978845608028654}}> ()
-    cubic = Constant <value: tensor = float {{0.044715}}> ()
-    half = Constant <value: tensor = float {{0.5}}> ()
-    unit = Constant <value: tensor = float {{1.0}}> ()
-    squared = Mul ({x}, {x})
-    bent = Mul (squared, cubic)
-    factor = Add (bent, unit)
-    straight = Mul ({x}, root_two_by_pi)
-    scaled = Mul (straight, factor)
-    tanh = Tanh (scaled)
-    raised = Add (tanh, unit)
-    halved = Mul ({x}, half)
-    {y} = Mul (halved, raised)
-""",
-    "silu": """
-    gate = Sigmoid ({x})
-    {y} = Mul ({x}, gate)
-""",
-    "hardswish": """
-    {y} = HardSwish ({x})
-""",
-}
+_ACTIVATIONS = {row.name: row.onnx for row in ACTIVATIONS}
 _PERMUTATION = """
     {{y}} = Transpose <perm: ints = @{name}> ({{x}})
 """

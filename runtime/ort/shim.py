@@ -36,7 +36,7 @@ _WEIGHTS_WORDS = abi.WEIGHTS_WORDS
 _calloc, _free, _getenv = external("calloc", 2), external("free", 1), external("getenv", 1)
 
 _WEIGHT_INPUTS = len(abi.INPUTS) - 1
-_ACTIVATIONS = len(abi.ACTIVATIONS)
+_ACTIVATIONS = len(abi.SUFFIXES)
 _DIGITS = (ord("0"), ord("9"))
 _DOT = ord(".")
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from srigl_fx.runtime.ort import abi
 
-EPILOGUES = [(residual, activation) for residual in (False, True) for activation in abi.ACTIVATIONS]
+EPILOGUES = [(residual, activation) for residual in (False, True) for activation in abi.SUFFIXES]
 
 
 class Operands(nn.Module):

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from srigl_fx.runtime import ops as ops  # registers the operators
 from srigl_fx.runtime import reference
+from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.format import CondensedWeight, ValueDtype
 
 DTYPES: tuple[ValueDtype, ...] = ("float32", "bfloat16", "float16")
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
+ACTIVATIONS = NAMES
 EPSILON = 2.0**-24  # of rounding to float32
 
 # For a row out of n: the columns it keeps, which leave room for k of them.

@@ -15,6 +15,7 @@ from srigl_fx.passes.base import run
 from srigl_fx.passes.condensed_nodes import LINEAR, condensed_nodes
 from srigl_fx.passes.fuse_epilogues import FuseEpilogues
 from srigl_fx.passes.program import Program, arguments
+from srigl_fx.runtime import activations
 
 aten = torch.ops.aten
 Epilogue = tuple[bool, str]  # whether it adds a residual, and its activation
@@ -72,27 +73,27 @@ def fused(before: Program) -> tuple[Program, list[Epilogue], list[str]]:
 
 
 ACTIVATIONS: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
-    (aten.relu.default, (), {}, "relu"),
+    *(
+        (getattr(aten, row.aten).default, (), dict(row.settings), row.name)
+        for row in activations.ACTIVATIONS
+        if row.aten
+    ),
     (aten.relu_.default, (), {}, "relu"),
     (aten.clamp_min.default, (0,), {}, "relu"),
     (aten.clamp.default, (0,), {}, "relu"),
     (aten.clamp.default, (), {"min": 0.0}, "relu"),
-    (aten.relu6.default, (), {}, "relu6"),
     (aten.hardtanh.default, (0.0, 6.0), {}, "relu6"),
     (aten.hardtanh_.default, (0, 6), {}, "relu6"),
     (aten.clamp.default, (0, 6), {}, "relu6"),
     (aten.clip.default, (0.0,), {"max": 6}, "relu6"),
     (aten.gelu.default, (), {}, "gelu"),
-    (aten.gelu.default, (), {"approximate": "tanh"}, "gelu_tanh"),
-    (aten.silu.default, (), {}, "silu"),
     (aten.silu_.default, (), {}, "silu"),
-    (aten.hardswish.default, (), {}, "hardswish"),
     # others stay
     (aten.hardtanh.default, (), {}, ""),
     (aten.clamp.default, (0, 5), {}, ""),
     (aten.clamp.default, (None, 6), {}, ""),
     (aten.clamp_min.default, (0.5,), {}, ""),
-    (aten.sigmoid.default, (), {}, ""),
+    (aten.softplus.default, (), {}, ""),
     (aten.leaky_relu.default, (), {}, ""),
 ]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime import gradients, ops
+from srigl_fx.runtime.dense import FUNCTIONS
 from srigl_fx.runtime.format import is_padding
 from srigl_fx.runtime.products import Pattern, pack
 from srigl_fx.runtime.threads import torch_threads
@@ -97,7 +98,7 @@ def test_pack_refuses(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("activation", FUNCTIONS)
 @pytest.mark.parametrize(("leading", "k"), [((0,), 2), ((3,), 20), ((2, 40), 2), ((67,), 1), ((), 3)])
 def test_linear_gradients_match_dense_autograd(
     activation: str, residual: bool, leading: tuple[int, ...], k: int
@@ -114,7 +115,7 @@ def test_linear_gradients_match_dense_autograd(
     dense.requires_grad_()
     before = torch.nn.functional.linear(x, dense, bias)
     expected = torch.autograd.grad(
-        ops.ACTIVATIONS[activation](before + more if residual else before), [x, dense, *wanted[2:]], grad
+        FUNCTIONS[activation](before + more if residual else before), [x, dense, *wanted[2:]], grad
     )
     torch.testing.assert_close(got[0], expected[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[1], expected[1][active.long()].gather(1, indices.long()), rtol=1e-5, atol=1e-5)
@@ -203,7 +204,7 @@ def test_conv_gradients_match_dense_autograd(activation: str, residual: bool, tr
     positions = active.long()[:, None] * 18 + indices.long()
     dense = torch.zeros(6 * 18).index_put((positions,), values).reshape(6, 18)
     before = ops.dense_conv(x, dense, bias, *settings, transposed, [])
-    expected = torch.autograd.grad(ops.ACTIVATIONS[activation](before + more if residual else before), leaves, grad)
+    expected = torch.autograd.grad(FUNCTIONS[activation](before + more if residual else before), leaves, grad)
     for mine, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from kernel_support import DTYPES, Convolution, check_conv, check_linear, condensed, operands
 from kernel_support.onnx_models import LinearOperator
 
-from srigl_fx.runtime import execute
+from srigl_fx.runtime import activations, execute
 from srigl_fx.runtime.cost_model import Machine, Work, kernel_for
 from srigl_fx.runtime.format import ValueDtype
 from srigl_fx.runtime.jit import entry
-from srigl_fx.runtime.kernels import job, plan
+from srigl_fx.runtime.kernels import job, plan, table
 from srigl_fx.runtime.kernels.isa import AVX2, ISAS, host_isa
-from srigl_fx.runtime.kernels.table import KERNELS, Kernel, as_markdown
+from srigl_fx.runtime.kernels.table import KERNELS, Kernel
 
 LEVEL = ISAS.index(host_isa())
 sizes = {
@@ -150,6 +150,7 @@ def test_one_and_two_samples_of_a_narrow_layer(ran: list[str]) -> None:
     assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "tile_task")
 
 
-def test_the_documentation_has_the_table(checkout: Path) -> None:
+@pytest.mark.parametrize(("name", "table"), [("kernels", table), ("activations", activations)])
+def test_the_documentation_has_the_tables(checkout: Path, name: str, table: Any) -> None:
     page = (checkout / "docs" / "kernels.md").read_text(encoding="utf-8")
-    assert page.partition("<!-- kernels -->\n\n")[2].partition("\n\n<!-- end -->")[0] == as_markdown()
+    assert page.partition(f"<!-- {name} -->\n\n")[2].partition(f"\n\n<!-- end {name} -->")[0] == table.as_markdown()
