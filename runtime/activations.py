@@ -127,6 +127,20 @@ ACTIVATIONS: Final = (
         onnx="{y} = HardSwish ({x})",
         aten="hardswish",
     ),
+    Activation(
+        name="tanh",
+        suffix="Tanh",
+        reference=np.tanh,
+        onnx="{y} = Tanh ({x})",
+        aten="tanh",
+    ),
+    Activation(
+        name="sigmoid",
+        suffix="Sigmoid",
+        reference=lambda y: 1 / (1 + np.exp(-y)),
+        onnx="{y} = Sigmoid ({x})",
+        aten="sigmoid",
+    ),
 )
 NAMES: Final = tuple(row.name for row in ACTIVATIONS)
 NUMBERS: Final = {name: number for number, name in enumerate(NAMES)}

@@ -21,9 +21,8 @@ from srigl_fx.runtime.kernels.vector import add_floats, allocate, copy_floats, f
 Pointer = Any
 BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level cache
 CACHE_LINE: Final = 64
-# By the activation's number, the limits that it has, if it is a limit.
-_IS_LIMIT = tuple(row.limits is not None for row in ACTIVATIONS)
-_LOW, _HIGH = (tuple(np.float32((row.limits or (0, 0))[end]) for row in ACTIVATIONS) for end in (0, 1))
+_LIMITS: Final = {number: row.limits for number, row in enumerate(ACTIVATIONS) if row.limits is not None}
+_LIMIT_BITS: Final = sum(1 << number for number in _LIMITS)
 _INFINITY: Final = np.float32(np.inf)
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
 
@@ -149,7 +148,23 @@ def put_rest(j: Pointer, g0: int, g1: int, first: int, last: int, width: int, ou
 @compiled
 def is_limit(activation: int) -> bool:
     """Whether an activation, if any, only limits its input."""
-    return _IS_LIMIT[activation]
+    return _LIMIT_BITS >> activation & 1 == 1
+
+
+def _limit(end: int) -> Any:
+    """A function of an activation's number: its least result (``end`` 0) or its greatest (1), if it is a limit."""
+
+    def case(number: int, limit: Any, otherwise: Any) -> Any:
+        return compiled(lambda activation: limit if activation == number else otherwise(activation))
+
+    none = np.float32((-np.inf, np.inf)[end])
+    chosen = compiled(lambda activation: none)
+    for number, limits in _LIMITS.items():
+        chosen = case(number, np.float32(limits[end]), chosen)
+    return chosen
+
+
+_least, _most = _limit(0), _limit(1)
 
 
 @compiled
@@ -172,7 +187,7 @@ def multiply(
     """
     groups, starts, at = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), j[job.PANEL]
     unit = tile_unit(in_features)
-    low, high = _LOW[j[job.ACTIVATION]], _HIGH[j[job.ACTIVATION]]
+    low, high = _least(j[job.ACTIVATION]), _most(j[job.ACTIVATION])
     added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
     # Few enough inputs for a first-level cache, enough for twenty weights a row before its sums are put away.
     step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K]))
