@@ -1,7 +1,7 @@
 """The memory layout between neighbouring condensed linear layers.
 
-Owns :class:`FeatureMajor` and the rule by which a tensor may be stored feature-major. It must not know kernels: that
-batches are computed feature-major, and single samples in rows, is all it relies on.
+Owns :class:`FeatureMajor` and the rule by which a tensor may be stored feature-major. It must not know kernels: which
+of them reads and writes feature-major tensors, and from how many samples on that pays, it asks the plan.
 """
 
 from collections.abc import Iterable
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.condensed_nodes import LINEAR, condensed_nodes, same_shape, set_arguments
 from srigl_fx.passes.program import Program, arguments
+from srigl_fx.runtime.kernels import plan
 
 aten = torch.ops.aten
 
@@ -37,7 +38,7 @@ class FeatureMajor(Pass[Program]):
        tensors, a condensed linear layer with its output and its residual among them, have all of them feature-major or
        none. The layers that read such a tensor are told so.
     2. Only where it pays: at ``min_samples`` samples or more (the product of the leading sizes), as smaller batches are
-       computed from rows.
+       computed from rows; and only for layers that have a kernel for it, which very wide ones have not.
     3. Values never depend on it: the operators look at the strides that they are given. What is exported states the
        permutations.
 
@@ -48,7 +49,7 @@ class FeatureMajor(Pass[Program]):
 
     only_improves = True
 
-    def __init__(self, batch: int | None = None, min_samples: int = 16) -> None:
+    def __init__(self, batch: int | None = None, min_samples: int = plan.LEAST_FEATURE_MAJOR) -> None:
         self.batch = batch
         self.min_samples = min_samples
 
@@ -59,7 +60,7 @@ class FeatureMajor(Pass[Program]):
         worth = [
             node
             for node in graph.find_nodes(op="call_function", target=LINEAR)
-            if _samples(node, subject, batch) >= self.min_samples
+            if _samples(node, subject, batch) >= self.min_samples and _has_kernel(node, self.min_samples)
         ]
         changed = settle_layouts(graph, worth)
         if changed:
@@ -125,6 +126,14 @@ def _read_in_its_layout(node: fx.Node) -> list[fx.Node]:
 def _reads_as_data(linear: fx.Node, node: fx.Node) -> bool:
     given = arguments(linear)
     return given["x"] is node and given["residual"] is not node
+
+
+def _has_kernel(node: fx.Node, samples: int) -> bool:
+    """Whether a layer's feature-major tensors are computed as they lie."""
+    given = arguments(node)
+    n_active, k = given["values"].meta["val"].shape
+    # The instruction set decides between kernels for rows alone.
+    return plan.linear_kernel(0, given["in_features"], n_active, k, samples, True, True) == plan.TILE
 
 
 def _samples(node: fx.Node, program: Program, batch: int) -> int:

@@ -31,7 +31,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "nn": ("masks", "runtime.format", *COMMON),
     "train": ("masks", "nn", "runtime.products", *COMMON),
     "integrations": ("masks", "nn", "train", *COMMON),
-    "passes": ("masks", "nn", "runtime.activations", "runtime.format", "runtime.ops", "comparison", *COMMON),
+    "passes": (
+        "masks",
+        "nn",
+        "runtime.activations",
+        "runtime.format",
+        "runtime.kernels.plan",
+        "runtime.ops",
+        "comparison",
+        *COMMON,
+    ),
     "runtime": ("masks", *COMMON),
 }
 KERNELS_KNOW_NOT = {"torch", "onnx", "onnxruntime", "onnxscript"}
