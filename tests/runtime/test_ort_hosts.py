@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from ort_support import serve
 from ort_support.cases import CASES, tolerance, write_cases
+from ort_support.objects import copy_objects
 
 from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.kernels.isa import ISAS, host_isa
-from srigl_fx.runtime.ort.compile import compile_all
 from srigl_fx.runtime.ort.link import available_linkers, link
 
 # Versions of ONNX Runtime, with the NumPy that each was built for.
@@ -71,7 +71,7 @@ def test_the_library_needs_no_python_and_exports_one_name(library: Path) -> None
 
 @pytest.fixture(scope="module")
 def objects(library: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    return compile_all(tmp_path_factory.mktemp("objects"))
+    return copy_objects(tmp_path_factory.mktemp("objects"))
 
 
 @pytest.mark.slow
