@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders, locked, make_private
+from srigl_fx.runtime.kernels.isa import ISA_VARIABLE
 
 FILE = "timings.jsonl"
 _LARGEST = 4 << 20  # bytes, about ten thousand lines; beyond it the older half is dropped
@@ -63,7 +64,7 @@ def environment() -> dict[str, Any]:
         >>> sorted(environment())
         ['cpu', 'isa', 'numba', 'runtime', 'threads', 'torch']
     """
-    isa = os.environ.get("SRIGL_FX_ISA") or "native"
+    isa = os.environ.get(ISA_VARIABLE) or "native"
     return {"cpu": _cpu(), "isa": isa, "threads": torch.get_num_threads(), **_versions()}
 
 

@@ -1,7 +1,7 @@
 """What becomes of channels in contractions: with constant weights, and of activations with each other.
 
 Owns the rules for ``linear``, convolutions, products and attention, as functions of a
-:class:`~srigl_fx.passes.transport.Transport`. It must not know masks, values of weights, nor what is removed.
+:class:`~srigl_fx.passes.channels.transport.Transport`. It must not know masks, values of weights, nor what is removed.
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srigl_fx.passes.channels.groups import FIXED, Channels
+from srigl_fx.passes.channels.groups import Channels
 from srigl_fx.passes.program import Program, tensor_at
 
 _BATCH = 2
@@ -187,8 +187,3 @@ def padded(shape: Sequence[int], rank: int) -> list[int]:
 def align(ids: Tensor, rank: int) -> Tensor:
     """``ids`` with axes of size 1 in front."""
     return ids.reshape(padded(ids.shape, rank))
-
-
-def compress_like(value: Tensor) -> Tensor:
-    """The fixed class for a value."""
-    return torch.full((1,) * value.dim(), FIXED)

@@ -110,14 +110,6 @@ def conv_plan(geometry: Pointer) -> None:
         geometry[PLANE_STEP_D + axis] = dilation if by_tap else 1
 
 
-def fill_bias_planes(bias: Pointer, y: Pointer, batch: int, out_channels: int, plane: int) -> None:
-    """Write the bias into every position of every output plane: what an ablated filter yields."""
-    for b in range(batch):
-        for o in range(out_channels):
-            for p in range(plane):
-                y[(b * out_channels + o) * plane + p] = bias[o]
-
-
 def conv_tap_offsets(offsets: Pointer, geometry: Pointer) -> None:
     """Write where in a packed group every tap (channel, kd, kh, kw) starts to read, as int64."""
     kernel_d, kernel_h, kernel_w = geometry[KERNEL_D], geometry[KERNEL_H], geometry[KERNEL_W]

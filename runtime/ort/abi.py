@@ -116,7 +116,7 @@ NODE_GEOMETRY: Final = (
     NODE_OUTPUT_PADDING + 3 * WORD
 )  # the int64 array of kernels/conv.py, without the sizes of x and y
 NODE_SIZE: Final = NODE_GEOMETRY + 40 * WORD
-BASE_LINEAR, BASE_CONV, BASE_TRANSPOSED = range(3)  # positions in BASES
+BASE_LINEAR, BASE_TRANSPOSED = 0, 2  # positions in BASES
 
 # The four weight inputs of one call, in the order of INPUTS without x, and what their shapes say.
 (

@@ -123,8 +123,8 @@ def _interpret(node: Node, x: Array, blocks: int) -> Array:
     offsets = _Guarded(node.attributes["in_features"])
     kernel.conv_tap_offsets(offsets, geometry)
     values, indices, active, bias = (_Guarded(node.weights[name]) for name in WEIGHTS)
-    given_x, y = _Guarded(x), _Guarded(math.prod(shape))
-    kernel.fill_bias_planes(bias, y, x.shape[0], shape[1], plane)
+    ablated = np.tile(np.repeat(node.weights["bias"], plane), x.shape[0])  # what is left where a filter is
+    given_x, y = _Guarded(x), _Guarded(ablated)
     accumulators = _Guarded(np.zeros(kernel.ACCUMULATORS))
     for sample in range(x.shape[0]):
         packed = given_x
