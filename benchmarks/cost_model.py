@@ -16,7 +16,7 @@ import torch
 from harness.layers import Layer, dense_weight, random_input, random_weight
 from harness.machine import describe
 
-from srigl_fx.measuring import CLEAR
+from srigl_fx.lowering.layer_costs import CLEAR
 from srigl_fx.runtime.autotune import measure
 from srigl_fx.runtime.calibration import fit, probe
 from srigl_fx.runtime.cost_model import Machine, Work, estimate

@@ -87,33 +87,6 @@ def make_private(folder: Path) -> None:
         raise PermissionError(f"{folder} belongs to, or may be changed by, another user")
 
 
-def move_durably(source: Path, target: Path) -> None:
-    """Give a finished file its name, on the same file system: after a power cut it is there whole, or not at all.
-
-    Raises:
-        OSError: It cannot be written or moved.
-
-    Example:
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "part").write_text("whole")
-        ...     move_durably(Path(folder, "part"), Path(folder, "file"))
-        ...     Path(folder, "file").read_text()
-        'whole'
-    """
-    _flush(source)
-    os.replace(source, target)
-    with contextlib.suppress(OSError):  # not every system opens folders
-        _flush(target.parent)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def locked(folder: Path, name: str = "lock", *, wait: bool = True) -> Iterator[bool]:
     """Hold the lock ``name`` of the folder: one process or thread at a time. Where files cannot be locked, several may.

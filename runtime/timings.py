@@ -16,13 +16,13 @@ import logging
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from srigl_fx.files import replacing
 from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders, locked, make_private
 from srigl_fx.runtime.kernels.isa import ISA_VARIABLE
 
@@ -239,11 +239,6 @@ def _mend(path: Path) -> None:
 
 def _write(path: Path, lines: list[dict[str, Any]]) -> None:
     """Replace the file, all at once or not at all; the lock is held."""
-    descriptor, name = tempfile.mkstemp(prefix=FILE, dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        os.replace(name, path)
-    except OSError:
-        os.unlink(name)
-        raise
+    with replacing(path) as part:
+        part.touch(mode=0o600)
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from srigl_fx import runtime as runtime
     from srigl_fx import train as train
     from srigl_fx.errors import SriglError as SriglError
-    from srigl_fx.export import export_onnx as export_onnx
-    from srigl_fx.lowering import load_lowered as load_lowered
-    from srigl_fx.lowering import lower as lower
+    from srigl_fx.lowering.pipeline import load_lowered as load_lowered
+    from srigl_fx.lowering.pipeline import lower as lower
     from srigl_fx.masks.invariants import verify as verify
+    from srigl_fx.onnx_export.pipeline import export_onnx as export_onnx
     from srigl_fx.sparsification import finalize as finalize
     from srigl_fx.sparsification import sparsify as sparsify
     from srigl_fx.specs import LayerSpec as LayerSpec
@@ -44,9 +44,9 @@ _NAMES = {
     "GMP": "srigl_fx.train.gmp",
     "summary": "srigl_fx.summaries",
     "verify": "srigl_fx.masks.invariants",
-    "lower": "srigl_fx.lowering",
-    "load_lowered": "srigl_fx.lowering",
-    "export_onnx": "srigl_fx.export",
+    "lower": "srigl_fx.lowering.pipeline",
+    "load_lowered": "srigl_fx.lowering.pipeline",
+    "export_onnx": "srigl_fx.onnx_export.pipeline",
     "LayerSpec": "srigl_fx.specs",
     "SriglError": "srigl_fx.errors",
 }

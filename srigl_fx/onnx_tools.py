@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import ExportError, FormatError
-from srigl_fx.onnx_file import all_nodes
-from srigl_fx.onnx_model import functions_for
-from srigl_fx.onnx_names import rename_values
+from srigl_fx.files import replacing
+from srigl_fx.onnx_export.file import all_nodes
+from srigl_fx.onnx_export.model import functions_for
+from srigl_fx.onnx_export.names import rename_values
 from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
 
@@ -212,11 +213,7 @@ def _merge_imports(model: "onnx.ModelProto") -> None:
 
 
 def _write(model: "onnx.ModelProto", path: Path) -> None:
-    import onnx
-
     if not path.parent.is_dir():
         raise ExportError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".onnx-") as folder:
-        inside = Path(folder, path.name)
-        onnx.save(model, inside)
-        os.replace(inside, path)
+    with replacing(path) as part:
+        part.write_bytes(model.SerializeToString())

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from srigl_fx.errors import SriglError
-from srigl_fx.html_report import format_neurons, save_page, summary_page
 from srigl_fx.masks.invariants import check_sound
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, all_records
-from srigl_fx.report import format_bytes, format_table
+from srigl_fx.reports.html_page import format_neurons, save_page, summary_page
+from srigl_fx.reports.text_tables import format_bytes, format_table
 
 if TYPE_CHECKING:
-    from srigl_fx.lowered import LayerReport
+    from srigl_fx.lowering.lowered import LayerReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,9 @@ def summary(model: nn.Module) -> Summary:
     """
     report = getattr(model, "report", None)
     if report is not None:
-        from srigl_fx.lowered import LoweringReport  # imported only where it may be one: it loads the operators
+        from srigl_fx.lowering.lowered import (
+            LoweringReport,  # imported only where it may be one: it loads the operators
+        )
 
         if isinstance(report, LoweringReport):
             return Summary(tuple(_lowered_row(layer) for layer in (*report.layers, *report.others)))

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 import srigl_fx as sx
 from srigl_fx.errors import ExportError, LoweringError
-from srigl_fx.lowered import LoweredModule
+from srigl_fx.lowering.lowered import LoweredModule
 
 IDS = torch.tensor([[3, 7], [1, 60]])
 # What transformers 5.24 calls "cache" is "past_key_values" in those before it.

@@ -17,7 +17,7 @@ from srigl_fx.cli import doctor
 from srigl_fx.cli.app import app
 from srigl_fx.cli.doctor import run_tiny_model, tiny_model
 from srigl_fx.errors import FormatError
-from srigl_fx.onnx_file import FileReport, inspect_file
+from srigl_fx.onnx_export.file import FileReport, inspect_file
 from srigl_fx.runtime.cache import CACHE_VARIABLE
 from srigl_fx.runtime.calibration import WHAT, believable, predicted
 from srigl_fx.runtime.cost_model import Machine

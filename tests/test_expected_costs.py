@@ -8,8 +8,9 @@ from lowering_support import mask_by_hand, randomise
 from torch import nn
 
 import srigl_fx as sx
-from srigl_fx import lowering, measuring
 from srigl_fx.errors import LoweringError
+from srigl_fx.lowering import layer_costs as measuring
+from srigl_fx.lowering import pipeline as lowering
 from srigl_fx.passes.program import Times
 from srigl_fx.runtime.cost_model import ONNXRUNTIME, Work, estimate
 

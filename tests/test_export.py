@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from srigl_fx import export
 from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.errors import CaptureError, ExportError, LibraryError
+from srigl_fx.onnx_export import pipeline as export
 from srigl_fx.runtime.ort import session as session_module
 from srigl_fx.runtime.ort.fallback import fallback_functions
 

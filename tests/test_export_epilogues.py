@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import FormatError, LibraryError
-from srigl_fx.onnx_file import inspect_file
-from srigl_fx.onnx_model import build_model, functions_for
+from srigl_fx.onnx_export.file import inspect_file
+from srigl_fx.onnx_export.model import build_model, functions_for
 from srigl_fx.passes.condensed_nodes import LINEAR, set_arguments
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort import session as session_module

@@ -11,7 +11,7 @@ import torch
 from export_support import MODULES, captured, inputs_for, network
 
 import srigl_fx as sx
-from srigl_fx.onnx_model import build_model, functions_for
+from srigl_fx.onnx_export.model import build_model, functions_for
 from srigl_fx.runtime.ort import abi
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import CaptureError, ExportError
-from srigl_fx.onnx_places import place_in
+from srigl_fx.onnx_export.places import place_in
 
 
 class _Masked(nn.Module):

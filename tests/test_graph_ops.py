@@ -13,12 +13,12 @@ from lowering_support import mask_by_hand, randomise
 from operator_support.calls import overload
 from torch import Tensor, nn
 
-from srigl_fx import graph_ops
 from srigl_fx.errors import FormatError, LoweringError
-from srigl_fx.graph_file import guarded
-from srigl_fx.graph_guards import guard
-from srigl_fx.lowered import LoweredModule
-from srigl_fx.lowering import load_lowered, lower
+from srigl_fx.lowering import file_operators as graph_ops
+from srigl_fx.lowering.file import guarded
+from srigl_fx.lowering.file_guards import guard
+from srigl_fx.lowering.lowered import LoweredModule
+from srigl_fx.lowering.pipeline import load_lowered, lower
 
 NAMES = sorted(graph_ops._ATEN)
 # Of the guarded ones, those whose arguments are only checked; the others have tests of their own below.
@@ -404,7 +404,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
 
 
 def test_devices_and_layouts_of_a_file_are_those_of_a_lowered_graph() -> None:
-    from srigl_fx.graph_file import _decode
+    from srigl_fx.lowering.file import _decode
 
     for value in ({"device": "meta"}, {"device": "cuda"}, {"layout": "sparse_coo"}):
         with pytest.raises(ValueError, match="dense tensors on the CPU only"):

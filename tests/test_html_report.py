@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 import srigl_fx as sx
-from srigl_fx.html_figures import landscape, latency, removal
-from srigl_fx.html_report import lowering_page, save_page
-from srigl_fx.lowered import LayerReport, LoweringReport
+from srigl_fx.lowering.lowered import LayerReport, LoweringReport
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.removal import Link, Removal, Removals
-from srigl_fx.removal_report import format_removals
+from srigl_fx.reports.html_figures import landscape, latency, removal
+from srigl_fx.reports.html_page import lowering_page, save_page
+from srigl_fx.reports.removal import format_removals
 from srigl_fx.summaries import Summary, WeightSummary
 
 NASTY = (

@@ -11,8 +11,8 @@ import torch
 from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 
-from srigl_fx.lowered import LoweredModule
-from srigl_fx.lowering import lower
+from srigl_fx.lowering.lowered import LoweredModule
+from srigl_fx.lowering.pipeline import lower
 
 _COMPILER = shutil.which("g++") or shutil.which("clang++")
 _IMPORT = "import srigl_fx.runtime.ops"
@@ -31,7 +31,7 @@ else:
 folder = Path(path).parent
 with torch.no_grad():
     torch.save(run(torch.load(folder / "x.pt")), folder / "y.pt")
-print([name for name in ("onnx", "onnxruntime", "srigl_fx.lowering") if name in sys.modules])
+print([name for name in ("onnx", "onnxruntime", "srigl_fx.lowering.pipeline") if name in sys.modules])
 """
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import srigl_fx as sx
-from srigl_fx.lowering import lower
+from srigl_fx.lowering.pipeline import lower
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import run
 from srigl_fx.passes.capture import capture

@@ -16,7 +16,7 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from srigl_fx.lowered import LoweredModule
+from srigl_fx.lowering.lowered import LoweredModule
 
 # An example takes a second or more: what fails is shown as it was drawn.
 QUIET: dict[str, Any] = {

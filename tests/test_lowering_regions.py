@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 
 import srigl_fx as sx
 from srigl_fx.errors import CaptureError, LoweringError
-from srigl_fx.lowered_regions import LoweredRegions
-from srigl_fx.lowering import lower
+from srigl_fx.lowering.pipeline import lower
+from srigl_fx.lowering.regions import LoweredRegions
 from srigl_fx.passes.model_runs import run_model
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import LoweringError, PassError
-from srigl_fx.lowered import LoweringReport
+from srigl_fx.lowering.lowered import LoweringReport
 from srigl_fx.passes.base import Note, Pass, PassResult, run
 from srigl_fx.passes.capture import capture
 from srigl_fx.passes.condense import Condense

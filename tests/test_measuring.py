@@ -9,10 +9,10 @@ import torch
 from lowering_support import mask_by_hand, randomise
 from torch import nn
 
-from srigl_fx import measuring
-from srigl_fx.lowered import LoweredModule, LoweringReport
-from srigl_fx.lowering import lower
-from srigl_fx.measuring import contradicts, is_believable, is_clear
+from srigl_fx.lowering import layer_costs as measuring
+from srigl_fx.lowering.layer_costs import contradicts, is_believable, is_clear
+from srigl_fx.lowering.lowered import LoweredModule, LoweringReport
+from srigl_fx.lowering.pipeline import lower
 from srigl_fx.passes.program import Decision, Times
 from srigl_fx.runtime.cache import CACHE_VARIABLE
 from srigl_fx.runtime.timings import FILE

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx import onnx_tools
 from srigl_fx.errors import ExportError, FormatError
-from srigl_fx.onnx_file import inspect_file
+from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.runtime.ort.contents import condensed_calls
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx import onnx_tools
 from srigl_fx.errors import CaptureError, ExportError, FormatError, LoweringError
-from srigl_fx.lowered import LoweredModule
+from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.passes.capture import capture
 from srigl_fx.runtime.ort.stream import KEY
 from srigl_fx.train.flops import layer_costs

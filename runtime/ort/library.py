@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srigl_fx.errors import LibraryError
+from srigl_fx.files import move_durably
 from srigl_fx.runtime.cache import (
     CACHE_VARIABLE,
     cache_folders,
@@ -25,7 +26,6 @@ from srigl_fx.runtime.cache import (
     is_private,
     locked,
     make_private,
-    move_durably,
 )
 from srigl_fx.runtime.kernels.isa import host_isa
 from srigl_fx.runtime.ort import link

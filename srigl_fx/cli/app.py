@@ -63,7 +63,7 @@ def demo(
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="An ONNX file.")]) -> None:
     """List the condensed layers of an ONNX file: what they keep and what that saves. Runs nothing in the file."""
-    from srigl_fx.onnx_file import inspect_file
+    from srigl_fx.onnx_export.file import inspect_file
 
     with _readable_errors():
         typer.echo(str(inspect_file(file)))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from srigl_fx.errors import SriglError
-from srigl_fx.report import format_table
+from srigl_fx.reports.text_tables import format_table
 from srigl_fx.runtime.threads import torch_threads
 
 Shape = tuple[int, int]

@@ -18,7 +18,7 @@ import numpy as np
 
 from srigl_fx.compatibility import known_good, untested
 from srigl_fx.errors import SriglError
-from srigl_fx.report import format_seconds, format_table
+from srigl_fx.reports.text_tables import format_seconds, format_table
 
 if TYPE_CHECKING:
     import onnx

@@ -21,7 +21,7 @@ import srigl_fx as sx
 from srigl_fx.demo import figures, serve, train
 from srigl_fx.demo.serve import Served
 from srigl_fx.demo.train import Run, Task
-from srigl_fx.report import format_table
+from srigl_fx.reports.text_tables import format_table
 
 SPARSITIES = (0.9, 0.95)
 WIDE_SPARSITY = 0.9

@@ -13,7 +13,6 @@ import hashlib
 import json
 import math
 import os
-import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from srigl_fx.errors import CheckpointError
+from srigl_fx.files import replacing
 
 VERSION = "1"
 _FORMAT, _TREE, _DIGEST = "srigl_fx.checkpoint", "srigl_fx.tree", "srigl_fx.sha256"
@@ -63,19 +63,13 @@ def write(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
     encoder = _Encoder()
     tree = json.dumps({name: encoder.encode(item, name) for name, item in value.items()}, allow_nan=False)
     metadata = {_FORMAT: VERSION, _TREE: tree, _DIGEST: _digest(tree, encoder.tensors)}
-    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
-        safetensors.torch.save_file(encoder.tensors, part, metadata)
-        _flush(part, os.O_RDWR)
-        os.replace(part, target)
-        if os.name == "posix":
-            _flush(target.parent, os.O_RDONLY)  # the new name, too, must outlive a power cut
+        with replacing(target) as part:
+            safetensors.torch.save_file(encoder.tensors, part, metadata)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{target} cannot be written ({error}): does its folder exist, with space left?"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -214,12 +208,3 @@ def _digest(tree: str, tensors: dict[str, Tensor]) -> str:
         if tensor.numel():
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _flush(path: Path, flags: int) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

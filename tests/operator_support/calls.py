@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srigl_fx.graph_guards import guard
-from srigl_fx.graph_ops import GUARDED
+from srigl_fx.lowering.file_guards import guard
+from srigl_fx.lowering.file_operators import GUARDED
 
 _MEMORY = 3 << 30  # bytes that calls may take beside what torch itself does
 _SIZES = (0, 1, 1, 2, 2, 3, 4, 4, 5, 6, 8, 17)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from srigl_fx.report import format_table
+from srigl_fx.reports.text_tables import format_table
 
 FILE = Path(__file__).with_name("coverage.csv")
 

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 import srigl_fx as sx
 from srigl_fx.comparison import relative_error
 from srigl_fx.errors import CaptureError, ExportError
-from srigl_fx.lowered import LoweringReport
+from srigl_fx.lowering.lowered import LoweringReport
 from srigl_fx.masks.records import all_records, sparse_weights
 from srigl_fx.train.protect import protected_weights
 from zoo.coverage import Row

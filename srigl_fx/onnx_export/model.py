@@ -20,11 +20,11 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import ExportError
-from srigl_fx.onnx_file import all_nodes
-from srigl_fx.onnx_names import name_batches, name_values, output_names
-from srigl_fx.onnx_places import place_in, places
-from srigl_fx.onnx_rewrites import rewrite
-from srigl_fx.onnx_state import explicit, of_leaves
+from srigl_fx.onnx_export.file import all_nodes
+from srigl_fx.onnx_export.names import name_batches, name_values, output_names
+from srigl_fx.onnx_export.places import place_in, places
+from srigl_fx.onnx_export.rewrites import rewrite
+from srigl_fx.onnx_export.state import explicit, of_leaves
 from srigl_fx.passes.capture import EXPORT_LOCK
 from srigl_fx.passes.condensed_nodes import CONV, LINEAR
 from srigl_fx.passes.feature_major import settle_layouts

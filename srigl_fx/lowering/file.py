@@ -7,12 +7,9 @@ run. It must not know lowering.
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,8 +20,8 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import FormatError, LoweringError
-from srigl_fx.graph_guards import check, guard
-from srigl_fx.graph_ops import function_name, function_named
+from srigl_fx.lowering.file_guards import check, guard
+from srigl_fx.lowering.file_operators import function_name, function_named
 from srigl_fx.passes import trees
 from srigl_fx.passes.condensed_nodes import condensed_nodes, settled_padding
 from srigl_fx.passes.program import arguments
@@ -81,26 +78,6 @@ def dump(module: fx.GraphModule, extra: dict[str, Any]) -> bytes:
     except ValueError as error:
         raise LoweringError(f"this lowered module cannot be saved: {error}") from error
     return safetensors.torch.save(tensors, metadata={_KEY: json.dumps(header)})
-
-
-def write(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    target = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def guarded(origin: str, load_it: Callable[[], Value]) -> Value:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srigl_fx.errors import FormatError
-from srigl_fx.report import format_bytes, format_table
+from srigl_fx.reports.text_tables import format_bytes, format_table
 from srigl_fx.runtime.ort.abi import DOMAIN, operator_names
 from srigl_fx.runtime.ort.contents import MARK
 

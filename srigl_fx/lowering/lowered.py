@@ -14,16 +14,17 @@ from torch import fx
 from torch.fx.graph import _PyTreeCodeGen
 
 import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs call
-from srigl_fx import graph_file
 from srigl_fx.comparison import tolerance
-from srigl_fx.html_report import format_neurons, lowering_page, notes_by_pass, save_page
-from srigl_fx.lowered_inputs import check_inputs, is_description
+from srigl_fx.files import replacing
+from srigl_fx.lowering import file as graph_file
+from srigl_fx.lowering.inputs import check_inputs, is_description
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.capture import Failure
 from srigl_fx.passes.example_inputs import Inputs
 from srigl_fx.passes.removal import Removals
-from srigl_fx.removal_report import format_removals
-from srigl_fx.report import format_bytes, format_table
+from srigl_fx.reports.html_page import format_neurons, lowering_page, notes_by_pass, save_page
+from srigl_fx.reports.removal import format_removals
+from srigl_fx.reports.text_tables import format_bytes, format_table
 
 _STATE = "srigl_fx"
 _TOLD = 20  # notes of one pass that the text of a report has
@@ -324,7 +325,8 @@ class LoweredModule(fx.GraphModule):
         Raises:
             LoweringError: The graph calls something that such a file cannot hold.
         """
-        graph_file.write(path, self._bytes())
+        with replacing(path) as part:
+            part.write_bytes(self._bytes())
 
     def _bytes(self) -> bytes:
         extra = {"report": self.report.as_dict(), "inputs": self.meta[_STATE]["inputs"]}

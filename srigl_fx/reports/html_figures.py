@@ -6,8 +6,8 @@ Owns where things are drawn. It must not know HTML: the templates turn coordinat
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from srigl_fx.removal_report import describe_folds
-from srigl_fx.report import format_seconds
+from srigl_fx.reports.removal import describe_folds
+from srigl_fx.reports.text_tables import format_seconds
 
 Plain = Mapping[str, Any]
 

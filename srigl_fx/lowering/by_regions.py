@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import relative_error
 from srigl_fx.errors import LoweringError, SriglError
-from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport
-from srigl_fx.lowered_regions import LoweredRegions, assemble
+from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
+from srigl_fx.lowering.regions import LoweredRegions, assemble
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes import trees
 from srigl_fx.passes.capture import Capture, uncapturable

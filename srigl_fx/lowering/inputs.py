@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import LoweringError
-from srigl_fx.graph_file import encode_tree
+from srigl_fx.lowering.file import encode_tree
 from srigl_fx.passes import trees
 from srigl_fx.passes.capture_checks import is_free
 from srigl_fx.passes.example_inputs import Inputs
@@ -27,7 +27,7 @@ _SHOWN = 60  # characters of a value in a message
 
 
 def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
-    """What :meth:`~srigl_fx.lowered.LoweredModule.build` wants to know about inputs, from their values at capture."""
+    """What :meth:`~srigl_fx.lowering.lowered.LoweredModule.build` wants to know of inputs, by the values at capture."""
 
     def one(value: Any, batch: int) -> dict[str, Any] | None:
         if isinstance(value, Tensor):

@@ -6,7 +6,7 @@ Owns the text form of :class:`~srigl_fx.passes.removal.Removals`. It must not kn
 from collections.abc import Mapping, Sequence
 
 from srigl_fx.passes.removal import Removals
-from srigl_fx.report import format_table
+from srigl_fx.reports.text_tables import format_table
 
 _OUTPUT = "it is an output of the model"
 _FOLDS = {

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srigl_fx.graph_ops import GUARDED, function_name
+from srigl_fx.lowering.file_operators import GUARDED, function_name
 from srigl_fx.passes.condensed_nodes import set_arguments
 from srigl_fx.passes.program import arguments
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from srigl_fx.errors import LoweringError
-from srigl_fx.lowered import LoweredModule, LoweringReport
+from srigl_fx.lowering.lowered import LoweredModule, LoweringReport
 from srigl_fx.masks.records import records_on
 from srigl_fx.nn.sparse_module import detach_masks
 from srigl_fx.passes.example_inputs import Inputs

@@ -14,10 +14,10 @@ from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from srigl_fx.graph_file import write
-from srigl_fx.html_figures import landscape, latency, removal
-from srigl_fx.removal_report import why_kept
-from srigl_fx.report import format_bytes, format_seconds
+from srigl_fx.files import replacing
+from srigl_fx.reports.html_figures import landscape, latency, removal
+from srigl_fx.reports.removal import why_kept
+from srigl_fx.reports.text_tables import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     import jinja2
@@ -136,7 +136,8 @@ def save_page(path: str | os.PathLike[str], page: str) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_page(f"{folder}/report.html", "<!doctype html>")
     """
-    write(path, page.encode())
+    with replacing(path) as part:
+        part.write_bytes(page.encode())
 
 
 def _lowered_row(layer: Plain) -> dict[str, Any]:

@@ -6,7 +6,6 @@ model is lowered or translated, nor how the library works.
 
 import functools
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,25 +18,25 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError, LibraryError
-from srigl_fx.lowered import LoweredModule, LoweringReport, format_speedups
-from srigl_fx.lowered_inputs import arranged
-from srigl_fx.lowered_regions import LoweredRegions
-from srigl_fx.lowering import lower
-from srigl_fx.onnx_file import CondensedNode, inspect_file
-from srigl_fx.onnx_model import build_model, functions_for
-from srigl_fx.onnx_names import sizes_of
-from srigl_fx.onnx_places import place_in
+from srigl_fx.files import replacing
+from srigl_fx.lowering.inputs import arranged
+from srigl_fx.lowering.lowered import LoweredModule, LoweringReport, format_speedups
+from srigl_fx.lowering.pipeline import lower
+from srigl_fx.lowering.regions import LoweredRegions
+from srigl_fx.onnx_export.file import CondensedNode, inspect_file
+from srigl_fx.onnx_export.model import build_model, functions_for
+from srigl_fx.onnx_export.names import sizes_of
+from srigl_fx.onnx_export.places import place_in
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import resize
 from srigl_fx.passes.state import kept_in, writes
 from srigl_fx.passes.wrappers import unwrapped
-from srigl_fx.report import format_bytes
+from srigl_fx.reports.text_tables import format_bytes
 from srigl_fx.runtime.ort.stream import INPUT, Stream
 
 if TYPE_CHECKING:
-    import onnx
     import onnxruntime
 
 _LARGEST_FILE = 2**31 - 1  # what one protobuf message may hold
@@ -62,7 +61,8 @@ class ExportReport:
         inputs: The sizes of the inputs by name: numbers where they are fixed, the names of sizes where they are free.
             Sizes have the same name where they must be the same.
         outputs: The same of the outputs.
-        lowering: What became of each weight and why, with its expected times (:class:`~srigl_fx.lowered.LayerReport`).
+        lowering: What became of each weight and why, with its expected times
+            (:class:`~srigl_fx.lowering.lowered.LayerReport`).
         state: The buffers that the model writes: ``name`` is the input ``state.name`` and the output
             ``next_state.name``, and ``srigl_fx.runtime.Stream`` carries it from call to call.
     """
@@ -319,13 +319,15 @@ def _write(
     proto = build_model(lowered, args, kwargs, batches, origins)
     if fallback:
         proto.functions.extend(functions_for(proto))
-    written = _write_beside(target, proto)
-    try:
-        checked = _check(written, lowered, args, kwargs, batches, origins, fallback=fallback) if verify else ({}, [])
-        errors, notes = checked
-        os.replace(written, target)
-    finally:
-        written.unlink(missing_ok=True)
+    if proto.ByteSize() > _LARGEST_FILE:
+        raise ExportError(
+            f"the model takes {format_bytes(proto.ByteSize())}, more than one ONNX file holds (2 GiB): raise the "
+            "sparsity, or make more of its layers sparse"
+        )
+    with replacing(target) as part:
+        part.write_bytes(proto.SerializeToString())
+        checked = _check(part, lowered, args, kwargs, batches, origins, fallback=fallback) if verify else ({}, [])
+    errors, notes = checked
     return _Written(errors, notes, sizes_of(proto.graph.input), sizes_of(proto.graph.output))
 
 
@@ -357,19 +359,6 @@ def _batches(lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, An
 def _any(batches: Sequence[int | None]) -> bool:
     """Whether any leading size is free."""
     return any(batch is not None for batch in batches)
-
-
-def _write_beside(target: Path, proto: "onnx.ModelProto") -> Path:
-    """Write the model to a temporary file in the folder of ``target``, with the permissions of a new file."""
-    if proto.ByteSize() > _LARGEST_FILE:
-        raise ExportError(
-            f"the model takes {format_bytes(proto.ByteSize())}, more than one ONNX file holds (2 GiB): raise the "
-            "sparsity, or make more of its layers sparse"
-        )
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=target.parent) as folder:
-        inside = Path(folder, target.name)
-        inside.write_bytes(proto.SerializeToString())
-        return inside.replace(Path(f"{folder}.onnx"))
 
 
 def _check(

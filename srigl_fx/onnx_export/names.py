@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from srigl_fx.onnx_rewrites import is_tensor
+from srigl_fx.onnx_export.rewrites import is_tensor
 from srigl_fx.passes.trees import leaf_paths
 
 if TYPE_CHECKING:

@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import FormatError, LoweringError, SriglError
-from srigl_fx.lowered import LayerReport, LoweredModule, LoweringReport
-from srigl_fx.lowered_inputs import describe_inputs
-from srigl_fx.lowered_regions import LoweredRegions
+from srigl_fx.lowering.by_regions import lower_regions
+from srigl_fx.lowering.inputs import describe_inputs
+from srigl_fx.lowering.layer_costs import Costs, estimated_costs, layer_costs
+from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
+from srigl_fx.lowering.regions import LoweredRegions
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
-from srigl_fx.measuring import Costs, estimated_costs, layer_costs
 from srigl_fx.passes.base import Note, Pass, run
 from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole, uncapturable
 from srigl_fx.passes.condense import Condense, refuse_overflow
@@ -34,7 +35,6 @@ from srigl_fx.passes.program import Program, Times
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import differences, verifier
 from srigl_fx.passes.wrappers import unwrapped
-from srigl_fx.region_lowering import lower_regions
 from srigl_fx.runtime.cost_model import ONNXRUNTIME
 from srigl_fx.runtime.format import VALUE_DTYPES
 

@@ -1,0 +1,64 @@
+"""Files that appear whole or not at all.
+
+Owns how a finished file takes the place of another, also after a power cut. It must not know what is in files.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A path in the same folder for what is to take the place of ``path`` when the block ends.
+
+    If the block raises, ``path`` is what it was, and nothing is left beside it.
+
+    Raises:
+        OSError: It cannot be written or moved.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(f"{folder}/file") as part:
+        ...         _ = part.write_text("whole")
+        ...     os.listdir(folder)
+        ['file']
+    """
+    target = Path(path)
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    try:
+        yield part
+        move_durably(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def move_durably(source: Path, target: Path) -> None:
+    """Give a finished file its name, on the same file system: after a power cut it is there whole, or not at all.
+
+    Raises:
+        OSError: It cannot be written or moved.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "part").write_text("whole")
+        ...     move_durably(Path(folder, "part"), Path(folder, "file"))
+        ...     Path(folder, "file").read_text()
+        'whole'
+    """
+    _flush(source, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    os.replace(source, target)
+    with contextlib.suppress(OSError):  # not every system opens folders
+        _flush(target.parent, os.O_RDONLY)
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""From a model with masks to condensed operators."""

@@ -1,0 +1,1 @@
+"""From a lowered graph to a file of ONNX."""

@@ -1,0 +1,1 @@
+"""What the verbs say, as text and as pages."""
