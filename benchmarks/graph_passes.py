@@ -107,7 +107,7 @@ def stages(model: nn.Module, inputs: object) -> dict[str, float]:
     start = time.perf_counter()
     program = capture(model, inputs)
     seconds["capture"] = time.perf_counter() - start
-    for step in (*LOWERING, MatchWeights(), Select({}, 0), Condense()):
+    for step in (*LOWERING, MatchWeights(), Select(), Condense()):
         start = time.perf_counter()
         program = run((step,), program).subject
         seconds[step.name] = time.perf_counter() - start

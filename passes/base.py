@@ -9,6 +9,7 @@ explicit tuple of passes: ``run((Discover(), AssignBudgets(...), InsertMasks()),
 """
 
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -79,7 +80,11 @@ class Pass(ABC, Generic[Subject]):
 
 
 def run(
-    passes: Sequence[Pass[Subject]], subject: Subject, *, check: Callable[[str, Subject], None] | None = None
+    passes: Sequence[Pass[Subject]],
+    subject: Subject,
+    *,
+    check: Callable[[str, Subject], None] | None = None,
+    observe: Callable[[str, Subject, PassResult[Subject], float], None] | None = None,
 ) -> PassResult[Subject]:
     """Run ``passes`` in order and return the last subject with all notes.
 
@@ -92,6 +97,8 @@ def run(
         subject: What the first one gets.
         check: Called with a pass's name and its subject after each pass, whatever it says it changed; raises where
             the subject is wrong.
+        observe: Called after each pass with its name, what it got, what came of it (where it was undone, what it got),
+            and the seconds it took.
 
     Raises:
         SriglError: As a pass raised it.
@@ -114,14 +121,17 @@ def run(
     changed = False
     notes: list[Note] = []
     for step in passes:
+        began = time.perf_counter()
         try:
             result = _run_one(step, _own(subject), check)
         except PassError as error:
             if not step.only_improves:
                 raise
             _LOGGER.debug("the pass %s was undone", step.name, exc_info=error)
-            notes.append(Note(where="the graph", reason=f"undone: {error}", by=step.name, undone=True))
-            continue
+            undone = Note(where="the graph", reason=f"undone: {error}", by=step.name, undone=True)
+            result = PassResult(subject=subject, changed=False, notes=(undone,))
+        if observe is not None:
+            observe(step.name, subject, result, time.perf_counter() - began)
         subject = result.subject
         changed |= result.changed
         notes += [replace(note, by=note.by or step.name) for note in result.notes]

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
-from srigl_fx.errors import LoweringError
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.program import Decision, Program, Use, arguments, tensor_at
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
@@ -65,24 +64,6 @@ class Condense(Pass[Program]):
         """No condensed layer is still contracted densely."""
         left = {use.node for layer in subject.layers if layer.decision != "dense" for use in layer.uses}
         assert not left & set(subject.module.graph.nodes)
-
-
-def refuse_overflow(program: Program) -> None:
-    """Refuse weights that the program's ``value_dtype`` cannot hold.
-
-    Raises:
-        LoweringError: A kept weight of a layer that can be condensed is finite, but not in that dtype.
-    """
-    value_dtype = program.value_dtype
-    for layer in program.layers:
-        for use in layer.uses:
-            kept = use.weight[use.mask]
-            if lost := kept[kept.isfinite() & ~kept.to(value_dtype).isfinite()].tolist():
-                raise LoweringError(
-                    f"{layer.weight.fqn} {tuple(layer.weight.weight.shape)} holds {max(lost, key=abs):.5g}, and "
-                    f"{value_dtype} nothing above {torch.finfo(value_dtype).max:.5g}: lower it with value_dtype="
-                    "torch.bfloat16 or torch.float32 (a batch norm may have been folded into it)"
-                )
 
 
 def condensed_rows(use: Use, value_dtype: torch.dtype = torch.float32) -> list[tuple[int, int, CondensedWeight]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from srigl_fx.errors import LoweringError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.program import Geometry, Layer, Program, Use, arguments, operands, tensor_at
@@ -44,6 +45,7 @@ class MatchWeights(Pass[Program]):
     3. The data must be float32 and depend on the inputs.
     4. Any other node that reads the weight is remembered by its operator; it keeps the dense tensor.
     5. A weight without a use that can be condensed stays dense, and its layer says why.
+    6. A weight that the values' dtype cannot hold is an error.
     """
 
     def run(self, subject: Program) -> PassResult[Program]:
@@ -57,6 +59,22 @@ class MatchWeights(Pass[Program]):
             _match(subject, layer, readers.get(layer.weight.fqn, []))
         notes = tuple(Note(where=layer.weight.fqn, reason=layer.reason) for layer in subject.layers if layer.reason)
         return PassResult(subject=subject, changed=False, notes=notes)
+
+    def ensures(self, subject: Program) -> None:
+        """Each weight that was found can be stored in the program's ``value_dtype``.
+
+        Raises:
+            LoweringError: A kept weight is finite, but not in that dtype.
+        """
+        for layer in subject.layers:
+            for use in layer.uses:
+                kept = use.weight[use.mask]
+                if lost := kept[kept.isfinite() & ~kept.to(subject.value_dtype).isfinite()].tolist():
+                    raise LoweringError(
+                        f"{layer.weight.fqn} {tuple(layer.weight.weight.shape)} holds {max(lost, key=abs):.5g}, and "
+                        f"{subject.value_dtype} nothing above {torch.finfo(subject.value_dtype).max:.5g}: lower it "
+                        "with value_dtype=torch.bfloat16 or torch.float32 (a batch norm may have been folded into it)"
+                    )
 
 
 def _match(program: Program, layer: Layer, readers: list[fx.Node]) -> None:

@@ -22,6 +22,19 @@ Times = dict[int, dict[Decision, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Seconds a call, by weight name, batch size and form.
+
+    Attributes:
+        measured: For each layer that was measured, now or earlier.
+        estimated: For every layer with a choice, by the cost model.
+    """
+
+    measured: dict[str, Times] = field(default_factory=dict)
+    estimated: dict[str, Times] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskedTensor:
     """What is known of a tensor of the graph that holds a mask-managed weight, or a part or a function of one.
 

@@ -1,12 +1,12 @@
 """Which form each layer takes, from its times.
 
-Owns the rule and :class:`Select`. It must not measure: the times are handed to it.
+Owns the rule and :class:`Select`. It must not measure: what gives the times is handed to it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.program import Decision, Layer, Program, Times
+from srigl_fx.passes.program import Costs, Decision, Layer, Program, Times
 
 NOISE = 1.05  # forms whose times differ by less than this factor count as equally fast
 
@@ -58,31 +58,29 @@ class Select(Pass[Program]):
     2. With times for a layer, the measured speedups decide (:func:`decide`). "shrunk" has times only where rows are
        ablated.
     3. Without, but with estimates and a speedup to reach, the estimates decide in the same way, and the reason says so.
-    4. Without either, or with no speedup to reach, it is condensed.
+    4. No times and no estimates, or ``min_speedup`` 0: it is condensed.
 
     Args:
-        times: Measured times by weight name.
+        costs: What gives the times of the program's layers, measured and estimated; by default there are none, and
+            ``lower`` puts its own there.
         min_speedup: How much faster than dense a form must be.
-        estimates: Estimated times by weight name.
     """
 
     only_improves = True
 
-    def __init__(
-        self, times: Mapping[str, Times], min_speedup: float, estimates: Mapping[str, Times] | None = None
-    ) -> None:
-        self._times = times
-        self._estimates = estimates or {}
+    def __init__(self, costs: Callable[[Program], Costs] | None = None, min_speedup: float = 0.0) -> None:
+        self.costs = costs
         self._min_speedup = min_speedup
 
     def run(self, subject: Program) -> PassResult[Program]:
         """Fill in decision, reason, times and estimates of each layer."""
         notes = []
+        costs = Costs() if self.costs is None else self.costs(subject)
         for layer in subject.layers:
             if not layer.uses:
                 continue
-            layer.times = self._times.get(layer.weight.fqn, {})
-            layer.estimates = self._estimates.get(layer.weight.fqn, {})
+            layer.times = costs.measured.get(layer.weight.fqn, {})
+            layer.estimates = costs.estimated.get(layer.weight.fqn, {})
             layer.decision, layer.reason = self._decide(layer)
             if layer.others and layer.decision != "dense":
                 also = f"also read by {', '.join(sorted(set(layer.others)))}: the dense weight stays too"

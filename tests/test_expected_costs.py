@@ -11,7 +11,7 @@ import srigl_fx as sx
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowering import layer_costs as measuring
 from srigl_fx.lowering import pipeline as lowering
-from srigl_fx.passes.program import Times
+from srigl_fx.passes.program import Costs, Times
 from srigl_fx.runtime.cost_model import ONNXRUNTIME, Work, estimate
 
 
@@ -47,9 +47,7 @@ def test_auto_condenses_what_is_expected_to_gain_and_measures_nothing(monkeypatc
 
 def test_a_layer_that_loses_at_either_batch_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     given: Times = {1: {"dense": 4.0, "condensed": 1.0}, 16: {"dense": 1.0, "condensed": 2.0}}
-    monkeypatch.setattr(
-        lowering, "estimated_costs", lambda *_: measuring.Costs(measured={}, estimated={"0.weight": given})
-    )
+    monkeypatch.setattr(lowering, "estimated_costs", lambda *_: Costs(measured={}, estimated={"0.weight": given}))
     network = mask_by_hand(randomise(nn.Sequential(nn.Linear(64, 32))), 0.1).eval()
     (layer,) = sx.lower(network, (torch.randn(2, 64),), min_speedup="auto").report.layers
     assert (layer.decision, layer.reason) == (

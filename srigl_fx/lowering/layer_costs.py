@@ -8,7 +8,6 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.condense import can_shrink, variants
-from srigl_fx.passes.program import Decision, Layer, Program, Times, Use, arguments
+from srigl_fx.passes.program import Costs, Decision, Layer, Program, Times, Use, arguments
 from srigl_fx.runtime.autotune import measure_undisturbed
 from srigl_fx.runtime.calibration import checked_constants, host_machine, machine_constants
 from srigl_fx.runtime.cost_model import Kernel, Machine, Work, estimate, kernel_for
@@ -27,19 +26,6 @@ _USUAL = 4.0  # how far a ratio may be from that of the default constants and be
 _FAR = 20.0  # how far a time may be from its estimate without being measured again
 _AGAIN = 1.5  # how far apart two measurements of one call may be that confirm each other
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Seconds a call, by weight name, batch size and form.
-
-    Attributes:
-        measured: For each layer that was measured, now or earlier.
-        estimated: For every layer with a choice, by the cost model.
-    """
-
-    measured: dict[str, Times]
-    estimated: dict[str, Times]
 
 
 def layer_costs(program: Program, batch_sizes: Sequence[int], min_speedup: float) -> Costs:

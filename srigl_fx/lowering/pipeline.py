@@ -16,22 +16,20 @@ from torch.utils import _pytree as pytree
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import FormatError, LoweringError, SriglError
 from srigl_fx.lowering.by_regions import lower_regions
+from srigl_fx.lowering.dump import Dump
 from srigl_fx.lowering.inputs import describe_inputs
-from srigl_fx.lowering.layer_costs import Costs, estimated_costs, layer_costs
+from srigl_fx.lowering.layer_costs import estimated_costs, layer_costs
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
 from srigl_fx.passes.base import Note, Pass, run
 from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole, uncapturable
-from srigl_fx.passes.condense import Condense, refuse_overflow
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.feature_major import FeatureMajor
-from srigl_fx.passes.fuse_epilogues import FuseEpilogues
-from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.model_runs import Run, run_steps
-from srigl_fx.passes.pipelines import LOWERING
-from srigl_fx.passes.program import Program, Times
+from srigl_fx.passes.pipelines import LOWERING, whole
+from srigl_fx.passes.program import Costs, Program, Times
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import differences, verifier
 from srigl_fx.passes.wrappers import unwrapped
@@ -52,6 +50,7 @@ def lower(
     value_dtype: torch.dtype = torch.float32,
     verify: bool | Literal["each pass"] = True,
     passes: Sequence[Pass[Program]] = LOWERING,
+    dump: str | os.PathLike[str] | None = None,
 ) -> LoweredModule | LoweredRegions:
     """Lower a sparse-trained model: its masks become condensed custom operators.
 
@@ -69,8 +68,8 @@ def lower(
             is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring;
             "auto", the default of :func:`srigl_fx.export_onnx`, measures nothing either, and condenses what the cost
             model does not expect to lose in ONNX Runtime at one sample and at 16.
-            Times are kept in the folder that SRIGL_FX_CACHE names (``~/.cache/srigl_fx``) and used again; with at most
-            1, linear layers whose estimates are three times apart are not measured.
+            Times are kept in the folder that SRIGL_FX_CACHE names (``~/.cache/srigl_fx``) and used again. If it is at
+            most 1, a linear layer is not timed when the cost model already says one form is 3 times faster.
         batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
         value_dtype: What condensed weights are stored in: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16``
             for two bytes less for each. Everything else is float32: activations, biases, sums, dense weights.
@@ -78,8 +77,10 @@ def lower(
             "each pass", after every pass that changed the graph. Errors up to 1e-4 of the largest output pass; with
             values of 16 bits up to 7.8e-3 (bfloat16) or 9.8e-4 (float16) times the square root of the number of
             condensed layers, which is what rounding their weights may cause.
-        passes: The graph passes that run before layers are matched and condensed; a pass of your own goes anywhere
-            among those of ``srigl_fx.passes.pipelines.LOWERING``.
+        passes: The graph passes. A pass of your own goes anywhere in ``(*LOWERING, *CONDENSING)`` of
+            ``srigl_fx.passes.pipelines``; where no pass condenses, those of ``CONDENSING`` follow.
+        dump: A folder in which the graph is written before and after each pass, as text, with times and the operators
+            that came and went; each part of a model that is not one graph has a folder of its own in it.
 
     Returns:
         A ``torch.fx.GraphModule`` with ``.report`` and ``.save(path)``. Where the model cannot be captured as one
@@ -115,7 +116,8 @@ def lower(
     with EXPORT_LOCK:
         _check_parameters(model)
         invariants.check_sound(model)
-        options = _Options(min_speedup, batch_sizes, value_dtype, verify, tuple(passes))
+        folder = None if dump is None else Path(dump)
+        options = _Options(min_speedup, batch_sizes, value_dtype, verify, tuple(passes), folder)
         args, kwargs = normalise_inputs(example_inputs)
         attempts = capture_whole(model, args, kwargs)
         if attempts.program is not None:
@@ -132,6 +134,7 @@ class _Options:
     value_dtype: torch.dtype
     verify: bool | Literal["each pass"]
     passes: tuple[Pass[Program], ...]
+    dump: Path | None
 
 
 def _lower_parts(
@@ -146,7 +149,9 @@ def _lower_parts(
         batch = program.batch_size if program.dynamic else None
         sizes = options.batch_sizes if leading and batch == leading[0] else None
         check = verifier(replace(program, model=part)) if each_pass or options.verify == "each pass" else None
-        return _run_passes(program, replace(options, batch_sizes=sizes), check)[0]
+        name = next(name for name, module in model.named_modules() if module is part)
+        folder = options.dump / (name or "model") if options.dump is not None else None
+        return _run_passes(program, replace(options, batch_sizes=sizes, dump=folder), check)[0]
 
     return lower_regions(model, args, kwargs, attempts, lower_one, verify=bool(options.verify))
 
@@ -180,20 +185,23 @@ def _run_passes(
     captured: Program, options: _Options, check: Callable[[str, Program], None] | None
 ) -> tuple[LoweredModule, Program]:
     """Lower one captured graph, which stays as it is; the program is what its passes made of it."""
+    _check_batch_sizes(captured, options)
     inputs = describe_inputs(captured)
-    rewritten = run(options.passes, captured, check=check)
-    matched = run((MatchWeights(),), rewritten.subject)
-    program = matched.subject
-    program.value_dtype = options.value_dtype
-    refuse_overflow(program)
-    costs = _costs(program, options)
-    min_speedup = 1.0 if options.min_speedup == "auto" else options.min_speedup
-    select = Select(costs.measured, min_speedup, costs.estimated)
-    batch = min(options.batch_sizes) if options.batch_sizes else None
-    finished = run((select, Condense(), FuseEpilogues(), FeatureMajor(batch)), program, check=check)
-    program = finished.subject
-    report = _report(program, rewritten.notes + matched.notes + finished.notes)
-    return LoweredModule.build(program.module, report, inputs), program
+    program = replace(captured, value_dtype=options.value_dtype)
+    observe = None if options.dump is None else Dump(options.dump, program)
+    finished = run([_settled(step, options) for step in whole(options.passes)], program, check=check, observe=observe)
+    report = _report(finished.subject, finished.notes)
+    return LoweredModule.build(finished.subject.module, report, inputs), finished.subject
+
+
+def _settled(step: Pass[Program], options: _Options) -> Pass[Program]:
+    """A pass with what the call of ``lower`` has for it; one that was made with something of its own keeps that."""
+    if isinstance(step, Select) and step.costs is None:
+        min_speedup = 1.0 if options.min_speedup == "auto" else options.min_speedup
+        return Select(lambda program: _costs(program, options), min_speedup)
+    if isinstance(step, FeatureMajor) and step.batch is None and options.batch_sizes:
+        return FeatureMajor(min(options.batch_sizes), step.min_samples)
+    return step
 
 
 @noted
@@ -254,15 +262,19 @@ def _costs(program: Program, options: _Options) -> Costs:
     if options.min_speedup == "auto":
         usual = EXPECTED_BATCHES if program.dynamic else own
         return estimated_costs(program, options.batch_sizes or usual, ONNXRUNTIME)
-    sizes = list(options.batch_sizes or own)
-    if not program.dynamic and sizes != own:
-        if options.min_speedup > 0:
-            raise LoweringError(
-                f"batch_sizes {sizes} cannot be measured: the model was captured for batch {program.batch_size} only; "
-                "leave batch_sizes out"
-            )
-        sizes = own
+    sizes = list(options.batch_sizes or own) if program.dynamic else own
     return layer_costs(program, sizes, options.min_speedup)
+
+
+def _check_batch_sizes(program: Program, options: _Options) -> None:
+    """Refuse batch sizes that cannot be measured, before any pass has run."""
+    if options.min_speedup in ("auto", 0) or program.dynamic or not options.batch_sizes:
+        return
+    if list(options.batch_sizes) != [program.batch_size]:
+        raise LoweringError(
+            f"batch_sizes {list(options.batch_sizes)} cannot be measured: the model was captured for batch "
+            f"{program.batch_size} only; leave batch_sizes out"
+        )
 
 
 def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:

@@ -31,7 +31,7 @@ def matched(model: nn.Module, *inputs: Tensor) -> Program:
 
 
 def condensed(model: nn.Module, *inputs: Tensor) -> Program:
-    return run((Select({}, 0), Condense()), matched(model, *inputs)).subject
+    return run((Select(), Condense()), matched(model, *inputs)).subject
 
 
 def called(program: Program, target: object) -> int:

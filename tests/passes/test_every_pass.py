@@ -24,7 +24,7 @@ from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 
 AFTERWARDS: tuple[Pass[Program], ...] = (Condense(), FuseEpilogues(), FeatureMajor(min_samples=1))
-PIPELINE: tuple[Pass[Program], ...] = (*LOWERING, MatchWeights(), Select({}, 0.0), *AFTERWARDS)
+PIPELINE: tuple[Pass[Program], ...] = (*LOWERING, MatchWeights(), Select(), *AFTERWARDS)
 OPERATIONS = ("call_function", "call_module")
 CONTRACTIONS = ("linear", "conv", "matmul", "addmm", "bmm", "condensed")
 

@@ -128,7 +128,7 @@ def test_memory_is_feature_major_between_the_layers_only() -> None:
 def program_of(compose: Callable[[Any, Tensor], Any]) -> Program:
     model = mask_by_hand(randomise(Chain(compose)), 0.4).eval()
     program = capture(model, (torch.randn(16, 12),))
-    return run((*LOWERING, MatchWeights(), Select({}, 0.0), Condense(), FuseEpilogues()), program).subject
+    return run((*LOWERING, MatchWeights(), Select(), Condense(), FuseEpilogues()), program).subject
 
 
 def test_recorded_strides_are_those_of_the_values() -> None:

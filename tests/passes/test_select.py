@@ -9,7 +9,7 @@ from srigl_fx.passes.base import run
 from srigl_fx.passes.capture import capture_whole
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.pipelines import LOWERING
-from srigl_fx.passes.program import Decision, Program, Times
+from srigl_fx.passes.program import Costs, Decision, Program, Times
 from srigl_fx.passes.select import Select, decide
 
 FAST: Times = {1: {"dense": 4.0, "condensed": 1.0}}
@@ -71,7 +71,8 @@ def decisions(program: Program) -> dict[str, tuple[Decision, str]]:
 
 
 def test_times_go_before_estimates_and_estimates_say_so(program: Program) -> None:
-    select = Select({"0.weight": FAST}, 1.0, {"0.weight": SLOW, "2.weight": SLOW, "4.weight": FAST})
+    costs = Costs(measured={"0.weight": FAST}, estimated={"0.weight": SLOW, "2.weight": SLOW, "4.weight": FAST})
+    select = Select(lambda _: costs, 1.0)
     selected = run((select,), program).subject
     assert decisions(selected) == {
         "0.weight": ("condensed", "4.00 times as fast as dense at batch 1"),
@@ -84,6 +85,6 @@ def test_times_go_before_estimates_and_estimates_say_so(program: Program) -> Non
 
 def test_estimates_do_not_count_where_no_speedup_is_asked_for(program: Program) -> None:
     estimates = dict.fromkeys(("0.weight", "2.weight", "4.weight"), SLOW)
-    selected = run((Select({}, 0, estimates),), program).subject
+    selected = run((Select(lambda _: Costs(estimated=estimates)),), program).subject
     assert set(decisions(selected).values()) == {("condensed", "")}
     assert all(layer.estimates == SLOW for layer in selected.layers)

@@ -1,0 +1,128 @@
+"""One pipeline from a captured graph to condensed operators: passes anywhere in it, and each written down as text."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lowering_support import mask_by_hand, randomise
+from torch import Tensor, nn
+
+import srigl_fx as sx
+from srigl_fx.errors import LoweringError
+from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.passes.condense import Condense
+from srigl_fx.passes.condensed_nodes import condensed_nodes
+from srigl_fx.passes.pipelines import CONDENSING, LOWERING
+from srigl_fx.passes.program import Program
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def model() -> nn.Module:
+    network = nn.Sequential(nn.Linear(8, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
+    return mask_by_hand(randomise(network), 0.4).eval()
+
+
+class Look(Pass[Program]):
+    """Notes how many condensed operators there are by now."""
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        count = len(list(condensed_nodes(subject.module.graph)))
+        return PassResult(subject=subject, changed=False, notes=(Note(where="here", reason=f"{count} condensed"),))
+
+
+@pytest.mark.parametrize(
+    ("passes", "seen"),
+    [
+        ((Look(), *LOWERING), "0"),
+        ((*LOWERING, Look()), "0"),
+        ((*LOWERING, *CONDENSING[:2], Look(), *CONDENSING[2:]), "0"),
+        ((*LOWERING, *CONDENSING[:3], Look(), *CONDENSING[3:]), "2"),
+        ((*LOWERING, *CONDENSING, Look()), "2"),
+    ],
+    ids=["in front", "before layers are matched", "before they are condensed", "behind that", "at the end"],
+)
+def test_a_pass_goes_anywhere(passes: tuple[Pass[Program], ...], seen: str) -> None:
+    network = model()
+    lowered = sx.lower(network, (X,), min_speedup=0, passes=passes)
+    (note,) = [note for note in lowered.report.notes if note.by == "Look"]
+    assert note.reason == f"{seen} condensed"
+    assert note.reason in str(lowered.report)
+    torch.testing.assert_close(lowered(X), network(X), rtol=0, atol=1e-5)
+    assert [layer.decision for layer in lowered.report.layers] == ["condensed", "condensed"]
+
+
+def test_each_pass_is_written_down(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "dump"
+    sx.lower(model(), (X,), min_speedup=0, dump=folder)
+    names = [step.name for step in (*LOWERING, *CONDENSING)]
+    files = sorted(path.name for path in folder.glob("[0-9]*"))
+    assert files == ["00 captured.txt", *(f"{number:02} {name}.txt" for number, name in enumerate(names, 1))]
+    text = {path.name.split()[1].removesuffix(".txt"): path.read_text() for path in folder.glob("[0-9]*")}
+    assert "batch_norm" in text["captured"]
+    assert "batch_norm" in text["ToLinear"]
+    assert "batch_norm" not in text["FoldBatchNorm"].partition("\n\n")[2]
+    assert text["Condense"].startswith("# Condense: changed, ")
+    assert "+2 srigl_fx.condensed_linear.default, -2 aten.linear.default" in text["Condense"]
+    assert "srigl_fx.condensed_linear" not in text["Select"]
+    assert "-1 aten.relu.default" in text["FuseEpilogues"]
+    table = (folder / "passes.txt").read_text().splitlines()
+    assert [line.split()[1] for line in table[2:]] == names
+
+
+class Fails(Pass[Program]):
+    only_improves = True
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        subject.module.graph.erase_node(list(subject.module.graph.nodes)[-1])
+        raise ArithmeticError("not today")
+
+
+def test_a_pass_that_was_undone_says_so_in_its_file(tmp_path: Path) -> None:
+    sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, Fails()), dump=tmp_path)
+    before, failed = ((tmp_path / f"{name}.txt").read_text() for name in ("05 RemoveDead", "06 Fails"))
+    assert failed.startswith("# Fails: undone, ")
+    assert "not today" in failed
+    assert failed.partition("\n\n")[2] == before.partition("\n\n")[2]
+
+
+def test_a_second_dump_leaves_nothing_of_the_first(tmp_path: Path) -> None:
+    sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, *CONDENSING, Look()), dump=tmp_path)
+    sx.lower(model(), (X,), min_speedup=0, dump=tmp_path)
+    assert not list(tmp_path.glob("* Look.txt"))
+
+
+def test_a_dump_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(LoweringError, match=r"dump: .*file cannot be written"):
+        sx.lower(model(), (X,), min_speedup=0, dump=tmp_path / "file")
+
+
+class Parts(nn.Module):
+    """No graph as a whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = model(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.first(x)
+        return self.last(y) if float(y.sum()) > 0 else y
+
+
+def test_each_part_of_a_model_has_a_folder(tmp_path: Path) -> None:
+    sx.lower(Parts().eval(), (X,), min_speedup=0, dump=tmp_path)
+    assert "condensed_linear" in (tmp_path / "first" / "08 Condense.txt").read_text()
+
+
+def test_a_pipeline_without_its_end_is_not_completed_twice() -> None:
+    lowered = sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, *CONDENSING[:2], Condense()))
+    assert [layer.decision for layer in lowered.report.layers] == ["condensed", "condensed"]
+    assert "aten.relu" in lowered.code  # type: ignore[operator]
+
+
+def test_the_page_on_passes_lists_the_pipeline(checkout: Path) -> None:
+    page = (checkout / "docs" / "writing-a-pass.md").read_text(encoding="utf-8")
+    rows = page.partition("| pass | what it does |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == [step.name for step in (*LOWERING, *CONDENSING)]
