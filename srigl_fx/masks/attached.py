@@ -4,12 +4,12 @@ Owns the register of attached engines. It must not know what an engine does.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from torch import nn
 
-from srigl_fx.masks.records import sparse_weights
+from srigl_fx.masks.records import SparseWeight, sparse_weights
 
 
 class Attached(Protocol):
@@ -65,14 +65,18 @@ def engine_of(owner: nn.Module) -> Attached | None:
     return None if reference is None else reference()
 
 
-def engines(model: nn.Module) -> list[Attached]:
+def engines(model: nn.Module, weights: Sequence[SparseWeight] | None = None) -> list[Attached]:
     """The engines attached to ``model`` or a part of it.
+
+    Args:
+        model: Any model.
+        weights: Its masked weights, where they have been looked up.
 
     Example:
         >>> engines(nn.Linear(3, 2))
         []
     """
-    attached = (engine_of(handle.owner) for handle in sparse_weights(model))
+    attached = (engine_of(handle.owner) for handle in (sparse_weights(model) if weights is None else weights))
     return list({id(engine): engine for engine in attached if engine is not None}.values())
 
 

@@ -4,7 +4,7 @@ Owns :func:`verify`, and the part of it that every verb asks before it begins. I
 model: it looks at masks, weights and optimizer state as they stand.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,19 +68,24 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     Example:
         >>> verify(nn.Linear(4, 2))
     """
-    check_sound(model)
-    for handle in sparse_weights(model):
+    weights = sparse_weights(model)
+    check_sound(model, weights)
+    for handle in weights:
         for block, budget, rows in _blocks(handle):
             _check_block(handle, block, budget, rows)
         if optimizer is not None:
             _check_held(handle, optimizer)
             _check_state(handle, optimizer, part(handle.mask, handle.weight))
-    for fault in (fault for engine in engines(model) for fault in engine.faults()):
+    for fault in (fault for engine in engines(model, weights) for fault in engine.faults()):
         raise InvariantError(fault)
 
 
-def check_sound(model: nn.Module) -> None:
+def check_sound(model: nn.Module, weights: Sequence[SparseWeight] | None = None) -> None:
     """Require that the model is what its masks say: rules 1 and 2 of :func:`verify`. Every verb asks this first.
+
+    Args:
+        model: A model that was sparsified.
+        weights: Its masked weights, where they have been looked up.
 
     Raises:
         InvariantError: It is not; the message names the weight.
@@ -88,17 +93,22 @@ def check_sound(model: nn.Module) -> None:
     Example:
         >>> check_sound(nn.Linear(4, 2))
     """
-    check_in_place(model)
-    off = values_off(model)
-    for handle in sparse_weights(model):
+    weights = sparse_weights(model) if weights is None else weights
+    check_in_place(model, weights)
+    off = values_off(model, weights)
+    for handle in weights:
         if count := off.get(handle.fqn):
             if not local(handle.weight).isfinite().all():
                 raise InvariantError(f"{handle.fqn}: {_not_finite(handle)}{_DIVERGED}")
             raise InvariantError(f"{handle.fqn}: {count} weights off the mask are not zero{_REMEDY}")
 
 
-def check_in_place(model: nn.Module) -> None:
+def check_in_place(model: nn.Module, weights: Sequence[SparseWeight] | None = None) -> None:
     """Require that each mask lies beside its weight, and each weight beside its mask: rule 1 of :func:`verify`.
+
+    Args:
+        model: A model that was sparsified.
+        weights: Its masked weights, where they have been looked up.
 
     Raises:
         InvariantError: One does not; the message names the weight.
@@ -106,7 +116,7 @@ def check_in_place(model: nn.Module) -> None:
     Example:
         >>> check_in_place(nn.Linear(4, 2))
     """
-    for handle in sparse_weights(model):
+    for handle in sparse_weights(model) if weights is None else weights:
         _check_mask(handle)
     for name in unmasked_since(model):
         raise InvariantError(
@@ -122,14 +132,19 @@ def _not_finite(handle: SparseWeight) -> str:
     return f"{int((wrong & kept).sum())} kept weights and {int((wrong & ~kept).sum())} off the mask are NaN or infinite"
 
 
-def values_off(model: nn.Module) -> dict[str, int]:
+def values_off(model: nn.Module, weights: Sequence[SparseWeight] | None = None) -> dict[str, int]:
     """How many values are not zero off the mask, for each weight where there are any.
+
+    Args:
+        model: A model that was sparsified.
+        weights: Its masked weights, where they have been looked up.
 
     Example:
         >>> values_off(nn.Linear(4, 2))
         {}
     """
-    counts = {handle.fqn: count_off(handle.weight, handle.mask) for handle in sparse_weights(model)}
+    handles = sparse_weights(model) if weights is None else weights
+    counts = {handle.fqn: count_off(handle.weight, handle.mask) for handle in handles}
     return {name: count for name, count in counts.items() if count}
 
 
@@ -191,8 +206,12 @@ def disagreements(state_dict: Mapping[str, Any], names: Mapping[str, str]) -> It
             )
 
 
-def over_budget(model: nn.Module) -> list[str]:
+def over_budget(model: nn.Module, weights: Sequence[SparseWeight] | None = None) -> list[str]:
     """The names of the weights whose masks keep more than their budget, as gradual pruning starts from.
+
+    Args:
+        model: A model that was sparsified.
+        weights: Its masked weights, where they have been looked up.
 
     Example:
         >>> over_budget(nn.Linear(4, 2))
@@ -200,7 +219,7 @@ def over_budget(model: nn.Module) -> list[str]:
     """
     return [
         handle.fqn
-        for handle in sparse_weights(model)
+        for handle in (sparse_weights(model) if weights is None else weights)
         if handle.record.dense_start and int(handle.mask.sum()) > sum(handle.record.budgets)
     ]
 

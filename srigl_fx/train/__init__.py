@@ -7,10 +7,11 @@ from srigl_fx.train.attach import detach_from
 from srigl_fx.train.distributed import ignore_masks
 from srigl_fx.train.gmp import GMP
 from srigl_fx.train.rigl import RigL
+from srigl_fx.train.schedules import Schedule
 from srigl_fx.train.set import SET
 from srigl_fx.train.snfs import SNFS
 from srigl_fx.train.sparse_compute import compute_sparse
 from srigl_fx.train.srigl import SRigL
 from srigl_fx.train.static import Static
 
-__all__ = ["GMP", "SET", "SNFS", "RigL", "SRigL", "Static", "compute_sparse", "detach_from", "ignore_masks"]
+__all__ = ["GMP", "SET", "SNFS", "RigL", "SRigL", "Schedule", "Static", "compute_sparse", "detach_from", "ignore_masks"]

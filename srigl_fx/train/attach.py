@@ -3,7 +3,8 @@
 Owns the checks before one attaches, and detaching from outside. It must not know what an engine does.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -12,9 +13,22 @@ from torch.optim import Optimizer
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks.attached import engines
 from srigl_fx.masks.invariants import check_in_place
-from srigl_fx.masks.records import sparse_weights
+from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.train.distributed import check_wrapping
 from srigl_fx.train.stepping import family, unwrap
+
+
+@dataclass(frozen=True)
+class Attachable:
+    """What :func:`check_attachable` found, for those who attach: they need not look again.
+
+    Attributes:
+        weights: The model's masked weights, in registration order.
+        optimizer: The optimizer whose steps are to be followed, without what only passes calls on to it.
+    """
+
+    weights: Sequence[SparseWeight]
+    optimizer: Optimizer
 
 
 def detach_from(model: nn.Module) -> None:
@@ -27,7 +41,7 @@ def detach_from(model: nn.Module) -> None:
         engine.detach()
 
 
-def check_attachable(model: nn.Module, optimizer: object) -> None:
+def check_attachable(model: nn.Module, optimizer: object) -> Attachable:
     """Check that a trainer may attach to ``model`` and ``optimizer``, and touch neither.
 
     Raises:
@@ -41,7 +55,7 @@ def check_attachable(model: nn.Module, optimizer: object) -> None:
         Traceback (most recent call last):
         srigl_fx.errors.TrainerError: Linear has no mask-managed weight: call srigl_fx.sparsify(model) first
     """
-    if not isinstance(model, nn.Module) or not sparse_weights(model):
+    if not isinstance(model, nn.Module) or not (weights := sparse_weights(model)):
         raise TrainerError(f"{type(model).__name__} has no mask-managed weight: call srigl_fx.sparsify(model) first")
     followed = unwrap(optimizer)
     if any(isinstance(each, torch.optim.LBFGS) for each in family(followed)):
@@ -49,30 +63,29 @@ def check_attachable(model: nn.Module, optimizer: object) -> None:
             "LBFGS evaluates a closure many times in one step and keeps a history that masks cannot follow: "
             "use SGD, Adam, AdamW or another optimizer that takes one gradient a step"
         )
-    if engines(model):
+    if engines(model, weights):
         raise TrainerError(
             "a trainer is attached to this model already: call .detach() on it, or srigl_fx.train.detach_from(model), "
             "before attaching another one"
         )
-    check_wrapping(model)
-    check_in_place(model)
-    check_held(model, followed)
+    check_wrapping(model, weights)
+    check_in_place(model, weights)
+    check_held(weights, followed)
+    return Attachable(weights, followed)
 
 
-def check_held(model: nn.Module, optimizer: Optimizer) -> None:
-    """Check that ``optimizer`` holds every masked parameter that trains.
+def check_held(weights: Iterable[SparseWeight], optimizer: Optimizer) -> None:
+    """Check that ``optimizer`` holds those of the masked parameters that train.
 
     Raises:
         TrainerError: It does not; the message names them.
 
     Example:
         >>> layer = nn.Linear(3, 2)
-        >>> check_held(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+        >>> check_held(sparse_weights(layer), torch.optim.SGD(layer.parameters(), lr=0.1))
     """
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    missing = [
-        handle.fqn for handle in sparse_weights(model) if handle.weight.requires_grad and id(handle.weight) not in held
-    ]
+    missing = [handle.fqn for handle in weights if handle.weight.requires_grad and id(handle.weight) not in held]
     if missing:
         raise TrainerError(
             f"the optimizer does not hold {_some(missing)}: create it from model.parameters() of this very model, "

@@ -4,10 +4,11 @@ Owns :class:`Trainer`, which counts optimizer steps and asks its subclass for ne
 not know how any method chooses them.
 """
 
+import inspect
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,14 @@ from srigl_fx.errors import TrainerError
 from srigl_fx.masks.invariants import over_budget, verify
 from srigl_fx.masks.records import SparseWeight, plain
 from srigl_fx.masks.shards import shard_like
+from srigl_fx.train.arguments import TrainerOptions, full_signature, read_options
 from srigl_fx.train.attach import check_attachable
+from srigl_fx.train.checks import check_count
 from srigl_fx.train.engine import MaskEngine
 from srigl_fx.train.optimizer_state import check_growable
-from srigl_fx.train.schedules import captures_gradient, end_step, is_update_step
+from srigl_fx.train.schedules import captures_gradient, is_update_step
 from srigl_fx.train.state import STATE_VERSION, check_layout, check_state, check_tensors, layout, note_threads
-from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount, check_step_count
+from srigl_fx.train.step_counts import StepCount
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Trainer(ABC):
 
     Attributes:
         model: The model.
+        schedule: When masks change, and how much of them, as it was asked for.
         update_every: Optimizer steps between updates.
         end: Updates happen at steps below this one.
         auto: Whether updates happen within ``optimizer.step()``.
@@ -49,50 +53,53 @@ class Trainer(ABC):
     """Whether the method brings masks that keep more than their budget down to it."""
     grows: ClassVar[bool] = True
     """Whether weights can enter the masks, which then must begin as new ones do."""
+    changes_masks: ClassVar[bool] = True
+    """Whether there are updates at all."""
+    unused: ClassVar[frozenset[str]] = frozenset()
+    """The shared arguments that have no meaning for the method: accepted, so that methods can be exchanged."""
+
+    __signature__: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Give the class the signature that its constructor spells out as ``**options`` alone."""
+        super().__init_subclass__(**options)
+        if "__init__" in vars(cls):
+            cls.__signature__ = full_signature(cls.__init__)
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        total_steps: int | None,
-        update_every: int = 1,
-        stop_at: float = 0.0,
-        grad_samples: int = 1,
-        auto: bool = True,
-        step_count: StepCount = DEFAULT_STEP_COUNT,
+        self, model: nn.Module, optimizer: Optimizer, *, total_steps: int | None, **options: Unpack[TrainerOptions]
     ) -> None:
         """Check everything, then attach; see the subclasses for the arguments."""
-        check_attachable(model, optimizer)
-        if self.grows:
-            check_growable(model, optimizer)
-        if total_steps is not None:
+        given = read_options(type(self).__name__, options, self.unused)
+        if total_steps is not None or self.changes_masks:
             check_count("total_steps", total_steps)
-        check_count("update_every", update_every)
-        check_count("grad_samples", grad_samples)
-        check_share("stop_at", stop_at)
-        check_step_count(step_count)
-        if not self.prunes_from_dense and (full := over_budget(model)):
+        self.update_every, self.end = 1, 0
+        if total_steps is not None and self.changes_masks:
+            self.update_every, self.end = given.schedule.interval(total_steps), given.schedule.end(total_steps)
+        found = check_attachable(model, optimizer)
+        if self.grows:
+            check_growable(found.weights, found.optimizer)
+        self._check_weights(model, found.weights)
+        if not self.prunes_from_dense and (full := over_budget(model, found.weights)):
             raise TrainerError(
                 f'the mask of {full[0]} keeps more weights than its budget, as sparsify(..., mask_init="dense") and '
                 f"unfinished gradual pruning leave it: train with GMP, or sparsify anew for {type(self).__name__}"
             )
-        if grad_samples > update_every:
-            raise TrainerError(f"grad_samples is {grad_samples}, but only {update_every} steps lie between two updates")
         self.model = model
-        self.update_every = update_every
-        self.grad_samples = grad_samples
-        self.end = 0 if total_steps is None else end_step(total_steps, stop_at)
-        self.auto = auto
-        self.step_count: StepCount = step_count
+        self.schedule = given.schedule
+        self.grad_samples = given.schedule.grad_samples
+        self.auto = given.auto
+        self.step_count: StepCount = given.step_count
         self.last_update: int | None = None
         self._steps = 0
         self._overflows: Tensor | None = None
         self._due = self._near_update = False
         self._changed_at: int | None = None
         self._logged: set[str] = set()
-        count_steps = self.grows and step_count == "weight"
-        self._engine = MaskEngine(model, optimizer, self._after_step, self._settings(), count_steps=count_steps)
+        count_steps = self.grows and self.step_count == "weight"
+        self._engine = MaskEngine(
+            model, optimizer, self._after_step, self._settings(), count_steps=count_steps, found=found
+        )
         self._prepare()
 
     @property
@@ -236,11 +243,15 @@ class Trainer(ABC):
         fail, or the others wait for it.
         """
 
+    def _check_weights(self, model: nn.Module, weights: Sequence[SparseWeight]) -> None:  # noqa: B027 - most take any
+        """Require what the method needs of the model and its masked weights, before anything is attached."""
+
     def _settings(self) -> dict[str, Any]:
         """What must be the same on all processes that train the model."""
         plain = (bool, int, float, str, type(None))
         values = {name: value for name, value in vars(self).items() if name[0] != "_" and isinstance(value, plain)}
-        return {"the method": type(self).__name__, **values}
+        schedule = {"drop_fraction": self.schedule.drop_fraction, "drop_schedule": self.schedule.shares()}
+        return {"the method": type(self).__name__, **values, **schedule}
 
     def _extra_state(self) -> dict[str, Any]:
         """What the method itself must save."""
@@ -318,26 +329,6 @@ class Trainer(ABC):
         if cause not in self._logged:
             self._logged.add(cause)
             _log.warning(message, *details)
-
-
-def check_count(name: str, value: object) -> None:
-    """Require a whole number of at least 1.
-
-    Example:
-        >>> check_count("update_every", 100)
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TrainerError(f"{name} is {value!r}, but must be a whole number of at least 1")
-
-
-def check_share(name: str, value: object) -> None:
-    """Require a number in [0, 1].
-
-    Example:
-        >>> check_share("stop_at", 0.75)
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-        raise TrainerError(f"{name} is {value!r}, but must be a number in [0, 1]")
 
 
 def _is_finite(tensor: Tensor) -> bool:

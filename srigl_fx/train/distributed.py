@@ -10,7 +10,7 @@ computes the same masks, and fingerprints of the masks are compared.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from srigl_fx.errors import InvariantError, SparsifyError, TrainerError
-from srigl_fx.masks.records import sparse_weights
+from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.masks.shards import as_shard, held, is_sharded, local
 
 _DDP_ORDER = "sparsify(model) -> DistributedDataParallel(model) -> optimizer -> trainer"
@@ -244,14 +244,14 @@ def check_unwrapped(model: nn.Module, verb: str) -> None:
         )
 
 
-def check_wrapping(model: nn.Module) -> None:
+def check_wrapping(model: nn.Module, weights: Iterable[SparseWeight]) -> None:
     """Require that a trainer can follow the way ``model`` is wrapped.
 
     Raises:
         TrainerError: It was wrapped in the wrong order, or in what masks cannot follow.
 
     Example:
-        >>> check_wrapping(nn.Linear(3, 2))
+        >>> check_wrapping(nn.Linear(3, 2), [])
     """
     for wrapper in _data_parallel(model):
         if not wrapper.broadcast_buffers:
@@ -268,7 +268,7 @@ def check_wrapping(model: nn.Module) -> None:
             f"FullyShardedDataParallel flattens the weights that masks belong to; use fully_shard: {_FSDP_ORDER}"
         )
     reshard(model)
-    for handle in sparse_weights(model):
+    for handle in weights:
         weight = handle.weight
         if not is_sharded(weight):
             continue

@@ -1,4 +1,4 @@
-"""What the dynamic methods share: the schedule's arguments, and one mask update a block of a layer.
+"""What the dynamic methods share: one mask update a block of a layer, at the times that a schedule gives.
 
 Owns :class:`DynamicTrainer`, which takes the model's masked weights apart into :class:`Layer` matrices, and the rule
 that most methods follow: drop by magnitude, grow by a score of their own. A method is a subclass that gives that
@@ -9,8 +9,8 @@ what either returns is checked here, since anybody may write one. It must not kn
 
 import logging
 import zlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,9 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import SparseWeight, Structure, sparse_weights
-from srigl_fx.train.base import Trainer, check_count, check_share
-from srigl_fx.train.schedules import cosine_drop_fraction, default_interval, end_step, last_update_step
+from srigl_fx.train.arguments import TrainerOptions
+from srigl_fx.train.base import Trainer
 from srigl_fx.train.selection import counts_of_rows
-from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 from srigl_fx.train.updates import drop_and_grow
 
 _log = logging.getLogger(__name__)
@@ -94,14 +93,7 @@ class DynamicTrainer(Trainer):
         model: A sparsified model.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates; by default a share of ``total_steps``
-            (:func:`~srigl_fx.train.schedules.default_interval`).
-        drop_fraction: Share of the weights replaced at first; it falls to 0 along half a cosine.
-        stop_at: Share of the steps after which the masks stay as they are.
-        grad_samples: Optimizer steps whose dense gradients count towards an update: the last ones before it.
-        auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
-        step_count: Whose optimizer steps a weight that has grown counts: those of its "tensor", as optimizers do, or
-            its own ("weight"). docs/methods.md, "First steps of grown weights".
+        **options: The arguments that all methods share: :class:`~srigl_fx.train.arguments.TrainerOptions`.
 
     Raises:
         TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
@@ -126,33 +118,20 @@ class DynamicTrainer(Trainer):
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        total_steps: int,
-        update_every: int | None = None,
-        drop_fraction: float = 0.3,
-        stop_at: float = 0.75,
-        grad_samples: int = 1,
-        auto: bool = True,
-        step_count: StepCount = DEFAULT_STEP_COUNT,
+        self, model: nn.Module, optimizer: Optimizer, *, total_steps: int, **options: Unpack[TrainerOptions]
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
-        every = interval(total_steps, update_every, stop_at, grad_samples)
-        check_share("drop_fraction", drop_fraction)
         self._check_method()
-        self.drop_fraction = drop_fraction
-        super().__init__(
-            model,
-            optimizer,
-            total_steps=total_steps,
-            update_every=every,
-            stop_at=stop_at,
-            grad_samples=grad_samples,
-            auto=auto,
-            step_count=step_count,
-        )
+        super().__init__(model, optimizer, total_steps=total_steps, **options)
+
+    @property
+    def drop_fraction(self) -> float:
+        """Share of the weights that the first updates replace."""
+        return self.schedule.drop_fraction
+
+    @drop_fraction.setter
+    def drop_fraction(self, value: float) -> None:
+        self.schedule = replace(self.schedule, drop_fraction=value)
 
     def growth(self, layer: Layer) -> Tensor:
         """Scores (n, F) of the layer's weights, of which the largest magnitudes grow: override this.
@@ -180,8 +159,11 @@ class DynamicTrainer(Trainer):
         )
 
     def drop_fraction_at(self, step: int) -> float:
-        """The share of the weights to replace at ``step``; override it for another schedule."""
-        return cosine_drop_fraction(step, initial=self.drop_fraction, end=self.end)
+        """The share of the weights to replace at ``step``, as ``drop_schedule`` says.
+
+        Override it for a share that depends on more than the time.
+        """
+        return self.schedule.drop_fraction_at(step, end=self.end)
 
     def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> list[tuple[SparseWeight, Tensor]]:
         drop_fraction = self.drop_fraction_at(step)
@@ -291,32 +273,6 @@ class DynamicTrainer(Trainer):
                 f"{what} fan-ins {sorted(set(counts[counts > 0].tolist()))[:8]}, but with {active} active rows and a "
                 f"budget of {layer.budget} weights each must have {fan_in}"
             )
-
-
-def interval(total_steps: int, update_every: int | None, stop_at: float, grad_samples: int = 1) -> int:
-    """The optimizer steps between two updates, the default where none are given.
-
-    Raises:
-        TrainerError: An argument is out of range, or no update would ever happen.
-
-    Example:
-        >>> interval(1000, None, 0.75), interval(1000, 40, 0.75)
-        (10, 40)
-    """
-    check_count("total_steps", total_steps)
-    check_share("stop_at", stop_at)
-    check_count("grad_samples", grad_samples)
-    end = end_step(total_steps, stop_at)
-    every = default_interval(total_steps, end=end, samples=grad_samples) if update_every is None else update_every
-    check_count("update_every", every)
-    if not last_update_step(every=every, end=end):
-        remedy = "" if update_every is None else "lower update_every or leave it out, "
-        raise TrainerError(
-            f"the masks would never change: the first update would be at step {every}, but updates end before step "
-            f"{end}, which is {stop_at} of {total_steps} steps; {remedy}check that total_steps counts optimizer steps, "
-            "or train with Static"
-        )
-    return every
 
 
 def _place(tensor: Tensor) -> str:

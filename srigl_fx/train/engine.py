@@ -26,13 +26,13 @@ from srigl_fx.masks.invariants import check_sound, values_off
 from srigl_fx.masks.projection import keep_only
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.masks.shards import held, is_sharded, part
-from srigl_fx.train.attach import check_attachable, check_held
+from srigl_fx.train.attach import Attachable, check_attachable, check_held
 from srigl_fx.train.distributed import gather, processes_of, reshard
 from srigl_fx.train.managed import ManagedWeight
 from srigl_fx.train.optimizer_state import MaskedState, keeps_zeros
 from srigl_fx.train.state import layout
 from srigl_fx.train.step_counts import StepCounts
-from srigl_fx.train.stepping import StepHook, StepHooks, unwrap
+from srigl_fx.train.stepping import StepHook, StepHooks
 from srigl_fx.train.strays import Strays
 from srigl_fx.train.young import FindCondensed
 
@@ -59,6 +59,7 @@ class MaskEngine:
         settings: Mapping[str, Any] | None = None,
         *,
         count_steps: bool = False,
+        found: Attachable | None = None,
     ) -> None:
         """Attach hooks to the model's masked parameters and to the optimizer; processes start from equal masks.
 
@@ -69,17 +70,18 @@ class MaskEngine:
                 scaler's overflow flag, where the optimizer was given one.
             settings: What else must be the same on all processes that train the model.
             count_steps: Weights that grow make the steps of their own age, not of their parameter's.
+            found: What :func:`~srigl_fx.train.attach.check_attachable` said, where it was asked.
 
         Raises:
             TrainerError: Nothing is masked, a trainer is attached already, the optimizer does not fit, or another
                 process trains something else; nothing is attached then.
             InvariantError: The model of a single process is not what its masks say.
         """
-        check_attachable(model, optimizer)
-        given, optimizer = optimizer, unwrap(optimizer)
+        found = check_attachable(model, optimizer) if found is None else found
+        given, optimizer, handles = optimizer, found.optimizer, found.weights
         self.processes = processes_of(model)
         self.processes.check_agreed(
-            {**{f"the weight {name}": value for name, value in layout(model).items()}, **(settings or {})},
+            {**{f"the weight {name}": value for name, value in layout(model, handles).items()}, **(settings or {})},
             "build, sparsify and train alike on all of them",
         )
         self._capturing = self._window_open = self._detached = self.watching = False
@@ -92,22 +94,21 @@ class MaskEngine:
         self._steps = StepHooks(optimizer, self._before_step, self._after_step)
         self.counts = StepCounts(self._steps.optimizers, lambda: self._managed) if count_steps else None
         if self.counts is not None:
-            self.counts.check(sparse_weights(model))
+            self.counts.check(handles)
         self._wary = 0
         self._strays = Strays(optimizer, given)
-        handles = sparse_weights(model)
         self.processes.copy_first([handle.mask for handle in handles])
         self.processes.copy_first([handle.weight for handle in handles if not is_sharded(handle.weight)])
         if self.processes.group is None:
-            check_sound(model)
-        elif off := values_off(model):
+            check_sound(model, handles)
+        elif off := values_off(model, handles):
             # Of models that each process drew for itself, the first one's weights or masks have just come.
             _log.warning(
                 "attaching a trainer sets %d weights off the masks of the first process to zero, the first in %s",
                 sum(off.values()),
                 next(iter(off)),
             )
-        self.refresh()
+        self._manage(handles)
         # Young weights are moved between the step and the look at the weights behind it.
         if self.counts is not None:
             self._hooks += self._steps.after_each(self.counts.after_step)
@@ -146,14 +147,19 @@ class MaskEngine:
         """
         self.check_attached()
         reshard(self._model)
-        check_held(self._model, self._optimizer)
+        handles = sparse_weights(self._model)
+        check_held(handles, self._optimizer)
         if self.counts is not None:
-            self.counts.check(sparse_weights(self._model))
+            self.counts.check(handles)
+        self._manage(handles)
+
+    def _manage(self, handles: Iterable[SparseWeight]) -> None:
+        """Hook these weights, which are all that are masked, and project them."""
         self._elementwise = keeps_zeros(self._optimizer)
         self._parameters_held = _count_parameters(self._optimizer)
         known = self._managed
         self._managed = {}
-        for handle in sparse_weights(self._model):
+        for handle in handles:
             managed = known.pop(handle.fqn, None) or ManagedWeight(handle)
             managed.handle, managed.slices = handle, held(handle.weight)
             self._managed[handle.fqn] = managed

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks import named_masks
 from srigl_fx.nn.model_state import copies, restored
-from srigl_fx.train.base import check_count, check_share
+from srigl_fx.train.checks import check_count, check_share
 from srigl_fx.train.schedules import cubic_sparsity, end_step, last_update_step
 
 Method = Literal["dense", "static", "set", "rigl", "srigl", "snfs", "gmp"]

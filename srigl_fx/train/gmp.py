@@ -4,7 +4,7 @@ Owns the method's schedule of counts, the opening of the masks and the mark that
 not know how masks are kept.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,9 @@ from srigl_fx.errors import InvariantError, TrainerError
 from srigl_fx.masks.budgets import budget as count_at
 from srigl_fx.masks.records import SparseWeight, set_dense_start, sparse_weights
 from srigl_fx.masks.shards import local, part
-from srigl_fx.train.dynamic import DynamicTrainer, Layer, interval
-from srigl_fx.train.schedules import cubic_sparsity, end_step, last_update_step
-from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
+from srigl_fx.train.arguments import TrainerOptions
+from srigl_fx.train.dynamic import DynamicTrainer, Layer
+from srigl_fx.train.schedules import cubic_sparsity, last_update_step
 from srigl_fx.train.updates import gmp_update
 
 
@@ -40,13 +40,8 @@ class GMP(DynamicTrainer):
         model: A sparsified model.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates; by default a share of ``total_steps``
-            (:func:`~srigl_fx.train.schedules.default_interval`).
-        drop_fraction: Unused; accepted so that methods can be exchanged.
-        stop_at: Share of the steps after which the masks stay as they are.
-        grad_samples: Unused.
-        auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
-        step_count: Unused.
+        **options: The arguments that all methods share: :class:`~srigl_fx.train.arguments.TrainerOptions`.
+            ``drop_fraction``, ``drop_schedule``, ``grad_samples`` and ``step_count`` are not used.
 
     Raises:
         TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
@@ -73,31 +68,14 @@ class GMP(DynamicTrainer):
     needs_gradient: ClassVar[bool] = False
     prunes_from_dense: ClassVar[bool] = True
     grows: ClassVar[bool] = False
+    unused: ClassVar[frozenset[str]] = frozenset({"drop_fraction", "drop_schedule", "grad_samples", "step_count"})
 
     def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        total_steps: int,
-        update_every: int | None = None,
-        drop_fraction: float = 0.3,
-        stop_at: float = 0.75,
-        grad_samples: int = 1,
-        auto: bool = True,
-        step_count: StepCount = DEFAULT_STEP_COUNT,
+        self, model: nn.Module, optimizer: Optimizer, *, total_steps: int, **options: Unpack[TrainerOptions]
     ) -> None:
         """Check the arguments, then attach to model and optimizer and open the masks."""
-        every = interval(total_steps, update_every, stop_at)
-        self._last = last_update_step(every=every, end=end_step(total_steps, stop_at))
-        super().__init__(
-            model,
-            optimizer,
-            total_steps=total_steps,
-            update_every=every,
-            stop_at=stop_at,
-            auto=auto,
-        )
+        super().__init__(model, optimizer, total_steps=total_steps, **options)
+        self._last = last_update_step(every=self.update_every, end=self.end)
         set_dense_start(model, True)
         for handle in sparse_weights(model):
             self._engine.set_mask(handle, torch.ones_like(handle.mask))

@@ -4,16 +4,17 @@ Owns what is written to optimizer state, and when. It must not know hooks, gradi
 that belongs to single weights is told from other state (:mod:`srigl_fx.masks.optimizer_state`).
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.masks.optimizer_state import OptimizerState
 from srigl_fx.masks.projection import keep_only
-from srigl_fx.masks.records import sparse_weights
+from srigl_fx.masks.records import SparseWeight
 from srigl_fx.train.managed import ManagedWeight
-from srigl_fx.train.stepping import unwrap
 
 # Given masked gradients, these keep zero weights and fresh state as they are; of others nothing is assumed.
 ELEMENTWISE = frozenset(
@@ -77,7 +78,7 @@ def keeps_zeros(optimizer: Optimizer) -> bool:
     )
 
 
-def check_growable(model: nn.Module, optimizer: object) -> None:
+def check_growable(weights: Iterable[SparseWeight], optimizer: Optimizer) -> None:
     """Require that a weight which grows can begin as a new one does, as far as its state is its own.
 
     Raises:
@@ -85,10 +86,10 @@ def check_growable(model: nn.Module, optimizer: object) -> None:
 
     Example:
         >>> layer = nn.Linear(3, 2)
-        >>> check_growable(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
+        >>> check_growable([], torch.optim.SGD(layer.parameters(), lr=0.1))
     """
-    state = OptimizerState.of(unwrap(optimizer))
-    for handle in sparse_weights(model):
+    state = OptimizerState.of(optimizer)
+    for handle in weights:
         if (obstacle := state.obstacle(handle.weight)) is not None:
             raise TrainerError(
                 f"a weight of {handle.fqn} that grows cannot begin like a new one: {obstacle}. Train with fixed masks "

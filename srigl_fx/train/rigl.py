@@ -4,14 +4,14 @@ Owns the method's growth score and the order of the original, in which an update
 must not know how layers are taken apart or masks kept.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from srigl_fx.train.arguments import TrainerOptions
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
 from srigl_fx.train.schedules import is_update_step
-from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 
 
 class RigL(DynamicTrainer):
@@ -25,17 +25,10 @@ class RigL(DynamicTrainer):
         model: A sparsified model.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates; by default a share of ``total_steps``
-            (:func:`~srigl_fx.train.schedules.default_interval`).
-        drop_fraction: Share of the weights replaced at first; it falls to 0 along half a cosine.
-        stop_at: Share of the steps after which the masks stay as they are.
-        grad_samples: Optimizer steps whose dense gradients count towards an update: the last ones before it.
-        auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
-        step_count: Whose optimizer steps a weight that has grown counts: those of its "tensor", as optimizers do, or
-            its own ("weight"). docs/methods.md, "First steps of grown weights".
         replace_step: On the step of an update, change the masks only, as the original does: all gradients of the
             optimizer are set to None before it steps, so that weights, biases and state stay. By default the weights
             move first, as in SRigL's experiments.
+        **options: The arguments that all methods share: :class:`~srigl_fx.train.arguments.TrainerOptions`.
 
     Raises:
         TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
@@ -65,27 +58,12 @@ class RigL(DynamicTrainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int | None = None,
-        drop_fraction: float = 0.3,
-        stop_at: float = 0.75,
-        grad_samples: int = 1,
-        auto: bool = True,
-        step_count: StepCount = DEFAULT_STEP_COUNT,
         replace_step: bool = False,
+        **options: Unpack[TrainerOptions],
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
         self.replace_step = replace_step
-        super().__init__(
-            model,
-            optimizer,
-            total_steps=total_steps,
-            update_every=update_every,
-            drop_fraction=drop_fraction,
-            stop_at=stop_at,
-            grad_samples=grad_samples,
-            auto=auto,
-            step_count=step_count,
-        )
+        super().__init__(model, optimizer, total_steps=total_steps, **options)
         if replace_step:
             self._engine.before_each_step(self._hold_weights)
 

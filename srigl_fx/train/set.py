@@ -3,14 +3,14 @@
 Owns the method's growth score and the seeds of its draws. It must not know how layers are taken apart or masks kept.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srigl_fx.errors import TrainerError
+from srigl_fx.train.arguments import TrainerOptions
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
-from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 from srigl_fx.train.updates import random_scores
 
 
@@ -23,20 +23,15 @@ class SET(DynamicTrainer):
     alone and is made on the CPU: every process and device finds the same masks, and a resumed run those of an
     uninterrupted one.
 
+    The drop fraction falls along half a cosine, as in RigL's comparisons of methods; the original method keeps 0.3
+    throughout: ``drop_schedule="constant"``. ``grad_samples`` is not used.
+
     Args:
         model: A sparsified model.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates; by default a share of ``total_steps``
-            (:func:`~srigl_fx.train.schedules.default_interval`).
-        drop_fraction: Share of the weights replaced at first; it falls to 0 along half a cosine, as in RigL's
-            comparisons (the original method keeps 0.3 throughout).
-        stop_at: Share of the steps after which the masks stay as they are.
-        grad_samples: Unused; accepted so that methods can be exchanged.
-        auto: Update within ``optimizer.step()``; otherwise call :meth:`step` after it.
-        step_count: Whose optimizer steps a weight that has grown counts: those of its "tensor", as optimizers do, or
-            its own ("weight"). docs/methods.md, "First steps of grown weights".
         seed: Seeds the draws.
+        **options: The arguments that all methods share: :class:`~srigl_fx.train.arguments.TrainerOptions`.
 
     Raises:
         TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
@@ -59,6 +54,7 @@ class SET(DynamicTrainer):
     """
 
     needs_gradient: ClassVar[bool] = False
+    unused: ClassVar[frozenset[str]] = frozenset({"grad_samples"})
 
     def __init__(
         self,
@@ -66,28 +62,14 @@ class SET(DynamicTrainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int | None = None,
-        drop_fraction: float = 0.3,
-        stop_at: float = 0.75,
-        grad_samples: int = 1,
-        auto: bool = True,
-        step_count: StepCount = DEFAULT_STEP_COUNT,
         seed: int = 0,
+        **options: Unpack[TrainerOptions],
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TrainerError(f"seed is {seed!r}, but must be a whole number")
         self.seed = seed
-        super().__init__(
-            model,
-            optimizer,
-            total_steps=total_steps,
-            update_every=update_every,
-            drop_fraction=drop_fraction,
-            stop_at=stop_at,
-            auto=auto,
-            step_count=step_count,
-        )
+        super().__init__(model, optimizer, total_steps=total_steps, **options)
 
     def growth(self, layer: Layer) -> Tensor:
         """Uniform scores."""

@@ -5,11 +5,9 @@ Owns the method's growth score and the decay of its momentum. It must not know h
 
 from typing import ClassVar
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
-from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 
 
 class SNFS(DynamicTrainer):
@@ -42,31 +40,7 @@ class SNFS(DynamicTrainer):
     """
 
     gradient_decay: ClassVar[float | None] = 0.9
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        total_steps: int,
-        update_every: int | None = None,
-        drop_fraction: float = 0.3,
-        stop_at: float = 0.75,
-        grad_samples: int = 1,
-        auto: bool = True,
-        step_count: StepCount = DEFAULT_STEP_COUNT,
-    ) -> None:
-        """Check the arguments, then attach to model and optimizer."""
-        super().__init__(
-            model,
-            optimizer,
-            total_steps=total_steps,
-            update_every=update_every,
-            drop_fraction=drop_fraction,
-            stop_at=stop_at,
-            auto=auto,
-            step_count=step_count,
-        )
+    unused: ClassVar[frozenset[str]] = frozenset({"grad_samples"})
 
     def growth(self, layer: Layer) -> Tensor:
         """The decaying sum of the dense gradients."""

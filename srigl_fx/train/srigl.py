@@ -4,20 +4,19 @@ Owns the method's arguments, and which layers are ablated at which threshold. It
 (:mod:`srigl_fx.train.engine`) or computed (:mod:`srigl_fx.train.updates`).
 """
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srigl_fx.errors import StructureError, TrainerError
-from srigl_fx.masks.records import SparseWeight, sparse_weights
-from srigl_fx.train.attach import check_attachable
-from srigl_fx.train.base import check_count, check_share
+from srigl_fx.masks.records import SparseWeight
+from srigl_fx.train.arguments import TrainerOptions
+from srigl_fx.train.checks import check_count, check_share
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
 from srigl_fx.train.protect import Protection, protected_weights, warn_of_unknown
-from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 from srigl_fx.train.updates import AblationMode, srigl_update
 
 Revival = Literal["scaled", "reference"]
@@ -34,10 +33,6 @@ class SRigL(DynamicTrainer):
         model: A model sparsified with ``structure="constant_fan_in"``.
         optimizer: Holds its masked parameters; made before or after ``sparsify``.
         total_steps: Optimizer steps of the whole training: epochs * len(loader) // accumulation.
-        update_every: Optimizer steps between updates; by default a share of ``total_steps``
-            (:func:`~srigl_fx.train.schedules.default_interval`).
-        drop_fraction: Share of the weights replaced at first; it falls to 0 along half a cosine.
-        stop_at: Share of the steps after which the masks stay as they are.
         ablation: Salient weights a neuron needs to survive (gamma_sal), as a fraction of its first fan-in or, with
             ``ablation_mode="absolute"``, as a count; None turns ablation off. A layer's own rule takes precedence.
             Which threshold, and where: docs/methods.md, "Which neurons are ablated".
@@ -52,10 +47,7 @@ class SRigL(DynamicTrainer):
             feed the model's outputs, "none", or names and globs besides "auto"; see
             :func:`~srigl_fx.train.protect.protected_weights`.
         warn_ablated: The log says so, once, when an update ablates more than this share of a layer's active neurons.
-        grad_samples: Optimizer steps before an update whose dense gradients are summed for growth.
-        auto: Update within ``optimizer.step()``; else when :meth:`step` is called after it.
-        step_count: Whose optimizer steps a weight that has grown counts: those of its "tensor", as optimizers do, or
-            its own ("weight"). docs/methods.md, "First steps of grown weights".
+        **options: The arguments that all methods share: :class:`~srigl_fx.train.arguments.TrainerOptions`.
 
     Raises:
         TrainerError: An argument is out of range, no update would ever happen, the model has no masks or has a trainer
@@ -83,9 +75,6 @@ class SRigL(DynamicTrainer):
         optimizer: Optimizer,
         *,
         total_steps: int,
-        update_every: int | None = None,
-        drop_fraction: float = 0.3,
-        stop_at: float = 0.75,
         ablation: float | None = 0.3,
         ablation_mode: AblationMode = "fraction",
         min_neurons: int | None = None,
@@ -93,12 +82,9 @@ class SRigL(DynamicTrainer):
         revival: Revival = "scaled",
         protect: Protection | Iterable[str] = "auto",
         warn_ablated: float = 0.5,
-        grad_samples: int = 1,
-        auto: bool = True,
-        step_count: StepCount = DEFAULT_STEP_COUNT,
+        **options: Unpack[TrainerOptions],
     ) -> None:
         """Check the arguments, then attach to model and optimizer."""
-        check_attachable(model, optimizer)
         if ablation_mode not in ("fraction", "absolute"):
             raise TrainerError(f'ablation_mode is {ablation_mode!r}; choose "fraction" or "absolute"')
         _check_ablation("ablation", ablation, ablation_mode)
@@ -106,38 +92,32 @@ class SRigL(DynamicTrainer):
             raise TrainerError(f'revival is {revival!r}; choose "scaled" or "reference"')
         if min_neurons is not None:
             check_count("min_neurons", min_neurons)
-        may_ablate = bool(ablation)
-        for handle in sparse_weights(model):
+        check_share("warn_ablated", warn_ablated)
+        self.ablation = ablation
+        self.ablation_mode: AblationMode = ablation_mode
+        self.min_neurons = min_neurons
+        self.permanent_ablation = permanent_ablation
+        self.revival: Revival = revival
+        self.protected: dict[str, str] = {}
+        self.warn_ablated = warn_ablated
+        self._protect = protect
+        self._may_ablate = bool(ablation)
+        self._shrunk: list[str] = []
+        super().__init__(model, optimizer, total_steps=total_steps, **options)
+        if self._may_ablate and protect not in ("output", "none"):
+            warn_of_unknown(model, self.protected)
+
+    def _check_weights(self, model: nn.Module, weights: Sequence[SparseWeight]) -> None:
+        for handle in weights:
             if handle.record.structure != "constant_fan_in":
                 raise StructureError(
                     f"{handle.fqn} is {handle.record.structure}, but SRigL trains constant fan-in: sparsify with "
                     'structure="constant_fan_in", or train with RigL'
                 )
             for own in handle.record.ablation:
-                _check_ablation(f"the ablation that a rule gives {handle.fqn}", own, ablation_mode)
-                may_ablate |= bool(own)
-        check_share("warn_ablated", warn_ablated)
-        self.protected = protected_weights(model, protect)
-        self.warn_ablated = warn_ablated
-        self._shrunk: list[str] = []
-        self.ablation = ablation
-        self.ablation_mode: AblationMode = ablation_mode
-        self.min_neurons = min_neurons
-        self.permanent_ablation = permanent_ablation
-        self.revival: Revival = revival
-        super().__init__(
-            model,
-            optimizer,
-            total_steps=total_steps,
-            update_every=update_every,
-            drop_fraction=drop_fraction,
-            stop_at=stop_at,
-            grad_samples=grad_samples,
-            auto=auto,
-            step_count=step_count,
-        )
-        if may_ablate and protect not in ("output", "none"):
-            warn_of_unknown(model, self.protected)
+                _check_ablation(f"the ablation that a rule gives {handle.fqn}", own, self.ablation_mode)
+                self._may_ablate |= bool(own)
+        self.protected = protected_weights(model, self._protect)
 
     def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> list[tuple[SparseWeight, Tensor]]:
         self._shrunk.clear()

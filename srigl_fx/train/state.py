@@ -4,28 +4,34 @@ Owns the checks that come before any of a state is used. It must not know traine
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from srigl_fx.errors import StructureError, TrainerError
-from srigl_fx.masks.records import plain, sparse_weights
+from srigl_fx.masks.records import SparseWeight, plain, sparse_weights
 
 STATE_VERSION = 1
 
 _log = logging.getLogger(__name__)
 
 
-def layout(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What must agree between a saved run and the one that resumes it."""
+def layout(model: nn.Module, weights: Iterable[SparseWeight] | None = None) -> dict[str, dict[str, Any]]:
+    """What must agree between a saved run and the one that resumes it.
+
+    Args:
+        model: A sparsified model.
+        weights: Its masked weights, where they have been looked up.
+    """
     return {
         handle.key: {
             "shape": list(handle.record.site.shape),
             "structure": handle.record.structure,
             "budgets": list(handle.record.budgets),
         }
-        for handle in sparse_weights(model)
+        for handle in (sparse_weights(model) if weights is None else weights)
     }
 
 

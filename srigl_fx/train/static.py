@@ -3,14 +3,14 @@
 Owns the baseline method. It must not know update rules.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Unpack
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srigl_fx.masks.records import SparseWeight
+from srigl_fx.train.arguments import DEFAULTS, TrainerOptions
 from srigl_fx.train.base import Trainer
-from srigl_fx.train.step_counts import DEFAULT_STEP_COUNT, StepCount
 
 
 class Static(Trainer):
@@ -22,13 +22,8 @@ class Static(Trainer):
     Args:
         model: A sparsified model.
         optimizer: Holds its masked parameters.
-        total_steps: Unused, like all that follow.
-        update_every: Unused.
-        drop_fraction: Unused.
-        stop_at: Unused.
-        grad_samples: Unused.
-        auto: Unused.
-        step_count: Unused.
+        total_steps: Unused.
+        **options: The arguments that all methods share, unused as well.
 
     Raises:
         TrainerError: The model has no masks, has a trainer already, or the optimizer does not fit.
@@ -47,6 +42,8 @@ class Static(Trainer):
 
     needs_gradient: ClassVar[bool] = False
     grows: ClassVar[bool] = False
+    changes_masks: ClassVar[bool] = False
+    unused: ClassVar[frozenset[str]] = frozenset(DEFAULTS)
 
     def __init__(
         self,
@@ -54,15 +51,10 @@ class Static(Trainer):
         optimizer: Optimizer,
         *,
         total_steps: int | None = None,
-        update_every: int | None = None,
-        drop_fraction: float = 0.3,
-        stop_at: float = 0.75,
-        grad_samples: int = 1,
-        auto: bool = True,
-        step_count: StepCount = DEFAULT_STEP_COUNT,
+        **options: Unpack[TrainerOptions],
     ) -> None:
         """Attach to model and optimizer."""
-        super().__init__(model, optimizer, total_steps=total_steps)
+        super().__init__(model, optimizer, total_steps=total_steps, **options)
 
     def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> list[tuple[SparseWeight, Tensor]]:
         return []
