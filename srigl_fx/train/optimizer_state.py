@@ -85,8 +85,7 @@ def check_growable(weights: Iterable[SparseWeight], optimizer: Optimizer) -> Non
         TrainerError: It cannot, or that is not known; the message names the optimizer.
 
     Example:
-        >>> layer = nn.Linear(3, 2)
-        >>> check_growable([], torch.optim.SGD(layer.parameters(), lr=0.1))
+        >>> check_growable([], torch.optim.SGD(torch.nn.Linear(3, 2).parameters(), lr=0.1))
     """
     state = OptimizerState.of(optimizer)
     for handle in weights:

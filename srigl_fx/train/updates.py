@@ -120,12 +120,17 @@ def rigl_update(weight: Tensor, grad: Tensor, mask: Tensor, *, drop_fraction: fl
         [[1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
     """
     _check(weight, mask, drop_fraction, grad)
-    return _drop_and_grow(weight, grad, mask, drop_fraction)
+    kept = _kept_count(mask, drop_fraction)
+    keep = top(_magnitudes(weight, mask), kept)
+    return top(Scores(grad, ~keep), _count(mask) - kept).logical_or_(keep)
 
 
 @torch.no_grad()
 def set_update(weight: Tensor, mask: Tensor, *, drop_fraction: float, generator: torch.Generator) -> Tensor:
     """One SET update: drop the smallest weights of the layer and grow as many at random.
+
+    This is what :class:`~srigl_fx.train.set.SET` does to a layer of an unstructured model, in one call: the trainer
+    takes :func:`random_scores` and :func:`drop_and_grow` one by one, so that a subclass can exchange the scores.
 
     Args:
         weight: Values (n, F).
@@ -147,14 +152,15 @@ def set_update(weight: Tensor, mask: Tensor, *, drop_fraction: float, generator:
         >>> int(new.sum()), new[0, :2].tolist()
         (4, [True, True])
     """
-    _check(weight, mask, drop_fraction)
-    scores = random_scores(mask.shape, generator).to(mask.device)
-    return _drop_and_grow(weight, scores, mask, drop_fraction)
+    return rigl_update(weight, random_scores(mask.shape, generator).to(mask.device), mask, drop_fraction=drop_fraction)
 
 
 @torch.no_grad()
 def snfs_update(weight: Tensor, momentum: Tensor, mask: Tensor, *, drop_fraction: float) -> Tensor:
     """One SNFS update: drop the smallest weights of the layer and grow as many where the momentum is largest.
+
+    This is what :class:`~srigl_fx.train.snfs.SNFS` does to a layer of an unstructured model, through
+    :func:`drop_and_grow`, which knows the constant fan-in as well.
 
     Args:
         weight: Values (n, F).
@@ -298,9 +304,3 @@ def _ablation_threshold(ablation: float | None, mode: AblationMode, first_fan_in
     if mode == "absolute" and ablation == int(ablation):
         return int(ablation)
     raise StructureError(f'ablation {ablation} with mode {mode!r}: use a fraction, or "absolute" with a whole number')
-
-
-def _drop_and_grow(weight: Tensor, growth: Tensor, mask: Tensor, drop_fraction: float) -> Tensor:
-    kept = _kept_count(mask, drop_fraction)
-    keep = top(_magnitudes(weight, mask), kept)
-    return top(Scores(growth, ~keep), _count(mask) - kept).logical_or_(keep)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.dynamic import DynamicTrainer, Layer
 from srigl_fx.train.schedules import cosine_drop_fraction
-from srigl_fx.train.updates import drop_and_grow
+from srigl_fx.train.updates import drop_and_grow, set_update, snfs_update
 
 STRUCTURES: tuple[Structure, ...] = ("constant_fan_in", "unstructured")
 DYNAMIC: tuple[type[DynamicTrainer], ...] = (RigL, SET, SNFS)
@@ -162,6 +163,29 @@ def test_set_draws_by_seed_step_and_name_alone() -> None:
     train(model, optimizer, batches(4))
     assert len(Draws.seen) == 4
     assert len({float(scores.sum()) for scores in Draws.seen}) == 4
+
+
+@pytest.mark.parametrize("method", [SET, SNFS])
+def test_the_pure_update_of_a_method_is_what_its_trainer_does(method: type[DynamicTrainer]) -> None:
+    model = mlp(structure="unstructured")
+    optimizer = sgd(model, lr=0.0)
+    trainer = method(model, optimizer, total_steps=100, update_every=1, drop_fraction=0.5, auto=False)
+    optimizer.zero_grad()
+    dense = dense_gradient_sums(model)
+    torch.autograd.backward(loss_of(model, next(batches(1))))
+    optimizer.step()
+    expected = {}
+    for handle in sparse_weights(model):
+        drop_fraction = trainer.drop_fraction_at(1)
+        if method is SNFS:
+            new = snfs_update(handle.weight, dense[handle.fqn], handle.mask, drop_fraction=drop_fraction)
+        else:
+            draw = torch.Generator().manual_seed(zlib.crc32(f"0:1:{handle.fqn}".encode()))
+            new = set_update(handle.weight, handle.mask, drop_fraction=drop_fraction, generator=draw)
+        expected[handle.fqn] = new
+    assert not same(mask_copies(model), expected)
+    assert trainer.step()
+    assert same(mask_copies(model), expected)
 
 
 @pytest.mark.parametrize("method", [SET, GMP, Static])
