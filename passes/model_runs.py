@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from srigl_fx.comparison import Results
 from srigl_fx.errors import CaptureError
 from srigl_fx.nn.model_state import copies, restored
 from srigl_fx.passes.tracing import plain_execution
@@ -37,6 +38,11 @@ class Run:
     def keeps_state(self) -> bool:
         """Whether what the next pass returns may depend on this one."""
         return bool(self.written or self.changed)
+
+    @property
+    def results(self) -> Results:
+        """What there is to compare with another model's pass."""
+        return Results(pytree.tree_leaves(self.output), self.buffers)
 
 
 def run_model(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -231,6 +231,11 @@ class Program:
         """A second batch size to check at: odd, and no multiple of the example's unless that is 1."""
         return self.batch_size + 1 + self.batch_size % 2
 
+    @property
+    def sizes(self) -> list[int]:
+        """The batch sizes at which a graph is compared with the model: the example's and, where it is free, another."""
+        return [self.batch_size, self.other_batch] if self.dynamic else [self.batch_size]
+
     def inputs(self, batch: int | None = None, *, apart: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example inputs; with ``batch``, their samples repeated or cut to that many.
 

@@ -3,13 +3,13 @@
 Owns :func:`verifier`, which :func:`srigl_fx.passes.base.run` can call after each pass. It must not know any pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from srigl_fx.comparison import relative_error
+from srigl_fx.comparison import Results, compare
 from srigl_fx.errors import PassError
-from srigl_fx.passes.model_runs import Run, run_steps
+from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import Program
 
 _ADVICE = (
@@ -42,47 +42,31 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
         >>> run((Normalize(),), program, check=verifier(program)).notes
         ()
     """
-    expected = [(size, _of_model(program, size)) for size in _sizes(program)]
+    runs: dict[int | None, list[Results]] = {size: _results(program.model, program, size) for size in program.sizes}
 
     def check(name: str, subject: Program) -> None:
         allowed = subject.tolerance if tolerance is None else tolerance
         subject.module.recompile()  # a pass that forgot to would be found out only after the next
-        for size, runs in expected:
-            where = "" if size is None else f" at batch {size}"
-            given = subject.inputs(size, apart=True)
-            for step, (one, other) in enumerate(zip(runs, run_steps(subject.module, *given, len(runs)), strict=True)):
-                count = [len(pytree.tree_leaves(run.output)) for run in (other, one)]
-                if count[0] != count[1]:
-                    raise PassError(
-                        f"after the pass {name} the graph gives {count[0]} outputs{where}, the model {count[1]}; "
-                        f"{_ADVICE}"
-                    )
-                for what, error in differences(one, other):
-                    if not error <= allowed:
-                        call = f" in call {step + 1}" if step else ""
-                        raise PassError(
-                            f"after the pass {name}, {what}{where}{call} is off by {error:.2e} of its largest value "
-                            f"(allowed: {allowed:.2e}); {_ADVICE}"
-                        )
+        wrong = compare(
+            program.sizes,
+            lambda size: runs[size],
+            lambda size, calls: _results(subject.module, subject, size, calls),
+            allowed,
+        ).wrong
+        if wrong is None:
+            return
+        if wrong.counts[0] != wrong.counts[1]:
+            raise PassError(
+                f"after the pass {name} the graph gives {wrong.counts[1]} outputs{wrong.place}, the model "
+                f"{wrong.counts[0]}; {_ADVICE}"
+            )
+        raise PassError(
+            f"after the pass {name}, {wrong.what}{wrong.place} is off by {wrong.error:.2e} of its largest value "
+            f"(allowed: {allowed:.2e}); {_ADVICE}"
+        )
 
     return check
 
 
-def _sizes(program: Program) -> list[int | None]:
-    return [program.batch_size, program.other_batch] if program.dynamic else [None]
-
-
-def _of_model(program: Program, size: int | None) -> list[Run]:
-    return run_steps(program.model, *program.inputs(size, apart=True))
-
-
-def differences(expected: Run, got: Run) -> Iterator[tuple[str, float]]:
-    """The relative errors of outputs, and of the buffers that were written, each with what it is the error of."""
-    leaves = [pytree.tree_leaves(run.output) for run in (expected, got)]
-    for position, (one, other) in enumerate(zip(*leaves, strict=True)):
-        yield f"output {position}", relative_error(one, other)
-    for name, buffer in expected.buffers.items():
-        if name not in got.buffers:
-            yield f"the buffer {name}", float("inf")
-        else:
-            yield f"the buffer {name}", relative_error(buffer, got.buffers[name])
+def _results(model: nn.Module, program: Program, size: int | None, calls: int | None = None) -> list[Results]:
+    return [run.results for run in run_steps(model, *program.inputs(size, apart=True), calls)]

@@ -1,5 +1,6 @@
 """A pass that only improves costs nobody his model: where it fails, it is undone, and the reports say so."""
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -178,3 +179,32 @@ class Says(Pass[Program]):
 
     def run(self, subject: Program) -> PassResult[Program]:
         return PassResult(subject=subject, changed=False, notes=(Note(where="here", reason="this"),))
+
+
+class WrongElsewhere(Stubborn):
+    """Right at the batch size of the example inputs, and at no other."""
+
+    def __init__(self) -> None:
+        super().__init__("is wrong elsewhere")
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        graph = subject.module.graph
+        relu = graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)[0]
+        before = relu.args[0]
+        with graph.inserting_before(relu):
+            size = graph.call_function(torch.ops.aten.sym_size.int, (before, 0))
+            more = graph.call_function(operator.sub, (size, len(X)))
+            moved = graph.call_function(torch.ops.aten.add.Scalar, (before, more))
+        size.meta["val"] = relu.meta["val"].shape[0]
+        more.meta["val"], moved.meta["val"] = size.meta["val"] - len(X), relu.meta["val"]
+        relu.replace_input_with(before, moved)
+        subject.module.recompile()
+        return PassResult(subject=subject, changed=True)
+
+
+@pytest.mark.parametrize(
+    "make", [simple, lambda: mask_by_hand(randomise(Branches()), 0.4).eval()], ids=["one graph", "two"]
+)
+def test_a_graph_that_is_right_at_one_batch_size_alone_is_refused(make: Callable[[], nn.Module]) -> None:
+    with pytest.raises(LoweringError, match=r"is off by .* at batch 5"):
+        sx.lower(make(), (X,), min_speedup=0, passes=(*LOWERING, WrongElsewhere()))

@@ -6,13 +6,14 @@ is lowered.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import relative_error
+from srigl_fx.comparison import Results, compare
 from srigl_fx.errors import LoweringError, SriglError
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions, assemble
@@ -130,16 +131,21 @@ def _attempt(
     built = LoweredModule.build(graph, report, inputs)
     error = 0.0
     if verify:
-        args, kwargs = region.program.args, region.program.kwargs
-        found = _difference(run_model(region.module, args, kwargs), run_model(built, args, kwargs))
-        if not found <= report.tolerance:
+        inputs_at = partial(region.program.inputs, apart=True)
+        found = compare(
+            region.program.sizes,
+            lambda size: [_results(run_model(region.module, *inputs_at(size)))],
+            lambda size, _: [_results(run_model(built, *inputs_at(size)))],
+            report.tolerance,
+        )
+        if found.wrong is not None:
             raise LoweringError(
-                f"the lowered region {region.name} is off by {found:.2e} of its largest value (allowed: "
-                f"{report.tolerance:.2e}). A module whose outputs depend on more than its inputs cannot be verified: "
-                "pass verify=False if that is so"
+                f"the lowered region {region.name} is off by {found.wrong.error:.2e} of its largest value"
+                f"{found.wrong.place} (allowed: {report.tolerance:.2e}). A module whose outputs depend on more than "
+                "its inputs cannot be verified: pass verify=False if that is so"
             )
-        built = LoweredModule.build(built, replace(report, max_error=found), inputs)
-        error = found
+        error = found.worst
+        built = LoweredModule.build(built, replace(report, max_error=error), inputs)
     return _Lowered(region, built, graph.report, error)
 
 
@@ -157,8 +163,8 @@ def _error(finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], k
             hook.remove()
     if any(one.graph not in ran for one in parts):
         return "a copy of the model does not call it: a function inside the model holds on to the original"
-    worst = _difference(finder.recording.output, output)
-    layers = tuple(layer for one in parts for layer in one.graph.report.layers)
+    recorded, layers = finder.recording.output, tuple(layer for one in parts for layer in one.graph.report.layers)
+    worst = compare([None], lambda _: [_results(recorded)], lambda *_: [_results(output)]).worst
     if not worst <= replace(parts[0].full, layers=layers).tolerance:
         return (
             f"with its graph in place the outputs are off by {worst:.1e} of the largest value: the code around it "
@@ -181,12 +187,9 @@ def _require_dense(model: nn.Module, output: Any) -> None:
                 )
 
 
-def _difference(expected: Any, got: Any) -> float:
-    """The largest relative error of an output; infinite where there are more or fewer of them."""
-    ours, theirs = list(_leaves(got, set())), list(_leaves(expected, set()))
-    if len(ours) != len(theirs):
-        return float("inf")
-    return max((relative_error(one, other) for one, other in zip(theirs, ours, strict=True)), default=0.0)
+def _results(output: Any) -> Results:
+    """What there is to compare of an output."""
+    return Results(list(_leaves(output, set())))
 
 
 def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:

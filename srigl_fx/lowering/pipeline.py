@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from srigl_fx.comparison import Results, compare
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import FormatError, LoweringError, SriglError
 from srigl_fx.lowering.by_regions import lower_regions
@@ -31,7 +32,7 @@ from srigl_fx.passes.model_runs import Run, run_steps
 from srigl_fx.passes.pipelines import LOWERING, whole
 from srigl_fx.passes.program import Costs, Program, Times
 from srigl_fx.passes.select import Select
-from srigl_fx.passes.verify_program import differences, verifier
+from srigl_fx.passes.verify_program import verifier
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.runtime.cost_model import ONNXRUNTIME
 from srigl_fx.runtime.format import VALUE_DTYPES
@@ -336,27 +337,26 @@ def _unmasked(fqn: str, owner: nn.Module, record: WeightRecord) -> LayerReport:
 
 def _verify(program: Program, lowered: LoweredModule) -> float:
     """Compare the lowered module with the model, several calls in a row where that keeps state; the largest error."""
-    sizes = [program.batch_size, program.other_batch] if program.dynamic else [program.batch_size]
-    worst = 0.0
-    for size in sizes:
-        args, kwargs = program.inputs(size, apart=True)
-        expected = run_steps(program.model, args, kwargs)
-        got = run_steps(lowered, args, kwargs, len(expected))
-        for step, (one, other) in enumerate(zip(expected, got, strict=True)):
-            count = [len(pytree.tree_leaves(run.output)) for run in (one, other)]
-            if count[0] != count[1]:
-                raise LoweringError(
-                    f"the lowered model gives {count[1]} outputs, the model {count[0]}: please report it"
-                )
-            for what, error in differences(one, other):
-                if not error <= program.tolerance:
-                    call = f" in call {step + 1}" if step else ""
-                    raise LoweringError(
-                        f"{what} of the lowered model is off by {error:.2e} of the largest value at batch {size}{call} "
-                        f"(allowed: {program.tolerance:.2e}); {_suspects(program, one)}"
-                    )
-                worst = max(worst, error)
-    return worst
+    runs: dict[int | None, list[Run]] = {}
+
+    def expected(size: int | None) -> list[Results]:
+        runs[size] = run_steps(program.model, *program.inputs(size, apart=True))
+        return [run.results for run in runs[size]]
+
+    def got(size: int | None, calls: int) -> list[Results]:
+        return [run.results for run in run_steps(lowered, *program.inputs(size, apart=True), calls)]
+
+    found = compare(program.sizes, expected, got, program.tolerance)
+    if (wrong := found.wrong) is None:
+        return found.worst
+    if wrong.counts[0] != wrong.counts[1]:
+        raise LoweringError(
+            f"the lowered model gives {wrong.counts[1]} outputs, the model {wrong.counts[0]}: please report it"
+        )
+    raise LoweringError(
+        f"{wrong.what} of the lowered model is off by {wrong.error:.2e} of the largest value{wrong.place} "
+        f"(allowed: {program.tolerance:.2e}); {_suspects(program, runs[wrong.size][wrong.call])}"
+    )
 
 
 def _suspects(program: Program, run: Run) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import TOLERANCE, relative_error
+from srigl_fx.comparison import TOLERANCE, Results, compare
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError, LibraryError
 from srigl_fx.files import replacing
@@ -434,23 +434,28 @@ def _compare(
     }
     order = list(dict.fromkeys(sizes.values()))
     example = next((leaves[position].shape[0] for position in sizes), None)
-    worst = 0.0
-    for other in (None, example + 1 + example % 2) if example is not None else (None,):
-        given = [
-            resize(leaf, other + 2 * order.index(sizes[position])) if other is not None and position in sizes else leaf
+    stored: dict[int | None, list[Any]] = {}
+
+    def expected(size: int | None) -> list[Results]:
+        given = stored[size] = [
+            resize(leaf, size + 2 * order.index(sizes[position])) if size is not None and position in sizes else leaf
             for position, leaf in enumerate(leaves)
         ]
         try:
             runs = run_steps(lowered, *pytree.tree_unflatten(given, spec))
         except Exception as error:  # of an operator of the graph: any type
-            raise ExportError(f"the graph does not run at batch {other}: {error}") from error
-        feeds = {entry.name: given[position].numpy() for entry, position in zip(entries, tensors, strict=True)}
+            raise ExportError(f"the graph does not run at batch {size}: {error}") from error
+        return [
+            Results([leaf for leaf in run.results.outputs if isinstance(leaf, Tensor)], run.buffers) for run in runs
+        ]
+
+    def got(size: int | None, calls: int) -> list[Results]:
+        feeds = {entry.name: stored[size][position].numpy() for entry, position in zip(entries, tensors, strict=True)}
         stream.reset()
-        for run in runs:
-            served = stream.run(None, feeds)
-            expected = [leaf for leaf in pytree.tree_leaves(run.output) if isinstance(leaf, Tensor)]
-            expected += run.buffers.values()
-            served += [stream.state[name] for name in run.buffers]
-            for one, value in zip(expected, served, strict=True):
-                worst = max(worst, relative_error(one, torch.from_numpy(value)))
-    return worst
+        served = []
+        for _ in range(calls):
+            outputs = [torch.from_numpy(value) for value in stream.run(None, feeds)]
+            served.append(Results(outputs, {name: torch.from_numpy(value) for name, value in stream.state.items()}))
+        return served
+
+    return compare([None] if example is None else [None, example + 1 + example % 2], expected, got).worst
