@@ -77,6 +77,7 @@ class Timings:
         path: The file, whose folder exists; None to keep nothing on disk.
 
     Example:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     Timings(Path(folder, FILE)).put({"operator": "linear", "shape": [8, 16]}, {"dense": 2e-6})
         ...     Timings(Path(folder, FILE)).get({"operator": "linear", "shape": [8, 16]})

@@ -1,10 +1,13 @@
 """What every test relies on: one thread for each worker, and caches of the test run's own."""
 
+import ast
+import functools
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import CodeType, FunctionType
 
 import pytest
 import torch
@@ -22,6 +25,29 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in ("SRIGL_FX_CACHE", "MPLCONFIGDIR"):
         os.environ[name] = os.path.join(os.environ[_CACHE], name.lower())
     torch.set_num_threads(1)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name an anonymous function among a test's parameters by what it computes, not "<lambda>"."""
+    if not isinstance(val, FunctionType) or val.__name__ != "<lambda>":
+        return None
+    text = _computed(val.__code__)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _computed(code: CodeType) -> str:
+    """The expression of an anonymous function, as it stands in its file."""
+    places = {place for place in code.co_positions() if None not in place}
+    found = [one for one in _lambdas(code.co_filename) if one.lineno == code.co_firstlineno]
+    exact = [one for one in found if (one.lineno, one.end_lineno, one.col_offset, one.end_col_offset) in places]
+    return ast.unparse((exact or found)[0])
+
+
+@functools.cache
+def _lambdas(file: str) -> list[ast.expr]:
+    """The expressions of all anonymous functions in a file."""
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    return [node.body for node in ast.walk(tree) if isinstance(node, ast.Lambda)]
 
 
 @pytest.fixture(autouse=True)

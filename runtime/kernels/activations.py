@@ -190,7 +190,7 @@ def tanh(x: np.float32) -> np.float32:
     """The hyperbolic tangent; by a polynomial near 0, where the formula with powers would lose all digits.
 
     Example:
-        >>> round(float(tanh(np.float32(1))), 4), float(tanh(np.float32(-1e-20))) == np.float32(-1e-20)
+        >>> round(float(tanh(np.float32(1))), 4), bool(tanh(np.float32(-1e-20)) == np.float32(-1e-20))
         (0.7616, True)
     """
     size = abs(x)

@@ -13,8 +13,8 @@ from srigl_fx.train.updates import drop_and_grow, gmp_update, rigl_update, set_u
 
 W_A = torch.tensor([[0.9, -0.8, 0, 0], [0.1, 0, -0.7, 0], [0, 0.3, 0, 0.2]])
 G_A = torch.tensor([[0.5, -0.1, 0.2, 0.3], [0.05, -0.9, 0.15, 0.7], [0.6, 0.25, -0.35, 0.01]])
-E2 = [[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]]
-E3 = [[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
+PER_ROW = [[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]]
+ONE_ABLATED = [[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
 
 
 def srigl(weight: Tensor, grad: Tensor, **options: Any) -> list[list[int]]:
@@ -23,7 +23,7 @@ def srigl(weight: Tensor, grad: Tensor, **options: Any) -> list[list[int]]:
     return result
 
 
-def test_e1_rigl() -> None:
+def test_rigl_by_hand() -> None:
     assert rigl_update(W_A, G_A, W_A != 0, drop_fraction=0.4).int().tolist() == [
         [1, 1, 0, 0],
         [0, 1, 1, 1],
@@ -31,38 +31,42 @@ def test_e1_rigl() -> None:
     ]
 
 
-def test_e2_without_ablation() -> None:
-    assert srigl(W_A, G_A, budget=6, drop_fraction=0.4) == E2
-    assert srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=0) == E2
-    assert srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=0.95) == E2
+def test_srigl_without_ablation_by_hand() -> None:
+    assert srigl(W_A, G_A, budget=6, drop_fraction=0.4) == PER_ROW
+    assert srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=0) == PER_ROW
+    assert srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=0.95) == PER_ROW
 
 
 @pytest.mark.parametrize("threshold", [2, 10])
-def test_e3_ablation(threshold: int) -> None:
-    assert srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=threshold, ablation_mode="absolute") == E3
+def test_srigl_ablates_a_neuron_with_too_few_salient_weights(threshold: int) -> None:
+    assert srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=threshold, ablation_mode="absolute") == ONE_ABLATED
 
 
-def test_e4_only_active_weights_are_kept() -> None:
+def test_only_active_weights_are_kept() -> None:
     weight = W_A.clone()
     weight[2, 3] = 0.05
-    assert srigl(weight, G_A, budget=6, drop_fraction=0.2, ablation=2, ablation_mode="absolute") == E3
+    assert srigl(weight, G_A, budget=6, drop_fraction=0.2, ablation=2, ablation_mode="absolute") == ONE_ABLATED
 
 
-E5_WEIGHT = torch.tensor([[0.2, 0.9, 0, 0.8], [0.6, 0, 0.7, 0.1], [0, 0, 0, 0]])
-E5_GRAD = torch.tensor([[0.05, 0.06, 0.3, 0.07], [0.1, 0.2, 0.08, 0.09], [0.95, 0.9, 0.01, 0.02]])
-E5: dict[str, Any] = {"budget": 6, "drop_fraction": 0.2, "ablation": 1, "ablation_mode": "absolute"}
+REVIVED_WEIGHT = torch.tensor([[0.2, 0.9, 0, 0.8], [0.6, 0, 0.7, 0.1], [0, 0, 0, 0]])
+REVIVED_GRAD = torch.tensor([[0.05, 0.06, 0.3, 0.07], [0.1, 0.2, 0.08, 0.09], [0.95, 0.9, 0.01, 0.02]])
+REVIVED: dict[str, Any] = {"budget": 6, "drop_fraction": 0.2, "ablation": 1, "ablation_mode": "absolute"}
 
 
-def test_e5_a_revived_neuron_and_trimming_by_magnitude() -> None:
-    assert srigl(E5_WEIGHT, E5_GRAD, **E5) == [[0, 1, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]]
+def test_a_neuron_comes_back_and_the_others_lose_their_smallest_weight() -> None:
+    assert srigl(REVIVED_WEIGHT, REVIVED_GRAD, **REVIVED) == [[0, 1, 0, 1], [1, 0, 1, 0], [1, 1, 0, 0]]
 
 
-def test_e5_with_permanent_ablation() -> None:
+def test_a_neuron_that_is_ablated_for_good_does_not_come_back() -> None:
     frozen = torch.tensor([False, False, True])
-    assert srigl(E5_WEIGHT, E5_GRAD, frozen_rows=frozen, **E5) == [[1, 1, 0, 1], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert srigl(REVIVED_WEIGHT, REVIVED_GRAD, frozen_rows=frozen, **REVIVED) == [
+        [1, 1, 0, 1],
+        [1, 1, 1, 0],
+        [0, 0, 0, 0],
+    ]
 
 
-def test_e6_a_fraction_of_the_first_fan_in() -> None:
+def test_a_threshold_may_be_a_fraction_of_the_first_fan_in() -> None:
     weight = torch.tensor(
         [[0.9, -0.8, 0.7, 0, 0, 0], [0, 0.6, 0, 0.5, 0.4, 0], [0, 0, 0.35, 0, 0.3, 0.05], [0.04, 0, 0, 0.03, 0, 0.02]]
     )
@@ -80,14 +84,14 @@ def test_e6_a_fraction_of_the_first_fan_in() -> None:
 
 def test_ablation_of_one_is_the_whole_first_fan_in() -> None:
     whole = srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=1.0)
-    assert whole == srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=2, ablation_mode="absolute") == E3
+    assert whole == srigl(W_A, G_A, budget=6, drop_fraction=0.4, ablation=2, ablation_mode="absolute") == ONE_ABLATED
 
 
 def test_min_neurons() -> None:
     options: dict[str, Any] = {"budget": 6, "drop_fraction": 0.4, "ablation": 10, "ablation_mode": "absolute"}
-    assert srigl(W_A, G_A, min_neurons=1, **options) == E3
-    assert srigl(W_A, G_A, min_neurons=3, **options) == E2
-    assert srigl(W_A, G_A, min_neurons=100, **options) == E2
+    assert srigl(W_A, G_A, min_neurons=1, **options) == ONE_ABLATED
+    assert srigl(W_A, G_A, min_neurons=3, **options) == PER_ROW
+    assert srigl(W_A, G_A, min_neurons=100, **options) == PER_ROW
 
 
 def test_equal_gradients_grow_at_the_lowest_index() -> None:
@@ -192,7 +196,7 @@ def test_growth_is_ranked_by_the_structure() -> None:
     anywhere = drop_and_grow(W_A, G_A, mask, structure="unstructured", **shared)
     per_row = drop_and_grow(W_A, G_A, mask, structure="constant_fan_in", **shared)
     assert anywhere.int().tolist() == [[1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
-    assert per_row.int().tolist() == E2
+    assert per_row.int().tolist() == PER_ROW
 
 
 def test_gmp_keeps_the_largest() -> None:
@@ -223,4 +227,4 @@ def test_set_depends_on_its_generator() -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions(dtype: torch.dtype) -> None:
     weight, grad = W_A.to(dtype), G_A.to(dtype)
-    assert srigl(weight, grad, budget=6, drop_fraction=0.4, ablation=2, ablation_mode="absolute") == E3
+    assert srigl(weight, grad, budget=6, drop_fraction=0.4, ablation=2, ablation_mode="absolute") == ONE_ABLATED

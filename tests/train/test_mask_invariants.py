@@ -1,25 +1,8 @@
-"""What must hold for every training method, one test each, numbered.
+"""What must hold for every training method, one test each.
 
- 1. Every active row has exactly k weights, every other none; k = min(F, budget // active).
- 2. No layer ever keeps more weights than its budget.
- 3. RigL, SET and SNFS keep the number of weights.
- 4. Weights, gradients and optimizer state are zero off the mask: test_projection.py, test_training_invariants.py.
- 5. Grown weights start at 0; kept ones, and those dropped and grown again, keep their value.
- 6. Masks change at multiples of update_every, strictly between 0 and the end; Static's never.
- 7. The drop fraction falls from its start to 0.
- 8. Nothing dropped and nothing ablated: nothing changes.
- 9. As many rows survive as hold the budget, whatever the threshold.
-10. Protected layers are never ablated.
-11. Permanent ablation only grows.
-12. All processes hold the same masks: the tests of distributed training.
-13. A resumed run equals an uninterrupted one, to the bit: test_resume.py, test_methods.py.
-14. Neurons in another order get the same masks in that order; the scale of weights and gradients does not matter.
-15. The distributions' budgets add up to the density asked for.
-16. The condensed forward equals the masked one: the tests of the runtime.
-17. Ties grow at the lowest indices.
-18. Full masks, full fan-in, single neurons and missing biases work; a fan-in of 0 is an error.
-19. A gradient that is not finite never reaches a mask.
-20. Learned permutations: there are none.
+What other files look at: weights, gradients and optimizer state are zero off the mask (test_engine_projection.py,
+test_training_invariants.py); all processes hold the same masks (distributed/); a resumed run equals an uninterrupted
+one, to the bit (test_resume.py, test_methods.py); the condensed forward equals the masked one (tests/runtime).
 """
 
 import itertools
@@ -113,7 +96,7 @@ def random_layer(seed: int, rows: int = 12, fan_in: int = 20, k: int = 4) -> tup
 
 
 @pytest.mark.parametrize(("method", "structure"), PER_ROW)
-def test_1_constant_fan_in(method: str, structure: Structure) -> None:
+def test_every_active_row_has_the_same_fan_in_and_every_other_none(method: str, structure: Structure) -> None:
     for budget, mask in masks_of(history(method, structure)):
         counts = mask.sum(dim=1)
         active = int((counts > 0).sum())
@@ -121,13 +104,13 @@ def test_1_constant_fan_in(method: str, structure: Structure) -> None:
 
 
 @pytest.mark.parametrize(("method", "structure"), PER_ROW + ANYWHERE)
-def test_2_budget(method: str, structure: Structure) -> None:
+def test_no_layer_ever_keeps_more_weights_than_its_budget(method: str, structure: Structure) -> None:
     for budget, mask in masks_of(history(method, structure)):
         assert 0 < int(mask.sum()) <= budget
 
 
 @pytest.mark.parametrize(("method", "structure"), PER_ROW[1:] + ANYWHERE)
-def test_3_number_of_weights(method: str, structure: Structure) -> None:
+def test_rigl_set_and_snfs_keep_the_number_of_weights(method: str, structure: Structure) -> None:
     for moment in history(method, structure).moments:
         before, after = moment.masks
         assert {name: int(mask.sum()) for name, mask in before.items()} == {
@@ -136,7 +119,7 @@ def test_3_number_of_weights(method: str, structure: Structure) -> None:
 
 
 @pytest.mark.parametrize(("method", "structure"), PER_ROW[:-1] + ANYWHERE[:-1])
-def test_5_grown_at_zero_and_kept_as_they_are(method: str, structure: Structure) -> None:
+def test_grown_weights_start_at_zero_and_kept_ones_keep_their_value(method: str, structure: Structure) -> None:
     grown = regrown = 0
     for moment in history(method, structure).moments:
         drop = cosine_drop_fraction(moment.step, initial=0.5, end=int(STOP * STEPS))
@@ -154,7 +137,7 @@ def test_5_grown_at_zero_and_kept_as_they_are(method: str, structure: Structure)
 
 
 @pytest.mark.parametrize(("method", "structure"), PER_ROW + ANYWHERE)
-def test_6_masks_change_on_schedule_only(method: str, structure: Structure) -> None:
+def test_masks_change_at_multiples_of_the_interval_below_the_end_only(method: str, structure: Structure) -> None:
     changes = [
         moment.step
         for moment in history(method, structure).moments
@@ -164,7 +147,7 @@ def test_6_masks_change_on_schedule_only(method: str, structure: Structure) -> N
 
 
 @given(st.integers(1, 10_000), st.floats(1e-6, 1))
-def test_7_drop_fraction(end: int, initial: float) -> None:
+def test_the_drop_fraction_falls_from_its_start_to_zero(end: int, initial: float) -> None:
     steps = range(0, end + 1, max(1, end // 20))
     values = [cosine_drop_fraction(step, initial=initial, end=end) for step in (*steps, end)]
     assert values[0] == initial
@@ -173,7 +156,7 @@ def test_7_drop_fraction(end: int, initial: float) -> None:
 
 
 @pytest.mark.parametrize("structure", ["constant_fan_in", "unstructured"])
-def test_8_nothing_dropped_changes_nothing(structure: Structure) -> None:
+def test_nothing_dropped_changes_nothing(structure: Structure) -> None:
     for seed in range(10):
         weight, grad, mask = random_layer(seed)
         budget = int(mask.sum())
@@ -185,7 +168,7 @@ def test_8_nothing_dropped_changes_nothing(structure: Structure) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.integers(1, 8), st.integers(1, 8))
-def test_9_enough_rows_survive(data: st.DataObject, rows: int, fan_in: int) -> None:
+def test_as_many_rows_survive_any_threshold_as_hold_the_budget(data: st.DataObject, rows: int, fan_in: int) -> None:
     budget = data.draw(st.integers(rows, rows * fan_in))
     k = min(fan_in, budget // rows)
     weight, grad, mask = random_layer(data.draw(st.integers(0, 999)), rows, fan_in, k)
@@ -199,7 +182,7 @@ def test_9_enough_rows_survive(data: st.DataObject, rows: int, fan_in: int) -> N
         assert int(counts.max()) <= fan_in
 
 
-def test_10_protected_layers_keep_every_neuron() -> None:
+def test_protected_layers_keep_every_neuron() -> None:
     rules: dict[str | type[nn.Module], float | LayerSpec | None] = {
         "*": LayerSpec(sparsity=0.75),
         "0": LayerSpec(sparsity=0.75, ablation=0.0),
@@ -223,7 +206,7 @@ def test_10_protected_layers_keep_every_neuron() -> None:
     assert active["4.weight"] < 16
 
 
-def test_11_permanent_ablation_only_grows() -> None:
+def test_permanent_ablation_only_grows() -> None:
     run = history("SRigL", "constant_fan_in", permanent_ablation=True)
     dead: dict[str, Tensor] = {}
     for moment in run.moments:
@@ -235,7 +218,7 @@ def test_11_permanent_ablation_only_grows() -> None:
     assert dead["2.weight"].any()
 
 
-def test_11_a_layer_that_is_dead_stays_dead() -> None:
+def test_a_layer_that_is_dead_for_good_stays_dead() -> None:
     weight, grad, mask = torch.zeros(3, 4), torch.ones(3, 4), torch.zeros(3, 4, dtype=torch.bool)
     everybody = torch.ones(3, dtype=torch.bool)
     options: dict[str, Any] = {"budget": 6, "drop_fraction": 0.5, "ablation": 0.5}
@@ -244,7 +227,7 @@ def test_11_a_layer_that_is_dead_stays_dead() -> None:
 
 
 @pytest.mark.parametrize("rule", ["srigl", "ablation", "rigl", "snfs", "gmp", "gmp per row"])
-def test_14_order_and_scale(rule: str) -> None:
+def test_neither_the_order_of_neurons_nor_the_scale_of_values_matters(rule: str) -> None:
     def update(weight: Tensor, grad: Tensor, mask: Tensor) -> Tensor:
         budget = 48
         if rule == "rigl":
@@ -271,7 +254,9 @@ def test_14_order_and_scale(rule: str) -> None:
     st.sampled_from([0.5, 0.75, 0.8, 0.9]),
     st.sampled_from([distributions.erk, distributions.uniform]),
 )
-def test_15_budgets_add_up(shapes: list[tuple[int, int]], sparsity: float, distribution: Callable[..., Any]) -> None:
+def test_the_budgets_of_a_distribution_add_up_to_its_density(
+    shapes: list[tuple[int, int]], sparsity: float, distribution: Callable[..., Any]
+) -> None:
     named = {str(i): shape for i, shape in enumerate(shapes)}
     densities = distribution(named, sparsity)
     assert all(0 < density <= 1 for density in densities.values())
@@ -280,7 +265,7 @@ def test_15_budgets_add_up(shapes: list[tuple[int, int]], sparsity: float, distr
     assert abs(kept - (1 - sparsity) * sum(sizes.values())) <= len(shapes) + 1e-6
 
 
-def test_15_known_densities() -> None:
+def test_the_densities_of_small_shapes_by_hand() -> None:
     shapes = {"a": (8, 4), "b": (16, 16)}
     assert distributions.erk(shapes, 0.75) == pytest.approx({"a": 0.613636, "b": 0.204545}, abs=1e-6)
     assert distributions.erk(shapes, 0.5) == {"a": 1.0, "b": 0.4375}
@@ -288,7 +273,7 @@ def test_15_known_densities() -> None:
 
 
 @pytest.mark.parametrize("rule", ["srigl", "rigl", "snfs", "gmp"])
-def test_17_ties_go_to_the_lowest_index(rule: str) -> None:
+def test_ties_go_to_the_lowest_index(rule: str) -> None:
     mask = torch.tensor([[False, False, True, True], [True, False, False, True]])
     weight, grad = mask.float(), torch.full((2, 4), -2.0)
     if rule == "srigl":
@@ -303,7 +288,7 @@ def test_17_ties_go_to_the_lowest_index(rule: str) -> None:
 
 
 @pytest.mark.parametrize(("rows", "fan_in", "k"), [(1, 5, 2), (1, 1, 1), (3, 4, 4), (4, 1, 1), (5, 3, 1)])
-def test_18_small_and_full_layers(rows: int, fan_in: int, k: int) -> None:
+def test_full_masks_full_fan_ins_and_single_neurons_work(rows: int, fan_in: int, k: int) -> None:
     weight, grad, mask = random_layer(1, rows, fan_in, k)
     budget = rows * k
     for ablation in (None, 0.9):
@@ -316,7 +301,7 @@ def test_18_small_and_full_layers(rows: int, fan_in: int, k: int) -> None:
     assert torch.equal(gmp_update(weight, mask, count=budget, structure="constant_fan_in"), mask)
 
 
-def test_18_a_single_neuron_without_bias_trains() -> None:
+def test_a_single_neuron_without_bias_trains() -> None:
     model = nn.Sequential(nn.Linear(24, 16, bias=False), nn.ReLU(), nn.Linear(16, 1, bias=False))
     sparsify(model, rules={"0": 0.75, "2": 0.5})
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -328,7 +313,7 @@ def test_18_a_single_neuron_without_bias_trains() -> None:
         verify(model, optimizer)
 
 
-def test_18_a_fan_in_of_zero_is_an_error() -> None:
+def test_a_fan_in_of_zero_is_an_error() -> None:
     weight, grad, mask = random_layer(0)
     with pytest.raises(StructureError, match="12 neurons a fan-in of 0: reduce the sparsity"):
         srigl_update(weight, grad, mask, budget=11, drop_fraction=0.5)
@@ -337,7 +322,7 @@ def test_18_a_fan_in_of_zero_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_19_what_is_not_finite_grows_nothing(bad: float) -> None:
+def test_a_gradient_that_is_not_finite_never_reaches_a_mask(bad: float) -> None:
     for seed in range(5):
         weight, grad, mask = random_layer(seed)
         strange = grad.clone()
