@@ -48,7 +48,7 @@ from srigl_fx.passes.sites.registry import Known, lookup
 from srigl_fx.passes.sites.roles import roles_of
 from srigl_fx.passes.sites.transformed_weights import TransformedWeights
 from srigl_fx.passes.sites.weight_layout import Layout
-from srigl_fx.passes.sites.weight_uses import Use, uses_in
+from srigl_fx.passes.sites.weight_uses import ParameterUse, uses_in
 
 _REAL = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -117,8 +117,8 @@ class _Evidence:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.known: dict[int, list[Known]] = {}
-        self.uses: dict[int, list[tuple[bool, Use]]] = {}  # (the graph is the model's own, the use)
-        self.seen: dict[int, list[Use]] = {}  # uses in a run on the example inputs
+        self.uses: dict[int, list[tuple[bool, ParameterUse]]] = {}  # (the graph is the model's own, the use)
+        self.seen: dict[int, list[ParameterUse]] = {}  # uses in a run on the example inputs
         self.calls: dict[str, list[str]] = {}  # module FQN -> call_module nodes of the model's own graph
         self.failures: dict[str, str] = {}
         self.transformed = TransformedWeights()
@@ -166,7 +166,7 @@ class _Evidence:
 
     def _read_graph(
         self, root: nn.Module, graph: fx.Graph, *, own: bool, constants: Mapping[str, object] = MappingProxyType({})
-    ) -> dict[int, list[Use]]:
+    ) -> dict[int, list[ParameterUse]]:
         graph = as_stored(root, graph)
         uses = uses_in(graph, lambda target: constants[target] if target in constants else _resolve(root, target))
         for source, found in uses.items():
@@ -217,7 +217,13 @@ class _Evidence:
         return Finding(site=site, owner=holder, reason=reason, compensated=bool(reason), transforms=transforms)
 
     def _why_dense(
-        self, owner_name: str, owner: nn.Module, attr: str, known: list[Known], uses: list[Use], layouts: list[Layout]
+        self,
+        owner_name: str,
+        owner: nn.Module,
+        attr: str,
+        known: list[Known],
+        uses: list[ParameterUse],
+        layouts: list[Layout],
     ) -> tuple[str, bool]:
         """(the reason the parameter can only stay dense or "", whether its use is understood)."""
         if (pruned := pruned_by_torch(owner).get(attr)) is not None:
@@ -252,7 +258,7 @@ class _Evidence:
         return "no forward that torch.fx can follow reads it", False
 
 
-def _conclusive(traced: list[Use], seen: list[Use]) -> list[Use]:
+def _conclusive(traced: list[ParameterUse], seen: list[ParameterUse]) -> list[ParameterUse]:
     """What was seen to happen, where only that shows the weight in a contraction; else what the graphs show."""
     if any(use.kind == "weight" for use in seen) and not any(use.kind == "weight" for use in traced):
         return seen

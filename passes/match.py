@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from srigl_fx.errors import LoweringError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.program import Geometry, Layer, Program, Use, arguments, operands, tensor_at
+from srigl_fx.passes.program import Geometry, MatchedLayer, Program, Use, arguments, operands, tensor_at
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ _FUSED = {
 
 
 class MatchWeights(Pass[Program]):
-    """Make one :class:`~srigl_fx.passes.program.Layer` of every mask-managed weight.
+    """Make one :class:`~srigl_fx.passes.program.MatchedLayer` of every mask-managed weight.
 
     1. ``linear`` on a masked (out, in) matrix is a use that a condensed linear operator can replace.
     2. Convolutions over one to three axes on batches, grouped and transposed ones too, are uses that a condensed
@@ -54,7 +54,7 @@ class MatchWeights(Pass[Program]):
         for node in subject.module.graph.find_nodes(op="get_attr"):
             if masked := subject.masked.get(str(node.target)):
                 readers.setdefault(masked.fqn, []).append(node)
-        subject.layers = [Layer(weight=handle) for handle in sparse_weights(subject.model)]
+        subject.layers = [MatchedLayer(weight=handle) for handle in sparse_weights(subject.model)]
         for layer in subject.layers:
             _match(subject, layer, readers.get(layer.weight.fqn, []))
         notes = tuple(Note(where=layer.weight.fqn, reason=layer.reason) for layer in subject.layers if layer.reason)
@@ -77,7 +77,7 @@ class MatchWeights(Pass[Program]):
                     )
 
 
-def _match(program: Program, layer: Layer, readers: list[fx.Node]) -> None:
+def _match(program: Program, layer: MatchedLayer, readers: list[fx.Node]) -> None:
     refused: list[str] = []
     for reader in readers:
         for user in reader.users:

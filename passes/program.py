@@ -124,7 +124,7 @@ class Use:
 
 
 @dataclass
-class Layer:
+class MatchedLayer:
     """A mask-managed weight of the model, where the graph reads it, and what is decided for it.
 
     Attributes:
@@ -178,7 +178,7 @@ class Program:
     ties: tuple[int, ...] = ()
     masked: dict[str, MaskedTensor] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[MatchedLayer] = field(default_factory=list)
     removals: Removals | None = None
     value_dtype: torch.dtype = torch.float32
 

@@ -6,7 +6,7 @@ Owns the rule and :class:`Select`. It must not measure: what gives the times is 
 from collections.abc import Callable, Mapping
 
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.program import Costs, Decision, Layer, Program, Times
+from srigl_fx.passes.program import Costs, Decision, MatchedLayer, Program, Times
 
 NOISE = 1.05  # forms whose times differ by less than this factor count as equally fast
 
@@ -89,7 +89,7 @@ class Select(Pass[Program]):
                 notes.append(Note(where=layer.weight.fqn, reason=layer.reason))
         return PassResult(subject=subject, changed=bool(subject.layers), notes=tuple(notes))
 
-    def _decide(self, layer: Layer) -> tuple[Decision, str]:
+    def _decide(self, layer: MatchedLayer) -> tuple[Decision, str]:
         sizes = _sizes(layer)
         if layer.times:
             return decide(layer.times, self._min_speedup, sizes)
@@ -99,7 +99,7 @@ class Select(Pass[Program]):
         return "condensed", ""
 
 
-def _sizes(layer: Layer) -> dict[Decision, int]:
+def _sizes(layer: MatchedLayer) -> dict[Decision, int]:
     """About the bytes that the forms store."""
     masks = [use.mask for use in layer.uses]
     return {

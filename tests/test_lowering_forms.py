@@ -20,7 +20,7 @@ from srigl_fx.passes.condense import can_shrink, variants
 from srigl_fx.passes.fold_constants import FoldConstants
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.normalize import Normalize
-from srigl_fx.passes.program import Layer
+from srigl_fx.passes.program import MatchedLayer
 from srigl_fx.runtime.ops import dense_weight
 
 CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -101,7 +101,7 @@ def test_a_transposed_weight_has_the_matrix_view_of_its_site(kernel: tuple[int, 
     assert torch.equal(dense_weight(use.weight, shape, groups, True), weight)
 
 
-def matched(model: nn.Module, *inputs: Tensor) -> list[Layer]:
+def matched(model: nn.Module, *inputs: Tensor) -> list[MatchedLayer]:
     return run((Normalize(), FoldConstants(), MatchWeights()), capture(model.eval(), inputs)).subject.layers
 
 

@@ -21,7 +21,7 @@ from srigl_fx.passes.capture import Failure, capture_region
 from srigl_fx.passes.capture_checks import class_name
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.regions.module_local import module_local
-from srigl_fx.passes.regions.recording import Call, Recording, record
+from srigl_fx.passes.regions.recording import ModuleCall, Recording, record
 from srigl_fx.passes.tracing import plain_experts
 
 _ENOUGH = 2  # failed modules of a class of which none was captured, after which further ones are not tried
@@ -109,7 +109,7 @@ class RegionFinder:
         region = self._region(name, module, calls) if calls else None
         return [region] if region else self.below(name)
 
-    def _region(self, name: str, module: nn.Module, calls: list[Call]) -> Region | None:
+    def _region(self, name: str, module: nn.Module, calls: list[ModuleCall]) -> Region | None:
         local = module_local(self.model, module, calls)
         if local is not None:
             return Region(name, module, local, any_rank=isinstance(module, nn.Linear))
@@ -151,7 +151,7 @@ def _within(name: str, part: str) -> bool:
     return not part or name == part or name.startswith(part + ".")
 
 
-def _merge(calls: list[Call]) -> tuple[Call, dict[int, frozenset[int]], dict[int, frozenset[int]]]:
+def _merge(calls: list[ModuleCall]) -> tuple[ModuleCall, dict[int, frozenset[int]], dict[int, frozenset[int]]]:
     """The call to capture with, and by flat input the sizes that may and those that must be free.
 
     Raises:
@@ -183,4 +183,4 @@ def _merge(calls: list[Call]) -> tuple[Call, dict[int, frozenset[int]], dict[int
         leaf.new_zeros((2, *leaf.shape[1:])) if i in free and not leaf.shape[0] else leaf
         for i, leaf in enumerate(example.leaves)
     ]
-    return Call(roomy, example.spec), free, varying
+    return ModuleCall(roomy, example.spec), free, varying

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.fake_values import fake_result
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.regions.recording import Call
+from srigl_fx.passes.regions.recording import ModuleCall
 
 aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ _CONVOLUTIONS: dict[type[nn.Module], tuple[Any, Any]] = {
 }
 
 
-def module_local(model: nn.Module, module: nn.Module, calls: list[Call]) -> Program | None:
+def module_local(model: nn.Module, module: nn.Module, calls: list[ModuleCall]) -> Program | None:
     """The program of one layer as it was called; None where it is not a layer that this can be done for.
 
     Args:
@@ -37,7 +37,7 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[Call]) -> Prog
     Example:
         >>> layer = nn.Linear(3, 2)
         >>> leaves, spec = pytree.tree_flatten(((torch.ones(4, 3),), {}))
-        >>> program = module_local(layer, layer, [Call(leaves, spec)])
+        >>> program = module_local(layer, layer, [ModuleCall(leaves, spec)])
         >>> program.module(torch.ones(5, 7, 3)).shape
         torch.Size([5, 7, 2])
     """

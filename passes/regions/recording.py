@@ -1,6 +1,7 @@
 """What every sub-module was called with in one run of a model.
 
-Owns :class:`Call` and the recording; it must not know what the calls are compared for. Nothing of the model changes.
+Owns :class:`ModuleCall` and the recording; it must not know what the calls are compared for. Nothing of the model
+changes.
 """
 
 import threading
@@ -16,7 +17,7 @@ from srigl_fx.passes.model_runs import run_steps
 
 
 @dataclass
-class Call:
+class ModuleCall:
     """One call of a module; others with the same structure, types and sizes are not kept.
 
     Attributes:
@@ -48,7 +49,7 @@ class Recording:
 
     output: Any = None
     written: frozenset[str] = frozenset()
-    calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
+    calls: dict[nn.Module, list[ModuleCall]] = field(default_factory=dict)
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
@@ -60,8 +61,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         [torch.Size([4, 2])]
     """
     recording = Recording()
-    known: dict[nn.Module, dict[Any, Call]] = {}
-    running: list[tuple[nn.Module, Call]] = []
+    known: dict[nn.Module, dict[Any, ModuleCall]] = {}
+    running: list[tuple[nn.Module, ModuleCall]] = []
     thread = threading.get_ident()  # other threads may be using the model
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -72,7 +73,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         calls = known.setdefault(module, {})
         if key not in calls:
             copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            calls[key] = Call(copies, spec, foreign_types(leaves, None))
+            calls[key] = ModuleCall(copies, spec, foreign_types(leaves, None))
         running.append((module, calls[key]))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

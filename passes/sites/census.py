@@ -24,12 +24,12 @@ from srigl_fx.errors import SparsifyError
 from srigl_fx.nn.model_state import copies, restored
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.sites.contractions import name_of
-from srigl_fx.passes.sites.weight_uses import Data, Derived, Use, Value, Views, after, initial
+from srigl_fx.passes.sites.weight_uses import Data, Derived, ParameterUse, Value, Views, after, initial
 from srigl_fx.passes.sites.weight_views import WeightView
 from srigl_fx.passes.tracing import plain_attention
 
 
-def uses_on(model: nn.Module, example_inputs: Any) -> dict[int, list[Use]]:
+def uses_on(model: nn.Module, example_inputs: Any) -> dict[int, list[ParameterUse]]:
     """Every use of the model's weights in one forward pass, by the Parameter's id; one that is not used is missing.
 
     Raises:
@@ -76,7 +76,7 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.found: dict[int, list[Use]] = {}
+        self.found: dict[int, list[ParameterUse]] = {}
         self.values: Any = WeakIdKeyDictionary()
         for parameter in model.parameters():
             self.values[parameter] = initial(parameter)
@@ -103,7 +103,7 @@ class _Recorder(TorchFunctionMode):
             self._keep(result, after(name, func, seen_args, seen_kwargs, self._report))
         return result
 
-    def _report(self, source: int, use: Use) -> None:
+    def _report(self, source: int, use: ParameterUse) -> None:
         uses = self.found.setdefault(source, [])
         if use not in uses:
             uses.append(use)

@@ -31,7 +31,7 @@ from srigl_fx.passes.sites.value_transforms import (
     zero_dims,
 )
 from srigl_fx.passes.sites.weight_layout import Layout
-from srigl_fx.passes.sites.weight_uses import Use, uses_in
+from srigl_fx.passes.sites.weight_uses import ParameterUse, uses_in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +71,9 @@ class TransformedWeights:
             self._magnitudes.update(stored.others)
         return found
 
-    def read(self, name: str, module: nn.Module, uses: list[dict[int, list[Use]]], *, traced: bool) -> None:
+    def read(self, name: str, module: nn.Module, uses: list[dict[int, list[ParameterUse]]], *, traced: bool) -> None:
         """Remember the weights that a module's forward transforms; ``uses`` is what its graphs show."""
-        joined: dict[int, list[Use]] = {}
+        joined: dict[int, list[ParameterUse]] = {}
         for each in uses:
             for key, found in each.items():
                 joined.setdefault(key, []).extend(found)
@@ -86,8 +86,8 @@ class TransformedWeights:
         return self._stored[id(parameter)][0] if id(parameter) in self._stored else owner
 
     def settle(
-        self, parameter: nn.Parameter, owner: nn.Module, uses: list[Use], layouts: list[Layout]
-    ) -> tuple[list[Use], tuple[Transform, ...]]:
+        self, parameter: nn.Parameter, owner: nn.Module, uses: list[ParameterUse], layouts: list[Layout]
+    ) -> tuple[list[ParameterUse], tuple[Transform, ...]]:
         """The uses of a parameter, its transforms looked through, and what has to be masked behind them.
 
         Args:
@@ -98,11 +98,11 @@ class TransformedWeights:
         """
         plain = [use for use in uses if use.kind != "transformed"]
         if id(parameter) in self._magnitudes:
-            return [Use(kind="none", detail="the magnitudes of a weight normalisation")], ()
+            return [ParameterUse(kind="none", detail="the magnitudes of a weight normalisation")], ()
         if id(parameter) in self._stored:
             module, stored = self._stored[id(parameter)]
             if stored.reason:
-                return [Use(kind="transformed", detail=stored.reason)], ()
+                return [ParameterUse(kind="transformed", detail=stored.reason)], ()
             plain = [use for use in plain if use.kind != "none"]
             read_as = [*layouts, *(use.layout for use in plain if use.layout is not None)]
             if stored.transform is None or not read_as:
@@ -110,7 +110,8 @@ class TransformedWeights:
             chain = module.get_submodule(stored.name.rpartition(".")[0])
             transform = with_zero_neurons(stored.transform, read_as[0], chain, parameter)
             if isinstance(transform, str):
-                return [Use(kind="transformed", detail=f"its values come from {kind_of(chain[0])}: {transform}")], ()  # type: ignore[index]
+                detail = f"its values come from {kind_of(chain[0])}: {transform}"  # type: ignore[index]
+                return [ParameterUse(kind="transformed", detail=detail)], ()
             return plain, (transform,)
         recognised = self._read.get(id(parameter), [])
         if not recognised:
@@ -123,13 +124,13 @@ class TransformedWeights:
                 replace(use, detail=f"{use.detail}: {reason}") if use.kind == "transformed" else use for use in uses
             ], ()
         if all(found.no_weight for found in recognised):
-            return [*plain, Use(kind="none", detail=recognised[0].no_weight)], ()
+            return [*plain, ParameterUse(kind="none", detail=recognised[0].no_weight)], ()
         plain = [use for use in plain if use.kind != "none"]
-        plain += [Use(kind="weight", layout=found.layout) for found in recognised if not found.no_weight]
+        plain += [ParameterUse(kind="weight", layout=found.layout) for found in recognised if not found.no_weight]
         return plain, tuple(found.transform for found in recognised if found.transform is not None)
 
 
-def recognise(name: str, module: nn.Module, uses: dict[int, list[Use]] | None) -> dict[int, Recognised]:
+def recognise(name: str, module: nn.Module, uses: dict[int, list[ParameterUse]] | None) -> dict[int, Recognised]:
     """The parameters that the module's forward transforms before a contraction reads them, by their ids.
 
     Args:
@@ -165,7 +166,7 @@ def recognise(name: str, module: nn.Module, uses: dict[int, list[Use]] | None) -
     return {key: _recognised(name, module, graphs, targets[key]) for key in wanted if key in targets}
 
 
-def _may_transform(use: Use) -> bool:
+def _may_transform(use: ParameterUse) -> bool:
     """Whether a look behind this use is worth it; a child may be what transforms the weight."""
     child = use.kind == "none" and use.node is not None and use.node.op == "call_module"
     return use.kind == "transformed" or child
@@ -214,7 +215,7 @@ def _span(module: nn.Module, graph: fx.Graph, target: str, weight: nn.Parameter)
     raise UnfitError("there is no one value that takes its place")
 
 
-def _uses_as_weight(module: nn.Module, graph: fx.Graph, node: fx.Node, weight: nn.Parameter) -> list[Use]:
+def _uses_as_weight(module: nn.Module, graph: fx.Graph, node: fx.Node, weight: nn.Parameter) -> list[ParameterUse]:
     """How the graph would use the weight if it stood in the place of ``node``."""
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}

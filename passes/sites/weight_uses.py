@@ -59,7 +59,7 @@ UseKind = Literal["weight", "transformed", "lookup", "unsupported", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Use:
+class ParameterUse:
     """One way a parameter is used.
 
     Attributes:
@@ -104,10 +104,10 @@ class Data:
 
 
 Value = Views | Derived | Data
-Report = Callable[[int, Use], None]
+Report = Callable[[int, ParameterUse], None]
 
 
-def uses_in(graph: fx.Graph, attribute: Callable[[str], object]) -> dict[int, list[Use]]:
+def uses_in(graph: fx.Graph, attribute: Callable[[str], object]) -> dict[int, list[ParameterUse]]:
     """Every use of the parameters of two or more dimensions that a graph makes, by the Parameter's id.
 
     Args:
@@ -121,11 +121,11 @@ def uses_in(graph: fx.Graph, attribute: Callable[[str], object]) -> dict[int, li
         >>> uses[0].kind, uses[0].layout.neuron_axes
         ('weight', (0,))
     """
-    found: dict[int, list[Use]] = {}
+    found: dict[int, list[ParameterUse]] = {}
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
 
-        def report(source: int, use: Use, node: fx.Node = node) -> None:
+        def report(source: int, use: ParameterUse, node: fx.Node = node) -> None:
             found.setdefault(source, []).append(replace(use, node=node))
 
         if node.op == "get_attr":
@@ -139,7 +139,7 @@ def uses_in(graph: fx.Graph, attribute: Callable[[str], object]) -> dict[int, li
             values[node] = _called(node.target, args, kwargs, report)
         else:
             for source in frozenset().union(*(value.sources for value in _tracked(inputs))):
-                report(source, Use(kind="none"))
+                report(source, ParameterUse(kind="none"))
             values[node] = Data()
     return found
 
@@ -196,7 +196,7 @@ def after(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: 
     if name in LOOKUPS or name in OPAQUE:
         kind: UseKind = "lookup" if name in LOOKUPS else "none"
         for source in sources:
-            report(source, Use(kind=kind, detail=OPAQUE.get(name, "")))
+            report(source, ParameterUse(kind=kind, detail=OPAQUE.get(name, "")))
         return Data()
     first = args[0] if args else None
     if isinstance(first, Views):
@@ -221,7 +221,7 @@ def _contract(name: str, found: list[Operand], sources: frozenset[int], report: 
     if all(operand.either for operand in found) and all(_is_weight(value) for value in values) and len(values) > 1:
         for source in sources:
             detail = "it is multiplied with another parameter before any data is"
-            report(source, Use(kind="transformed", detail=detail))
+            report(source, ParameterUse(kind="transformed", detail=detail))
         return Derived(sources, alone=True)
     read: set[int] = set()
     for operand in found:
@@ -231,19 +231,21 @@ def _contract(name: str, found: list[Operand], sources: frozenset[int], report: 
                 report(view.parameter, _as_use(layout_of(view, operand)))
         elif isinstance(value, Derived) and (value.alone or not operand.either):
             for source in value.sources:
-                report(source, Use(kind="transformed", detail=f"the weight is transformed before {name} reads it"))
+                report(
+                    source, ParameterUse(kind="transformed", detail=f"the weight is transformed before {name} reads it")
+                )
         else:
             continue
         read |= value.sources
     for source in sources - read:
-        report(source, Use(kind="none"))
+        report(source, ParameterUse(kind="none"))
     return Data()
 
 
-def _as_use(layout: Layout | str) -> Use:
+def _as_use(layout: Layout | str) -> ParameterUse:
     if isinstance(layout, Layout):
-        return Use(kind="weight", layout=layout)
-    return Use(kind="none" if layout == LOOKED_UP else "unsupported", detail=layout)
+        return ParameterUse(kind="weight", layout=layout)
+    return ParameterUse(kind="none" if layout == LOOKED_UP else "unsupported", detail=layout)
 
 
 def _is_weight(value: object) -> bool:

@@ -34,7 +34,7 @@ OTHER_PLATFORMS = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """One thing that was looked at: what, whether it is as it should be, and what was seen."""
 
     what: str
@@ -45,9 +45,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Health:
-    """All findings; ``str()`` is a table."""
+    """All that was looked at; ``str()`` is a table."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[Check, ...]
 
     @property
     def healthy(self) -> bool:
@@ -83,12 +83,12 @@ def examine(*, renew: bool = False) -> Health:
     return Health((*_platform(), *_packages(), *_library(), *_timings(), *_gpu()))
 
 
-def _platform() -> Iterator[Finding]:
+def _platform() -> Iterator[Check]:
     python = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-    yield Finding("platform", True, python)
+    yield Check("platform", True, python)
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Check]:
     """The core's packages, then one finding for each extra."""
     by_extra: dict[str, list[str]] = {"": []}
     for requirement in importlib.metadata.requires(DISTRIBUTION) or ():
@@ -100,11 +100,11 @@ def _packages() -> Iterator[Finding]:
         seen = version or f"missing: pip install {name}"
         if name == "torch" and version is not None and untested(version):
             seen += f"; not tested. {known_good()}"
-        yield Finding(name, version is not None, seen, needed=True)
+        yield Check(name, version is not None, seen, needed=True)
     for extra, names in by_extra.items():
         absent = [name for name in names if _version(name) is None]
         seen = f"missing {', '.join(absent)}: pip install '{DISTRIBUTION}[{extra}]'" if absent else "installed"
-        yield Finding(f"extra [{extra}]", not absent, seen)
+        yield Check(f"extra [{extra}]", not absent, seen)
 
 
 def _version(name: str) -> str | None:
@@ -114,42 +114,42 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _library() -> Iterator[Finding]:
+def _library() -> Iterator[Check]:
     from srigl_fx import runtime
     from srigl_fx.runtime.ort.library import library_status
 
     status = library_status()
     if not status.supported:
-        yield Finding("operator library", False, status.reason)
+        yield Check("operator library", False, status.reason)
         return
     try:
         path = runtime.library_path()
         error = run_tiny_model()
     except SriglError as problem:
-        yield Finding("operator library", False, str(problem), needed=True)
+        yield Check("operator library", False, str(problem), needed=True)
         return
-    yield Finding("operator library", True, str(path))
-    yield Finding("instruction set", status.isa is not None, status.isa or status.reason, needed=True)
-    yield Finding("tiny model in ONNX Runtime", error < 1e-5, f"largest error {error:.1e}", needed=True)
+    yield Check("operator library", True, str(path))
+    yield Check("instruction set", status.isa is not None, status.isa or status.reason, needed=True)
+    yield Check("tiny model in ONNX Runtime", error < 1e-5, f"largest error {error:.1e}", needed=True)
 
 
-def _timings() -> Iterator[Finding]:
+def _timings() -> Iterator[Check]:
     from srigl_fx.runtime.calibration import WHAT, believable
     from srigl_fx.runtime.timings import Timings, timings_path
 
     path = timings_path()
     if path is None:
-        yield Finding("measured times", False, "not kept: no cache folder, or SRIGL_FX_CACHE is set to nothing")
+        yield Check("measured times", False, "not kept: no cache folder, or SRIGL_FX_CACHE is set to nothing")
         return
     timings = Timings(path)
-    yield Finding("measured times", True, f"{path}: {len(timings)} for this machine and these versions")
+    yield Check("measured times", True, f"{path}: {len(timings)} for this machine and these versions")
     constants = timings.by_threads(WHAT)
     if not constants:
-        yield Finding("cost model", True, "not measured here yet: the first lower does it, or doctor --renew")
+        yield Check("cost model", True, "not measured here yet: the first lower does it, or doctor --renew")
     for threads, seconds in constants.items():
         believed = believable(seconds, threads)
         doubt = "" if believed else "; not believable, so not used: measured anew when needed, or by doctor --renew"
-        yield Finding(f"cost model, threads: {threads}", believed, format_probes(seconds) + doubt)
+        yield Check(f"cost model, threads: {threads}", believed, format_probes(seconds) + doubt)
 
 
 def format_probes(seconds: Mapping[str, float]) -> str:
@@ -222,7 +222,7 @@ def tiny_model() -> "tuple[onnx.ModelProto, CondensedWeight]":
     return helper.make_model(graph, opset_imports=opsets, ir_version=9), condensed
 
 
-def _gpu() -> Iterator[Finding]:
+def _gpu() -> Iterator[Check]:
     import onnxruntime
     import torch
 
@@ -232,5 +232,5 @@ def _gpu() -> Iterator[Finding]:
         seen = "none: this PyTorch is a CPU build; training and condensed operators run on the CPU"
     else:
         seen = "none: PyTorch finds no usable CUDA device; training and condensed operators run on the CPU"
-    yield Finding("GPU", torch.cuda.is_available(), seen)
-    yield Finding("ONNX Runtime providers", True, ", ".join(onnxruntime.get_available_providers()))
+    yield Check("GPU", torch.cuda.is_available(), seen)
+    yield Check("ONNX Runtime providers", True, ", ".join(onnxruntime.get_available_providers()))

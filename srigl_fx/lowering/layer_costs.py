@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.condense import can_shrink, variants
-from srigl_fx.passes.program import Costs, Decision, Layer, Program, Times, Use, arguments
+from srigl_fx.passes.program import Costs, Decision, MatchedLayer, Program, Times, Use, arguments
 from srigl_fx.runtime.autotune import measure_undisturbed
 from srigl_fx.runtime.calibration import checked_constants, host_machine, machine_constants
 from srigl_fx.runtime.cost_model import Kernel, Machine, Work, estimate, kernel_for
@@ -211,7 +211,7 @@ def contradicts(seconds: Mapping[str, float], estimated: Mapping[Decision, float
     return any(not (1 / CLEAR <= one / off["dense"] <= CLEAR and 1 / _FAR <= one <= _FAR) for one in off.values())
 
 
-def _forms(layer: Layer) -> list[Decision]:
+def _forms(layer: MatchedLayer) -> list[Decision]:
     forms: list[Decision] = ["dense", "condensed"]
     return [*forms, "shrunk"] if all(can_shrink(use) for use in layer.uses) else forms
 

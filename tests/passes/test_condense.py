@@ -19,7 +19,7 @@ from srigl_fx.passes.condense import Condense, can_shrink, condensed_rows, rewri
 from srigl_fx.passes.fold_constants import FoldConstants
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.normalize import Normalize
-from srigl_fx.passes.program import Decision, Layer, Program, arguments
+from srigl_fx.passes.program import Decision, MatchedLayer, Program, arguments
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.to_linear import ToLinear
 
@@ -265,7 +265,7 @@ def test_a_name_that_the_model_uses_is_not_overwritten() -> None:
     assert_same(program, model, torch.randn(3, 6))
 
 
-def single(module: nn.Module, x: Tensor, **options: Any) -> Layer:
+def single(module: nn.Module, x: Tensor, **options: Any) -> MatchedLayer:
     (layer,) = matched(mask_by_hand(randomise(nn.Sequential(module)), 0.3, **options), x).layers
     return layer
 

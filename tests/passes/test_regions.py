@@ -11,7 +11,7 @@ from srigl_fx.passes.capture import capture_whole
 from srigl_fx.passes.capture_checks import is_free
 from srigl_fx.passes.regions.finder import RegionFinder
 from srigl_fx.passes.regions.module_local import module_local
-from srigl_fx.passes.regions.recording import Call, record
+from srigl_fx.passes.regions.recording import ModuleCall, record
 
 
 def refuse(x: Tensor) -> Tensor:
@@ -193,9 +193,9 @@ def test_a_recording_keeps_distinct_calls_and_changes_nothing() -> None:
     assert bool(recording.calls[model.child][0].leaves[0].any())
 
 
-def call_of(*leaves: Any) -> Call:
+def call_of(*leaves: Any) -> ModuleCall:
     _, spec = torch.utils._pytree.tree_flatten((leaves, {}))
-    return Call(list(leaves), spec)
+    return ModuleCall(list(leaves), spec)
 
 
 @pytest.mark.parametrize(
