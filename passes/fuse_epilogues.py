@@ -44,7 +44,10 @@ _ADDITIONS = frozenset({aten.add.Tensor, aten.add_.Tensor})
 
 
 class FuseEpilogues(Pass[Program]):
-    """Take what follows a condensed operator into it: the sum is added to and clipped while it is in registers.
+    """Take what follows a condensed operator into it: a residual and an activation are applied before it stores.
+
+    The kernel computes ``y = activation(x @ weight.T + bias + residual)``: residual and activation are applied to the
+    accumulator while that is in registers, so that the value in between is never written to memory.
 
     1. An activation of :data:`srigl_fx.runtime.activations.ACTIVATIONS` that is the only reader of a condensed operator
        becomes its activation; one that only limits its input also where it is written as ``clamp`` or ``hardtanh``.

@@ -54,11 +54,12 @@ def decide(times: Times, min_speedup: float, sizes: Mapping[Decision, int] | Non
 class Select(Pass[Program]):
     """Decide the form of every layer that has a choice.
 
-    1. A layer without uses that can be condensed stays dense; its reason is known already.
+    1. A layer without a use that can be condensed stays dense; the pass that looked for such uses has said why.
     2. With times for a layer, the measured speedups decide (:func:`decide`). "shrunk" has times only where rows are
        ablated.
-    3. Without, but with estimates and a speedup to reach, the estimates decide in the same way, and the reason says so.
-    4. No times and no estimates, or ``min_speedup`` 0: it is condensed.
+    3. Without times, but with estimates and ``min_speedup`` above 0, the estimates decide in the same way, and the
+       reason says so.
+    4. A layer with neither times nor estimates is condensed, and so is every layer if ``min_speedup`` is 0.
 
     Args:
         costs: What gives the times of the program's layers, measured and estimated; by default there are none, and

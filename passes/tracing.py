@@ -68,8 +68,8 @@ def export(
 class _PlacesOfTensors(TorchFunctionMode):
     """Let a forward assign to a place that a tensor names, as ring buffers do: ``buffer[position % size] = x``.
 
-    Export makes a number of such a position, which it cannot know, where it is assigned to, but not where it is
-    selected: so the place is selected, and what that gives (a view) is written.
+    In an assignment, torch.export turns such a position into a number, which it cannot know; in a selection it does
+    not. So the place is selected, which gives a view, and the view is written to.
     """
 
     def __torch_function__(

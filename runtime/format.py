@@ -40,7 +40,8 @@ class CondensedWeight:
     Attributes:
         values: float32, bfloat16 or float16 (n_active, k), the kept weights of each active neuron.
         indices: uint16 or int32 (n_active, k), their columns in the (n, F) matrix view, ascending in a row. A row that
-            keeps fewer than k ends in padding: zeros that repeat its last column, and are no weights.
+            keeps fewer than k is filled up at its end: with the value 0 and the last column once more. Such entries
+            are no weights; every reader must skip them.
         active: int32 (n_active,), the rows of the neurons that are not ablated, ascending.
         bias: float32 (out_features,), zeros where the layer has none. An ablated neuron yields its bias.
         out_features: n, the rows of the matrix view.

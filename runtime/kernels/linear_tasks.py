@@ -292,9 +292,11 @@ def _tile_bytes(j: Pointer) -> int:
 
 @compiled
 def _tile_of_thread(j: Pointer, task: int) -> int:
-    """The inputs of a task's samples, among TILES: those that its thread has filled for its last task, or filled now.
+    """The address, in TILES, of the tile that holds a task's samples, filled if it is not yet.
 
-    A thread is told by its stack, where that of a call like this one lies.
+    Tasks that share a tile of samples may run on several threads. If the task before it has the same samples and ran on
+    the same thread, a task uses the tile of that one, and else it fills one of its own. Threads are told apart by the
+    address of their stack (no thread id is available here).
     """
     splits, owners, thread = j[job.ROW_SPLITS], words(j[job.TILE_OWNERS]), stack_address()
     slot = task

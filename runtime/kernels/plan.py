@@ -44,7 +44,8 @@ def dot_window(level: int, in_features: int, n_active: int, k: int) -> int:
 def tile_window(in_features: int, n_active: int, k: int) -> int:
     """The window of a tile panel; 0 where there is no such kernel.
 
-    A row keeps about 25 weights in it, so that few gaps are left and the inputs stay in a near cache.
+    It is sized so that a row keeps about 25 weights in it: then few slots of the panel stay empty, and the inputs of a
+    window stay in the first-level cache while all rows read them.
     """
     if in_features > _MOST_TILE_INPUTS or n_active * k == 0:
         return 0

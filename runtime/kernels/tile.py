@@ -30,10 +30,10 @@ def add_rows(width: int, registers: int, unit: int) -> Callable[..., None]:
     Its arguments are ``(inputs, phase, values, phases, outputs, bias, out, to, to_row, residual, low, high, ahead)``.
     ``inputs`` is the tile, whose rows the panel counts in ``unit``; ``phase`` and ``values`` are the first phase's
     indices and values, from the first of the rows on; ``outputs`` are the int32 output rows of :func:`rows_in_flight`
-    lanes. Sums start from ``bias``, or where that is 0, from the rows of the tile ``out``. They end in rows that are
-    ``to_row`` bytes apart from ``to`` on, after those of ``residual`` (as far apart, 0 for none) have been added and
-    all is limited to ``low <= sum <= high``. From ``ahead`` on, these rows' share of as many phases is brought into the
-    cache meanwhile.
+    lanes. Sums start from ``bias``, or if that is 0, from the rows of the tile ``out``. The rows of
+    ``residual`` are added to them (``to_row`` bytes apart; 0 for none), the sums are limited to ``low <= sum <= high``,
+    and they are stored from ``to`` on, in rows ``to_row`` bytes apart. Meanwhile these rows' share of as many phases is
+    brought into the cache from ``ahead`` on.
     """
     rows = rows_in_flight(width, registers)
     row_bytes = VECTOR_BYTES * width

@@ -2,7 +2,7 @@
 
 Owns a tile's memory, and the way through it: outputs start as their bias, then all groups of rows add what they
 compute. A tile has a row for each input, and one of zeros behind the last, in columns that are samples or positions.
-Outputs end in a tile too, or where its columns are neighbours in memory, straight in their place.
+Outputs are stored in a tile too, or directly in y, if the columns are contiguous there.
 """
 
 from typing import Any, Final
@@ -182,8 +182,8 @@ def multiply(
 ) -> None:
     """Compute what groups ``g0 <= g < g1`` do; all groups read a part of the inputs before any reads the next.
 
-    Outputs end in the tile ``out``, or if ``y`` is not 0, those of whole groups end there: the finished ones in rows
-    ``y_row`` bytes apart. The activation :func:`is_limit` then.
+    Outputs are stored in the tile ``out``. If ``y`` is not 0, the finished outputs of whole groups are stored at ``y``
+    instead, in rows ``y_row`` bytes apart; the activation must be one that :func:`is_limit` then.
     """
     groups, starts, at = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), j[job.PANEL]
     unit = tile_unit(in_features)

@@ -242,7 +242,7 @@ def _decode(value: Any, nodes: dict[str, fx.Node]) -> Any:
 
 
 def _check_place(value: Any) -> Any:
-    """The value, if it is no device and no layout but those of all tensors in such a graph."""
+    """The value; an error if it is a device other than the CPU, or a layout other than the dense one."""
     if (isinstance(value, torch.device) and value.type != "cpu") or (
         isinstance(value, torch.layout) and value is not torch.strided
     ):

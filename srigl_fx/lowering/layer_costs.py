@@ -320,7 +320,7 @@ class _Call:
         return taken
 
     def _is_believed(self, seconds: Mapping[str, float], timings: Timings, machine: Machine) -> bool:
-        """Whether times agree with their estimates, or else with those of another moment."""
+        """Whether the times agree with their estimates or, if not, with times measured at another moment."""
         if not contradicts(seconds, self.estimated(machine)):
             return True
         again = self._kept(timings, self._what_again)

@@ -69,8 +69,9 @@ def lower(
             is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring;
             "auto", the default of :func:`srigl_fx.export_onnx`, measures nothing either, and condenses what the cost
             model does not expect to lose in ONNX Runtime at one sample and at 16.
-            Times are kept in the folder that SRIGL_FX_CACHE names (``~/.cache/srigl_fx``) and used again. If it is at
-            most 1, a linear layer is not timed when the cost model already says one form is 3 times faster.
+            Times are kept in the folder that SRIGL_FX_CACHE names (``~/.cache/srigl_fx``) and used again. If
+            ``min_speedup <= 1``, a linear layer is not timed when the cost model already says that one form is 3 times
+            as fast as the other.
         batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
         value_dtype: What condensed weights are stored in: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16``
             for two bytes less for each. Everything else is float32: activations, biases, sums, dense weights.

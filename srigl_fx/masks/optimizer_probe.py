@@ -4,8 +4,9 @@ Owns the experiment: a new optimizer of the same class and settings, a small par
 alone. It must not know masks of real weights, or which optimizers need no experiment
 (:mod:`srigl_fx.masks.optimizer_state`).
 
-A state tensor is **elementwise** if an entry whose weight and gradients are zero holds what it would hold whatever
-happens to the others. Preconditioners, rotated moments and moments of a rotated gradient are not, whatever their shape.
+A state tensor is **elementwise** if what happens to one weight never shows in another's entry: an entry whose weight
+and gradients are zero is then the same whatever the other weights do. Preconditioners, rotated moments and moments of a
+rotated gradient are not elementwise, even where they have the weight's shape.
 """
 
 import inspect

@@ -1,7 +1,7 @@
 """What the inputs, outputs and free sizes of an ONNX model are called.
 
-Owns these names: inputs have those of the forward's arguments, outputs those of their places in what the model returns,
-whatever a graph calls its own values. It must not know how a model is translated.
+Owns these names: an input is called like the argument of the forward, an output by its place in what the model returns.
+The names of values inside the graph play no part. It must not know how a model is translated.
 """
 
 import re

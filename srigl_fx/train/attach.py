@@ -75,7 +75,7 @@ def check_attachable(model: nn.Module, optimizer: object) -> Attachable:
 
 
 def check_held(weights: Iterable[SparseWeight], optimizer: Optimizer) -> None:
-    """Check that ``optimizer`` holds those of the masked parameters that train.
+    """Check that ``optimizer`` holds every masked parameter that requires gradients.
 
     Raises:
         TrainerError: It does not; the message names them.

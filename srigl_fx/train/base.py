@@ -238,9 +238,9 @@ class Trainer(ABC):
     def _new_masks(self, step: int, gradients: dict[str, Tensor]) -> Iterable[tuple[SparseWeight, Tensor]]:
         """The masks after the update at ``step``, for weights whose dense gradients are given by name.
 
-        Of a weight that is spread over processes each has its part of the gradient. Nothing is written yet: an error
-        leaves all masks as they were. What the processes exchange meanwhile they must exchange before any of them may
-        fail, or the others wait for it.
+        Where a weight is spread over processes, each process is given its part of the gradient. Nothing is written yet:
+        an error leaves all masks as they were. An implementation that communicates must finish that before it may
+        raise, since the other processes would wait for it for ever.
         """
 
     def _check_weights(self, model: nn.Module, weights: Sequence[SparseWeight]) -> None:  # noqa: B027 - most take any

@@ -102,7 +102,7 @@ class MaskEngine:
         if self.processes.group is None:
             check_sound(model, handles)
         elif off := values_off(model, handles):
-            # Of models that each process drew for itself, the first one's weights or masks have just come.
+            # Each process may have drawn weights or masks of its own, and has just been given those of the first.
             _log.warning(
                 "attaching a trainer sets %d weights off the masks of the first process to zero, the first in %s",
                 sum(off.values()),

@@ -5,8 +5,8 @@ Owns one formula for each optimizer that is known. It must not know which weight
 The moments of a weight that has just grown are new, while the count of steps that corrects their bias is the tensor's:
 Adam divides a second moment of one step by 1 - beta2**t instead of 1 - beta2, and takes up to (1 - beta1) / sqrt(1 -
 beta2) = 3.16 times the step of a new weight. RMSprop corrects no bias at all, and takes 1 / sqrt(1 - alpha) = 10 times
-its usual step. With a count of its own, a weight takes the steps of a parameter that was made when it grew; for RMSprop
-and the count of steps t that it has not, those of a second moment divided by 1 - alpha**t.
+its usual step. With a count of its own, a weight takes the steps of a parameter that was made when the weight grew.
+RMSprop counts no steps: there t is counted for it, and the second moment is divided by 1 - alpha**t.
 """
 
 import math

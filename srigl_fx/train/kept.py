@@ -3,10 +3,10 @@
 Owns :class:`KeptWeight` and how dense tensors become kept ones and back. It must not know layers, trainers or when the
 optimizer steps.
 
-What the optimizer steps is as long as the most weights that were kept, not as those of now: how many are kept changes
-from one update to the next (ablation, gradual pruning), and a compiled step looks for tensors of the shape, and the
-very objects, that it was compiled with. What is too much is zero and stays zero, as only optimizers that work element
-by element step it.
+The tensor that the optimizer steps has room for the most weights that were ever kept. The number of kept weights
+changes from one update to the next (ablation, gradual pruning), but a compiled step expects the very tensor objects,
+and the shapes, that it was compiled with. Entries beyond the kept weights are zero and stay zero, as only optimizers
+that work element by element step this tensor.
 """
 
 from collections.abc import Mapping

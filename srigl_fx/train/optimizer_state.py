@@ -38,9 +38,9 @@ class MaskedState:
         self._state = OptimizerState.of(optimizer)
 
     def mask(self, managed: ManagedWeight, *, force: bool) -> bool:
-        """Bring the state off the mask to that of a new weight, and say whether anything was written.
+        """Set the state off the mask to what a new weight's state is; return whether that was done.
 
-        Always if ``force``, else only where there are state tensors new to us.
+        Without ``force`` it is done only if there are other state tensors than at the last call.
         """
         found = self._state.elementwise(managed.handle.weight)
         sources = tuple(state.source for state in found)

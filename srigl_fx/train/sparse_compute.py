@@ -3,10 +3,10 @@
 Owns :class:`SparseCompute`: which masked weights take part, the forward of their layers, and what the optimizer sees
 while it steps. It must not know schedules or how masks are chosen: it looks at the masks, and follows when they change.
 
-Everything that can be seen stays as it is. Parameters, ``.grad`` and ``state_dict()`` are dense, zero off the masks;
-what is kept besides is a copy of the kept values and of their optimizer state. Parameters and gradients are read anew
-wherever they count, as not everybody who writes to them says so: fused optimizers, gradient scalers and ``.data`` leave
-the versions of tensors as they are.
+Everything that can be seen stays as it is. Parameters, ``.grad`` and ``state_dict()`` are dense, zero off the masks.
+:class:`SparseCompute` also holds a compact copy of the kept values and of their optimizer state. It reads parameters
+and gradients anew wherever they matter, and does not trust the versions of tensors: fused optimizers, gradient scalers
+and writes through ``.data`` change values without changing a version.
 """
 
 import types

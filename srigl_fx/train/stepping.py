@@ -137,7 +137,7 @@ def _takes_hooks(optimizer: object) -> bool:
 
 
 def _attributes(optimizer: object) -> list[object]:
-    """The optimizers that are attributes of ``optimizer``, and not those of their own wrappers."""
+    """The optimizers among the attributes of ``optimizer`` itself; what those wrap in turn is not looked at."""
     found = {id(value): value for value in getattr(optimizer, "__dict__", {}).values()}
     return [value for value in found.values() if isinstance(value, Optimizer)]
 
