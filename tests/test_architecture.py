@@ -4,6 +4,7 @@ Every import counts, those inside functions too. A rule says what a part of the 
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,3 +188,28 @@ def test_import_is_light() -> None:
     code = f"import sys, srigl_fx; print([name for name in {LIGHT_IMPORT_LEAVES_OUT!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def _named_files(page: str) -> set[str]:
+    """The files that a page names: with their folder in its text, below it in the list of all files."""
+    text, _, listed = page.partition("## Every file")
+    named = {name for name in re.findall(r"`([\w/]+/\w+\.py)`", text) if not name.startswith("tests/")}
+    folder = ""
+    for line in listed.partition("```text")[2].splitlines():
+        folder = line if line.endswith("/") else folder
+        named |= {folder + name for name in re.findall(r"\b\w+\.py\b", line)}
+    return named
+
+
+def test_the_page_names_every_file_and_no_other(checkout: Path) -> None:
+    page = (checkout / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.relative_to(checkout).as_posix() for path in _sources(checkout).values()}
+    assert _named_files(page) == {name for name in files if not name.endswith("/__init__.py")}
+    listed = _named_files("## Every file" + page.partition("## Every file")[2])
+    assert _named_files(page) == listed, "the text names a file that the list lacks"
+
+
+def test_files_are_found_in_text_and_list() -> None:
+    listed = "## Every file\n```text\npasses/\n  base.py draft.py   two\nruntime/\n  base.py  another\n```\n"
+    names = {"passes/gone.py", "passes/base.py", "passes/draft.py", "runtime/base.py"}
+    assert _named_files(f"`passes/gone.py`\n{listed}") == names
