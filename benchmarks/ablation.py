@@ -21,7 +21,7 @@ from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.removal import Removals
 from srigl_fx.passes.remove_dead import RemoveDead
-from srigl_fx.runtime.autotune import measure
+from srigl_fx.runtime.costs.autotune import measure
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -2,7 +2,7 @@
 
 Run ``python benchmarks/cost_model.py``; it prints a Markdown table, the worst cells included, and writes it to
 results/cost_model.md. ``--fit`` also prints constants that fit this grid best, for ``Machine`` in
-``srigl_fx/runtime/cost_model.py``; ``--quick`` takes fewer layers.
+``srigl_fx/runtime/costs/cost_model.py``; ``--quick`` takes fewer layers.
 """
 
 import argparse
@@ -17,9 +17,9 @@ from harness.layers import Layer, dense_weight, random_input, random_weight
 from harness.machine import describe
 
 from srigl_fx.lowering.layer_costs import CLEAR
-from srigl_fx.runtime.autotune import measure
-from srigl_fx.runtime.calibration import fit, probe
-from srigl_fx.runtime.cost_model import Machine, Work, estimate
+from srigl_fx.runtime.costs.autotune import measure
+from srigl_fx.runtime.costs.calibration import fit, probe
+from srigl_fx.runtime.costs.cost_model import Machine, Work, estimate
 
 LINEAR = tuple(
     Layer(inputs=inputs, outputs=outputs)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx.onnx_tools import densify
-from srigl_fx.runtime.autotune import measure
+from srigl_fx.runtime.costs.autotune import measure
 
 WIDTHS = {"full": (1024, 128, 128, 128, 256, 512), "tiny": (128, 16, 16, 16, 32, 64)}
 TAPS = (512, 64, 64, 64, 64, 64)

@@ -19,7 +19,7 @@ from harness.machine import describe
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from srigl_fx.runtime.products import Pattern, pack
+from srigl_fx.runtime.cpu.training_products import Pattern, pack
 
 RESULT = Path(__file__).parent / "results" / "training_step.md"
 SPARSITIES = (0.8, 0.9, 0.95, 0.99)

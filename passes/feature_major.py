@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.condensed_nodes import LINEAR, condensed_nodes, same_shape, set_arguments
 from srigl_fx.passes.program import Program, arguments
-from srigl_fx.runtime.kernels import plan
+from srigl_fx.runtime.cpu.kernels import plan
 
 aten = torch.ops.aten
 

@@ -1,7 +1,7 @@
 """The activations that a condensed operator can apply to its outputs: one row for each.
 
 Owns the list, and what each row says but the kernel's arithmetic, which is the function of the same name in
-:mod:`srigl_fx.runtime.kernels.activations`. Numbers, names of ONNX operators, fallbacks, references, gradients, the
+:mod:`srigl_fx.runtime.cpu.kernels.activations`. Numbers, names of ONNX operators, fallbacks, references, gradients, the
 pass that takes an activation into the operator before it, and tests are made from it. It must not know kernels;
 importing it imports neither torch nor Numba.
 """

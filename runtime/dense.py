@@ -61,6 +61,6 @@ def expand(values: Tensor, indices: Tensor, active: Tensor, rows: int, columns: 
 
 def is_padding(positions: Tensor) -> Tensor:
     """Which entries pad their row, as they repeat the position before them: bool (n_active, k)."""
-    repeated = torch.zeros(positions.shape, dtype=torch.bool)
+    repeated = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
     repeated[:, 1:] = positions[:, 1:] == positions[:, :-1]
     return repeated

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
+from srigl_fx.runtime.cpu.training_products import Pattern, pack
 from srigl_fx.runtime.dense import FUNCTIONS, dense_conv, expand, is_padding
-from srigl_fx.runtime.products import Pattern, pack
 
 _library: Any = torch.library.Library("srigl_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(

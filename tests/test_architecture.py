@@ -26,17 +26,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "specs": ("errors", "masks"),
     "masks": ("errors",),
     "nn": ("masks", "runtime.format", *COMMON),
-    "train": ("masks", "nn", "runtime.products", *COMMON),
+    "train": ("masks", "nn", "runtime.cpu.training_products", *COMMON),
     "integrations": ("masks", "nn", "train", *COMMON),
     "sparsification": ("compatibility", "masks", "nn", "passes", "train", *COMMON),
     "passes": (
         *("masks", "nn", "comparison", *COMMON),
-        *("runtime.activations", "runtime.format", "runtime.kernels.plan", "runtime.ops"),
+        *("runtime.activations", "runtime.format", "runtime.cpu.kernels.plan", "runtime.ops"),
     ),
     "runtime": ("masks", *COMMON),
     "runtime.activations": (),
     "runtime.format": ("errors",),
-    "runtime.kernels": ("errors", "runtime.activations"),
+    "runtime.cpu.kernels": ("errors", "runtime.activations"),
     "runtime.reference": ("errors", "runtime.activations"),
     "lowering": ("comparison", "compatibility", "masks", "nn", "passes", "reports", "runtime", *COMMON),
     "onnx_export": ("comparison", "compatibility", "lowering", "passes", "runtime.ops", "runtime.ort", *COMMON),
@@ -162,7 +162,7 @@ def test_kernels_know_neither_torch_nor_onnx(trees: dict[str, ast.Module]) -> No
     wrong = [
         f"{name} imports {target}"
         for name, tree in trees.items()
-        if _within(name, "runtime.kernels")
+        if _within(name, "runtime.cpu.kernels")
         for target in _imports(tree)
         if target.split(".")[0] in KERNELS_KNOW_NOT
     ]

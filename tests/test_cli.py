@@ -19,10 +19,10 @@ from srigl_fx.cli.doctor import run_tiny_model, tiny_model
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.file import FileReport, inspect_file
 from srigl_fx.runtime.cache import CACHE_VARIABLE
-from srigl_fx.runtime.calibration import WHAT, believable, predicted
-from srigl_fx.runtime.cost_model import Machine
+from srigl_fx.runtime.costs.calibration import WHAT, believable, predicted
+from srigl_fx.runtime.costs.cost_model import Machine
+from srigl_fx.runtime.costs.timings import Timings
 from srigl_fx.runtime.ort.library import library_status
-from srigl_fx.runtime.timings import Timings
 
 on_linux = pytest.mark.skipif(not library_status().supported, reason=library_status().reason)
 

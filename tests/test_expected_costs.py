@@ -12,7 +12,7 @@ from srigl_fx.errors import LoweringError
 from srigl_fx.lowering import layer_costs as measuring
 from srigl_fx.lowering import pipeline as lowering
 from srigl_fx.passes.program import Costs, Times
-from srigl_fx.runtime.cost_model import ONNXRUNTIME, Work, estimate
+from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME, Work, estimate
 
 
 def _network() -> nn.Module:

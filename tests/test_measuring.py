@@ -15,7 +15,7 @@ from srigl_fx.lowering.lowered import LoweredModule, LoweringReport
 from srigl_fx.lowering.pipeline import lower
 from srigl_fx.passes.program import Decision, Times
 from srigl_fx.runtime.cache import CACHE_VARIABLE
-from srigl_fx.runtime.timings import FILE
+from srigl_fx.runtime.costs.timings import FILE
 
 
 @pytest.fixture(autouse=True)

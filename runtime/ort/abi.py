@@ -7,7 +7,7 @@ part follows ``onnxruntime_c_api.h`` as of API version 17 (ONNX Runtime 1.17), w
 from typing import Final
 
 from srigl_fx.runtime.activations import ACTIVATIONS
-from srigl_fx.runtime.kernels.table import TASKS
+from srigl_fx.runtime.cpu.kernels.table import TASKS
 
 API_VERSION: Final = 17
 MINIMUM_ONNXRUNTIME: Final = (1, 17)

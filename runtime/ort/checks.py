@@ -5,7 +5,7 @@ always an ``OrtStatus*``, 0 where all is well. A model file is untrusted: no val
 out of bounds, so sizes are bounded before they are multiplied. It must not know how results are computed.
 """
 
-from srigl_fx.runtime.kernels import conv
+from srigl_fx.runtime.cpu.kernels import conv
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import (
     call,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.kernels.isa import COMPILE_VARIABLE, ISAS
-from srigl_fx.runtime.kernels.table import TASKS
+from srigl_fx.runtime.cpu.kernels.isa import COMPILE_VARIABLE, ISAS
+from srigl_fx.runtime.cpu.kernels.table import TASKS
 from srigl_fx.runtime.ort import abi
 
 SHIM = "shim"
@@ -70,7 +70,7 @@ def _compile_kernels(isa: str) -> bytes:
     import llvmlite.binding as llvm
     import numba
 
-    from srigl_fx.runtime.kernels import tasks
+    from srigl_fx.runtime.cpu.kernels import tasks
 
     types: Any = numba.types
     llvm.initialize_native_asmprinter()

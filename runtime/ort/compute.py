@@ -4,8 +4,8 @@ Owns the two compute functions, as functions that Numba compiles ahead of time (
 refused is ``checks``'s, arithmetic is the kernels'; it must not know how nodes are created or operators registered.
 """
 
-from srigl_fx.runtime.kernels import conv, job, plan
-from srigl_fx.runtime.kernels.compiled import planned
+from srigl_fx.runtime.cpu.kernels import conv, job, plan
+from srigl_fx.runtime.cpu.kernels.compiled import planned
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.checks import check_weights, describe_float, refuse, tensor_data
 from srigl_fx.runtime.ort.panels import find_panel, kernel, store_weights

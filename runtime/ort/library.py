@@ -27,7 +27,7 @@ from srigl_fx.runtime.cache import (
     locked,
     make_private,
 )
-from srigl_fx.runtime.kernels.isa import host_isa
+from srigl_fx.runtime.cpu.kernels.isa import host_isa
 from srigl_fx.runtime.ort import link
 from srigl_fx.runtime.ort.compile import compile_all
 
@@ -47,10 +47,16 @@ def _unsupported() -> str | None:
 
 
 def _source_hash() -> str:
-    kernels = sorted((_PACKAGE.parent / "kernels").rglob("*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources())).hexdigest()[:16]
+
+
+def sources() -> list[Path]:
+    """The files that the library is made from; another byte in one of them is another library."""
+    runtime = _PACKAGE.parent
+    tables = [runtime / "activations.py"]
+    kernels = sorted((runtime / "cpu" / "kernels").rglob("*.py"))
     assert kernels, "the sources of the kernels are not where the operator library looks for them"
-    sources = [*sorted(_PACKAGE.glob("*.py")), *kernels]
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return [*sorted(_PACKAGE.glob("*.py")), *kernels, *tables]
 
 
 def _packaged_path() -> Path:

@@ -5,9 +5,9 @@ that starts with a job in which everything is filled in that does not change fro
 panel is laid out, nor what is computed with it.
 """
 
-from srigl_fx.runtime.kernels import job
-from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
-from srigl_fx.runtime.kernels.plan import TILE
+from srigl_fx.runtime.cpu.kernels import job
+from srigl_fx.runtime.cpu.kernels.job import BFLOAT16, FLOAT16, FLOAT32
+from srigl_fx.runtime.cpu.kernels.plan import TILE
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, exchange, external, inlined, linked, load, stack, store
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import FormatError, LibraryError
-from srigl_fx.runtime.kernels.isa import host_isa
+from srigl_fx.runtime.cpu.kernels.isa import host_isa
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.contents import MARK, condensed_calls
 from srigl_fx.runtime.ort.library import library_path

@@ -5,7 +5,7 @@ that any number of runs may share it. What may be refused is ``checks``'s, one c
 how it is compiled or linked.
 """
 
-from srigl_fx.runtime.kernels import isa
+from srigl_fx.runtime.cpu.kernels import isa
 from srigl_fx.runtime.ort import abi, checks, compute, panels
 from srigl_fx.runtime.ort.checks import check_weights, read_attributes
 from srigl_fx.runtime.ort.primitives import (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srigl_fx.errors import SriglError
 from srigl_fx.reports.text_tables import format_table
-from srigl_fx.runtime.threads import torch_threads
+from srigl_fx.runtime.cpu.threads import torch_threads
 
 Shape = tuple[int, int]
 DEFAULT_SHAPES: tuple[Shape, ...] = ((768, 768), (768, 3072), (3072, 768), (4096, 4096))

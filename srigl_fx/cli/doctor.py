@@ -74,8 +74,8 @@ def examine(*, renew: bool = False) -> Health:
         True
     """
     if renew:
-        from srigl_fx.runtime.calibration import machine_constants
-        from srigl_fx.runtime.timings import Timings
+        from srigl_fx.runtime.costs.calibration import machine_constants
+        from srigl_fx.runtime.costs.timings import Timings
 
         timings = Timings.open()
         timings.clear()
@@ -134,8 +134,8 @@ def _library() -> Iterator[Check]:
 
 
 def _timings() -> Iterator[Check]:
-    from srigl_fx.runtime.calibration import WHAT, believable
-    from srigl_fx.runtime.timings import Timings, timings_path
+    from srigl_fx.runtime.costs.calibration import WHAT, believable
+    from srigl_fx.runtime.costs.timings import Timings, timings_path
 
     path = timings_path()
     if path is None:

@@ -16,10 +16,10 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.condense import can_shrink, variants
 from srigl_fx.passes.program import Costs, Decision, MatchedLayer, Program, Times, Use, arguments
-from srigl_fx.runtime.autotune import measure_undisturbed
-from srigl_fx.runtime.calibration import checked_constants, host_machine, machine_constants
-from srigl_fx.runtime.cost_model import Kernel, Machine, Work, estimate, kernel_for
-from srigl_fx.runtime.timings import Timings
+from srigl_fx.runtime.costs.autotune import measure_undisturbed
+from srigl_fx.runtime.costs.calibration import checked_constants, host_machine, machine_constants
+from srigl_fx.runtime.costs.cost_model import Kernel, Machine, Work, estimate, kernel_for
+from srigl_fx.runtime.costs.timings import Timings
 
 CLEAR = 3.0  # an estimated ratio that is believed unmeasured; benchmarks/cost_model.py shows how far estimates are off
 _USUAL = 4.0  # how far a ratio may be from that of the default constants and be believed

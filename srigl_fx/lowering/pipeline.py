@@ -34,7 +34,7 @@ from srigl_fx.passes.program import Costs, Program, Times
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 from srigl_fx.passes.wrappers import unwrapped
-from srigl_fx.runtime.cost_model import ONNXRUNTIME
+from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
 from srigl_fx.runtime.format import VALUE_DTYPES
 
 EXPECTED_BATCHES = (1, 16)  # what a model is served with, where nobody says

@@ -20,7 +20,7 @@ from srigl_fx.masks.records import SparseWeight
 from srigl_fx.train.young import Condensed
 
 if TYPE_CHECKING:
-    from srigl_fx.runtime.products import Pattern
+    from srigl_fx.runtime.cpu.training_products import Pattern
 
 _ROOM = 16  # one part in so many is added where more are kept than there was room for
 _WASTE = 2  # how many times as much as is needed is given back
@@ -84,7 +84,7 @@ class KeptWeight:
     def _follow(self, mask: Tensor) -> None:
         state = self._dense_state(mask.shape)
         if self.linear:
-            from srigl_fx.runtime.products import Pattern
+            from srigl_fx.runtime.cpu.training_products import Pattern
 
             site = self.handle.record.site
             rows, columns = site.matrix_shape

@@ -38,7 +38,7 @@ class _SparseLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, kept: KeptWeight, dense_gradient: bool
     ) -> Tensor:
-        from srigl_fx.runtime.products import pack
+        from srigl_fx.runtime.cpu.training_products import pack
 
         assert kept.pattern is not None
         ctx.kept, ctx.pattern, ctx.dense_gradient = kept, kept.pattern, dense_gradient
@@ -48,7 +48,7 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        from srigl_fx.runtime.products import pack
+        from srigl_fx.runtime.cpu.training_products import pack
 
         x, values = ctx.saved_tensors
         kept: KeptWeight = ctx.kept

@@ -6,7 +6,7 @@ import json
 import torch
 
 from kernel_support import DTYPES, Convolution, bits, check_conv, check_linear, condensed
-from srigl_fx.runtime.threads import torch_threads
+from srigl_fx.runtime.cpu.threads import torch_threads
 
 
 def digests(threads: int) -> dict[str, str]:

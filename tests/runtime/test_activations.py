@@ -13,15 +13,15 @@ import torch
 from numpy.typing import NDArray
 
 from srigl_fx.runtime.activations import NAMES
+from srigl_fx.runtime.cpu.kernels.isa import ISAS
 from srigl_fx.runtime.dense import FUNCTIONS
-from srigl_fx.runtime.kernels.isa import ISAS
 
 Array = NDArray[np.float32]
 # Compiles for the instruction set in the environment and applies every activation to the same floats.
 PROGRAM = """
 import sys, numba, numpy as np
 from srigl_fx.runtime.activations import NUMBERS
-from srigl_fx.runtime.kernels.activations import activate_row
+from srigl_fx.runtime.cpu.kernels.activations import activate_row
 types = numba.types
 signature = types.void(types.CPointer(types.float32), types.int64, types.int64)
 row = numba.cfunc(signature, fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")(activate_row.py_func)
@@ -82,7 +82,7 @@ def test_loops_are_vectorised_without_calls(computed: dict[str, Any]) -> None:
 def test_the_approximations_alone() -> None:
     from math import erfc, exp
 
-    from srigl_fx.runtime.kernels import activations
+    from srigl_fx.runtime.cpu.kernels import activations
 
     r = np.linspace(-0.5, 0.5, 1001)
     powers = 1 + sum(float(getattr(activations, f"_E{i}")) * r**i for i in range(1, 7))

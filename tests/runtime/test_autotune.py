@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from srigl_fx.runtime.autotune import measure, measure_undisturbed
+from srigl_fx.runtime.costs.autotune import measure, measure_undisturbed
 
 
 def test_measure_tells_slow_from_fast() -> None:

@@ -17,9 +17,9 @@ from lowering_support import mask_by_hand, randomise
 from torch import nn
 
 import srigl_fx as sx
-from srigl_fx.runtime import autotune, calibration
 from srigl_fx.runtime.cache import CACHE_VARIABLE
-from srigl_fx.runtime.calibration import (
+from srigl_fx.runtime.costs import autotune, calibration
+from srigl_fx.runtime.costs.calibration import (
     AGREE,
     WHAT,
     believable,
@@ -28,9 +28,9 @@ from srigl_fx.runtime.calibration import (
     predicted,
     probe,
 )
-from srigl_fx.runtime.cost_model import Machine
-from srigl_fx.runtime.threads import torch_threads
-from srigl_fx.runtime.timings import FILE, Timings
+from srigl_fx.runtime.costs.cost_model import Machine
+from srigl_fx.runtime.costs.timings import FILE, Timings
+from srigl_fx.runtime.cpu.threads import torch_threads
 
 USUAL = predicted(Machine())
 BURN = {

@@ -16,7 +16,7 @@ from ort_support.models import WEIGHTS, Array, Node, conv
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
 from srigl_fx.runtime import register
-from srigl_fx.runtime.kernels import conv as kernel
+from srigl_fx.runtime.cpu.kernels import conv as kernel
 
 _SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from srigl_fx.runtime import calibration
-from srigl_fx.runtime.calibration import fit, host_machine, machine_constants, predicted, probe
-from srigl_fx.runtime.cost_model import Machine, Work, condensed, dense, estimate, kernel_for
-from srigl_fx.runtime.timings import Timings
+from srigl_fx.runtime.costs import calibration
+from srigl_fx.runtime.costs.calibration import fit, host_machine, machine_constants, predicted, probe
+from srigl_fx.runtime.costs.cost_model import Machine, Work, condensed, dense, estimate, kernel_for
+from srigl_fx.runtime.costs.timings import Timings
 
 # Round numbers, such that every term can be told from the sum.
 SIMPLE = Machine(

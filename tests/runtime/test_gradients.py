@@ -15,10 +15,10 @@ from torch import Tensor
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime import gradients, ops
+from srigl_fx.runtime.cpu.threads import torch_threads
+from srigl_fx.runtime.cpu.training_products import Pattern, pack
 from srigl_fx.runtime.dense import FUNCTIONS
 from srigl_fx.runtime.format import is_padding
-from srigl_fx.runtime.products import Pattern, pack
-from srigl_fx.runtime.threads import torch_threads
 
 linear = torch.ops.srigl_fx.condensed_linear
 conv = torch.ops.srigl_fx.condensed_conv

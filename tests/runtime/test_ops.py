@@ -13,7 +13,7 @@ from lowering_support import operands, random_condensed
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime import ops, reference, weights  # noqa: F401 - ops registers the operators
+from srigl_fx.runtime import ops, reference, validation  # noqa: F401 - ops registers the operators
 
 linear = torch.ops.srigl_fx.condensed_linear
 conv2d = torch.ops.srigl_fx.condensed_conv
@@ -192,12 +192,12 @@ def test_inference_tensors_are_checked_every_time() -> None:
 
 
 def test_the_check_keeps_nothing_alive() -> None:
-    before = len(weights._prepared)
+    before = len(validation._checked)
     weight = operands(random_condensed(4, 6, 2))
     linear(torch.ones(1, 6), *weight, 6)
-    assert len(weights._prepared) == before + 1
+    assert len(validation._checked) == before + 1
     del weight
-    assert len(weights._prepared) == before
+    assert len(validation._checked) == before
 
 
 @pytest.mark.parametrize("batch", [1, 30])

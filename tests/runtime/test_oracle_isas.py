@@ -13,7 +13,7 @@ import pytest
 from kernel_support import digests
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.kernels.isa import ISA_VARIABLE, ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, ISAS, host_isa
 
 TESTS = Path(__file__).parent
 ORACLE_TESTS = ("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_special.py", "test_oracle_onnx.py")

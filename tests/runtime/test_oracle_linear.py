@@ -23,8 +23,8 @@ from kernel_support import (
 )
 from torch import Tensor
 
+from srigl_fx.runtime.cpu.threads import torch_threads
 from srigl_fx.runtime.format import ValueDtype
-from srigl_fx.runtime.threads import torch_threads
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 # One sample, a few, half a tile, tiles with and without a rest.

@@ -14,7 +14,7 @@ from ort_support.cases import CASES, tolerance, write_cases
 from ort_support.objects import copy_objects
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.kernels.isa import ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa
 from srigl_fx.runtime.ort.link import available_linkers, link
 
 # Versions of ONNX Runtime, with the NumPy that each was built for.

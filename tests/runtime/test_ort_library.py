@@ -17,7 +17,7 @@ from ort_support import objects
 
 from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders, is_own_file, is_private, locked
-from srigl_fx.runtime.kernels.tasks import FASTMATH
+from srigl_fx.runtime.cpu.kernels.tasks import FASTMATH
 from srigl_fx.runtime.ort import elf, library, link
 
 _OBJECTS = f"import sys; sys.path.append({str(Path(objects.__file__).parents[1])!r}); from ort_support import objects; "

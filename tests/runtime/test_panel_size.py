@@ -4,9 +4,10 @@ import pytest
 import torch
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
-from srigl_fx.runtime.kernels import plan
-from srigl_fx.runtime.kernels.isa import AVX512, ISAS
-from srigl_fx.runtime.weights import check_weight, panel_of
+from srigl_fx.runtime.cpu.kernels import plan
+from srigl_fx.runtime.cpu.kernels.isa import AVX512, ISAS
+from srigl_fx.runtime.cpu.prepared_weights import panel_of
+from srigl_fx.runtime.validation import check_weight
 
 LIMITS = {0.9: 0.3, 0.95: 0.2, 0.99: 0.1}  # sparsity -> of the dense bytes
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from kernel_support import DTYPES, Convolution, check_conv, check_linear, condensed, operands
 from kernel_support.onnx_models import LinearOperator
 
-from srigl_fx.runtime import activations, execute
-from srigl_fx.runtime.cost_model import Machine, Work, kernel_for
+from srigl_fx.runtime import activations
+from srigl_fx.runtime.costs.cost_model import Machine, Work, kernel_for
+from srigl_fx.runtime.cpu import execute
+from srigl_fx.runtime.cpu.jit import entry
+from srigl_fx.runtime.cpu.kernels import job, plan, table
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.table import KERNELS, Kernel
 from srigl_fx.runtime.format import ValueDtype
-from srigl_fx.runtime.jit import entry
-from srigl_fx.runtime.kernels import job, plan, table
-from srigl_fx.runtime.kernels.isa import AVX2, ISAS, host_isa
-from srigl_fx.runtime.kernels.table import KERNELS, Kernel
 
 LEVEL = ISAS.index(host_isa())
 sizes = {

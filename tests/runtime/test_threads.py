@@ -25,7 +25,7 @@ def check(batch):
 _PROGRAMS = {
     "none is started at import": """
 threads = count()
-import srigl_fx.runtime.kernels.tasks, srigl_fx.runtime.execute
+import srigl_fx.runtime.cpu.kernels.tasks, srigl_fx.runtime.cpu.execute
 assert count() == threads, (count(), threads)
 torch.set_num_threads(1)
 check(1), check(200)

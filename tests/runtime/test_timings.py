@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from srigl_fx.runtime import timings
 from srigl_fx.runtime.cache import CACHE_VARIABLE
-from srigl_fx.runtime.threads import torch_threads
-from srigl_fx.runtime.timings import FILE, Timings, environment
+from srigl_fx.runtime.costs import timings
+from srigl_fx.runtime.costs.timings import FILE, Timings, environment
+from srigl_fx.runtime.cpu.threads import torch_threads
 
 WHAT = {"operator": "linear", "weight": [8, 16], "kept": 12, "stride": None}
 SECONDS = {"dense": 3e-6, "condensed": 1e-6}
@@ -25,7 +25,7 @@ SECONDS = {"dense": 3e-6, "condensed": 1e-6}
 _WRITER = """
 import sys
 from pathlib import Path
-from srigl_fx.runtime.timings import Timings
+from srigl_fx.runtime.costs.timings import Timings
 timings = Timings(Path(sys.argv[1]))
 for number in range(int(sys.argv[3])):
     timings.put({"writer": sys.argv[2], "number": number}, {"dense": 1.5})

@@ -6,8 +6,8 @@ from typing import Any, Final
 import numba as typed_numba
 import numba.extending as typed_extending
 
-from srigl_fx.runtime.kernels import plan
-from srigl_fx.runtime.kernels.isa import AVX2, AVX512, BASELINE, compiled_isa
+from srigl_fx.runtime.cpu.kernels import plan
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE, compiled_isa
 
 numba: Any = typed_numba  # half of its functions are annotated
 extending: Any = typed_extending

@@ -1,16 +1,16 @@
 """Batches: the multiply-adds of a tile of samples, or of positions of a convolution.
 
-Owns the inner loop over a tile panel (:mod:`srigl_fx.runtime.kernels.panel`). A tile holds its inputs feature-major,
-16 or 32 columns wide, so that every kept weight is a broadcast multiply-add over contiguous, aligned columns.
-Several rows of a group are in flight at once, to hide the latency of their sums.
+Owns the inner loop over a tile panel (:mod:`srigl_fx.runtime.cpu.kernels.panel`). A tile holds its inputs
+feature-major, 16 or 32 columns wide, so that every kept weight is a broadcast multiply-add over contiguous, aligned
+columns. Several rows of a group are in flight at once, to hide the latency of their sums.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from srigl_fx.runtime.kernels import vector as v
-from srigl_fx.runtime.kernels.panel import LANES, STEPS, TILE_BYTES, TILE_VALUES
-from srigl_fx.runtime.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
+from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.panel import LANES, STEPS, TILE_BYTES, TILE_VALUES
+from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
 
 
 def rows_in_flight(width: int, registers: int) -> int:

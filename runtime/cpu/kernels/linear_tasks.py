@@ -7,15 +7,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from srigl_fx.runtime.kernels import job, panel
-from srigl_fx.runtime.kernels.activations import activate_row
-from srigl_fx.runtime.kernels.compiled import ISA, compiled
-from srigl_fx.runtime.kernels.dot import GATHERS, LOADS, dot_group
-from srigl_fx.runtime.kernels.isa import AVX2, AVX512, ISAS
-from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
-from srigl_fx.runtime.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES
-from srigl_fx.runtime.kernels.plan import COLUMNS, DOT_WINDOWS
-from srigl_fx.runtime.kernels.tiles import (
+from srigl_fx.runtime.cpu.kernels import job, panel
+from srigl_fx.runtime.cpu.kernels.activations import activate_row
+from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
+from srigl_fx.runtime.cpu.kernels.dot import GATHERS, LOADS, dot_group
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
+from srigl_fx.runtime.cpu.kernels.job import BFLOAT16, FLOAT16, FLOAT32
+from srigl_fx.runtime.cpu.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES
+from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, DOT_WINDOWS
+from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
     CACHE_LINE,
     clear_columns,
@@ -27,7 +27,7 @@ from srigl_fx.runtime.kernels.tiles import (
     tile_memory,
     width_of,
 )
-from srigl_fx.runtime.kernels.vector import (
+from srigl_fx.runtime.cpu.kernels.vector import (
     add_floats,
     allocate,
     copy_floats,

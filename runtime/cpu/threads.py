@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from srigl_fx.runtime.jit import Entry
+from srigl_fx.runtime.cpu.jit import Entry
 
 _lock = threading.Lock()
 _forked = False

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operator that is probed
-from srigl_fx.runtime.autotune import measure_undisturbed
-from srigl_fx.runtime.cost_model import Kernel, Machine, Work, condensed, dense
-from srigl_fx.runtime.kernels.isa import ISAS, host_isa
-from srigl_fx.runtime.timings import Timings
+from srigl_fx.runtime.costs.autotune import measure_undisturbed
+from srigl_fx.runtime.costs.cost_model import Kernel, Machine, Work, condensed, dense
+from srigl_fx.runtime.costs.timings import Timings
+from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa
 
 WHAT = {"operator": "constants of the cost model"}  # what the times of the probes are filed under
 

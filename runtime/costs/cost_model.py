@@ -1,8 +1,8 @@
 """How long a layer takes in each of its forms, estimated: a roofline with a handful of constants.
 
 Owns the formulas and the constants; which kernel computes what is the plan's. It must not know torch, nor measure
-anything:
-:mod:`srigl_fx.runtime.calibration` fits the constants to a machine, ``benchmarks/cost_model.py`` checks the formulas.
+anything: :mod:`srigl_fx.runtime.costs.calibration` fits the constants to a machine, and ``benchmarks/cost_model.py``
+checks the formulas.
 
 After Williams, Waterman and Patterson, "Roofline: an insightful visual performance model" (2009), from the counts of
 multiply-adds and bytes, with the cost of the call on top; memory and arithmetic overlap where a kernel streams its
@@ -12,8 +12,8 @@ weights, and add up where it copies data first.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from srigl_fx.runtime.kernels import plan
-from srigl_fx.runtime.kernels.isa import AVX512, ISAS
+from srigl_fx.runtime.cpu.kernels import plan
+from srigl_fx.runtime.cpu.kernels.isa import AVX512, ISAS
 
 Form = Literal["dense", "condensed", "shrunk"]
 Kernel = Literal["dot", "tile"]

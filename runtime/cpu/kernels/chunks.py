@@ -13,8 +13,8 @@ from typing import Any, Final
 
 import numba as typed_numba
 
-from srigl_fx.runtime.kernels import vector as v
-from srigl_fx.runtime.kernels.vector import (
+from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.vector import (
     LANES,
     VECTOR_BYTES,
     address,

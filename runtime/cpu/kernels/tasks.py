@@ -1,18 +1,24 @@
 """All that a thread or an operator can ask of the kernels, by name. Importing it imports Numba.
 
-Owns the functions behind :mod:`srigl_fx.runtime.kernels.table`. Each is a function of a job
-(:mod:`srigl_fx.runtime.kernels.job`) and a number, for tasks the task's, so that any pool of threads can run them;
+Owns the functions behind :mod:`srigl_fx.runtime.cpu.kernels.table`. Each is a function of a job
+(:mod:`srigl_fx.runtime.cpu.kernels.job`) and a number, for tasks the task's, so that any pool of threads can run them;
 tasks write disjoint outputs. A process compiles them for one instruction set.
 """
 
 from typing import Any, Final
 
-from srigl_fx.runtime.kernels import job, panel, plan, table
-from srigl_fx.runtime.kernels.compiled import FASTMATH, ISA, planned
-from srigl_fx.runtime.kernels.conv_tasks import conv_offsets, conv_pack_task, conv_plan, conv_rows_task, conv_tile_task
-from srigl_fx.runtime.kernels.isa import ISAS
-from srigl_fx.runtime.kernels.linear_tasks import dot_task, rows_task, strided_task, tile_task
-from srigl_fx.runtime.kernels.vector import floats
+from srigl_fx.runtime.cpu.kernels import job, panel, plan, table
+from srigl_fx.runtime.cpu.kernels.compiled import FASTMATH, ISA, planned
+from srigl_fx.runtime.cpu.kernels.conv_tasks import (
+    conv_offsets,
+    conv_pack_task,
+    conv_plan,
+    conv_rows_task,
+    conv_tile_task,
+)
+from srigl_fx.runtime.cpu.kernels.isa import ISAS
+from srigl_fx.runtime.cpu.kernels.linear_tasks import dot_task, rows_task, strided_task, tile_task
+from srigl_fx.runtime.cpu.kernels.vector import floats
 
 __all__ = ["FASTMATH", "TASKS"]
 

@@ -6,10 +6,10 @@ a tap reads outside ``x`` is zero in the tile. Output positions are counted thro
 
 from typing import Any, Final
 
-from srigl_fx.runtime.kernels import conv
-from srigl_fx.runtime.kernels.compiled import compiled
-from srigl_fx.runtime.kernels.plan import COLUMNS
-from srigl_fx.runtime.kernels.vector import LANES, copy_even_lanes, copy_lanes, copy_spread_lanes, words
+from srigl_fx.runtime.cpu.kernels import conv
+from srigl_fx.runtime.cpu.kernels.compiled import compiled
+from srigl_fx.runtime.cpu.kernels.plan import COLUMNS
+from srigl_fx.runtime.cpu.kernels.vector import LANES, copy_even_lanes, copy_lanes, copy_spread_lanes, words
 
 Pointer = Any
 # A piece: neighbouring positions of one output row, in one vector of the tile's columns.

@@ -1,8 +1,8 @@
 """One or a few samples: dot products of 16 rows at a time with inputs that are looked up in registers.
 
-Owns the inner loop over a dot panel (:mod:`srigl_fx.runtime.kernels.panel`): a phase's window of the sample is loaded
-into vector registers, and each step looks 16 inputs up in them, one for each row of the group. AVX-512 only looks up in
-registers; AVX2 gathers from the first-level cache.
+Owns the inner loop over a dot panel (:mod:`srigl_fx.runtime.cpu.kernels.panel`): a phase's window of the sample is
+loaded into vector registers, and each step looks 16 inputs up in them, one for each row of the group. AVX-512 alone
+looks up in registers; AVX2 gathers from the first-level cache.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,10 @@ from typing import Any
 
 from llvmlite import ir
 
-from srigl_fx.runtime.kernels import vector as v
-from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT16, FLOAT32
-from srigl_fx.runtime.kernels.panel import DOT_VALUES, STEPS, dot_bytes
-from srigl_fx.runtime.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
+from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.job import BFLOAT16, FLOAT16, FLOAT32
+from srigl_fx.runtime.cpu.kernels.panel import DOT_VALUES, STEPS, dot_bytes
+from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
 
 GATHERS, LOADS = 0, -1  # in place of a window: gather rather than look up, or load one by one
 _WIDE = 128  # the largest window
@@ -29,7 +29,7 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
     Args:
         window: 32, 64 or 128 inputs, looked up in registers (AVX-512); or GATHERS (AVX2) or LOADS, for windows up to
             256.
-        value_type: How values are stored: a number of :mod:`srigl_fx.runtime.kernels.job`.
+        value_type: How values are stored: a number of :mod:`srigl_fx.runtime.cpu.kernels.job`.
     """
     size = dot_bytes.py_func(value_type)
 

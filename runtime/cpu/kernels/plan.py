@@ -2,7 +2,7 @@
 
 Owns these rules, in whole numbers and without a branch on who asks: the operators of torch and the cost model call them
 as they are, and Numba compiles the same functions for the operators of ONNX Runtime. It must not know how a kernel
-works; :mod:`srigl_fx.runtime.kernels.table` describes them.
+works; :mod:`srigl_fx.runtime.cpu.kernels.table` describes them.
 """
 
 from typing import Final

@@ -1,7 +1,7 @@
 """The gradient of a sparse matrix's values: a dense product sampled at the kept positions.
 
-Owns the dot products. Layouts and the fields of a job are those of :mod:`srigl_fx.runtime.kernels.chunks`: there PACKED
-are the inputs, GRADIENT are the output's gradients, packed alike, and OUT is what it is for, one float an entry.
+Owns the dot products. Layouts and the fields of a job are those of :mod:`srigl_fx.runtime.cpu.kernels.chunks`: there
+PACKED are the inputs, GRADIENT are the output's gradients, packed alike, and OUT is what it is for, one float an entry.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from llvmlite import ir
 
-from srigl_fx.runtime.kernels import vector as v
-from srigl_fx.runtime.kernels.chunks import (
+from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.chunks import (
     BATCH,
     BLOCK_SHIFT,
     BLOCKS,
@@ -28,7 +28,17 @@ from srigl_fx.runtime.kernels.chunks import (
     Pointer,
     compiled,
 )
-from srigl_fx.runtime.kernels.vector import LANES, VECTOR_BYTES, address, floats, intrinsic, ints, number, shorts, types
+from srigl_fx.runtime.cpu.kernels.vector import (
+    LANES,
+    VECTOR_BYTES,
+    address,
+    floats,
+    intrinsic,
+    ints,
+    number,
+    shorts,
+    types,
+)
 
 AT_ONCE: Final = 4  # kept positions whose sums are in flight together, and are added up together at the end
 

@@ -1,14 +1,13 @@
-"""Condensed weights made ready: checked once, and packed for the kernels that need it.
+"""Condensed weights made ready for the kernels: packed where they read a panel.
 
-Owns the memory of what is known about a weight's tensors, and when that is out of date. It must not know what is
-computed with them. Nothing here keeps a weight alive.
+Owns the panels that are kept with a weight, and when they are out of date. It must not know what is computed with
+them. Nothing here keeps a weight alive.
 
-Writes that torch does not count (through ``.numpy()`` or ``.data``) are not noticed, but for values that can train:
+Writes to values that torch does not count (through ``.numpy()`` or ``.data``) are noticed where the values can train:
 fused optimizers and gradient scalers write so, and these values are compared at each call.
 """
 
 import ctypes
-import threading
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from srigl_fx.errors import FormatError
-from srigl_fx.runtime.format import range_problem
-from srigl_fx.runtime.jit import entry
-from srigl_fx.runtime.kernels import job, plan
+from srigl_fx.runtime.cpu.jit import entry
+from srigl_fx.runtime.cpu.kernels import job, plan
+from srigl_fx.runtime.validation import Checked
 
 Job = ctypes.c_int64 * job.SIZE
 INDEX_BYTES = {torch.uint16: 2, torch.int32: 4}
@@ -54,72 +52,8 @@ def _can_train(values: Tensor) -> bool:
     return values.requires_grad or isinstance(values, torch.nn.Parameter)
 
 
-class _Prepared:
-    """What is known about one pair of index tensors, for as long as neither changes; holds neither alive."""
-
-    __slots__ = ("active", "facts", "indices", "lock", "panels")
-
-    def __init__(self, indices: Tensor, active: Tensor, facts: tuple[object, ...]) -> None:
-        key = id(indices)
-        self.indices = weakref.ref(indices, lambda _: _prepared.pop(key, None))
-        self.active = weakref.ref(active)
-        self.facts = facts
-        self.panels: dict[tuple[int, int], Panel] = {}
-        self.lock = threading.Lock()
-
-
-# Single dict operations only, which are atomic; a lost entry costs one more check.
-_prepared: dict[int, _Prepared] = {}
-
-
-def check_weight(
-    op: str, values: Tensor, indices: Tensor, active: Tensor, bias: Tensor, in_features: int
-) -> _Prepared | None:
-    """Validate the weight operands: types and shapes at every call, indices once for each version of their contents.
-
-    Returns:
-        What :func:`panel_of` needs; None for inference tensors, whose changes torch does not count.
-
-    Raises:
-        FormatError: An operand has another dtype or shape, or an index is out of range.
-    """
-    shape = values.shape
-    if (
-        values.dtype not in VALUE_TYPES
-        or bias.dtype is not torch.float32
-        or active.dtype is not torch.int32
-        or indices.dtype not in INDEX_BYTES
-    ):
-        raise FormatError(
-            f"{op}: values must be float32, bfloat16 or float16, bias float32, indices uint16 or int32, active int32; "
-            f"got {values.dtype}, {bias.dtype}, {indices.dtype}, {active.dtype}"
-        )
-    if len(shape) != 2 or indices.shape != shape or active.shape != shape[:1] or bias.dim() != 1:
-        raise FormatError(
-            f"{op}: values and indices must both be (n_active, k), active (n_active,), bias (n,); got {tuple(shape)}, "
-            f"{tuple(indices.shape)}, {tuple(active.shape)}, {tuple(bias.shape)}"
-        )
-    n = bias.shape[0]
-    if indices.is_inference() or active.is_inference():
-        _check_ranges(op, indices, active, in_features, n)
-        return None
-    addresses = indices.data_ptr(), active.data_ptr()
-    facts = (indices._version, active._version, *addresses, in_features, n, shape)
-    seen = _prepared.get(id(indices))
-    if seen is None or seen.facts != facts or seen.indices() is not indices or seen.active() is not active:
-        _check_ranges(op, indices, active, in_features, n)
-        seen = _prepared[id(indices)] = _Prepared(indices, active, facts)
-    return seen
-
-
-def _check_ranges(op: str, indices: Tensor, active: Tensor, in_features: int, out_features: int) -> None:
-    problem = range_problem(indices.detach().numpy(), active.detach().numpy(), in_features, out_features)
-    if problem:
-        raise FormatError(f"{op}: {problem}; rebuild the operands with CondensedWeight.from_dense(weight, mask)")
-
-
 def panel_of(
-    prepared: _Prepared,
+    checked: Checked,
     kernel: int,
     window: int,
     values: Tensor,
@@ -134,17 +68,17 @@ def panel_of(
     Packing takes about as long as computing a few samples.
     """
     facts = values._version, values.data_ptr(), values.dtype, window
-    found = prepared.panels.get((kernel, block_rows))
+    found = checked.packed.get((kernel, block_rows))
     if found is None or not found.is_of(values, facts):
-        with prepared.lock:
-            found = prepared.panels.get((kernel, block_rows))
+        with checked.lock:
+            found = checked.packed.get((kernel, block_rows))
             if found is None or not found.is_of(values, facts):
                 arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
                 template, memory = _pack(kernel, window, *arrays, in_features, out_features, block_rows)
                 nbytes = sum(array.nbytes for array in memory)
                 content = values.detach().clone().contiguous() if _can_train(values) else None
                 found = Panel(template, memory, nbytes, weakref.ref(values), content, facts)
-                prepared.panels[kernel, block_rows] = found
+                checked.packed[kernel, block_rows] = found
     return found
 
 
@@ -159,7 +93,7 @@ def _pack(
     block_rows: int,
 ) -> "tuple[bytes, tuple[NDArray[Any], ...]]":
     """A job with everything in it that does not change from call to call, and the memory that it points to."""
-    from srigl_fx.runtime.kernels import panel
+    from srigl_fx.runtime.cpu.kernels import panel
 
     j = new_job(values, indices, active, in_features, out_features)
     j[job.BLOCK_ROWS], j[job.PANEL_WINDOW], j[job.KERNEL] = block_rows, window, kernel

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime import threads
-from srigl_fx.runtime.jit import Entry
-from srigl_fx.runtime.kernels.isa import ISA_VARIABLE
+from srigl_fx.runtime.cpu import threads
+from srigl_fx.runtime.cpu.jit import Entry
+from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE
 
 CHUNK: Final = 64  # samples of packed activations that lie next to each other
 _BLOCK: Final = 1024  # columns whose activations the kernels keep in the cache
@@ -179,7 +179,7 @@ def _parts(tasks: int) -> int:
 
 def _call(name: str, tasks: int, **fields: Any) -> None:
     """Run all tasks of a job, of which tensors are given by their addresses."""
-    from srigl_fx.runtime.kernels import chunks
+    from srigl_fx.runtime.cpu.kernels import chunks
 
     fields.setdefault("PARTS", tasks)
     job = (ctypes.c_int64 * chunks.SIZE)()
@@ -194,7 +194,7 @@ def _call(name: str, tasks: int, **fields: Any) -> None:
 def _compiled(name: str) -> tuple[Entry, int]:
     import numba as typed_numba
 
-    from srigl_fx.runtime.kernels import chunks, value_gradient
+    from srigl_fx.runtime.cpu.kernels import chunks, value_gradient
 
     numba: Any = typed_numba
     if wanted := os.environ.get(ISA_VARIABLE):  # as the kernels of the operators

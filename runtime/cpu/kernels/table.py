@@ -1,15 +1,15 @@
 """What kernels there are: one row for each.
 
 Owns the list, from which the operator library takes its symbols, the tests what they must run, and the documentation
-its table. It must not know how a kernel works, nor which one a call takes: :mod:`srigl_fx.runtime.kernels.plan` says
-that. Plain Python: importing it does not import Numba.
+its table. It must not know how a kernel works, nor which one a call takes, as :mod:`srigl_fx.runtime.cpu.kernels.plan`
+says. Plain Python: importing it does not import Numba.
 """
 
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from srigl_fx.runtime.kernels import plan
-from srigl_fx.runtime.kernels.isa import AVX2, AVX512, ISAS
+from srigl_fx.runtime.cpu.kernels import plan
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
 
 FLOATS: Final = ("float32", "bfloat16", "float16")
 
@@ -19,7 +19,7 @@ class Kernel:
     """One kernel.
 
     Attributes:
-        task: The function of :mod:`srigl_fx.runtime.kernels.tasks` that runs a share of a call.
+        task: The function of :mod:`srigl_fx.runtime.cpu.kernels.tasks` that runs a share of a call.
         layer: The kind of layer that it computes.
         number: What the plan calls it.
         computes: How, in a phrase.
@@ -28,7 +28,7 @@ class Kernel:
         isas: The instruction sets that have it.
         samples: The fewest and the most samples of a call that takes it; None for any number.
         feature_major: Whether it reads and writes feature-major tensors too.
-        file: Where it is, in ``runtime/kernels``.
+        file: Where it is, in ``runtime/cpu/kernels``.
     """
 
     task: str

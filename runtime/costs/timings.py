@@ -24,7 +24,7 @@ import torch
 
 from srigl_fx.files import replacing
 from srigl_fx.runtime.cache import CACHE_VARIABLE, cache_folders, locked, make_private
-from srigl_fx.runtime.kernels.isa import ISA_VARIABLE
+from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE
 
 FILE = "timings.jsonl"
 _LARGEST = 4 << 20  # bytes, about ten thousand lines; beyond it the older half is dropped

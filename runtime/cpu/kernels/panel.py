@@ -19,10 +19,10 @@ from typing import Any, Final
 
 import numba as typed_numba
 
-from srigl_fx.runtime.kernels import job
-from srigl_fx.runtime.kernels.job import BFLOAT16, FLOAT32
-from srigl_fx.runtime.kernels.plan import TILE
-from srigl_fx.runtime.kernels.vector import as_float, bytes_, floats, ints, shorts, words
+from srigl_fx.runtime.cpu.kernels import job
+from srigl_fx.runtime.cpu.kernels.job import BFLOAT16, FLOAT32
+from srigl_fx.runtime.cpu.kernels.plan import TILE
+from srigl_fx.runtime.cpu.kernels.vector import as_float, bytes_, floats, ints, shorts, words
 
 numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any

@@ -1,8 +1,8 @@
 """One call of a condensed operator, as jobs for the kernels.
 
 Owns the layouts of tensors, the scratch of kernels, and the call of their tasks, as the plan has them
-(:mod:`srigl_fx.runtime.kernels.plan`); operands are valid. It must not know how operators are registered, checked or
-differentiated.
+(:mod:`srigl_fx.runtime.cpu.kernels.plan`); operands are valid. It must not know how operators are registered, checked
+or differentiated.
 """
 
 import ctypes
@@ -13,14 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from srigl_fx.runtime import threads
 from srigl_fx.runtime.activations import NUMBERS
-from srigl_fx.runtime.jit import entry
-from srigl_fx.runtime.kernels import conv, job, plan
-from srigl_fx.runtime.kernels.isa import ISAS, host_isa
-from srigl_fx.runtime.kernels.plan import COLUMNS, LANES
-from srigl_fx.runtime.kernels.table import KERNELS
-from srigl_fx.runtime.weights import Job, _Prepared, new_job, panel_of
+from srigl_fx.runtime.cpu import threads
+from srigl_fx.runtime.cpu.jit import entry
+from srigl_fx.runtime.cpu.kernels import conv, job, plan
+from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.table import KERNELS
+from srigl_fx.runtime.cpu.prepared_weights import Job, new_job, panel_of
+from srigl_fx.runtime.validation import Checked
 
 _TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "linear"}
 _SLACK = 64  # floats behind a packed sample that may be read
@@ -36,13 +37,13 @@ _linear_kernel = functools.lru_cache(maxsize=4096)(plan.linear_kernel)
 _window_of = functools.lru_cache(maxsize=4096)(plan.window_of)
 
 
-def _may_pack(prepared: _Prepared | None, values: Tensor) -> bool:
+def _may_pack(checked: Checked | None, values: Tensor) -> bool:
     """Whether a packed weight may be kept: torch must count the writes to it."""
-    return prepared is not None and not values.is_inference()
+    return checked is not None and not values.is_inference()
 
 
 def _job(
-    prepared: _Prepared | None,
+    checked: Checked | None,
     kernel: int,
     operands: Sequence[Tensor],
     in_features: int,
@@ -53,9 +54,9 @@ def _job(
     x, values, indices, active, bias = operands
     window = _window_of(kernel, _level(), in_features, *values.shape)
     if window:
-        assert prepared is not None
+        assert checked is not None
         sizes = in_features, bias.shape[0], block_rows
-        panel = panel_of(prepared, kernel, window, values, indices, active, *sizes)
+        panel = panel_of(checked, kernel, window, values, indices, active, *sizes)
         j = Job.from_buffer_copy(panel.template)
     else:
         j = new_job(values, indices, active, in_features, bias.shape[0])
@@ -65,7 +66,7 @@ def _job(
 
 
 def linear(
-    prepared: _Prepared | None,
+    checked: Checked | None,
     x: Tensor,
     weight: Sequence[Tensor],
     in_features: int,
@@ -78,7 +79,7 @@ def linear(
     ``x`` is read as it lies if it is contiguous, or if its (in_features, ...) transposed is and the kernel can.
 
     Args:
-        prepared: What is known about the weight.
+        checked: What is known about the weight.
         x: The samples.
         weight: Contiguous values, indices, active and bias.
         in_features: The inputs of the layer.
@@ -91,10 +92,10 @@ def linear(
     batch = math.prod(shape[:-1])
     x_columns = not x.is_contiguous() and x.dim() > 1 and x.movedim(-1, 0).is_contiguous()
     sizes = _level(), in_features, *values.shape, batch
-    kernel = _linear_kernel(*sizes, x_columns or y_feature_major, _may_pack(prepared, values))
+    kernel = _linear_kernel(*sizes, x_columns or y_feature_major, _may_pack(checked, values))
     if kernel == plan.STRIDED:
         # It is plain and slow, for hosts where an operator cannot ask for other layouts; here copies are at hand.
-        y = linear(prepared, x.contiguous(), weight, in_features, residual, activation, False)
+        y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False)
         return y.movedim(-1, 0).contiguous().movedim(0, -1) if y_feature_major else y
     x = x.movedim(-1, 0) if x_columns else x.contiguous()
     y = x.new_empty((n, *shape[:-1])).movedim(0, -1) if y_feature_major else x.new_empty(shape)
@@ -102,7 +103,7 @@ def linear(
         return y
     if residual is not None:
         residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
-    j = _job(prepared, kernel, (x, *weight), in_features, n, y)
+    j = _job(checked, kernel, (x, *weight), in_features, n, y)
     j[job.BATCH], j[job.ACTIVATION] = batch, NUMBERS[activation]
     j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
@@ -142,7 +143,7 @@ def _geometry(numbers: tuple[int, ...]) -> "tuple[ctypes.Array[ctypes.c_int64], 
 
 
 def convolution(
-    prepared: _Prepared | None,
+    checked: Checked | None,
     operands: Sequence[Tensor],
     weight_shape: Sequence[int],
     stride: Sequence[int],
@@ -168,10 +169,10 @@ def convolution(
     numbers = (*sizes, *one, *dilation, *one, *spacing, int(transposed), k)
     geometry, offsets, size, positions = _geometry(numbers)
     in_features, block_rows = math.prod(weight_shape[1:]), n // groups
-    kernel = plan.conv_kernel(in_features, n_active, k, block_rows, _may_pack(prepared, values))
+    kernel = plan.conv_kernel(in_features, n_active, k, block_rows, _may_pack(checked, values))
     if kernel == plan.ROWS:
         values = values.float()
-    j = _job(prepared, kernel, (x, values, indices, active, bias), in_features, block_rows, y)
+    j = _job(checked, kernel, (x, values, indices, active, bias), in_features, block_rows, y)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.BATCH] = NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from srigl_fx.runtime.kernels.isa import ISA_VARIABLE
+from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE
 
 Entry = Callable[[int, int], None]
 
@@ -24,7 +24,7 @@ def entry(name: str) -> tuple[Entry, int]:
 
     Example:
         >>> import numpy as np
-        >>> from srigl_fx.runtime.kernels import job
+        >>> from srigl_fx.runtime.cpu.kernels import job
         >>> j = np.zeros(job.SIZE, np.int64)
         >>> x, w, y = np.array([[2, 3]], np.float32), np.array([[5]], np.float32), np.empty((1, 2), np.float32)
         >>> columns, rows, bias = np.array([[1]], np.uint16), np.array([0], np.int32), np.array([0.5, 7], np.float32)
@@ -54,7 +54,7 @@ def _compile(name: str) -> tuple[Entry, int]:
     if wanted := os.environ.get(ISA_VARIABLE):
         # What Numba generates around the kernels' own vector code is held to the same instruction set.
         numba.config.CPU_NAME, numba.config.CPU_FEATURES = wanted, ""
-    from srigl_fx.runtime.kernels import tasks
+    from srigl_fx.runtime.cpu.kernels import tasks
 
     types = numba.types
     signature = types.void(types.CPointer(types.int64), types.int64)

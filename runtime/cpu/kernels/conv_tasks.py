@@ -5,12 +5,12 @@ Owns the way of data through them: by tiles of output positions, or where no pan
 
 from typing import Any, Final
 
-from srigl_fx.runtime.kernels import conv, job, patches
-from srigl_fx.runtime.kernels.activations import activate_row
-from srigl_fx.runtime.kernels.compiled import compiled
-from srigl_fx.runtime.kernels.panel import LANES
-from srigl_fx.runtime.kernels.plan import COLUMNS
-from srigl_fx.runtime.kernels.tiles import (
+from srigl_fx.runtime.cpu.kernels import conv, job, patches
+from srigl_fx.runtime.cpu.kernels.activations import activate_row
+from srigl_fx.runtime.cpu.kernels.compiled import compiled
+from srigl_fx.runtime.cpu.kernels.panel import LANES
+from srigl_fx.runtime.cpu.kernels.plan import COLUMNS
+from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
     CACHE_LINE,
     clear_columns,
@@ -22,7 +22,7 @@ from srigl_fx.runtime.kernels.tiles import (
     tile_memory,
     width_of,
 )
-from srigl_fx.runtime.kernels.vector import (
+from srigl_fx.runtime.cpu.kernels.vector import (
     add_floats,
     allocate,
     copy_floats,

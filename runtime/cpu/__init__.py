@@ -1,0 +1,1 @@
+"""What runs on the CPU: the kernels, and how torch calls them."""

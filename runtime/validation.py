@@ -1,0 +1,173 @@
+"""What a call of a condensed operator must be: dtypes, shapes, geometry, and indices within their range.
+
+Owns these checks, for every device alike, and what is remembered of a weight that passed them. It must not know what
+is computed, nor where.
+
+Writes that torch does not count (through ``.numpy()`` or ``.data``) are not noticed.
+"""
+
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from srigl_fx.errors import FormatError
+from srigl_fx.runtime.activations import NAMES
+from srigl_fx.runtime.format import range_problem
+
+_LARGEST: Final = 1 << 31  # so that no product of sizes overflows
+_VALUES: Final = (torch.float32, torch.bfloat16, torch.float16)
+_INDICES: Final = (torch.uint16, torch.int32)
+
+
+def _check_input(op: str, x: Tensor) -> None:
+    if x.dtype is not torch.float32:
+        raise FormatError(f"{op}: x must be float32, not {x.dtype}; call it with x.float(), outside torch.autocast")
+
+
+def check_epilogue(op: str, shape: Sequence[int], residual: Tensor | None, activation: str) -> None:
+    """Raise a FormatError unless the activation has a name and the residual is float32 of the output's shape."""
+    if activation not in NAMES:
+        raise FormatError(f"{op}: activation must be one of {', '.join(NAMES)}, not {activation!r}")
+    if residual is not None and (residual.dtype is not torch.float32 or tuple(residual.shape) != tuple(shape)):
+        raise FormatError(
+            f"{op}: residual must be float32 of the output's shape {tuple(shape)}, not {residual.dtype} "
+            f"{tuple(residual.shape)}"
+        )
+
+
+def linear_shape(op: str, x: Tensor, bias: Tensor, in_features: int) -> tuple[int, ...]:
+    """Validate the data; return the output's shape. Sizes may be symbolic."""
+    _check_input(op, x)
+    if not x.dim() or x.shape[-1] != in_features:
+        raise FormatError(f"{op}: x must be (..., {in_features}), not {tuple(x.shape)}")
+    return (*x.shape[:-1], bias.shape[0])
+
+
+def conv_shape(
+    op: str,
+    x: Tensor,
+    bias: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    output_padding: Sequence[int] | None,
+) -> tuple[int, ...]:
+    """Validate the geometry; return the output's shape. Sizes may be symbolic."""
+    _check_input(op, x)
+    rank = len(weight_shape) - 2
+    if rank not in (1, 2, 3) or min(weight_shape) < 1 or x.dim() != rank + 2:
+        raise FormatError(
+            f"{op}: x must be (N, C, sizes...) and weight_shape (n, C / groups, kernel...) over one to three axes, not "
+            f"{tuple(x.shape)} and {tuple(weight_shape)}"
+        )
+    extra = list(output_padding or ()) or [0] * rank
+    if any(len(numbers) != rank for numbers in (stride, padding, dilation, extra)):
+        raise FormatError(
+            f"{op}: stride, padding, dilation and output_padding must be {rank} numbers, not {stride}, {padding}, "
+            f"{dilation}, {extra}"
+        )
+    if min(*stride, *dilation, groups) < 1 or min(*padding, *extra) < 0:
+        raise FormatError(
+            f"{op}: stride, dilation and groups must be at least 1, padding and output_padding at least 0, not "
+            f"{stride}, {dilation}, {groups}, {padding}, {extra}"
+        )
+    if max(*stride, *dilation, *padding, *extra, groups) >= _LARGEST:
+        raise FormatError(f"{op}: stride, dilation, padding, output_padding and groups must be below {_LARGEST}")
+    if any(extra) and not transposed:
+        raise FormatError(f"{op}: output_padding {extra} is for transposed convolutions only")
+    if any(more >= max(step, reach) for more, step, reach in zip(extra, stride, dilation, strict=True)):
+        raise FormatError(f"{op}: output_padding {extra} must be less than stride or dilation")
+    n, group_channels, *kernel = weight_shape
+    if n % groups or bias.shape[0] != n or x.shape[1] != group_channels * groups:
+        raise FormatError(
+            f"{op}: x has {x.shape[1]} channels and bias {tuple(bias.shape)}; a weight of shape {tuple(weight_shape)} "
+            f"in {groups} groups needs {group_channels * groups} and ({n},)"
+        )
+    out = []
+    for i, taps in enumerate(kernel):
+        reach = dilation[i] * (taps - 1) + 1
+        if transposed:
+            out.append((x.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + reach + extra[i])
+        else:
+            out.append((x.shape[2 + i] + 2 * padding[i] - reach) // stride[i] + 1)
+    if min(out) < (0 if transposed else 1):
+        raise FormatError(
+            f"{op}: kernel {tuple(kernel)} and padding {tuple(padding)} leave no output of {tuple(x.shape)}"
+        )
+    return (x.shape[0], n, *out)
+
+
+class Checked:
+    """A pair of index tensors that passed, for as long as neither changes; holds neither alive.
+
+    Attributes:
+        packed: What the code of a device keeps of the weight, under keys of its own.
+        lock: Held while one is packed.
+    """
+
+    __slots__ = ("active", "facts", "indices", "lock", "packed")
+
+    def __init__(self, indices: Tensor, active: Tensor, facts: tuple[object, ...]) -> None:
+        key = id(indices)
+        self.indices = weakref.ref(indices, lambda _: _checked.pop(key, None))
+        self.active = weakref.ref(active)
+        self.facts = facts
+        self.packed: dict[tuple[int, int], Any] = {}
+        self.lock = threading.Lock()
+
+
+# Single dict operations only, which are atomic; a lost entry costs one more check.
+_checked: dict[int, Checked] = {}
+
+
+def check_weight(
+    op: str, values: Tensor, indices: Tensor, active: Tensor, bias: Tensor, in_features: int
+) -> Checked | None:
+    """Validate the weight operands: types and shapes at every call, indices once for each version of their contents.
+
+    Returns:
+        What is remembered of it; None for inference tensors, whose changes torch does not count.
+
+    Raises:
+        FormatError: An operand has another dtype or shape, or an index is out of range.
+    """
+    shape = values.shape
+    if (
+        values.dtype not in _VALUES
+        or bias.dtype is not torch.float32
+        or active.dtype is not torch.int32
+        or indices.dtype not in _INDICES
+    ):
+        raise FormatError(
+            f"{op}: values must be float32, bfloat16 or float16, bias float32, indices uint16 or int32, active int32; "
+            f"got {values.dtype}, {bias.dtype}, {indices.dtype}, {active.dtype}"
+        )
+    if len(shape) != 2 or indices.shape != shape or active.shape != shape[:1] or bias.dim() != 1:
+        raise FormatError(
+            f"{op}: values and indices must both be (n_active, k), active (n_active,), bias (n,); got {tuple(shape)}, "
+            f"{tuple(indices.shape)}, {tuple(active.shape)}, {tuple(bias.shape)}"
+        )
+    n = bias.shape[0]
+    if indices.is_inference() or active.is_inference():
+        _check_ranges(op, indices, active, in_features, n)
+        return None
+    addresses = indices.data_ptr(), active.data_ptr()
+    facts = (indices._version, active._version, *addresses, in_features, n, shape)
+    seen = _checked.get(id(indices))
+    if seen is None or seen.facts != facts or seen.indices() is not indices or seen.active() is not active:
+        _check_ranges(op, indices, active, in_features, n)
+        seen = _checked[id(indices)] = Checked(indices, active, facts)
+    return seen
+
+
+def _check_ranges(op: str, indices: Tensor, active: Tensor, in_features: int, out_features: int) -> None:
+    problem = range_problem(indices.detach().cpu().numpy(), active.detach().cpu().numpy(), in_features, out_features)
+    if problem:
+        raise FormatError(f"{op}: {problem}; rebuild the operands with CondensedWeight.from_dense(weight, mask)")
