@@ -5,22 +5,19 @@ torch, ONNX or any kernel; a kernel that wants another layout packs this one.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.errors import FormatError
+from srigl_fx.runtime.value_types import VALUE_TYPES
+from srigl_fx.runtime.value_types import ValueDtype as ValueDtype
 
 Array = NDArray[Any]
-ValueDtype = Literal["float32", "bfloat16", "float16"]
 UINT16_LIMIT = 65536  # the largest fan-in whose indices all fit into uint16
-VALUE_DTYPES: dict[ValueDtype, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),  # NumPy has none of its own
-    "float16": np.dtype(np.float16),
-}
+VALUE_DTYPES: dict[ValueDtype, np.dtype[Any]] = {row.name: row.numpy for row in VALUE_TYPES}
 
 
 def index_dtype(in_features: int) -> np.dtype[Any]:

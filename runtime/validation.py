@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
+from srigl_fx.runtime import value_types
 from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.format import range_problem
 
 _LARGEST: Final = 1 << 31  # so that no product of sizes overflows
-_VALUES: Final = (torch.float32, torch.bfloat16, torch.float16)
+# The dtypes of values, and their numbers.
+NUMBERS: Final = {getattr(torch, name): number for name, number in value_types.NUMBERS.items()}
 _INDICES: Final = (torch.uint16, torch.int32)
 
 
@@ -140,13 +142,13 @@ def check_weight(
     """
     shape = values.shape
     if (
-        values.dtype not in _VALUES
+        values.dtype not in NUMBERS
         or bias.dtype is not torch.float32
         or active.dtype is not torch.int32
         or indices.dtype not in _INDICES
     ):
         raise FormatError(
-            f"{op}: values must be float32, bfloat16 or float16, bias float32, indices uint16 or int32, active int32; "
+            f"{op}: values must be {value_types.choice()}, bias float32, indices uint16 or int32, active int32; "
             f"got {values.dtype}, {bias.dtype}, {indices.dtype}, {active.dtype}"
         )
     if len(shape) != 2 or indices.shape != shape or active.shape != shape[:1] or bias.dim() != 1:

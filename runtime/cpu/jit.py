@@ -20,7 +20,7 @@ _lock = threading.Lock()
 
 
 def entry(name: str) -> tuple[Entry, int]:
-    """A task of ``kernels.tasks`` as a function of a job's address and a number, and its address; from any thread.
+    """A task of the kernels as a function of a job's address and a number, and its address; from any thread.
 
     Example:
         >>> import numpy as np
@@ -54,10 +54,11 @@ def _compile(name: str) -> tuple[Entry, int]:
     if wanted := os.environ.get(ISA_VARIABLE):
         # What Numba generates around the kernels' own vector code is held to the same instruction set.
         numba.config.CPU_NAME, numba.config.CPU_FEATURES = wanted, ""
-    from srigl_fx.runtime.cpu.kernels import tasks
+    from srigl_fx.runtime.cpu.kernels import tasks, training_tasks
 
     types = numba.types
     signature = types.void(types.CPointer(types.int64), types.int64)
-    compiled = numba.cfunc(signature, fastmath=tasks.FASTMATH, error_model="numpy")(tasks.TASKS[name])
+    function = (tasks.TASKS | training_tasks.TASKS)[name]
+    compiled = numba.cfunc(signature, fastmath=tasks.FASTMATH, error_model="numpy")(function)
     _keep.append(compiled)
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(compiled.address), int(compiled.address)

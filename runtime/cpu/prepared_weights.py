@@ -19,12 +19,11 @@ from torch import Tensor
 
 from srigl_fx.runtime.cpu.jit import entry
 from srigl_fx.runtime.cpu.kernels import job, plan
-from srigl_fx.runtime.validation import Checked
+from srigl_fx.runtime.validation import NUMBERS, Checked
 
 Job = ctypes.c_int64 * job.SIZE
-INDEX_BYTES = {torch.uint16: 2, torch.int32: 4}
-VALUE_TYPES = {torch.float32: job.FLOAT32, torch.bfloat16: job.BFLOAT16, torch.float16: job.FLOAT16}
 _CACHE_LINE = 64
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # a dtype that is equal if the bits are, by its bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +43,7 @@ class Panel:
             return False
         if self.content is None:
             return not _can_train(values)
-        bits = torch.int32 if values.dtype is torch.float32 else torch.int16
+        bits = _BITS[values.itemsize]
         return torch.equal(self.content.view(bits), values.detach().contiguous().view(bits))
 
 
@@ -116,7 +115,7 @@ def new_job(values: Tensor, indices: Tensor, active: Tensor, in_features: int, o
     """A job with the fields of a weight; the tensors must be contiguous, and live as long as it is used."""
     j = Job()
     j[job.VALUES], j[job.INDICES], j[job.ACTIVE] = values.data_ptr(), indices.data_ptr(), active.data_ptr()
-    j[job.VALUE_TYPE], j[job.INDEX_BYTES] = VALUE_TYPES[values.dtype], INDEX_BYTES[indices.dtype]
+    j[job.VALUE_TYPE], j[job.INDEX_BYTES] = NUMBERS[values.dtype], indices.itemsize
     j[job.IN_FEATURES], j[job.OUT_FEATURES] = in_features, out_features
     j[job.N_ACTIVE], j[job.K] = values.shape
     return j

@@ -5,8 +5,6 @@ autograd, layers or how a pattern was chosen. Importing it compiles nothing; the
 """
 
 import ctypes
-import functools
-import os
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,8 +13,7 @@ from torch import Tensor
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.cpu import threads
-from srigl_fx.runtime.cpu.jit import Entry
-from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE
+from srigl_fx.runtime.cpu.jit import entry
 
 CHUNK: Final = 64  # samples of packed activations that lie next to each other
 _BLOCK: Final = 1024  # columns whose activations the kernels keep in the cache
@@ -185,26 +182,6 @@ def _call(name: str, tasks: int, **fields: Any) -> None:
     job = (ctypes.c_int64 * chunks.SIZE)()
     for field, value in fields.items():
         job[getattr(chunks, field)] = value.data_ptr() if isinstance(value, Tensor) else value
-    threads.run(_compiled(name), ctypes.addressof(job), tasks, torch.get_num_threads())
+    threads.run(entry(name), ctypes.addressof(job), tasks, torch.get_num_threads())
     if job[chunks.FAILED]:
         raise MemoryError(f"{name}: no memory for {tasks} tasks")
-
-
-@functools.cache
-def _compiled(name: str) -> tuple[Entry, int]:
-    import numba as typed_numba
-
-    from srigl_fx.runtime.cpu.kernels import chunks, value_gradient
-
-    numba: Any = typed_numba
-    if wanted := os.environ.get(ISA_VARIABLE):  # as the kernels of the operators
-        numba.config.CPU_NAME, numba.config.CPU_FEATURES = wanted, ""
-    tasks = (chunks.pack_task, chunks.product_task, value_gradient.value_gradient_task)
-    function = {task.__name__: task for task in tasks}[name]
-    signature = numba.types.void(numba.types.CPointer(numba.types.int64), numba.types.int64)
-    compiled = numba.cfunc(signature, fastmath=chunks.FASTMATH, error_model="numpy")(function)
-    _keep.append(compiled)
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64)(compiled.address), int(compiled.address)
-
-
-_keep: list[Any] = []  # compiled code lives as long as its cfunc object

@@ -53,8 +53,6 @@ TYPE_UNDEFINED: Final = 0
 TYPE_FLOAT: Final = 1
 TYPE_UINT16: Final = 4
 TYPE_INT32: Final = 6
-TYPE_FLOAT16: Final = 10
-TYPE_BFLOAT16: Final = 16
 
 # OrtCustomOp: callbacks at multiples of a word; what is not named here stays zero.
 OP_VERSION: Final = 0

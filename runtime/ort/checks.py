@@ -5,6 +5,8 @@ always an ``OrtStatus*``, 0 where all is well. A model file is untrusted: no val
 out of bounds, so sizes are bounded before they are multiplied. It must not know how results are computed.
 """
 
+from typing import Any
+
 from srigl_fx.runtime.cpu.kernels import conv
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import (
@@ -20,13 +22,31 @@ from srigl_fx.runtime.ort.primitives import (
     store8,
     text,
 )
+from srigl_fx.runtime.value_types import NUMBERS, VALUE_TYPES, choice
 
 # Numba takes a constant for a literal only under a name of the module's own.
 _TENSOR_WORDS = abi.TENSOR_WORDS
+_FLOAT32 = NUMBERS["float32"]
+_WRONG_VALUES = f"input '@' must be {choice()}, not ONNX element type %"
 _MESSAGE_SIZE = 512
 _MESSAGE_WORDS = _MESSAGE_SIZE // abi.WORD
 _LIST_CAPACITY = 16  # more than any list attribute of ours may hold
 _NAME_MARK, _NUMBER_MARK, _MINUS, _ZERO = (ord(mark) for mark in "@%-0")
+
+
+def _value_types() -> Any:
+    """A function of an ONNX element type: the number of the dtype of values, or -1 where none is of that type."""
+
+    def case(onnx: int, number: int, otherwise: Any) -> Any:
+        return inlined(lambda found: number if found == onnx else otherwise(found))
+
+    chosen = inlined(lambda found: -1)
+    for number, row in enumerate(VALUE_TYPES):
+        chosen = case(row.onnx, number, chosen)
+    return chosen
+
+
+_value_type = _value_types()
 
 
 @inlined
@@ -133,7 +153,7 @@ def describe_float(node: int, value: int, name: int, tensor: int) -> int:
 def is_zero(values: int, value_type: int, place: int) -> int:
     """Whether a value is 0 or -0."""
     bits = load16(values, 2 * place) & 0x7FFF
-    if value_type == abi.TYPE_FLOAT:
+    if value_type == _FLOAT32:
         bits = load32(values, 4 * place) & 0x7FFFFFFF
     if bits == 0:
         return 1
@@ -196,7 +216,7 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
     n, in_features = load(node, abi.NODE_OUT_FEATURES), load(node, abi.NODE_IN_FEATURES)
     tensor = stack(_TENSOR_WORDS)
     n_active = k = -1
-    store(weights, abi.WEIGHTS_VALUE_TYPE, abi.TYPE_FLOAT)
+    store(weights, abi.WEIGHTS_VALUE_TYPE, _FLOAT32)
 
     value = load(inputs, abi.WEIGHTS_INDICES)
     if value != 0:
@@ -228,15 +248,10 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
         status = describe(node, value, text("values"), tensor)
         if status != 0:
             return status
-        value_type = load(tensor, abi.TENSOR_TYPE)
-        if value_type != abi.TYPE_FLOAT and value_type != abi.TYPE_BFLOAT16 and value_type != abi.TYPE_FLOAT16:
-            return refuse(
-                node,
-                text("input '@' must be float32, bfloat16 or float16, not ONNX element type %"),
-                text("values"),
-                value_type,
-                0,
-            )
+        element_type = load(tensor, abi.TENSOR_TYPE)
+        value_type = _value_type(element_type)
+        if value_type < 0:
+            return refuse(node, text(_WRONG_VALUES), text("values"), element_type, 0)
         store(weights, abi.WEIGHTS_VALUE_TYPE, value_type)
         rank = load(tensor, abi.TENSOR_RANK)
         if rank != 2:

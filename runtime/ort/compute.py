@@ -10,6 +10,7 @@ from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.checks import check_weights, describe_float, refuse, tensor_data
 from srigl_fx.runtime.ort.panels import find_panel, kernel, store_weights
 from srigl_fx.runtime.ort.primitives import call, external, inlined, load, stack, store, text
+from srigl_fx.runtime.value_types import NUMBERS
 
 # Numba takes a constant for a literal only under a name of the module's own.
 _TENSOR_WORDS, _WEIGHTS_WORDS, _JOB_WORDS = abi.TENSOR_WORDS, abi.WEIGHTS_WORDS, job.SIZE
@@ -23,6 +24,7 @@ _FEW_TILES = 4  # of a convolution: fewer of them share their rows out, each fil
 _CACHE_LINE = 64
 _COLUMNS, _LANES = plan.COLUMNS, plan.LANES
 _DOT, _TILE, _STRIDED = plan.DOT, plan.TILE, plan.STRIDED
+_FLOAT32 = NUMBERS["float32"]
 _CHUNK_ELEMENTS = plan.CHUNK_FLOATS
 _SLACK = 64  # floats behind a packed sample that may be read
 _MAX_ELEMENTS = 1 << 48  # of an output; more than any machine holds, few enough to count in bytes
@@ -258,7 +260,7 @@ def _run_samples(node: int, context: int, weights: int, j: int, geometry: int, b
         size = (size // _LANES + 2) * _LANES + _SLACK
         chunk = max(1, min(batch, _CHUNK_ELEMENTS // size))
         packed_floats = chunk * size
-    wide = 0 if load(weights, abi.WEIGHTS_VALUE_TYPE) == abi.TYPE_FLOAT else n_active * k * 4
+    wide = 0 if load(weights, abi.WEIGHTS_VALUE_TYPE) == _FLOAT32 else n_active * k * 4
     offsets_bytes = (load(node, abi.NODE_IN_FEATURES) * abi.WORD + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
     scratch = _malloc(offsets_bytes + packed_floats * 4 + wide + 2 * _CACHE_LINE)
     if scratch == 0:

@@ -6,7 +6,6 @@ panel is laid out, nor what is computed with it.
 """
 
 from srigl_fx.runtime.cpu.kernels import job
-from srigl_fx.runtime.cpu.kernels.job import BFLOAT16, FLOAT16, FLOAT32
 from srigl_fx.runtime.cpu.kernels.plan import TILE
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, exchange, external, inlined, linked, load, stack, store
@@ -31,19 +30,14 @@ def kernel(node: int, table: int) -> int:
 @linked
 def store_weights(node: int, weights: int, j: int) -> int:
     """Fill the fields of a job that describe the weight."""
-    value_type, index_type = load(weights, abi.WEIGHTS_VALUE_TYPE), load(weights, abi.WEIGHTS_INDEX_TYPE)
-    number = FLOAT32
-    if value_type == abi.TYPE_BFLOAT16:
-        number = BFLOAT16
-    elif value_type == abi.TYPE_FLOAT16:
-        number = FLOAT16
+    index_type = load(weights, abi.WEIGHTS_INDEX_TYPE)
     store(j, abi.WORD * job.VALUES, load(weights, abi.WEIGHTS_VALUES))
     store(j, abi.WORD * job.INDICES, load(weights, abi.WEIGHTS_INDICES))
     store(j, abi.WORD * job.ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
     store(j, abi.WORD * job.BIAS, load(weights, abi.WEIGHTS_BIAS))
     store(j, abi.WORD * job.N_ACTIVE, load(weights, abi.WEIGHTS_N_ACTIVE))
     store(j, abi.WORD * job.K, load(weights, abi.WEIGHTS_K))
-    store(j, abi.WORD * job.VALUE_TYPE, number)
+    store(j, abi.WORD * job.VALUE_TYPE, load(weights, abi.WEIGHTS_VALUE_TYPE))
     store(j, abi.WORD * job.INDEX_BYTES, 2 if index_type == abi.TYPE_UINT16 else 4)
     store(j, abi.WORD * job.IN_FEATURES, load(node, abi.NODE_IN_FEATURES))
     store(j, abi.WORD * job.OUT_FEATURES, load(node, abi.NODE_OUT_FEATURES))

@@ -35,7 +35,7 @@ from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
-from srigl_fx.runtime.format import VALUE_DTYPES
+from srigl_fx.runtime.value_types import NAMES, choice
 
 EXPECTED_BATCHES = (1, 16)  # what a model is served with, where nobody says
 
@@ -104,8 +104,8 @@ def lower(
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
     model = unwrapped(model)
-    if not isinstance(value_dtype, torch.dtype) or str(value_dtype).removeprefix("torch.") not in VALUE_DTYPES:
-        raise LoweringError(f"value_dtype must be torch.float32, torch.bfloat16 or torch.float16, not {value_dtype!r}")
+    if not isinstance(value_dtype, torch.dtype) or str(value_dtype).removeprefix("torch.") not in NAMES:
+        raise LoweringError(f"value_dtype must be {choice('torch.')}, not {value_dtype!r}")
     if torch.is_inference_mode_enabled():
         raise LoweringError(
             "lower cannot run under torch.inference_mode(), as its result could be used nowhere else; call it "

@@ -32,6 +32,7 @@ from srigl_fx.passes.program import arguments, resize
 from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, attributes_of, fallback_functions
+from srigl_fx.runtime.value_types import VALUE_TYPES
 
 if TYPE_CHECKING:
     import onnx
@@ -249,7 +250,7 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
             inputs=[schema.FormalParameter(item, types.get(item, "tensor(float)")) for item in inputs],
             outputs=[schema.FormalParameter("y", "tensor(float)")],
             type_constraints=[
-                ("V", ["tensor(float)", "tensor(bfloat16)", "tensor(float16)"], ""),
+                ("V", [row.onnx_type for row in VALUE_TYPES], ""),
                 ("I", ["tensor(uint16)", "tensor(int32)"], ""),
             ],
             attributes=[

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from srigl_fx.runtime import ops as ops  # registers the operators
-from srigl_fx.runtime import reference
+from srigl_fx.runtime import reference, value_types
 from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.format import CondensedWeight, ValueDtype
 
-DTYPES: tuple[ValueDtype, ...] = ("float32", "bfloat16", "float16")
+DTYPES = value_types.NAMES
 ACTIVATIONS = NAMES
 EPSILON = 2.0**-24  # of rounding to float32
 

@@ -1,6 +1,8 @@
 """One plan of what runs where: torch, ONNX Runtime and the cost model ask it, and its table lists every kernel."""
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +11,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_support import DTYPES, Convolution, check_conv, check_linear, condensed, operands
+from kernel_support import DTYPES, Convolution, assert_close, check_conv, check_linear, condensed, operands
 from kernel_support.onnx_models import LinearOperator
 
-from srigl_fx.runtime import activations
+from srigl_fx.runtime import activations, value_types
 from srigl_fx.runtime.costs.cost_model import Machine, Work, kernel_for
-from srigl_fx.runtime.cpu import execute
+from srigl_fx.runtime.cpu import execute, training_products
 from srigl_fx.runtime.cpu.jit import entry
 from srigl_fx.runtime.cpu.kernels import job, plan, table
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, ISAS, host_isa
 from srigl_fx.runtime.cpu.kernels.table import KERNELS, Kernel
+from srigl_fx.runtime.cpu.training_products import Pattern, pack
 from srigl_fx.runtime.format import ValueDtype
+from srigl_fx.runtime.ort import library
 
 LEVEL = ISAS.index(host_isa())
 sizes = {
@@ -67,7 +71,7 @@ def test_every_kernel_has_its_calls(level: int) -> None:
     }
     assert found == {kernel.number for kernel in KERNELS if kernel.layer == "linear" and ISAS[level] in kernel.isas}
     for kernel in KERNELS:
-        if kernel.reads != "canonical":
+        if kernel.reads in ("dot panel", "tile panel"):
             assert bool(plan.window_of(kernel.number, level, 128, 64, 100)) == (ISAS[level] in kernel.isas)
 
 
@@ -81,6 +85,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return entry(name)
 
     monkeypatch.setattr(execute, "entry", noted)
+    monkeypatch.setattr(training_products, "entry", noted)
     return tasks
 
 
@@ -97,6 +102,18 @@ def _conv(n: int, dtype: ValueDtype) -> None:
     check_conv(shape, shape.condensed(5, dtype=dtype), shape.input(2))
 
 
+def _training(kernel: str) -> None:
+    mask = torch.rand(37, 200) < 0.1
+    w, x, g = torch.randn(37, 200) * mask, torch.randn(70, 200), torch.randn(70, 37)
+    pattern = Pattern.of_mask(mask)
+    if kernel == "product_task":
+        found, terms, other = pattern.multiply(w[mask], pack(x)), x.abs() @ w.abs().t(), x.double() @ w.double().t()
+    else:
+        found, terms = pattern.value_gradient(pack(x), pack(g)), (g.abs().t() @ x.abs())[mask]
+        other = (g.double().t() @ x.double())[mask]
+    assert_close(found, other.numpy(), terms.numpy(), 200, kernel)
+
+
 # For each kernel that torch takes, a call that the plan gives to it on every instruction set that has it.
 CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "rows_task": lambda dtype: _linear(200, 7, dtype, packed=False),
@@ -104,16 +121,18 @@ CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "tile_task": lambda dtype: _linear(200, 37, dtype),
     "conv_rows_task": lambda dtype: _conv(5, dtype),
     "conv_tile_task": lambda dtype: _conv(37, dtype),
+    "product_task": lambda dtype: _training("product_task"),
+    "value_gradient_task": lambda dtype: _training("value_gradient_task"),
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.task)
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [pytest.param(row, dtype, id=f"{row.task}-{dtype}") for row in KERNELS for dtype in row.values]
+)
 def test_each_kernel_runs_for_each_value_dtype(
     kernel: Kernel, dtype: ValueDtype, ran: list[str], request: pytest.FixtureRequest
 ) -> None:
     """A new row of the table fails here until somebody says how it is reached."""
-    assert kernel.values == DTYPES
     if ISAS[LEVEL] not in kernel.isas:
         assert not plan.window_of(kernel.number, LEVEL, 200, 37, 19)
     elif kernel.task == "strided_task":  # torch turns the tensors around instead
@@ -125,7 +144,7 @@ def test_each_kernel_runs_for_each_value_dtype(
     else:
         CALLS[kernel.task](dtype)
         assert kernel.task in ran
-        assert {task for task in ran if task.endswith("_task")} <= {kernel.task, "conv_pack_task"}
+        assert {task for task in ran if task.endswith("_task")} <= {kernel.task, "conv_pack_task", "pack_task"}
 
 
 @pytest.mark.usefixtures("library")
@@ -151,7 +170,18 @@ def test_one_and_two_samples_of_a_narrow_layer(ran: list[str]) -> None:
     assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "tile_task")
 
 
-@pytest.mark.parametrize(("name", "table"), [("kernels", table), ("activations", activations)])
+@pytest.mark.parametrize(("name", "table"), [("kernels", table), ("activations", activations), ("values", value_types)])
 def test_the_documentation_has_the_tables(checkout: Path, name: str, table: Any) -> None:
     page = (checkout / "docs" / "kernels.md").read_text(encoding="utf-8")
     assert page.partition(f"<!-- {name} -->\n\n")[2].partition(f"\n\n<!-- end {name} -->")[0] == table.as_markdown()
+
+
+def test_the_library_is_named_after_all_that_it_is_made_from() -> None:
+    """A source that its name forgot would leave an old library in use."""
+    code = "import sys, srigl_fx.runtime.ort.compile\n"
+    code += "print(*(module.__file__ for name, module in sys.modules.items() if name.startswith('srigl_fx.runtime.')))"
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    used = {Path(file).resolve() for file in made}
+    sources = {path.resolve() for path in library.sources()}
+    assert {path.name for path in used - sources} == {"__init__.py"}
+    assert len(sources) > 30

@@ -8,12 +8,11 @@ looks up in registers; AVX2 gathers from the first-level cache.
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
-
 from srigl_fx.runtime.cpu.kernels import vector as v
-from srigl_fx.runtime.cpu.kernels.job import BFLOAT16, FLOAT16, FLOAT32
-from srigl_fx.runtime.cpu.kernels.panel import DOT_VALUES, STEPS, dot_bytes
+from srigl_fx.runtime.cpu.kernels.panel import DOT_VALUES, SLOTS, STEPS
+from srigl_fx.runtime.cpu.kernels.values import vector_of
 from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
+from srigl_fx.runtime.value_types import VALUE_TYPES
 
 GATHERS, LOADS = 0, -1  # in place of a window: gather rather than look up, or load one by one
 _WIDE = 128  # the largest window
@@ -29,9 +28,9 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
     Args:
         window: 32, 64 or 128 inputs, looked up in registers (AVX-512); or GATHERS (AVX2) or LOADS, for windows up to
             256.
-        value_type: How values are stored: a number of :mod:`srigl_fx.runtime.cpu.kernels.job`.
+        value_type: How values are stored: a number of :mod:`srigl_fx.runtime.value_types`.
     """
-    size = dot_bytes.py_func(value_type)
+    size, load_values = SLOTS * (1 + VALUE_TYPES[value_type].numpy.itemsize), vector_of(value_type)
 
     def dot(context: Any, x: Any, phase: Any, start: Any, phases: Any, sums: Any) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -51,7 +50,7 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
                 ]
                 results = []
                 for step in range(STEPS):
-                    weights = _values(b, b.add(at, number(DOT_VALUES)), step, value_type, hardware=window != LOADS)
+                    weights = load_values(b, b.add(at, number(DOT_VALUES)), step, window != LOADS)
                     if window in (GATHERS, LOADS):
                         found = v.gather(b, inputs, index, 8 * step, hardware=window == GATHERS)
                     else:
@@ -66,25 +65,3 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
         return types.void(*[address] * 5), generate
 
     return intrinsic(dot)  # type: ignore[no-any-return]
-
-
-def _values(b: Any, at: Any, step: int, value_type: int, *, hardware: bool) -> Any:
-    """The 16 values of a step as float32."""
-    if value_type == FLOAT32:
-        return v.load(b, b.add(at, number(VECTOR_BYTES * step)), v.FLOATS, 64)
-    half = b.add(at, number(VECTOR_BYTES // 2 * step))
-    if value_type == BFLOAT16:
-        wide = b.zext(v.load(b, half, v.SHORTS, 32), v.INTS)
-        return b.bitcast(b.shl(wide, v.lanes(16)), v.FLOATS)
-    assert value_type == FLOAT16
-    if hardware:
-        return b.fpext(v.load(b, half, ir.VectorType(ir.HalfType(), v.LANES), 32), v.FLOATS)
-    bits = b.zext(v.load(b, half, v.SHORTS, 32), v.INTS)
-    size = b.and_(bits, v.lanes(0x7FFF))
-    # The bits of a float16, moved to where float32 has them, are 2**-112 times its value; but infinity and NaN.
-    scaled = b.bitcast(b.shl(size, v.lanes(13)), v.FLOATS)
-    finite = b.bitcast(b.fmul(scaled, ir.Constant(v.FLOATS, [2.0**112] * v.LANES)), v.INTS)
-    special = b.or_(b.shl(size, v.lanes(13)), v.lanes(0x7F800000))
-    number_ = b.select(b.icmp_unsigned(">=", size, v.lanes(0x7C00)), special, finite)
-    sign = b.shl(b.and_(bits, v.lanes(0x8000)), v.lanes(16))
-    return b.bitcast(b.or_(number_, sign), v.FLOATS)

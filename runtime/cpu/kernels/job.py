@@ -21,8 +21,8 @@ from typing import Final
     K,
     X_FEATURE_MAJOR,
     Y_FEATURE_MAJOR,
-    ACTIVATION,  # a number of kernels.activations
-    VALUE_TYPE,  # one of the three below
+    ACTIVATION,  # a number of runtime.activations
+    VALUE_TYPE,  # a number of runtime.value_types
     INDEX_BYTES,  # 2 or 4
     ROW_SPLITS,  # into how many tasks the rows of one tile are cut
     TILES,  # room for a filled tile of each task, or 0 where each brings its own
@@ -45,7 +45,3 @@ from typing import Final
     FAILED,  # set to 1 by a task that found no memory
 ) = range(36)
 SIZE: Final = 36
-
-FLOAT32: Final = 0
-BFLOAT16: Final = 1
-FLOAT16: Final = 2

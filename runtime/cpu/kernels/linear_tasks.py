@@ -12,7 +12,6 @@ from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
 from srigl_fx.runtime.cpu.kernels.dot import GATHERS, LOADS, dot_group
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
-from srigl_fx.runtime.cpu.kernels.job import BFLOAT16, FLOAT16, FLOAT32
 from srigl_fx.runtime.cpu.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES
 from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, DOT_WINDOWS
 from srigl_fx.runtime.cpu.kernels.tiles import (
@@ -27,6 +26,7 @@ from srigl_fx.runtime.cpu.kernels.tiles import (
     tile_memory,
     width_of,
 )
+from srigl_fx.runtime.cpu.kernels.values import value_at
 from srigl_fx.runtime.cpu.kernels.vector import (
     add_floats,
     allocate,
@@ -40,9 +40,11 @@ from srigl_fx.runtime.cpu.kernels.vector import (
     transpose,
     words,
 )
+from srigl_fx.runtime.value_types import NUMBERS, VALUE_TYPES
 
 Pointer = Any
 _ZERO: Final = np.float32(0)
+_FLOAT32: Final = NUMBERS["float32"]
 
 
 @compiled
@@ -92,10 +94,10 @@ def _add_exact(j: Pointer, sample: int, first: int, last: int) -> None:
     k, values, value_type = j[job.K], j[job.VALUES], j[job.VALUE_TYPE]
     indices, index_bytes, active = j[job.INDICES], j[job.INDEX_BYTES], ints(j[job.ACTIVE])
     for r in range(first, last):
-        if value_type != FLOAT32:
+        if value_type != _FLOAT32:
             total = y[active[r]]
             for i in range(r * k, _row_end(j, r)):
-                total += panel.value_at(values, value_type, i) * x[panel.index_at(indices, index_bytes, i)]
+                total += value_at(values, value_type, i) * x[panel.index_at(indices, index_bytes, i)]
             y[active[r]] = total
         elif index_bytes == 2:
             y[active[r]] += _plain_row(x, floats(values), shorts(indices), r * k, k)
@@ -131,7 +133,7 @@ def strided_task(j: Pointer, task: int) -> None:
             total = y[sample * y_sample + active[r] * y_step]
             for i in range(r * k, _row_end(j, r)):
                 column = panel.index_at(j[job.INDICES], j[job.INDEX_BYTES], i)
-                total += panel.value_at(j[job.VALUES], j[job.VALUE_TYPE], i) * x[sample * x_sample + column * x_step]
+                total += value_at(j[job.VALUES], j[job.VALUE_TYPE], i) * x[sample * x_sample + column * x_step]
             y[sample * y_sample + active[r] * y_step] = total
     if j[job.RESIDUAL] != 0:
         residual = floats(j[job.RESIDUAL])
@@ -160,7 +162,7 @@ def _case(window: int, value_type: int, otherwise: Any) -> Any:
 
 _dot_of = _no_dot
 for _window in DOT_WINDOWS[ISAS.index(ISA)]:
-    for _value_type in (FLOAT16, BFLOAT16, FLOAT32):
+    for _value_type in reversed(range(len(VALUE_TYPES))):
         _dot_of = _case(_window, _value_type, _dot_of)
 
 

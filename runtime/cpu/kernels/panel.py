@@ -8,7 +8,7 @@ that any of the rows still needs. A row that has fewer adds weights of zero. As 
 can be packed, and on uniform random masks 90 % sparse just 14 % (window 128) or 5 % (256) of what is stored are zeros.
 
 Two kinds of panels hold a phase as
-- dot: a byte for each row and step, relative to the window's start, then the values as stored (4 or 2 bytes);
+- dot: a byte for each row and step, relative to the window's start, then the values as stored;
 - tile: a uint16 for each row and step, the input times :func:`tile_unit`, then the values as float32. A weight of zero
   that was added names the input after the last, of which a tile keeps a row of zeros.
 Indices are stored row by row, and so are a tile panel's values; those of a dot panel step by step.
@@ -20,9 +20,9 @@ from typing import Any, Final
 import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
-from srigl_fx.runtime.cpu.kernels.job import BFLOAT16, FLOAT32
 from srigl_fx.runtime.cpu.kernels.plan import TILE
-from srigl_fx.runtime.cpu.kernels.vector import as_float, bytes_, floats, ints, shorts, words
+from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
+from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, words
 
 numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any
@@ -45,7 +45,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 @_compiled
 def dot_bytes(value_type: int) -> int:
     """The bytes of one phase of a dot panel."""
-    return SLOTS * (5 if value_type == FLOAT32 else 3)
+    return SLOTS * (1 + int(value_bytes(value_type)))
 
 
 @_compiled
@@ -69,22 +69,6 @@ def row_end(indices: Pointer, first: int, k: int) -> int:
     while end - first > 1 and indices[end - 1] == indices[end - 2]:
         end -= 1
     return end
-
-
-@_compiled
-def value_at(values: int, value_type: int, position: int) -> float:
-    """A value of the canonical format, as float32: every 16-bit value has an exact one."""
-    if value_type == FLOAT32:
-        return floats(values)[position]  # type: ignore[no-any-return]
-    bits = int(shorts(values)[position])
-    if value_type == BFLOAT16:
-        return as_float(bits << 16)
-    sign, exponent, fraction = bits & 0x8000, bits >> 10 & 0x1F, bits & 0x3FF
-    if exponent == 0:  # a denormal: the fraction in units of 2**-24
-        return as_float(sign << 16 | 0x33800000) * fraction
-    if exponent == 0x1F:
-        return as_float(sign << 16 | 0x7F800000 | fraction << 13)
-    return as_float(sign << 16 | (exponent + 112) << 23 | fraction << 13)
 
 
 @_compiled
@@ -153,11 +137,23 @@ def measure_panel(j: Pointer, scratch: int) -> None:
 
 
 @_compiled
+def _copy_value(target: int, source: int, size: int) -> None:
+    """Copy a value as it is stored; a zero where ``source`` is 0."""
+    if size == 4:
+        ints(target)[0] = 0 if source == 0 else ints(source)[0]
+    elif size == 2:
+        shorts(target)[0] = 0 if source == 0 else shorts(source)[0]
+    else:
+        bytes_(target)[0] = 0 if source == 0 else bytes_(source)[0]
+
+
+@_compiled
 def _fill_phase(j: Pointer, row: int, rows: int, phase: int, start: int, cursors: Pointer) -> None:
     value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] == TILE
     at = j[job.PANEL] + phase * (TILE_BYTES if is_tile else dot_bytes(value_type))
     wide, narrow = shorts(at), bytes_(at)
     values, indices, index_bytes = j[job.VALUES], j[job.INDICES], j[job.INDEX_BYTES]
+    size = value_bytes(value_type)
     for lane in range(LANES):
         for step in range(STEPS):
             slot, place = step * LANES + lane, lane * STEPS + step
@@ -168,10 +164,7 @@ def _fill_phase(j: Pointer, row: int, rows: int, phase: int, start: int, cursors
                 floats(at + TILE_VALUES)[place] = 0.0 if position < 0 else value_at(values, value_type, position)
             else:
                 narrow[place] = 0 if position < 0 else index_at(indices, index_bytes, position) - start
-                if value_type == FLOAT32:
-                    floats(at + DOT_VALUES)[slot] = 0.0 if position < 0 else floats(values)[position]
-                else:
-                    shorts(at + DOT_VALUES)[slot] = 0 if position < 0 else shorts(values)[position]
+                _copy_value(at + DOT_VALUES + slot * size, 0 if position < 0 else values + position * size, size)
 
 
 def fill_panel(j: Pointer, scratch: int) -> None:

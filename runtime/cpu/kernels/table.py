@@ -10,8 +10,7 @@ from typing import Final, Literal
 
 from srigl_fx.runtime.cpu.kernels import plan
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
-
-FLOATS: Final = ("float32", "bfloat16", "float16")
+from srigl_fx.runtime.value_types import NAMES as VALUES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +19,9 @@ class Kernel:
 
     Attributes:
         task: The function of :mod:`srigl_fx.runtime.cpu.kernels.tasks` that runs a share of a call.
-        layer: The kind of layer that it computes.
-        number: What the plan calls it.
+        layer: The kind of layer that it computes; "training" for the products of a training step, which are no part of
+            the operator library.
+        number: What the plan calls it, where the plan has it to choose.
         computes: How, in a phrase.
         reads: The form of the weight: the canonical format, or a packed one.
         values: The dtypes of stored values; sums are float32 always.
@@ -32,11 +32,11 @@ class Kernel:
     """
 
     task: str
-    layer: Literal["linear", "convolution"]
-    number: int
+    layer: Literal["linear", "convolution", "training"]
+    number: int = -1
     computes: str
-    reads: Literal["canonical", "dot panel", "tile panel"]
-    values: tuple[str, ...] = FLOATS
+    reads: Literal["canonical", "dot panel", "tile panel", "rows in blocks"]
+    values: tuple[str, ...] = VALUES
     isas: tuple[str, ...] = ISAS
     samples: tuple[int, int | None] = (1, None)
     feature_major: bool = False
@@ -96,6 +96,22 @@ KERNELS: Final = (
         reads="tile panel",
         file="tile.py, patches.py",
     ),
+    Kernel(
+        task="product_task",
+        layer="training",
+        computes="64 samples side by side, any pattern; the outputs and the gradient of the inputs",
+        reads="rows in blocks",
+        values=("float32",),
+        file="chunks.py",
+    ),
+    Kernel(
+        task="value_gradient_task",
+        layer="training",
+        computes="a dense product sampled at the kept weights: their gradient",
+        reads="rows in blocks",
+        values=("float32",),
+        file="value_gradient.py",
+    ),
 )
 
 # What the callers of kernels need besides: the plan itself, packing, and the preparation of a convolution.
@@ -103,7 +119,8 @@ HELPERS: Final = (
     *("measure_panel", "fill_panel", "plan_linear", "plan_panel", "phase_size"),
     *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values"),
 )
-TASKS: Final = (*(kernel.task for kernel in KERNELS), *HELPERS)
+TASKS: Final = (*(kernel.task for kernel in KERNELS if kernel.layer != "training"), *HELPERS)
+TRAINING_TASKS: Final = ("pack_task", *(kernel.task for kernel in KERNELS if kernel.layer == "training"))
 
 
 def as_markdown() -> str:
@@ -113,11 +130,14 @@ def as_markdown() -> str:
         >>> print(as_markdown().splitlines()[4].split(" | ")[:3])
         ['| linear', '1 to 5', 'inputs are looked up in vector registers, 16 rows at a time']
     """
-    lines = ["| layer | samples | how | reads | instruction sets | file |", "|---|---|---|---|---|---|"]
+    lines = ["| layer | samples | how | reads | values | instruction sets | file |", "|---|---|---|---|---|---|---|"]
     for kernel in KERNELS:
         least, most = kernel.samples
         samples = "any" if most is None else f"{least} to {most}"
         isas = "all" if kernel.isas == ISAS else ", ".join(kernel.isas)
         layer = f"{kernel.layer}, also feature-major" if kernel.feature_major else kernel.layer
-        lines.append(f"| {layer} | {samples} | {kernel.computes} | {kernel.reads} | {isas} | `{kernel.file}` |")
+        values = "all" if kernel.values == VALUES else ", ".join(kernel.values)
+        lines.append(
+            f"| {layer} | {samples} | {kernel.computes} | {kernel.reads} | {values} | {isas} | `{kernel.file}` |"
+        )
     return "\n".join(lines)

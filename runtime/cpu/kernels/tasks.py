@@ -18,6 +18,7 @@ from srigl_fx.runtime.cpu.kernels.conv_tasks import (
 )
 from srigl_fx.runtime.cpu.kernels.isa import ISAS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import dot_task, rows_task, strided_task, tile_task
+from srigl_fx.runtime.cpu.kernels.values import value_at
 from srigl_fx.runtime.cpu.kernels.vector import floats
 
 __all__ = ["FASTMATH", "TASKS"]
@@ -49,7 +50,7 @@ def widen_values(j: Pointer, target: int) -> None:
     """Copy the values to an address, as float32."""
     wide = floats(target)
     for i in range(j[job.N_ACTIVE] * j[job.K]):
-        wide[i] = panel.value_at(j[job.VALUES], j[job.VALUE_TYPE], i)
+        wide[i] = value_at(j[job.VALUES], j[job.VALUE_TYPE], i)
 
 
 _FUNCTIONS = (

@@ -1,0 +1,68 @@
+"""What the kept weights can be stored in: one row for each dtype.
+
+Owns the list. The format, the kernels, the operators of torch and of ONNX Runtime, and tests read it; how stored values
+become float32 is the kernels' (:mod:`srigl_fx.runtime.cpu.kernels.values`). It must not know kernels; importing it
+imports neither torch nor Numba.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import ml_dtypes
+import numpy as np
+
+ValueDtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueType:
+    """One dtype of stored values; sums are float32 always.
+
+    Attributes:
+        name: What torch calls it, and the kernels' functions that read it.
+        numpy: The dtype of an array of them.
+        onnx: ONNX's number of the element type.
+        onnx_type: ONNX's name of a tensor of them.
+    """
+
+    name: ValueDtype
+    numpy: np.dtype[Any]
+    onnx: int
+    onnx_type: str
+
+
+# A number is a position here.
+VALUE_TYPES: Final = (
+    ValueType(name="float32", numpy=np.dtype(np.float32), onnx=1, onnx_type="tensor(float)"),
+    # NumPy has no bfloat16 of its own.
+    ValueType(name="bfloat16", numpy=np.dtype(ml_dtypes.bfloat16), onnx=16, onnx_type="tensor(bfloat16)"),
+    ValueType(name="float16", numpy=np.dtype(np.float16), onnx=10, onnx_type="tensor(float16)"),
+)
+NAMES: Final = tuple(row.name for row in VALUE_TYPES)
+NUMBERS: Final = {name: number for number, name in enumerate(NAMES)}
+
+
+def choice(prefix: str = "") -> str:
+    """The names as messages list them.
+
+    Example:
+        >>> choice()
+        'float32, bfloat16 or float16'
+    """
+    names = [prefix + name for name in NAMES]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def as_markdown() -> str:
+    """The dtypes of values as the table of docs/kernels.md.
+
+    Example:
+        >>> print(as_markdown().splitlines()[3])
+        | `bfloat16` | 2 | `tensor(bfloat16)` | 3.9e-03 |
+    """
+    lines = ["| dtype | bytes a weight | in ONNX files | largest rounding |", "|---|---|---|---|"]
+    for row in VALUE_TYPES:
+        finfo: Any = ml_dtypes.finfo
+        error = "none" if row.name == "float32" else f"{float(finfo(row.numpy).eps) / 2:.1e}"
+        lines.append(f"| `{row.name}` | {row.numpy.itemsize} | `{row.onnx_type}` | {error} |")
+    return "\n".join(lines)
