@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import FormatError, LibraryError
+from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.onnx_export.model import build_model, functions_for
 from srigl_fx.passes.condensed_nodes import LINEAR, set_arguments
@@ -215,7 +216,7 @@ def test_an_edited_graph_is_exported_right(tmp_path: Path) -> None:
     """A reader that knows rows only, put between two layers after lowering."""
     model, x = mask_by_hand(randomise(Pair()), 0.5).eval(), torch.randn(16, 8)
     lowered = sx.lower(model, (x,), min_speedup=0)
-    assert isinstance(lowered, sx.lowered.LoweredModule)
+    assert isinstance(lowered, LoweredModule)
     first = lowered.graph.find_nodes(op="call_function", target=LINEAR)[0]
     with lowered.graph.inserting_after(first):
         ranked = lowered.graph.call_function(torch.ops.aten.cumsum.default, (first, 1))
@@ -236,21 +237,21 @@ def test_the_bias_before_an_instance_norm_stays_where_an_activation_is_between(t
 def test_a_file_with_an_unknown_activation_is_refused(tmp_path: Path) -> None:
     model, x = mask_by_hand(randomise(Pair()), 0.5).eval(), torch.randn(2, 8)
     lowered = sx.lower(model, (x,), min_speedup=0)
-    assert isinstance(lowered, sx.lowered.LoweredModule)
+    assert isinstance(lowered, LoweredModule)
     first = lowered.graph.find_nodes(op="call_function", target=LINEAR)[0]
     set_arguments(first, activation="softplus")
     with pytest.raises(FormatError, match="softplus"):
-        sx.lowered.LoweredModule.from_bytes(lowered._bytes())
+        LoweredModule.from_bytes(lowered._bytes())
 
 
 def test_out_of_range_indices_of_16_bit_layers_are_refused(tmp_path: Path) -> None:
     model, x = mask_by_hand(randomise(Pair()), 0.5).eval(), torch.randn(2, 8)
     lowered = sx.lower(model, (x,), min_speedup=0, value_dtype=torch.bfloat16)
-    assert isinstance(lowered, sx.lowered.LoweredModule)
+    assert isinstance(lowered, LoweredModule)
     data = lowered._bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
     tensors = safetensors.torch.load(data)
     assert tensors["a.weight_values"].dtype is torch.bfloat16
     tensors["a.weight_indices"][0, -1] = 8
     with pytest.raises(FormatError, match="8 is not in"):
-        sx.lowered.LoweredModule.from_bytes(safetensors.torch.save(tensors, metadata=header))
+        LoweredModule.from_bytes(safetensors.torch.save(tensors, metadata=header))

@@ -10,6 +10,7 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, fx, nn
 
 import srigl_fx as sx
+from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.passes.base import run
 from srigl_fx.passes.capture import capture
 from srigl_fx.passes.condense import Condense
@@ -74,7 +75,7 @@ def test_where_every_reader_agrees(name: str) -> None:
     compose, expected = CASES[name]
     model, module = lowered(compose)
     assert flags(module) == expected
-    again = sx.lowered.LoweredModule.from_bytes(module._bytes())
+    again = LoweredModule.from_bytes(module._bytes())
     assert flags(again) == expected
     for batch in (1, 3, 17):
         x = torch.randn(batch, 12)

@@ -11,6 +11,7 @@ from lowering_support import mask_by_hand, operands, random_condensed, randomise
 from torch import Tensor, fx, nn
 
 import srigl_fx as sx
+from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.passes.base import run
 from srigl_fx.passes.condensed_nodes import LINEAR, condensed_nodes
 from srigl_fx.passes.fuse_epilogues import FuseEpilogues
@@ -289,7 +290,7 @@ def test_real_modules(make: Callable[[], nn.Module], shape: tuple[int, ...], exp
     lowered = sx.lower(model, (torch.randn(2, *shape),), min_speedup=0, verify="each pass")
     assert isinstance(lowered, fx.GraphModule)
     assert epilogues(lowered) == expected
-    again = sx.lowered.LoweredModule.from_bytes(lowered._bytes())
+    again = LoweredModule.from_bytes(lowered._bytes())
     assert epilogues(again) == expected
     with torch.no_grad():
         for batch in (1, 3, 17):
