@@ -39,6 +39,7 @@ from srigl_fx.train.base import Trainer
 from srigl_fx.train.distributed import Processes, gather
 from srigl_fx.train.dynamic import Layer
 from srigl_fx.train.engine import MaskEngine
+from srigl_fx.train.schedules import DropSchedule
 from srigl_fx.train.updates import rigl_update
 
 OUT = Path(sys.argv[1])
@@ -429,6 +430,12 @@ def other_models() -> None:
         TrainerError, lambda: RigL(model, SGD(model.parameters(), lr=0.1), total_steps=9, update_every=every)
     )
     assert "update_every is 2 on rank 0, but 3 on rank 1" in message
+    course: list[DropSchedule] = ["cosine", lambda progress: 1.0 - progress]
+    message = raised(
+        TrainerError,
+        lambda: RigL(model, SGD(model.parameters(), lr=0.1), **EVERY_TWO, drop_schedule=course[rank > 0]),
+    )
+    assert "drop_schedule is (1.0, 0.85" in message
     RigL(model, SGD(model.parameters(), lr=0.1), **EVERY_TWO)
 
 
