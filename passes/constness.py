@@ -16,29 +16,16 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.base import Note
-from srigl_fx.passes.channels.op_table import plain_name
-from srigl_fx.passes.liveness.batch import KEEPS_ZERO, batch_axes, depends_on_batch_size, regrouped_axes, sample_axes
+from srigl_fx.passes.liveness.batch import batch_axes, depends_on_batch_size, regrouped_axes, sample_axes
 from srigl_fx.passes.liveness.rules import liveness
 from srigl_fx.passes.liveness.values import Call, any_live, simplify, spread
+from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Program, arguments
 
 aten = torch.ops.aten
 
 # Between a softmax and the product with the values; where the last size stays, the rows do.
-_KEEPS_ROWS = frozenset(
-    {
-        aten.clone.default,
-        aten._to_copy.default,
-        aten.alias.default,
-        aten.detach.default,
-        aten.view.default,
-        aten._unsafe_view.default,
-        aten.reshape.default,
-        aten.expand.default,
-        aten.unsqueeze.default,
-        aten.squeeze.dim,
-    }
-)
+_KEEPS_ROWS = frozenset({"copy", "same", "cast", "reshape", "expand", "one"})
 _SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default})
 
 
@@ -199,7 +186,7 @@ def _call(
         )
         found = liveness(call)
     if found is not None and found is not True and depends_on_batch_size(node):
-        found = _but_zero(out, found) if plain_name(node.target) in KEEPS_ZERO else True
+        found = _but_zero(out, found) if operator_of(node.target).keeps_zero else True
     if found is None:
         unknown.setdefault(str(node.target).removesuffix(".default"), node.name)
         found = True
@@ -232,7 +219,7 @@ def _has_data_dependent_shape(node: fx.Node) -> bool:
 def _sums_to_one(node: fx.Node) -> bool:
     """Whether the rows of a node's value along its last axis come out of a softmax, and so sum to one."""
     while node.target not in _SOFTMAX:
-        if node.target not in _KEEPS_ROWS or not isinstance(node.args[0], fx.Node):
+        if operator_of(node.target).family not in _KEEPS_ROWS or not isinstance(node.args[0], fx.Node):
             return False
         source = node.args[0]
         before, after = source.meta.get("val"), node.meta.get("val")

@@ -11,20 +11,9 @@ from torch import Tensor, fx
 
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.condensed_nodes import LINEAR, condensed_nodes, same_shape, set_arguments
+from srigl_fx.passes.operators import is_pointwise
 from srigl_fx.passes.program import Program, arguments
 from srigl_fx.runtime.cpu.kernels import plan
-
-aten = torch.ops.aten
-
-_ELEMENTWISE = frozenset(
-    {
-        *(aten.relu.default, aten.relu6.default, aten.hardtanh.default, aten.gelu.default, aten.silu.default),
-        *(aten.hardswish.default, aten.hardsigmoid.default, aten.sigmoid.default, aten.tanh.default),
-        *(aten.leaky_relu.default, aten.elu.default, aten.clamp.default, aten.clamp_min.default, aten.clip.default),
-        *(aten.add.Tensor, aten.add.Scalar, aten.sub.Tensor, aten.sub.Scalar, aten.mul.Tensor, aten.mul.Scalar),
-        *(aten.div.Tensor, aten.div.Scalar, aten.neg.default, aten.square.default, aten.abs.default, aten.exp.default),
-    }
-)
 
 
 class FeatureMajor(Pass[Program]):
@@ -95,7 +84,7 @@ def settle_layouts(graph: fx.Graph, wanted: Iterable[fx.Node]) -> bool:
 
 def _feature_major(graph: fx.Graph, wanted: set[fx.Node]) -> set[fx.Node]:
     """The nodes whose values can be feature-major: the largest set in which each one's neighbours agree."""
-    found = {node for node in graph.nodes if node in wanted or node.target in _ELEMENTWISE}
+    found = {node for node in graph.nodes if node in wanted or is_pointwise(node.target)}
     waiting = list(found)
     while waiting:
         node = waiting.pop()

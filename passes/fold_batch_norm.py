@@ -10,22 +10,14 @@ import torch
 from torch import Tensor, fx
 
 from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import MaskedTensor, Program, arguments, attribute_at, new_buffer, tensor_at
 
 aten = torch.ops.aten
 
 _TUPLE_NORM = aten._native_batch_norm_legit_no_training.default
 _NORMS = frozenset({_TUPLE_NORM, aten.batch_norm.default})
-_TRANSPOSED = frozenset({aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input})
-_LAYERS = _TRANSPOSED | {
-    aten.linear.default,
-    aten.conv1d.default,
-    aten.conv2d.default,
-    aten.conv3d.default,
-    aten.conv1d.padding,
-    aten.conv2d.padding,
-    aten.conv3d.padding,
-}
+_LAYERS = frozenset({"linear", "convolution", "transposed convolution"})
 
 
 class FoldBatchNorm(Pass[Program]):
@@ -95,7 +87,7 @@ def _refusal(
 ) -> str | None:
     """Why ``norm`` cannot be folded, or None if it can."""
     layer = given["input"]
-    if layer.target not in _LAYERS:
+    if operator_of(layer.target).family not in _LAYERS:
         return "it does not follow a convolution or linear layer"
     operands = arguments(layer)
     value = layer.meta.get("val")
@@ -139,7 +131,9 @@ def _fold(program: Program, norm: fx.Node, given: dict[str, Any]) -> None:
     old = tensor_at(module, target).detach()
     scale, shift = _scale_and_shift(module, given)
     weight = old.double()
-    if layer.target in _TRANSPOSED:  # (in, out / groups, ...): the groups lie along the inputs
+    if (
+        operator_of(layer.target).family == "transposed convolution"
+    ):  # (in, out / groups, ...): the groups lie along the inputs
         groups = weight.view(operands["groups"], -1, *weight.shape[1:])
         rows = scale.view(operands["groups"], 1, -1, *[1] * (weight.dim() - 2))
         weight = (groups * rows).view(weight.shape)

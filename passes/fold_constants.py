@@ -4,7 +4,8 @@ Owns :class:`FoldConstants`: where the graph reads mask-managed weights, the eva
 masks of what comes out of them. It must not know contractions, nor what is decided for a layer.
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,17 +15,12 @@ from torch.utils import _pytree as pytree
 from srigl_fx.errors import InvariantError, LoweringError
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import MaskedTensor, Program, attribute_at, new_buffer, tensor_at
 
 aten = torch.ops.aten
 
-# Operators that only move elements: run on a mask, they give the mask of what they return.
-_LAYOUT_NAMES = """
-t transpose permute reshape view _unsafe_view flatten unflatten squeeze unsqueeze slice select narrow split
-split_with_sizes chunk unbind expand clone contiguous alias detach flip roll repeat movedim index_select unfold
-pixel_shuffle pixel_unshuffle channel_shuffle repeat_interleave numpy_T mT mH adjoint getitem
-"""
-_LAYOUT = frozenset(_LAYOUT_NAMES.split())
+_PLACES = frozenset({"moves", "pads", "looks up"})  # run on a mask, they give the mask of what they return
 _LARGEST = 1 << 26  # elements of a folded tensor that is larger than what it is made of
 
 
@@ -223,9 +219,8 @@ class _Frozen:
         masked = [source for source in node.all_input_nodes if masks[source] is not None]
         if not masked:
             return None
-        name = getattr(getattr(node.target, "overloadpacket", node.target), "__name__", "")
-        if name in _LAYOUT and len(masked) == 1 and node.args[0] is masked[0]:
-            return _call(node, lambda source: masks[source] if source in masked else self.value(source))
+        if _moves(node) and len(masked) == 1 and node.args[0] is masked[0]:
+            return _moved(node, lambda source: masks[source] if source in masked else self.value(source))
         shape = getattr(self.value(node), "shape", None)
         fitting = [masks[s] for s in masked if isinstance(masks[s], Tensor) and masks[s].shape == shape]
         if fitting:
@@ -237,6 +232,26 @@ class _Frozen:
                 next((masks[s] for s in masked if getattr(masks[s], "shape", 0) == r.shape), None) for r in results
             )
         return None
+
+
+def _moves(node: fx.Node) -> bool:
+    row = operator_of(node.target)
+    return row.does in _PLACES or row.family in {"copy", "same"} or node.target is operator.getitem
+
+
+def _moved(node: fx.Node, given: Callable[[fx.Node], Any]) -> Any:
+    """The mask of what a node that moves elements returns; ``given`` has the mask in place of its first operand.
+
+    It is moved as numbers: some operators take no booleans.
+    """
+    if node.target is operator.getitem:
+        return _call(node, given)
+
+    def number(source: fx.Node) -> Any:
+        return given(source).float() if source is node.args[0] else given(source)
+
+    moved = _call(node, number)
+    return pytree.tree_map(lambda leaf: leaf != 0, moved)
 
 
 def _pure(node: fx.Node) -> bool:

@@ -12,24 +12,12 @@ from torch import Tensor, fx
 from srigl_fx.errors import LoweringError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Geometry, MatchedLayer, Program, Use, arguments, operands, tensor_at
 
 aten = torch.ops.aten
 
-_CONVOLUTIONS = frozenset(
-    {
-        aten.conv1d.default,
-        aten.conv2d.default,
-        aten.conv3d.default,
-        aten.conv1d.padding,
-        aten.conv2d.padding,
-        aten.conv3d.padding,
-        aten.conv_transpose1d.default,
-        aten.conv_transpose2d.input,
-        aten.conv_transpose3d.input,
-        aten.convolution.default,
-    }
-)
+_CONVOLUTIONS = frozenset({"convolution", "transposed convolution", "any convolution"})
 _FUSED = {
     "rnn_gates": "recurrent gates are part of one fused operator of torch ({}): they run dense",
     "stack": "a stack of experts is read as one tensor ({}): it runs dense",
@@ -106,7 +94,7 @@ def _use(program: Program, user: fx.Node, operand: fx.Node, kind: str) -> Use | 
     """``user`` as a use of the masked ``operand``, or why it is none."""
     target = str(operand.target)
     tensor, mask = tensor_at(program.module, target).detach(), program.masked[target].mask
-    if user.target not in _CONVOLUTIONS and user.target is not aten.linear.default:
+    if operator_of(user.target).family not in _CONVOLUTIONS and user.target is not aten.linear.default:
         return _FUSED.get(kind, "read by {}, which has no condensed form").format(_name(user))
     x, weight, bias = operands(user)
     if weight is not operand or operand in (x, bias):

@@ -9,29 +9,18 @@ import torch
 from torch import Tensor, fx
 
 from srigl_fx.passes.base import Pass, PassResult
+from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import Program, arguments, tensor_at
 
 aten = torch.ops.aten
 
-_ASSERTIONS = frozenset(
-    {
-        aten._assert_tensor_metadata.default,
-        aten._assert_scalar.default,
-        aten._assert_async.default,
-        aten._assert_async.msg,
-        aten.sym_constrain_range.default,
-        aten.sym_constrain_range_for_size.default,
-    }
-)
 _VIEWS = frozenset({aten.view.default, aten._unsafe_view.default})
 _NUMBERED = {
     aten.conv1d.padding: aten.conv1d.default,
     aten.conv2d.padding: aten.conv2d.default,
     aten.conv3d.padding: aten.conv3d.default,
 }
-_SAME_TENSOR = frozenset({aten.alias.default, aten.detach.default, aten.lift_fresh.default})
 _COPIES = frozenset({aten.clone.default, aten._to_copy.default, aten.lift_fresh_copy.default})
-_DROPOUTS = frozenset({aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default})
 _WHOLE = 1 << 62  # from here on, the end of a slice means "to the last"
 
 
@@ -56,15 +45,12 @@ class Normalize(Pass[Program]):
         """Rewrite the graph in place."""
         graph = subject.module.graph
         escaping = _escaping(graph)
-        reads_strides = any(
-            getattr(getattr(node.target, "overloadpacket", None), "__name__", "") in {"as_strided", "sym_stride"}
-            for node in graph.nodes
-        )
+        reads_strides = any(plain_name(node.target) in {"as_strided", "sym_stride"} for node in graph.nodes)
         changed = False
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
-            if node.target in _ASSERTIONS:
+            if operator_of(node.target).does == "checks":
                 graph.erase_node(node)
             elif node.target in _VIEWS:
                 node.target = aten.reshape.default
@@ -86,7 +72,8 @@ class Normalize(Pass[Program]):
 
     def ensures(self, subject: Program) -> None:
         """Neither views nor assertions are left."""
-        assert not any(node.target in _ASSERTIONS | _VIEWS for node in subject.module.graph.nodes)
+        nodes = subject.module.graph.nodes
+        assert not any(node.target in _VIEWS or operator_of(node.target).does == "checks" for node in nodes)
 
 
 def _escaping(graph: fx.Graph) -> set[fx.Node]:
@@ -103,11 +90,11 @@ def _may_alias(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     schema = node.target._schema
-    return node.target in _DROPOUTS or any(value.alias_info is not None for value in schema.returns)
+    return operator_of(node.target).family == "dropout" or any(value.alias_info is not None for value in schema.returns)
 
 
 def _returns_its_operand(node: fx.Node) -> bool:
-    if node.target in _DROPOUTS:
+    if operator_of(node.target).family == "dropout":
         return arguments(node)["train"] is False
     if node.target is aten.slice.Tensor:
         given = arguments(node)
@@ -117,7 +104,7 @@ def _returns_its_operand(node: fx.Node) -> bool:
             and (end is None or (isinstance(end, int) and end >= _WHOLE))
             and given["step"] == 1
         )
-    return node.target in _SAME_TENSOR
+    return operator_of(node.target).family == "same"
 
 
 def _copies_nothing_new(node: fx.Node) -> bool:

@@ -17,18 +17,16 @@ from srigl_fx.passes.channels.contraction_flow import contract
 from srigl_fx.passes.channels.flow import Flow, Site, concrete
 from srigl_fx.passes.channels.links import removal_links
 from srigl_fx.passes.channels.moves import Moves
-from srigl_fx.passes.channels.op_table import CONVOLUTIONS, CREATION, PRODUCTS, TRANSPOSED, plain_name
 from srigl_fx.passes.channels.removable import Removable, count_reasons
 from srigl_fx.passes.channels.shrink import Shrink
 from srigl_fx.passes.channels.transport import Transport
 from srigl_fx.passes.constness import Constant, constants
 from srigl_fx.passes.fake_values import fake_result
+from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import Program, tensor_at
 from srigl_fx.passes.removal import Removal, Removals
 
-_READERS = CONVOLUTIONS | TRANSPOSED | PRODUCTS | {
-    "linear", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "mean", "sum", "rms_norm",
-}  # fmt: skip
+_READERS = frozenset({"mean", "sum", "rms_norm"})  # of channels one by one, besides products
 
 
 class RemoveDead(Pass[Program]):
@@ -126,13 +124,17 @@ def _known(program: Program) -> tuple[dict[fx.Node, Constant], frozenset[fx.Node
     independent: set[fx.Node] = set()
     wanted: set[fx.Node] = set()
     for node in program.module.graph.nodes:
-        name = plain_name(node.target)
+        row = operator_of(node.target)
         if node.op == "get_attr" or (
             node.op == "call_function"
-            and (name in CREATION or all(operand in independent for operand in node.all_input_nodes))
+            and (
+                row.family == "new"
+                or row.does == "measures"
+                or all(operand in independent for operand in node.all_input_nodes)
+            )
         ):
             independent.add(node)
-        if name in _READERS:
+        if row.does == "multiplies" or plain_name(node.target) in _READERS:
             wanted.update(node.all_input_nodes)
     kept = wanted | independent
     known = constants(program, lambda node: node.op != "get_attr" and node in kept).known

@@ -13,6 +13,8 @@ from pathlib import Path
 import networkx as nx
 import pytest
 
+from srigl_fx.passes.operators import OPERATORS
+
 VERBS = ("sparsification", "lowering.pipeline", "onnx_export.pipeline", "onnx_tools")
 FACE = ("cli", "demo")  # with the package's __init__, the only ones that see everything
 COMMON = ("errors", "files", "reports.text_tables", "specs")
@@ -55,6 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "reports": ("files", "passes.removal"),
     "summaries": ("lowering.lowered", "masks", "reports", *COMMON),
 }
+HANDFUL = 6  # operators that a file of the passes may name together
 KERNELS_KNOW_NOT = {"torch", "onnx", "onnxruntime", "onnxscript"}
 LIGHT_IMPORT_LEAVES_OUT = (
     "numba",
@@ -193,6 +196,33 @@ def test_the_library_does_not_print(trees: dict[str, ast.Module]) -> None:
 
 def test_every_module_says_what_it_owns(trees: dict[str, ast.Module]) -> None:
     assert [name for name, tree in trees.items() if not ast.get_docstring(tree)] == []
+
+
+def _operators_in(tree: ast.Module) -> Iterator[tuple[int, set[str]]]:
+    """Line and operators of each collection of names that is written down."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Dict):
+            members = [key for key in node.keys if key is not None]
+        elif isinstance(node, ast.Set | ast.List | ast.Tuple):
+            members = node.elts
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value.split()) > HANDFUL:
+            words = node.value.split()
+            members = [ast.Constant(word) for word in words] if set(words) <= set(OPERATORS) else []
+        else:
+            continue
+        found = {part for member in members for part in ast.unparse(member).replace("'", ".").split(".")}
+        yield node.lineno, found & set(OPERATORS)
+
+
+def test_one_table_says_what_operators_do(trees: dict[str, ast.Module]) -> None:
+    wrong = [
+        f"{name}:{line} names {sorted(found)}: ask srigl_fx.passes.operators"
+        for name, tree in trees.items()
+        if _within(name, "passes") and name != "passes.operators"
+        for line, found in _operators_in(tree)
+        if len(found) > HANDFUL
+    ]
+    assert not wrong
 
 
 def test_import_is_light() -> None:

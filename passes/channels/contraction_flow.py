@@ -12,8 +12,8 @@ from torch import Tensor, fx
 
 from srigl_fx.passes.channels.flow import Pairing, Site, align, padded, shape_of, tensor_count
 from srigl_fx.passes.channels.groups import FIXED, compress
-from srigl_fx.passes.channels.op_table import CONVOLUTIONS, PRODUCTS, TRANSPOSED, is_pointwise, plain_name
 from srigl_fx.passes.channels.transport import Transport
+from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import arguments
 
 _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
@@ -21,12 +21,13 @@ _SOFTMAX = frozenset({"softmax", "_softmax", "_safe_softmax"})
 
 def contract(transport: Transport, node: fx.Node) -> Any:
     """The classes of what a contraction makes; None where ``node`` is none, or not of a known form."""
-    name = plain_name(node.target)
-    if name == "linear":
+    name, family = plain_name(node.target), operator_of(node.target).family
+    if family == "linear":
         given = arguments(node)
         return _weighted(transport, node, given["input"], given["weight"], given["bias"], -1, -1, "rows first")
-    if name in CONVOLUTIONS | TRANSPOSED:
-        return _convolution(transport, node, arguments(node), int(name[-2]), transposed=name in TRANSPOSED)
+    if family in {"convolution", "transposed convolution"}:
+        transposed = family == "transposed convolution"
+        return _convolution(transport, node, arguments(node), int(name[-2]), transposed=transposed)
     if name == "embedding":
         return _embedding(transport, node, arguments(node))
     if name == "addmm":
@@ -36,7 +37,7 @@ def contract(transport: Transport, node: fx.Node) -> Any:
         return _weighted(transport, node, given["mat1"], given["mat2"], given["self"], -1, -1, "columns first")
     if name == "einsum":
         return _einsum(transport, node)
-    if name in PRODUCTS:
+    if family == "product":
         left, right = node.args
         assert isinstance(left, fx.Node)
         assert isinstance(right, fx.Node)
@@ -268,15 +269,15 @@ def _repeat_heads(ids: Tensor, heads: int, repeats: int) -> Tensor:
 def _reaches_softmax(node: fx.Node) -> bool:
     """Whether scores go into a softmax over their last axis only, at most scaled and shifted on the way."""
     for user in node.users:
-        name = plain_name(user.target)
+        name, family = plain_name(user.target), operator_of(user.target).family
         if name in _SOFTMAX:
             if arguments(user)["dim"] not in (-1, len(shape_of(node)) - 1):
                 return False
-        elif name in {"mul", "div", "_to_copy", "clone", "add"} and is_pointwise(user.target):
+        elif family in {"multiply", "add"} or name == "clone":
             others = [a for a in user.all_input_nodes if a is not node]
-            if (name == "add" and user.kwargs.get("alpha", 1) == 0) or (user.args[0] is not node and name == "div"):
+            if user.kwargs.get("alpha", 1) == 0 or (user.args[0] is not node and "div" in name):
                 return False
-            if name != "add" and any(shape_of(a) not in ([], [1]) for a in others):
+            if family != "add" and any(shape_of(a) not in ([], [1]) for a in others):
                 return False
             if shape_of(user) != shape_of(node) or not _reaches_softmax(user):
                 return False

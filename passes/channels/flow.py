@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx
 
 from srigl_fx.passes.channels.groups import Channels
-from srigl_fx.passes.program import Program, tensor_at
+from srigl_fx.passes.operators import operator_of, plain_name
+from srigl_fx.passes.program import Program, arguments, tensor_at
 
 _BATCH = 2
+_JOINED = {"vstack": 0, "row_stack": 0, "hstack": 1, "column_stack": 1, "dstack": 2}
 
 
 @dataclass
@@ -143,6 +145,25 @@ def index_values(program: Program, given: dict[str, Any], ids: Tensor) -> list[A
         else:
             return None
     return values
+
+
+def joined_axis(node: fx.Node) -> int | None:
+    """The axis along which an operator puts tensors of the result's rank behind each other; None for any other.
+
+    Example:
+        >>> graph = fx.Graph()
+        >>> x = graph.placeholder("x")
+        >>> node = graph.call_function(torch.ops.aten.hstack.default, ([x, x],))
+        >>> x.meta["val"], node.meta["val"] = torch.ones(2, 3), torch.ones(2, 6)
+        >>> joined_axis(node), joined_axis(x)
+        (1, None)
+    """
+    if operator_of(node.target).family != "join" or plain_name(node.target) == "stack":
+        return None
+    given, rank = arguments(node), len(shape_of(node))
+    axis = given["dim"] % rank if "dim" in given else _JOINED[plain_name(node.target)]
+    same = all(len(shape_of(part)) == rank for part in given["tensors"])
+    return axis if same and axis < rank else None
 
 
 def execute(target: torch._ops.OpOverload, args: Any, kwargs: Any, value: Callable[[fx.Node], Any]) -> Any:

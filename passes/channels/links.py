@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 from torch import Tensor, fx
 
 from srigl_fx.passes.channels.flow import Site
-from srigl_fx.passes.channels.op_table import plain_name
 from srigl_fx.passes.channels.removable import Removable
+from srigl_fx.passes.operators import plain_name
 from srigl_fx.passes.removal import Link
 
 _STEPS = 200  # nodes looked at for one reader, so that a residual stream does not pair each layer with each other

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.channels.flow import Flow, concrete, execute, index_values, shape_of
 from srigl_fx.passes.channels.groups import FIXED, kept_shape
-from srigl_fx.passes.channels.op_table import LAYOUT, PADS, plain_name
 from srigl_fx.passes.channels.removable import Removable
+from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import Program, arguments
 
 aten = torch.ops.aten
@@ -74,7 +74,8 @@ class Moves:
         """Plan all operators that move elements; those for which that fails."""
         failed = []
         for node in self.program.module.graph.nodes:
-            if plain_name(node.target) in LAYOUT | PADS and self._touched(node):
+            row = operator_of(node.target)
+            if row.does in {"moves", "pads"} and not row.axes and self._touched(node):
                 try:
                     self._plan(node)
                 except (_Impossible, RuntimeError, IndexError):
@@ -91,7 +92,7 @@ class Moves:
             return self.reduced(shape_of(operand), self.flow.ids[operand])
 
         name = plain_name(node.target)
-        if name in PADS:
+        if operator_of(node.target).does == "pads":
             out = [self._padded(node, given, value(given["self"]))]
         elif name in {"index", "index_select"}:
             indices = index_values(self.program, given, self.flow.ids[given["self"]])
@@ -114,7 +115,7 @@ class Moves:
         """Operator and arguments that move what is left as ``node`` moved all."""
         name, given = plain_name(node.target), dict(arguments(node))
         target: Any = node.target
-        if name in {"cat", "concat", "stack"}:
+        if "self" not in given:  # several tensors in a list: what joins them has no sizes of its own
             return target, given
         data = given["self"]
         before, after = shape_of(data), self.shape(shape_of(data), self.flow.ids[data])
@@ -125,7 +126,7 @@ class Moves:
                 span = slice(given["dim"] % len(before), given["dim"] % len(before) + len(given[key]))
                 out = out[0][span], out[1][span]
             given[key] = _new_sizes(given[key], *out, keep=name == "expand")
-        elif name in {"split", "split_with_sizes", "chunk"} and before != after:
+        elif operator_of(target).family == "split" and "dim" in given and name != "unbind" and before != after:
             values = zip(node.meta["val"], self.flow.ids[node], strict=True)
             axis = given["dim"] % len(before)
             sizes = [self.shape(concrete(value.shape), ids)[axis] for value, ids in values]

@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.channels.flow import Flow, Pairing, Reading, Site, shape_of
 from srigl_fx.passes.channels.groups import FIXED, Groups, distinct, kept_shape, surplus
-from srigl_fx.passes.channels.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
 from srigl_fx.passes.constness import Constant
+from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Program, arguments, tensor_at
 
 
@@ -85,10 +85,10 @@ def even(value: Tensor, reference: Tensor) -> Tensor:
 
 def has_borders(site: Site) -> bool:
     """Whether a uniform channel may contribute differently at the borders of the result."""
-    name = plain_name(site.node.target)
-    if name in TRANSPOSED:
+    family = operator_of(site.node.target).family
+    if family == "transposed convolution":
         return True
-    if name not in CONVOLUTIONS:
+    if family != "convolution":
         return False
     padding = arguments(site.node)["padding"]
     return padding != "valid" and (isinstance(padding, str) or any(padding))

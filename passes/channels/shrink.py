@@ -11,9 +11,9 @@ from torch import Tensor, fx
 from srigl_fx.passes.channels.flow import Flow, Reading, Site, align, padded, shape_of
 from srigl_fx.passes.channels.groups import kept_shape
 from srigl_fx.passes.channels.moves import Moves
-from srigl_fx.passes.channels.op_table import CONVOLUTIONS, TRANSPOSED, plain_name
 from srigl_fx.passes.channels.removable import Fold, Removable, known_of
 from srigl_fx.passes.constness import Constant
+from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import MaskedTensor, Program, arguments, new_buffer, tensor_at
 
 aten = torch.ops.aten
@@ -91,7 +91,7 @@ class Shrink:
         new_mask = None if mask is None else site.tensor(_cut(mask, rows, columns), kernel)
         node = site.node
         node.replace_input_with(site.weight, self._buffer(node, target, site.tensor(cut, kernel), new_mask))
-        if plain_name(node.target) in CONVOLUTIONS | TRANSPOSED:
+        if operator_of(node.target).family in {"convolution", "transposed convolution"}:
             given = arguments(node)
             given["groups"] = cut.shape[0]
             node.args, node.kwargs = tuple(given.values()), {}

@@ -19,26 +19,16 @@ from srigl_fx.passes.channels.flow import (
     concrete,
     execute,
     index_values,
+    joined_axis,
     padded,
     shape_of,
     tensor_count,
 )
 from srigl_fx.passes.channels.groups import FIXED, compress
-from srigl_fx.passes.channels.op_table import (
-    ALONG_AXIS,
-    CREATION,
-    LAYOUT,
-    PADS,
-    REDUCTIONS,
-    SAME,
-    SPATIAL,
-    is_pointwise,
-    plain_name,
-)
+from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import Program, arguments
 
 _LARGEST_CONSTANT = 1 << 21
-_LIKE = frozenset({"to", "type_as"})  # of the other operand, only the type matters
 
 
 class Transport:
@@ -142,34 +132,36 @@ class Transport:
         name = plain_name(node.target)
         if not name:
             return None
-        given = arguments(node)
+        given, row = arguments(node), operator_of(node.target)
         first = next((value for value in given.values() if _is_tensor(value)), None)
-        if name in SAME and first is not None and first.op != "get_attr":
-            if name not in _LIKE:
+        shaped = row.does == "copies" or row.family in {"like", "filled"}
+        if shaped and first is not None and first.op != "get_attr":
+            if row.family != "cast":  # of the other operand of a cast, only the type matters
                 self.pin_others(node, first)
             return self.ids(first)
-        if name in CREATION:
+        if row.family == "new" or row.does == "measures":
             return self.fixed(node)
-        if is_pointwise(node.target):
+        if row.does in {"pointwise", "copies"}:
             return self.pointwise(node) if isinstance(node.meta["val"], Tensor) else None
         special: Callable[[fx.Node, dict[str, Any]], Any] | None = getattr(self, f"_{name.strip('_')}", None)
         if special is not None:
             return special(node, given)
-        if name in LAYOUT:
+        if row.does == "moves" and not row.axes:
             return self.layout(node)
         if first is None:  # none, or some in a list
             return None
         rank = len(shape_of(first))
         self.pin_others(node, first)
-        if name in PADS:
+        if row.does == "pads":
             return self._padded(node, given, first)
-        if name in SPATIAL:
-            ids = self.channels.merge(self.ids(first), range(rank - SPATIAL[name], rank))
+        axes = rank - 2 if row.family == "sample" else row.axes  # a grid samples all but batch and channels
+        if axes:
+            ids = self.channels.merge(self.ids(first), range(rank - axes, rank))
             return pytree.tree_map(lambda _: ids, node.meta["val"])
-        if name in ALONG_AXIS and isinstance(given.get("dim"), int):
+        if row.does == "along" and isinstance(given.get("dim"), int):
             ids = self.channels.merge(self.ids(first), [given["dim"] % rank])
             return pytree.tree_map(lambda _: ids, node.meta["val"])
-        if name in REDUCTIONS:
+        if row.does == "reduces" and row.family != "matrix":
             dims = given.get("dim")
             dims = [dims] if isinstance(dims, int) else list(dims) if dims else list(range(rank))
             return self._reduced(node, first, [dim % rank for dim in dims], bool(given.get("keepdim")))
@@ -234,12 +226,11 @@ class Transport:
     def layout(self, node: fx.Node) -> Any:
         """Elements change places: run the operator on the classes."""
         given = arguments(node)
-        name = plain_name(node.target)
-        if name in {"index", "index_select"}:
+        if plain_name(node.target) in {"index", "index_select"}:
             return self._indexed(node, given)
-        if name in {"cat", "concat"}:
+        axis = joined_axis(node)
+        if axis is not None:
             parts = [self.ids(part) for part in given["tensors"]]
-            axis = given["dim"] % len(shape_of(node))
             if all(part.shape[axis] == 1 for part in parts) and any(part.numel() > 1 for part in parts):
                 for part in parts[1:]:
                     self.channels.couple(parts[0], part)

@@ -12,29 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.liveness.rules import is_elementwise, is_move
+from srigl_fx.passes.operators import Operator, operator_of, plain_name
 from srigl_fx.passes.program import arguments
 
-aten = torch.ops.aten
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_RESHAPES = _names("view reshape _unsafe_view view_as reshape_as flatten unflatten")
-# A size among the arguments becomes a size of the result.
-_SIZED = _RESHAPES | _names(
-    "expand repeat tile zeros ones empty full rand randn new_zeros new_ones new_empty new_full split split_with_sizes "
-    "sym_size sym_numel sym_stride broadcast_to pixel_shuffle"
-)
-_FILLS = _names("full new_full full_like fill masked_fill")
-_PARTS = _names("slice select narrow split split_with_sizes chunk unbind tensor_split index_select")
-_PRODUCTS = _names("matmul mm bmm mv dot vdot addmm baddbmm linear")
-# With statistics over the batch.
-_BATCH_NORMS = _names("batch_norm native_batch_norm _native_batch_norm_legit")
-# Over zeros these are zero, however many.
-KEEPS_ZERO = _PRODUCTS | _names("sum mean amax amin einsum")
+_KEEPS_ELEMENTS = frozenset({"pointwise", "by channel", "copies", "moves", "pads", "looks up", "creates", "measures"})
+_LEFT = ("batch1", "mat1")  # what a product's left factor is called where it is not the first argument
 
 
 def batch_axes(node: Any) -> tuple[int, ...]:
@@ -59,26 +41,27 @@ def depends_on_batch_size(node: fx.Node) -> bool:
     """
     if not isinstance(node.target, torch._ops.OpOverload):
         return False
-    name = str(node.target._schema.name).removeprefix("aten::")
-    given = arguments(node)
-    if _computes_with_size(name, given):
+    row, given = operator_of(node.target), arguments(node)
+    if _computes_with_size(row, given):
         return True
     tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, fx.Node) and batch_axes(leaf)]
     if not tensors:
         return False
     first = next(iter(given.values()))
-    if name == "einsum":
+    if row.family == "einsum":
         return _sums_over_batch(given["equation"], given["tensors"])
-    if name in _PRODUCTS:
-        left = given.get("batch1", given.get("mat1", first))
+    if row.family in {"linear", "product", "vector product", "sum of products"}:
+        left = next((given[name] for name in _LEFT if name in given), first)
         return _rank(left) - 1 in batch_axes(left)
-    if name == "scaled_dot_product_attention":
+    if row.family == "attention":
         return any(_rank(given[key]) - axis in batch_axes(given[key]) for key in ("key", "value") for axis in (1, 2))
-    if name in _BATCH_NORMS:
-        return bool(given.get("training", True))
-    if name in _PARTS:
+    if row.family == "batch norm":
+        return bool(given.get("training", row.does == "normalises"))
+    if row.family in {"part", "split"} or plain_name(node.target) == "index_select":
         return any(axis in set(batch_axes(first)) - set(sample_axes(first)) for axis in _dims(given, first) or ())
-    if is_move(name) or is_elementwise(node.target):
+    if row.family == "diagonal":
+        return _compares_with_batch(given, first)
+    if row.does in _KEEPS_ELEMENTS:
         return False
     dims = _dims(given, first)
     if dims:
@@ -86,6 +69,17 @@ def depends_on_batch_size(node: fx.Node) -> bool:
     outs = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
     kept = all(out.dim() and isinstance(out.shape[0], torch.SymInt) for out in outs)
     return not kept or any(batch_axes(leaf) != (0,) for leaf in tensors)
+
+
+def _compares_with_batch(given: dict[str, Any], data: Any) -> bool:
+    """Whether an operator on diagonals compares places along a batch axis with those along another: the elements off
+    the diagonal of the samples tried are not those of more.
+    """
+    if not isinstance(data, fx.Node):
+        return True
+    rank = _rank(data)
+    axes = [given.get("dim1", -2), given.get("dim2", -1)] if rank > 1 else [-1]
+    return any(axis % rank in batch_axes(data) for axis in axes)
 
 
 def _rank(node: fx.Node) -> int:
@@ -106,16 +100,16 @@ def _is_size(value: Any) -> bool:
     return isinstance(number, torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
-def _computes_with_size(name: str, given: dict[str, Any]) -> bool:
+def _computes_with_size(row: Operator, given: dict[str, Any]) -> bool:
     """Whether a size is an operand, not only the size of the result."""
     sized = [key for key, value in given.items() if any(map(_is_size, pytree.tree_leaves(value)))]
     if not sized:
         return False
-    if name in _FILLS:
+    if row.fills:
         return any(key in {"fill_value", "value"} for key in sized)
-    if name in {"slice", "narrow"}:
+    if row.family == "part" and "index" not in given:
         return given["dim"] % _rank(given["self"]) not in sample_axes(given["self"])
-    return name not in _SIZED
+    return not row.sized
 
 
 def _sums_over_batch(equation: str, tensors: list[fx.Node]) -> bool:
@@ -136,9 +130,8 @@ def regrouped_axes(node: fx.Node) -> tuple[int, ...]:
 
     None where the reshape leaves each sample's elements together in as many outer places.
     """
-    name = str(node.target._schema.name) if isinstance(node.target, torch._ops.OpOverload) else ""
     before = node.args[0] if node.args else None
-    if name.removeprefix("aten::") not in _RESHAPES or not isinstance(before, fx.Node):
+    if operator_of(node.target).family != "reshape" or not isinstance(before, fx.Node):
         return ()
     one, other = batch_axes(before), batch_axes(node)
     sizes, made = before.meta["val"].shape, node.meta["val"].shape

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from srigl_fx.passes.liveness.values import Call, Live, any_live, spread
+from srigl_fx.passes.operators import names_of
 
 
 def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, live_a: Live, b: Tensor, live_b: Live) -> Live:
@@ -137,11 +138,8 @@ def _sees_something(call: Call) -> bool:
 
 
 PRODUCT_RULES: dict[str, Callable[[Call], Live]] = {
-    **dict.fromkeys(
-        "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution".split(),  # noqa: SIM905
-        _convolution,
-    ),
-    **dict.fromkeys(("matmul", "bmm", "mm", "mv", "dot", "vdot"), _product),
+    **dict.fromkeys(names_of("convolution", "transposed convolution", "any convolution"), _convolution),
+    **dict.fromkeys(names_of("product", "vector product"), _product),
     "linear": _linear,
     "addmm": _sum_of_products,
     "baddbmm": _sum_of_products,

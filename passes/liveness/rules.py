@@ -14,46 +14,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.liveness.products import PRODUCT_RULES
 from srigl_fx.passes.liveness.values import Call, Live, any_live, spread, tensors_in
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Only the shape and type of the first operand matter.
-_SHAPES = _names("zeros_like ones_like full_like new_zeros new_ones new_full fill zero sym_size sym_numel sym_stride")
-# Element by element, though not tagged so: casts, and what has no tag for historical reasons.
-_POINTWISE = _names(
-    "_to_copy to type_as contiguous alias detach lift_fresh_copy lift_fresh hardswish _prelu_kernel log_sigmoid "
-    "floor_divide dropout feature_dropout alpha_dropout __and__ __or__ __xor__ relu6 softplus"
-)
-# Elements change places; the data are the first argument unless named below, and every other operand must be known.
-_MOVES = _names(
-    "view reshape _unsafe_view view_as reshape_as permute transpose t numpy_T mT movedim slice select narrow unsqueeze "
-    "squeeze expand expand_as flatten unflatten cat concat stack split split_with_sizes chunk unbind tensor_split "
-    "pixel_shuffle pixel_unshuffle channel_shuffle roll flip rot90 pad constant_pad_nd reflection_pad1d "
-    "reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d repeat repeat_interleave "
-    "tile unfold im2col index index_select gather take_along_dim embedding slice_scatter select_scatter index_put "
-    "tril triu diagonal upsample_nearest1d upsample_nearest2d upsample_nearest3d meshgrid"
-)
-# A result is a function of several elements, and is not a number as soon as one of them is not.
-_MIXES = _names(
-    "mean sum var std var_mean std_mean amax amin max min prod cumsum logsumexp norm linalg_vector_norm "
-    "softmax _softmax log_softmax _log_softmax _safe_softmax layer_norm native_layer_norm group_norm native_group_norm "
-    "instance_norm _native_batch_norm_legit avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d "
-    "max_pool2d_with_indices max_pool3d_with_indices adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-    "upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa "
-    "_upsample_bicubic2d_aa grid_sampler grid_sampler_2d grid_sampler_3d glu diff col2im"
-)
-# Element by element, by a rule of their own.
-_ELEMENTWISE = _names("mul div where masked_fill prelu _native_batch_norm_legit_no_training")
-_DATA = {
-    "embedding": ("weight",),
-    "slice_scatter": ("self", "src"),
-    "select_scatter": ("self", "src"),
-    "index_put": ("self", "values"),
-}
+from srigl_fx.passes.operators import names_of, operator_of
 
 
 def liveness(call: Call) -> Any:
@@ -73,33 +34,14 @@ def liveness(call: Call) -> Any:
     """
     if (torch.Tag.nondeterministic_seeded in call.op.tags and not _is_off(call)) or "empty" in call.name:
         return True
-    if not any_live(call.live) or (call.name in _SHAPES and call.only(*_data(call))):
+    row = operator_of(call.op)
+    shapes_alone = row.family in {"like", "filled", "new"} or row.does == "measures"
+    if not any_live(call.live) or (shapes_alone and call.only(*_data(call))):
         return False
     if _live_number(call) or any(leaf.is_complex() for leaf in tensors_in((call.given, call.out))):
         return None
     rule = _rule(call)
     return None if rule is None else rule(call)
-
-
-def is_move(name: str) -> bool:
-    """Whether the operator of that name only moves elements.
-
-    Example:
-        >>> is_move("permute"), is_move("softmax")
-        (True, False)
-    """
-    return name in _MOVES or name in _SHAPES
-
-
-def is_elementwise(op: torch._ops.OpOverload) -> bool:
-    """Whether each element of the result depends on the operands' elements at its place only.
-
-    Example:
-        >>> is_elementwise(torch.ops.aten.gelu.default), is_elementwise(torch.ops.aten.softmax.int)
-        (True, False)
-    """
-    name = str(op._schema.name).removeprefix("aten::")
-    return torch.Tag.pointwise in op.tags or name in _POINTWISE or name in _ELEMENTWISE
 
 
 def _is_off(call: Call) -> bool:
@@ -118,16 +60,12 @@ def _live_number(call: Call) -> bool:
 
 
 def _rule(call: Call) -> Callable[[Call], Any] | None:
-    if call.op is torch.ops.aten.repeat_interleave.Tensor:
-        return None  # its data are counts
-    if call.name in _SPECIAL:
+    row = operator_of(call.op)
+    if row.does != "unknown" and call.name in _SPECIAL:
         return _SPECIAL[call.name]
-    for names, rule in ((_MOVES, _moves), (_MIXES, _mixes)):
-        if call.name in names:
-            return rule
-    if torch.Tag.pointwise in call.op.tags or call.name in _POINTWISE:
-        return _pointwise
-    return None
+    if row.does in {"along", "reduces"} and row.hides_nan:
+        return _over_axes
+    return _BY_KIND.get(row.does)
 
 
 def _pointwise(call: Call) -> Live:
@@ -162,26 +100,26 @@ def _zero(call: Call, name: str) -> Tensor:
 def _multiplied(call: Call) -> Live:
     """Zero times anything is zero; of a quotient, only the numerator counts."""
     zero = _zero(call, "self")
-    if call.name == "mul":
+    if call.name in {"mul", "multiply"}:
         zero = zero | _zero(call, "other")
     union = _pointwise(call)
     return spread(union, call.out) & ~zero if bool(zero.any()) else union
 
 
 def _chosen(call: Call) -> Live:
-    """``where`` with a known condition takes what is live from the branch it takes."""
-    if any_live(call.live["condition"]):
+    """``where`` takes what is live from the branch it takes, where its condition is known."""
+    if call.live["condition"] is True:
         return True
-    one, other = (torch.as_tensor(call.live[name]) for name in ("self", "other"))
-    return torch.where(call.given["condition"], one, other)
+    condition, one, other = (torch.as_tensor(call.live[name]) for name in ("condition", "self", "other"))
+    return condition | torch.where(call.given["condition"], one, other)
 
 
 def _filled(call: Call) -> Live:
-    """``masked_fill`` with a known mask hides what it covers."""
-    if not call.only("self"):
+    """``masked_fill`` hides what its mask covers, where that is known."""
+    if not call.only("self", "mask"):
         return True
     mask: Tensor = call.given["mask"]
-    return spread(call.live["self"], call.given["self"]) & ~mask
+    return spread(call.live["mask"], mask) | (spread(call.live["self"], call.given["self"]) & ~mask)
 
 
 def _parametric(call: Call) -> Live:
@@ -209,8 +147,24 @@ def _mixes(call: Call) -> Any:
     return _not_a_number(call.op(**{**call.given, **marked}))
 
 
+def _over_axes(call: Call) -> Any:
+    """Along the axes that are named, one live element makes all live: for what sorts, or passes over NaNs."""
+    (name,) = _data(call)
+    value, dims = call.given[name], call.given.get("dim")
+    if not call.only(name) or dims is None:
+        return True
+    dims = sorted(dim % value.dim() for dim in ([dims] if isinstance(dims, int) else dims)) if value.dim() else []
+    live = spread(call.live[name], value).any(dim=dims, keepdim=True) if dims else spread(call.live[name], value)
+
+    def of(out: Any) -> Any:
+        return live if not isinstance(out, Tensor) or out.dim() == value.dim() else live.squeeze(dims)
+
+    return pytree.tree_map(of, call.out)
+
+
 def _data(call: Call) -> tuple[str, ...]:
-    return _DATA.get(call.name, (call.op._schema.arguments[0].name,))
+    named = operator_of(call.op).data or (call.op._schema.arguments[0].name,)
+    return tuple(name for name in named if name in call.given)
 
 
 def _mark(value: Any, live: Any) -> Any:
@@ -250,15 +204,23 @@ def _scaled(call: Call) -> Live:
     return live | (row & value.ne(0))
 
 
+_BY_KIND: dict[str, Callable[[Call], Any]] = {
+    "pointwise": _pointwise,
+    "copies": _pointwise,
+    "moves": _moves,
+    "pads": _moves,
+    "looks up": _moves,
+    "pools": _mixes,
+    "along": _mixes,
+    "reduces": _mixes,
+    "normalises": _mixes,
+}
 _SPECIAL: dict[str, Callable[[Call], Any]] = {
     **PRODUCT_RULES,
-    "mul": _multiplied,
-    "div": _multiplied,
+    **dict.fromkeys(names_of("multiply"), _multiplied),
     "where": _chosen,
     "masked_fill": _filled,
     "prelu": _parametric,
-    "_prelu_kernel": _pointwise,
-    "_native_batch_norm_legit_no_training": _normalised,
-    "batch_norm": _normalised,
+    **dict.fromkeys(names_of("batch norm") - {"_native_batch_norm_legit"}, _normalised),
     "rms_norm": _scaled,
 }

@@ -27,27 +27,16 @@ from typing import Any, Literal
 from torch import Tensor, fx, nn
 from torch.jit import ScriptModule
 
+from srigl_fx.passes.operators import operator_named
 from srigl_fx.passes.sites.contractions import LOOKUPS, OPAQUE, name_of, operands
 from srigl_fx.passes.sites.local_trace import Trace
 from srigl_fx.passes.sites.registry import lookup
 
 Sort = Literal["input", "contraction", "product", "sum", "norm", "length", "elementwise", "unknown"]
 
-_SUMS = frozenset(
-    ("add", "add_", "__add__", "__radd__", "__iadd__", "iadd", "sub", "sub_", "__sub__", "isub", "subtract")
-)
-_BETWEEN = frozenset(("lerp", "lerp_"))  # a sum of two, weighted by a third
-_SCALED_SUMS = frozenset(("addcmul", "addcmul_", "addcdiv", "addcdiv_"))  # a sum of one and what two others make
-_REDUCTIONS = frozenset(("sum", "mean"))
-_LENGTHS = frozenset(("mean", "sum", "var", "std", "norm", "vector_norm", "linalg_vector_norm"))
-_SCALINGS = frozenset(
-    ("mul", "mul_", "__mul__", "__rmul__", "multiply", "div", "div_", "truediv", "__truediv__", "divide", "true_divide")
-)
-_NORMS = frozenset(
-    ("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "group_norm", "native_group_norm", "normalize")
-)
+_MEANS = frozenset(("sum", "mean"))
 _ATTENTIONS = frozenset(("scaled_dot_product_attention", "flex_attention"))
-_SIZES = frozenset(("shape", "size", "dim", "ndim", "numel", "dtype", "device", "stride", "is_cuda", "requires_grad"))
+_NEURONS_APART = frozenset({"batch norm", "instance norm"})  # of the norms, those of each neuron on its own
 _NORM_MODULES = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 _CHANNEL_NORMS = (nn.modules.batchnorm._NormBase,)  # each neuron is normalised on its own
 _MOST_VALUES = 20_000
@@ -247,7 +236,8 @@ class _Frame:
         if target is getattr or target is operator.getitem:
             return self._part(target, args)
         name = name_of(target)
-        if name in _SIZES:
+        row = operator_named(name)
+        if row.does == "measures":
             return None
         data = list(_data((args, kwargs)))
         if not data:
@@ -263,20 +253,20 @@ class _Frame:
             return make("contraction", data, weights)
         if name in _ATTENTIONS or (name == "" and "attention" in getattr(target, "__name__", "")):
             return make("product", data)
-        if name in _NORMS:
+        if row.does == "normalises" and row.family not in _NEURONS_APART:
             return make("norm", data)
         summed = list(_data(args[:2]))
-        if name in _SUMS and len(summed) == 2:
+        if row.family == "add" and len(summed) == 2:
             return make("sum", data)
-        if name in _BETWEEN and len(summed) == 2:
+        if row.family == "between" and len(summed) == 2:  # a sum of two, weighted by a third
             return make("elementwise", [make("sum", summed), *data[2:]])
-        if name in _SCALED_SUMS and isinstance(args[0], Value) and len(data) > 1:
+        if row.family == "scaled add" and isinstance(args[0], Value) and len(data) > 1:
             return make("sum", [args[0], make("elementwise", data[1:])])
-        if name in _REDUCTIONS and data[0] in self.flow.stacks:
+        if name in _MEANS and data[0] in self.flow.stacks:
             return functools.reduce(lambda left, right: make("sum", [left, right]), data[0].inputs)
-        if name in _LENGTHS and len(data) == 1 and _keeps_last_axis_as_one(args, kwargs):
+        if (name in _MEANS or row.family == "spread") and len(data) == 1 and _keeps_last_axis_as_one(args, kwargs):
             return make("length", data)
-        if name in _SCALINGS and len(summed) == 2 and _is_scaled_by_its_length(*summed):
+        if row.family == "multiply" and len(summed) == 2 and _is_scaled_by_its_length(*summed):
             return make("norm", data)
         made = make("elementwise", data)
         if name == "stack" and len(made.inputs) > 1:
@@ -288,7 +278,7 @@ class _Frame:
         if target is getattr:
             if isinstance(whole, Mapping):
                 return whole.get(key)
-            return None if key in _SIZES else whole
+            return None if operator_named(key).does == "measures" else whole
         if isinstance(whole, tuple | list):
             return whole[key] if isinstance(key, int | slice) and _fits(whole, key) else list(whole)
         if isinstance(whole, Mapping):

@@ -22,8 +22,8 @@ from torch import Tensor, fx, nn
 
 from srigl_fx.nn.model_state import restored
 from srigl_fx.passes.sites.contractions import name_of
-from srigl_fx.passes.sites.weight_uses import COPIES
-from srigl_fx.passes.sites.weight_views import VIEWS
+from srigl_fx.passes.sites.weight_uses import is_copy
+from srigl_fx.passes.sites.weight_views import is_view
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class _Tracer(fx.Tracer):
             else:
                 name = str(node.args[1]) if node.target is getattr else name_of(node.target)
                 first = node.args[0] if node.args else None
-                part = name in VIEWS or name in COPIES
+                part = is_view(name) or is_copy(name)
                 self.weights[node] = part and isinstance(first, fx.Node) and self._is_weight(first)
         return self.weights[node]
 

@@ -1,6 +1,6 @@
 """Whether what a graph makes of a weight can be masked: one value for each stored value, in the same place.
 
-Owns the tables of operations and the look at the values of a transform; it must not know where the graph came from, nor
+Owns the rules and the look at the values of a transform; it must not know where the graph came from, nor
 what is done with the answer.
 
 Rules:
@@ -18,34 +18,12 @@ from torch import Tensor, fx, nn
 from srigl_fx.nn import regenerated
 from srigl_fx.nn.effective import Masking, masked
 from srigl_fx.nn.regenerated import RegenerationError
+from srigl_fx.passes.operators import operator_named
 from srigl_fx.passes.sites.contractions import name_of, operands
 from srigl_fx.passes.sites.weight_layout import Layout
 
-
-def _names(listed: str) -> frozenset[str]:
-    return frozenset(listed.split())
-
-
-_ELEMENTWISE = _names(
-    "add sub mul div truediv true_divide pow neg pos abs square sqrt rsqrt reciprocal exp expm1 log log1p log2 sin cos "
-    "tanh sigmoid logsigmoid relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign hardtanh hardsigmoid "
-    "hardswish threshold erf sign sgn round floor ceil trunc frac fix clamp clamp_min clamp_max clip minimum maximum "
-    "where masked_fill eq ne lt le gt ge logical_and logical_or logical_not and_ or_ dropout alpha_dropout lerp "
-    "addcmul addcdiv floordiv floor_divide remainder fmod tanhshrink softshrink hardshrink "
-    "fake_quantize_per_tensor_affine fake_quantize_per_channel_affine nan_to_num copysign "
-    "to type type_as float half bfloat16 double contiguous clone detach"
-)
-_STATISTICS = _names(
-    "mean sum std var norm vector_norm linalg_norm linalg_vector_norm amax amin max min std_mean var_mean median "
-    "logsumexp prod aminmax nansum nanmean count_nonzero all any"
-)
-_NORMALISATIONS = _names(
-    "batch_norm layer_norm group_norm instance_norm rms_norm normalize softmax log_softmax softmin"
-)
-_RESHAPES = _names("view reshape flatten unflatten view_as reshape_as unsqueeze squeeze ravel")
-_SIZES = _names(
-    "size numel dim ndimension shape ndim dtype device zeros_like ones_like full_like empty_like rand_like randn_like"
-)
+_ELEMENTWISE = frozenset({"pointwise", "copies"})
+_SIZES = frozenset({"measures", "creates"})
 
 
 class UnfitError(Exception):
@@ -111,18 +89,19 @@ def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Ten
         operation = "module" if node.op == "call_module" else _name(node)
         if operation == "getattr":
             operation = str(node.args[1])
-        if not met & {"value", "statistic"} or operation in _SIZES:
+        row = operator_named(operation)
+        if not met & {"value", "statistic"} or row.does in _SIZES:
             roles[node] = "other"
-        elif operation in _RESHAPES or operation == "getitem":
+        elif row.family in {"reshape", "one"} or operation == "getitem":
             if operation == "getitem" and "value" in met:
                 raise UnfitError("it is cut in pieces")
             roles[node] = "value" if "value" in met else "statistic"
-        elif operation in _ELEMENTWISE:
+        elif row.does in _ELEMENTWISE or row.family == "quantize":
             roles[node] = "value" if "value" in met else "statistic"
             elementwise &= not {"value", "statistic"} <= met
-        elif operation in _STATISTICS:
+        elif row.does == "reduces":
             roles[node] = "statistic"
-        elif operation in _NORMALISATIONS:
+        elif row.does == "normalises" or row.family == "softmax":
             roles[node], elementwise = "value", False
         elif operation == "module":
             elementwise &= _module_is_elementwise(module, node, weight, _joined(name, str(node.target)))

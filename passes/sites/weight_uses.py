@@ -22,38 +22,24 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
+from srigl_fx.passes.operators import operator_named
 from srigl_fx.passes.sites.contractions import LOOKUPS, OPAQUE, Operand, name_of, operands
 from srigl_fx.passes.sites.weight_layout import LOOKED_UP, Layout, layout_of
-from srigl_fx.passes.sites.weight_views import VIEWS, WeightView
+from srigl_fx.passes.sites.weight_views import WeightView, is_view
 
-COPIES = frozenset(
-    [
-        "to",
-        "type",
-        "type_as",
-        "contiguous",
-        "clone",
-        "float",
-        "half",
-        "bfloat16",
-        "double",
-        "detach",
-        "alias",
-        "_to_copy",
-        "cpu",
-        "cuda",
-        "requires_grad_",
-        "flip",
-        "lift_fresh_copy",
-        "data",
-        "convert_element_type",
-        "neg",
-        "positive",
-    ]
-)
-SCALES = frozenset(
-    ["mul", "__mul__", "__rmul__", "multiply", "imul", "div", "truediv", "__truediv__", "true_divide", "divide"]
-)
+_TURNED = frozenset({"flip", "fliplr", "flipud", "neg", "negative", "positive"})  # neurons stay what they are
+
+
+def is_copy(name: str) -> bool:
+    """Whether an operation gives back a weight as it is, up to type, sign and the order of its neurons.
+
+    Example:
+        >>> is_copy("half"), is_copy("__neg__"), is_copy("dropout")
+        (True, True, False)
+    """
+    row = operator_named(name)
+    return (row.does == "copies" and row.family != "dropout") or name.strip("_") in _TURNED
+
 
 UseKind = Literal["weight", "transformed", "lookup", "unsupported", "none"]
 
@@ -155,7 +141,7 @@ def _called(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], report: 
     name, function = name_of(target), target
     if target is getattr:
         name = args[1] if isinstance(args[1], str) else ""
-        if name not in VIEWS and name != "data":
+        if not is_view(name) and name != "data":
             return Data()  # a shape, a dtype
         args = args[:1]
         function = _property(name)
@@ -200,16 +186,16 @@ def after(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: 
         return Data()
     first = args[0] if args else None
     if isinstance(first, Views):
-        if name in COPIES:
+        if is_copy(name):
             return first
         if name == "index_select" and len(args) > 1 and isinstance(args[1], int):
             return _views([view.indexed(args[1] % len(view.dims), rank=1) for view in first.views], first)
-        if name in VIEWS:
+        if is_view(name):
             return _viewed(first, function, name, args[1:], kwargs)
     derived = Derived(
         sources, alone=not any(isinstance(v, Data) or (isinstance(v, Derived) and not v.alone) for v in flat)
     )
-    if name in SCALES:
+    if operator_named(name).family == "multiply":
         return _scaled(name, args) or derived
     if name in ("cat", "concat", "concatenate", "stack"):
         return _joined(name, args, kwargs) or derived

@@ -14,48 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Operations that only rearrange, slice or select; by name, whether function, method or operator.
-VIEWS = frozenset(
-    [
-        "t",
-        "T",
-        "mT",
-        "H",
-        "transpose",
-        "permute",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "numpy_T",
-        "view",
-        "reshape",
-        "_unsafe_view",
-        "flatten",
-        "unflatten",
-        "ravel",
-        "squeeze",
-        "unsqueeze",
-        "expand",
-        "broadcast_to",
-        "expand_as",
-        "view_as",
-        "reshape_as",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unsafe_chunk",
-        "unsafe_split",
-        "unbind",
-        "select",
-        "narrow",
-        "slice",
-        "getitem",
-        "__getitem__",
-        "adjoint",
-    ]
-)
+from srigl_fx.passes.operators import operator_named
+
+_VIEWS = frozenset({"reshape", "one", "axes", "expand", "part", "split"})
+
+
+def is_view(name: str) -> bool:
+    """Whether an operation only rearranges, slices or selects, so that strides tell all; by name, whether function,
+    method or operator.
+
+    Example:
+        >>> is_view("swapaxes"), is_view("__getitem__"), is_view("flip")
+        (True, True, False)
+    """
+    return operator_named(name).family in _VIEWS or name.strip("_") == "getitem"
 
 
 @dataclass(frozen=True)
@@ -116,7 +88,7 @@ class WeightView:
         )
 
     def through(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """What ``function``, one of :data:`VIEWS`, makes of the view: a view, a list of views, or None if unknown."""
+        """What ``function``, an :func:`is_view`, makes of the view: a view, a list of views, or None if unknown."""
         probe = torch.empty(self.shape, device="meta")
         try:
             with torch.no_grad():

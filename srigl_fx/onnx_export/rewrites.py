@@ -14,20 +14,14 @@ from torch.utils import _pytree as pytree
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
 from srigl_fx.passes.condensed_nodes import set_arguments, settled_padding
+from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import arguments, new_buffer, tensor_at
 
 aten = torch.ops.aten
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
-_CONVOLUTIONS = frozenset(
-    {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, torch.ops.srigl_fx.condensed_conv.default}
-)
-_TRANSPOSED = frozenset(
-    {
-        *(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input),
-        *(aten.convolution.default, torch.ops.srigl_fx.condensed_conv.default),
-    }
-)
+_CONDENSED = torch.ops.srigl_fx.condensed_conv.default
+_EXTENDED = frozenset({"transposed convolution", "any convolution"})
 _SPLITS = frozenset({aten.split.Tensor, aten.unsafe_split.Tensor})
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
 
@@ -78,7 +72,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
                 node.replace_input_with(
                     given, graph.call_function(aten._to_copy.default, (given,), {"dtype": _dtype(node)})
                 )
-        elif node.target in _TRANSPOSED and arguments(node).get("transposed", True):
+        elif _may_extend(node) and arguments(node).get("transposed", True):
             _extend(graph, node)
         elif node.target is aten.instance_norm.default and arguments(node)["use_input_stats"]:
             normalised.append(node)
@@ -93,6 +87,10 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     rewritten.recompile()
     return rewritten
+
+
+def _may_extend(node: fx.Node) -> bool:
+    return operator_of(node.target).family in _EXTENDED or node.target is _CONDENSED
 
 
 def _normalise_by_batch(graph: fx.Graph, node: fx.Node) -> None:
@@ -165,7 +163,8 @@ def _promotes(node: fx.Node) -> bool:
 
 
 def _clear_bias(module: fx.GraphModule, node: fx.Node) -> None:
-    if node.target not in _CONVOLUTIONS or len(node.users) > 1:
+    is_convolution = operator_of(node.target).family == "convolution" or node.target is _CONDENSED
+    if not is_convolution or len(node.users) > 1:
         return
     given = arguments(node)
     bias = given["bias"]

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], Flags]] = {
     "neighbours": (lambda m, x: m.c(m.b(m.a(x))), [FIRST, BOTH, LAST]),
     "fused activations": (lambda m, x: m.c(F.gelu(m.b(F.relu(m.a(x))))), [FIRST, BOTH, LAST]),
     "other activations": (lambda m, x: m.b(torch.tanh(F.leaky_relu(m.a(x)) * 2 + 1)), [FIRST, LAST]),
+    "any pointwise operator": (lambda m, x: m.b(torch.erf(m.a(x)).atan()), [FIRST, LAST]),
     "two readers": (lambda m, x: (lambda y: m.b(y) + m.c(y))(m.a(x)), [FIRST, LAST, LAST]),
     "gated": (lambda m, x: m.c(torch.sigmoid(m.a(x)) * m.b(x)), [FIRST, FIRST, LAST]),
     "gated by rows": (lambda m, x: m.c(m.a(x) * x), [ROWS, ROWS]),

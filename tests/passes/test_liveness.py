@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.passes.liveness import rules
 from srigl_fx.passes.liveness.rules import liveness
 from srigl_fx.passes.liveness.values import Call, spread
+from srigl_fx.passes.operators import OPERATORS
 
 aten = torch.ops.aten
 
@@ -114,6 +115,33 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (aten.upsample_bilinear2d.default, {"self": X, "output_size": [8, 9], "align_corners": False}),
     (aten.upsample_bicubic2d.default, {"self": X, "output_size": [8, 9], "align_corners": False}),
     (aten.glu.default, {"self": X, "dim": 1}),
+    (aten.native_channel_shuffle.default, {"self": X, "groups": 2}),
+    *((op, {"self": X}) for op in (aten.fliplr.default, aten.flipud.default, aten.triu.default, aten.mT.default)),
+    *((op, {"self": X}) for op in (aten.negative.default, aten.absolute.default, aten.arctan.default)),
+    *((op, {"self": X, "axis0": 1, "axis1": -1}) for op in (aten.swapaxes.default,)),
+    *((op, {"self": X, "dim0": 1, "dim1": -1}) for op in (aten.swapdims.default,)),
+    *((op, {"self": X, "source": [1], "destination": [3]}) for op in (aten.movedim.intlist, aten.moveaxis.intlist)),
+    (aten.rot90.default, {"self": X, "k": 1, "dims": [1, 2]}),
+    (aten.unsafe_split.Tensor, {"self": X, "split_size": 3, "dim": 1}),
+    (aten.hsplit.int, {"self": X, "sections": 2}),
+    (aten.diagonal.default, {"self": X, "dim1": 2, "dim2": 3}),
+    (aten.diag_embed.default, {"self": X}),
+    (aten.take.default, {"self": X, "index": torch.tensor([5, 200, 7])}),
+    (aten.index_fill.int_Scalar, {"self": X, "dim": 1, "index": torch.tensor([2]), "value": 3.0}),
+    (aten.multiply.Tensor, {"self": X, "other": X[:1].relu()}),
+    (aten.subtract.Tensor, {"self": X, "other": X[:1].relu()}),
+    (aten.divide.Tensor, {"self": X.relu(), "other": X.exp()}),
+    (aten.true_divide.Tensor, {"self": X.relu(), "other": X.exp()}),
+    *((op, {"self": X, "other": X.flip(0)}) for op in (aten.greater.Tensor, aten.less_equal.Tensor)),
+    *((op, {"self": X, "dim": 2}) for op in (aten.sort.default, aten.argsort.default, aten.cummax.default)),
+    *((op, {"self": X, "dim": 2}) for op in (aten.cumprod.default, aten.logcumsumexp.default)),
+    *((op, {"self": X, "dim": 2}) for op in (aten.median.dim, aten.nanmedian.dim, aten.mode.default)),
+    *((op, {"self": X, "dim": 2}) for op in (aten.argmax.default, aten.aminmax.default)),
+    (aten.topk.default, {"self": X, "k": 2, "dim": 2}),
+    (aten.kthvalue.default, {"self": X, "k": 2, "dim": 2}),
+    (aten.nansum.default, {"self": X, "dim": [1, 2]}),
+    (aten.count_nonzero.dim_IntList, {"self": X, "dim": [3]}),
+    (aten._upsample_nearest_exact2d.default, {"self": X, "output_size": [8, 9]}),
     (aten.diff.default, {"self": X, "dim": 2}),
     (aten.mul.Scalar, {"self": X, "other": 0.0}),
     (aten.zeros_like.default, {"self": X}),
@@ -259,10 +287,10 @@ def test_everything_is_live(op: Any, args: dict[str, Any], live: dict[str, Any])
 @pytest.mark.parametrize(
     ("op", "args"),
     [
-        (aten.sort.default, {"self": X}),
+        (aten._cdist_forward.default, {"x1": X, "x2": X, "p": 2.0, "compute_mode": None}),
+        (aten.scatter.reduce, {"self": X, "dim": 1, "index": (X > 0).long(), "src": X, "reduce": "add"}),
         (aten.repeat_interleave.Tensor, {"repeats": torch.tensor([1, 2])}),
         (aten.mul.Tensor, {"self": X.to(torch.complex64), "other": X}),
-        (aten.argmax.default, {"self": X}),
     ],
     ids=lambda value: str(value) if callable(value) else "",
 )
@@ -270,10 +298,16 @@ def test_no_rule(op: Any, args: dict[str, Any]) -> None:
     assert liveness(call_of(op, args, {next(iter(args)): True})) is None
 
 
-def test_the_tables_name_operators_once_and_rightly() -> None:
-    tables = [rules._SHAPES, rules._POINTWISE, rules._MOVES, rules._MIXES]
-    names = [name for table in tables for name in table]
-    assert len(names) == len(set(names))
-    assert not set(rules._SPECIAL) & set(names) - {"_prelu_kernel"}
-    missing = [name for name in {*names, *rules._SPECIAL} if not hasattr(aten, name)]
-    assert missing == []
+@pytest.mark.parametrize("known", [False, True])
+def test_what_is_chosen_is_live_where_the_condition_or_what_it_takes_is(known: bool) -> None:
+    condition = X > 0
+    live = {"condition": False if known else some(2, 4, 1, 1, seed=1).expand(X.shape), "self": LIVE}
+    moves(aten.where.self, {"condition": condition, "self": X, "other": X * 2}, live)
+    answer = liveness(call_of(aten.where.self, {"condition": condition, "self": X, "other": X * 2}, live))
+    assert not bool(answer.all())
+    live = {"mask": False if known else some(2, 4, 1, 1, seed=1).expand(X.shape), "self": LIVE}
+    moves(aten.masked_fill.Scalar, {"self": X, "mask": condition, "value": 3.0}, live)
+
+
+def test_special_rules_are_for_operators_of_the_table() -> None:
+    assert set(rules._SPECIAL) <= set(OPERATORS)
