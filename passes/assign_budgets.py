@@ -22,19 +22,14 @@ from typing import Literal
 from torch import nn
 
 from srigl_fx.errors import RuleError, SparsifyError
-from srigl_fx.masks import distributions
 from srigl_fx.masks.budgets import budget
+from srigl_fx.masks.distributions import DISTRIBUTIONS
 from srigl_fx.masks.records import Structure, WeightRecord, WeightSite, dense_record
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.draft import Draft, Finding
 from srigl_fx.specs import LayerSpec, Match, RuleSet
 
 Distribution = Literal["erk", "uniform", "uniform_rigl"] | Mapping[str, float]
-DISTRIBUTIONS: dict[str, Callable[..., dict[str, float]]] = {
-    "erk": distributions.erk,
-    "uniform": distributions.uniform,
-    "uniform_rigl": distributions.uniform_rigl,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

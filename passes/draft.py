@@ -43,6 +43,7 @@ class Draft:
         records: Filled by the budget pass: the decision for each finding, by FQN.
         masks: Filled by the mask pass: bool masks of the weights' shapes, by FQN.
         values: Filled by the mask pass: the new values of the weights, zero off the mask, by FQN.
+        asked: The recipe of the call, without decisions; every record keeps it. Nothing here looks into it.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Draft:
     records: dict[str, WeightRecord] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    asked: object | None = None
 
     def copy(self) -> "Draft":
         """The same plan for the same model, to be changed by itself."""

@@ -14,6 +14,7 @@ Rules:
        masked too (:mod:`srigl_fx.nn.effective`).
     7. The model itself notes which of its weights have masks (:mod:`srigl_fx.masks.completeness`), and looks at a
        state_dict as a whole before any of it is loaded.
+    8. Every record carries what the call asked for, so that the recipe rides with the masks.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from srigl_fx.passes.draft import Draft
 
 
 class InsertMasks(Pass[Draft]):
-    """Write masks, values, records and classes to the model (rules 1-7 of the module)."""
+    """Write masks, values, records and classes to the model (rules 1-8 of the module)."""
 
     def requires(self, subject: Draft) -> None:
         """No name may be taken; checked before anything is written."""
@@ -54,6 +55,7 @@ class InsertMasks(Pass[Draft]):
     def run(self, subject: Draft) -> PassResult[Draft]:
         """Write the draft to the model; whatever fails on the way is undone."""
         model = subject.model
+        subject.records = {fqn: replace(record, asked=subject.asked) for fqn, record in subject.records.items()}
         keepers = _by_keeper(model, subject.records)
         readers = _by_reader(subject)
         former: dict[str, Tensor] = {}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from srigl_fx.lowering.pipeline import lower as lower
     from srigl_fx.masks.invariants import verify as verify
     from srigl_fx.onnx_export.pipeline import export_onnx as export_onnx
+    from srigl_fx.recipes import Recipe as Recipe
+    from srigl_fx.recipes import recipe as recipe
     from srigl_fx.sparsification import finalize as finalize
     from srigl_fx.sparsification import sparsify as sparsify
     from srigl_fx.specs import LayerSpec as LayerSpec
@@ -48,6 +50,8 @@ _NAMES = {
     "load_lowered": "srigl_fx.lowering.pipeline",
     "export_onnx": "srigl_fx.onnx_export.pipeline",
     "LayerSpec": "srigl_fx.specs",
+    "Recipe": "srigl_fx.recipes",
+    "recipe": "srigl_fx.recipes",
     "SriglError": "srigl_fx.errors",
 }
 _MODULES = ("masks", "train", "passes", "runtime", "errors")
@@ -67,6 +71,8 @@ __all__ = [  # noqa: RUF022 - in the order a user meets them
     "load_lowered",
     "export_onnx",
     "LayerSpec",
+    "Recipe",
+    "recipe",
     "SriglError",
     "masks",
     "passes",

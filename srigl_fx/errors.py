@@ -19,6 +19,10 @@ class RuleError(SparsifyError):
     """A rule is malformed, or matches no weight."""
 
 
+class RecipeError(SparsifyError):
+    """A recipe is damaged, of a newer version, or does not fit the model; the model is unchanged."""
+
+
 class StructureError(SriglError, ValueError):
     """A mask structure does not fit the operation asked of it."""
 

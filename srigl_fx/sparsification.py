@@ -1,32 +1,58 @@
 """The first verb: ``sparsify`` a model, and ``finalize`` it back.
 
 Owns the training pipeline of passes and the checks of the call's own arguments. Each step is a pass:
-discover -> assign budgets -> draw masks -> insert masks; only the last one writes to the model.
+discover -> assign budgets, or follow a recipe -> draw masks -> insert masks; only the last one writes to the model.
 """
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_args
+from dataclasses import replace
+from typing import Any, ParamSpec, TypeVar, get_args
 
 from torch import fx, nn
 
 from srigl_fx.compatibility import noted
-from srigl_fx.errors import SparsifyError, StructureError
+from srigl_fx.errors import RecipeError, SparsifyError, StructureError
+from srigl_fx.masks.distributions import DISTRIBUTIONS
 from srigl_fx.masks.records import Structure, all_records
 from srigl_fx.masks.structures import MaskInit
 from srigl_fx.nn.effective import irreplaceable, prepare_plain
 from srigl_fx.nn.sparse_module import detach_masks, make_plain
-from srigl_fx.passes.assign_budgets import DISTRIBUTIONS, AssignBudgets, Distribution
+from srigl_fx.passes.assign_budgets import AssignBudgets, Distribution
 from srigl_fx.passes.base import run
 from srigl_fx.passes.discover import Discover
 from srigl_fx.passes.draft import Draft
 from srigl_fx.passes.draw_masks import DrawMasks, WeightInit
+from srigl_fx.passes.follow_recipe import FollowRecipe
 from srigl_fx.passes.insert_masks import InsertMasks, restore_graph
+from srigl_fx.recipes import Recipe, asked_for
 from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_sparsity
 
 Model = TypeVar("Model", bound=nn.Module)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_BESIDE_A_RECIPE = {"recipe", "example_inputs"}  # what a recipe does not hold
+
+
+def _exclusive(call: Callable[P, R]) -> Callable[P, R]:
+    """``call``, which refuses a recipe together with arguments that the recipe holds, defaults that are given too."""
+
+    @functools.wraps(call)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        if kwargs.get("recipe") is not None and (besides := kwargs.keys() - _BESIDE_A_RECIPE - {"model"}):
+            names = ", ".join(name for name in kwargs if name in besides)
+            raise RecipeError(
+                f"a recipe already says what {names} would: leave {'it' if len(besides) == 1 else 'them'} out, or "
+                "change the recipe by dataclasses.replace(recipe, seed=...)"
+            )
+        return call(*args, **kwargs)
+
+    return checked
 
 
 @noted
+@_exclusive
 def sparsify(
     model: Model,
     *,
@@ -40,6 +66,7 @@ def sparsify(
     example_inputs: Any = None,
     strict: bool = False,
     seed: int = 0,
+    recipe: Recipe | None = None,
 ) -> Model:
     """Make the weights of ``model`` sparse, in place, and return the same object.
 
@@ -69,11 +96,15 @@ def sparsify(
         strict: Make it an error where the library does not understand how a weight is used, or would leave one dense
             because its fan-in would be 0.
         seed: Seeds masks and initialisation; each weight's draw depends on the seed and its name alone.
+        recipe: A saved call (:func:`srigl_fx.recipe`), to be repeated: every weight gets what was decided for it there,
+            and the masks are drawn in the same way. It stands for all arguments but ``example_inputs``.
 
     Raises:
         SparsifyError: If the sparsity is outside [0, 1), the model is sparse already or wrapped for several processes,
             there is nothing to sparsify, a rule names a layer too small for a fan-in of 1, or ``strict`` is violated.
         RuleError: If a rule is malformed or matches no weight.
+        RecipeError: If the recipe does not fit the model (the message names the weights), or there are other arguments
+            beside it.
 
     In each case the model is as it was.
 
@@ -85,26 +116,50 @@ def sparsify(
     """
     from srigl_fx.train import distributed
 
+    if recipe is not None:
+        if not isinstance(recipe, Recipe):
+            raise RecipeError(
+                f"recipe must be a srigl_fx.Recipe, as srigl_fx.recipe(model) gives it, not {recipe!r:.80}"
+            )
+        mask_init, weight_init, seed = recipe.mask_init, recipe.weight_init, recipe.seed
     _check_arguments(model, sparsity, distribution, structure, mask_init, weight_init)
     distributed.check_unwrapped(model, "sparsify")
     if filter_fn is not None and not callable(filter_fn):
         raise SparsifyError(f"filter_fn must be a function of a module's name and the module, got {filter_fn!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SparsifyError(f"seed must be a whole number, got {seed!r}")
-    passes = (
+    ruleset = RuleSet(rules)
+    assign = AssignBudgets(
+        sparsity=float(sparsity),
+        distribution=distribution,
+        rules=ruleset,
+        filter_fn=filter_fn,
+        structure=structure,
+        strict=strict,
+    )
+    steps = (
         Discover(example_inputs),
-        AssignBudgets(
+        assign if recipe is None else FollowRecipe(decisions=recipe.weights),
+        DrawMasks(mask_init=mask_init, weight_init=weight_init, seed=seed),
+    )
+    draft = run(steps, Draft(model)).subject
+    # Not before: the passes have looked at every argument by now.
+    draft.asked = (
+        replace(recipe, weights=())
+        if recipe is not None
+        else asked_for(
             sparsity=float(sparsity),
             distribution=distribution,
-            rules=RuleSet(rules),
-            filter_fn=filter_fn,
+            rules=ruleset,
             structure=structure,
-            strict=strict,
-        ),
-        DrawMasks(mask_init=mask_init, weight_init=weight_init, seed=seed),
-        InsertMasks(),
+            mask_init=mask_init,
+            weight_init=weight_init,
+            strict=bool(strict),
+            seed=int(seed),
+            filtered=filter_fn is not None,
+        )
     )
-    run(passes, Draft(model))
+    run((InsertMasks(),), draft)
     distributed.ignore_masks(model)
     return model
 

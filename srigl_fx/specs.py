@@ -159,6 +159,15 @@ class RuleSet:
         form: Literal["name", "glob"] = "glob" if any(c in key for c in "*?[") else "name"
         return _Rule(key=key, spec=spec, form=form, pattern=plain(key))
 
+    def specs(self) -> list[tuple[RuleKey, LayerSpec | None]]:
+        """Each rule's key and what it asks for, in the user's order.
+
+        Example:
+            >>> RuleSet({"head": 0.5}).specs()[0][1].sparsity
+            0.5
+        """
+        return [(rule.key, rule.spec) for rule in self._rules]
+
     def match(self, names: Sequence[str], module: nn.Module) -> Match | None:
         """The rule for a weight with these names (its own and its aliases) on ``module``, or None."""
         # As they are, and without the prefixes of wrappers.

@@ -28,9 +28,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "specs": ("errors", "masks"),
     "masks": ("errors",),
     "nn": ("masks", "runtime.format", *COMMON),
-    "train": ("masks", "nn", "runtime.cpu.training_products", *COMMON),
-    "integrations": ("masks", "nn", "train", *COMMON),
-    "sparsification": ("compatibility", "masks", "nn", "passes", "train", *COMMON),
+    "train": ("masks", "nn", "recipes", "runtime.cpu.training_products", *COMMON),
+    "recipes": ("masks", *COMMON),
+    "restoration": ("masks", "passes", "recipes", "train", *COMMON),
+    "integrations": ("masks", "nn", "recipes", "restoration", "train", *COMMON),
+    "sparsification": ("compatibility", "masks", "nn", "passes", "recipes", "train", *COMMON),
     "passes": (
         *("masks", "nn", "comparison", *COMMON),
         *("runtime.activations", "runtime.format", "runtime.cpu.kernels.plan", "runtime.ops"),
@@ -42,7 +44,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.format": ("errors", "runtime.value_types"),
     "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.value_types"),
     "runtime.reference": ("errors", "runtime.activations"),
-    "lowering": ("comparison", "compatibility", "masks", "nn", "passes", "reports", "runtime", *COMMON),
+    "lowering": ("comparison", "compatibility", "masks", "nn", "passes", "recipes", "reports", "runtime", *COMMON),
     "onnx_export": (
         "comparison",
         "compatibility",

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import TrainerError
 from srigl_fx.integrations.attachment import SparseTraining, extra
+from srigl_fx.integrations.pretrained import MASKS_FILE, contents_of, from_pretrained, save_pretrained
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.checkpoint_file import read, write
 from srigl_fx.train.srigl import SRigL
@@ -20,6 +21,8 @@ from srigl_fx.train.srigl import SRigL
 with extra("transformers", "transformers", "accelerate"):
     from accelerate.optimizer import AcceleratedOptimizer  # type: ignore[import-untyped]
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+__all__ = ["MASKS_FILE", "STATE_FILE", "SRigLCallback", "from_pretrained", "save_pretrained"]
 
 STATE_FILE = "srigl_fx.safetensors"
 
@@ -122,11 +125,13 @@ class SRigLCallback(SparseTraining, TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **context: Any) -> None:
         """Write the state beside the checkpoint that was just saved, whole or not at all."""
         contents = {"step": state.global_step, **self.sparse_state()}  # on every process: it may communicate
-        if not args.should_save or args.save_only_model:
+        if not args.should_save:
             return
         folder = _folder(args, state)
         if folder.is_dir():
-            write(folder / STATE_FILE, contents)
+            write(folder / MASKS_FILE, contents_of(context["model"]))
+            if not args.save_only_model:
+                write(folder / STATE_FILE, contents)
         else:
             _log.warning("there is no checkpoint %s to save the state of sparse training in", folder)
 

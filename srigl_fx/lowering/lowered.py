@@ -5,7 +5,7 @@ Owns :class:`LoweredModule` and the report. It must not know how a model is lowe
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from srigl_fx.passes.base import Note
 from srigl_fx.passes.capture import Failure
 from srigl_fx.passes.example_inputs import Inputs
 from srigl_fx.passes.removal import Removals
+from srigl_fx.recipes import Recipe, from_plain, only, to_plain
 from srigl_fx.reports.html_page import format_neurons, lowering_page, notes_by_pass, save_page
 from srigl_fx.reports.removal import format_removals
 from srigl_fx.reports.text_tables import format_bytes, format_table
@@ -282,7 +283,11 @@ class LoweredModule(fx.GraphModule):
 
     @classmethod
     def build(
-        cls, module: fx.GraphModule, report: LoweringReport, inputs: list[dict[str, Any] | None]
+        cls,
+        module: fx.GraphModule,
+        report: LoweringReport,
+        inputs: list[dict[str, Any] | None],
+        recipes: Mapping[str, Recipe] | None = None,
     ) -> "LoweredModule":
         """Wrap a lowered graph.
 
@@ -292,11 +297,14 @@ class LoweredModule(fx.GraphModule):
             inputs: For each flat input its "dtype" and "shape" (None for a free size; with "any_rank", only the last
                 size matters), its "value" if it is a constant of the graph, or None where it may be anything. Inputs
                 that have the same number as their "batch" must have the same leading size.
+            recipes: Those of the model's parts; by default those that ``module`` has, where it is lowered already.
         """
         module.graph.set_codegen(_CodeGen(module.graph._codegen.pytree_info))  # type: ignore[attr-defined]
         lowered = cls(module, module.graph)
         lowered.eval()
-        lowered.meta[_STATE] = {"report": report, "inputs": inputs}
+        if recipes is None:
+            recipes = module.recipes if isinstance(module, LoweredModule) else {}
+        lowered.meta[_STATE] = {"report": report, "inputs": inputs, "recipes": dict(recipes)}
         return lowered
 
     def __repr__(self) -> str:
@@ -308,6 +316,24 @@ class LoweredModule(fx.GraphModule):
         report = self.meta[_STATE]["report"]
         assert isinstance(report, LoweringReport)
         return report
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the model that was lowered; None where it had none, or parts of it have their own.
+
+        Example:
+            >>> import srigl_fx as sx
+            >>> model = sx.sparsify(torch.nn.Sequential(torch.nn.Linear(16, 8)), sparsity=0.75)
+            >>> sx.lower(model.eval(), (torch.ones(1, 16),), min_speedup=0).recipe == sx.recipe(model)
+            True
+        """
+        return only(self.recipes)
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes of the model's parts, as :func:`srigl_fx.recipes.recipes_of` gives them."""
+        recipes: dict[str, Recipe] = self.meta[_STATE].get("recipes", {})
+        return recipes
 
     @property
     def inputs(self) -> list[dict[str, Any] | None]:
@@ -330,6 +356,8 @@ class LoweredModule(fx.GraphModule):
 
     def _bytes(self) -> bytes:
         extra = {"report": self.report.as_dict(), "inputs": self.meta[_STATE]["inputs"]}
+        if self.recipes:
+            extra["recipes"] = to_plain(self.recipes)
         return graph_file.dump(self, extra)
 
     @staticmethod
@@ -358,7 +386,8 @@ def _build(module: fx.GraphModule, extra: dict[str, Any]) -> LoweredModule:
     placeholders = sum(node.op == "placeholder" for node in module.graph.nodes)
     if len(inputs) != placeholders or not all(item is None or is_description(item) for item in inputs):
         raise ValueError("the inputs described are not those of the graph")
-    return LoweredModule.build(module, LoweringReport.from_dict(extra["report"]), inputs)
+    report, recipes = LoweringReport.from_dict(extra["report"]), from_plain(extra.get("recipes"))
+    return LoweredModule.build(module, report, inputs, recipes)
 
 
 def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:

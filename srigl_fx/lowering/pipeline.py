@@ -34,6 +34,7 @@ from srigl_fx.passes.program import Costs, Program, Times
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 from srigl_fx.passes.wrappers import unwrapped
+from srigl_fx.recipes import recipes_of
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
 from srigl_fx.runtime.value_types import NAMES, choice
 
@@ -193,7 +194,8 @@ def _run_passes(
     observe = None if options.dump is None else Dump(options.dump, program)
     finished = run([_settled(step, options) for step in whole(options.passes)], program, check=check, observe=observe)
     report = _report(finished.subject, finished.notes)
-    return LoweredModule.build(finished.subject.module, report, inputs), finished.subject
+    recipes = recipes_of(captured.model)
+    return LoweredModule.build(finished.subject.module, report, inputs, recipes), finished.subject
 
 
 def _settled(step: Pass[Program], options: _Options) -> Pass[Program]:

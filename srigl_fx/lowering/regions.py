@@ -22,6 +22,7 @@ from srigl_fx.lowering.lowered import LoweredModule, LoweringReport
 from srigl_fx.masks.records import records_on
 from srigl_fx.nn.sparse_module import detach_masks
 from srigl_fx.passes.example_inputs import Inputs
+from srigl_fx.recipes import Recipe
 
 _GRAPH = "_srigl_fx_graph"
 _CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = weakref.WeakKeyDictionary()
@@ -66,6 +67,11 @@ class LoweredRegions(nn.Module):
     def report(self) -> LoweringReport:
         """What was lowered, what was not, and why; ``str()`` is a table."""
         return self._report
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe of the model that was lowered; None where it had none, or parts of it have their own."""
+        return next((graph.recipe for graph in self.regions.values()), None)
 
     @property
     def regions(self) -> dict[str, LoweredModule]:

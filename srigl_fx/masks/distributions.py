@@ -6,7 +6,7 @@ or masks: which weights count, and which of them stay dense, is the caller's dec
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from srigl_fx.errors import SparsifyError
 from srigl_fx.masks.budgets import budget
@@ -104,6 +104,14 @@ def uniform_rigl(shapes: Shapes, sparsity: float, *, dense: Collection[str] = ()
     _sizes(shapes, sparsity, dense)
     first = next(iter(shapes), None)
     return {name: 1.0 if name == first or name in dense else 1.0 - sparsity for name in shapes}
+
+
+DISTRIBUTIONS: dict[str, Callable[..., dict[str, float]]] = {
+    "erk": erk,
+    "uniform": uniform,
+    "uniform_rigl": uniform_rigl,
+}
+"""The distributions by the names that ``sparsify`` takes."""
 
 
 def _sizes(shapes: Shapes, sparsity: float, dense: Collection[str]) -> dict[str, int]:

@@ -10,7 +10,7 @@ pickle and wrappers; handles are made anew from the model whenever they are need
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from torch import Tensor, fx, nn
@@ -164,6 +164,8 @@ class WeightRecord:
         budgets: For each block, the number of weights it may keep.
         ablation: For each block, its own ablation threshold from a rule; None means the trainer's.
         dense_start: Whether the mask starts full and may exceed the budget until gradual pruning has reached it.
+        asked: The recipe of the call that decided it, without decisions (:mod:`srigl_fx.recipes`); None where there
+            is none. Nothing here looks into it.
     """
 
     site: WeightSite
@@ -172,6 +174,7 @@ class WeightRecord:
     budgets: tuple[int, ...] = ()
     ablation: tuple[float | None, ...] = ()
     dense_start: bool = False
+    asked: object | None = field(default=None, compare=False, repr=False)
 
     @property
     def sparse(self) -> bool:

@@ -23,6 +23,7 @@ from srigl_fx.masks.invariants import verify
 from srigl_fx.masks.optimizer_probe import ProbeError, needs, small_shape
 from srigl_fx.masks.records import MASK_SUFFIX, plain, set_records, sparse_weights
 from srigl_fx.masks.shards import is_sharded
+from srigl_fx.recipes import Recipe, from_plain, recipes_of, to_plain
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.checkpoint_file import read, write
 from srigl_fx.train.state import check_layout, layout
@@ -80,6 +81,7 @@ def save(
     contents: dict[str, Any] = {
         "model": {plain(name): value for name, value in _live(model).items()},
         "layout": layout(model),
+        "recipes": to_plain(recipes_of(model)),
         "optimizer": None,
         "trainer": None,
         "extra": dict(extra or {}),
@@ -143,6 +145,37 @@ def load(
     if trainer is not None:
         trainer.load_state_dict(contents["trainer"])
     return dict(extra)
+
+
+def recipe(path: str | os.PathLike[str], part: str | None = None) -> Recipe:
+    """The recipe of the model in a checkpoint, for ``sparsify(model, recipe=...)`` before the rest is loaded.
+
+    Args:
+        path: A file that :func:`save` wrote.
+        part: The name of the module that ``sparsify`` was called with, "" for the model itself; needed where parts of
+            the model were sparsified by calls of their own.
+
+    Raises:
+        CheckpointError: The file is damaged, foreign, or holds no such recipe.
+        RecipeError: The recipe is damaged, or of a newer version.
+
+    Example:
+        >>> import tempfile, srigl_fx as sx
+        >>> model = sx.sparsify(nn.Sequential(nn.Linear(32, 16)), sparsity=0.75)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(f"{folder}/last.safetensors", model=model)
+        ...     again = sx.sparsify(nn.Sequential(nn.Linear(32, 16)), recipe=recipe(f"{folder}/last.safetensors"))
+        ...     load(f"{folder}/last.safetensors", model=again)
+        {}
+    """
+    found = from_plain(read(path).get("recipes"))
+    if part is None and len(found) == 1:
+        return next(iter(found.values()))
+    if part is not None and part in found:
+        return found[part]
+    if not found:
+        raise CheckpointError(f"{path} holds no recipe: its model is dense, or was saved by a release that kept none")
+    raise CheckpointError(f"{path} holds recipes of the parts {', '.join(map(repr, found))}: pass part= one of them")
 
 
 def _live(model: nn.Module) -> "OrderedDict[str, Any]":

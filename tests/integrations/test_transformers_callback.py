@@ -19,7 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 pytest.importorskip("accelerate", reason="the extra [transformers] is not installed")
 transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
 
-from srigl_fx.integrations.transformers import STATE_FILE, SRigLCallback  # noqa: E402 - only where it is installed
+from srigl_fx.integrations.transformers import MASKS_FILE, STATE_FILE, SRigLCallback  # noqa: E402 - only where it is installed
 
 OPTIONS: dict[str, Any] = {"update_every": 4, "ablation": 0.5, "drop_fraction": 0.5}
 
@@ -167,7 +167,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert resumed.metrics is not None
     assert resumed.metrics.flat() == whole.metrics.flat()
     assert resumed.metrics.total()["change_rate"] > 0
-    assert [path.name for path in checkpoint.iterdir() if "srigl" in path.name] == [STATE_FILE]
+    assert {path.name for path in checkpoint.iterdir() if "srigl" in path.name} == {STATE_FILE, MASKS_FILE}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,397 @@
+"""A call of ``sparsify`` that can be saved, compared and given back: what it asked for, and what it decided.
+
+Owns :class:`Recipe`, its file, and how the recipe of a model is put together from the records beside its masks. It must
+not know how weights are found, or how a recipe is followed.
+
+A file is untrusted: every value is checked, and nothing that it names is imported or run.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from torch import nn
+
+from srigl_fx.errors import RecipeError, RuleError
+from srigl_fx.files import replacing
+from srigl_fx.masks.decisions import WeightDecision
+from srigl_fx.masks.distributions import DISTRIBUTIONS
+from srigl_fx.masks.initialisation import WeightInit
+from srigl_fx.masks.records import Structure, all_records, plain
+from srigl_fx.masks.structures import MaskInit
+from srigl_fx.reports.text_tables import format_table
+from srigl_fx.specs import LayerSpec, RuleSet, check_sparsity
+
+VERSION = 1
+_FORMAT = "srigl_fx.recipe"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskedRule:
+    """One rule of a call.
+
+    Attributes:
+        key: The rule's key; of a module type, its qualified name.
+        is_type: Whether the key is a module type.
+        spec: What the rule asks for; None leaves the weights dense.
+    """
+
+    key: str
+    is_type: bool = False
+    spec: LayerSpec | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, str) or not isinstance(self.is_type, bool):
+            raise RecipeError(f"the recipe's rule {self.key!r:.80} is malformed: a key is a text")
+        if not (self.spec is None or isinstance(self.spec, LayerSpec)):
+            raise RecipeError(f"the recipe's rule {self.key!r:.80} is malformed: it asks for {self.spec!r:.80}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What ``sparsify`` was asked for, and what it decided for each weight; ``str()`` is a table.
+
+    It rides with the masks: :func:`srigl_fx.recipe` gives that of a model. Two recipes are equal if the calls and the
+    decisions were. ``dataclasses.replace(recipe, seed=1)`` is the same with other draws.
+
+    Attributes:
+        sparsity: Fraction of weights that the call removed.
+        distribution: Its name, or (name, density) pairs where the call gave a mapping.
+        rules: The rules, in their order.
+        structure: The mask structure asked for.
+        mask_init: How the first masks were chosen.
+        weight_init: How the kept weights started.
+        strict: Whether the call was strict.
+        seed: The seed of masks and initial values.
+        filtered: Whether the call had a ``filter_fn``; the function itself is not kept, what it decided is.
+        weights: What was decided, for each weight of two or more dimensions, in registration order.
+
+    Raises:
+        RecipeError: A value is out of range, or two decisions are of one weight.
+
+    Example:
+        >>> import srigl_fx as sx
+        >>> def build():
+        ...     return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> recipe = sx.recipe(sx.sparsify(build(), sparsity=0.75, distribution="uniform", rules={"2": None}))
+        >>> print(recipe)
+        sparsity 0.75, distribution uniform, constant_fan_in, masks by magnitude, weights keep, seed 0, 1 rule
+        1 of 2 weights sparse, 832 of 2368 entries kept
+        <BLANKLINE>
+        weight    shape  structure        budget  fan-in  density  why dense
+        --------  -----  ---------------  ------  ------  -------  ----------------------------
+        0.weight  32x64  constant_fan_in     512      16     0.25
+        2.weight  10x32  dense               320                1  the rule '2' leaves it dense
+        >>> sx.recipe(sx.sparsify(build(), recipe=recipe)) == recipe
+        True
+    """
+
+    sparsity: float = 0.9
+    distribution: str | tuple[tuple[str, float], ...] = "erk"
+    rules: tuple[AskedRule, ...] = ()
+    structure: Structure = "constant_fan_in"
+    mask_init: MaskInit = "magnitude"
+    weight_init: WeightInit = "keep"
+    strict: bool = False
+    seed: int = 0
+    filtered: bool = False
+    weights: tuple[WeightDecision, ...] = ()
+
+    def __post_init__(self) -> None:
+        try:
+            check_sparsity(self.sparsity, "Recipe")
+        except RuleError as error:
+            raise RecipeError(str(error)) from error
+        for name, choices in (("structure", Structure), ("mask_init", MaskInit), ("weight_init", WeightInit)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise RecipeError(f"Recipe: {name} must be one of {get_args(choices)}, not {value!r:.80}")
+        if not _is_distribution(self.distribution):
+            raise RecipeError(
+                f"Recipe: distribution must be one of {sorted(DISTRIBUTIONS)} or pairs of names and densities, not "
+                f"{self.distribution!r:.80}"
+            )
+        for name, kind in (("strict", bool), ("filtered", bool), ("seed", int), ("rules", tuple), ("weights", tuple)):
+            if type(value := getattr(self, name)) is not kind:
+                raise RecipeError(f"Recipe: {name} must be of type {kind.__name__}, not {value!r:.80}")
+        if not all(isinstance(rule, AskedRule) for rule in self.rules):
+            raise RecipeError("Recipe: rules must be AskedRules")
+        if not all(isinstance(weight, WeightDecision) for weight in self.weights):
+            raise RecipeError("Recipe: weights must be WeightDecisions")
+        if twice := [name for name, count in Counter(weight.name for weight in self.weights).items() if count > 1]:
+            raise RecipeError(f"Recipe: there are two decisions for {', '.join(map(repr, twice[:5]))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain data, as JSON holds it, with a version."""
+        mapped = self.distribution if isinstance(self.distribution, str) else dict(self.distribution)
+        return {
+            "format": _FORMAT,
+            "version": VERSION,
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            "distribution": mapped,
+            "rules": [
+                {"key": rule.key, "is_type": rule.is_type, "spec": None if rule.spec is None else rule.spec.to_dict()}
+                for rule in self.rules
+            ],
+            "weights": [weight.to_dict() for weight in self.weights],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "Recipe":
+        """The recipe that :meth:`to_dict` described.
+
+        Raises:
+            RecipeError: ``data`` is no recipe, of a newer version, or damaged.
+
+        Example:
+            >>> Recipe.from_dict(Recipe(sparsity=0.8).to_dict()) == Recipe(sparsity=0.8)
+            True
+        """
+        if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
+            raise RecipeError("this is no recipe of srigl_fx: srigl_fx.recipe(model).to_dict() is one")
+        version = data.get("version")
+        if type(version) is not int or not 1 <= version <= VERSION:
+            raise RecipeError(
+                f"the recipe is of version {version!r:.80}, but this srigl_fx reads versions up to {VERSION}: update it"
+            )
+        known = {field.name for field in fields(cls)}
+        given = data.keys() - {"format", "version"}
+        if given != known:
+            odd = [
+                f"{name!r} is {'missing' if name in known else 'unknown'}" for name in sorted(map(str, given ^ known))
+            ]
+            raise RecipeError(f"the recipe is damaged: {', '.join(odd[:5])}; save it again")
+        try:
+            spread, rules, weights = data["distribution"], data["rules"], data["weights"]
+            if not isinstance(rules, list) or not isinstance(weights, list):
+                raise RecipeError("rules and weights must be lists")
+            read = {
+                "distribution": tuple(spread.items()) if isinstance(spread, Mapping) else spread,
+                "rules": tuple(map(_rule, rules)),
+                "weights": tuple(map(WeightDecision.from_dict, weights)),
+            }
+            return cls(**{**{name: data[name] for name in known}, **read})
+        except Exception as error:
+            # Values of any type may stand anywhere; unhashable ones and the like fail in their own way.
+            raise RecipeError(f"the recipe is damaged ({type(error).__name__}: {error}); save it again") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe to a JSON file, which appears whole or not at all.
+
+        Raises:
+            RecipeError: The file cannot be written.
+
+        Example:
+            >>> import tempfile
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     Recipe(sparsity=0.8).save(f"{folder}/recipe.json")
+            ...     Recipe.load(f"{folder}/recipe.json").sparsity
+            0.8
+        """
+        try:
+            with replacing(path) as part:
+                part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise RecipeError(
+                f"{path} cannot be written ({error.strerror or error}): does its folder exist, with space left?"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Recipe":
+        """Read what :meth:`save` wrote; the file may come from anywhere, nothing in it is run.
+
+        Raises:
+            RecipeError: There is no such file, it is no recipe, of a newer version, or damaged.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise RecipeError(f"there is no file {path}; srigl_fx.recipe(model).save(path) writes one") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} cannot be read ({error}): give the path of a recipe") from error
+        try:
+            return cls.from_dict(parse(text))
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
+
+    def __str__(self) -> str:
+        spread = self.distribution if isinstance(self.distribution, str) else "given by name"
+        asked = [
+            f"sparsity {self.sparsity:g}, distribution {spread}, {self.structure}, masks by {self.mask_init}",
+            f"weights {self.weight_init}, seed {self.seed}",
+        ]
+        asked += [f"{len(self.rules)} rule{'' if len(self.rules) == 1 else 's'}"] if self.rules else []
+        asked += ["with a filter_fn"] if self.filtered else []
+        asked += ["strict"] if self.strict else []
+        rows = [
+            (
+                weight.name,
+                "x".join(map(str, weight.shape)),
+                weight.structure or "dense",
+                weight.budget,
+                "" if weight.fan_in is None else weight.fan_in,
+                f"{weight.density:.3g}",
+                weight.reason,
+            )
+            for weight in self.weights
+        ]
+        kept, sizes = sum(row.budget for row in self.weights), sum(row.size for row in self.weights)
+        sparse = sum(weight.sparse for weight in self.weights)
+        said = f"{', '.join(asked)}\n{sparse} of {len(rows)} weights sparse, {kept} of {sizes} entries kept"
+        headers = ("weight", "shape", "structure", "budget", "fan-in", "density", "why dense")
+        return f"{said}\n\n{format_table(headers, rows, right=(3, 4, 5))}" if rows else ", ".join(asked)
+
+
+def recipe(model: nn.Module) -> Recipe:
+    """The recipe of a model that was sparsified: what the call asked for, and what was decided for each weight.
+
+    Names in it are those of the module that ``sparsify`` was called with; wrappers around it do not matter.
+
+    Raises:
+        RecipeError: The model has no masks, or those of several calls: ask for the recipe of each of the parts then, or
+            use :func:`recipes_of`.
+
+    Example:
+        >>> import srigl_fx as sx
+        >>> model = sx.sparsify(nn.Sequential(nn.Linear(64, 32)), sparsity=0.5)
+        >>> found = sx.recipe(model)
+        >>> found.sparsity, found.weights[0].name, found.weights[0].fan_in
+        (0.5, '0.weight', 32)
+    """
+    found = recipes_of(model)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    if found:
+        raise RecipeError(
+            f"parts of this {type(model).__name__} were sparsified by calls of their own "
+            f"({', '.join(map(repr, found))}): ask for the recipe of each part"
+        )
+    raise RecipeError(
+        f"this {type(model).__name__} has no recipe: it was not sparsified, or unpickled from a release that kept none"
+    )
+
+
+def recipes_of(model: nn.Module) -> dict[str, Recipe]:
+    """The recipes of a model's parts, by the names of the modules that ``sparsify`` was called with.
+
+    The model itself is named ""; of a part that was taken out of a sparsified model, the recipe covers that part.
+
+    Example:
+        >>> import srigl_fx as sx
+        >>> parts = nn.ModuleDict({"encoder": nn.Linear(64, 32), "head": nn.Linear(32, 10)})
+        >>> _ = sx.sparsify(parts["encoder"], sparsity=0.5)
+        >>> list(recipes_of(parts)), list(recipes_of(nn.Linear(3, 2)))
+        (['encoder'], [])
+    """
+    asked: dict[str, Recipe] = {}
+    decided: dict[str, list[WeightDecision]] = {}
+    for fqn, _, record in all_records(model):
+        if not isinstance(record.asked, Recipe):
+            continue
+        live, given = plain(fqn), plain(record.site.fqn)
+        part = live.removesuffix(given).removesuffix(".") if _ends_with(live, given) else ""
+        asked.setdefault(part, record.asked)
+        decided.setdefault(part, []).append(WeightDecision.of(live.removeprefix(f"{part}." if part else ""), record))
+    return {part: replace(asked[part], weights=tuple(weights)) for part, weights in decided.items()}
+
+
+def only(found: Mapping[str, Recipe]) -> Recipe | None:
+    """The recipe of a model that was sparsified by one call, else None.
+
+    Example:
+        >>> only({}), only({"": Recipe(sparsity=0.5)}).sparsity
+        (None, 0.5)
+    """
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def to_plain(found: Mapping[str, Recipe]) -> dict[str, Any]:
+    """The recipes of a model's parts as plain data, as JSON holds it.
+
+    Example:
+        >>> from_plain(to_plain({"encoder": Recipe(seed=3)}))["encoder"].seed
+        3
+    """
+    return {part: one.to_dict() for part, one in found.items()}
+
+
+def from_plain(data: Any) -> dict[str, Recipe]:
+    """The inverse of :func:`to_plain`; empty for what was saved before there were recipes.
+
+    Raises:
+        RecipeError: ``data`` holds anything but recipes by the names of parts.
+
+    Example:
+        >>> from_plain(None)
+        {}
+    """
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping) or not all(isinstance(part, str) for part in data):
+        raise RecipeError("its recipes are damaged: they must stand under the names of a model's parts")
+    return {part: Recipe.from_dict(one) for part, one in data.items()}
+
+
+def parse(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        RecipeError: It is no JSON.
+
+    Example:
+        >>> parse('{"seed": 3}')
+        {'seed': 3}
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"this is no recipe, or a damaged one ({type(error).__name__}: {error})") from error
+
+
+def asked_for(*, rules: RuleSet, distribution: str | Mapping[str, float], filtered: bool, **plainly: Any) -> Recipe:
+    """The recipe of a call of ``sparsify``, before anything is decided.
+
+    Example:
+        >>> rules = RuleSet({"head": 0.5, nn.Conv2d: None})
+        >>> asked_for(rules=rules, distribution="erk", filtered=False, seed=1).rules[1].key
+        'torch.nn.modules.conv.Conv2d'
+    """
+    return Recipe(
+        distribution=distribution if isinstance(distribution, str) else tuple(distribution.items()),
+        rules=tuple(
+            AskedRule(key=key, spec=spec)
+            if isinstance(key, str)
+            else AskedRule(key=f"{key.__module__}.{key.__qualname__}", is_type=True, spec=spec)
+            for key, spec in rules.specs()
+        ),
+        filtered=filtered,
+        **plainly,
+    )
+
+
+def _rule(data: Any) -> AskedRule:
+    if not isinstance(data, Mapping) or data.keys() != {"key", "is_type", "spec"}:
+        raise RecipeError(f"the recipe's rule {data!r:.80} is malformed")
+    spec = data["spec"]
+    return AskedRule(key=data["key"], is_type=data["is_type"], spec=None if spec is None else LayerSpec.from_dict(spec))
+
+
+def _is_distribution(value: object) -> bool:
+    if isinstance(value, str):
+        return value in DISTRIBUTIONS
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], int | float)
+        and not isinstance(pair[1], bool)
+        and 0.0 < pair[1] <= 1.0
+        for pair in value
+    )
+
+
+def _ends_with(live: str, given: str) -> bool:
+    return live == given or live.endswith("." + given)
