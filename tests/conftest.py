@@ -14,6 +14,7 @@ import torch
 import zoo.cpu_torchvision  # noqa: F401 - for an environment that .ci/install_zoo.py did not prepare
 
 _CACHE = "SRIGL_FX_TEST_CACHE"
+_OBJECTS = "SRIGL_FX_TEST_OBJECTS"  # a folder that lasts, for what is compiled from the same sources each time
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,6 +22,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if _CACHE not in os.environ:
         os.environ[_CACHE] = tempfile.mkdtemp(prefix="srigl_fx_tests_")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(_CACHE), ignore_errors=True))
+    if _OBJECTS not in os.environ:
+        cache = getattr(config, "cache", None)
+        os.environ[_OBJECTS] = str(cache.mkdir("objects") if cache else Path(os.environ[_CACHE], "objects"))
     os.environ["HF_HUB_OFFLINE"] = "1"  # models come from configurations, never from a hub
     for name in ("SRIGL_FX_CACHE", "MPLCONFIGDIR"):
         os.environ[name] = os.path.join(os.environ[_CACHE], name.lower())
@@ -71,16 +75,20 @@ def checkout() -> Path:
     return root
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _objects() -> None:
+    """Every build of the operator library in this process takes the objects that were compiled before."""
+    from ort_support import objects
+
+    objects.use()
+
+
 @pytest.fixture(scope="session")
 def library() -> Path:
     """The built operator library; tests that need it are skipped on other platforms than Linux x86-64."""
-    from ort_support import objects
-
     from srigl_fx.runtime.ort.library import library_path, library_status
 
     status = library_status()
     if not status.supported:
         pytest.skip(status.reason)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("srigl_fx.runtime.ort.library.compile_all", objects.copy_objects)
-        return library_path()
+    return library_path()

@@ -1,4 +1,4 @@
-"""The objects of the operator library, compiled once for all tests, in whichever process they build it.
+"""The objects of the operator library, compiled once for all test runs of the same sources, in whichever process.
 
 Compiling takes nearly all of a build's time. Everything else of a build is done anew each time.
 """
@@ -13,8 +13,11 @@ from srigl_fx.runtime.ort.compile import OBJECTS, compile_all
 
 
 def copy_objects(folder: Path) -> list[Path]:
-    """What ``compile_all`` gives, copied from the folder in which the first caller of this test run compiled it."""
-    kept = Path(os.environ["SRIGL_FX_TEST_CACHE"], f"objects-{library._cached_name()}")
+    """What ``compile_all`` gives, copied from the folder in which the first caller compiled it.
+
+    The folder's name has the hash of the sources and the versions of the compilers.
+    """
+    kept = Path(os.environ["SRIGL_FX_TEST_OBJECTS"], library._cached_name())
     make_private(kept)
     with locked(kept):
         if not (kept / "complete").exists():

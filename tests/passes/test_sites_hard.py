@@ -334,7 +334,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("by_run", [False, True])
-def test_a_thousand_layers_are_found_in_calls_linear_in_their_number(by_run: bool) -> None:
+def test_hundreds_of_layers_are_found_in_calls_linear_in_their_number(by_run: bool) -> None:
     """Counted, as seconds differ between machines, beside a trace of torch.fx, which grows with what is imported."""
 
     def calls(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:
@@ -349,8 +349,8 @@ def test_a_thousand_layers_are_found_in_calls_linear_in_their_number(by_run: boo
         return count
 
     discovery(10)
-    half, whole = discovery(500), discovery(1000)
+    half, whole = discovery(100), discovery(200)
     assert whole < 2.1 * half
     fx.symbolic_trace(nn.Sequential(Block()))
     trace, _ = calls(fx.symbolic_trace, nn.Sequential(Block()))
-    assert whole < 2 * 1000 * trace
+    assert whole < 2 * 200 * trace
