@@ -176,6 +176,13 @@ def test_the_documentation_has_the_tables(checkout: Path, name: str, table: Any)
     assert page.partition(f"<!-- {name} -->\n\n")[2].partition(f"\n\n<!-- end {name} -->")[0] == table.as_markdown()
 
 
+def test_every_kernel_is_measured(checkout: Path) -> None:
+    """``benchmarks/kernels.py`` stops at a kernel that it has no call for; its page is made anew when a row is added."""
+    page = (checkout / "benchmarks" / "results" / "kernels.md").read_text(encoding="utf-8")
+    rows = [[cell.strip(" `") for cell in line.split("|")] for line in page.splitlines() if line.startswith("| `")]
+    assert [(row[1], row[4]) for row in rows] == [(kernel.task, dtype) for kernel in KERNELS for dtype in kernel.values]
+
+
 def test_the_library_is_named_after_all_that_it_is_made_from() -> None:
     """A source that its name forgot would leave an old library in use."""
     code = "import sys, srigl_fx.runtime.ort.compile\n"
