@@ -165,7 +165,7 @@ def main() -> None:
         [
             "# Every kernel of the table",
             "",
-            f"{SPARSITY:.0%} sparse, one thread, medians of interleaved rounds; dense is torch, with every instruction set.",
+            f"{SPARSITY:.0%} sparse, one thread, medians of rounds; dense is torch, on any instruction set.",
             "The rows and strided kernels are what is left where no panel fits: they are not meant to win.",
             "",
             describe(1),

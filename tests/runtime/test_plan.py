@@ -177,7 +177,7 @@ def test_the_documentation_has_the_tables(checkout: Path, name: str, table: Any)
 
 
 def test_every_kernel_is_measured(checkout: Path) -> None:
-    """``benchmarks/kernels.py`` stops at a kernel that it has no call for; its page is made anew when a row is added."""
+    """``benchmarks/kernels.py`` stops at a kernel that it has no call for; its page is made anew with each row."""
     page = (checkout / "benchmarks" / "results" / "kernels.md").read_text(encoding="utf-8")
     rows = [[cell.strip(" `") for cell in line.split("|")] for line in page.splitlines() if line.startswith("| `")]
     assert [(row[1], row[4]) for row in rows] == [(kernel.task, dtype) for kernel in KERNELS for dtype in kernel.values]
