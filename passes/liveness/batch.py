@@ -59,8 +59,6 @@ def depends_on_batch_size(node: fx.Node) -> bool:
         return bool(given.get("training", row.does == "normalises"))
     if row.family in {"part", "split"} or plain_name(node.target) == "index_select":
         return any(axis in set(batch_axes(first)) - set(sample_axes(first)) for axis in _dims(given, first) or ())
-    if row.family == "diagonal":
-        return _compares_with_batch(given, first)
     if row.does in _KEEPS_ELEMENTS:
         return False
     dims = _dims(given, first)
@@ -69,17 +67,6 @@ def depends_on_batch_size(node: fx.Node) -> bool:
     outs = [leaf for leaf in pytree.tree_leaves(node.meta.get("val")) if isinstance(leaf, Tensor)]
     kept = all(out.dim() and isinstance(out.shape[0], torch.SymInt) for out in outs)
     return not kept or any(batch_axes(leaf) != (0,) for leaf in tensors)
-
-
-def _compares_with_batch(given: dict[str, Any], data: Any) -> bool:
-    """Whether an operator on diagonals compares places along a batch axis with those along another: the elements off
-    the diagonal of the samples tried are not those of more.
-    """
-    if not isinstance(data, fx.Node):
-        return True
-    rank = _rank(data)
-    axes = [given.get("dim1", -2), given.get("dim2", -1)] if rank > 1 else [-1]
-    return any(axis % rank in batch_axes(data) for axis in axes)
 
 
 def _rank(node: fx.Node) -> int:
