@@ -1,13 +1,16 @@
 """What every test relies on: one thread for each worker, and caches of the test run's own."""
 
 import ast
+import copy
 import functools
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
+from typing import Any
 
 import pytest
 import torch
@@ -81,6 +84,24 @@ def _objects() -> None:
     from ort_support import objects
 
     objects.use()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _translations() -> Iterator[None]:
+    """torch.onnx parses its 500 translations at each export, which takes longer than all else; here it does so once."""
+    from torch.onnx._internal.exporter import _registration
+
+    registry = _registration.ONNXRegistry
+    made: Callable[..., Any] = functools.cache(registry.from_torchlib)
+
+    def copied(*args: Any, **kwargs: Any) -> Any:
+        found = copy.copy(made(*args, **kwargs))
+        found.functions = {name: list(known) for name, known in found.functions.items()}  # an export adds to them
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "from_torchlib", staticmethod(copied))
+        yield
 
 
 @pytest.fixture(scope="session")
