@@ -239,7 +239,7 @@ def operator_of(target: object) -> Operator:
     if not name:
         return UNKNOWN
     assert isinstance(target, torch._ops.OpOverload)
-    row = UNKNOWN if f"{name}.{target._overloadname}" in _APART else OPERATORS.get(name, UNKNOWN)
+    row = UNKNOWN if str(target).removeprefix("aten.") in _APART else OPERATORS.get(name, UNKNOWN)
     tagged = torch.Tag.pointwise in target.tags
     return TAGGED if tagged and row.does not in ("pointwise", "copies") else row
 

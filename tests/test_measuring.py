@@ -15,6 +15,8 @@ from srigl_fx.lowering.lowered import LoweredModule, LoweringReport
 from srigl_fx.lowering.pipeline import lower
 from srigl_fx.passes.program import Decision, Times
 from srigl_fx.runtime.cache import CACHE_VARIABLE
+from srigl_fx.runtime.costs import autotune
+from srigl_fx.runtime.costs.cost_model import Machine
 from srigl_fx.runtime.costs.timings import FILE
 
 
@@ -27,7 +29,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CLEAR", float("inf"))
-    monkeypatch.setattr(measuring, "_FAR", float("inf"))  # however busy the machine is
+    # However busy the machine is:
+    monkeypatch.setattr(measuring, "_FAR", float("inf"))
+    monkeypatch.setattr(measuring, "measure_undisturbed", lambda alternatives, *, alone: autotune.measure(alternatives))
 
 
 def model() -> nn.Module:
@@ -95,6 +99,7 @@ def test_no_speedup_no_measuring(cache: Path) -> None:
 
 def test_linear_forms_that_are_far_apart_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "measure", lambda _: pytest.fail("measured"))
+    monkeypatch.setattr(measuring, "checked_constants", lambda timings, kernels: Machine())  # busy or not
     linear = mask_by_hand(randomise(nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))), 0.2).eval()
 
     def report(estimate: dict[str, float], min_speedup: float = 1.0) -> LoweringReport:

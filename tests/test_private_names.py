@@ -19,6 +19,7 @@ from torch import nn
 
 from srigl_fx import compatibility
 from srigl_fx.compatibility import LATE, PRIVATE, holder
+from srigl_fx.passes.operators import OPERATORS
 
 LISTED = {name for names in (*PRIVATE.values(), *LATE.values()) for name in names}
 LISTED |= {part for where in (*PRIVATE, *LATE) for part in where.split(".") if part.startswith("_")}
@@ -74,6 +75,7 @@ def test_every_private_name_is_listed(checkout: Path) -> None:
 def test_every_listed_name_is_used(checkout: Path) -> None:
     used = {name for path, tree in _trees(checkout) if "compatibility" not in path for name in _used(tree)}
     used |= {match for path, _ in _trees(checkout) for match in re.findall(r"pytree\.(\w+)", _text(checkout, path))}
+    used |= OPERATORS.keys()
     assert not {name for names in (*PRIVATE.values(), *LATE.values()) for name in names} - used
 
 
