@@ -22,16 +22,16 @@ from srigl_fx.runtime.costs.timings import FILE
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file of times of the test's own. Times are taken however busy the machine is: test_autotune.py has that."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setattr(measuring, "measure_undisturbed", lambda forms, *, alone: autotune.measure(forms))
     return tmp_path / FILE
 
 
 @pytest.fixture
 def all_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CLEAR", float("inf"))
-    # However busy the machine is:
     monkeypatch.setattr(measuring, "_FAR", float("inf"))
-    monkeypatch.setattr(measuring, "measure_undisturbed", lambda alternatives, *, alone: autotune.measure(alternatives))
 
 
 def model() -> nn.Module:
