@@ -23,7 +23,7 @@ from torch import Tensor
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
 from srigl_fx.runtime.cpu import execute
-from srigl_fx.runtime.cpu.jit import entry
+from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, ISAS, host_isa
 from srigl_fx.runtime.cpu.kernels.table import KERNELS, Kernel

@@ -80,10 +80,14 @@ def checkout() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _objects() -> None:
-    """Every build of the operator library in this process takes the objects that were compiled before."""
+    """The operator library, from objects that were compiled before: torch's operators take their code from it."""
     from ort_support import objects
 
+    from srigl_fx.runtime.ort.library import library_path, library_status
+
     objects.use()
+    if library_status().supported:
+        library_path()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from srigl_fx.runtime.activations import NUMBERS
 from srigl_fx.runtime.cpu import threads
-from srigl_fx.runtime.cpu.jit import entry
+from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
 from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa
 from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, LANES

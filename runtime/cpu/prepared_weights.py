@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from srigl_fx.runtime.cpu.jit import entry
+from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job, plan
 from srigl_fx.runtime.validation import NUMBERS, Checked
 
@@ -92,18 +92,17 @@ def _pack(
     block_rows: int,
 ) -> "tuple[bytes, tuple[NDArray[Any], ...]]":
     """A job with everything in it that does not change from call to call, and the memory that it points to."""
-    from srigl_fx.runtime.cpu.kernels import panel
-
     j = new_job(values, indices, active, in_features, out_features)
     j[job.BLOCK_ROWS], j[job.PANEL_WINDOW], j[job.KERNEL] = block_rows, window, kernel
-    scratch = np.zeros(panel.LANES, np.int64)
+    scratch = np.zeros(plan.LANES, np.int64)
     address = ctypes.addressof(j)
     entry("measure_panel")[0](address, scratch.ctypes.data)
     count, phases = j[job.PANEL_COUNT], j[job.PANEL_PHASES]
-    phase_bytes = panel.TILE_BYTES if kernel == plan.TILE else panel.dot_bytes(j[job.VALUE_TYPE])
+    entry("phase_size")[0](address, 0)
+    phase_bytes = j[job.PANEL]
     memory = np.empty(phases * phase_bytes + _CACHE_LINE, np.uint8)
-    groups = np.empty((count + 1) * panel.GROUP_WORDS, np.int64)
-    starts, rows = np.empty(phases, np.int32), np.empty(count * panel.LANES, np.int32)
+    groups = np.empty((count + 1) * job.GROUP_WORDS, np.int64)
+    starts, rows = np.empty(phases, np.int32), np.empty(count * plan.LANES, np.int32)
     j[job.PANEL] = -(-memory.ctypes.data // _CACHE_LINE) * _CACHE_LINE
     j[job.PANEL_GROUPS], j[job.PANEL_STARTS] = groups.ctypes.data, starts.ctypes.data
     j[job.PANEL_ROWS] = rows.ctypes.data

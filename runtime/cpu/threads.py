@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from srigl_fx.runtime.cpu.jit import Entry
+from srigl_fx.runtime.cpu.entries import Entry, entry
+from srigl_fx.runtime.cpu.kernels.job import TEAM_SIZE
 
 _lock = threading.Lock()
 _forked = False
@@ -25,7 +25,7 @@ def run(task: tuple[Entry, int], job: int, tasks: int, threads: int) -> None:
     """Run ``tasks`` tasks of the job at address ``job`` on up to ``threads`` threads; returns when all have ended.
 
     Args:
-        task: What ``jit.entry`` gave.
+        task: What ``entries.entry`` gave.
         job: The job's address; it must not change meanwhile.
         tasks: How many.
         threads: torch's thread count.
@@ -43,7 +43,8 @@ def run(task: tuple[Entry, int], job: int, tasks: int, threads: int) -> None:
         if tasks == 1:
             task[0](job, 0)
         else:
-            _one_after_another()(task[1], job, tasks)
+            shared = (ctypes.c_int64 * TEAM_SIZE)(task[1], job, tasks)
+            entry("serial_task")[0](ctypes.addressof(shared), 0)
     else:
         start(task[1], job, tasks, min(threads, tasks))
 
@@ -94,70 +95,11 @@ def _find_pool() -> Callable[[int, int, int, int], None] | None:
     library = ctypes.CDLL(str(found[0]))
     start = library.GOMP_parallel
     start.argtypes, start.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    worker = _compile_worker(library)
+    worker = entry("team_task")[1]
+    own_number = ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value or 0
 
     def run_parallel(function: int, job: int, tasks: int, threads: int) -> None:
-        shared = (ctypes.c_int64 * 4)(function, job, tasks, threads)
+        shared = (ctypes.c_int64 * TEAM_SIZE)(function, job, tasks, threads, own_number)
         start(worker, ctypes.addressof(shared), threads, 0)
 
     return run_parallel
-
-
-@functools.cache
-def _one_after_another() -> Callable[[int, int, int], None]:
-    """A compiled loop over the tasks: (function, job, tasks)."""
-    import numba as typed_numba
-
-    numba: Any = typed_numba
-    word, call = numba.types.int64, _caller()
-
-    def work(function, job, tasks):  # type: ignore[no-untyped-def]
-        for number in range(tasks):
-            call(function, job, number)
-
-    compiled = numba.cfunc(numba.types.void(word, word, word))(work)
-    _keep.append(compiled)
-    return ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(compiled.address)
-
-
-def _compile_worker(library: Any) -> int:
-    """The address of what each thread of a team runs: every ``threads``-th task, from its own number on."""
-    import numba as typed_numba
-
-    numba: Any = typed_numba
-    types, call = numba.types, _caller()
-    own_number = library.omp_get_thread_num
-    own_number.restype, own_number.argtypes = ctypes.c_int, []
-
-    def work(shared):  # type: ignore[no-untyped-def]
-        for number in range(own_number(), shared[2], shared[3]):
-            call(shared[0], shared[1], number)
-
-    compiled = numba.cfunc(types.void(types.CPointer(types.int64)))(work)
-    _keep.append(compiled)
-    return int(compiled.address)
-
-
-def _caller() -> Any:
-    """An intrinsic that calls the function at an address: (function, job, number)."""
-    import numba as typed_numba
-    from llvmlite import ir
-    from numba.extending import intrinsic as typed_intrinsic
-
-    types: Any = typed_numba.types
-    intrinsic: Any = typed_intrinsic
-
-    @intrinsic  # type: ignore[untyped-decorator]
-    def call(context: Any, function: Any, job: Any, number: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            word = ir.IntType(64)
-            kind = ir.FunctionType(ir.VoidType(), [word, word]).as_pointer()
-            builder.call(builder.inttoptr(args[0], kind), args[1:])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), generate
-
-    return call
-
-
-_keep: list[Any] = []  # the compiled code lives as long as its cfunc object

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.cpu import threads
-from srigl_fx.runtime.cpu.jit import entry
+from srigl_fx.runtime.cpu.entries import entry
 
 CHUNK: Final = 64  # samples of packed activations that lie next to each other
 _BLOCK: Final = 1024  # columns whose activations the kernels keep in the cache

@@ -17,6 +17,7 @@ INPUTS: Final = ("x", "values", "indices", "active", "bias")
 BASES: Final = ("CondensedLinear", "CondensedConv", "CondensedConvTranspose")
 SUFFIXES: Final = {row.name: row.suffix for row in ACTIVATIONS}  # of the operators that apply an activation
 ENTRY_POINT: Final = "RegisterCustomOps"
+TASKS_TABLE: Final = "SriglTasks"  # the addresses of all tasks, by instruction set, for torch
 
 WORD: Final = 8  # bytes of a pointer, and of every field of our own
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.cpu.kernels.isa import COMPILE_VARIABLE, ISAS
-from srigl_fx.runtime.cpu.kernels.table import TASKS
+from srigl_fx.runtime.cpu.kernels.table import TASKS, TORCH_TASKS
 from srigl_fx.runtime.ort import abi
 
 SHIM = "shim"
@@ -70,21 +70,21 @@ def _compile_kernels(isa: str) -> bytes:
     import llvmlite.binding as llvm
     import numba
 
-    from srigl_fx.runtime.cpu.kernels import tasks
+    from srigl_fx.runtime.cpu.kernels import tasks, torch_tasks
 
     types: Any = numba.types
     llvm.initialize_native_asmprinter()
     signature = types.void(types.CPointer(types.int64), types.int64)
     modules = []
-    for name, function in tasks.TASKS.items():
+    for name, function in (tasks.TASKS | torch_tasks.TASKS).items():
         decorate = numba.cfunc(signature, error_model="numpy", fastmath=tasks.FASTMATH)
         modules.append(_module(llvm, decorate(function), _kernel_symbol(name, isa)))
     return _emit(llvm, modules, isa)
 
 
-def _table(name: str, words: Sequence[str], *, constant: bool) -> str:
-    kind = "constant" if constant else "global"
-    return f"@{name} = hidden {kind} [{len(words)} x i64] [{', '.join(f'i64 {word}' for word in words)}], align 16\n"
+def _table(name: str, words: Sequence[str], *, constant: bool = True, hidden: bool = True) -> str:
+    kind = f"{'hidden' if hidden else 'default'} {'constant' if constant else 'global'}"
+    return f"@{name} = {kind} [{len(words)} x i64] [{', '.join(f'i64 {word}' for word in words)}], align 16\n"
 
 
 def _tables() -> str:
@@ -98,6 +98,7 @@ def _tables() -> str:
         return f"ptrtoint (ptr @{symbol} to i64)"
 
     kernels = [address(_kernel_symbol(name, isa)) for isa in ISAS for name in TASKS]
+    tasks = [address(_kernel_symbol(name, isa)) for isa in ISAS for name in (*TASKS, *TORCH_TASKS)]
     operators, names = [], []
     for fields in shim.OPERATOR_FIELDS:
         words = ["0"] * (abi.OP_SIZE // abi.WORD)
@@ -114,8 +115,9 @@ def _tables() -> str:
     return "".join(
         [
             *names,
-            _table("srigl_operators", operators, constant=True),
-            _table("srigl_kernels", kernels, constant=True),
+            _table("srigl_operators", operators),
+            _table("srigl_kernels", kernels),
+            _table(abi.TASKS_TABLE, tasks, hidden=False),
             _table("srigl_state", state, constant=False),
             *(f"declare hidden void @{symbol}()\n" for symbol in sorted(used)),
         ]

@@ -36,7 +36,7 @@ def available_linkers() -> tuple[Linker, ...]:
 def _run(linker: Linker, objects: Sequence[Path], output: Path) -> None:
     if linker == "python":
         contents = [path.read_bytes() for path in objects]
-        output.write_bytes(elf.link_shared(contents, exports=(abi.ENTRY_POINT,), soname=SONAME))
+        output.write_bytes(elf.link_shared(contents, exports=(abi.ENTRY_POINT, abi.TASKS_TABLE), soname=SONAME))
         return
     soname = ("-soname", SONAME)
     if linker == "cc":
@@ -50,7 +50,7 @@ def _run(linker: Linker, objects: Sequence[Path], output: Path) -> None:
 
 
 def link(objects: Sequence[Path], output: Path, *, linker: Linker | None = None) -> Linker:
-    """Link object files into the operator library; it exports ``RegisterCustomOps`` only.
+    """Link object files into the operator library; it exports ``RegisterCustomOps`` and the table of tasks.
 
     Args:
         objects: Position-independent x86-64 ELF objects.

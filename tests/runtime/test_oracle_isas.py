@@ -37,11 +37,11 @@ def run_oracle_tests(isa: str) -> None:
     assert "skipped" not in done.stdout
 
 
-def digests_on(isa: str) -> dict[str, dict[str, str]]:
-    """The digests of every number of threads, from a new process."""
+def digests_on(isa: str, *, compiled: bool = False) -> dict[str, dict[str, str]]:
+    """The digests of every number of threads, from a new process; with code that it ``compiled``, or the library's."""
     paths = os.pathsep.join([str(TESTS.parent), *(entry or os.getcwd() for entry in sys.path)])
     done = subprocess.run(
-        [sys.executable, str(TESTS.parent / "kernel_support" / "digests.py")],
+        [sys.executable, str(TESTS.parent / "kernel_support" / "digests.py"), *(["compiled"] if compiled else [])],
         env={**os.environ, ISA_VARIABLE: isa, "PYTHONPATH": paths},
         capture_output=True,
         text=True,
@@ -91,6 +91,16 @@ def test_the_same_bits_in_every_process(isa: str, monkeypatch: pytest.MonkeyPatc
     if not usable(isa, monkeypatch):
         pytest.skip(f"this CPU has no {isa}")
     assert digests_on(isa) == digests_on(isa)
+
+
+@best
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+def test_code_that_a_process_compiles_gives_the_same_bits(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the operator library, whose code torch's operators take elsewhere in the tests."""
+    if not usable(isa, monkeypatch):
+        pytest.skip(f"this CPU has no {isa}")
+    assert digests_on(isa, compiled=True) == digests_on(isa)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -17,7 +17,7 @@ from kernel_support.onnx_models import LinearOperator
 from srigl_fx.runtime import activations, value_types
 from srigl_fx.runtime.costs.cost_model import Machine, Work, kernel_for
 from srigl_fx.runtime.cpu import execute, training_products
-from srigl_fx.runtime.cpu.jit import entry
+from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job, plan, table
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, ISAS, host_isa
 from srigl_fx.runtime.cpu.kernels.table import KERNELS, Kernel

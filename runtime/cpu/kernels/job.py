@@ -45,3 +45,14 @@ from typing import Final
     FAILED,  # set to 1 by a task that found no memory
 ) = range(36)
 SIZE: Final = 36
+
+GROUP_PHASE, GROUP_ROW = 0, 1  # in PANEL_GROUPS: a group's first phase and first active row; one more group ends it
+GROUP_WORDS: Final = 2
+
+# How threads are told of a job's tasks, in an array of its own: kernels.team.
+TEAM_TASK: Final = 0  # the address of a function of a job's address and a number
+TEAM_JOB: Final = 1  # the job's address
+TEAM_TASKS: Final = 2  # how many there are
+TEAM_THREADS: Final = 3  # how many threads share them
+TEAM_OWN_NUMBER: Final = 4  # the address of a function that gives the calling thread's number among these
+TEAM_SIZE: Final = 5

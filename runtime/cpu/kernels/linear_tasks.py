@@ -12,7 +12,8 @@ from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
 from srigl_fx.runtime.cpu.kernels.dot import GATHERS, LOADS, dot_group
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
-from srigl_fx.runtime.cpu.kernels.panel import GROUP_PHASE, GROUP_ROW, GROUP_WORDS, LANES
+from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.panel import LANES
 from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, DOT_WINDOWS
 from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,

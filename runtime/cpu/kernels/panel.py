@@ -20,6 +20,7 @@ from typing import Any, Final
 import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
+from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import TILE
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
 from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, words
@@ -33,8 +34,6 @@ TILE_BYTES: Final = 6 * SLOTS  # of one phase
 TILE_UNIT: Final = 16  # the largest
 TILE_VALUES: Final = 2 * SLOTS  # where its values start
 DOT_VALUES: Final = SLOTS
-GROUP_PHASE, GROUP_ROW = 0, 1  # the first phase and the first active row of a group; one more group ends the list
-GROUP_WORDS: Final = 2
 _NONE: Final = 1 << 40
 
 

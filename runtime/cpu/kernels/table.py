@@ -120,7 +120,11 @@ HELPERS: Final = (
     *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values"),
 )
 TASKS: Final = (*(kernel.task for kernel in KERNELS if kernel.layer != "training"), *HELPERS)
-TRAINING_TASKS: Final = ("pack_task", *(kernel.task for kernel in KERNELS if kernel.layer == "training"))
+TORCH_TASKS: Final = (
+    "pack_task",
+    *(kernel.task for kernel in KERNELS if kernel.layer == "training"),
+    *("serial_task", "team_task"),
+)
 
 
 def as_markdown() -> str:

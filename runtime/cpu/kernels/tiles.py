@@ -13,10 +13,8 @@ from srigl_fx.runtime.activations import ACTIVATIONS
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import REGISTERS, compiled
+from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.panel import (
-    GROUP_PHASE,
-    GROUP_ROW,
-    GROUP_WORDS,
     LANES,
     TILE_BYTES,
     TILE_UNIT,
