@@ -4,8 +4,8 @@ Owns schemas, the fake kernels (shapes for torch.compile and torch.export), and 
 know graphs or models, nor how anything is computed.
 
 Importing this module registers the operators, and is what a process needs that loads a program of torch.export or a
-package of AOTInductor which was made from a lowered module. It imports torch; the kernels are compiled at the first
-call.
+package of AOTInductor which was made from a lowered module. It imports torch; the kernels come
+from the operator library where it is built, and are compiled at the first call else.
 """
 
 import math

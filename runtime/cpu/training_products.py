@@ -1,7 +1,7 @@
 """The three products of sparse training: a sparse matrix of any pattern times activations, its transpose, its values.
 
 Owns the matrix's pattern in the form that the kernels read, the packed activations, and the calls. It must not know
-autograd, layers or how a pattern was chosen. Importing it compiles nothing; the kernels are compiled at the first call.
+autograd, layers or how a pattern was chosen. Importing it compiles nothing.
 """
 
 import ctypes
@@ -14,8 +14,9 @@ from torch import Tensor
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.cpu import threads
 from srigl_fx.runtime.cpu.entries import entry
+from srigl_fx.runtime.cpu.kernels import training_job
+from srigl_fx.runtime.cpu.kernels.training_job import CHUNK
 
-CHUNK: Final = 64  # samples of packed activations that lie next to each other
 _BLOCK: Final = 1024  # columns whose activations the kernels keep in the cache
 
 
@@ -176,12 +177,10 @@ def _parts(tasks: int) -> int:
 
 def _call(name: str, tasks: int, **fields: Any) -> None:
     """Run all tasks of a job, of which tensors are given by their addresses."""
-    from srigl_fx.runtime.cpu.kernels import chunks
-
     fields.setdefault("PARTS", tasks)
-    job = (ctypes.c_int64 * chunks.SIZE)()
+    job = (ctypes.c_int64 * training_job.SIZE)()
     for field, value in fields.items():
-        job[getattr(chunks, field)] = value.data_ptr() if isinstance(value, Tensor) else value
+        job[getattr(training_job, field)] = value.data_ptr() if isinstance(value, Tensor) else value
     threads.run(entry(name), ctypes.addressof(job), tasks, torch.get_num_threads())
-    if job[chunks.FAILED]:
+    if job[training_job.FAILED]:
         raise MemoryError(f"{name}: no memory for {tasks} tasks")

@@ -82,6 +82,26 @@ assert not failures, failures
 @pytest.mark.slow
 @pytest.mark.parametrize("name", _PROGRAMS)
 def test_in_a_process_of_its_own(name: str) -> None:
-    program = "import signal, sys, numba" + _SETUP + _PROGRAMS[name]
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    _run("import numba" + _PROGRAMS[name])
+
+
+@pytest.mark.usefixtures("library")
+def test_numba_is_not_imported_where_the_library_is_built() -> None:
+    _run("""
+torch.set_num_threads(2)
+check(1), check(2), check(200)
+from srigl_fx.runtime.cpu.training_products import Pattern, pack
+Pattern.of_mask(weight != 0).multiply(weight[weight != 0], pack(torch.randn(70, 300)))
+assert "numba" not in sys.modules
+""")
+
+
+def _run(program: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import signal, sys{_SETUP}{program}"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]

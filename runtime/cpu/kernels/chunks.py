@@ -5,7 +5,7 @@ Owns the packing of activations and the multiply-adds. It must not know which of
 Packed activations are (chunks, features, 64): 64 samples of one feature lie next to each other, the last chunk is
 filled up with zeros. The matrix is in compressed sparse rows, cut into blocks of columns whose activations stay in the
 second-level cache: ``starts[row * blocks + block]`` is the first entry of a row in a block, an index is a uint16
-relative to its block. A job is an array of int64, addresses among them; the constants below are its fields.
+relative to its block. The fields of a job are in :mod:`srigl_fx.runtime.cpu.kernels.training_job`.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,23 @@ from typing import Any, Final
 import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.training_job import (
+    BATCH,
+    BIAS,
+    BLOCKS,
+    CHUNK,
+    DENSE,
+    FAILED,
+    FEATURE_STRIDE,
+    FEATURES,
+    INDICES,
+    PACKED,
+    PARTS,
+    ROWS,
+    SAMPLE_STRIDE,
+    STARTS,
+    VALUES,
+)
 from srigl_fx.runtime.cpu.kernels.vector import (
     LANES,
     VECTOR_BYTES,
@@ -31,34 +48,12 @@ from srigl_fx.runtime.cpu.kernels.vector import (
 numba: Any = typed_numba
 Pointer = Any
 
-CHUNK: Final = 64  # samples: four vectors
 CHUNK_BYTES: Final = 4 * CHUNK
 BLOCK_SHIFT: Final = 10  # 1024 columns of a chunk are 256 KB
 BLOCK: Final = 1 << BLOCK_SHIFT
 VECTORS: Final = CHUNK // LANES
 ROWS_AT_ONCE: Final = 512  # sums of 128 KB
 FASTMATH: Final = {"reassoc", "contract", "nsz"}  # NaN and infinity keep their meaning
-
-# Fields. DENSE holds samples as they are outside, with SAMPLE_STRIDE and FEATURE_STRIDE floats between neighbours.
-(
-    PACKED,
-    DENSE,
-    SAMPLE_STRIDE,
-    FEATURE_STRIDE,
-    BATCH,
-    FEATURES,
-    STARTS,
-    INDICES,
-    VALUES,
-    BIAS,
-    ROWS,
-    BLOCKS,
-    OUT,
-    GRADIENT,
-    PARTS,
-    FAILED,
-    SIZE,
-) = range(17)
 
 
 def compiled(function: Callable[..., Any]) -> Any:

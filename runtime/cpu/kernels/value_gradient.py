@@ -1,7 +1,7 @@
 """The gradient of a sparse matrix's values: a dense product sampled at the kept positions.
 
-Owns the dot products. Layouts and the fields of a job are those of :mod:`srigl_fx.runtime.cpu.kernels.chunks`: there
-PACKED are the inputs, GRADIENT are the output's gradients, packed alike, and OUT is what it is for, one float an entry.
+Owns the dot products. Layouts are those of :mod:`srigl_fx.runtime.cpu.kernels.chunks`; in a job PACKED
+are the inputs, GRADIENT are the output's gradients, packed alike, and OUT is what it is for, one float an entry.
 """
 
 from collections.abc import Callable
@@ -10,12 +10,11 @@ from typing import Any, Final
 from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
-from srigl_fx.runtime.cpu.kernels.chunks import (
+from srigl_fx.runtime.cpu.kernels.chunks import BLOCK_SHIFT, CHUNK_BYTES, VECTORS, Pointer, compiled
+from srigl_fx.runtime.cpu.kernels.training_job import (
     BATCH,
-    BLOCK_SHIFT,
     BLOCKS,
     CHUNK,
-    CHUNK_BYTES,
     FEATURES,
     GRADIENT,
     INDICES,
@@ -24,9 +23,6 @@ from srigl_fx.runtime.cpu.kernels.chunks import (
     PARTS,
     ROWS,
     STARTS,
-    VECTORS,
-    Pointer,
-    compiled,
 )
 from srigl_fx.runtime.cpu.kernels.vector import (
     LANES,
