@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import MissingExtraError, TrainerError
 from srigl_fx.masks.records import plain, sparse_weights
+from srigl_fx.recipes import recipes_of, to_plain
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.metrics import MaskMetrics
 from srigl_fx.train.srigl import SRigL
@@ -132,7 +133,11 @@ class SparseTraining:
         """The state of method and metrics; empty before the first run."""
         if self.sparse_trainer is None or self.metrics is None:
             return {}
-        return {"trainer": self.sparse_trainer.state_dict(), "metrics": self.metrics.state_dict()}
+        return {
+            "trainer": self.sparse_trainer.state_dict(),
+            "metrics": self.metrics.state_dict(),
+            "recipes": to_plain(recipes_of(self.sparse_trainer.model)),
+        }
 
     def poll(self) -> bool:
         """Whether the masks were updated since the last call."""

@@ -5,7 +5,7 @@ transformers lays out a folder: that stays readable without this library, as a d
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from srigl_fx import masks
 from srigl_fx.errors import CheckpointError, RecipeError, SriglError
 from srigl_fx.integrations.attachment import extra
 from srigl_fx.masks.records import plain, sparse_weights
+from srigl_fx.masks.shards import is_sharded
 from srigl_fx.recipes import Recipe, from_plain, recipes_of, to_plain
 from srigl_fx.restoration import restore
+from srigl_fx.train import distributed
 from srigl_fx.train.checkpoint_file import read, write
 
 with extra("transformers", "transformers"):
@@ -25,6 +27,7 @@ with extra("transformers", "transformers"):
 
 MASKS_FILE = "srigl_fx_masks.safetensors"
 _VERSION = 1
+_SPREADING = ("distributed_config", "tp_plan", "tp_size", "device_mesh")
 _WHERE = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
@@ -39,9 +42,14 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
         folder: The folder, which is made where there is none.
         **options: Arguments of the model's own ``save_pretrained``, such as ``max_shard_size``.
 
+    Of a model that ``fully_shard`` has spread over processes, call it on all of them: the weights are gathered, and the
+    first process writes the folder.
+
     Raises:
-        CheckpointError: The model has no masks or no ``save_pretrained``, or ``push_to_hub`` is asked for.
+        CheckpointError: The model has no masks or no ``save_pretrained``, is in ``FullyShardedDataParallel``, or
+            ``push_to_hub`` is asked for.
         InvariantError: The model is not what its masks say.
+        TrainerError: Saving failed on another process, whose error says why.
 
     Example:
         >>> import tempfile, srigl_fx as sx
@@ -54,6 +62,10 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
         >>> sx.recipe(again) == sx.recipe(model)
         True
     """
+    if distributed.is_flattened(model):
+        raise CheckpointError(
+            "FullyShardedDataParallel flattens the weights that masks belong to: spread the model by fully_shard"
+        )
     saver = getattr(model, "save_pretrained", None)
     if not callable(saver):
         raise CheckpointError(
@@ -67,17 +79,36 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
             "push_to_hub would upload the folder before the masks are in it: save without it, then upload the folder "
             "(huggingface_hub.upload_folder)"
         )
+    given: Mapping[str, Any] | None = options.pop("state_dict", None)
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        _save(model, saver, Path(folder), model.state_dict() if given is None else given, options)
+        return
+    processes = distributed.processes_of(model)
+    first = processes.first
+    state = distributed.gathered(model.state_dict(keep_vars=True) if given is None else given, keep=first)
+    failure: Exception | None = None
+    try:
+        masks.verify(model)
+        if first:
+            _save(model, saver, Path(folder), state, options)
+    except Exception as error:  # of this process; the others must not wait for it
+        failure = error
+    processes.fail_together(failure, "save_pretrained")
+
+
+def _save(
+    model: nn.Module, saver: Callable[..., Any], folder: Path, state: Mapping[str, Any], options: dict[str, Any]
+) -> None:
+    """Write the folder of a model whose whole weights are in ``state``."""
     masks.verify(model)
     contents = contents_of(model)
     if not contents["recipes"]:
         raise CheckpointError("the model was unpickled from a release that kept no recipes: sparsify it anew")
-    given: Mapping[str, Any] | None = options.pop("state_dict", None)
-    state = masks.strip(model.state_dict() if given is None else given)
-    target = Path(folder, MASKS_FILE)
+    target = folder / MASKS_FILE
     main = options.get("is_main_process", True)
     if main:
         target.unlink(missing_ok=True)  # or a crash could leave it beside other weights than its own
-    saver(folder, state_dict=state, **options)
+    saver(folder, state_dict=masks.strip(state), **options)
     if main:
         write(target, contents)
 
@@ -107,10 +138,16 @@ def from_pretrained(
         The model, in eval mode as transformers gives it.
 
     Raises:
-        CheckpointError: There are no masks in the folder, or they are damaged or not of these weights.
+        CheckpointError: There are no masks in the folder, or they are damaged or not of these weights. Or the options
+            ask for a model that is spread over processes.
     """
     if options.get("output_loading_info"):
         raise CheckpointError("output_loading_info is not supported here: call the class's own from_pretrained for it")
+    if spread := [name for name in _SPREADING if options.get(name) is not None]:
+        raise CheckpointError(
+            f"{', '.join(spread)} would spread the weights over processes before the masks are on them: leave "
+            f"{'it' if len(spread) == 1 else 'them'} out, and call fully_shard(model) on what from_pretrained returns"
+        )
     where = {name: options[name] for name in _WHERE if options.get(name) is not None}
     path = cached_file(folder, MASKS_FILE, _raise_exceptions_for_missing_entries=False, **where)
     if path is None:

@@ -5,7 +5,6 @@ not know how any method chooses them.
 """
 
 import inspect
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,6 @@ from srigl_fx.errors import TrainerError
 from srigl_fx.masks.invariants import over_budget, verify
 from srigl_fx.masks.records import SparseWeight, plain
 from srigl_fx.masks.shards import shard_like
-from srigl_fx.recipes import recipes_of, to_plain
 from srigl_fx.train.arguments import TrainerOptions, full_signature, read_options
 from srigl_fx.train.attach import check_attachable
 from srigl_fx.train.checks import check_count
@@ -139,7 +137,8 @@ class Trainer(ABC):
 
         Returns:
             Plain values, dicts and tensors. Tensors whose number changes as training goes on are in tuples, which
-            torch.distributed.checkpoint restores whole, where it fills a dict only as far as it exists already.
+            torch.distributed.checkpoint restores whole, where it fills a dict only as far as it exists already. It
+            refuses a folder without a key that is asked for: a key that is always there cannot be added any more.
         """
         # An update that waits for step() has its gradients inside the step that is done.
         captured = self._engine.captured(inside_step=include_gradients or self._due)
@@ -157,9 +156,6 @@ class Trainer(ABC):
         }
         if self._engine.counts is not None:
             state["step_counts"] = self._engine.counts.saved(self._engine.whole)
-        if recipes := recipes_of(self.model):
-            # One text, so that torch.distributed.checkpoint has one value to carry.
-            state["recipes"] = json.dumps(to_plain(recipes))
         if extra := self._extra_state():
             state["extra"] = extra
         if include_gradients:

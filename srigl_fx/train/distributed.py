@@ -42,6 +42,11 @@ class Processes:
     averages: bool = False
     device: torch.device | str = "cpu"
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the first of the processes, which writes for all."""
+        return self.group is None or dist.get_rank(self.group) == 0
+
     def any_has(self, flags: Sequence[bool]) -> list[bool]:
         """For each flag, whether any process has it."""
         if self.group is None:
@@ -188,6 +193,28 @@ def gather(own: Tensor, like: Tensor) -> Tensor:
     return whole.full_tensor() if is_sharded(whole) else whole
 
 
+def gathered(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
+    """A state with whole tensors on the CPU for those that are spread over processes; all of them must take part.
+
+    Args:
+        state: Tensors by name; what is not spread is passed on as it is. What has two names is gathered once.
+        keep: Whether this process needs the state; the others get an empty one.
+
+    Example:
+        >>> gathered({"weight": torch.ones(2)}, keep=True)
+        {'weight': tensor([1., 1.])}
+    """
+    whole: dict[int, Tensor] = {}
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        if is_sharded(value) and id(value) not in whole:
+            full = value.detach().full_tensor()
+            whole[id(value)] = full.cpu() if keep else full.new_empty(0)
+        if keep:
+            result[name] = whole.get(id(value), value)
+    return result
+
+
 def ignore_masks(module: nn.Module) -> None:
     """Keep DistributedDataParallel from sending the masks below ``module`` at every forward.
 
@@ -235,7 +262,7 @@ def check_unwrapped(model: nn.Module, verb: str) -> None:
             "the model is in DistributedDataParallel already: sparsify its .module, and wrap that anew; the order is "
             f"{_DDP_ORDER}"
         )
-    if _flat_sharded(model) or any(is_sharded(parameter) for parameter in model.parameters()):
+    if is_flattened(model) or any(is_sharded(parameter) for parameter in model.parameters()):
         raise SparsifyError(
             f"the weights are sharded over processes already; the order is {_FSDP_ORDER}"
             if verb == "sparsify"
@@ -263,7 +290,7 @@ def check_wrapping(model: nn.Module, weights: Iterable[SparseWeight]) -> None:
                 f"the masks were there or around more than what was sparsified; the order is {_DDP_ORDER}, and where "
                 "another module than the sparsified one is wrapped, call srigl_fx.train.ignore_masks(module) before"
             )
-    if _flat_sharded(model):
+    if is_flattened(model):
         raise TrainerError(
             f"FullyShardedDataParallel flattens the weights that masks belong to; use fully_shard: {_FSDP_ORDER}"
         )
@@ -300,6 +327,12 @@ def _fully_sharded(model: nn.Module) -> list[Any]:
     return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
-def _flat_sharded(model: nn.Module) -> bool:
+def is_flattened(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel has made single flat tensors of the weights.
+
+    Example:
+        >>> is_flattened(nn.Linear(3, 2))
+        False
+    """
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())

@@ -378,6 +378,25 @@ def test_through_torch_distributed_checkpoint(tmp_path: Path, method: str, cut: 
     _assert_same(whole.model, resumed.model)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("more", [{}, {"recipes": "{}"}], ids=["without a recipe", "with a recipe"])
+def test_folders_of_torch_distributed_checkpoint_load_with_a_trainers_recipe_and_without(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """A key that a folder lacks is refused by torch: a trainer asks for those alone that were always written."""
+    always = {"threads", "version", "method", "steps", "last_update", "update_due", "weights", "captured"}
+    session = _Session("srigl", "adamw")
+    session.go(14)
+    state = session.trainer.state_dict()
+    assert state.keys() == always
+    dcp_save({"trainer": {**state, **more}}, checkpoint_id=tmp_path, no_dist=True)
+    resumed = _Session("srigl", "adamw")
+    loaded = {"trainer": resumed.trainer.state_dict()}
+    dcp_load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    resumed.trainer.load_state_dict(loaded["trainer"])
+    assert resumed.trainer.steps == session.trainer.steps == 7
+
+
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("attached", [False, True])
 def test_model_state_before_and_after_attaching(attached: bool, assign: bool) -> None:

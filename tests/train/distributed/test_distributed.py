@@ -41,7 +41,7 @@ Outcomes = dict[str, list[str]]
 
 
 def _environment(**extra: str) -> dict[str, str]:
-    tests = str(WORKER.parents[2])
+    tests = os.pathsep.join([str(WORKER.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **extra}
 
 
@@ -85,6 +85,13 @@ def test_two_processes_in_short(tmp_path: Path) -> None:
 def test_compiled_steps_of_two_processes(tmp_path: Path) -> None:
     """By themselves, as they take longer than all others."""
     outcome = launch(tmp_path, 2, ("compiled_steps",), patience_s=400)["compiled_steps"]
+    assert outcome == ["ok"] * 2, "\n".join(outcome)
+
+
+@pytest.mark.slow
+def test_a_sharded_model_of_transformers_survives_save_pretrained(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="the extra [transformers] is not installed")
+    outcome = launch(tmp_path, 2, ("pretrained",))["pretrained"]
     assert outcome == ["ok"] * 2, "\n".join(outcome)
 
 

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from train_support import loss_of
 
 import srigl_fx as sx
-from srigl_fx.errors import InvariantError, SparsifyError, TrainerError
+from srigl_fx.errors import CheckpointError, InvariantError, SparsifyError, TrainerError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.masks.shards import local
 from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static, ignore_masks
@@ -759,6 +759,60 @@ def resume_and_save() -> None:
         _part(data(12, micro=3), model, optimizer, range(3 * 6 + 2 * (not sharded), 3 * 9 + 1 * (not sharded)))
         assert trainer.last_update == 8
         _save(OUT / f"{name}_again.pt", model, trainer)
+
+
+def pretrained() -> None:
+    """A sharded model of transformers is saved whole by the first process, and read back by all; failures are all's."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+    from srigl_fx.integrations.transformers import MASKS_FILE, from_pretrained, save_pretrained
+
+    def gpt2(seed: int) -> Any:
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 41, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+        return sx.sparsify(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)), sparsity=0.8)
+
+    model, single = gpt2(0), gpt2(0)
+    recipe = sx.recipe(model)
+    shard(model, *model.transformer.h)
+    ids = torch.arange(8)[None] + dist.get_rank()
+    for step, one in enumerate((model, single)):  # the forward leaves whole parameters in the root
+        one(input_ids=ids if not step else ids * 0)
+    folder = OUT / "pretrained"
+    save_pretrained(model, folder, max_shard_size="20KB")
+    again = from_pretrained(AutoModelForCausalLM, folder)  # no barrier of ours: the call returns when all is there
+    expected = single.state_dict()
+    assert again.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+    assert again.lm_head.weight is again.transformer.wte.weight
+    assert sx.recipe(again) == recipe
+    shard(again, *again.transformer.h)
+    optimizer = SGD(again.parameters(), lr=0.1)
+    trainer = SRigL(again, optimizer, **EVERY_TWO)
+    for _ in range(2):
+        optimizer.zero_grad()
+        again(input_ids=ids).logits.square().mean().backward()
+        optimizer.step()
+    assert trainer.last_update == 2
+    trained = {name: whole(value) for name, value in again.state_dict().items()}
+    values = get_model_state_dict(again, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    save_pretrained(again, folder, state_dict=values, is_main_process=dist.get_rank() == 0)
+    last = from_pretrained(AutoModelForCausalLM, folder).state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in last.items())
+
+    taken = OUT / "taken"
+    if dist.get_rank() == 0:
+        (taken / MASKS_FILE).mkdir(parents=True)
+        said = raised(OSError, lambda: save_pretrained(again, taken))
+    else:
+        said = raised(TrainerError, lambda: save_pretrained(again, taken))
+        assert "save_pretrained failed on another process" in said
+    flat = FullyShardedDataParallel(gpt2(0), use_orig_params=True, device_id=torch.device("cpu"))
+    assert "spread the model by fully_shard" in raised(CheckpointError, lambda: save_pretrained(flat, folder))
+    assert "tp_plan would spread" in raised(
+        CheckpointError, lambda: from_pretrained(AutoModelForCausalLM, folder, tp_plan="auto")
+    )
 
 
 def abandoned() -> None:
