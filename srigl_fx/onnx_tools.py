@@ -1,20 +1,22 @@
 """What people do with ONNX files after export, such that condensed layers stay condensed or become dense as asked.
 
-Owns :func:`merge` and :func:`densify`, from files to a file. It must not know torch, masks or how files are
-exported.
+Owns :func:`merge` and :func:`densify`, from files to a file, and :func:`recipe`, from a file to what its model was made
+by. It must not know torch, masks or how files are exported.
 """
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from srigl_fx.errors import ExportError, FormatError
+from srigl_fx.errors import ExportError, FormatError, RecipeError
 from srigl_fx.files import replacing
+from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import all_nodes
 from srigl_fx.onnx_export.model import functions_for
 from srigl_fx.onnx_export.names import rename_values
+from srigl_fx.recipes import Recipe
 from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
 
@@ -39,6 +41,10 @@ def merge(
     operator library knows a ``CondensedLinear`` by another name: here the functions are taken out before and put back
     after. State in either file is state of the whole: what was ``mean`` is called ``a_mean`` after the prefix "a_".
 
+    A recipe in one of the files is that of the whole. Where both have one, :func:`recipe` finds each under a name: the
+    file's prefix without the punctuation at its end, or the file's own name without its ending; "1" and "2" where
+    these are equal.
+
     Args:
         first: The file whose outputs are read by the other.
         second: The file that reads them.
@@ -48,6 +54,7 @@ def merge(
 
     Raises:
         FormatError: A file cannot be read, or is no ONNX file.
+        RecipeError: The recipe in a file is damaged.
         ExportError: The two do not fit together: an output and its input have other types or sizes, or
             ``onnx.compose`` says what is wrong.
 
@@ -61,6 +68,8 @@ def merge(
     before, after = _load(Path(first)), _load(Path(second))
     _require_fitting(before, after, io_map)
     fallback = all(_take_functions(model) for model in (before, after))
+    held = [_recipes(model, file, recipes.take) for model, file in ((before, first), (after, second))]
+    labels = [prefix.rstrip("_./-") or Path(file).stem for prefix, file in zip(prefixes, (first, second), strict=True)]
     state: dict[str, np.ndarray[Any, Any]] = {}
     for model, prefix in zip((before, after), prefixes, strict=True):
         state |= {prefix + name: value for name, value in _take_state(model).items()}
@@ -84,6 +93,7 @@ def merge(
         merged.metadata_props.add(key=stream.KEY, value=stream.encode(state))
     if fallback:
         merged.functions.extend(functions_for(merged))
+    recipes.put(merged, recipes.join(held, labels))
     _merge_imports(merged)
     _write(merged, Path(path))
 
@@ -140,6 +150,40 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
     _write(result, Path(path))
 
 
+def recipe(path: str | os.PathLike[str], part: str | None = None) -> Recipe:
+    """The recipe of the model in an ONNX file, for ``sparsify(model, recipe=...)``.
+
+    Args:
+        path: A file that ``export_onnx`` wrote, or that tools made of one: most keep a file's metadata.
+        part: Where several recipes are in it, of which part: a part of the model that was sparsified by a call of its
+            own, or a file that was joined by :func:`merge`. "" is the whole model.
+
+    Raises:
+        FormatError: The file cannot be read, is no ONNX file, or holds no such recipe.
+        RecipeError: The recipe is damaged, or of a newer version.
+
+    Example:
+        >>> import tempfile, torch, srigl_fx as sx
+        >>> model = sx.sparsify(torch.nn.Sequential(torch.nn.Linear(16, 8)), sparsity=0.75).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = sx.export_onnx(model, f"{folder}/model.onnx", (torch.ones(2, 16),), verify=False)
+        ...     found = recipe(f"{folder}/model.onnx")
+        >>> found == sx.recipe(model)
+        True
+    """
+    found = _recipes(_load(Path(path)), path, recipes.found)
+    if part is None and len(found) == 1:
+        return next(iter(found.values()))
+    if part in found:
+        return found[part]
+    if not found:
+        raise FormatError(
+            f"{path} holds no recipe: its model was dense, it was exported by a release that kept none, or a tool has "
+            "dropped the metadata"
+        )
+    raise FormatError(f"{path} holds recipes of the parts {', '.join(map(repr, found))}: pass part= one of them")
+
+
 def _load(path: Path) -> "onnx.ModelProto":
     import onnx
     from google.protobuf.message import DecodeError
@@ -153,6 +197,18 @@ def _load(path: Path) -> "onnx.ModelProto":
     if not model.HasField("graph"):  # so it is with an empty file
         raise FormatError(f"{path} is no ONNX file, or a damaged one: it holds no graph")
     return model
+
+
+def _recipes(
+    model: "onnx.ModelProto",
+    path: str | os.PathLike[str],
+    read: "Callable[[onnx.ModelProto], dict[str, Recipe]]",
+) -> dict[str, Recipe]:
+    """What ``read`` finds in the model of a file, which an error names."""
+    try:
+        return read(model)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
 
 
 def _require_fitting(before: "onnx.ModelProto", after: "onnx.ModelProto", io_map: Mapping[str, str]) -> None:

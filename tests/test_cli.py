@@ -60,7 +60,7 @@ def test_without_matplotlib_the_demo_names_the_extra(monkeypatch: pytest.MonkeyP
 
 def test_the_commands_are_listed() -> None:
     output = run("--help").output
-    assert all(command in output for command in ("demo", "inspect", "bench", "library", "doctor"))
+    assert all(command in output for command in ("demo", "inspect", "recipe", "bench", "library", "doctor"))
 
 
 def test_inspect_lists_each_condensed_layer(tiny: Path) -> None:

@@ -613,3 +613,25 @@ def test_summary_shows_the_layers_of_all_regions() -> None:
     summary = sx.summary(lowered)
     assert {row.name for row in summary.rows} == {layer.fqn for layer in lowered.report.layers}
     assert {row.status for row in summary.rows} == {"condensed"}
+
+
+def test_a_model_in_regions_has_the_recipe_of_the_whole() -> None:
+    model = sx.sparsify(DataBranch(), sparsity=0.5).eval()
+    lowered = sx.lower(model, (torch.randn(3, 12),), min_speedup=0)
+    assert isinstance(lowered, LoweredRegions)
+    assert lowered.recipe == sx.recipe(model)
+    assert copy.deepcopy(lowered).recipe == sx.recipe(model)
+    assert [part.recipe for part in lowered.regions.values()] == [sx.recipe(model)] * len(lowered.regions)
+
+
+def test_a_model_in_regions_has_the_recipes_of_its_parts() -> None:
+    model = DataBranch().eval()
+    sx.sparsify(model.first, sparsity=0.5)
+    lowered = sx.lower(model, (torch.randn(3, 12),), min_speedup=0)
+    assert isinstance(lowered, LoweredRegions)
+    assert lowered.recipe == sx.recipe(model.first)
+    sx.sparsify(model.second, sparsity=0.75)
+    lowered = sx.lower(model, (torch.randn(3, 12),), min_speedup=0)
+    assert isinstance(lowered, LoweredRegions)
+    assert lowered.recipe is None
+    assert lowered.recipes == {"first": sx.recipe(model.first), "second": sx.recipe(model.second)}

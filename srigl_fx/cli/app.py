@@ -70,6 +70,22 @@ def inspect(file: Annotated[Path, typer.Argument(help="An ONNX file.")]) -> None
 
 
 @app.command()
+def recipe(
+    file: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    part: Annotated[str | None, typer.Option(help="Of which part, where the file holds several recipes.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write it to this JSON file too.")] = None,
+) -> None:
+    """Show what the model of an ONNX file was sparsified by. Runs nothing in the file."""
+    from srigl_fx.onnx_tools import recipe as recipe_in
+
+    with _readable_errors():
+        found = recipe_in(file, part)
+        if output is not None:
+            found.save(output)
+        typer.echo(str(found))
+
+
+@app.command()
 def merge(
     first: Annotated[Path, typer.Argument(help="The file whose outputs are read.")],
     second: Annotated[Path, typer.Argument(help="The file that reads them.")],

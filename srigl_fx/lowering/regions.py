@@ -22,7 +22,7 @@ from srigl_fx.lowering.lowered import LoweredModule, LoweringReport
 from srigl_fx.masks.records import records_on
 from srigl_fx.nn.sparse_module import detach_masks
 from srigl_fx.passes.example_inputs import Inputs
-from srigl_fx.recipes import Recipe
+from srigl_fx.recipes import Recipe, only
 
 _GRAPH = "_srigl_fx_graph"
 _CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = weakref.WeakKeyDictionary()
@@ -71,7 +71,12 @@ class LoweredRegions(nn.Module):
     @property
     def recipe(self) -> Recipe | None:
         """The recipe of the model that was lowered; None where it had none, or parts of it have their own."""
-        return next((graph.recipe for graph in self.regions.values()), None)
+        return only(self.recipes)
+
+    @property
+    def recipes(self) -> dict[str, Recipe]:
+        """The recipes of the model's parts, as :func:`srigl_fx.recipes.recipes_of` gives them."""
+        return next((graph.recipes for graph in self.regions.values()), {})
 
     @property
     def regions(self) -> dict[str, LoweredModule]:

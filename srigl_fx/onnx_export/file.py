@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from srigl_fx.errors import FormatError
+from srigl_fx.onnx_export.recipes import KEY as RECIPE
 from srigl_fx.reports.text_tables import format_bytes, format_table
 from srigl_fx.runtime.ort.abi import DOMAIN, operator_names
 from srigl_fx.runtime.ort.contents import MARK
@@ -65,6 +66,7 @@ class FileReport:
         renamed: Functions of the operators' domain under other names, which a tool gave them: they compute densely.
         expanded: Condensed weights whose arrays are in the file, but which no condensed operator reads any more.
         external_bytes: What the file keeps in files beside it.
+        has_recipe: Whether it says by what recipe its model was made sparse (:func:`srigl_fx.onnx_tools.recipe`).
     """
 
     path: Path
@@ -75,6 +77,7 @@ class FileReport:
     renamed: tuple[str, ...] = ()
     expanded: tuple[str, ...] = ()
     external_bytes: int = 0
+    has_recipe: bool = False
 
     @property
     def weights(self) -> "tuple[CondensedNode, ...]":
@@ -93,7 +96,7 @@ class FileReport:
 
     def __str__(self) -> str:
         if not self.nodes:
-            return f"{self.path} ({format_bytes(self.file_bytes)}) has no condensed layers.{self._lost()}"
+            return f"{self.path} ({format_bytes(self.file_bytes)}) has no condensed layers.{self._lost()}{self._more()}"
         rows = [
             (
                 node.name,
@@ -115,9 +118,12 @@ class FileReport:
                 format_table(headers, rows, right=(3, 4, 5, 6, 7)),
                 f"{format_bytes(total)} instead of {format_bytes(dense)} ({total / dense:.1%}) for the condensed "
                 f"layers; the whole file has {format_bytes(self.file_bytes)}{self._beside()}, {fallback}."
-                f"{self._lost()}",
+                f"{self._lost()}{self._more()}",
             )
         )
+
+    def _more(self) -> str:
+        return " srigl-fx recipe shows the recipe that it holds." if self.has_recipe else ""
 
     def _beside(self) -> str:
         return f" ({format_bytes(self.external_bytes)} of them in files beside it)" if self.external_bytes else ""
@@ -187,6 +193,7 @@ def inspect_file(path: Path) -> FileReport:
         renamed=renamed,
         expanded=tuple(name for name in _stored_condensed(constants) if f"{name}_values" not in read),
         external_bytes=external,
+        has_recipe=any(entry.key.startswith(RECIPE) for entry in model.metadata_props),
     )
 
 

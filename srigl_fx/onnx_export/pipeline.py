@@ -23,6 +23,7 @@ from srigl_fx.lowering.inputs import arranged
 from srigl_fx.lowering.lowered import LoweredModule, LoweringReport, format_speedups
 from srigl_fx.lowering.pipeline import lower
 from srigl_fx.lowering.regions import LoweredRegions
+from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import CondensedNode, inspect_file
 from srigl_fx.onnx_export.model import build_model, functions_for
 from srigl_fx.onnx_export.names import sizes_of
@@ -157,7 +158,8 @@ def export_onnx(
     Sparse layers become ``CondensedLinear``, ``CondensedConv`` and ``CondensedConvTranspose`` nodes of domain
     ``srigl_fx``, an activation or addition that follows being part of them and their names. A session opened by
     ``srigl_fx.runtime.load`` runs them with the operator library; a stock ONNX Runtime runs the function of the same
-    name inside the file, densely. Opset 18; ONNX Runtime 1.17 and newer read it.
+    name inside the file, densely. Opset 18; ONNX Runtime 1.17 and newer read it. The model's recipe is among the file's
+    metadata (:func:`srigl_fx.onnx_tools.recipe`).
 
     Args:
         model: A model with masks, in eval mode, float32 on the CPU; or what :func:`srigl_fx.lower` returned.
@@ -319,6 +321,7 @@ def _write(
     proto = build_model(lowered, args, kwargs, batches, origins)
     if fallback:
         proto.functions.extend(functions_for(proto))
+    recipes.put(proto, lowered.recipes)
     if proto.ByteSize() > _LARGEST_FILE:
         raise ExportError(
             f"the model takes {format_bytes(proto.ByteSize())}, more than one ONNX file holds (2 GiB): raise the "

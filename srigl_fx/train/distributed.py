@@ -208,7 +208,7 @@ def gathered(state: Mapping[str, Any], *, keep: bool) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in state.items():
         if is_sharded(value) and id(value) not in whole:
-            full = value.detach().full_tensor()
+            full = value.full_tensor().detach()
             whole[id(value)] = full.cpu() if keep else full.new_empty(0)
         if keep:
             result[name] = whole.get(id(value), value)

@@ -227,6 +227,7 @@ def test_two_parts_with_an_optimizer_each(tmp_path: Path) -> None:
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
     assert saved[first.state_key]["trainer"]["method"] == "SRigL"
     assert saved[second.state_key]["trainer"]["method"] == "SET"
+    assert sx.Recipe.from_dict(saved[first.state_key]["recipes"][""]) == sx.recipe(model.net)
 
 
 def test_copies_carry_masks_and_no_trainer(tmp_path: Path) -> None:

@@ -770,7 +770,7 @@ def pretrained() -> None:
 
     def gpt2(seed: int) -> Any:
         torch.manual_seed(seed)
-        sizes = {"vocab_size": 41, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+        sizes: Any = {"vocab_size": 41, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
         return sx.sparsify(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)), sparsity=0.8)
 
     model, single = gpt2(0), gpt2(0)
