@@ -33,8 +33,20 @@ def _level() -> int:
 
 
 # The rules of the plan are Python here, on the path of every call: asked once for each set of sizes.
-_linear_kernel = functools.lru_cache(maxsize=4096)(plan.linear_kernel)
-_window_of = functools.lru_cache(maxsize=4096)(plan.window_of)
+@functools.lru_cache(maxsize=4096)
+def _linear_plan(
+    in_features: int, n_active: int, k: int, batch: int, feature_major: bool, packed: bool
+) -> tuple[int, int]:
+    """The kernel of a linear layer and the window of the panel that it reads."""
+    kernel = plan.linear_kernel(_level(), in_features, n_active, k, batch, feature_major, packed)
+    return kernel, plan.window_of(kernel, _level(), in_features, n_active, k)
+
+
+@functools.lru_cache(maxsize=4096)
+def _conv_plan(in_features: int, n_active: int, k: int, block_rows: int, packed: bool) -> tuple[int, int]:
+    """The kernel of a convolution and the window of the panel that it reads."""
+    kernel = plan.conv_kernel(in_features, n_active, k, block_rows, packed)
+    return kernel, plan.window_of(kernel, _level(), in_features, n_active, k)
 
 
 def _may_pack(checked: Checked | None, values: Tensor) -> bool:
@@ -44,7 +56,7 @@ def _may_pack(checked: Checked | None, values: Tensor) -> bool:
 
 def _job(
     checked: Checked | None,
-    kernel: int,
+    planned: tuple[int, int],
     operands: Sequence[Tensor],
     in_features: int,
     block_rows: int,
@@ -52,7 +64,7 @@ def _job(
 ) -> "ctypes.Array[ctypes.c_int64]":
     """A job for this kernel with all that is about the operands and ``y``; packed is what it reads packed."""
     x, values, indices, active, bias = operands
-    window = _window_of(kernel, _level(), in_features, *values.shape)
+    kernel, window = planned
     if window:
         assert checked is not None
         sizes = in_features, bias.shape[0], block_rows
@@ -91,8 +103,8 @@ def linear(
     shape = (*x.shape[:-1], n)
     batch = math.prod(shape[:-1])
     x_columns = not x.is_contiguous() and x.dim() > 1 and x.movedim(-1, 0).is_contiguous()
-    sizes = _level(), in_features, *values.shape, batch
-    kernel = _linear_kernel(*sizes, x_columns or y_feature_major, _may_pack(checked, values))
+    call = batch, x_columns or y_feature_major, _may_pack(checked, values)
+    planned = kernel, _ = _linear_plan(in_features, *values.shape, *call)
     if kernel == plan.STRIDED:
         # It is plain and slow, for hosts where an operator cannot ask for other layouts; here copies are at hand.
         y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False)
@@ -103,7 +115,7 @@ def linear(
         return y
     if residual is not None:
         residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
-    j = _job(checked, kernel, (x, *weight), in_features, n, y)
+    j = _job(checked, planned, (x, *weight), in_features, n, y)
     j[job.BATCH], j[job.ACTIVATION] = batch, NUMBERS[activation]
     j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
@@ -169,10 +181,10 @@ def convolution(
     numbers = (*sizes, *one, *dilation, *one, *spacing, int(transposed), k)
     geometry, offsets, size, positions = _geometry(numbers)
     in_features, block_rows = math.prod(weight_shape[1:]), n // groups
-    kernel = plan.conv_kernel(in_features, n_active, k, block_rows, _may_pack(checked, values))
+    planned = kernel, _ = _conv_plan(in_features, n_active, k, block_rows, _may_pack(checked, values))
     if kernel == plan.ROWS:
         values = values.float()
-    j = _job(checked, kernel, (x, values, indices, active, bias), in_features, block_rows, y)
+    j = _job(checked, planned, (x, values, indices, active, bias), in_features, block_rows, y)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.BATCH] = NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
