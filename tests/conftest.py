@@ -1,19 +1,19 @@
 """What every test relies on: one thread for each worker, and caches of the test run's own."""
 
 import ast
-import copy
 import functools
+import gc
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import CodeType, FunctionType
-from typing import Any
 
 import pytest
 import torch
+import torch_shortcuts
 import zoo.cpu_torchvision  # noqa: F401 - for an environment that .ci/install_zoo.py did not prepare
 
 _CACHE = "SRIGL_FX_TEST_CACHE"
@@ -32,6 +32,12 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in ("SRIGL_FX_CACHE", "MPLCONFIGDIR"):
         os.environ[name] = os.path.join(os.environ[_CACHE], name.lower())
     torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave alone what the tests import: half a million objects, at each full collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
@@ -91,20 +97,9 @@ def _objects() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _translations() -> Iterator[None]:
-    """torch.onnx parses its 500 translations at each export, which takes longer than all else; here it does so once."""
-    from torch.onnx._internal.exporter import _registration
-
-    registry = _registration.ONNXRegistry
-    made: Callable[..., Any] = functools.cache(registry.from_torchlib)
-
-    def copied(*args: Any, **kwargs: Any) -> Any:
-        found = copy.copy(made(*args, **kwargs))
-        found.functions = {name: list(known) for name, known in found.functions.items()}  # an export adds to them
-        return found
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "from_torchlib", staticmethod(copied))
+def _shortcuts() -> Iterator[None]:
+    """Exports take less than half the time if torch does once what it does again and again."""
+    with torch_shortcuts.taken():
         yield
 
 
