@@ -134,12 +134,12 @@ def condensed_conv(
         steps = sizes = [(n - r) // s + 1 for n, s, r in zip(data.shape[2:], strides, reach, strict=True)]
     y = np.empty((x.shape[0], filters, *sizes), accumulate)
     y[:] = bias.astype(accumulate).reshape(-1, *([1] * rank))
-    for row, taps_of_row in enumerate(indices):
-        filter_ = int(active[row])
+    kept = _kept(indices)
+    places = np.stack(np.unravel_index(indices.astype(np.int64), (group_channels, *kernel)), axis=-1)
+    for row, filter_ in enumerate(active.tolist()):
         first_channel = filter_ // (filters // group) * group_channels
-        kept = _kept(indices)[row]
-        for value, tap in zip(values[row].astype(accumulate)[kept], taps_of_row[kept], strict=True):
-            channel, *offsets = (int(i) for i in np.unravel_index(int(tap), (group_channels, *kernel)))
+        taps_of_row = places[row][kept[row]].tolist()
+        for value, (channel, *offsets) in zip(values[row].astype(accumulate)[kept[row]], taps_of_row, strict=True):
             window = tuple(
                 slice(offset * dilation, offset * dilation + (size - 1) * stride + 1, stride)
                 for offset, dilation, size, stride in zip(offsets, dilations, steps, strides, strict=True)

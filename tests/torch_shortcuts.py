@@ -73,18 +73,18 @@ def _decompositions(patch: pytest.MonkeyPatch) -> None:
                 new[op] = kernel
         before = {op: dict(op.py_kernels) for op in new.keys() - fakes.keys()}
         with override(new):
-            for op, kernels in before.items():
-                remembered[key(op, new[op])] = kernels, dict(op.py_kernels), fakes.get(op)
+            for op, own in before.items():
+                remembered[key(op, new[op])] = own, dict(op.py_kernels), fakes.get(op)
             try:
-                for op, (_, kernels, fake) in known.items():
-                    op.py_kernels.update(kernels)
+                for op, (_, overriding, fake) in known.items():
+                    op.py_kernels.update(overriding)
                     op._dispatch_cache.clear()
                     fakes[op] = fake
                 yield
             finally:
-                for op, (kernels, _, _) in known.items():
+                for op, (own, _, _) in known.items():
                     op.py_kernels.clear()
-                    op.py_kernels.update(kernels)
+                    op.py_kernels.update(own)
                     op._dispatch_cache.clear()
                     fakes.pop(op, None)
 
