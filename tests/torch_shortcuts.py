@@ -71,7 +71,7 @@ def _decompositions(patch: pytest.MonkeyPatch) -> None:
                 known[op] = found
             else:
                 new[op] = kernel
-        before = {op: dict(op.py_kernels) for op in new.keys() - fakes.keys()}
+        before: dict[Any, Mapping[Any, Any]] = {op: dict(op.py_kernels) for op in new.keys() - fakes.keys()}
         with override(new):
             for op, own in before.items():
                 remembered[key(op, new[op])] = own, dict(op.py_kernels), fakes.get(op)
