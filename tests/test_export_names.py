@@ -115,6 +115,7 @@ class Chunks(nn.Module):
         return torch.bmm(halves[0].unsqueeze(1), second.unsqueeze(2)) + halves[1].unsqueeze(1)
 
 
+@pytest.mark.slow
 def test_batches_that_only_the_model_ties_are_one(tmp_path: Path) -> None:
     model = sx.sparsify(Chunks(), sparsity=0.5).eval()
     example = (torch.randn(2, 16), torch.randn(2, 16))
@@ -157,6 +158,7 @@ class Graph(nn.Module):
         return torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])
 
 
+@pytest.mark.slow
 def test_the_report_says_what_is_fixed_and_why(tmp_path: Path) -> None:
     model: nn.Module = sx.sparsify(Step(), sparsity=0.5).eval()
     inputs = (torch.randn(2, 10, 20), torch.randn(2, 2, 16))

@@ -43,6 +43,7 @@ class _Projected(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_an_lstm_with_projections_is_refused(tmp_path: Path, bidirectional: bool) -> None:
@@ -85,6 +86,7 @@ class _Vocoder(nn.Module):
         return torch.istft(spectrum * gain, 32, 8, window=self.window, length=x.shape[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [True, False])
 def test_what_is_made_into_no_onnx_is_refused_by_the_name_of_its_module(verify: bool, tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(OrderedDict(vocoder=_Vocoder())), sparsity=0.5).eval()
@@ -155,6 +157,7 @@ class _Doubles(nn.Module):
         return nn.functional.instance_norm(y[:, None]).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "operator"), [("erf", "erf"), ("conv", "conv1d|convolution"), ("norm", "instance_norm|batch_norm")]
 )

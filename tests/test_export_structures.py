@@ -83,6 +83,7 @@ def named(net: Net, x: Tensor) -> Any:
     return Pair(net.fc(x), net.fc(x).relu())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [structures, numbers, named])
 def test_outputs(function: Callable[..., Any], tmp_path: Path) -> None:
     assert check(function, (x(2),), (x(5),), tmp_path).dynamic_batch
@@ -234,6 +235,7 @@ class Branching(nn.Module):
         return self.after(self.gate(self.before(x)))
 
 
+@pytest.mark.slow
 def test_a_model_that_is_not_one_graph_says_what_broke_and_its_parts_are_exported(tmp_path: Path) -> None:
     model = sx.sparsify(randomise(Branching()), sparsity=0.5, distribution="uniform").eval()
     path = tmp_path / "model.onnx"

@@ -383,6 +383,7 @@ def test_ribbons_leave_and_arrive_at_the_bars() -> None:
     assert removal(weight, [])["readers"] == []
 
 
+@pytest.mark.slow
 def test_a_page_of_a_thousand_layers_stays_small() -> None:
     names = [f"model.encoder.layers.{index}.mlp.fc1.weight" for index in range(1000)]
     html = lowering_report(names).to_html()

@@ -187,6 +187,7 @@ def test_keys_of_inputs_and_outputs_may_be_any_words(tmp_path: Path) -> None:
         torch.testing.assert_close(again[key], expected)
 
 
+@pytest.mark.slow
 def test_export_again_and_compile(case: Lowered) -> None:
     model, lowered, shape = case
     x = torch.randn(4, *shape)
@@ -606,6 +607,7 @@ def test_hugging_face(architecture: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     torch.testing.assert_close(next(iter(again.values())), got[0])
 
 
+@pytest.mark.slow
 def test_models_are_lowered_from_several_threads() -> None:
     def model() -> nn.Module:
         return sx.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), sparsity=0.75).eval()

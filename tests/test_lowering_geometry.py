@@ -87,6 +87,7 @@ def test_a_transposed_convolution_that_keeps_the_size_is_not_taken_for_a_pointwi
 SEVERAL = st.lists(layers(), min_size=4, max_size=8)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=4, **QUIET)
 @given(SEVERAL, st.floats(0.1, 1), st.integers(0, 3), st.integers(0, 99))

@@ -439,6 +439,7 @@ def test_weights_that_a_model_uses_itself_stay_dense_with_the_error() -> None:
     assert reasons["child.weight"].endswith("(child is not called on the example inputs)")
 
 
+@pytest.mark.slow
 def test_dense_weights_that_were_replaced_are_gone() -> None:
     model = masked(DataBranch)
     watched = {name: weakref.ref(tensor) for name, tensor in model.named_parameters()}

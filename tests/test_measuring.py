@@ -60,6 +60,7 @@ def test_the_second_time_nothing_is_measured(cache: Path, monkeypatch: pytest.Mo
     assert cache.read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_measured")
 def test_what_times_depend_on_is_measured_apart(cache: Path) -> None:
     lowered()
@@ -97,6 +98,7 @@ def test_no_speedup_no_measuring(cache: Path) -> None:
     assert type(report).from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
+@pytest.mark.slow
 def test_linear_forms_that_are_far_apart_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "measure", lambda _: pytest.fail("measured"))
     monkeypatch.setattr(measuring, "checked_constants", lambda timings, kernels: Machine())  # busy or not
@@ -117,6 +119,7 @@ def test_linear_forms_that_are_far_apart_are_not_measured(monkeypatch: pytest.Mo
         report({"dense": 8.0, "condensed": 2.0}, min_speedup=1.5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_measured")
 def test_measured_times_are_used_where_an_estimate_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     lowered()
@@ -142,6 +145,7 @@ def poisoned(cache: Path, factor: float) -> list[dict[str, float]]:
     return before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e4, 1e-4, 1e300, 1e-200])
 def test_a_remembered_time_that_contradicts_the_estimates_is_measured_again(cache: Path, factor: float) -> None:
     lowered(min_speedup=1.001)
@@ -158,6 +162,7 @@ def test_a_remembered_time_that_contradicts_the_estimates_is_measured_again(cach
     )
 
 
+@pytest.mark.slow
 def test_two_measurements_that_agree_are_believed_whatever_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that the cost model misjudges is measured twice, in two moments, and then no more."""
     monkeypatch.setattr(measuring, "estimate", lambda work, machine: {"dense": 1.0, "condensed": 1.0, "shrunk": 1.0})

@@ -26,6 +26,7 @@ def _run(folder: Path, *options: str) -> None:
 SHORT = ("--seeds", "1", "--sparsities", "0.9", "--steps-scale")
 
 
+@pytest.mark.slow
 def test_runs_resumes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, grid = tmp_path / "claims", ("--tasks", "cnn", *SHORT, "0.02")
     _run(folder, *grid)

@@ -174,6 +174,7 @@ def test_a_lowered_model_keeps_state_of_its_own(forward: Forward, tmp_path: Path
     assert_untouched(model, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", WRITES, ids=lambda forward: forward.__name__)
 def test_a_file_takes_and_returns_the_state(forward: Forward, tmp_path: Path) -> None:
     model = streaming(forward)
@@ -258,6 +259,7 @@ class Cells(nn.Module):
         return {"y": self.out(y), "before": before, "latest": latest}
 
 
+@pytest.mark.slow
 def test_what_sub_modules_assign_is_state_of_the_graph_and_of_the_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sx.sparsify(Cells(), sparsity=0.5).eval()
@@ -294,6 +296,7 @@ def test_a_forward_of_the_very_object_may_assign_state() -> None:
             torch.testing.assert_close(program.module(chunk), wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared_first", [True, False])
 def test_a_shared_buffer_that_one_of_its_modules_assigns_is_no_part_of_a_graph(shared_first: bool) -> None:
     model = Streaming(in_part if shared_first else assigned)
@@ -338,6 +341,7 @@ def grown(m: Any, y: Tensor) -> Any:
     return m.inner.h * 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
@@ -402,6 +406,7 @@ class WritesInputs(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decide", [False, True])
 def test_no_verb_touches_the_inputs(decide: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -444,6 +449,7 @@ class TrainsItsNorm(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "layer", "sizes"),
     [
@@ -498,6 +504,7 @@ def in_a_dict(m: Any, y: Tensor) -> Any:
     return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("forward", "name"), [(in_a_list, "kept"), (in_a_dict, "cache")])
 def test_lists_and_dicts_are_given_back_as_they_were(forward: Forward, name: str, tmp_path: Path) -> None:
     model: Any = sx.sparsify(Streaming(forward), sparsity=0.5).eval()

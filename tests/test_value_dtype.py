@@ -115,6 +115,7 @@ def test_copied_saved_and_compiled(dtype: torch.dtype, tmp_path: Path) -> None:
     assert LoweringReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_exported(dtype: torch.dtype, tmp_path: Path) -> None:
     model, inputs = network(), (torch.randn(2, 3, 8, 8),)

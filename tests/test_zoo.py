@@ -17,23 +17,11 @@ from zoo.table import TABLE
 PACKAGES = ("torchvision", "timm", "transformers")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 NEEDS = {"torchvision": PACKAGES[:1], "timm": PACKAGES[:2], "transformers": PACKAGES[2:]}
-QUICK = {  # of the models of libraries; those made by hand all are
-    "tv_alexnetish_flatten",
-    "timm_vit_tiny_patch16_224",
-    "timm_deit_tiny_distilled_patch16_224",
-    "timm_beit_base_patch16_224",
-    "timm_eva02_tiny_patch14_224",
-    "timm_mambaout_femto",
-    "timm_mixer",
-    "hf_bert_mlm_tied",
-    "hf_distilbert",
-    "hf_resnet",
-    "hf_wav2vec2",
-}
-MODELS = [
-    pytest.param(name, marks=[] if name in QUICK or entry.family == "by hand" else [pytest.mark.slow])
-    for name, entry in ZOO.items()
-]
+QUICK = {  # those that take a second or two: most of those made by hand, and a few of libraries
+    *(name for name, entry in ZOO.items() if entry.family == "by hand"),
+    *("tv_alexnetish_flatten", "timm_vit_tiny_patch16_224", "hf_bert_mlm_tied", "hf_resnet"),
+} - {"nasty_gru", "nasty_lstm", "nasty_numpy_op", "nasty_tenc", "nasty_transformer"}
+MODELS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -83,6 +83,7 @@ def _train(model: Any, steps: int = 12) -> None:
     trainer.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sparse_model_survives(name: str, tmp_path: Path) -> None:
     make, auto = MODELS[name]
@@ -166,6 +167,7 @@ def test_a_model_that_is_being_pruned(tmp_path: Path) -> None:
     GMP(again, torch.optim.SGD(again.parameters(), lr=0.1), total_steps=100).detach()
 
 
+@pytest.mark.slow
 def test_a_finished_model_can_be_lowered(tmp_path: Path) -> None:
     model = sx.sparsify(_bert(), sparsity=0.8)
     save_pretrained(model, tmp_path)

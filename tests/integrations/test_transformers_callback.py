@@ -279,6 +279,7 @@ def test_options_that_the_method_does_not_know_are_refused_at_once() -> None:
     SRigLCallback(lambda model, optimizer, **options: SET(model, optimizer, **options), anything=4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_elsewhere_is_named(tmp_path: Path) -> None:
     arguments = {"save_strategy": "steps", "save_steps": 10}
     first = _trainer(sx.sparsify(_bert(), sparsity=0.8), tmp_path / "first", SRigLCallback(**OPTIONS), **arguments)

@@ -54,6 +54,7 @@ class Attention(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("inputs", "linears"), [(1, 2), (2, 3), (3, 4)])
 def test_packed_projection_whole_or_cut(inputs: int, linears: int) -> None:
     model = mask_by_hand(randomise(Attention()), 0.4)

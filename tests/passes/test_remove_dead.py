@@ -456,6 +456,7 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     return gain * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 def test_rms_norm_keeps_its_length_where_zeros_go(fused: bool) -> None:
     gain = nn.RMSNorm(6, eps=1e-3)

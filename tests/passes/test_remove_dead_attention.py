@@ -79,6 +79,7 @@ def test_dead_keys_take_their_queries_along(attend: Attend) -> None:
     assert shapes(program, "linear") == [(6, 6), (6, 6), (8, 6), (5, 8)]
 
 
+@pytest.mark.slow
 @UNMERGED
 def test_a_dead_query_stays_unless_it_is_zero(attend: Attend) -> None:
     model = Attention(attend)
@@ -87,6 +88,7 @@ def test_a_dead_query_stays_unless_it_is_zero(attend: Attend) -> None:
     assert shapes(cut(model, TOKENS, q=[0, 7]), "linear")[:2] == [(6, 6), (6, 6)]
 
 
+@pytest.mark.slow
 @EVERY
 def test_a_whole_head_goes(attend: Attend) -> None:
     program = cut(Attention(attend), TOKENS, v=[4, 5, 6, 7])
@@ -113,6 +115,7 @@ def test_the_scale_is_that_of_the_whole_width() -> None:
     assert arguments(node)["scale"] == WIDTH**-0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attend", [fused, by_hand])
 def test_rotated_channels_go_in_pairs_where_zero(attend: Attend) -> None:
     model = Attention(attend, rotate=True)
@@ -122,6 +125,7 @@ def test_rotated_channels_go_in_pairs_where_zero(attend: Attend) -> None:
     assert shapes(cut(model, TOKENS, k=[0, 4]), "linear")[1] == (8, 6), "half of a pair"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotate", [False, True])
 def test_grouped_queries(rotate: bool) -> None:
     program = cut(Attention(rotate=rotate, kv_heads=1), TOKENS, v=[2])
@@ -139,6 +143,7 @@ def test_grouped_queries_in_the_operator() -> None:
     assert shapes(program, "linear") == [(4, 6), (2, 6), (3, 6), (5, 6)]
 
 
+@pytest.mark.slow
 def test_packed_projection() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:
@@ -157,6 +162,7 @@ def test_packed_projection() -> None:
     assert shapes(program, "linear") == [(12, 6), (5, 4)], "a head"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_module_of_torch(batch_first: bool) -> None:
     class Wrapped(nn.Module):
@@ -178,6 +184,7 @@ def test_the_module_of_torch(batch_first: bool) -> None:
     assert program.removals.channels[1] < program.removals.channels[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_mask_that_comes_with_the_input(kind: str) -> None:
     class Masked(Attention):
@@ -206,6 +213,7 @@ def test_a_bias_by_head_loses_the_heads_that_go() -> None:
     assert shapes(program, "linear") == [(4, 6), (4, 6), (4, 6), (5, 4)]
 
 
+@pytest.mark.slow
 def test_a_norm_of_each_head_keeps_its_channels_but_not_a_dead_head() -> None:
     class Normed(Attention):
         def __init__(self) -> None:
@@ -221,6 +229,7 @@ def test_a_norm_of_each_head_keeps_its_channels_but_not_a_dead_head() -> None:
     assert shapes(cut(Normed(), TOKENS, v=[4, 5, 6, 7]), "linear") == [(4, 6), (4, 6), (4, 6), (5, 4)]
 
 
+@pytest.mark.slow
 def test_cross_attention_of_a_decoder_layer() -> None:
     layer = nn.TransformerDecoderLayer(8, 2, 12, batch_first=True)
     model = masked(layer, {"linear1.weight": [1, 2, 3], "multihead_attn.in_proj_weight": [17, 20]})

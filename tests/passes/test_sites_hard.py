@@ -333,6 +333,7 @@ class Block(nn.Module):
         return x + (y if scale is None else y * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_run", [False, True])
 def test_hundreds_of_layers_are_found_in_calls_linear_in_their_number(by_run: bool) -> None:
     """Counted, as seconds differ between machines, beside a trace of torch.fx, which grows with what is imported."""

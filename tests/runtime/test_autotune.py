@@ -27,6 +27,7 @@ def test_nothing_to_measure() -> None:
     assert measure({}) == {}
 
 
+@pytest.mark.slow
 def test_undisturbed_times_leave_out_what_waits() -> None:
     """A call that waits, for another thread that waits for a processor, say, tells nothing of what it takes."""
     waits = iter([True, False, False] * 1000)

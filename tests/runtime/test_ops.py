@@ -325,6 +325,7 @@ def test_eight_threads_at_once() -> None:
     assert max(worst) < 1e-4
 
 
+@pytest.mark.slow
 def test_importing_the_ops_leaves_numba_alone() -> None:
     code = "import sys, srigl_fx.runtime.ops; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -73,6 +73,7 @@ def test_oracle_tests_on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run_oracle_tests(isa)
 
 
+@pytest.mark.slow
 @best
 @pytest.mark.parametrize("isa", ISAS)
 def test_a_process_for_each(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +104,7 @@ def test_code_that_a_process_compiles_gives_the_same_bits(isa: str, monkeypatch:
     assert digests_on(isa, compiled=True) == digests_on(isa)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_bits_in_every_run(threads: int) -> None:
     first = digests.digests(threads)

@@ -46,6 +46,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_each_instruction_set(library: Path, cases: Path, isa: str) -> None:
     if ISAS.index(isa) > ISAS.index(host_isa()):

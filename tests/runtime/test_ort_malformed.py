@@ -226,6 +226,7 @@ def _write(folder: Path, name: str, model: onnx.ModelProto, feeds: dict[str, Arr
     np.savez(folder / f"{name}.npz", **feeds)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_every_fault_is_refused_by_name(library: Path, tmp_path: Path) -> None:
     cases = _cases()
     for name, (node, _, x) in cases.items():
@@ -293,6 +294,7 @@ def _mutate(rng: np.random.Generator, node: Node) -> Node:
     return node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_random_changes_never_crash(library: Path, tmp_path: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -173,6 +173,7 @@ def test_the_file_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyP
     assert Timings(path).get({"number": 39}) == SECONDS
 
 
+@pytest.mark.slow
 def test_processes_write_at_once(path: Path) -> None:
     writers = [writer(path, name, 200) for name in ("one", "two", "three")]
     assert [process.wait(timeout=60) for process in writers if process.communicate()] == [0, 0, 0]
@@ -181,6 +182,7 @@ def test_processes_write_at_once(path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == [FILE, "timings.lock"]
 
 
+@pytest.mark.slow
 def test_killing_a_writer_leaves_a_file_that_can_be_read(path: Path) -> None:
     process = writer(path, "killed", 10**6)
     assert process.stdout is not None

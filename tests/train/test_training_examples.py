@@ -152,6 +152,7 @@ def test_the_experiment_on_first_steps_runs(
     assert file.read_bytes() == again
 
 
+@pytest.mark.slow
 def test_the_treatments_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     module, runs = import_module("first_steps"), import_module("claims.runs")
     monkeypatch.setitem(runs.TASKS, "cnn", dataclasses.replace(runs.TASKS["cnn"], steps=20, update_every=4))

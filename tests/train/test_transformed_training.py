@@ -124,6 +124,7 @@ def test_the_captured_gradient_is_dense_and_the_trained_one_masked(layer: nn.Mod
     assert not any(value is True for key, value in vars(handle.owner).items() if "dense_gradient" in key)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_whole_run_with_ablation(name: str, optimizer_class: type[torch.optim.SGD | torch.optim.AdamW]) -> None:

@@ -76,6 +76,7 @@ def four(folder: Path, two: Outcomes) -> Outcomes:
     return launch(folder, 4, FOUR)
 
 
+@pytest.mark.slow
 def test_two_processes_in_short(tmp_path: Path) -> None:
     for name, outcome in launch(tmp_path, 2, IN_SHORT).items():
         assert outcome == ["ok", "ok"], f"{name}\n" + "\n".join(outcome)
