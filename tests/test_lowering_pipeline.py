@@ -1,5 +1,6 @@
 """One pipeline from a captured graph to condensed operators: passes anywhere in it, and each written down as text."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,81 @@ def test_a_second_dump_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("* Look.txt"))
 
 
-def test_a_dump_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(LoweringError, match=r"dump: .*file cannot be written"):
-        sx.lower(model(), (X,), min_speedup=0, dump=tmp_path / "file")
+def _file_in_its_place(folder: Path) -> Path:
+    folder.write_text("no folder")
+    return folder
+
+
+def _below_a_file(folder: Path) -> Path:
+    return _file_in_its_place(folder) / "dump"
+
+
+def _folder_in_place_of(name: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        (folder / name).mkdir(parents=True)
+        return folder
+
+    return make
+
+
+def _full_disk(folder: Path) -> Path:
+    """A device that takes no byte stands where the table of the passes is written."""
+    folder.mkdir()
+    (folder / "passes.txt").symlink_to("/dev/full")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "where", "why"),
+    [
+        (_file_in_its_place, "dump", "File exists"),
+        (_below_a_file, "dump/dump", "Not a directory"),
+        (lambda folder: folder / "a\0b", "b", "null"),
+        (_folder_in_place_of("00 captured.txt"), "dump", "Is a directory|not permitted"),
+        (_folder_in_place_of("passes.txt"), "passes.txt", "Is a directory"),
+        (_full_disk, "passes.txt", "No space left on device"),
+    ],
+    ids=[
+        "a file in its place",
+        "below a file",
+        "no path",
+        "a folder for a graph",
+        "a folder for the table",
+        "full disk",
+    ],
+)
+def test_a_dump_that_cannot_be_written_is_an_error_and_the_model_as_it_was(
+    make: Callable[[Path], Path], where: str, why: str, tmp_path: Path
+) -> None:
+    network = model()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(LoweringError, match=rf"dump: .*{where} cannot be written \(.*({why})"):
+        sx.lower(network, (X,), min_speedup=0, dump=make(tmp_path / "dump"))
+    after = network.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    sx.lower(network, (X,), min_speedup=0, dump=tmp_path / "another")
+
+
+def test_a_part_whose_dump_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "first").write_text("no folder")
+    with pytest.raises(LoweringError, match=r"dump: .*first cannot be written \(File exists"):
+        sx.lower(Parts().eval(), (X,), min_speedup=0, dump=tmp_path)
+
+
+def test_a_dump_that_is_no_path_is_refused() -> None:
+    with pytest.raises(LoweringError, match="dump must be the path of a folder, not 3"):
+        sx.lower(model(), (X,), min_speedup=0, dump=3)  # type: ignore[arg-type]
+
+
+def test_a_pass_may_have_a_name_that_no_file_has(tmp_path: Path) -> None:
+    class Named(Look):
+        @property
+        def name(self) -> str:
+            return "../my/pass"
+
+    sx.lower(model(), (X,), min_speedup=0, passes=(Named(), *LOWERING), dump=tmp_path / "dump")
+    assert (tmp_path / "dump" / "01 .._my_pass.txt").read_text().startswith("# ../my/pass: ")
 
 
 class Parts(nn.Module):

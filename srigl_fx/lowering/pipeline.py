@@ -91,8 +91,8 @@ def lower(
         ``.regions``; ``report.capture_failures`` says what broke where.
 
     Raises:
-        LoweringError: Nothing to lower, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold, or
-            outputs beyond the tolerance.
+        LoweringError: Nothing to lower, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold,
+            outputs beyond the tolerance, or a ``dump`` that cannot be written.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.
 
@@ -116,6 +116,8 @@ def lower(
         raise LoweringError(f'verify must be True, False or "each pass", not {verify!r}')
     if not isinstance(passes, Sequence) or not all(isinstance(step, Pass) for step in passes):
         raise LoweringError(f"passes must be a tuple of graph passes, as (*LOWERING, MyPass()), not {passes!r}")
+    if not isinstance(dump, str | os.PathLike | None):
+        raise LoweringError(f"dump must be the path of a folder, not {dump!r}")
     with EXPORT_LOCK:
         _check_parameters(model)
         invariants.check_sound(model)
