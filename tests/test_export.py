@@ -15,6 +15,7 @@ import srigl_fx as sx
 from srigl_fx.comparison import TOLERANCE, relative_error
 from srigl_fx.errors import CaptureError, ExportError, LibraryError
 from srigl_fx.onnx_export import pipeline as export
+from srigl_fx.onnx_export.report import ExportReport
 from srigl_fx.runtime.ort import session as session_module
 from srigl_fx.runtime.ort.fallback import fallback_functions
 
@@ -59,13 +60,13 @@ def stock(path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, export.ExportReport]:
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path, ExportReport]:
     torch.manual_seed(0)
     model, path = sparse(), tmp_path_factory.mktemp("export") / "model.onnx"
     return model, path, sx.export_onnx(model, path, (X,), min_speedup=0)
 
 
-Exported = tuple[nn.Module, Path, export.ExportReport]
+Exported = tuple[nn.Module, Path, ExportReport]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])

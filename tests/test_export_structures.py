@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 import srigl_fx as sx
 from srigl_fx.comparison import relative_error
 from srigl_fx.errors import ExportError
-from srigl_fx.onnx_export.pipeline import ExportReport
+from srigl_fx.onnx_export.report import ExportReport
 from srigl_fx.onnx_export.rewrites import rewrite
 
 

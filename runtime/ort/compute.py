@@ -7,9 +7,10 @@ refused is ``checks``'s, arithmetic is the kernels'; it must not know how nodes 
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
 from srigl_fx.runtime.cpu.kernels.compiled import planned
 from srigl_fx.runtime.ort import abi
-from srigl_fx.runtime.ort.checks import check_weights, describe_float, refuse, tensor_data
+from srigl_fx.runtime.ort.checks import check_weights, describe_float, tensor_data
 from srigl_fx.runtime.ort.panels import find_panel, kernel, store_weights
 from srigl_fx.runtime.ort.primitives import call, external, inlined, load, stack, store, text
+from srigl_fx.runtime.ort.refusals import refuse
 from srigl_fx.runtime.value_types import NUMBERS
 
 # Numba takes a constant for a literal only under a name of the module's own.

@@ -1,13 +1,14 @@
 """The operators as ONNX Runtime sees them: registration, the choice of instruction set, creating a node.
 
 Owns these as functions that Numba compiles ahead of time (words in, one word out). A node is immutable once created, so
-that any number of runs may share it. What may be refused is ``checks``'s, one call is ``compute``'s; it must not know
-how it is compiled or linked.
+that any number of runs may share it. What may be refused is for ``attributes`` and ``checks`` to say, one call is
+``compute``'s; it must not know how it is compiled or linked.
 """
 
 from srigl_fx.runtime.cpu.kernels import isa
-from srigl_fx.runtime.ort import abi, checks, compute, panels
-from srigl_fx.runtime.ort.checks import check_weights, read_attributes
+from srigl_fx.runtime.ort import abi, attributes, checks, compute, panels, refusals
+from srigl_fx.runtime.ort.attributes import read_attributes
+from srigl_fx.runtime.ort.checks import check_weights
 from srigl_fx.runtime.ort.primitives import (
     call,
     cpuid,
@@ -238,6 +239,8 @@ def register(options: int, base: int) -> int:
 
 
 FUNCTIONS = (
+    *refusals.FUNCTIONS,
+    *attributes.FUNCTIONS,
     *checks.FUNCTIONS,
     *panels.FUNCTIONS,
     *compute.FUNCTIONS,

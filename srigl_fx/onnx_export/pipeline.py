@@ -1,13 +1,13 @@
 """``export_onnx``: one ONNX file that runs with the operator library, and on a stock ONNX Runtime without it.
 
-Owns the verb: the order of its steps, the file on disk and its verification in ONNX Runtime. It must not know how a
-model is lowered or translated, nor how the library works.
+Owns the verb: the order of its steps, and the file on disk. It must not know how a model is lowered or translated, how
+a file is verified, nor how the library works.
 """
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,129 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import TOLERANCE, Results, compare
 from srigl_fx.compatibility import noted
-from srigl_fx.errors import ExportError, LibraryError
+from srigl_fx.errors import ExportError
 from srigl_fx.files import replacing
 from srigl_fx.lowering.inputs import arranged
-from srigl_fx.lowering.lowered import LoweredModule, LoweringReport, format_speedups
+from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.lowering.pipeline import lower
 from srigl_fx.lowering.regions import LoweredRegions
 from srigl_fx.onnx_export import recipes
-from srigl_fx.onnx_export.file import CondensedNode, inspect_file
+from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.onnx_export.model import build_model, functions_for
 from srigl_fx.onnx_export.names import sizes_of
-from srigl_fx.onnx_export.places import place_in
+from srigl_fx.onnx_export.report import ExportReport
+from srigl_fx.onnx_export.verification import check_file
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.hugging_face import register_caches
-from srigl_fx.passes.model_runs import run_steps
-from srigl_fx.passes.program import resize
 from srigl_fx.passes.state import kept_in, writes
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.reports.text_tables import format_bytes
-from srigl_fx.runtime.ort.stream import INPUT, Stream
 
 if TYPE_CHECKING:
-    import onnxruntime
+    pass
 
 _LARGEST_FILE = 2**31 - 1  # what one protobuf message may hold
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """What was written, and how it compares with the model; ``str()`` is readable text.
-
-    Attributes:
-        path: The file.
-        bytes: Its size.
-        layers: Its condensed layers.
-        sparse_bytes: What they take in the file, biases included.
-        dense_bytes: What the same layers take in a dense file, biases included.
-        dynamic_batch: Whether the leading size of the first input is free.
-        fallback: Whether it runs without the operator library.
-        library_error: Largest difference between PyTorch and ONNX Runtime with the library, over the largest output;
-            None where that was not checked.
-        fallback_error: The same for an ONNX Runtime without the library.
-        notes: What could not be checked, which passes failed and were undone, and which sizes are fixed, each with why.
-        inputs: The sizes of the inputs by name: numbers where they are fixed, the names of sizes where they are free.
-            Sizes have the same name where they must be the same.
-        outputs: The same of the outputs.
-        lowering: What became of each weight and why, with its expected times
-            (:class:`~srigl_fx.lowering.lowered.LayerReport`).
-        state: The buffers that the model writes: ``name`` is the input ``state.name`` and the output
-            ``next_state.name``, and ``srigl_fx.runtime.Stream`` carries it from call to call.
-    """
-
-    path: Path
-    bytes: int
-    layers: tuple[CondensedNode, ...]
-    sparse_bytes: int
-    dense_bytes: int
-    dynamic_batch: bool
-    fallback: bool
-    library_error: float | None
-    fallback_error: float | None
-    notes: tuple[str, ...] = ()
-    inputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
-    outputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
-    state: tuple[str, ...] = ()
-    lowering: LoweringReport | None = None
-
-    @property
-    def condensed_layers(self) -> int:
-        """The number of condensed layers in the file."""
-        return len(self.layers)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, strings, lists and dicts."""
-        sizes = {
-            name: {key: list(shape) for key, shape in values.items()}
-            for name, values in (("inputs", self.inputs), ("outputs", self.outputs))
-        }
-        listed = {"notes": list(self.notes), "state": list(self.state)}
-        lowering = None if self.lowering is None else self.lowering.as_dict()
-        return {**asdict(self), "path": str(self.path), **sizes, **listed, "lowering": lowering}
-
-    def __str__(self) -> str:
-        def error(value: float | None) -> str:
-            return "not checked" if value is None else f"{value:.1e}"
-
-        ratio = self.sparse_bytes / self.dense_bytes if self.dense_bytes else 1.0
-        lines = [
-            f"{self.path}: {format_bytes(self.bytes)}, {self.condensed_layers} condensed "
-            f"layer{'' if self.condensed_layers == 1 else 's'} "
-            f"({format_bytes(self.sparse_bytes)} instead of {format_bytes(self.dense_bytes)}, {ratio:.3f} of dense)",
-            f"batch: {self._batch}; without the library: {'runs densely' if self.fallback else 'does not run'}",
-            f"largest relative error: {error(self.library_error)} with the library, "
-            f"{error(self.fallback_error)} without",
-            f"takes {_listed(self.inputs)}; returns {_listed(self.outputs)}",
-            *self._expected,
-            *self.notes,
-        ]
-        return "\n".join(lines)
-
-    @property
-    def _expected(self) -> list[str]:
-        """What masked layers are expected to gain together, and which stay dense because they are expected to lose."""
-        if self.lowering is None:
-            return []
-        speedups = format_speedups(self.lowering.expected_speedups).removeprefix("; ")
-        dense = [layer for layer in self.lowering.layers if layer.decision == "dense" and layer.estimates]
-        left = "; ".join(f"{layer.fqn} stays dense, {layer.reason}" for layer in dense)
-        return list(filter(None, (speedups, left)))
-
-    @property
-    def _batch(self) -> str:
-        """Which leading sizes are free, in words."""
-        sized = {name: shape for name, shape in self.inputs.items() if shape and not name.startswith(INPUT)}
-        free = [name for name, shape in sized.items() if isinstance(shape[0], str)]
-        if not free:
-            return "any" if self.dynamic_batch and not sized else "as in the example inputs"
-        return "any" if len(free) == len(sized) else f"any of {', '.join(free)}, else as in the example inputs"
-
-
-def _listed(sizes: dict[str, tuple[int | str, ...]]) -> str:
-    return ", ".join(f"{name} ({', '.join(map(str, shape))})" for name, shape in sizes.items())
 
 
 @noted
@@ -329,7 +229,7 @@ def _write(
         )
     with replacing(target) as part:
         part.write_bytes(proto.SerializeToString())
-        checked = _check(part, lowered, args, kwargs, batches, origins, fallback=fallback) if verify else ({}, [])
+        checked = check_file(part, lowered, args, kwargs, batches, origins, fallback=fallback) if verify else ({}, [])
     errors, notes = checked
     return _Written(errors, notes, sizes_of(proto.graph.input), sizes_of(proto.graph.output))
 
@@ -362,103 +262,3 @@ def _batches(lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, An
 def _any(batches: Sequence[int | None]) -> bool:
     """Whether any leading size is free."""
     return any(batch is not None for batch in batches)
-
-
-def _check(
-    path: Path,
-    lowered: LoweredModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    batches: Sequence[int | None],
-    origins: Mapping[str, str],
-    *,
-    fallback: bool,
-) -> tuple[dict[str, float], list[str]]:
-    """Run the file with and without the library; return the largest relative errors, and what was not checked.
-
-    ``origins`` says where the file's nodes come from, for errors.
-    """
-    import onnxruntime
-
-    from srigl_fx.runtime.ort.session import register
-
-    errors: dict[str, float] = {}
-    notes: list[str] = []
-    hosts = ["library", "fallback"] if fallback else ["library"]
-    for host in hosts:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what is wrong is raised
-        if host == "library":
-            try:
-                register(options)
-            except LibraryError as error:
-                notes.append(f"not checked with the operator library: {error}")
-                continue
-        try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            errors[host] = _compare(session, lowered, args, kwargs, batches)
-        except ExportError as error:
-            raise ExportError(f"{host}: {error}") from error
-        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-            remedy = "; fallback=False writes a file for the operator library alone" if host == "fallback" else ""
-            if place := place_in(str(error), origins):
-                remedy = "; replace it, give it float32, or serve with PyTorch (lower(...).save(path))"
-                place = f", because of {place}"
-            raise ExportError(f"ONNX Runtime cannot run the exported file ({host}){place}: {error}{remedy}") from error
-        if not errors[host] <= TOLERANCE:
-            raise ExportError(
-                f"ONNX Runtime's outputs ({host}) are off by {errors[host]:.2e} of the largest value (allowed: "
-                f"{TOLERANCE:.2e}). A model whose outputs depend on more than its inputs cannot be verified: pass "
-                "verify=False if that is so"
-            )
-    return errors, notes
-
-
-def _compare(
-    session: "onnxruntime.InferenceSession",
-    lowered: LoweredModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    batches: Sequence[int | None],
-) -> float:
-    """The largest relative error at the example batch and, where that is free, at another one for each free size."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # NumPy takes no others
-    stream = Stream(session)
-    entries = [entry for entry in session.get_inputs() if not entry.name.startswith(INPUT)]
-    tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-    if len(entries) != len(tensors):
-        names = [entry.name for entry in entries]
-        raise ExportError(f"the file takes the inputs {names}, the model has {len(tensors)}; one of them is not used")
-    sizes = {
-        position: entry.shape[0]
-        for position, entry in zip(tensors, entries, strict=True)
-        if batches and batches[position] is not None
-    }
-    order = list(dict.fromkeys(sizes.values()))
-    example = next((leaves[position].shape[0] for position in sizes), None)
-    stored: dict[int | None, list[Any]] = {}
-
-    def expected(size: int | None) -> list[Results]:
-        given = stored[size] = [
-            resize(leaf, size + 2 * order.index(sizes[position])) if size is not None and position in sizes else leaf
-            for position, leaf in enumerate(leaves)
-        ]
-        try:
-            runs = run_steps(lowered, *pytree.tree_unflatten(given, spec))
-        except Exception as error:  # of an operator of the graph: any type
-            raise ExportError(f"the graph does not run at batch {size}: {error}") from error
-        return [
-            Results([leaf for leaf in run.results.outputs if isinstance(leaf, Tensor)], run.buffers) for run in runs
-        ]
-
-    def got(size: int | None, calls: int) -> list[Results]:
-        feeds = {entry.name: stored[size][position].numpy() for entry, position in zip(entries, tensors, strict=True)}
-        stream.reset()
-        served = []
-        for _ in range(calls):
-            outputs = [torch.from_numpy(value) for value in stream.run(None, feeds)]
-            served.append(Results(outputs, {name: torch.from_numpy(value) for name, value in stream.state.items()}))
-        return served
-
-    return compare([None] if example is None else [None, example + 1 + example % 2], expected, got).worst

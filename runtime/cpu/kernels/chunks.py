@@ -14,6 +14,7 @@ from typing import Any, Final
 import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.copies import transpose
 from srigl_fx.runtime.cpu.kernels.training_job import (
     BATCH,
     BIAS,
@@ -41,7 +42,6 @@ from srigl_fx.runtime.cpu.kernels.vector import (
     ints,
     number,
     release,
-    transpose,
     types,
 )
 

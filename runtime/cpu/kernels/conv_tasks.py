@@ -8,6 +8,7 @@ from typing import Any, Final
 from srigl_fx.runtime.cpu.kernels import conv, job, patches
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
+from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows
 from srigl_fx.runtime.cpu.kernels.panel import LANES
 from srigl_fx.runtime.cpu.kernels.plan import COLUMNS
 from srigl_fx.runtime.cpu.kernels.tiles import (
@@ -22,17 +23,7 @@ from srigl_fx.runtime.cpu.kernels.tiles import (
     tile_memory,
     width_of,
 )
-from srigl_fx.runtime.cpu.kernels.vector import (
-    add_floats,
-    allocate,
-    copy_floats,
-    copy_rows,
-    floats,
-    ints,
-    release,
-    shorts,
-    words,
-)
+from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, shorts, words
 
 Pointer = Any
 _SCRATCH: Final = (

@@ -10,6 +10,7 @@ import numpy as np
 from srigl_fx.runtime.cpu.kernels import job, panel
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
+from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows, transpose
 from srigl_fx.runtime.cpu.kernels.dot import GATHERS, LOADS, dot_group
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
@@ -28,19 +29,7 @@ from srigl_fx.runtime.cpu.kernels.tiles import (
     width_of,
 )
 from srigl_fx.runtime.cpu.kernels.values import value_at
-from srigl_fx.runtime.cpu.kernels.vector import (
-    add_floats,
-    allocate,
-    copy_floats,
-    copy_rows,
-    floats,
-    ints,
-    release,
-    shorts,
-    stack_address,
-    transpose,
-    words,
-)
+from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, shorts, stack_address, words
 from srigl_fx.runtime.value_types import NUMBERS, VALUE_TYPES
 
 Pointer = Any

@@ -13,6 +13,7 @@ from srigl_fx.runtime.activations import ACTIVATIONS
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import REGISTERS, compiled
+from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, fill_floats
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.panel import (
     LANES,
@@ -22,7 +23,7 @@ from srigl_fx.runtime.cpu.kernels.panel import (
 )
 from srigl_fx.runtime.cpu.kernels.plan import COLUMNS
 from srigl_fx.runtime.cpu.kernels.tile import add_rows, phase_of, prefetched_lines, rows_in_flight, values_of
-from srigl_fx.runtime.cpu.kernels.vector import add_floats, allocate, copy_floats, fill_floats, floats, ints, words
+from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, words
 
 Pointer = Any
 BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level cache

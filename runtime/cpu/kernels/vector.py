@@ -61,14 +61,15 @@ def store(b: Any, value: Any, where: Any, align: int = 4) -> None:
     b.store(value, b.inttoptr(where, value.type.as_pointer())).align = align
 
 
-def _function(b: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+def declared(b: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
+    """A function of LLVM's or of C's, declared in the module at most once."""
     found = b.module.globals.get(name)
     return ir.Function(b.module, ir.FunctionType(result, arguments), name) if found is None else found
 
 
 def multiply_add(b: Any, one: Any, other: Any, total: Any) -> Any:
     """``one * other + total``, fused where the instruction set can."""
-    return b.call(_function(b, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3), [one, other, total])
+    return b.call(declared(b, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3), [one, other, total])
 
 
 def broadcast(b: Any, value: Any) -> Any:
@@ -82,7 +83,7 @@ def table_lookup(b: Any, table: Sequence[Any], index: Any, shift: int) -> Any:
 
     Bits above those that the table needs are ignored.
     """
-    permute = _function(b, "llvm.x86.avx512.vpermi2var.ps.512", FLOATS, [FLOATS, INTS, FLOATS])
+    permute = declared(b, "llvm.x86.avx512.vpermi2var.ps.512", FLOATS, [FLOATS, INTS, FLOATS])
     low = b.lshr(index, lanes(shift)) if shift else index
     found = [b.call(permute, [table[i], low, table[i + 1]]) for i in range(0, len(table), 2)]
     bit = 5
@@ -106,7 +107,7 @@ def gather(b: Any, base: Any, index: Any, shift: int, *, hardware: bool) -> Any:
         return found
     eight_floats, eight_ints = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
     arguments = [eight_floats, I8.as_pointer(), eight_ints, eight_floats, I8]
-    function = _function(b, "llvm.x86.avx2.gather.d.ps.256", eight_floats, arguments)
+    function = declared(b, "llvm.x86.avx2.gather.d.ps.256", eight_floats, arguments)
     nothing = ir.Constant(eight_floats, [0.0] * 8)
     every = b.bitcast(ir.Constant(eight_ints, [-1] * 8), eight_floats)
     halves = []
@@ -154,7 +155,7 @@ def _c_function(name: str, result: Any) -> Callable[[int], Any]:
     def call(context: Any, argument: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             native = I64 if result is address else ir.VoidType()
-            value = builder.call(_function(builder, name, native, [I64]), args)
+            value = builder.call(declared(builder, name, native, [I64]), args)
             return value if result is address else context.get_dummy_value()
 
         return result(address), generate
@@ -176,237 +177,11 @@ def _stack_address(context: Any) -> Any:
 stack_address: Callable[[], int] = intrinsic(_stack_address)  # somewhere in the caller's frame
 
 
-def _transpose(context: Any, source: Any, source_row: Any, target: Any, target_row: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, source_row, target, target_row = args
-        rows = [load(b, b.add(source, b.mul(source_row, number(i))), FLOATS) for i in range(LANES)]
-        # Log2 rounds that exchange ever larger blocks: first single floats of neighbouring rows, at last halves.
-        for distance in (1, 2, 4, 8):
-            low = [i if not i & distance else i - distance + LANES for i in range(LANES)]
-            high = [i + distance if not i & distance else i + LANES for i in range(LANES)]
-            exchanged = list(rows)
-            for i in range(LANES):
-                if not i & distance:
-                    pair = rows[i], rows[i + distance]
-                    exchanged[i] = b.shuffle_vector(*pair, ir.Constant(INTS, low))
-                    exchanged[i + distance] = b.shuffle_vector(*pair, ir.Constant(INTS, high))
-            rows = exchanged
-        for i, row in enumerate(rows):
-            store(b, row, b.add(target, b.mul(target_row, number(i))))
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 4), generate
-
-
-# 16 x 16 floats transposed: (source, bytes between its rows, target, bytes between its rows)
-transpose: Callable[[int, int, int, int], None] = intrinsic(_transpose)
-
-
-def _lane_mask(b: Any, bits: Any) -> Any:
-    return b.bitcast(b.trunc(bits, I16), ir.VectorType(ir.IntType(1), LANES))
-
-
-def _masked_load(b: Any, where: Any, mask: Any) -> Any:
-    arguments = [FLOATS.as_pointer(), I32, mask.type, FLOATS]
-    function = _function(b, "llvm.masked.load.v16f32.p0", FLOATS, arguments)
-    return b.call(function, [b.inttoptr(where, FLOATS.as_pointer()), ir.Constant(I32, 4), mask, ZERO])
-
-
-def _every_second(b: Any, bits: Any) -> Any:
-    """The 16 bits of an integer, a zero after each."""
-    for distance, kept in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333), (1, 0x55555555)):
-        bits = b.and_(b.or_(bits, b.shl(bits, number(distance))), number(kept))
-    return bits
-
-
 AHEAD = number(4 * VECTOR_BYTES)  # two tiles' columns: rows are too far apart for the processor to guess the next
 
 
 def prefetch(b: Any, where: Any, *, write: bool = False) -> None:
     """Ask for the cache line at an address, which need not exist."""
-    function = _function(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = declared(b, "llvm.prefetch.p0", ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
     at = b.inttoptr(where, I8.as_pointer())
     b.call(function, [at, ir.Constant(I32, int(write)), ir.Constant(I32, 2), ir.Constant(I32, 1)])
-
-
-def _copy_lanes(stride: int) -> Callable[[int, int, int, int, int, int, int, int, int], None]:
-    even = ir.Constant(INTS, list(range(0, 2 * LANES, 2)))
-
-    def masks(b: Any, read: Any) -> list[Any]:
-        wide = read if stride == 1 else _every_second(b, read)
-        return [_lane_mask(b, b.lshr(wide, number(LANES * i)) if i else wide) for i in range(stride)]
-
-    def found(b: Any, at: Any, read: Sequence[Any]) -> Any:
-        parts = [_masked_load(b, b.add(at, number(VECTOR_BYTES * i)), mask) for i, mask in enumerate(read)]
-        return b.bitcast(parts[0] if stride == 1 else b.shuffle_vector(*parts, even), INTS)
-
-    def copy(
-        context: Any,
-        first: Any,
-        second: Any,
-        source_row: Any,
-        target: Any,
-        target_row: Any,
-        rows: Any,
-        read_first: Any,
-        read_second: Any,
-        written: Any,
-    ) -> Any:
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            first, second, source_row, target, target_row, rows, read_first, read_second, written = args
-            first_masks, second_masks, kept = masks(b, read_first), masks(b, read_second), _lane_mask(b, written)
-
-            def two_sources(i: Any, at: Any) -> Any:
-                prefetch(b, b.add(at[0], AHEAD))
-                both = b.or_(found(b, at[0], first_masks), found(b, at[1], second_masks))
-                _masked_store(b, b.bitcast(both, FLOATS), at[2], kept)
-                return b.add(at[0], source_row), b.add(at[1], source_row), b.add(at[2], target_row)
-
-            def one_source(i: Any, at: Any) -> Any:
-                prefetch(b, b.add(at[0], AHEAD))
-                _masked_store(b, b.bitcast(found(b, at[0], first_masks), FLOATS), at[1], kept)
-                return b.add(at[0], source_row), b.add(at[1], target_row)
-
-            with b.if_else(b.icmp_signed("==", read_second, number(0))) as (alone, together):
-                with alone:
-                    loop(b, rows, (first, target), one_source)
-                with together:
-                    loop(b, rows, (first, second, target), two_sources)
-            return context.get_dummy_value()
-
-        return types.void(*[address] * 9), generate
-
-    return intrinsic(copy)  # type: ignore[no-any-return]
-
-
-def _copy_rows(context: Any, source: Any, source_row: Any, target: Any, target_row: Any, rows: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, source_row, target, target_row, rows = args
-        halves = number(0), number(VECTOR_BYTES)
-        # Rows a multiple of 1 KB apart share few sets of a cache: what is fetched early would be gone when it is read.
-        crowded = b.icmp_unsigned("==", b.and_(source_row, number(1023)), number(0))
-        ahead = b.select(crowded, number(0), AHEAD)
-
-        def one_row(i: Any, at: Any) -> Any:
-            for half in halves:
-                prefetch(b, b.add(b.add(at[0], ahead), half))
-            for half in halves:
-                store(b, load(b, b.add(at[0], half), FLOATS), b.add(at[1], half))
-            return b.add(at[0], source_row), b.add(at[1], target_row)
-
-        loop(b, rows, (source, target), one_row)
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 5), generate
-
-
-# Rows of 32 floats: (source, bytes between its rows, target, bytes between its rows, rows)
-copy_rows: Callable[[int, int, int, int, int], None] = intrinsic(_copy_rows)
-
-
-def _masked_store(b: Any, value: Any, where: Any, mask: Any) -> None:
-    arguments = [FLOATS, FLOATS.as_pointer(), I32, mask.type]
-    function = _function(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), arguments)
-    b.call(function, [value, b.inttoptr(where, FLOATS.as_pointer()), ir.Constant(I32, 4), mask])
-
-
-# Up to 16 floats of each of ``rows`` rows, each from one of two sources, from neighbouring places there or from every
-# second one: (first source, second, bytes between rows of either, target, bytes between its rows, rows, bits of the
-# lanes to read from the first, from the second, bits of those to write). What is written without being read is zero;
-# what is not read need not exist.
-copy_lanes, copy_even_lanes = _copy_lanes(1), _copy_lanes(2)
-
-
-def _copy_spread_lanes(
-    context: Any,
-    source: Any,
-    lane_bytes: Any,
-    source_row: Any,
-    target: Any,
-    target_row: Any,
-    rows: Any,
-    read: Any,
-    written: Any,
-) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, lane_bytes, source_row, target, target_row, rows, read, written = args
-        mask, kept = _lane_mask(b, read), _lane_mask(b, written)
-        places = ir.VectorType(I64, LANES)
-
-        def everywhere(value: Any) -> Any:
-            nothing = ir.Constant(places, ir.Undefined)
-            return b.shuffle_vector(b.insert_element(nothing, value, ir.Constant(I32, 0)), nothing, lanes(0))
-
-        offsets = b.mul(everywhere(lane_bytes), ir.Constant(places, list(range(LANES))))
-        pointers = ir.VectorType(F32.as_pointer(), LANES)
-        gather_floats = _function(b, "llvm.masked.gather.v16f32.v16p0", FLOATS, [pointers, I32, mask.type, FLOATS])
-
-        def one_row(i: Any, at: Any) -> Any:
-            addresses = b.inttoptr(b.add(everywhere(at[0]), offsets), pointers)
-            found = b.call(gather_floats, [addresses, ir.Constant(I32, 4), mask, ZERO])
-            _masked_store(b, found, at[1], kept)
-            return b.add(at[0], source_row), b.add(at[1], target_row)
-
-        loop(b, rows, (source, target), one_row)
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 8), generate
-
-
-# Up to 16 floats of each of ``rows`` rows, from places that are ``lane_bytes`` apart: (source of the first lane,
-# lane_bytes, bytes between rows there, target, bytes between its rows, rows, bits of the lanes to read, and to write).
-copy_spread_lanes: Callable[[int, int, int, int, int, int, int, int], None] = intrinsic(_copy_spread_lanes)
-
-
-def _move_floats(add: bool) -> Callable[[int, int, int], None]:
-    def move(context: Any, source: Any, target: Any, count: Any) -> Any:
-        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            source, target, count = args
-
-            def result(from_: Any, to: Any, read: Callable[[Any], Any]) -> Any:
-                return b.fadd(read(from_), read(to)) if add else read(from_)
-
-            def one_vector(i: Any, carried: Any) -> Any:
-                at = b.shl(i, number(6))
-                to = b.add(target, at)
-                if not add:
-                    prefetch(b, b.add(to, AHEAD), write=True)
-                store(b, result(b.add(source, at), to, lambda where: load(b, where, FLOATS)), to)
-                return carried
-
-            whole = b.lshr(count, number(4))
-            loop(b, whole, (), one_vector)
-            rest = b.and_(count, number(LANES - 1))
-            with b.if_then(b.icmp_signed("!=", rest, number(0))):
-                at = b.shl(whole, number(6))
-                to = b.add(target, at)
-                mask = _lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
-                _masked_store(b, result(b.add(source, at), to, lambda where: _masked_load(b, where, mask)), to, mask)
-            return context.get_dummy_value()
-
-        return types.void(*[address] * 3), generate
-
-    return intrinsic(move)  # type: ignore[no-any-return]
-
-
-# A number of floats copied, or added to what is there: (source, target, count). What Numba makes of such loops over two
-# pointers is scalar, or asks first whether they overlap.
-copy_floats, add_floats = _move_floats(add=False), _move_floats(add=True)
-
-
-def _fill_floats(context: Any, target: Any, value: Any, vectors: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        target, value, vectors = args
-        row = broadcast(b, value)
-
-        def one_vector(i: Any, carried: Any) -> Any:
-            store(b, row, b.add(target, b.shl(i, number(6))), 64)
-            return carried
-
-        loop(b, vectors, (), one_vector)
-        return context.get_dummy_value()
-
-    return types.void(address, types.float32, address), generate
-
-
-fill_floats: Callable[[int, float, int], None] = intrinsic(_fill_floats)  # aligned: (target, value, vectors of 16)

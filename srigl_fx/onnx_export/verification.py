@@ -1,0 +1,135 @@
+"""Whether an exported file gives in ONNX Runtime what the lowered model gives in torch.
+
+Owns the runs that are compared, with the operator library and without, at the example batch and at another one, in
+several calls where there is state. It must not know how a file is made.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from srigl_fx.comparison import TOLERANCE, Results, compare
+from srigl_fx.errors import ExportError, LibraryError
+from srigl_fx.lowering.lowered import LoweredModule
+from srigl_fx.onnx_export.places import place_in
+from srigl_fx.passes.model_runs import run_steps
+from srigl_fx.passes.program import resize
+from srigl_fx.runtime.ort.stream import INPUT, Stream
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+def check_file(
+    path: Path,
+    lowered: LoweredModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batches: Sequence[int | None],
+    origins: Mapping[str, str],
+    *,
+    fallback: bool,
+) -> tuple[dict[str, float], list[str]]:
+    """Run a file with and without the operator library; the largest relative errors, and what was not checked.
+
+    Args:
+        path: The file.
+        lowered: What it was made of.
+        args: Example arguments.
+        kwargs: Example keyword arguments.
+        batches: For each flat input None where its leading size is fixed, else a number, the same where they must be
+            equal.
+        origins: Where the file's nodes come from, for errors.
+        fallback: Whether it carries the functions for a host without the library.
+
+    Raises:
+        ExportError: ONNX Runtime does not run it, or its outputs are not the model's.
+    """
+    import onnxruntime
+
+    from srigl_fx.runtime.ort.session import register
+
+    errors: dict[str, float] = {}
+    notes: list[str] = []
+    hosts = ["library", "fallback"] if fallback else ["library"]
+    for host in hosts:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what is wrong is raised
+        if host == "library":
+            try:
+                register(options)
+            except LibraryError as error:
+                notes.append(f"not checked with the operator library: {error}")
+                continue
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            errors[host] = _worst_error(session, lowered, args, kwargs, batches)
+        except ExportError as error:
+            raise ExportError(f"{host}: {error}") from error
+        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            remedy = "; fallback=False writes a file for the operator library alone" if host == "fallback" else ""
+            if place := place_in(str(error), origins):
+                remedy = "; replace it, give it float32, or serve with PyTorch (lower(...).save(path))"
+                place = f", because of {place}"
+            raise ExportError(f"ONNX Runtime cannot run the exported file ({host}){place}: {error}{remedy}") from error
+        if not errors[host] <= TOLERANCE:
+            raise ExportError(
+                f"ONNX Runtime's outputs ({host}) are off by {errors[host]:.2e} of the largest value (allowed: "
+                f"{TOLERANCE:.2e}). A model whose outputs depend on more than its inputs cannot be verified: pass "
+                "verify=False if that is so"
+            )
+    return errors, notes
+
+
+def _worst_error(
+    session: "onnxruntime.InferenceSession",
+    lowered: LoweredModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batches: Sequence[int | None],
+) -> float:
+    """The largest relative error at the example batch and, where that is free, at another one for each free size."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # NumPy takes no others
+    stream = Stream(session)
+    entries = [entry for entry in session.get_inputs() if not entry.name.startswith(INPUT)]
+    tensors = [position for position, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if len(entries) != len(tensors):
+        names = [entry.name for entry in entries]
+        raise ExportError(f"the file takes the inputs {names}, the model has {len(tensors)}; one of them is not used")
+    sizes = {
+        position: entry.shape[0]
+        for position, entry in zip(tensors, entries, strict=True)
+        if batches and batches[position] is not None
+    }
+    order = list(dict.fromkeys(sizes.values()))
+    example = next((leaves[position].shape[0] for position in sizes), None)
+    stored: dict[int | None, list[Any]] = {}
+
+    def expected(size: int | None) -> list[Results]:
+        given = stored[size] = [
+            resize(leaf, size + 2 * order.index(sizes[position])) if size is not None and position in sizes else leaf
+            for position, leaf in enumerate(leaves)
+        ]
+        try:
+            runs = run_steps(lowered, *pytree.tree_unflatten(given, spec))
+        except Exception as error:  # of an operator of the graph: any type
+            raise ExportError(f"the graph does not run at batch {size}: {error}") from error
+        return [
+            Results([leaf for leaf in run.results.outputs if isinstance(leaf, Tensor)], run.buffers) for run in runs
+        ]
+
+    def got(size: int | None, calls: int) -> list[Results]:
+        feeds = {entry.name: stored[size][position].numpy() for entry, position in zip(entries, tensors, strict=True)}
+        stream.reset()
+        served = []
+        for _ in range(calls):
+            outputs = [torch.from_numpy(value) for value in stream.run(None, feeds)]
+            served.append(Results(outputs, {name: torch.from_numpy(value) for name, value in stream.state.items()}))
+        return served
+
+    return compare([None] if example is None else [None, example + 1 + example % 2], expected, got).worst
