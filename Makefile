@@ -13,7 +13,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint types wheel-test versions docs bench clean
+.PHONY: help demo test fast lint types wheel-test extras-test versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,10 @@ types: $(READY_test) ## Types, with mypy --strict
 
 wheel-test: $(READY_test) ## Build the wheel and run all tests against it, from a folder of its own
 	BIN=$(abspath $(BIN)) WORKERS=$(WORKERS) .ci/wheel_test
+
+extras-test: $(READY_test) ## The tests that need what no other target installs: tools around ONNX, optimizers, pages
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,onnx-tools,optimizers]'
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_onnx_tools.py tests/train/test_optimizer_libraries.py
 
 versions: ## Run the tests on the oldest and the newest releases allowed; writes docs/versions.md (hours, 12 GB)
 	$(PYTHON) .ci/versions.py
