@@ -5,11 +5,13 @@ what is done with the answer.
 
 Rules:
     1. A transform is of the weight alone, element by element, or with statistics (a mean, a norm) of the weight.
-       Parameters as large as a dimension of the weight may scale or shift it.
+       Parameters as large as a dimension of the weight may scale or shift it. Its axes may change places on the way, if
+       they are back in the end.
     2. A transform that mixes the values of one neuron leaves a neuron of zeros as it is, unless it gives that neuron
        values all the same.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -74,6 +76,8 @@ def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Ten
         False
     """
     roles: dict[fx.Node, str] = {source: "value"}  # value, statistic, size or other
+    usual = tuple(range(weight.dim()))
+    axes: dict[fx.Node, tuple[int, ...]] = {source: usual}  # of a value: which of the weight's each one is
     elementwise = True
     needed = regenerated.ancestors(end)
     for node in source.graph.nodes:
@@ -90,27 +94,59 @@ def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Ten
         if operation == "getattr":
             operation = str(node.args[1])
         row = operator_named(operation)
+        values = [each for each in node.all_input_nodes if roles.get(each) == "value"]
+        if values:
+            axes[node] = axes[values[0]]
+            if any(axes[each] != axes[node] for each in values):
+                raise UnfitError(f"{operation} combines values of different places")
         if not met & {"value", "statistic"} or row.does in _SIZES:
             roles[node] = "other"
         elif row.family in {"reshape", "one"} or operation == "getitem":
             if operation == "getitem" and "value" in met:
                 raise UnfitError("it is cut in pieces")
+            if axes.get(node, usual) != usual:  # in another order, whatever axes there are then
+                raise UnfitError(f"{operation} does not keep each value in its place")
             roles[node] = "value" if "value" in met else "statistic"
         elif row.does in _ELEMENTWISE or row.family == "quantize":
             roles[node] = "value" if "value" in met else "statistic"
             elementwise &= not {"value", "statistic"} <= met
+        elif row.family == "axes":
+            roles[node] = "value" if values else "statistic"
+            if values:
+                axes[node] = _turned(node, axes[node], operation)
         elif row.does == "reduces":
             roles[node] = "statistic"
         elif row.does == "normalises" or row.family == "softmax":
             roles[node], elementwise = "value", False
         elif operation == "module":
+            if axes.get(node, usual) != usual:
+                raise UnfitError(f"the child {node.target!r} takes it turned")
             elementwise &= _module_is_elementwise(module, node, weight, _joined(name, str(node.target)))
             roles[node] = "value"
         else:
             raise UnfitError(f"{operation} does not keep each value in its place")
     if roles[end] != "value":
         raise UnfitError("what is used is not of its shape")
+    if axes[end] != usual:
+        raise UnfitError("its axes change places, which does not keep each value in its place")
     return elementwise
+
+
+def _turned(node: fx.Node, axes: tuple[int, ...], operation: str) -> tuple[int, ...]:
+    """The axes behind an operation that puts them in another order: it is tried on axes that differ in size."""
+    sizes = tuple(range(2, 2 + len(axes)))
+    args = [torch.empty(sizes) if isinstance(each, fx.Node) else each for each in node.args]
+    call = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
+    assert callable(call)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch thinks of it, the model hears from it
+        try:
+            found = call(*args, **node.kwargs)
+        except Exception as error:  # arguments that are computed, or another number of axes
+            raise UnfitError(f"{operation} does not keep each value in its place") from error
+    if sorted(found.shape) != list(sizes):
+        raise UnfitError(f"{operation} does not keep each value in its place")
+    return tuple(axes[sizes.index(size)] for size in found.shape)
 
 
 def _module_is_elementwise(module: nn.Module, node: fx.Node, weight: Tensor, name: str) -> bool:

@@ -123,6 +123,8 @@ def no_grad_scale(m: Any, x: Tensor) -> Tensor:
         (lambda m, x: F.linear(x, m.w + m.a @ m.b), "made of two weights, the other one is 'a'"),
         (lambda m, x: F.linear(x, torch.matrix_exp(m.w)), "matrix_exp does not keep each value in its place"),
         (lambda m, x: F.linear(x, m.w.triu() + m.w.triu(1).t()), "triu does not keep each value in its place"),
+        (lambda m, x: F.linear(x, m.w + m.w.swapaxes(0, 1)), "combines values of different places"),
+        (lambda m, x: F.linear(x, m.w.t().reshape(-1).tanh().reshape(8, 8).t()), "reshape does not keep each value"),
         (lambda m, x: F.linear(x, rounded(m.w)), "a gradient of its own"),
         (no_grad_scale, "no_grad"),
         (lambda m, x: F.linear(x, m.w / m.w.norm(dim=0)), "divides by zero where inputs are pruned"),
@@ -263,3 +265,46 @@ def test_nothing_is_run_on_the_users_module_while_it_is_looked_at() -> None:
     finding = discover(model)["w"]
     assert "writes to 'mode'" in finding.reason
     assert model.mode == "fresh"
+
+
+TURNED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and back; whether it is element by element
+    "swapaxes": (lambda w: torch.swapaxes(torch.tanh(w.swapaxes(0, 1)), 1, 0), True),
+    "t": (lambda w: (w.t() * 2).t(), True),
+    "T": (lambda w: (w.T * 2).T, True),
+    "mT": (lambda w: (w.mT / 2).mT, True),
+    "transpose": (lambda w: w.transpose(0, -1).exp().transpose(-2, -1), True),
+    "moveaxis": (lambda w: torch.moveaxis(torch.moveaxis(w, 0, 1) * 3, 0, 1), True),
+    "permute, with a norm": (lambda w: (w.permute(1, 0) / (1 + w.permute(1, 0).norm(dim=0))).permute(1, 0), False),
+}
+
+
+class Turned(nn.Module):
+    def __init__(self, transform: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def forward(self, w: Tensor) -> Tensor:
+        return self.transform(w)
+
+
+@pytest.mark.parametrize("name", TURNED)
+@pytest.mark.parametrize("shape", [(8, 8), (6, 8)])
+def test_a_transform_may_change_axes_and_change_them_back(name: str, shape: tuple[int, int]) -> None:
+    transform, elementwise = TURNED[name]
+    layer = nn.Linear(shape[1], shape[0])
+    parametrize.register_parametrization(layer, "weight", Turned(transform))
+    (finding,) = discover(nn.Sequential(layer, nn.ReLU())).values()
+    assert finding.reason == ""
+    assert finding.transforms[0].evaluation.elementwise == elementwise
+    model = nn.Sequential(layer, nn.ReLU())
+    sx.sparsify(model, sparsity=0.5)
+    (handle,) = sparse_weights(model)
+    expected = transform(handle.weight.detach() * handle.mask) * handle.mask
+    torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+def test_a_transform_that_returns_a_square_weight_turned_is_none() -> None:
+    layer = nn.Linear(8, 8)
+    parametrize.register_parametrization(layer, "weight", Turned(lambda w: w.swapaxes(0, 1) * 2))
+    with pytest.raises(SparsifyError, match="its axes change places"):
+        sx.sparsify(nn.Sequential(layer), sparsity=0.5)
