@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from srigl_fx.passes.base import Pass, PassResult
-from srigl_fx.passes.operators import operator_of, plain_name
+from srigl_fx.passes.operators import first_named, operator_of, plain_name
 from srigl_fx.passes.program import Program, arguments, tensor_at
 
 aten = torch.ops.aten
@@ -37,6 +37,9 @@ class Normalize(Pass[Program]):
     6. Empty tensors of one dimension are not concatenated: torch passes over them, whatever the others' sizes are. A
        cache begins with one.
     7. Nodes without users or effects go.
+    8. An operator that goes by a second name gets its first one (``multiply`` is ``mul``).
+    9. A channel shuffle that is written out becomes one operator: with channels c = group * size + place,
+       ``x.reshape(n, groups, size, ...).transpose(1, 2).reshape(x.shape)`` is ``channel_shuffle(x, groups)``.
     """
 
     only_improves = True
@@ -50,22 +53,25 @@ class Normalize(Pass[Program]):
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
-            if operator_of(node.target).does == "checks":
+            changed |= _rename(node)  # rule 8
+            if operator_of(node.target).does == "checks":  # rule 1
                 graph.erase_node(node)
-            elif node.target in _VIEWS:
+            elif _shuffle(node):  # rule 9
+                pass
+            elif node.target in _VIEWS:  # rule 2
                 node.target = aten.reshape.default
             elif _returns_its_operand(node) or (
                 node.target in _COPIES and node not in escaping and not reads_strides and _copies_nothing_new(node)
-            ):
+            ):  # rules 4 and 5
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 graph.erase_node(node)
-            elif node.target is aten.cat.default:
+            elif node.target is aten.cat.default:  # rule 6
                 if not _drop_empty(node):
                     continue
-            elif node.target not in _NUMBERED or not _number_padding(subject.module, node):
+            elif node.target not in _NUMBERED or not _number_padding(subject.module, node):  # rule 3
                 continue
             changed = True
-        changed |= graph.eliminate_dead_code()
+        changed |= graph.eliminate_dead_code()  # rule 7
         graph.lint()
         subject.module.recompile()
         return PassResult(subject=subject, changed=changed)
@@ -74,6 +80,57 @@ class Normalize(Pass[Program]):
         """Neither views nor assertions are left."""
         nodes = subject.module.graph.nodes
         assert not any(node.target in _VIEWS or operator_of(node.target).does == "checks" for node in nodes)
+
+
+def _rename(node: fx.Node) -> bool:
+    """Call an operator by its first name; whether it had another one."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    first = first_named(node.target)
+    if first is node.target:
+        return False
+    given = list(arguments(node).values())  # by position: names of arguments may differ
+    positional = sum(not argument.kwarg_only for argument in first._schema.arguments)
+    rest = zip(first._schema.arguments[positional:], given[positional:], strict=True)
+    node.target, node.args = first, tuple(given[:positional])
+    node.kwargs = {argument.name: value for argument, value in rest if value != argument.default_value}
+    return True
+
+
+def _shuffle(node: fx.Node) -> bool:
+    """Make one operator of a shuffle of channels that ends at ``node``; whether there was one."""
+    turned = _written_out(node, "reshape")
+    parted = _written_out(turned, "axes")
+    data = _written_out(parted, "reshape")
+    if turned is None or parted is None or data is None:
+        return False
+    before, apart, crossed, after = (list(each.meta["val"].shape) for each in (data, parted, turned, node))
+    if len(before) < 3 or len(apart) != len(before) + 1 or not all(isinstance(size, int) for size in apart[1:3]):
+        return False
+    groups, size = apart[1:3]
+    order = [0, 2, 1, *range(3, len(apart))]
+    # By name, since sizes may be unknown; with one group or one place, the operator would copy what may be a view.
+    same = str(before) == str(after) and str(apart) == str([before[0], groups, size, *before[2:]])
+    if not same or min(groups, size) == 1 or str(crossed) != str([apart[axis] for axis in order]):
+        return False
+    given = arguments(turned)
+    if given.get("dims") is not None:
+        swaps = [dim % len(apart) for dim in given["dims"]] == order
+    else:
+        swaps = {given["dim0"] % len(apart), given["dim1"] % len(apart)} == {1, 2} if "dim0" in given else False
+    if swaps:
+        node.target, node.args, node.kwargs = aten.channel_shuffle.default, (data, groups), {}
+    return swaps
+
+
+def _written_out(node: fx.Node | None, family: str) -> fx.Node | None:
+    """What an operator of a family is applied to, copies between left out; None where ``node`` is no such operator."""
+    if node is None or operator_of(node.target).family != family:
+        return None
+    source = node.all_input_nodes[0]
+    while operator_of(source.target).family == "copy":
+        source = source.all_input_nodes[0]
+    return source if isinstance(source.meta.get("val"), Tensor) else None
 
 
 def _escaping(graph: fx.Graph) -> set[fx.Node]:

@@ -130,7 +130,7 @@ _ROWS = (
     _row("moves", "shuffle", "channel_shuffle native_channel_shuffle"),
     _row("moves", "shuffle", "pixel_shuffle pixel_unshuffle", sized=True),
     _row("moves", "window", "unfold"),
-    _row("moves", "window", "im2col", axes=2),
+    _row("moves", "patches", "im2col", axes=2),
     _row("moves", "pick", "index index_select gather take_along_dim take"),
     _row("moves", "put", "slice_scatter select_scatter diagonal_scatter scatter", data=("self", "src")),
     _row("moves", "put", "index_put", data=("self", "values")),
@@ -195,6 +195,21 @@ OPERATORS: dict[str, Operator] = {name: row for row, names in _ROWS for name in 
 # Overloads that do not do what their operator's other ones do.
 _APART = frozenset({"repeat_interleave.Tensor", "scatter.reduce", "scatter.value_reduce"})
 
+# fmt: off
+ALIASES: dict[str, str] = {
+    "subtract": "sub", "multiply": "mul", "divide": "div", "true_divide": "div", "negative": "neg", "absolute": "abs",
+    "fix": "trunc", "clip": "clamp", "arccos": "acos", "arccosh": "acosh", "arcsin": "asin", "arcsinh": "asinh",
+    "arctan": "atan", "arctan2": "atan2", "arctanh": "atanh", "special_exp2": "exp2", "special_expit": "sigmoid",
+    "special_expm1": "expm1", "special_erf": "erf", "special_erfc": "erfc", "special_log1p": "log1p",
+    "special_sinc": "sinc", "special_xlogy": "xlogy", "not_equal": "ne", "less": "lt", "less_equal": "le",
+    "greater": "gt", "greater_equal": "ge", "concat": "cat", "concatenate": "cat", "swapaxes": "transpose",
+    "swapdims": "transpose", "moveaxis": "movedim", "row_stack": "vstack", "native_channel_shuffle": "channel_shuffle",
+    "special_erfinv": "erfinv", "special_gammaln": "lgamma", "special_logit": "logit", "special_i0": "i0",
+    "special_logsumexp": "logsumexp", "special_softmax": "softmax", "linalg_matmul": "matmul", "ger": "outer",
+}
+# fmt: on
+"""Operators that are another one under a second name."""
+
 # Functions and methods of torch and Python that are no ATen operators by name, and one that does the same to elements.
 SPELLINGS: dict[str, str] = {
     **dict.fromkeys(("iadd", "radd", "isub"), "add"),
@@ -224,6 +239,25 @@ def plain_name(target: object) -> str:
         return ""
     namespace, _, name = target._schema.name.partition("::")
     return name if namespace == "aten" else ""
+
+
+@cache
+def first_named(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
+    """The operator that a target is a second name of, with the same arguments in order; else the target itself.
+
+    Example:
+        >>> first_named(torch.ops.aten.multiply.Tensor), first_named(torch.ops.aten.swapaxes.default)
+        (<OpOverload(op='aten.mul', overload='Tensor')>, <OpOverload(op='aten.transpose', overload='int')>)
+    """
+    packet = getattr(torch.ops.aten, ALIASES.get(plain_name(target), ""), None)
+    if packet is None:
+        return target
+    taken = [(str(argument.type), argument.kwarg_only) for argument in target._schema.arguments]
+    for overload in sorted(packet.overloads(), key=lambda name: name != target._overloadname):
+        found: torch._ops.OpOverload = getattr(packet, overload)
+        if [(str(argument.type), argument.kwarg_only) for argument in found._schema.arguments] == taken:
+            return found
+    return target
 
 
 def operator_of(target: object) -> Operator:

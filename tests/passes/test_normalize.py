@@ -144,3 +144,51 @@ def test_rule_6_empty_tensors_are_not_concatenated() -> None:
     counts = [len(node.args[0]) for node in program.module.graph.nodes if node.target is aten.cat.default]
     assert counts == [1, 3]  # an empty tensor with dimensions of its own stays
     torch.testing.assert_close(program.module(x), BeginsEmpty()(x))
+
+
+class Turned(nn.Module):
+    """Shuffles of channels, and what only looks like one."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        if self.form == "shuffle":
+            return x.view(n, 3, c // 3, h, w).transpose(1, 2).contiguous().view(n, c, h, w) + 1
+        if self.form == "flattened":
+            return x.reshape(n, 2, 3, h, w).permute(0, 2, 1, 3, 4).flatten(1, 2) + 1
+        if self.form == "other axes":
+            return x.view(n, 3, c // 3, h, w).transpose(1, 3).reshape(n, c, h, w) + 1
+        if self.form == "another shape":
+            return x.view(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, h, c, w) + 1
+        if self.form == "one group":
+            return x.view(n, 1, c, h, w).transpose(1, 2).reshape(n, c, h, w) + 1
+        return x.view(n, c, 2, h // 2, w).transpose(1, 2).reshape(n, c, h, w) + 1  # space and channels mixed
+
+
+@pytest.mark.parametrize(
+    ("form", "groups"),
+    [("shuffle", 3), ("flattened", 2), ("other axes", 0), ("another shape", 0), ("one group", 0), ("mixed", 0)],
+)
+def test_rule_9_a_shuffle_that_is_written_out_is_one_operator(form: str, groups: int) -> None:
+    program = normalise(Turned(form).eval(), torch.randn(2, 6, 4, 5))
+    calls = [node for node in program.module.graph.nodes if node.target is aten.channel_shuffle.default]
+    assert [node.args[1] for node in calls] == [groups] * bool(groups)
+    for batch in (1, 4):
+        x = torch.randn(batch, 6, 4, 5)
+        assert torch.equal(program.module(x), Turned(form)(x))
+
+
+class Renamed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.concat([torch.subtract(x, x.exp(), alpha=3), torch.divide(x, 2.0, rounding_mode="floor")], dim=-1)
+
+
+def test_rule_8_second_names_become_first_ones() -> None:
+    program = normalise(Renamed().eval(), torch.randn(2, 3))
+    assert targets(program) == [aten.exp.default, aten.sub.Tensor, aten.div.Tensor_mode, aten.cat.default]
+    x = torch.randn(4, 3)
+    assert torch.equal(program.module(x), Renamed()(x))
+    assert not run((Normalize(),), program).changed
