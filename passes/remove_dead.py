@@ -13,13 +13,14 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import PassError
 from srigl_fx.passes.base import Note, Pass, PassResult, brief
-from srigl_fx.passes.channels.contraction_flow import contract
-from srigl_fx.passes.channels.flow import Flow, Site, concrete
+from srigl_fx.passes.channels.cut import Cut
+from srigl_fx.passes.channels.decision import RemovalDecision, count_reasons
+from srigl_fx.passes.channels.flow import Flow, Site
 from srigl_fx.passes.channels.links import removal_links
 from srigl_fx.passes.channels.moves import Moves
-from srigl_fx.passes.channels.removable import Removable, count_reasons
-from srigl_fx.passes.channels.shrink import Shrink
-from srigl_fx.passes.channels.transport import Transport
+from srigl_fx.passes.channels.propagate import Propagation
+from srigl_fx.passes.channels.rules import rule_of
+from srigl_fx.passes.channels.shapes import concrete
 from srigl_fx.passes.constness import Constant, constants
 from srigl_fx.passes.fake_values import fake_result
 from srigl_fx.passes.operators import operator_of, plain_name
@@ -69,7 +70,7 @@ class RemoveDead(Pass[Program]):
         links = removal_links(flow.sites, decision)
         rows = sum(site.rows.numel() for site in flow.sites), 0
         if changed:
-            Shrink(subject, flow, decision, moves, known).apply()
+            Cut(subject, flow, decision, moves, known).apply()
             _refresh(subject, expected)
         _merge_readers(module)
         module.graph.eliminate_dead_code()
@@ -84,11 +85,11 @@ class RemoveDead(Pass[Program]):
         return PassResult(subject=subject, changed=changed, notes=tuple(_notes(entries)))
 
 
-def _decide(program: Program) -> tuple[Flow, Removable, Moves, dict[fx.Node, Constant]]:
+def _decide(program: Program) -> tuple[Flow, RemovalDecision, Moves, dict[fx.Node, Constant]]:
     """Find out what goes and what becomes of operators that move it; the graph is only read."""
     known, independent = _known(program)
-    flow = Transport(program, independent, contract).run()
-    decision = Removable(program, flow, flow.channels.resolve(), known)
+    flow = Propagation(program, independent, rule_of).run()
+    decision = RemovalDecision(program, flow, flow.channels.resolve(), known)
     return flow, decision, _feasible(program, flow, decision), known
 
 
@@ -141,7 +142,7 @@ def _known(program: Program) -> tuple[dict[fx.Node, Constant], frozenset[fx.Node
     return known, frozenset(node for node in independent if node in known and bool(known[node].fixed.all()))
 
 
-def _feasible(program: Program, flow: Flow, decision: Removable) -> Moves:
+def _feasible(program: Program, flow: Flow, decision: RemovalDecision) -> Moves:
     """Settle, and take back what an operator cannot be rewritten for, until all can."""
     while True:
         decision.settle()
@@ -151,17 +152,17 @@ def _feasible(program: Program, flow: Flow, decision: Removable) -> Moves:
             return moves
         for node in conflicts:
             for operand in (node, *node.all_input_nodes):
-                for ids in pytree.tree_leaves(flow.ids.get(operand)):
-                    if isinstance(ids, Tensor):
-                        decision.keep(decision.groups.of(ids).flatten(), f"cannot be cut out of {node.name}")
+                for labels in pytree.tree_leaves(flow.labels.get(operand)):
+                    if isinstance(labels, Tensor):
+                        decision.keep(decision.groups.of(labels).flatten(), f"cannot be cut out of {node.name}")
 
 
 def _expected(flow: Flow, moves: Moves) -> dict[fx.Node, list[list[int]]]:
     """The shapes that all values will have at batch 2."""
     found = {}
-    for node, ids in flow.ids.items():
+    for node, labels in flow.labels.items():
         values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
-        arrays = [leaf for leaf in pytree.tree_leaves(ids) if isinstance(leaf, Tensor)]
+        arrays = [leaf for leaf in pytree.tree_leaves(labels) if isinstance(leaf, Tensor)]
         found[node] = [moves.shape(concrete(v.shape), i) for v, i in zip(values, arrays, strict=True)]
     return found
 
@@ -207,7 +208,7 @@ def _size(program: Program) -> int:
     return sum({id(tensor): tensor.numel() for tensor in tensors}.values())
 
 
-def _flops(flow: Flow, decision: Removable | None) -> int:
+def _flops(flow: Flow, decision: RemovalDecision | None) -> int:
     """Two for every multiplication and addition of a weight with one sample, by the shapes before the removal."""
     total = 0
     for site in flow.sites:
@@ -222,7 +223,7 @@ def _flops(flow: Flow, decision: Removable | None) -> int:
     return total
 
 
-def _removal(program: Program, site: Site, decision: Removable) -> Removal:
+def _removal(program: Program, site: Site, decision: RemovalDecision) -> Removal:
     target = str(site.weight.target)
     masked = program.masked.get(target)
     rows, columns = decision.gone(site.rows), decision.gone(site.columns)

@@ -1,7 +1,8 @@
-"""Channel classes, and which of them must be removed together.
+"""Labels of channels, and which of them must be removed together.
 
-Owns :class:`Channels`: numbers for channels, a networkx graph over the axes that they belong to, and the union of the
-index maps along its edges. It must not know operators, weights or masks.
+Elements with the same label are removed together or stay together. Owns :class:`Channels`: the labels, a networkx graph
+over the axes that they belong to, and the union of the index maps along its edges; and what arrays are left when some
+labels go. It must not know operators, weights or masks.
 """
 
 from collections.abc import Sequence
@@ -14,32 +15,32 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 FIXED = 0
-"""The class of everything that is never removed: inputs, batch, tokens."""
+"""The label of everything that is never removed: inputs, batch, tokens."""
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The coupling groups of all classes.
+    """The coupling groups of all labels.
 
     Attributes:
-        label: (classes,) int64, the group of each class, 0 to ``count - 1``; the fixed class is group 0.
+        number: (labels,) int64, the group of each label, 0 to ``count - 1``; the fixed label is in group 0.
         pinned: (count,) bool, which groups must stay.
         reason: Why, by group.
         count: How many groups there are.
     """
 
-    label: Tensor
+    number: Tensor
     pinned: Tensor
     reason: dict[int, str]
     count: int
 
-    def of(self, ids: Tensor) -> Tensor:
-        """The group of every element of ``ids``."""
-        return self.label[ids]
+    def of(self, labels: Tensor) -> Tensor:
+        """The group of every element of ``labels``."""
+        return self.number[labels]
 
 
 class Channels:
-    """Numbers for channels. Every number is a class of elements that are removed together or stay together.
+    """The labels of a graph, and what couples them. Elements of one label are removed together or stay together.
 
     Example:
         >>> channels = Channels()
@@ -61,12 +62,12 @@ class Channels:
         ]
 
     def fresh(self, count: int, axis: str) -> Tensor:
-        """``count`` new classes, for an axis of that name."""
+        """``count`` new labels, for an axis of that name."""
         self._axes.add_node(len(self._starts), name=axis)
         self._starts.append(self._next)
-        ids = torch.arange(self._next, self._next + count)
+        labels = torch.arange(self._next, self._next + count)
         self._next += count
-        return ids
+        return labels
 
     def couple(self, one: Tensor, other: Tensor) -> None:
         """Classes at the same place of two arrays, broadcast, go together."""
@@ -84,30 +85,30 @@ class Channels:
             self._axes.add_edge(i, j)
             self._maps.setdefault(i, []).append(edges[:, (blocks[0] == i) & (blocks[1] == j)])
 
-    def merge(self, ids: Tensor, axes: Sequence[int]) -> Tensor:
-        """Couple all classes along ``axes``; the result has size 1 there."""
-        first = ids
+    def merge(self, labels: Tensor, axes: Sequence[int]) -> Tensor:
+        """Couple all labels along ``axes``; the result has size 1 there."""
+        first = labels
         for axis in axes:
             first = first.narrow(axis, 0, 1)
-        if first.numel() != ids.numel():
-            self.couple(ids, first.expand(ids.shape))
+        if first.numel() != labels.numel():
+            self.couple(labels, first.expand(labels.shape))
         return first
 
-    def pin(self, ids: Tensor, reason: str) -> None:
-        """No class in ``ids`` may be removed."""
-        self._pins.append((distinct(ids), reason))
+    def pin(self, labels: Tensor, reason: str) -> None:
+        """No label in ``labels`` may be removed."""
+        self._pins.append((distinct(labels), reason))
 
     def resolve(self) -> Groups:
-        """The coupling groups: connected components over the axes, then over the classes of each component."""
+        """The coupling groups: connected components over the axes, then over the labels of each component."""
         parent = np.arange(self._next)
         for component in nx.connected_components(self._axes):
             maps = [edges for block in component for edges in self._maps.get(block, ())]
             if maps:
                 _unite(parent, *np.concatenate(maps, axis=1))
-        roots, label = np.unique(parent, return_inverse=True)
-        groups = Groups(torch.from_numpy(label), torch.zeros(len(roots), dtype=torch.bool), {}, len(roots))
-        for ids, reason in reversed(self._pins):
-            found = distinct(groups.of(ids))
+        roots, number = np.unique(parent, return_inverse=True)
+        groups = Groups(torch.from_numpy(number), torch.zeros(len(roots), dtype=torch.bool), {}, len(roots))
+        for labels, reason in reversed(self._pins):
+            found = distinct(groups.of(labels))
             groups.pinned[found] = True
             groups.reason.update(dict.fromkeys(found.tolist(), reason))
         return groups
@@ -131,17 +132,17 @@ def distinct(numbers: Tensor) -> Tensor:
     return torch.from_numpy(np.unique(numbers.numpy()))
 
 
-def compress(ids: Tensor) -> Tensor:
-    """``ids`` with size 1 along every axis on which they do not vary.
+def compress(labels: Tensor) -> Tensor:
+    """``labels`` with size 1 along every axis on which they do not vary.
 
     Example:
         >>> compress(torch.tensor([[1, 2], [1, 2]])).tolist()
         [[1, 2]]
     """
-    for axis, (size, stride) in enumerate(zip(ids.shape, ids.stride(), strict=True)):
-        if size > 1 and (stride == 0 or bool((ids == ids.narrow(axis, 0, 1)).all())):
-            ids = ids.narrow(axis, 0, 1)
-    return ids.contiguous()
+    for axis, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
+        if size > 1 and (stride == 0 or bool((labels == labels.narrow(axis, 0, 1)).all())):
+            labels = labels.narrow(axis, 0, 1)
+    return labels.contiguous()
 
 
 def kept_shape(kept: Tensor) -> list[int] | None:

@@ -1,6 +1,6 @@
 """A graph without the channels that go: new constants, new numbers, and what makes up for constant channels.
 
-Owns :class:`Shrink`, the rewriting. It must not know why a channel goes.
+Owns :class:`Cut`, the rewriting. It must not know why a channel goes.
 """
 
 from typing import Any
@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from srigl_fx.passes.channels.flow import Flow, Reading, Site, align, padded, shape_of
-from srigl_fx.passes.channels.groups import kept_shape
+from srigl_fx.passes.channels.coupling import kept_shape
+from srigl_fx.passes.channels.decision import Fold, RemovalDecision, known_of
+from srigl_fx.passes.channels.flow import Flow, Reading, Site
 from srigl_fx.passes.channels.moves import Moves
-from srigl_fx.passes.channels.removable import Fold, Removable, known_of
+from srigl_fx.passes.channels.shapes import align, padded, shape_of
 from srigl_fx.passes.constness import Constant
 from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import MaskedTensor, Program, arguments, new_buffer, tensor_at
@@ -19,11 +20,11 @@ from srigl_fx.passes.program import MaskedTensor, Program, arguments, new_buffer
 aten = torch.ops.aten
 
 
-class Shrink:
+class Cut:
     """The rewriting of one program by one decision."""
 
     def __init__(
-        self, program: Program, flow: Flow, decision: Removable, moves: Moves, known: dict[fx.Node, Constant]
+        self, program: Program, flow: Flow, decision: RemovalDecision, moves: Moves, known: dict[fx.Node, Constant]
     ) -> None:
         self.program, self.flow, self.decision, self.moves, self.known = program, flow, decision, moves, known
         self._made: dict[Any, str] = {}
@@ -34,11 +35,12 @@ class Shrink:
     def apply(self) -> None:
         """Rewrite the graph."""
         for node, (target, args, kwargs) in self.moves.plans.items():
-            node.target, node.args, node.kwargs = target, args, kwargs
+            made = [self._buffer(node, f"{node.name}_positions", a) if isinstance(a, Tensor) else a for a in args]
+            node.target, node.args, node.kwargs = target, tuple(made), kwargs
         for site in self.flow.sites:
             self._site(site)
-        for constant, reader, ids in self.flow.adopted:
-            self._constant(constant, reader, ids)
+        for constant, reader, labels in self.flow.adopted:
+            self._constant(constant, reader, labels)
         for pairing in self.flow.pairings:
             if plain_name(pairing.node.target) == "scaled_dot_product_attention":
                 width = shape_of(pairing.left)[-1]
@@ -53,7 +55,7 @@ class Shrink:
                 node.args = (node.args[0], groups, *node.args[2:])
 
     def _left(self, node: fx.Node) -> list[int]:
-        return self.moves.shape(shape_of(node), self.flow.ids[node])
+        return self.moves.shape(shape_of(node), self.flow.labels[node])
 
     def _buffer(self, before: fx.Node, like: str, tensor: Tensor, mask: Tensor | None = None) -> fx.Node:
         """A constant read before a node; equal ones made from one tensor are one buffer, so that tied stays tied."""
@@ -177,8 +179,8 @@ class Shrink:
         out: Tensor = site.node.target(*args, **{a.name: given[a.name] for a in schema if a.kwarg_only})
         return out.index_select(site.axis, self.moves.kept(site.rows).reshape(-1).nonzero().flatten())
 
-    def _constant(self, constant: fx.Node, reader: fx.Node, ids: Tensor) -> None:
-        kept = self.moves.kept(ids)
+    def _constant(self, constant: fx.Node, reader: fx.Node, labels: Tensor) -> None:
+        kept = self.moves.kept(labels)
         if bool(kept.all()):
             return
         masked = None
@@ -213,7 +215,7 @@ class Shrink:
                 user.replace_input_with(node, scaled)
         elif name == "rms_norm":
             gain = torch.ones(before, dtype=node.meta["val"].dtype)
-            kept = self.moves.kept(self.flow.ids[reading.data]).reshape(-1)
+            kept = self.moves.kept(self.flow.labels[reading.data]).reshape(-1)
             like = f"{node.name}_gain"
             if given["weight"] is not None:
                 like = str(given["weight"].target)

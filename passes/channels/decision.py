@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes.channels.flow import Flow, Pairing, Reading, Site, shape_of
-from srigl_fx.passes.channels.groups import FIXED, Groups, distinct, kept_shape, surplus
+from srigl_fx.passes.channels.coupling import FIXED, Groups, distinct, kept_shape, surplus
+from srigl_fx.passes.channels.flow import Flow, Pairing, Reading, Site
+from srigl_fx.passes.channels.shapes import shape_of
 from srigl_fx.passes.constness import Constant
 from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Program, arguments, tensor_at
@@ -94,7 +95,7 @@ def has_borders(site: Site) -> bool:
     return padding != "valid" and (isinstance(padding, str) or any(padding))
 
 
-class Removable:
+class RemovalDecision:
     """The state of the decision: which coupling groups are removed, and why the others are not."""
 
     def __init__(self, program: Program, flow: Flow, groups: Groups, known: dict[fx.Node, Constant]) -> None:
@@ -112,15 +113,15 @@ class Removable:
         # The elements of weights that go with a group.
         self._worth = torch.zeros(groups.count, dtype=torch.long)
         for site in flow.sites:
-            for ids in (site.rows, site.columns):
-                each = torch.full((ids.numel(),), site.weight.meta["val"].numel() // ids.numel())
-                self._worth.index_add_(0, groups.of(ids).reshape(-1), each)
+            for labels in (site.rows, site.columns):
+                each = torch.full((labels.numel(),), site.weight.meta["val"].numel() // labels.numel())
+                self._worth.index_add_(0, groups.of(labels).reshape(-1), each)
 
     # -- questions ------------------------------------------------------------------------------------------------
 
-    def gone(self, ids: Tensor) -> Tensor:
-        """Which elements of an array of classes are removed."""
-        return self.removed[self.groups.of(ids)]
+    def gone(self, labels: Tensor) -> Tensor:
+        """Which elements of an array of labels are removed."""
+        return self.removed[self.groups.of(labels)]
 
     def arriving(self, site: Site) -> Columns:
         """What arrives at the columns of a contraction."""
@@ -159,21 +160,21 @@ class Removable:
                 self._check_hull(whole, members)
             if before == int(self.removed.sum()):
                 # Only what all readers agree on competes for a place in a rectangular array.
-                for ids, name in self._values:
-                    self._check_shape(ids, name)
+                for labels, name in self._values:
+                    self._check_shape(labels, name)
             if before == int(self.removed.sum()):
                 return
 
-    def keep(self, labels: Tensor, reason: str) -> None:
+    def keep(self, numbers: Tensor, reason: str) -> None:
         """Take groups back, and remember why."""
-        labels = distinct(labels[self.removed[labels]])
-        self.removed[labels] = False
-        for label in labels.tolist():
-            self.reason.setdefault(label, reason)
+        numbers = distinct(numbers[self.removed[numbers]])
+        self.removed[numbers] = False
+        for number in numbers.tolist():
+            self.reason.setdefault(number, reason)
 
-    def _keep_where(self, ids: Tensor, where: Tensor, reason: str) -> None:
+    def _keep_where(self, labels: Tensor, where: Tensor, reason: str) -> None:
         if bool(where.any()):
-            self.keep(self.groups.of(ids)[where], reason)
+            self.keep(self.groups.of(labels)[where], reason)
 
     def _used(self, site: Site) -> Tensor:
         """(groups, columns) bool: which columns a row that stays reads."""
@@ -203,8 +204,8 @@ class Removable:
                 best = self._carrier(columns, uneven, group)
                 kept = ~self.gone(site.columns) & (columns.value.abs() > 0.01 * columns.value[group, best].abs())
                 if self._carrier(columns, kept, group) < 0:
-                    label = self.groups.of(site.columns[group, best])[None]
-                    self.keep(label, f"carries the constant channels that {name} reads beyond its borders")
+                    number = self.groups.of(site.columns[group, best])[None]
+                    self.keep(number, f"carries the constant channels that {name} reads beyond its borders")
 
     @staticmethod
     def _carrier(columns: Columns, among: Tensor, group: int) -> int:
@@ -218,16 +219,16 @@ class Removable:
         sides = []
         for node, axis in ((pairing.left, pairing.left_axis), (pairing.right, pairing.right_axis)):
             free = -1 if axis == -2 else -2
-            ids = self.flow.ids[node].expand(shape_of(node)).narrow(free, 0, 1).squeeze(free)
+            labels = self.flow.labels[node].expand(shape_of(node)).narrow(free, 0, 1).squeeze(free)
             constant = known_of(node, self.known)
-            exact = torch.zeros(ids.shape, dtype=torch.bool)
+            exact = torch.zeros(labels.shape, dtype=torch.bool)
             if constant is not None:
                 shifts = pairing.softmax and node is pairing.right
                 wanted = constant.value.double().mean(free, keepdim=True) if shifts else torch.zeros(())
-                exact = (constant.fixed & even(constant.value, wanted)).all(free).expand(ids.shape)
+                exact = (constant.fixed & even(constant.value, wanted)).all(free).expand(labels.shape)
             # A group is exact on this side if it is so wherever it occurs there.
             side = torch.ones(self.groups.count, dtype=torch.bool)
-            side[self.groups.of(ids)[~exact]] = False
+            side[self.groups.of(labels)[~exact]] = False
             sides.append(side)
         return sides[0] | sides[1]
 
@@ -237,11 +238,13 @@ class Removable:
         self._keep_where(rows, needed, f"multiplied with what varies in {pairing.node.name}")
 
     def _check_reading(self, reading: Reading) -> None:
-        ids = self.flow.ids[reading.data]
-        ids = ids.expand(shape_of(reading.data)) if ids.numel() == 1 else ids
+        labels = self.flow.labels[reading.data]
+        labels = labels.expand(shape_of(reading.data)) if labels.numel() == 1 else labels
         columns = columns_of(reading, reading.data, torch.Size([shape_of(reading.data)[reading.axis]]), self.known)
         zero = columns.uniform & (columns.value == 0)
-        self._keep_where(ids.reshape(-1), self.gone(ids.reshape(-1)) & ~zero, f"summed over, in {reading.node.name}")
+        self._keep_where(
+            labels.reshape(-1), self.gone(labels.reshape(-1)) & ~zero, f"summed over, in {reading.node.name}"
+        )
 
     def _check_hull(self, whole: Tensor, members: Tensor) -> None:
         inner = self.gone(members).all(1)
@@ -250,28 +253,28 @@ class Removable:
         if bool(empty.any()):
             self.keep(self.groups.of(members[empty][:, 0]), "the last one of a group that stays")
 
-    def _check_shape(self, ids: Tensor, name: str) -> None:
-        kept = ~self.gone(ids)
+    def _check_shape(self, labels: Tensor, name: str) -> None:
+        kept = ~self.gone(labels)
         if not bool(kept.any()):
-            self.keep(self.groups.of(ids).flatten()[:1], f"the last channel of {name}")
+            self.keep(self.groups.of(labels).flatten()[:1], f"the last channel of {name}")
         elif kept_shape(kept) is None:
-            self._keep_where(ids, surplus(kept), f"unequal numbers along an axis of {name}")
+            self._keep_where(labels, surplus(kept), f"unequal numbers along an axis of {name}")
 
 
 def _distinct(flow: Flow, groups: Groups) -> list[tuple[Tensor, str]]:
     """The different arrays of groups among all values, with the name of a node that has it."""
     seen: dict[int, tuple[Tensor, str]] = {}
-    arrays = [(ids, node.name) for node, found in flow.ids.items() for ids in pytree.tree_leaves(found)]
+    arrays = [(labels, node.name) for node, found in flow.labels.items() for labels in pytree.tree_leaves(found)]
     for site in flow.sites:
         arrays += [(site.rows, site.node.name), (site.columns, site.node.name)]
-    for ids, name in arrays:
-        if isinstance(ids, Tensor) and bool((ids != FIXED).any()):
-            key = hash((ids.shape, groups.of(ids).numpy().tobytes()))
-            seen.setdefault(key, (ids, name))
+    for labels, name in arrays:
+        if isinstance(labels, Tensor) and bool((labels != FIXED).any()):
+            key = hash((labels.shape, groups.of(labels).numpy().tobytes()))
+            seen.setdefault(key, (labels, name))
     return list(seen.values())
 
 
-def count_reasons(decision: Removable, ids: Tensor) -> Counter[str]:
-    """How many of the classes stay, by reason."""
-    kept = decision.groups.of(ids)[~decision.gone(ids)]
-    return Counter(decision.reason.get(label, "it is live") for label in kept.tolist())
+def count_reasons(decision: RemovalDecision, labels: Tensor) -> Counter[str]:
+    """How many of the labels stay, by reason."""
+    kept = decision.groups.of(labels)[~decision.gone(labels)]
+    return Counter(decision.reason.get(number, "it is live") for number in kept.tolist())

@@ -8,8 +8,8 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor, fx
 
+from srigl_fx.passes.channels.decision import RemovalDecision
 from srigl_fx.passes.channels.flow import Site
-from srigl_fx.passes.channels.removable import Removable
 from srigl_fx.passes.operators import plain_name
 from srigl_fx.passes.removal import Link
 
@@ -17,7 +17,7 @@ _STEPS = 200  # nodes looked at for one reader, so that a residual stream does n
 _UNTOLD = {"getitem", "clone", "contiguous", "alias"}
 
 
-def removal_links(sites: Sequence[Site], decision: Removable) -> tuple[Link, ...]:
+def removal_links(sites: Sequence[Site], decision: RemovalDecision) -> tuple[Link, ...]:
     """The pairs of a producer and a reader of removed channels, by their positions among ``sites``.
 
     The graph must still be the one that ``decision`` was taken for. A depthwise convolution is passed through.
@@ -45,8 +45,8 @@ def removal_links(sites: Sequence[Site], decision: Removable) -> tuple[Link, ...
     return tuple(sorted(links, key=lambda link: (link.producer, link.reader)))
 
 
-def _groups(decision: Removable, ids: Tensor) -> set[int]:
-    return set(decision.groups.of(ids[decision.gone(ids)]).tolist())
+def _groups(decision: RemovalDecision, labels: Tensor) -> set[int]:
+    return set(decision.groups.of(labels[decision.gone(labels)]).tolist())
 
 
 def _sources(data: fx.Node, ends: Collection[fx.Node], wanted: Collection[fx.Node]) -> dict[fx.Node, tuple[str, ...]]:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from srigl_fx.passes.channels.groups import FIXED, Channels, compress, distinct, kept_shape, surplus
+from srigl_fx.passes.channels.coupling import FIXED, Channels, compress, distinct, kept_shape, surplus
 
 
 @given(st.integers(1, 40), st.lists(st.tuples(st.integers(0, 39), st.integers(0, 39)), max_size=60))
@@ -16,32 +16,32 @@ from srigl_fx.passes.channels.groups import FIXED, Channels, compress, distinct,
 def test_groups_are_the_connected_components(count: int, edges: list[tuple[int, int]]) -> None:
     edges = [(a % count, b % count) for a, b in edges]
     channels = Channels()
-    ids = torch.cat([channels.fresh(len(part), "axis") for part in torch.arange(count).tensor_split(3)])
+    labels = torch.cat([channels.fresh(len(part), "axis") for part in torch.arange(count).tensor_split(3)])
     for a, b in edges:
-        channels.couple(ids[a : a + 1], ids[b : b + 1])
+        channels.couple(labels[a : a + 1], labels[b : b + 1])
     groups = channels.resolve()
     plain: nx.Graph[int] = nx.Graph(edges)
     plain.add_nodes_from(range(count))
-    label = groups.of(ids).tolist()
+    number = groups.of(labels).tolist()
     for component in nx.connected_components(plain):
-        assert len({label[i] for i in component}) == 1
-    assert len(set(label)) == nx.number_connected_components(plain)
+        assert len({number[i] for i in component}) == 1
+    assert len(set(number)) == nx.number_connected_components(plain)
 
 
 def test_coupling_broadcasts() -> None:
     channels = Channels()
     one, other = channels.fresh(3, "one").reshape(1, 3), channels.fresh(6, "other").reshape(2, 3)
     channels.couple(one, other)
-    label = channels.resolve().of(other)
-    assert torch.equal(label[0], label[1])
-    assert len(set(label[0].tolist())) == 3
+    number = channels.resolve().of(other)
+    assert torch.equal(number[0], number[1])
+    assert len(set(number[0].tolist())) == 3
 
 
 def test_a_long_chain_is_one_group() -> None:
     channels = Channels()
-    ids = channels.fresh(5000, "chain")
-    channels.couple(ids[:-1], ids[1:])
-    assert len(distinct(channels.resolve().of(ids))) == 1
+    labels = channels.fresh(5000, "chain")
+    channels.couple(labels[:-1], labels[1:])
+    assert len(distinct(channels.resolve().of(labels))) == 1
 
 
 def test_pins_reach_the_whole_group_with_the_first_reason() -> None:
@@ -52,24 +52,24 @@ def test_pins_reach_the_whole_group_with_the_first_reason() -> None:
     channels.pin(one[1:], "second")
     groups = channels.resolve()
     assert groups.pinned[groups.of(one)].tolist() == [False, True, True]
-    assert [groups.reason[int(label)] for label in groups.of(one)[1:]] == ["first", "second"]
-    assert bool(groups.pinned[groups.label[FIXED]])
+    assert [groups.reason[int(number)] for number in groups.of(one)[1:]] == ["first", "second"]
+    assert bool(groups.pinned[groups.number[FIXED]])
 
 
 def test_merging_couples_along_axes() -> None:
     channels = Channels()
-    ids = channels.fresh(6, "heads").reshape(1, 2, 1, 3)
-    merged = channels.merge(ids, [3])
+    labels = channels.fresh(6, "heads").reshape(1, 2, 1, 3)
+    merged = channels.merge(labels, [3])
     assert merged.shape == (1, 2, 1, 1)
-    label = channels.resolve().of(ids)[0, :, 0]
-    assert [len(distinct(row)) for row in label] == [1, 1]
-    assert label[0, 0] != label[1, 0]
+    number = channels.resolve().of(labels)[0, :, 0]
+    assert [len(distinct(row)) for row in number] == [1, 1]
+    assert number[0, 0] != number[1, 0]
 
 
 def test_compressing_drops_what_does_not_vary() -> None:
-    ids = torch.arange(3)[None, :, None].expand(4, 3, 5)
-    assert compress(ids).shape == (1, 3, 1)
-    assert compress(ids.contiguous()).shape == (1, 3, 1)
+    labels = torch.arange(3)[None, :, None].expand(4, 3, 5)
+    assert compress(labels).shape == (1, 3, 1)
+    assert compress(labels.contiguous()).shape == (1, 3, 1)
     assert compress(torch.tensor([[0, 1], [1, 0]])).shape == (2, 2)
 
 

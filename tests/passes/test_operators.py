@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.capture import capture
-from srigl_fx.passes.operators import OPERATORS, SPELLINGS, operator_named, operator_of
+from srigl_fx.passes.operators import ALIASES, OPERATORS, SPELLINGS, first_named, operator_named, operator_of
 
 aten = torch.ops.aten
 
@@ -29,6 +30,35 @@ def test_every_operator_is_one_of_torch() -> None:
 def test_every_other_spelling_is_no_operator_and_stands_for_one() -> None:
     assert [name for name in SPELLINGS if name in OPERATORS] == []
     assert [name for name in SPELLINGS if operator_named(name).does == "unknown"] == []
+
+
+SECOND: dict[str, tuple[Any, ...]] = {  # what is given besides, to other overloads than those of two tensors
+    **{"clip": (-0.5, 0.5), "swapaxes": (1, 3), "swapdims": (0, 2), "moveaxis": (1, 3), "native_channel_shuffle": (2,)},
+    **{"special_logsumexp": ([1, 2],), "special_softmax": (1,)},
+}
+TWO = {"subtract", "multiply", "divide", "true_divide", "arctan2", "special_xlogy", "not_equal", "less", "less_equal",
+       "greater", "greater_equal", "linalg_matmul"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_a_second_name_is_of_the_same_operator(name: str) -> None:
+    data = (torch.rand(2, 4, 6, 6, generator=torch.Generator().manual_seed(1)) * 2 - 1).clamp(-0.9, 0.9)
+    data = data + 2 if name == "arccosh" else data.abs() + 0.05 if name in {"special_logit", "special_xlogy"} else data
+    given: tuple[Any, ...] = (data, *SECOND.get(name, (data.flip(0),) if name in TWO else ()))
+    if name in {"concat", "concatenate", "row_stack"}:
+        given = ([data, -data],)
+    if name == "ger":
+        given = (data[0, 0, 0], data[0, 0, 1])
+    called = getattr(aten, name)
+    assert torch.equal(called(*given), getattr(aten, ALIASES[name])(*given))
+    functional = [each for each in called.overloads() if "out" not in each and each not in {"names", "dimname"}]
+    for overload in functional:
+        first = first_named(getattr(called, overload))
+        assert first is not getattr(called, overload), f"{name}.{overload} has no counterpart"
+        assert first_named(first) is first
+    if name in OPERATORS and OPERATORS[name].family != "alias":
+        first_row = operator_of(first_named(getattr(called, functional[0])))
+        assert (first_row.does, first_row.axes) == (OPERATORS[name].does, OPERATORS[name].axes)
 
 
 # What an operator of a row needs besides its first operand, by family; others are called with that alone.
@@ -229,6 +259,12 @@ CONVS: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {  # between, ch
     "dstack": (lambda x: torch.dstack([x, x]), 8, 2),
     "vstack": (lambda x: torch.vstack([x, x]), 8, 2),
     "unsafe_split": (lambda x: torch.cat(torch.unsafe_split(x, 4, 1)[::-1], 1), 8, 2),
+    "roll": (lambda x: x.roll(3, 1), 8, 2),
+    "roll over channels and space": (lambda x: x.roll((3, 2), (1, -1)), 8, 0),
+    "roll over channels and batch": (lambda x: x.roll((3, 2), (1, 0)), 8, 0),
+    "a constant permutation": (lambda x: x[:, torch.tensor([3, 1, 0, 2, 7, 6, 4, 5])], 8, 2),
+    "index_select": (lambda x: x.index_select(1, torch.tensor([5, 0, 0, 7])), 4, 6),
+    "every other channel": (lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1), 8, 2),
     "multiply": (lambda x: torch.multiply(x, x), 8, 2),
     "subtract": (lambda x: torch.subtract(x, 1.0), 8, 2),
     "negative, absolute": (lambda x: torch.absolute(torch.negative(x)), 8, 2),
@@ -244,6 +280,27 @@ CONVS: dict[str, tuple[Callable[[Tensor], Tensor], int, int]] = {  # between, ch
     "nansum": (lambda x: x.nansum(3, keepdim=True), 8, 2),
     "a cut along the other axis": (lambda x: x.diagonal(0, 2, 3)[..., None], 8, 2),
 }
+
+
+SHUFFLES: dict[str, Callable[[Tensor], Tensor]] = {
+    "F.channel_shuffle": CONVS["F.channel_shuffle"][0],
+    "native_channel_shuffle": CONVS["native_channel_shuffle"][0],
+    "ShuffleNet": shuffled,
+    "movedim, flatten": lambda x: x.reshape(-1, 4, 2, 6, 6).movedim(2, 1).flatten(1, 2),
+    "permute": lambda x: x.view(-1, 2, 4, 6, 6).permute(0, 2, 1, 3, 4).contiguous().view(-1, 8, 6, 6),
+}
+
+
+@pytest.mark.parametrize("dead", [[0, 5], [0, 3, 5], [1, 2], [0, 1, 2, 3], [7]], ids=str)
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_groups_of_a_shuffle_may_lose_different_places(name: str, dead: list[int]) -> None:
+    model = masked(Net(SHUFFLES[name], nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)), {"a.weight": dead})
+    result = removed(model, (torch.randn(2, 3, 6, 6),))
+    assert not result.notes
+    assert result.subject.removals is not None
+    assert result.subject.removals.weights[0].rows_removed == len(dead)
+    for batch in (None, 1, 3, 7):
+        assert relative_error(model, result.subject, batch) < 1e-5
 
 
 @pytest.mark.parametrize("name", CONVS)
@@ -301,3 +358,37 @@ def test_capture_keeps_what_the_table_is_asked_about() -> None:
         Net(CONVS["native_channel_shuffle"][0], nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)).eval(), (X[:, :3],)
     )
     assert program.module.graph.find_nodes(op="call_function", target=aten.native_channel_shuffle.default)
+
+
+class Named(nn.Module):
+    """A model that calls operators by their second names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.native_channel_shuffle(torch.special.expit(self.a(x)), 2)
+        h = torch.multiply(torch.subtract(h, 0.5, alpha=2), torch.arctan(torch.divide(h, 3.0)))
+        h = torch.where(torch.less_equal(h, 0.25), torch.negative(h), torch.clip(torch.absolute(h), max=2.0))
+        out: Tensor = self.b(torch.concatenate([h, torch.true_divide(h, 2.0)], dim=1))
+        return out
+
+
+def test_a_lowered_model_that_uses_second_names_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = Named().eval()
+    sx.sparsify(model, sparsity=0.5)
+    with torch.no_grad():
+        for handle in sparse_weights(model):
+            handle.weight.normal_().mul_(handle.mask)
+        first = sparse_weights(model)[0]
+        first.mask[[1, 2, 5]] = False
+        first.weight.mul_(first.mask)
+    data = torch.randn(4, 3, 6, 6)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(data)
+        lowered = sx.lower(model, (data,), min_speedup=0)
+        lowered.save(tmp_path / "named.srigl")
+        found = sx.load_lowered(tmp_path / "named.srigl")(data)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert lowered.report.removals[0].weights[0].rows_removed >= 3

@@ -10,7 +10,7 @@ from passes_support import masked, relative_error, removed, shapes
 from torch import Tensor, nn
 
 from srigl_fx.masks.records import MASK_SUFFIX
-from srigl_fx.passes.channels.shrink import Shrink
+from srigl_fx.passes.channels.cut import Cut
 from srigl_fx.passes.program import Program, tensor_at
 from srigl_fx.passes.removal import Removal
 
@@ -697,10 +697,10 @@ def test_what_depends_on_the_batch_size_is_not_constant(function: Callable[..., 
 
 
 def test_a_removal_that_fails_is_undone_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Shrink, site: Any) -> Any:
+    def fail(self: Cut, site: Any) -> Any:
         self.program.module.graph.erase_node(next(iter(self.program.module.graph.nodes)))
 
-    monkeypatch.setattr(Shrink, "_site", fail)
+    monkeypatch.setattr(Cut, "_site", fail)
     net = Net(lambda m, x: m["b"](F.relu(m["a"](x))), a=nn.Linear(5, 6), b=nn.Linear(6, 4))
     model = masked(net, {"layers.a.weight": [1, 2]})
     result = removed(model, (VECTOR,))
