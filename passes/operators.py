@@ -253,7 +253,8 @@ def first_named(target: torch._ops.OpOverload) -> torch._ops.OpOverload:
     if packet is None:
         return target
     taken = [(str(argument.type), argument.kwarg_only) for argument in target._schema.arguments]
-    for overload in sorted(packet.overloads(), key=lambda name: name != target._overloadname):
+    own = target.__name__.rpartition(".")[2]
+    for overload in sorted(packet.overloads(), key=lambda name: name != own):  # that of the same name first
         found: torch._ops.OpOverload = getattr(packet, overload)
         if [(str(argument.type), argument.kwarg_only) for argument in found._schema.arguments] == taken:
             return found

@@ -128,7 +128,8 @@ def added_around(propagation: Propagation, node: fx.Node) -> Any:
     axes = [labels.dim() - 1 - i // 2 for i, amount in enumerate(amounts) if amount != 0]
     if all(labels.shape[axis] == 1 for axis in axes):
         return labels
-    if given.get("mode", "constant") != "constant":  # which element is repeated depends on what is left
+    zeros = plain_name(node.target) in {"pad", "constant_pad_nd"} and given.get("mode", "constant") == "constant"
+    if not zeros:  # which element is repeated depends on what is left
         return None
     return compress(torch.nn.functional.pad(propagation.full(first), amounts, value=FIXED))
 
