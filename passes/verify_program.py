@@ -30,7 +30,11 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
             :attr:`Program.tolerance` says of each program.
 
     Returns:
-        ``check(name of the pass, program)``, which raises PassError naming the pass, the output and the error.
+        ``check(name of the pass, program)``.
+
+    Raises:
+        PassError: From ``check``, where an output is off by more than is allowed; it names the pass, the output and the
+            error.
 
     Example:
         >>> import torch

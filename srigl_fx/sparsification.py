@@ -170,6 +170,12 @@ def finalize(model: Model) -> Model:
 
     A trainer that is still attached is detached. The outputs do not change.
 
+    Args:
+        model: A model that was sparsified, or of which parts were, on any device; not sharded.
+
+    Returns:
+        The same object.
+
     Raises:
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds.
         SparsifyError: If nothing in ``model`` was sparsified, its weights are spread over processes, or its own forward

@@ -57,6 +57,9 @@ def _register(session_options: "onnxruntime.SessionOptions", library: Path) -> N
 def register(session_options: "onnxruntime.SessionOptions") -> None:
     """Let sessions made with these options run the operators of domain ``srigl_fx``; a second call changes nothing.
 
+    Args:
+        session_options: Options of ONNX Runtime, before a session is made with them; they are changed in place.
+
     Raises:
         LibraryError: The library is missing here and cannot be built, or ONNX Runtime is older than 1.17.
 

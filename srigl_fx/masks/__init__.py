@@ -37,6 +37,9 @@ def named_masks(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     The mask is the live bool buffer, of the weight's shape; a tied weight appears once, under its first name.
 
+    Args:
+        model: Any model; one without masks yields nothing.
+
     Example:
         >>> from torch import nn
         >>> list(named_masks(nn.Linear(3, 2)))
@@ -114,6 +117,9 @@ def strip(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of ``state_dict`` without masks, which the dense model loads; tensors are shared.
 
     A mask is a bool entry ``<name>_mask`` beside an entry ``<name>`` of the same shape.
+
+    Args:
+        state_dict: What the ``state_dict()`` of a sparse model gave, or a file that was saved of it; it is not changed.
 
     Raises:
         InvariantError: A weight is not zero off its mask: the dense model would not compute what the sparse one does.

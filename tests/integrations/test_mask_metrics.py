@@ -1,28 +1,16 @@
 import copy
-import io
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from train_support import batches, mask_copies, mlp, train
+from train_support import batches, mask_copies, mlp, srigl_run, through_a_file, train
 
 import srigl_fx as sx
 from srigl_fx.errors import MissingExtraError, TrainerError
 from srigl_fx.masks.records import sparse_weights
-from srigl_fx.train import SRigL
 from srigl_fx.train.metrics import MaskMetrics
-
-OPTIONS: dict[str, Any] = {"total_steps": 60, "update_every": 5, "ablation": 0.9, "drop_fraction": 0.5}
-
-
-def _start(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
-    torch.manual_seed(0)
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    return model, optimizer, SRigL(model, optimizer, **{**OPTIONS, **options})
 
 
 def _polling(metrics: MaskMetrics) -> Callable[[], None]:
@@ -30,13 +18,6 @@ def _polling(metrics: MaskMetrics) -> Callable[[], None]:
         metrics.poll()
 
     return poll
-
-
-def _through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 class _Table(sx.train.Static):
@@ -102,7 +83,7 @@ def test_the_numbers_of_a_hand_made_run() -> None:
 
 
 def test_itop_is_the_union_of_all_masks() -> None:
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     metrics = MaskMetrics(trainer)
     ever = mask_copies(model)
     updates = 0
@@ -122,7 +103,7 @@ def test_itop_is_the_union_of_all_masks() -> None:
 
 
 def test_an_ordinary_step_reads_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, optimizer, trainer = _start(update_every=40)
+    model, optimizer, trainer = srigl_run(update_every=40)
     metrics = MaskMetrics(trainer)
     reads: list[int] = []
     monkeypatch.setattr(Tensor, "cpu", lambda self: reads.append(1))
@@ -141,13 +122,13 @@ def test_names_are_those_of_the_unwrapped_model() -> None:
 
 def test_the_union_survives_a_resume() -> None:
     data = list(batches(30))
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     metrics = MaskMetrics(trainer)
     train(model, optimizer, data[:12], _polling(metrics))
-    saved = _through_a_file(
+    saved = through_a_file(
         [model.state_dict(), optimizer.state_dict(), trainer.state_dict(), metrics.state_dict()],
     )
-    other, other_optimizer, other_trainer = _start()
+    other, other_optimizer, other_trainer = srigl_run()
     other.load_state_dict(saved[0])
     other_optimizer.load_state_dict(saved[1])
     other_trainer.load_state_dict(saved[2])
@@ -161,7 +142,7 @@ def test_the_union_survives_a_resume() -> None:
 
 
 def test_saving_does_not_hide_an_update() -> None:
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     metrics = MaskMetrics(trainer)
     train(model, optimizer, batches(5))
     assert metrics.state_dict()["step"] == 5
@@ -169,7 +150,7 @@ def test_saving_does_not_hide_an_update() -> None:
 
 
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     metrics = MaskMetrics(trainer)
     saved = copy.deepcopy(metrics.state_dict())
     train(model, optimizer, batches(6), _polling(metrics))

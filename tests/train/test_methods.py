@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from train_support import SmallNet, batches, dense_gradient_sums, loss_of, mask_copies, mlp, same, train
+from train_support import SmallNet, batches, dense_at_step, dense_gradient_sums, loss_of, mask_copies, mlp, same, train
 
 from srigl_fx import sparsify
 from srigl_fx.errors import InvariantError, SparsifyError, SriglError, StructureError, TrainerError
@@ -64,12 +64,7 @@ def test_rigl_grows_by_the_dense_gradient(structure: Structure) -> None:
     model = mlp(structure=structure)
     optimizer = sgd(model)
     trainer = RigL(model, optimizer, total_steps=100, update_every=5, drop_fraction=0.5, auto=False)
-    data = list(batches(5))
-    train(model, optimizer, data[:4])
-    optimizer.zero_grad()
-    dense = dense_gradient_sums(model)
-    torch.autograd.backward(loss_of(model, data[4]))
-    optimizer.step()
+    dense = dense_at_step(model, optimizer, list(batches(5)))
     expected = _expected(model, dense)
     assert trainer.step()
     assert same(mask_copies(model), expected)

@@ -1,5 +1,4 @@
 import copy
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
-from train_support import batches, loss_of, mask_copies, mlp, same, train
+from train_support import batches, loss_of, mask_copies, mlp, same, srigl_run, through_a_file, train
 
 from srigl_fx import sparsify
 from srigl_fx.errors import InvariantError, StructureError, TrainerError
@@ -21,24 +20,8 @@ from srigl_fx.train.base import Trainer
 OPTIONS: dict[str, Any] = {"total_steps": 60, "update_every": 5, "ablation": 0.9, "drop_fraction": 0.5}
 
 
-def _start(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
-    torch.manual_seed(0)
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    return model, optimizer, SRigL(model, optimizer, **{**OPTIONS, **options})
-
-
-def _through_a_file(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer, trainer: SRigL, gradients: bool = False) -> Any:
-    return _through_a_file(
-        (model.state_dict(), optimizer.state_dict(), trainer.state_dict(include_gradients=gradients))
-    )
+    return through_a_file((model.state_dict(), optimizer.state_dict(), trainer.state_dict(include_gradients=gradients)))
 
 
 def _resume(state: Any, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
@@ -65,7 +48,7 @@ def _assert_same(a: nn.Module, b: nn.Module) -> None:
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(cut: int, options: dict[str, Any]) -> None:
     data = list(batches(30))
-    model, optimizer, trainer = _start(**options)
+    model, optimizer, trainer = srigl_run(**options)
     train(model, optimizer, data[:cut])
     at_cut = mask_copies(model)
     state = _state(model, optimizer, trainer)
@@ -90,7 +73,7 @@ def _accumulate(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[T
 @pytest.mark.parametrize("cut", [4 * 4 + 1, 4 * 4 + 3, 4 * 6 + 2])
 def test_a_save_between_micro_batches(cut: int) -> None:
     data = list(batches(4 * 12))
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     _accumulate(model, optimizer, data[:cut], 0)
     state = _state(model, optimizer, trainer, gradients=True)
     at_cut = mask_copies(model)
@@ -103,7 +86,7 @@ def test_a_save_between_micro_batches(cut: int) -> None:
 
 def test_a_pending_manual_update_is_resumed() -> None:
     data = list(batches(5))
-    model, optimizer, trainer = _start(auto=False)
+    model, optimizer, trainer = srigl_run(auto=False)
     train(model, optimizer, data)
     state = _state(model, optimizer, trainer, gradients=True)
     other, _, other_trainer = _resume(state, auto=False)
@@ -113,7 +96,7 @@ def test_a_pending_manual_update_is_resumed() -> None:
 
 
 def test_resuming_inside_a_wrapper() -> None:
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     data = list(batches(12))
     train(model, optimizer, data[:7])
     state = _state(model, optimizer, trainer, gradients=True)
@@ -131,7 +114,7 @@ def test_resuming_inside_a_wrapper() -> None:
 
 
 def test_another_sparsity_structure_method_or_model_is_an_error() -> None:
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     train(model, optimizer, batches(6))
     saved = trainer.state_dict()
 
@@ -153,7 +136,7 @@ def test_another_sparsity_structure_method_or_model_is_an_error() -> None:
 
 
 def test_a_dense_checkpoint_keeps_the_masks() -> None:
-    model, optimizer, _ = _start()
+    model, optimizer, _ = srigl_run()
     train(model, optimizer, batches(6))
     before = mask_copies(model)
     dense = nn.Sequential(nn.Linear(24, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -168,7 +151,7 @@ def test_static_resumes() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Static(model, optimizer)
     train(model, optimizer, batches(3))
-    state = _through_a_file(trainer.state_dict())
+    state = through_a_file(trainer.state_dict())
     trainer.detach()
     resumed = Static(model, optimizer)
     resumed.load_state_dict(state)
@@ -283,7 +266,7 @@ def test_a_postponed_update_is_resumed(gradients: bool) -> None:
         for parameter in model.parameters():
             parameter.grad = None  # as a scaler that skips would, but the dense gradient was seen
 
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     train(model, optimizer, data[:4])
     spoiled(model, optimizer)
     optimizer.step()  # due, without a finite gradient
@@ -300,7 +283,7 @@ def test_a_postponed_update_is_resumed(gradients: bool) -> None:
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_pending_manual_update_needs_no_gradients(gradients: bool) -> None:
     data = list(batches(12))
-    model, optimizer, trainer = _start(auto=False)
+    model, optimizer, trainer = srigl_run(auto=False)
     train(model, optimizer, data[:5])
     state = _state(model, optimizer, trainer, gradients=gradients)
     other, other_optimizer, other_trainer = _resume(state, auto=False)
@@ -337,7 +320,7 @@ def test_under_a_gradient_scaler(cut: int, fused: bool) -> None:
     torch.manual_seed(0)
     run = start()
     go(run, 0, cut)
-    state = _through_a_file((*(part.state_dict() for part in run[:3]), run[3].state_dict()))
+    state = through_a_file((*(part.state_dict() for part in run[:3]), run[3].state_dict()))
     go(run, cut, 24)
     other = start()
     parts: tuple[Any, ...] = other
@@ -401,7 +384,7 @@ def test_folders_of_torch_distributed_checkpoint_load_with_a_trainers_recipe_and
 @pytest.mark.parametrize("attached", [False, True])
 def test_model_state_before_and_after_attaching(attached: bool, assign: bool) -> None:
     data = list(batches(24))
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     train(model, optimizer, data[:7])
     state = _state(model, optimizer, trainer)
     train(model, optimizer, data[7:])
@@ -421,7 +404,7 @@ def test_model_state_before_and_after_attaching(attached: bool, assign: bool) ->
 
 
 def test_model_state_of_another_sparsity_is_found_by_the_trainer() -> None:
-    model, optimizer, trainer = _start()
+    model, optimizer, trainer = srigl_run()
     saved = trainer.state_dict()
     for foreign in (mlp(0.5), mlp(0.9), mlp(structure="unstructured")):
         model.load_state_dict(foreign.state_dict())
@@ -457,7 +440,7 @@ def test_what_cannot_be_a_mask(mask: Tensor, message: str, assign: bool, traced:
 @pytest.mark.parametrize("key", ["steps", "last_update", "update_due", "weights", "captured"])
 @pytest.mark.parametrize("value", ["missing", "x", -5])
 def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
-    _, _, trainer = _start()
+    _, _, trainer = srigl_run()
     state = {**trainer.state_dict(), "steps": 17, key: value}
     if value == "missing":
         del state[key]
@@ -469,14 +452,14 @@ def test_a_damaged_state_changes_nothing(key: str, value: Any) -> None:
 @pytest.mark.parametrize("key", ["version", "method"])
 @pytest.mark.parametrize("value", [torch.tensor([1, 1]), torch.tensor(1), None, [1]], ids=str)
 def test_a_state_that_says_not_whose_it_is_changes_nothing(key: str, value: Any) -> None:
-    _, _, trainer = _start()
+    _, _, trainer = srigl_run()
     with pytest.raises(TrainerError, match="this is no state of SRigL"):
         trainer.load_state_dict({**trainer.state_dict(), "steps": 17, key: value})
     assert trainer.steps == 0
 
 
 def test_another_number_of_threads_is_noted(caplog: pytest.LogCaptureFixture) -> None:
-    _, _, trainer = _start()
+    _, _, trainer = srigl_run()
     state, threads = trainer.state_dict(), torch.get_num_threads()
     assert state["threads"] == threads
     trainer.load_state_dict(state)

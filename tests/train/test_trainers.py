@@ -5,7 +5,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from train_support import batches, dense_gradient_sums, hook_count, loss_of, mask_copies, mlp, same, train
+from train_support import (
+    batches,
+    dense_at_step,
+    dense_gradient_sums,
+    hook_count,
+    loss_of,
+    mask_copies,
+    mlp,
+    same,
+    train,
+)
 
 from srigl_fx import LayerSpec, sparsify
 from srigl_fx.errors import StructureError, TrainerError
@@ -43,12 +53,7 @@ def test_masks_change_on_schedule_only() -> None:
 
 def test_the_update_is_the_pure_one_on_the_new_weights_and_the_dense_gradient() -> None:
     model, optimizer, trainer = _attach(auto=False, ablation=0.9, drop_fraction=0.5, protect="none")
-    data = list(batches(5))
-    train(model, optimizer, data[:4])
-    optimizer.zero_grad()
-    dense = dense_gradient_sums(model)
-    torch.autograd.backward(loss_of(model, data[4]))
-    optimizer.step()
+    dense = dense_at_step(model, optimizer, list(batches(5)))
     expected = {
         handle.fqn: srigl_update(
             handle.weight,

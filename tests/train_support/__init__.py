@@ -1,6 +1,8 @@
 """What the training tests share: small models, batches, an ordinary loop and what can be seen of hooks and masks."""
 
+import io
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from srigl_fx import sparsify
 from srigl_fx.masks.records import Structure, sparse_weights
+from srigl_fx.train import SRigL
 
 
 def mlp(sparsity: float = 0.75, structure: Structure = "constant_fan_in") -> nn.Sequential:
@@ -63,6 +66,33 @@ def train(
         optimizer.step()
         if check is not None:
             check()
+
+
+def srigl_run(**options: Any) -> tuple[nn.Module, torch.optim.Optimizer, SRigL]:
+    """The same small network, optimizer and trainer each time; SRigL ablates within the first updates."""
+    torch.manual_seed(0)
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    usual = {"total_steps": 60, "update_every": 5, "ablation": 0.9, "drop_fraction": 0.5}
+    return model, optimizer, SRigL(model, optimizer, **{**usual, **options})
+
+
+def through_a_file(state: Any) -> Any:
+    """What ``torch.save`` wrote of a state and ``torch.load`` reads without running any of it."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def dense_at_step(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[Tensor]) -> dict[str, Tensor]:
+    """Train on all batches; the dense gradients of the last one, by the weight's name."""
+    train(model, optimizer, data[:-1])
+    optimizer.zero_grad()
+    dense = dense_gradient_sums(model)
+    torch.autograd.backward(loss_of(model, data[-1]))
+    optimizer.step()
+    return dense
 
 
 def mask_copies(model: nn.Module) -> dict[str, Tensor]:
