@@ -667,6 +667,12 @@ def test_negative_padding(amounts: tuple[int, ...], capfd: pytest.CaptureFixture
     assert "fake_tensor" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_padding_with_channels_themselves_keeps_them(mode: str) -> None:
+    program = outputs_of(lambda h, g, c: c(F.pad(h, (2, 1), mode=mode)), reads=19)
+    assert entry(program, "a").rows_removed == 0
+
+
 @pytest.mark.parametrize(
     ("function", "reads"),
     [
