@@ -22,7 +22,7 @@ from srigl_fx.runtime.cpu.kernels import job, plan
 from srigl_fx.runtime.validation import NUMBERS, Checked
 
 Job = ctypes.c_int64 * job.SIZE
-_CACHE_LINE = 64
+_CACHE_LINE = plan.CACHE_LINE
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # a dtype that is equal if the bits are, by its bytes
 
 

@@ -5,7 +5,7 @@ that starts with a job in which everything is filled in that does not change fro
 panel is laid out, nor what is computed with it.
 """
 
-from srigl_fx.runtime.cpu.kernels import job
+from srigl_fx.runtime.cpu.kernels import job, plan
 from srigl_fx.runtime.cpu.kernels.plan import TILE
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, exchange, external, inlined, linked, load, stack, store
@@ -15,7 +15,7 @@ _calloc, _free = external("calloc", 2), external("free", 1)
 _JOB_WORDS = job.SIZE
 _JOB_BYTES = 8 * job.SIZE
 _SCRATCH_WORDS = 16
-_CACHE_LINE = 64
+_CACHE_LINE = plan.CACHE_LINE
 _PLAN_PANEL, _MEASURE_PANEL, _PHASE_SIZE, _FILL_PANEL = (
     abi.TABLE[task] for task in ("plan_panel", "measure_panel", "phase_size", "fill_panel")
 )

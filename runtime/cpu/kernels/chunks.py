@@ -15,6 +15,7 @@ import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import vector as v
 from srigl_fx.runtime.cpu.kernels.copies import transpose
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.training_job import (
     BATCH,
     BIAS,
@@ -33,7 +34,6 @@ from srigl_fx.runtime.cpu.kernels.training_job import (
     VALUES,
 )
 from srigl_fx.runtime.cpu.kernels.vector import (
-    LANES,
     VECTOR_BYTES,
     address,
     allocate,

@@ -14,8 +14,9 @@ Along a dimension, plane ``q`` holds the padded input's positions ``q, q + strid
 
 from typing import Any
 
+from srigl_fx.runtime.cpu.kernels.plan import LANES
+
 Pointer = Any
-LANES = 16  # positions come in whole vectors, so that no scalar remainder is left
 BLOCK = 512  # positions computed at a time: accumulators and inputs stay in the first-level cache
 ACCUMULATORS = BLOCK + LANES  # floats of scratch
 

@@ -9,11 +9,9 @@ from srigl_fx.runtime.cpu.kernels import conv, job, patches
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows
-from srigl_fx.runtime.cpu.kernels.panel import LANES
-from srigl_fx.runtime.cpu.kernels.plan import COLUMNS
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
-    CACHE_LINE,
     clear_columns,
     first_output,
     is_limit,

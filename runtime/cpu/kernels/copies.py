@@ -9,6 +9,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.vector import (
     AHEAD,
     F32,
@@ -17,7 +18,6 @@ from srigl_fx.runtime.cpu.kernels.vector import (
     I32,
     I64,
     INTS,
-    LANES,
     VECTOR_BYTES,
     ZERO,
     address,

@@ -10,6 +10,7 @@ from typing import Any
 
 from srigl_fx.runtime.cpu.kernels import vector as v
 from srigl_fx.runtime.cpu.kernels.panel import DOT_VALUES, SLOTS, STEPS
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.values import vector_of
 from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
 from srigl_fx.runtime.value_types import VALUE_TYPES
@@ -45,8 +46,7 @@ def dot_group(window: int, value_type: int) -> Callable[[int, int, int, int, int
                         v.prefetch(b, b.add(at, number(_AHEAD + line)))
                 index = v.load(b, at, v.INTS, 64)
                 table = [
-                    v.load(b, b.add(inputs, number(VECTOR_BYTES * i)), v.FLOATS)
-                    for i in range(max(0, window) // v.LANES)
+                    v.load(b, b.add(inputs, number(VECTOR_BYTES * i)), v.FLOATS) for i in range(max(0, window) // LANES)
                 ]
                 results = []
                 for step in range(STEPS):

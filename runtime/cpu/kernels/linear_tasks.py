@@ -14,11 +14,9 @@ from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_ro
 from srigl_fx.runtime.cpu.kernels.dot import GATHERS, LOADS, dot_group
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.panel import LANES
-from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, DOT_WINDOWS
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, DOT_WINDOWS, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
-    CACHE_LINE,
     clear_columns,
     first_output,
     is_limit,

@@ -21,13 +21,12 @@ import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import TILE
+from srigl_fx.runtime.cpu.kernels.plan import LANES, TILE
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
 from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, words
 
 numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any
-LANES: Final = 16
 STEPS: Final = 4
 SLOTS: Final = LANES * STEPS
 TILE_BYTES: Final = 6 * SLOTS  # of one phase

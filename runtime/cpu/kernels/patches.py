@@ -9,8 +9,8 @@ from typing import Any, Final
 from srigl_fx.runtime.cpu.kernels import conv
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
 from srigl_fx.runtime.cpu.kernels.copies import copy_even_lanes, copy_lanes, copy_spread_lanes
-from srigl_fx.runtime.cpu.kernels.plan import COLUMNS
-from srigl_fx.runtime.cpu.kernels.vector import LANES, words
+from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.vector import words
 
 Pointer = Any
 # A piece: neighbouring positions of one output row, in one vector of the tile's columns.

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from srigl_fx.runtime.cpu.kernels import vector as v
-from srigl_fx.runtime.cpu.kernels.panel import LANES, STEPS, TILE_BYTES, TILE_VALUES
+from srigl_fx.runtime.cpu.kernels.panel import STEPS, TILE_BYTES, TILE_VALUES
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
 
 

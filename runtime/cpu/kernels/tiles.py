@@ -15,19 +15,13 @@ from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import REGISTERS, compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, fill_floats
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.panel import (
-    LANES,
-    TILE_BYTES,
-    TILE_UNIT,
-    tile_unit,
-)
-from srigl_fx.runtime.cpu.kernels.plan import COLUMNS
+from srigl_fx.runtime.cpu.kernels.panel import TILE_BYTES, TILE_UNIT, tile_unit
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.tile import add_rows, phase_of, prefetched_lines, rows_in_flight, values_of
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, words
 
 Pointer = Any
 BLOCK_GROUPS: Final = 32  # groups of rows whose sums stay in the second-level cache
-CACHE_LINE: Final = 64
 _LIMITS: Final = {number: row.limits for number, row in enumerate(ACTIVATIONS) if row.limits is not None}
 _LIMIT_BITS: Final = sum(1 << number for number in _LIMITS)
 _INFINITY: Final = np.float32(np.inf)

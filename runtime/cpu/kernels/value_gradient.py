@@ -11,6 +11,7 @@ from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
 from srigl_fx.runtime.cpu.kernels.chunks import BLOCK_SHIFT, CHUNK_BYTES, VECTORS, Pointer, compiled
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.training_job import (
     BATCH,
     BLOCKS,
@@ -24,17 +25,7 @@ from srigl_fx.runtime.cpu.kernels.training_job import (
     ROWS,
     STARTS,
 )
-from srigl_fx.runtime.cpu.kernels.vector import (
-    LANES,
-    VECTOR_BYTES,
-    address,
-    floats,
-    intrinsic,
-    ints,
-    number,
-    shorts,
-    types,
-)
+from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, address, floats, intrinsic, ints, number, shorts, types
 
 AT_ONCE: Final = 4  # kept positions whose sums are in flight together, and are added up together at the end
 

@@ -11,6 +11,7 @@ import numba as typed_numba
 from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, as_float, floats, number, shorts
 from srigl_fx.runtime.value_types import VALUE_TYPES
 
@@ -49,12 +50,12 @@ def _bfloat16_vector(b: Any, at: Any, which: int, native: bool) -> Any:
 def _float16_vector(b: Any, at: Any, which: int, native: bool) -> Any:
     half = b.add(at, number(VECTOR_BYTES // 2 * which))
     if native:
-        return b.fpext(v.load(b, half, ir.VectorType(ir.HalfType(), v.LANES), 32), v.FLOATS)
+        return b.fpext(v.load(b, half, ir.VectorType(ir.HalfType(), LANES), 32), v.FLOATS)
     bits = b.zext(v.load(b, half, v.SHORTS, 32), v.INTS)
     size = b.and_(bits, v.lanes(0x7FFF))
     # The bits of a float16, moved to where float32 has them, are 2**-112 times its value; but infinity and NaN.
     scaled = b.bitcast(b.shl(size, v.lanes(13)), v.FLOATS)
-    finite = b.bitcast(b.fmul(scaled, ir.Constant(v.FLOATS, [2.0**112] * v.LANES)), v.INTS)
+    finite = b.bitcast(b.fmul(scaled, ir.Constant(v.FLOATS, [2.0**112] * LANES)), v.INTS)
     special = b.or_(b.shl(size, v.lanes(13)), v.lanes(0x7F800000))
     number_ = b.select(b.icmp_unsigned(">=", size, v.lanes(0x7C00)), special, finite)
     sign = b.shl(b.and_(bits, v.lanes(0x8000)), v.lanes(16))

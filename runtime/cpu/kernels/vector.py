@@ -11,7 +11,8 @@ import numba
 import numba.extending
 from llvmlite import ir
 
-LANES = 16
+from srigl_fx.runtime.cpu.kernels.plan import LANES
+
 VECTOR_BYTES = 4 * LANES
 
 types: Any = numba.types
