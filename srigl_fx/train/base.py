@@ -141,7 +141,7 @@ class Trainer(ABC):
             refuses a folder without a key that is asked for: a key that is always there cannot be added any more.
         """
         # An update that waits for step() has its gradients inside the step that is done.
-        captured = self._engine.captured(inside_step=include_gradients or self._due)
+        captured = self._engine.window.copies(inside_step=include_gradients or self._due)
         state: dict[str, Any] = {
             "version": STATE_VERSION,
             "method": type(self).__name__,
@@ -160,7 +160,8 @@ class Trainer(ABC):
             state["extra"] = extra
         if include_gradients:
             state["gradients"] = tuple(
-                (plain(name), grad) for name, grad in self._engine.gradients(self.model.named_parameters()).items()
+                (plain(name), grad)
+                for name, grad in self._engine.window.unfinished(self.model.named_parameters()).items()
             )
         return state
 
@@ -202,7 +203,7 @@ class Trainer(ABC):
         captured: dict[str, dict[str, Tensor]] = {}
         for name, part, tensor in state["captured"]:
             captured.setdefault(name, {})[part] = tensor
-        self._engine.restore_captured(captured)
+        self._engine.window.restore(captured)
         self._engine.check_processes(steps=self.steps)
         note_threads(state, self.model)
 
@@ -273,7 +274,7 @@ class Trainer(ABC):
             # Pruning that was postponed must still meet the budgets; what regrows late would not train any more.
             self._due &= self.prunes_from_dense or self.steps < self.end
             if not self._due:
-                self._engine.keep_gradients(self.gradient_decay or 1.0)
+                self._engine.window.keep(self.gradient_decay or 1.0)
             elif self.auto:
                 self._update()
         self._prepare()
@@ -287,22 +288,22 @@ class Trainer(ABC):
         """Get ready for the gradients of the next step."""
         self._near_update = self._due or self._captures(self._steps)
         if not self._near_update:
-            self._engine.drop_gradients()
+            self._engine.window.drop()
         self._engine.watching = self._near_update
-        self._engine.capturing = self._near_update and self.needs_gradient
+        self._engine.window.capturing = self._near_update and self.needs_gradient
 
     @torch.no_grad()
     def _update(self) -> None:
         """Change the masks, or leave the update due where the gradients do not allow it."""
         self._engine.refresh_if_changed()
-        gradients = self._engine.join_gradients()
+        gradients = self._engine.window.join()
         flags = self._engine.processes.any_has([not _is_finite(grad) for grad in gradients.values()])
         infinite = [name for name, flag in zip(gradients, flags, strict=True) if flag]
         if infinite or (self.needs_gradient and not gradients):
             cause = "infinite" if infinite else "none"
             what = f"non-finite gradients, first of {infinite[0]}" if infinite else "no gradients"
             self._log_once(cause, "update at step %d postponed: %s", self.steps, what)
-            self._engine.drop_gradients()
+            self._engine.window.drop()
             return
         names = [handle.fqn for handle in self._engine.weights]
         if self.needs_gradient and (without := [name for name in names if name not in gradients]):
@@ -322,9 +323,9 @@ class Trainer(ABC):
                 self._changed_at = self.steps
         self.last_update, self._due = self.steps, False
         if self.gradient_decay:
-            self._engine.keep_gradients(self.gradient_decay)
+            self._engine.window.keep(self.gradient_decay)
         else:
-            self._engine.drop_gradients()
+            self._engine.window.drop()
 
     def _log_once(self, cause: str, message: str, *details: object) -> None:
         if cause not in self._logged:

@@ -25,7 +25,7 @@ from srigl_fx.masks.attached import attach, forget
 from srigl_fx.masks.invariants import check_sound, values_off
 from srigl_fx.masks.projection import keep_only
 from srigl_fx.masks.records import SparseWeight, sparse_weights
-from srigl_fx.masks.shards import held, is_sharded, part
+from srigl_fx.masks.shards import held, is_sharded
 from srigl_fx.train.attach import Attachable, check_attachable, check_held
 from srigl_fx.train.distributed import gather, processes_of, reshard
 from srigl_fx.train.managed import ManagedWeight
@@ -34,6 +34,7 @@ from srigl_fx.train.state import layout
 from srigl_fx.train.step_counts import StepCounts
 from srigl_fx.train.stepping import StepHook, StepHooks
 from srigl_fx.train.strays import Strays
+from srigl_fx.train.window import GradientWindow
 from srigl_fx.train.young import FindCondensed
 
 _log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class MaskEngine:
 
     Attributes:
         processes: Those that train the model together.
+        window: The dense gradients that are captured for an update.
         counts: The steps of each weight since it grew, where they are counted.
         watching: Whether the host may wait before the next step to learn who else writes to the weights.
     """
@@ -84,12 +86,13 @@ class MaskEngine:
             {**{f"the weight {name}": value for name, value in layout(model, handles).items()}, **(settings or {})},
             "build, sparsify and train alike on all of them",
         )
-        self._capturing = self._window_open = self._detached = self.watching = False
+        self._detached = self.watching = False
         self._model = model
         self._optimizer = optimizer
         self._states = MaskedState(optimizer)
         self._on_step = on_step
         self._managed: dict[str, ManagedWeight] = {}
+        self.window = GradientWindow(model, self.processes, self._managed)
         self._hooks: list[RemovableHandle] = []
         self._steps = StepHooks(optimizer, self._before_step, self._after_step)
         self.counts = StepCounts(self._steps.optimizers, lambda: self._managed) if count_steps else None
@@ -115,18 +118,6 @@ class MaskEngine:
         self._steps.register()
         if self.counts is not None:
             self._hooks += self._steps.before_each(self.counts.before_step)
-
-    @property
-    def capturing(self) -> bool:
-        """Whether the gradients to come are kept before they are masked."""
-        return self._capturing
-
-    @capturing.setter
-    def capturing(self, value: bool) -> None:
-        if value != self._capturing:
-            self._capturing = value
-            for managed in self._managed.values():
-                managed.look_early(value)
 
     @property
     def optimizer(self) -> Optimizer:
@@ -157,8 +148,8 @@ class MaskEngine:
         """Hook these weights, which are all that are masked, and project them."""
         self._elementwise = keeps_zeros(self._optimizer)
         self._parameters_held = _count_parameters(self._optimizer)
-        known = self._managed
-        self._managed = {}
+        known = dict(self._managed)
+        self._managed.clear()  # others hold on to this very dict
         for handle in handles:
             managed = known.pop(handle.fqn, None) or ManagedWeight(handle)
             managed.handle, managed.slices = handle, held(handle.weight)
@@ -166,7 +157,7 @@ class MaskEngine:
             attach(handle.owner, self)
             if handle.weight.requires_grad and (handle.weight is not managed.parameter or managed.swapped):
                 managed.hook(self._on_gradient(handle.fqn))
-                managed.look_early(self._capturing)
+                managed.look_early(self.window.capturing)
             self._project(managed)
         for managed in known.values():
             managed.unhook()
@@ -185,27 +176,6 @@ class MaskEngine:
         if [handle.fqn for handle in sparse_weights(self._model)] != list(self._managed):
             self.refresh()
 
-    def gradient(self, handle: SparseWeight) -> Tensor | None:
-        """This process's dense gradient of its part of a weight, summed over the window; None if none was captured."""
-        managed = self._managed[handle.fqn]
-        if managed.total is None or managed.dense is None:
-            return managed.dense if managed.total is None else managed.total
-        return managed.total + managed.dense
-
-    @torch.no_grad()
-    def join_gradients(self) -> dict[str, Tensor]:
-        """The captured dense gradients by weight, averaged over the processes; of its part of each in this one."""
-        reshard(self._model)
-        training = [managed for managed in self._managed.values() if managed.parameter is not None]
-        for managed in training:
-            managed.close_step(rescale=not self.processes.averages)
-        captured = self.processes.any_has([managed.total is not None for managed in training])
-        for managed in (managed for managed, anywhere in zip(training, captured, strict=True) if anywhere):
-            assert managed.parameter is not None
-            own = torch.zeros_like(managed.own(managed.parameter)) if managed.total is None else managed.total
-            managed.total = self.processes.mean(own)
-        return {managed.handle.fqn: managed.total for managed in training if managed.total is not None}
-
     def whole(self, handle: SparseWeight, own: Tensor) -> Tensor:
         """All of a tensor of a weight's shape, of which ``own`` is this process's part."""
         managed = self._managed[handle.fqn]
@@ -215,12 +185,6 @@ class MaskEngine:
         """All of a weight's values, also where this process holds only a part."""
         return self.whole(handle, self._managed[handle.fqn].own(handle.weight).detach())
 
-    def gradients(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
-        """Copies of the gradients of an unfinished step, as all processes together have them."""
-        reshard(self._model)
-        named = dict(parameters)
-        return self.processes.shared({name: parameter.grad for name, parameter in named.items()}, named)
-
     def check_processes(self, new: Mapping[str, Tensor] | None = None, **agreed: int) -> None:
         """Require equal masks on all processes, also after those in ``new``, and equal values of what is given."""
         handles = sparse_weights(self._model)
@@ -228,20 +192,6 @@ class MaskEngine:
             self.processes.check_agreed(agreed, "load the same state on all of them")
         masks = [(new or {}).get(handle.fqn, handle.mask) for handle in handles]
         self.processes.check_same_masks([handle.fqn for handle in handles], masks)
-
-    def keep_gradients(self, decay: float = 1.0) -> None:
-        """Close a step inside a longer capture window: its gradients join the earlier ones, times ``decay``."""
-        self._window_open = True
-        for managed in self._managed.values():
-            managed.close_step(rescale=not self.processes.averages)
-            if managed.total is not None and decay != 1.0:
-                managed.total.mul_(decay)
-
-    def drop_gradients(self) -> None:
-        """Forget all captured gradients."""
-        self._window_open = False
-        for managed in self._managed.values():
-            managed.dense = managed.total = None
 
     @torch.no_grad()
     def set_mask(self, handle: SparseWeight, new: Tensor) -> None:
@@ -315,34 +265,6 @@ class MaskEngine:
         self._hooks = []
         self._steps.remove()
 
-    def captured(self, *, inside_step: bool) -> dict[str, dict[str, Tensor]]:
-        """Copies of the captured gradients, by weight; those of an unfinished step only where asked for.
-
-        They are whole and averaged over the processes, so that any number of processes can resume.
-        """
-        reshard(self._model)
-        names = (("total",) if self._window_open else ()) + (("dense",) if inside_step and self._capturing else ())
-        found: dict[str, dict[str, Tensor]] = {managed.handle.key: {} for managed in self._managed.values()}
-        for name in names:  # where there are none, as most of the time, nothing is communicated
-            captured = {fqn: getattr(managed, name) for fqn, managed in self._managed.items()}
-            likes = {fqn: managed.handle.weight for fqn, managed in self._managed.items()}
-            for fqn, gradient in self.processes.shared(captured, likes).items():
-                found[self._managed[fqn].handle.key][name] = gradient
-        return found
-
-    @torch.no_grad()
-    def restore_captured(self, captured: dict[str, dict[str, Tensor]]) -> None:
-        """The inverse of :meth:`captured`, once ``.grad`` is what it was."""
-        self._window_open = any("total" in saved for saved in captured.values())
-        for managed in self._managed.values():
-            weight, saved = managed.handle.weight, captured.get(managed.handle.key, {})
-            managed.total, managed.dense = (
-                part(saved[name], weight).to(weight.device).clone() if name in saved else None
-                for name in ("total", "dense")
-            )
-            if managed.dense is not None and weight.grad is not None:
-                managed.leave(managed.own(weight.grad))
-
     def _on_gradient(self, name: str) -> Callable[[Tensor], None]:
         """What a parameter's hook calls."""
         engine = weakref.ref(self)  # a strong reference would tie our life to the parameter's, not the optimizer's
@@ -353,7 +275,7 @@ class MaskEngine:
                 # Some show the optimizer other weights than the model: schedule-free averages, noise inside a step.
                 if alive._wary == _WARY:
                     alive._strays.note(managed, inside_step=alive._steps.running)
-                managed.take_gradient(parameter, capture=alive._capturing)
+                managed.take_gradient(parameter, capture=alive.window.capturing)
                 if managed.rounds == _PATIENCE:
                     alive._strays.tell_of_steps(_PATIENCE)
 
@@ -385,7 +307,7 @@ class MaskEngine:
                 managed.project(weight)
             if grad is not None and not managed.left_as(managed.own(grad)):
                 if not managed.arrived:
-                    self._strays.take_unseen(managed, capture=self._capturing)
+                    self._strays.take_unseen(managed, capture=self.window.capturing)
                 managed.project(grad)
             if managed.swapped:
                 managed.hook(self._on_gradient(managed.handle.fqn))

@@ -125,7 +125,7 @@ class SparseCompute:
     @property
     def capturing(self) -> bool:
         """Whether the step at hand needs dense gradients, for the masks."""
-        return self._engine.capturing
+        return self._engine.window.capturing
 
     def write_state(self) -> None:
         """Give the optimizer's state back its dense form, as ``optimizer.state_dict()`` does."""

@@ -17,6 +17,7 @@ from ort_support.models import WEIGHTS, Array, Node, conv
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
 from srigl_fx.runtime import register
 from srigl_fx.runtime.cpu.kernels import conv as kernel
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 
 _SETTINGS: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
@@ -129,7 +130,7 @@ def _interpret(node: Node, x: Array, blocks: int) -> Array:
     for sample in range(x.shape[0]):
         packed = given_x
         if not geometry[kernel.DIRECT]:
-            packed = _Guarded((size // kernel.LANES + 2) * kernel.LANES)
+            packed = _Guarded((size // LANES + 2) * LANES)
             for block in reversed(range(blocks)):
                 first, last = channels * block // blocks, channels * (block + 1) // blocks
                 kernel.conv_pack(given_x, packed, geometry, sample, first, last)
@@ -146,8 +147,8 @@ def _interpret(node: Node, x: Array, blocks: int) -> Array:
 @settings(max_examples=60, **_SETTINGS)
 def test_every_access_is_inside(monkeypatch: pytest.MonkeyPatch, case: tuple[Node, Array], blocks: int) -> None:
     node, x = case
-    monkeypatch.setattr(kernel, "BLOCK", 2 * kernel.LANES)  # so that small planes have several
-    monkeypatch.setattr(kernel, "ACCUMULATORS", 3 * kernel.LANES)
+    monkeypatch.setattr(kernel, "BLOCK", 2 * LANES)  # so that small planes have several
+    monkeypatch.setattr(kernel, "ACCUMULATORS", 3 * LANES)
     _compare(_interpret(node, x, blocks), node, x)
 
 
@@ -157,7 +158,7 @@ def test_pointwise_convolutions(monkeypatch: pytest.MonkeyPatch, size: tuple[int
     x = np.random.default_rng(0).standard_normal((2, 5, *size)).astype(np.float32)
     geometry = _geometry(node, x)
     kernel.conv_plan(geometry)
-    assert geometry[kernel.DIRECT] == (math.prod(size) % kernel.LANES == 0)
+    assert geometry[kernel.DIRECT] == (math.prod(size) % LANES == 0)
     _compare(_interpret(node, x, 2), node, x)
 
 

@@ -22,7 +22,7 @@ from srigl_fx.train.engine import MaskEngine
 
 def _engine(model: nn.Module, optimizer: torch.optim.Optimizer) -> MaskEngine:
     engine = MaskEngine(model, optimizer, lambda _: None)
-    engine.capturing = True
+    engine.window.capturing = True
     return engine
 
 
@@ -37,7 +37,7 @@ def _dense_gradients(model: nn.Module, data: list[Tensor]) -> dict[str, Tensor]:
 
 def _assert_captured(engine: MaskEngine, expected: dict[str, Tensor]) -> None:
     for handle in engine.weights:
-        captured = engine.gradient(handle)
+        captured = engine.window.gradient(handle)
         assert captured is not None
         torch.testing.assert_close(captured, expected[handle.fqn], rtol=1e-6, atol=1e-7)
         assert handle.weight.grad is not None

@@ -188,8 +188,8 @@ def test_no_dense_gradient_is_kept_where_none_is_needed(method: type[Trainer]) -
     model = mlp(structure="unstructured")
     optimizer = sgd(model)
     trainer: Trainer = method(model, optimizer, total_steps=20, update_every=2)
-    captured = [trainer._engine.capturing]
-    train(model, optimizer, batches(20), lambda: captured.append(trainer._engine.capturing))
+    captured = [trainer._engine.window.capturing]
+    train(model, optimizer, batches(20), lambda: captured.append(trainer._engine.window.capturing))
     assert not any(captured)
     assert trainer.last_update == (None if method is Static else 14)
 

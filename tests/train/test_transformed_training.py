@@ -109,17 +109,17 @@ def test_the_captured_gradient_is_dense_and_the_trained_one_masked(layer: nn.Mod
     true = handle.weight.grad * handle.mask
     model.zero_grad()
     engine, _ = engine_of(model)
-    engine.capturing = True
+    engine.window.capturing = True
     for _ in range(micro_batches):
         loss_of(model, x).backward()
-    captured = engine.gradient(handle)
+    captured = engine.window.gradient(handle)
     assert captured is not None
     off = ~handle.mask
     torch.testing.assert_close(captured[off], micro_batches * dense[off], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(captured[handle.mask], micro_batches * true[handle.mask], rtol=1e-4, atol=1e-6)
     assert captured[off].ne(0).all()
     torch.testing.assert_close(handle.weight.grad, micro_batches * true, rtol=1e-4, atol=1e-6)
-    engine.capturing = False
+    engine.window.capturing = False
     engine.detach()
     assert not any(value is True for key, value in vars(handle.owner).items() if "dense_gradient" in key)
 
@@ -169,14 +169,14 @@ def test_a_dead_neuron_can_be_revived_and_learns(name: str) -> None:
     dead = alive.clone()
     site.to_matrix(dead)[2] = False
     engine.set_mask(handle, dead)
-    engine.capturing = True
+    engine.window.capturing = True
     loss_of(model, torch.randn(64, 24)).backward()
-    captured = engine.gradient(handle)
+    captured = engine.window.gradient(handle)
     assert captured is not None
     assert site.to_matrix(captured)[2].isfinite().all()
     optimizer.step()
-    engine.capturing = False
-    engine.drop_gradients()
+    engine.window.capturing = False
+    engine.window.drop()
     assert not site.to_matrix(handle.weight.detach())[2].any()
     engine.set_mask(handle, alive)
     for _ in range(3):
@@ -220,16 +220,16 @@ def test_a_compiled_model_captures_too() -> None:
     engine, _ = engine_of(model)
     gradients = []
     for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
-        engine.capturing = False
+        engine.window.capturing = False
         loss_of(run, x).backward()
-        engine.capturing = True
+        engine.window.capturing = True
         model.zero_grad()
         loss_of(run, x).backward()
-        captured = engine.gradient(handle)
+        captured = engine.window.gradient(handle)
         assert captured is not None
         gradients.append(captured.clone())
         model.zero_grad()
-        engine.drop_gradients()
+        engine.window.drop()
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-5, atol=1e-7)
     assert gradients[0][~handle.mask].ne(0).all()
 

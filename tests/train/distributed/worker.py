@@ -298,15 +298,15 @@ def opposite_gradients() -> None:
     layer = nn.Sequential(nn.Linear(8, 6, bias=False)).double()
     model = DistributedDataParallel(sx.sparsify(layer, sparsity=0.5, structure="unstructured", distribution="uniform"))
     engine = MaskEngine(model, SGD(model.parameters(), lr=0.0), lambda _: None)
-    engine.capturing = True
+    engine.window.capturing = True
     x = torch.randint(-9, 10, (4, 8)).double()  # whole numbers: sums are exact
     sign = torch.randint(1, 10, (4, 6)).double() * (1 if dist.get_rank() % 2 == 0 else -1)
     (model(x) * sign).sum().backward()
-    local = engine.gradient(engine.weights[0])
+    local = engine.window.gradient(engine.weights[0])
     assert local is not None
     local = local.clone()
     assert local.any()
-    (gradient,) = engine.join_gradients().values()
+    (gradient,) = engine.window.join().values()
     assert not gradient.any()
     engine.detach()
 
@@ -641,13 +641,13 @@ def second_order() -> None:
     """Gradients that are only looked at are not captured."""
     model = sparse_net()
     engine = MaskEngine(model, SGD(model.parameters(), lr=0.1), lambda _: None)
-    engine.capturing = True
+    engine.window.capturing = True
     x = mine(data(1)[0][0])
     torch.autograd.grad(loss_of(model, x), list(model.parameters()))
-    assert engine.join_gradients() == {}
+    assert engine.window.join() == {}
     torch.autograd.backward(loss_of(model, x))
     torch.autograd.grad(loss_of(model, x), list(model.parameters()))
-    once = {name: gradient.clone() for name, gradient in engine.join_gradients().items()}
+    once = {name: gradient.clone() for name, gradient in engine.window.join().items()}
     twin = sparse_net()
     torch.autograd.backward(loss_of(twin, x))
     for handle in sparse_weights(twin):
