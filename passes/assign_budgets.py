@@ -56,18 +56,18 @@ class AssignBudgets(Pass[Draft]):
         shared: list[_Share] = []
         for finding in subject.findings:
             site, match = finding.site, matches[finding.site.fqn]
-            if site.kind != "other" and not self._admits(site.owner, finding.owner):
+            if site.kind != "other" and not self._admits(site.owner, finding.owner):  # rule 1
                 records[site.fqn] = dense_record(site, "filter_fn leaves it out")
-            elif match is not None and match.spec is None:
+            elif match is not None and match.spec is None:  # rule 2
                 records[site.fqn] = dense_record(site, finding.reason or f"the rule {match.key!r} leaves it dense")
             elif finding.reason:
                 self._refuse_named(finding, match)
                 records[site.fqn] = dense_record(site, finding.reason)
-                if finding.compensated:
+                if finding.compensated:  # rule 3: others make up for it
                     shared.append(_Share(site=site, match=match, structure=self.structure, dense=True))
-            elif match is not None and match.spec is not None and match.spec.names_a_density:
+            elif match is not None and match.spec is not None and match.spec.names_a_density:  # rule 2
                 records[site.fqn] = self._by_rule(site, match, match.spec)
-            else:
+            else:  # rule 3
                 structure = (
                     match.spec.structure if match is not None and match.spec is not None else None
                 ) or self.structure

@@ -27,6 +27,12 @@ _WORTH_CUTTING = 0.1  # the share of entries that padding must add before it is 
 class Condense(Pass[Program]):
     """Rewrite the uses of each layer as its decision says.
 
+    For the active row r of a weight, whose kept weights are ``values[r]`` at the inputs ``indices[r]``::
+
+        y[active[r]] = sum over j of values[r, j] x[indices[r, j]] + bias[active[r]]
+
+    and ``y = bias`` for all other rows.
+
     1. "condensed": the node becomes a condensed operator; values, indices and active rows are buffers named after the
        weight, the values in the program's ``value_dtype``. A layer without bias gets a buffer of zeros. What an even
        kernel with padding "same" needs on the far side is padded before it.

@@ -19,6 +19,9 @@ from srigl_fx.runtime.cpu.kernels import plan
 class FeatureMajor(Pass[Program]):
     """Keep what is between condensed linear layers feature-major: (..., n) with the memory of (n, ...).
 
+    With X the (samples, features) that a layer is handed, ``Y = X W.T`` is computed as ``Y.T = W X.T``: these have
+    one feature after the other.
+
     Batches are computed over the samples of one feature after the other, so that a layer that is handed rows transposes
     them, and transposes back. Where the layers are neighbours, neither is needed.
 

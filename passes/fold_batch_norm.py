@@ -23,6 +23,10 @@ _LAYERS = frozenset({"linear", "convolution", "transposed convolution"})
 class FoldBatchNorm(Pass[Program]):
     """Fold batch norms into the convolutions and linear layers whose outputs they normalise.
 
+    With s = scale / sqrt(var + eps), a number for each row::
+
+        s (W x + b - mean) + shift  =  (s W) x + ((b - mean) s + shift)
+
     1. A batch norm with stored statistics, directly after a convolution (1d to 3d, grouped, transposed) or a linear
        layer on (N, features), disappears: row o of the weight is scaled by s[o] = scale[o] / sqrt(var[o] + eps), and
        the bias becomes (bias[o] - mean[o]) s[o] + shift[o]. A missing bias or shift counts as 0, a missing scale as 1.
@@ -86,7 +90,7 @@ def _refusal(
     module: fx.GraphModule, norm: fx.Node, given: dict[str, Any], readers: dict[int, set[fx.Node]]
 ) -> str | None:
     """Why ``norm`` cannot be folded, or None if it can."""
-    layer = given["input"]
+    layer = given["input"]  # rule 3, one condition after the other
     if operator_of(layer.target).family not in _LAYERS:
         return "it does not follow a convolution or linear layer"
     operands = arguments(layer)

@@ -104,6 +104,7 @@ class FoldConstants(Pass[Program]):
         names = ", ".join(sorted({source.fqn for source in sources.values()}))
         (target, source), *others = sources.items()
         mask = None if others else frozen.mask(node, target, source.mask)
+        # Rule 3.
         if others:
             problem = f"made from several masked weights ({names})"
         elif mask is None or mask.shape != made.shape:

@@ -68,12 +68,12 @@ class FuseEpilogues(Pass[Program]):
         writes = [i for node, i in order.items() if _writes(node)]
         for node in list(graph.nodes):
             found = activation_of(node)
-            if found:
+            if found:  # rule 1
                 source = arguments(node)["self"]
                 if not _takes(source, "activation"):
                     continue
                 epilogue: dict[str, Any] = {"activation": found}
-            elif node.target in _ADDITIONS:
+            elif node.target in _ADDITIONS:  # rules 2 and 3
                 taken = _added(node, order, writes)
                 if taken is None:
                     continue
@@ -81,13 +81,13 @@ class FuseEpilogues(Pass[Program]):
                 epilogue = {"residual": residual}
             else:
                 continue
-            if len(source.users) > 1:
+            if len(source.users) > 1:  # rule 4
                 where = _where(source)
                 what = f"{node.name} not fused: what it reads is used elsewhere too"
                 notes.append(Note(where=where, reason=what))
                 continue
             set_arguments(source, **epilogue)
-            if "residual" in epilogue:
+            if "residual" in epilogue:  # rule 2: to where the other operand is there
                 node.prepend(source)
                 order[source] = order[node]
             source.meta["val"] = node.meta["val"]

@@ -33,6 +33,12 @@ _READERS = frozenset({"mean", "sum", "rms_norm"})  # of channels one by one, bes
 class RemoveDead(Pass[Program]):
     """Remove channels from producers and consumers, exactly.
 
+    With W1 (rows, inputs) and W2 (outputs, rows), and rows R that are left of what was d rows::
+
+        W2 act(W1 x + b1) + b2  =  W2[:, R] act(W1[R] x + b1[R]) + b2'
+
+    for b2' = b2 + sum over the rows c that go of W2[:, c] act(b1[c]).
+
     A channel is a row of a contraction's weight and all that is computed from it, element by element, up to the
     contractions that read it. Channels that are combined go together or stay together (a residual stream, a gate and
     what it gates, queries and keys, a tied weight). In exact arithmetic, for finite activations:

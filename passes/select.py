@@ -54,6 +54,8 @@ def decide(times: Times, min_speedup: float, sizes: Mapping[Decision, int] | Non
 class Select(Pass[Program]):
     """Decide the form of every layer that has a choice.
 
+    A form is taken if dense time / its time >= ``min_speedup`` at every batch size; of two such, the faster one.
+
     1. A layer without a use that can be condensed stays dense; the pass that looked for such uses has said why.
     2. With times for a layer, the measured speedups decide (:func:`decide`). "shrunk" has times only where rows are
        ablated.
@@ -78,7 +80,7 @@ class Select(Pass[Program]):
         notes = []
         costs = Costs() if self.costs is None else self.costs(subject)
         for layer in subject.layers:
-            if not layer.uses:
+            if not layer.uses:  # rule 1
                 continue
             layer.times = costs.measured.get(layer.weight.fqn, {})
             layer.estimates = costs.estimated.get(layer.weight.fqn, {})
@@ -92,12 +94,12 @@ class Select(Pass[Program]):
 
     def _decide(self, layer: MatchedLayer) -> tuple[Decision, str]:
         sizes = _sizes(layer)
-        if layer.times:
+        if layer.times:  # rule 2
             return decide(layer.times, self._min_speedup, sizes)
-        if layer.estimates and self._min_speedup > 0:
+        if layer.estimates and self._min_speedup > 0:  # rule 3
             decision, reason = decide(layer.estimates, self._min_speedup, sizes)
             return decision, f"estimated: {reason}"
-        return "condensed", ""
+        return "condensed", ""  # rule 4
 
 
 def _sizes(layer: MatchedLayer) -> dict[Decision, int]:

@@ -21,7 +21,7 @@ _PRODUCTS = frozenset({aten.matmul.default, aten.mm.default})
 
 
 class ToLinear(Pass[Program]):
-    """Write products of data and a masked weight as ``linear``.
+    """Write products of data and a masked weight as ``linear``: ``linear(x, W) = x W.T``.
 
     1. ``addmm`` with a bias vector, unscaled, ``mm`` and ``matmul`` with a masked (in, out) matrix on the right.
     2. ``mm`` and ``matmul`` with a masked (out, in) matrix on the left, between two transpositions.

@@ -73,6 +73,7 @@ class Channels:
         """Classes at the same place of two arrays, broadcast, go together."""
         if one is other:
             return
+        # Each pair once, as one number: axes are large, and most are coupled with themselves or many times.
         a, b = (array.reshape(-1) for array in np.broadcast_arrays(one.numpy(), other.numpy()))
         different = a != b
         if not different.any():
@@ -80,6 +81,7 @@ class Channels:
         a, b = a[different], b[different]
         pairs = np.unique(np.minimum(a, b) * np.int64(1 << 31) + np.maximum(a, b))
         edges = np.stack([pairs >> 31, pairs & ((1 << 31) - 1)])
+        # An edge between axes says that some of their labels are coupled, a map which ones.
         blocks = np.searchsorted(self._starts, edges, side="right") - 1
         for i, j in np.unique(blocks, axis=1).T.tolist():
             self._axes.add_edge(i, j)
@@ -87,7 +89,7 @@ class Channels:
 
     def merge(self, labels: Tensor, axes: Sequence[int]) -> Tensor:
         """Couple all labels along ``axes``; the result has size 1 there."""
-        first = labels
+        first = labels  # of each line along the axes, its first element stands for all
         for axis in axes:
             first = first.narrow(axis, 0, 1)
         if first.numel() != labels.numel():
@@ -107,7 +109,7 @@ class Channels:
                 _unite(parent, *np.concatenate(maps, axis=1))
         roots, number = np.unique(parent, return_inverse=True)
         groups = Groups(torch.from_numpy(number), torch.zeros(len(roots), dtype=torch.bool), {}, len(roots))
-        for labels, reason in reversed(self._pins):
+        for labels, reason in reversed(self._pins):  # so that the first reason is the one that is left
             found = distinct(groups.of(labels))
             groups.pinned[found] = True
             groups.reason.update(dict.fromkeys(found.tolist(), reason))
@@ -117,6 +119,8 @@ class Channels:
 def _unite(parent: NDArray[np.int64], a: NDArray[np.int64], b: NDArray[np.int64]) -> None:
     """Let ``parent`` name the smallest member of each component of the edges ``a`` - ``b``."""
     members = np.unique(np.concatenate([a, b]))
+    # In rounds: the parents of both ends of an edge take the smaller one of the two, and so do the ends; then members
+    # take their parents' parents, which halves the way to the smallest. It ends when all edges have one parent each.
     while True:
         low = np.minimum(parent[a], parent[b])
         if np.array_equal(low, parent[a]) and np.array_equal(low, parent[b]):

@@ -1,6 +1,18 @@
 """A graph without the channels that go: new constants, new numbers, and what makes up for constant channels.
 
 Owns :class:`Cut`, the rewriting. It must not know why a channel goes.
+
+1. Operators that move elements are put as :class:`~srigl_fx.passes.channels.moves.Moves` has planned them.
+2. A weight keeps the rows and columns that stay: W' = W[rows, columns], and its mask with it.
+3. Columns of a constant v that go into the bias: b' = b + sum over c of W[:, c] v[c], in float64.
+4. Columns that another one, a, carries: W'[:, a] = W[:, a] + sum over c of W[:, c] v[c] / v[a].
+5. Columns of constants that vary over positions: y' = y + W[:, c] * x[c], computed once for one sample.
+6. Other constants lose what the values lose that they are combined with.
+7. Attention that scales by 1 / sqrt(d) on its own is told the d that it had.
+8. A mean over n channels, of which m stay, is scaled by m / n: those that went were zero. A root mean square has
+   sqrt(sum / m + eps) for sqrt(sum / n + eps) = sqrt(m / n) sqrt(sum / m + eps n / m): the gain takes sqrt(n / m), and
+   eps becomes eps n / m. A sum needs nothing.
+9. A group norm has as many groups as are left of it.
 """
 
 from typing import Any
@@ -33,22 +45,22 @@ class Cut:
         self._norms = [node for node in program.module.graph.nodes if plain_name(node.target) == "group_norm"]
 
     def apply(self) -> None:
-        """Rewrite the graph."""
+        """Rewrite the graph, rule by rule."""
         for node, (target, args, kwargs) in self.moves.plans.items():
             made = [self._buffer(node, f"{node.name}_positions", a) if isinstance(a, Tensor) else a for a in args]
-            node.target, node.args, node.kwargs = target, tuple(made), kwargs
-        for site in self.flow.sites:
+            node.target, node.args, node.kwargs = target, tuple(made), kwargs  # rule 1
+        for site in self.flow.sites:  # rules 2 to 5
             self._site(site)
-        for constant, reader, labels in self.flow.adopted:
+        for constant, reader, labels in self.flow.adopted:  # rule 6
             self._constant(constant, reader, labels)
-        for pairing in self.flow.pairings:
+        for pairing in self.flow.pairings:  # rule 7
             if plain_name(pairing.node.target) == "scaled_dot_product_attention":
                 width = shape_of(pairing.left)[-1]
                 if self._left(pairing.left)[-1] != width and arguments(pairing.node)["scale"] is None:
                     pairing.node.kwargs = {**pairing.node.kwargs, "scale": width**-0.5}
-        for reading in self.flow.readings:
+        for reading in self.flow.readings:  # rule 8
             self._reading(reading)
-        for node in self._norms:
+        for node in self._norms:  # rule 9
             before, after = shape_of(node)[1], self._left(node)[1]
             if before != after:
                 groups = arguments(node)["num_groups"] * after // before
@@ -135,14 +147,14 @@ class Cut:
             user.replace_input_with(node, total)
 
     def _contribution(self, site: Site, fold: Fold, matrix: Tensor) -> Tensor | None:
-        """(groups, rows): what uniform constant channels add to every element of a row."""
+        """Rule 3, (groups, rows): what uniform constant channels add to every element of a row."""
         if not bool(fold.bias.any()):
             return None
         value = torch.where(fold.bias, self.decision.arriving(site).value, 0)
         return torch.einsum("grck,gc->gr", matrix.double(), value)
 
     def _carry(self, site: Site, fold: Fold, matrix: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Add the columns of constant channels to that of the constant channel that stays."""
+        """Rule 4."""
         value = self.decision.arriving(site).value
         for group, carrier in enumerate(fold.carrier.tolist()):
             if carrier < 0:
@@ -158,7 +170,7 @@ class Cut:
         return matrix, mask
 
     def _map(self, site: Site) -> Tensor | None:
-        """What constant channels that are not uniform contribute, for batch 1."""
+        """Rule 5: the layer itself, run on the constant channels alone, for batch 1."""
         fold = self.decision.fold(site)
         if not bool(fold.mapped.any()) or site.data is None:
             return None

@@ -1,6 +1,23 @@
 """Which channels can go: the largest set for which every reader agrees.
 
 Owns the conditions of exactness, and the fixpoint over them. It must not change the graph.
+
+With a contraction y[r] = sum over c of W[r, c] x[c], where some columns c go, what stays must be as before:
+
+1. A column that no row that stays reads (W[r, c] = 0 for all of them) may go, whatever arrives there.
+2. A column where the same number v arrives for every input may go: it contributes W[r, c] v, which the bias takes.
+3. The same, where zeros beyond a border take its place: no bias can stand for that. Of such columns one stays, a, and
+   takes the others' weights: W'[r, a] = W[r, a] + sum over c of W[r, c] v[c] / v[a].
+4. A column that does not depend on the input, but varies over positions, may go if what all such columns contribute, a
+   constant as large as one sample of y, is no larger than the weights that go with them.
+5. In a product q k of two activations, a summed channel may go where one of the factors is zero; and, if a softmax over
+   the positions of k follows, also where k is the same at all positions: it adds the same to all scores.
+6. A sum, mean or root mean square over channels lets go of zeros alone.
+7. A hull (a head, a group) goes exactly if all its members go.
+8. What is left of any value is an array, and not empty.
+
+All groups begin as gone, but for the pinned ones; each condition takes back those that break it, until none does. No
+condition lets anything go again, so that this ends.
 """
 
 import math
@@ -129,6 +146,7 @@ class RemovalDecision:
 
     def fold(self, site: Site) -> Fold:
         """How a contraction makes up for the constant channels it loses."""
+        # Rule 1 needs nothing; nor does zero, whatever its weights are.
         columns, gone = self._columns[site.node], self.gone(site.columns)
         lost = gone & self._used(site) & ~(columns.uniform & (columns.value == 0))
         uniform = lost & columns.uniform
@@ -138,8 +156,8 @@ class RemovalDecision:
             for group in uniform.any(1).nonzero().flatten().tolist():
                 carrier[group] = self._carrier(columns, ~gone, group)
         return Fold(
-            bias=uniform & (not borders),
-            carried=uniform & borders,
+            bias=uniform & (not borders),  # rule 2
+            carried=uniform & borders,  # rule 3
             carrier=carrier,
             mapped=lost & ~columns.uniform,
         )
@@ -150,7 +168,7 @@ class RemovalDecision:
         """Take back what must stay until nothing does any more."""
         while True:
             before = int(self.removed.sum())
-            for site in reversed(self._reading):
+            for site in reversed(self._reading):  # from the end: what a late layer keeps, early ones must make
                 self._check_site(site)
             for pairing, exact in zip(self.flow.pairings, self._exact, strict=True):
                 self._check_pairing(pairing, exact)
@@ -186,19 +204,19 @@ class RemovalDecision:
         gone = self.gone(site.columns)
         if not bool(gone.any()):
             return
-        used = gone & self._used(site)
+        used = gone & self._used(site)  # rule 1: all others may go
         reason = f"they are added to, or multiplied with, channels that are live, before {name} reads them"
         self._keep_where(site.columns, used & ~columns.fixed, f"{reason} (a residual stream, say)")
-        lost = used & columns.fixed & self.gone(site.columns)
+        lost = used & columns.fixed & self.gone(site.columns)  # rules 2 to 4: what is not fixed is back already
         if not bool(lost.any()):
             return
         mapped = lost & ~columns.uniform
-        if bool(mapped.any()):
+        if bool(mapped.any()):  # rule 4
             size = math.prod(size for size in site.node.meta["val"].shape if isinstance(size, int))
             if size > int(self._worth[distinct(self.groups.of(site.columns)[mapped])].sum()):
                 reason = f"a constant that is not uniform, and the map to add after {name} is larger than what it saves"
                 self._keep_where(site.columns, mapped, reason)
-        if has_borders(site):
+        if has_borders(site):  # rule 3: is there one that stays, and is large enough to divide by?
             uneven = lost & columns.uniform & (columns.value != 0)
             for group in uneven.any(1).nonzero().flatten().tolist():
                 best = self._carrier(columns, uneven, group)
@@ -215,7 +233,7 @@ class RemovalDecision:
         return best if value[best] > 0 else -1
 
     def _pairing(self, pairing: Pairing) -> Tensor:
-        """(groups,) bool; which summed channels contribute nothing, or the same to all that a softmax compares."""
+        """Rule 5: (groups,) bool; which summed channels contribute nothing, or the same to all that is compared."""
         sides = []
         for node, axis in ((pairing.left, pairing.left_axis), (pairing.right, pairing.right_axis)):
             free = -1 if axis == -2 else -2
@@ -223,7 +241,7 @@ class RemovalDecision:
             constant = known_of(node, self.known)
             exact = torch.zeros(labels.shape, dtype=torch.bool)
             if constant is not None:
-                shifts = pairing.softmax and node is pairing.right
+                shifts = pairing.softmax and node is pairing.right  # queries that are the same do not add the same
                 wanted = constant.value.double().mean(free, keepdim=True) if shifts else torch.zeros(())
                 exact = (constant.fixed & even(constant.value, wanted)).all(free).expand(labels.shape)
             # A group is exact on this side if it is so wherever it occurs there.
@@ -240,6 +258,7 @@ class RemovalDecision:
     def _check_reading(self, reading: Reading) -> None:
         labels = self.flow.labels[reading.data]
         labels = labels.expand(shape_of(reading.data)) if labels.numel() == 1 else labels
+        # Rule 6.
         columns = columns_of(reading, reading.data, torch.Size([shape_of(reading.data)[reading.axis]]), self.known)
         zero = columns.uniform & (columns.value == 0)
         self._keep_where(
@@ -247,6 +266,7 @@ class RemovalDecision:
         )
 
     def _check_hull(self, whole: Tensor, members: Tensor) -> None:
+        # Rule 7, in both directions: where the whole stays, its first member comes back.
         inner = self.gone(members).all(1)
         self._keep_where(whole, self.gone(whole) & ~inner, "part of it stays")
         empty = ~self.gone(whole) & inner
@@ -254,6 +274,7 @@ class RemovalDecision:
             self.keep(self.groups.of(members[empty][:, 0]), "the last one of a group that stays")
 
     def _check_shape(self, labels: Tensor, name: str) -> None:
+        # Rule 8.
         kept = ~self.gone(labels)
         if not bool(kept.any()):
             self.keep(self.groups.of(labels).flatten()[:1], f"the last channel of {name}")

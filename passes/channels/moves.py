@@ -120,7 +120,7 @@ class Moves:
         else:
             out = pytree.tree_leaves(execute(target, args, kwargs, value))
         labels, values = pytree.tree_leaves(self.flow.labels[node]), pytree.tree_leaves(node.meta["val"])
-        for one, each, meta in zip(out, labels, values, strict=True):
+        for one, each, meta in zip(out, labels, values, strict=True):  # rule 5
             if not torch.equal(one, self.reduced(concrete(meta.shape), each)):
                 raise _Impossible
         return target, args, kwargs
@@ -174,7 +174,7 @@ class Moves:
             return target, given
         data = given["self"]
         before, after = shape_of(data), self.shape(shape_of(data), self.flow.labels[data])
-        if name in _RESHAPES or name == "expand":
+        if name in _RESHAPES or name == "expand":  # rule 1
             key = _RESHAPES.get(name, "size")
             out = shape_of(node), self.shape(shape_of(node), self.flow.labels[node])
             if name == "unflatten":
@@ -182,13 +182,14 @@ class Moves:
                 out = out[0][span], out[1][span]
             given[key] = _new_sizes(given[key], *out, keep=name == "expand")
         elif operator_of(target).family == "split" and "dim" in given and name != "unbind" and before != after:
+            # Rule 2.
             values = zip(node.meta["val"], self.flow.labels[node], strict=True)
             axis = given["dim"] % len(before)
             sizes = [self.shape(concrete(value.shape), labels)[axis] for value, labels in values]
             target, given = aten.split_with_sizes.default, {"self": data, "split_sizes": sizes, "dim": axis}
-        elif name in {"slice", "select", "narrow"}:
+        elif name in {"slice", "select", "narrow"}:  # rule 3
             self._new_positions(node, name, given, before, after)
-        elif name in {"index", "index_select"}:
+        elif name in {"index", "index_select"}:  # rule 4, but for positions that are counted from what was: rule 6
             indices = given["indices"] if name == "index" else [None] * (given["dim"] % len(before)) + [given["index"]]
             lost = [b != a for b, a in zip(before, after, strict=True)]
             if any(index is not None and one for index, one in zip(indices, lost, strict=False)):
@@ -201,13 +202,13 @@ class Moves:
         axis = given["dim"] % len(before)
         if before[axis] == after[axis]:
             return
-        if given.get("step", 1) != 1:
+        if given.get("step", 1) != 1:  # steps over what is left are no steps over what was: rule 6
             raise _Impossible
         kept = self.kept(self.flow.labels[given["self"]]).movedim(axis, -1).reshape(-1, before[axis])
-        row = kept[kept.any(1)][0]
+        row = kept[kept.any(1)][0]  # any that has something left: rule 5 finds out whether others differ
         if name == "select":
             index = given["index"] % before[axis]
-            if not bool(row[index]):
+            if not bool(row[index]):  # what it selects is gone
                 raise _Impossible
             given["index"] = int(row[:index].sum())
             return
@@ -239,7 +240,7 @@ def _new_sizes(sizes: Any, before: Sequence[int], after: Sequence[int], *, keep:
             new.append(now)
         else:
             new.append(-1)
-    if not keep and new.count(-1) > 1:
+    if not keep and new.count(-1) > 1:  # a size that is computed takes the one -1 that there may be
         new = [
             now if size == -1 and isinstance(old, int) else size
             for size, old, now in zip(new, sizes, after, strict=True)
