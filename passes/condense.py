@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
 from srigl_fx.passes.base import Pass, PassResult
-from srigl_fx.passes.program import Decision, Program, Use, arguments, tensor_at
+from srigl_fx.passes.program import Decision, Program, Use, arguments, new_buffer, tensor_at
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
 
 aten = torch.ops.aten
@@ -214,19 +214,7 @@ class _Buffers:
 
     def read(self, name: str, tensor: Tensor) -> fx.Node:
         """A node that reads ``tensor`` from a buffer ``name``: the one that holds it already, or a new one."""
-        owner_name, _, attr = name.rpartition(".")
-        try:
-            owner = self.module.get_submodule(owner_name)
-        except AttributeError:
-            owner = nn.Module()
-            self.module.add_submodule(owner_name, owner)
-        # The model may have this name for something else.
-        while hasattr(owner, attr) and not _same(getattr(owner, attr), tensor):
-            attr += "_"
-        if not hasattr(owner, attr):
-            owner.register_buffer(attr, tensor.contiguous())
-        node = self.module.graph.get_attr(f"{owner_name}.{attr}" if owner_name else attr)
-        node.meta["val"] = tensor
+        node = new_buffer(self.module, name, tensor, same=_same)
         self.targets.add(str(node.target))
         return node
 

@@ -6,6 +6,7 @@ another batch size. It must not know how a graph is captured, nor what is decide
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -299,10 +300,18 @@ def tensor_at(module: nn.Module, target: str) -> Tensor:
     return tensor
 
 
-def new_buffer(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
+def new_buffer(
+    module: fx.GraphModule, name: str, tensor: Tensor, *, same: Callable[[Any, Tensor], bool] = lambda *_: False
+) -> fx.Node:
     """A ``get_attr`` node, at the graph's insertion point, that reads ``tensor`` from a new buffer.
 
     The buffer is called ``name``, with underscores added where the module has that name already.
+
+    Args:
+        module: Where the buffer is put.
+        name: Its name, with that of the sub-module that holds it, which is made where there is none.
+        tensor: Its content.
+        same: Whether what has the name already is as good as ``tensor``, and is read instead.
 
     Example:
         >>> module = fx.symbolic_trace(nn.Sequential(nn.Linear(3, 2)))
@@ -316,9 +325,10 @@ def new_buffer(module: fx.GraphModule, name: str, tensor: Tensor) -> fx.Node:
     except AttributeError:
         owner = nn.Module()
         module.add_submodule(owner_name, owner)
-    while hasattr(owner, attr):
+    while hasattr(owner, attr) and not same(getattr(owner, attr), tensor):
         attr += "_"
-    owner.register_buffer(attr, tensor.detach().contiguous())
+    if not hasattr(owner, attr):
+        owner.register_buffer(attr, tensor.detach().contiguous())
     node = module.graph.get_attr(f"{owner_name}.{attr}" if owner_name else attr)
     node.meta["val"] = tensor
     return node
