@@ -24,7 +24,7 @@ demo: $(READY_demo) ## Train, lower, export and serve real networks; writes to $
 test: $(READY_test) ## All tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-fast: $(READY_test) ## The tests that need less than five minutes together
+fast: $(READY_test) ## The tests that need three minutes together
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(READY_test) ## Style, with ruff
@@ -34,7 +34,7 @@ lint: $(READY_test) ## Style, with ruff
 types: $(READY_test) ## Types, with mypy --strict
 	$(BIN)/mypy
 
-wheel-test: $(READY_test) ## Build the wheel and run all tests against it, from a folder of its own
+wheel-test: $(READY_test) ## Build the wheel and run the fast tests against it, from a folder of its own
 	BIN=$(abspath $(BIN)) WORKERS=$(WORKERS) .ci/wheel_test
 
 extras-test: $(READY_test) ## The tests that need what no other target installs: tools around ONNX, optimizers, pages
