@@ -3,6 +3,7 @@
 The oracle tests run in a process for each instruction set, beyond this one's, that SRIGL_FX_ISA can force on this CPU.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -53,6 +54,9 @@ def digests_on(isa: str, *, compiled: bool = False) -> dict[str, dict[str, str]]
     return found
 
 
+once = functools.cache(digests_on)
+
+
 def usable(isa: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setenv(ISA_VARIABLE, isa)
     try:
@@ -79,7 +83,7 @@ def test_a_process_for_each(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few dozen cases, compared with the oracle there."""
     if not usable(isa, monkeypatch):
         pytest.skip(f"this CPU has no {isa}")
-    assert digests_on(isa)
+    assert once(isa)
 
 
 @best
@@ -88,7 +92,7 @@ def test_a_process_for_each(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_bits_in_every_process(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not usable(isa, monkeypatch):
         pytest.skip(f"this CPU has no {isa}")
-    assert digests_on(isa) == digests_on(isa)
+    assert digests_on(isa) == once(isa)
 
 
 @best
@@ -98,7 +102,7 @@ def test_code_that_a_process_compiles_gives_the_same_bits(isa: str, monkeypatch:
     """Without the operator library, whose code torch's operators take elsewhere in the tests."""
     if not usable(isa, monkeypatch):
         pytest.skip(f"this CPU has no {isa}")
-    assert digests_on(isa, compiled=True) == digests_on(isa)
+    assert digests_on(isa, compiled=True) == once(isa)
 
 
 @pytest.mark.slow

@@ -107,6 +107,7 @@ _FEW_BOXES = {
     "rpn_post_nms_top_n_train": 20,
     "rpn_pre_nms_top_n_test": 50,
     "rpn_post_nms_top_n_test": 20,
+    "box_batch_size_per_image": 8,
     "box_detections_per_img": 5,
     "box_score_thresh": 0.0,
 }
