@@ -22,10 +22,10 @@ demo: $(READY_demo) ## Train, lower, export and serve real networks; writes to $
 	$(BIN)/srigl-fx demo --out $(OUT)
 
 test: $(READY_test) ## All tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 fast: $(READY_test) ## The tests that need three minutes together
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(READY_test) ## Style, with ruff
 	$(BIN)/ruff check .

@@ -65,12 +65,13 @@ def _lambdas(file: str) -> list[ast.expr]:
 
 @pytest.fixture(autouse=True)
 def _independent() -> None:
-    """The same random numbers, and a compiler without a past, for a test whatever ran before it.
+    """The same random numbers, one thread, and a compiler without a past, for a test whatever ran before it.
 
     Dynamo counts the compilations of a code object over all models: after eight of ``nn.Sequential.forward`` the next
     model runs uncompiled without a word, or fails under ``fullgraph=True``.
     """
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()
 
