@@ -24,7 +24,7 @@ demo: $(READY_demo) ## Train, lower, export and serve real networks; writes to $
 test: $(READY_test) ## All tests
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-fast: $(READY_test) ## The tests that need three minutes together
+fast: $(READY_test) ## The tests that take about a second each at most: five minutes together
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(READY_test) ## Style, with ruff
