@@ -3,6 +3,24 @@
 Owns the interpretation of a whole graph: the values on the example inputs and, beside them, which elements may depend
 on an input. It must not know what is done about it, nor change the graph. How a single operator passes that on is in
 :mod:`srigl_fx.passes.liveness.rules`.
+
+Beside each value x runs a table L(x) of what may depend on an input (live). What is not live is constant.
+
+1. Inputs are live; parameters and buffers are not, unless the graph writes into them: then they differ from call to
+   call.
+2. An operator passes L on by its rule. One that has none, and any call that is no ATen operator, is live as soon as one
+   of its operands is; a note names it.
+3. What writes to an operand, or has a shape that depends on values, is live.
+4. A product whose left factor's rows come out of a softmax is a weighted mean: sum over j of p[i, j] = 1.
+
+With a dynamic batch, besides:
+
+5. What may change with the number of samples (:mod:`srigl_fx.passes.liveness.batch`) is live, but for zeros where the
+   operator makes zeros of zeros, however many.
+6. What is not the same for all samples is live: L(x)[b] or x[b] != x[0]. The example's other samples say nothing of
+   those that a larger batch has.
+7. Before a reshape that may mix samples, the same is asked along the axes that it mixes.
+8. Only what agrees at two batch sizes is constant: whatever depends on the size in a way that nobody foresaw, differs.
 """
 
 import operator
@@ -89,6 +107,7 @@ def constants(program: Program, keep: Callable[[fx.Node], bool] = lambda node: T
         known = _interpret(program, None, keep, unknown)
     else:
         try:
+            # Rule 8; no size of 1, which broadcasts, and one of two that is odd.
             runs = [_interpret(program, size, keep, unknown) for size in (2, 3)]
         except (RuntimeError, IndexError):  # a batch folded into groups, or indices into it: multiples of the size do
             size = max(2, program.batch_size)
@@ -108,7 +127,7 @@ def _interpret(
     """One run; adds the operators without a rule, and where each stands first, to ``unknown``."""
     nodes = list(program.module.graph.nodes)
     last_reader = {operand: node for node in nodes for operand in node.all_input_nodes}
-    mutated = {
+    mutated = {  # by identity: a buffer may have several names
         id(_attribute(program.module, str(operand.target)))
         for node in nodes
         if _mutates(node)
@@ -123,17 +142,17 @@ def _interpret(
         for node in nodes:
             if node.op == "output":
                 break
-            if node.op == "placeholder":
+            if node.op == "placeholder":  # rule 1; numbers among the inputs are part of the graph
                 values[node] = next(inputs)
                 live[node] = isinstance(values[node], Tensor)
-            elif node.op == "get_attr":
+            elif node.op == "get_attr":  # rule 1
                 values[node] = _attribute(program.module, str(node.target))
                 live[node] = id(values[node]) in mutated
             else:
                 values[node], live[node] = _call(program.module, node, values, live, unknown)
             value = values[node]
             if isinstance(value, Tensor):
-                if program.dynamic and node.op == "call_function":
+                if program.dynamic and node.op == "call_function":  # rule 6
                     live[node] = _unlike(sample_axes(node), value, live[node])
                 live[node] = simplify(live[node])
                 if node.op != "get_attr" and live[node] is not True and keep(node):
@@ -161,20 +180,20 @@ def _call(
 ) -> tuple[Any, Any]:
     """The value of a node and what is live in it."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-    if _mutates(node):
+    if _mutates(node):  # this run must not change the model's buffers, nor the example inputs
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
     target = node.target if callable(node.target) else module.get_submodule(str(node.target))
     out = target(*args, **kwargs)
-    if node.target is operator.getitem:
+    if node.target is operator.getitem:  # one of several results
         return out, live[node.all_input_nodes[0]][node.args[1]]
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch._ops.OpOverload):  # rule 2: torch.cond, arithmetic on sizes
         found: Any = None if any(any_live(live[operand]) for operand in node.all_input_nodes) else False
-    elif _mutates(node) or _has_data_dependent_shape(node):
+    elif _mutates(node) or _has_data_dependent_shape(node):  # rule 3
         found = True
-    else:
+    else:  # rule 2
         given = arguments(node)
         lives = {operand: live[operand] for operand in node.all_input_nodes}
-        if axes := regrouped_axes(node):
+        if axes := regrouped_axes(node):  # rule 7
             source = node.all_input_nodes[0]
             lives[source] = _unlike(axes, values[source], live[source])
         call = Call(
@@ -185,21 +204,21 @@ def _call(
             weighted_mean=isinstance(node.args[0], fx.Node) and _sums_to_one(node.args[0]) if node.args else False,
         )
         found = liveness(call)
-    if found is not None and found is not True and depends_on_batch_size(node):
+    if found is not None and found is not True and depends_on_batch_size(node):  # rule 5
         found = _but_zero(out, found) if operator_of(node.target).keeps_zero else True
-    if found is None:
+    if found is None:  # rule 2
         unknown.setdefault(str(node.target).removesuffix(".default"), node.name)
         found = True
     return out, pytree.tree_map(lambda _: found, out) if isinstance(found, bool) else found
 
 
 def _but_zero(out: Any, live: Any) -> Any:
-    """All is live but zeros that were not."""
+    """Rule 5: all is live but zeros that were not."""
     return spread(live, out) | (out != 0) if isinstance(out, Tensor) else True
 
 
 def _unlike(axes: tuple[int, ...], value: Tensor, live: bool | Tensor) -> bool | Tensor:
-    """What is live, and what is not the same all along some axes: it may be anything for more samples."""
+    """Rules 6 and 7: what is live, and what is not the same all along some axes; of size 1 there."""
     if live is True or not axes or value.numel() == 0 or value.is_complex():
         return live
     first = value
@@ -217,7 +236,7 @@ def _has_data_dependent_shape(node: fx.Node) -> bool:
 
 
 def _sums_to_one(node: fx.Node) -> bool:
-    """Whether the rows of a node's value along its last axis come out of a softmax, and so sum to one."""
+    """Rule 4: whether the rows of a node's value along its last axis come out of a softmax, and so sum to one."""
     while node.target not in _SOFTMAX:
         if operator_of(node.target).family not in _KEEPS_ROWS or not isinstance(node.args[0], fx.Node):
             return False
@@ -225,6 +244,7 @@ def _sums_to_one(node: fx.Node) -> bool:
         before, after = source.meta.get("val"), node.meta.get("val")
         if not isinstance(before, Tensor) or not isinstance(after, Tensor) or not after.is_floating_point():
             return False
+        # A reshape keeps rows whole if it keeps the size of the last axis; a symbolic size cannot be compared.
         rows = [value.shape[-1] for value in (before, after) if value.dim() and isinstance(value.shape[-1], int)]
         if len(rows) != 2 or rows[0] != rows[1]:
             return False
@@ -249,7 +269,7 @@ def _without_batch(node: fx.Node, value: Tensor, live: bool | Tensor) -> Constan
 
 
 def _agreed(one: Constant, other: Constant) -> Constant | None:
-    """What is the same at two batch sizes."""
+    """Rule 8: what is the same at two batch sizes."""
     if one.fixed.shape != other.fixed.shape:
         return None
     fixed = one.fixed & other.fixed & _same(one.value, other.value)

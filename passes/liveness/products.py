@@ -2,6 +2,23 @@
 
 Owns the rules of sums of products, where zeros count, and of weighted means, where equal terms do. It must not know
 other operators, nor graphs.
+
+With L(a) for what is live in a, as a table of 0 and 1:
+
+1. A term of a sum of products is live if one factor is live and the other is not known to be zero. For y = a b::
+
+       L(y)  =  L(a) (b != 0 or L(b))  +  (a != 0 or L(a)) L(b)  >  0
+
+   The operator that multiplies a and b (a product, an einsum, a convolution) multiplies the tables.
+2. ``linear`` of an input that is live all over: row o of y is live if any W[o, c] != 0. No product is needed.
+3. A convolution of whole channels that are live or not: channel o is live if, for some live channel c, W[o, c] has a
+   tap that is not zero. Where the input differs from place to place, rule 1 is applied to the convolution itself.
+4. What is added adds what is live in it: L(y + b) = L(y) or L(b).
+5. A weighted mean of equal numbers is that number: sum over j of p[i, j] v = v, if sum over j of p[i, j] = 1. So the
+   columns of b that are known and equal in all rows stay known in p b, whatever p is.
+6. Attention is such a mean of the values' rows, whatever queries and keys are. A query that sees no key gets zero from
+   torch, no mean: where that may happen, only values that are zero stay known.
+7. Of an einsum of any other number of operands than two, all is live.
 """
 
 from collections.abc import Callable
@@ -15,17 +32,18 @@ from srigl_fx.passes.operators import names_of
 
 
 def _bilinear(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, live_a: Live, b: Tensor, live_b: Live) -> Live:
-    """What is live in a sum of products: the terms with one live factor and another that is not known to be zero."""
+    """Rule 1."""
     parts = []
     if live_a is not False:
         parts.append((spread(live_a, a), (b != 0) | spread(live_b, b)))
     if live_b is not False:
         parts.append(((a != 0) | spread(live_a, a), spread(live_b, b)))
+    # Each element counts its live terms, as there are no products of booleans: a half, since sums may be rounded.
     return sum(multiply(one.float(), other.float()) for one, other in parts) > 0.5
 
 
 def _plus(live: Live, call: Call, addend: str, trailing: int = 0) -> Live:
-    """``live``, and where the addend is, which has that many dimensions of size 1 behind it."""
+    """Rule 4: ``live``, and where the addend is, which has that many dimensions of size 1 behind it."""
     value, more = call.given[addend], call.live[addend]
     if more is False or more is None:
         return live
@@ -34,11 +52,11 @@ def _plus(live: Live, call: Call, addend: str, trailing: int = 0) -> Live:
 
 def _linear(call: Call) -> Live:
     x, live, weight = call.given["input"], call.live["input"], call.given["weight"]
-    if any_live(call.live["weight"]):
+    if any_live(call.live["weight"]):  # rule 1: the weight is computed from an input
         out = _bilinear(F.linear, x, live, weight, call.live["weight"])
-    elif live is True:
+    elif live is True:  # rule 2
         out = (weight != 0).any(-1)
-    else:
+    else:  # rule 1, with a weight that is known
         out = _bilinear(F.linear, *_one_sample(x, live), weight, False)
     return _plus(out, call, "bias")
 
@@ -52,17 +70,19 @@ def _one_sample(value: Tensor, live: Live) -> tuple[Tensor, Live]:
 def _convolution(call: Call) -> Live:
     x, live, weight = call.given["input"], call.live["input"], call.given["weight"]
     space = weight.dim() - 2
+    # Whether samples and places say the same: then channels tell all.
     whole = isinstance(live, bool) or all(size == 1 for size in (*live.shape[: -1 - space], *live.shape[-space:]))
-    if any_live(call.live["weight"]) or call.out.dim() != weight.dim() or not whole:
+    if any_live(call.live["weight"]) or call.out.dim() != weight.dim() or not whole:  # rule 1
         settings = {name: value for name, value in call.given.items() if name not in {"input", "weight", "bias"}}
 
         def convolve(one: Tensor, other: Tensor) -> Tensor:
             return call.op(input=one, weight=other, bias=None, **settings)  # type: ignore[no-any-return]
 
+        # A convolution also takes one sample without a batch axis, whose first axis is the channels'.
         if not any_live(call.live["weight"]) and call.out.dim() == weight.dim():
             x, live = _one_sample(x, live)
         out = _bilinear(convolve, x, live, weight, call.live["weight"])
-    else:
+    else:  # rule 3
         out = _by_channel(call, spread(live, x[:1])[0].flatten(1).any(1), weight).view(-1, *[1] * space)
     return _plus(out, call, "bias", space)
 
@@ -77,12 +97,13 @@ def _by_channel(call: Call, live: Tensor, weight: Tensor) -> Tensor:
 
 
 def _product(call: Call) -> Live:
-    """Products of two tensors. A weighted mean of equal numbers is that number."""
+    """Products of two tensors: rule 1 and, where the left one's rows are weights of a mean, rule 5."""
     names = [argument.name for argument in call.op._schema.arguments[:2]]
     (a, live_a), (b, live_b) = ((call.given[name], call.live[name]) for name in names)
-    live = True if live_a is True and live_b is True else _bilinear(call.op, a, live_a, b, live_b)
-    if not call.weighted_mean or min(a.dim(), b.dim()) < 2:
+    live = True if live_a is True and live_b is True else _bilinear(call.op, a, live_a, b, live_b)  # rule 1
+    if not call.weighted_mean or min(a.dim(), b.dim()) < 2:  # of a vector, torch sums over the only axis
         return live
+    # Rule 5.
     constant = _equal_rows(b, live_b)
     return spread(live, call.out) & ~constant if bool(constant.any()) else live
 
@@ -94,14 +115,14 @@ def _equal_rows(value: Tensor, live: Live) -> Tensor:
 
 
 def _sum_of_products(call: Call) -> Live:
-    """``addmm`` and ``baddbmm``."""
+    """``addmm`` and ``baddbmm``: rules 1 and 4, whatever the two are scaled by."""
     names = [argument.name for argument in call.op._schema.arguments[1:3]]
     (a, live_a), (b, live_b) = ((call.given[name], call.live[name]) for name in names)
     return _plus(_bilinear(torch.matmul, a, live_a, b, live_b), call, "self")
 
 
 def _einsum(call: Call) -> Live:
-    """``einsum`` of two operands; of another number, all is live."""
+    """Rule 1 of two operands, else rule 7."""
     tensors, lives = call.given["tensors"], call.live["tensors"]
     if len(tensors) != 2:
         return True
@@ -110,16 +131,14 @@ def _einsum(call: Call) -> Live:
 
 
 def _attention(call: Call) -> Live:
-    """Every row is a weighted mean of the values, so a value channel that is equal at all positions stays.
-
-    A row that the mask hides wholly gives zero: unless there is none, only zeros stay.
-    """
-    if not call.only("query", "key", "value", "attn_mask"):
+    """Rule 6: a value channel that is equal at all positions stays."""
+    if not call.only("query", "key", "value", "attn_mask"):  # such as a scale or a dropout that is computed
         return True
     value = call.given["value"]
     constant = _equal_rows(value, call.live["value"])
     if not _sees_something(call):
         constant = constant & (value[..., :1, :] == 0)
+    # With grouped queries, one head of the values serves several neighbouring heads of the result.
     heads = call.out.dim() - 3
     if call.given["enable_gqa"] and value.shape[heads] != call.out.shape[heads]:
         constant = constant.repeat_interleave(call.out.shape[heads] // value.shape[heads], heads)
@@ -129,8 +148,9 @@ def _attention(call: Call) -> Live:
 def _sees_something(call: Call) -> bool:
     """Whether every query is known to see a key."""
     mask = call.given["attn_mask"]
-    if mask is None:
+    if mask is None:  # a causal mask alone shows every query the first key
         return True
+    # Of a mask that depends on an input nothing is known; a causal one beside another may hide what that shows.
     if any_live(call.live["attn_mask"]) or call.given["is_causal"]:
         return False
     seen = mask if mask.dtype == torch.bool else mask > -torch.inf
