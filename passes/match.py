@@ -27,6 +27,9 @@ _FUSED = {
 class MatchWeights(Pass[Program]):
     """Make one :class:`~srigl_fx.passes.program.MatchedLayer` of every mask-managed weight.
 
+    A use is a node that computes y[..., r] = sum over c of W[r, c] x[..., c] + b[r], for the (n, F) matrix view W of
+    the weight and a mask of the same shape; for a convolution, x is the window behind one place of y.
+
     1. ``linear`` on a masked (out, in) matrix is a use that a condensed linear operator can replace.
     2. Convolutions over one to three axes on batches, grouped and transposed ones too, are uses that a condensed
        convolution can replace.
@@ -57,6 +60,7 @@ class MatchWeights(Pass[Program]):
         for layer in subject.layers:
             for use in layer.uses:
                 kept = use.weight[use.mask]
+                # Rule 6; what is infinite without the cast is as the user trained it.
                 if lost := kept[kept.isfinite() & ~kept.to(subject.value_dtype).isfinite()].tolist():
                     raise LoweringError(
                         f"{layer.weight.fqn} {tuple(layer.weight.weight.shape)} holds {max(lost, key=abs):.5g}, and "
@@ -67,21 +71,22 @@ class MatchWeights(Pass[Program]):
 
 def _match(program: Program, layer: MatchedLayer, readers: list[fx.Node]) -> None:
     refused: list[str] = []
-    for reader in readers:
+    for reader in readers:  # a tied weight has several, and so has one that is read under a transposed name
         for user in reader.users:
             found = _use(program, user, reader, layer.weight.record.site.kind)
             if isinstance(found, Use):
                 layer.uses.append(found)
-            else:
+            else:  # rule 4
                 layer.others.append(_name(user))
                 refused.append(found)
+    # Rule 5.
     if not readers:
         layer.reason = program.folded.get(layer.weight.fqn, "not used by the captured graph")
     elif layer.weight.record.structure == "unstructured":
         layer.reason = "unstructured masks have no condensed form"
     elif not layer.uses:
         layer.reason = refused[0] if refused else "read by nothing the captured graph computes"
-    if layer.reason:
+    if layer.reason:  # what could have been condensed reads the dense tensor after all
         layer.others += [_name(use.node) for use in layer.uses]
         layer.uses = []
 
@@ -94,17 +99,18 @@ def _use(program: Program, user: fx.Node, operand: fx.Node, kind: str) -> Use | 
     """``user`` as a use of the masked ``operand``, or why it is none."""
     target = str(operand.target)
     tensor, mask = tensor_at(program.module, target).detach(), program.masked[target].mask
+    # Rules 1 and 2; the passes before have made ``linear`` of whatever products can be one.
     if operator_of(user.target).family not in _CONVOLUTIONS and user.target is not aten.linear.default:
         return _FUSED.get(kind, "read by {}, which has no condensed form").format(_name(user))
     x, weight, bias = operands(user)
-    if weight is not operand or operand in (x, bias):
+    if weight is not operand or operand in (x, bias):  # rule 3: the masked tensor is the data
         return "also the data of the operator that reads it"
     value = x.meta.get("val") if isinstance(x, fx.Node) else None
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:  # rule 3: kernels take nothing else
         return "its input is not float32"
     if user.target is aten.linear.default:
         return Use(node=user, target=target, weight=tensor, mask=mask)
-    if value.dim() != tensor.dim():
+    if value.dim() != tensor.dim():  # rule 2: torch takes one sample without a batch axis too, the kernels do not
         return "its input has no batch dimension"
     geometry = _geometry(user, tuple(tensor.shape[2:]))
     if isinstance(geometry, str):
@@ -124,6 +130,7 @@ def _geometry(node: fx.Node, kernel: tuple[int, ...]) -> Geometry | str:
     rank = len(kernel)
     settings = {name: given[name] for name in ("stride", "padding", "dilation", "groups")}
     settings["output_padding"] = given.get("output_padding", 0)
+    # Kernels are compiled and indices computed for settings that are numbers.
     if any(isinstance(source, fx.Node) for value in settings.values() for source in _flat(value)):
         return "its settings are computed from the input"
     padding = settings["padding"]

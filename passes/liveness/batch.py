@@ -154,8 +154,8 @@ def regrouped_axes(node: fx.Node) -> tuple[int, ...]:
     if len(one) == len(other) == 1:
         if math.prod(sizes[: one[0]]) == math.prod(made[: other[0]]):  # rule 11
             return ()
-        # Rule 12. Numbers that repeat with the period of the inner axes still do so where outer places are whole periods
-        # apart.
+        # Rule 12. Numbers that repeat with the period of the inner axes still do so where outer places are whole
+        # periods apart.
         inner, symbols = math.prod(sizes[one[0] + 1 :]), made[other[0]].node.expr.as_coeff_Mul()
         if symbols[1].is_Symbol and int(symbols[0]) * math.prod(made[other[0] + 1 :]) % max(1, inner) == 0:
             return tuple(range(one[0] + 1))

@@ -5,6 +5,18 @@ many mask-managed weights as can be reached. It must not know what is done with 
 
 A region's program names the whole model as its ``model``: weights keep their full names, and one that is tied across
 regions is known in each.
+
+1. From the top down: a module is tried before its children, which are looked at only where it fails. A module without
+   masked weights is left alone, and one that has several names is tried under the first.
+2. A module compiled by TorchScript has no graph that can be rewritten, nor have those below it.
+3. A single layer's graph is built by hand (:mod:`srigl_fx.passes.regions.module_local`), which is quick and takes any
+   leading shape. Any other module is exported.
+4. After two failures of a class of which nothing was ever captured, further modules of it are not tried: an attempt at
+   export takes seconds, and a model has many blocks of one class. Their children are.
+5. One graph must serve all recorded calls of the module: the same structure and constants, and tensors of the same
+   types and ranks. Sizes that differ from call to call must be free in the graph; the leading one may be.
+6. A module that writes into buffers, or holds a TorchScript module, is not tried: a region's graph has no effects but
+   what it returns, and export cannot look into TorchScript.
 """
 
 from collections import Counter
@@ -99,10 +111,11 @@ class RegionFinder:
         )
 
     def _visit(self, name: str, module: nn.Module) -> list[Region]:
+        # Rule 1.
         if id(module) in self._seen or not any(id(parameter) in self._masked for parameter in module.parameters()):
             return []
         self._seen.add(id(module))
-        if isinstance(module, torch.jit.ScriptModule):
+        if isinstance(module, torch.jit.ScriptModule):  # rule 2
             self._fail(name, module, "it is compiled by TorchScript, which has no graph that can be rewritten")
             return []
         calls = self.recording.calls.get(module)
@@ -111,13 +124,15 @@ class RegionFinder:
 
     def _region(self, name: str, module: nn.Module, calls: list[ModuleCall]) -> Region | None:
         local = module_local(self.model, module, calls)
-        if local is not None:
+        if local is not None:  # rule 3; a convolution has a fixed rank
             return Region(name, module, local, any_rank=isinstance(module, nn.Linear))
+        # Rule 4.
         if self._failed[type(module)] >= _ENOUGH and type(module) not in self._captured:
             self._fail(name, module, f"as {_ENOUGH} others of its class")
             return None
         try:
-            example, free, varying = _merge(calls)
+            example, free, varying = _merge(calls)  # rule 5
+            # Rule 6.
             if written := sorted(buffer for buffer in self.recording.written if _within(buffer, name)):
                 raise CaptureError(f"it writes into {', '.join(written)}")
             if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
@@ -152,7 +167,7 @@ def _within(name: str, part: str) -> bool:
 
 
 def _merge(calls: list[ModuleCall]) -> tuple[ModuleCall, dict[int, frozenset[int]], dict[int, frozenset[int]]]:
-    """The call to capture with, and by flat input the sizes that may and those that must be free.
+    """Rule 5: the call to capture with, and by flat input the sizes that may and those that must be free.
 
     Raises:
         CaptureError: One graph cannot serve all calls.
@@ -164,7 +179,7 @@ def _merge(calls: list[ModuleCall]) -> tuple[ModuleCall, dict[int, frozenset[int
         raise CaptureError("its calls differ in the number or structure of their inputs")
     free, varying = {}, {}
     for position, leaves in enumerate(zip(*(call.leaves for call in calls), strict=True)):
-        if not isinstance(leaves[0], Tensor):
+        if not isinstance(leaves[0], Tensor):  # export makes a part of the graph of what is no tensor
             if any(type(leaf) is not type(leaves[0]) or leaf != leaves[0] for leaf in leaves):
                 raise CaptureError(f"the constant input {position} differs from call to call")
             continue
@@ -179,6 +194,7 @@ def _merge(calls: list[ModuleCall]) -> tuple[ModuleCall, dict[int, frozenset[int
     example = max(
         calls, key=lambda call: min((call.leaves[i].shape[d] for i, dims in free.items() for d in dims), default=0)
     )
+    # Nor can it free the size of an empty batch, and there is no sample to repeat: it is made one of two.
     roomy = [
         leaf.new_zeros((2, *leaf.shape[1:])) if i in free and not leaf.shape[0] else leaf
         for i, leaf in enumerate(example.leaves)

@@ -2,6 +2,12 @@
 
 Owns the layers for which that can be done: linear and convolution modules that are called by their own forward. Such a
 graph takes inputs of any leading shape. It must not know regions.
+
+1. The layer has the forward of its class and no hooks: what else may happen when it is called is not in the graph.
+2. Its weight is a plain parameter, not one that a parametrisation computes anew at each call.
+3. It is called with one tensor, by position, of its weight's type; a convolution, with a batch axis.
+4. ``linear`` is x W.T + b on the last axis, so all other sizes are free. Of a convolution, batch and places are; the
+   channels are fixed. A convolution that pads with other than zeros is two operators, and left to export.
 """
 
 from typing import Any
@@ -42,8 +48,9 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[ModuleCall]) -
         torch.Size([5, 7, 2])
     """
     layer: Any = module
-    built = _operator(layer)
+    built = _operator(layer)  # rules 1, 2 and 4
     plain = pytree.tree_structure(((0,), {}))
+    # Rule 3.
     if built is None or any(
         call.problem or call.spec != plain or not isinstance(call.leaves[0], Tensor) for call in calls
     ):
@@ -55,6 +62,7 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[ModuleCall]) -
     if example.dtype != layer.weight.dtype or not example.dim():
         return None
     graph = fx.Graph()
+    # As export makes them: arguments and results are flattened and put together again by the graph's generated code.
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(["input"], plain, pytree.tree_structure(0))))
     nodes = [graph.placeholder("input"), graph.get_attr("weight")]
     if layer.bias is not None:
@@ -62,7 +70,7 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[ModuleCall]) -
     operands = [*nodes, None][:3]
     result = graph.call_function(operator, (*operands, *settings))
     graph.output((result,))
-    holder: Any = nn.Module()
+    holder: Any = nn.Module()  # the layer's parameters without its class: a GraphModule copies what the graph reads
     holder.weight, holder.bias = layer.weight, layer.bias
     for node, value in zip([*nodes, result], _values(example, layer, operator, settings, spatial), strict=True):
         node.meta["val"] = value
@@ -86,7 +94,7 @@ def _operator(layer: Any) -> tuple[Any, tuple[Any, ...], int | None] | None:
         or "weight" not in layer._parameters
     ):
         return None
-    if type(layer).forward is nn.Linear.forward:
+    if type(layer).forward is nn.Linear.forward:  # of a subclass too, such as the mask-managed one
         return aten.linear.default, (), None
     for cls, (by_number, by_name) in _CONVOLUTIONS.items():
         if type(layer).forward is cls.forward and layer.padding_mode == "zeros":
@@ -99,6 +107,7 @@ def _operator(layer: Any) -> tuple[Any, tuple[Any, ...], int | None] | None:
 
 def _values(example: Tensor, layer: Any, operator: Any, settings: tuple[Any, ...], spatial: int | None) -> list[Any]:
     """Fake values of input, weight, bias where there is one, and result; all leading and spatial sizes free."""
+    # By default, sizes of 0 and 1 are constants, and equal sizes one symbol: neither is so for any leading shape.
     shapes = ShapeEnv(specialize_zero_one=False, duck_shape=False)
     mode = FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True)
     fixed = example.dim() - 1 if spatial is None else 1

@@ -2,6 +2,13 @@
 
 Owns :class:`ModuleCall` and the recording; it must not know what the calls are compared for. Nothing of the model
 changes.
+
+1. Each module gets two hooks: one before its forward, which keeps a copy of the inputs, and one behind it, which looks
+   at the outputs. Modules compiled by TorchScript take no hooks.
+2. Of calls with the same structure, types, sizes and constants, the first is kept.
+3. Hooks nest as calls do, so the call that a hook behind a forward belongs to is the last open one of its module; those
+   opened since raised an error that somebody caught.
+4. Only the thread that records counts.
 """
 
 import threading
@@ -66,19 +73,19 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     thread = threading.get_ident()  # other threads may be using the model
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != thread:
+        if threading.get_ident() != thread:  # rule 4
             return
         leaves, spec = pytree.tree_flatten((args, kwargs))
         key = (repr(spec), *map(signature, leaves))
         calls = known.setdefault(module, {})
-        if key not in calls:
+        if key not in calls:  # rule 2; copies, since the forward may write into its inputs
             copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
             calls[key] = ModuleCall(copies, spec, foreign_types(leaves, None))
         running.append((module, calls[key]))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         while running and threading.get_ident() == thread:
-            called, call = running.pop()
+            called, call = running.pop()  # rule 3
             if called is module:
                 call.problem = call.problem or foreign_types((), output)
                 return
@@ -87,6 +94,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
     try:
         for module in model.modules():
             if not isinstance(module, torch.jit.ScriptModule):
+                # Before and behind all other hooks: inputs and outputs are those that the caller sees.
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
                 handles.append(module.register_forward_hook(after))
         run = run_steps(model, args, kwargs, 1)[0]
