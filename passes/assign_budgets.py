@@ -12,6 +12,14 @@ Rules:
        ``k = B // n``; where it would be 0 the weight stays dense, or the call fails where a rule named the weight or
        ``strict`` is set.
     5. A density of 1 (ERK gives it to small layers) means dense, unless a sparsity of 0 was asked for.
+
+With N[l] for the weights of layer l, d[l] for its density and S for the asked sparsity, every distribution that
+compensates has sum of d[l] N[l] = (1 - S) sum of N[l], where d[l] = 1 for the dense ones::
+
+    uniform   d[l] = ((1 - S) N - N_dense) / (N - N_dense)
+    erk       d[l] = scale * sum(shape[l]) / prod(shape[l]), and 1 for those that would get more
+
+A unit is a block: the gates of an LSTM or the experts of a stack each get a budget of their own.
 """
 
 import math
@@ -60,7 +68,7 @@ class AssignBudgets(Pass[Draft]):
                 records[site.fqn] = dense_record(site, "filter_fn leaves it out")
             elif match is not None and match.spec is None:  # rule 2
                 records[site.fqn] = dense_record(site, finding.reason or f"the rule {match.key!r} leaves it dense")
-            elif finding.reason:
+            elif finding.reason:  # it can only stay dense
                 self._refuse_named(finding, match)
                 records[site.fqn] = dense_record(site, finding.reason)
                 if finding.compensated:  # rule 3: others make up for it
@@ -123,7 +131,7 @@ class AssignBudgets(Pass[Draft]):
                 f"has {fan_in} inputs per neuron; ask for at most {fan_in}"
             )
         share = _Share(site=site, match=match, structure=spec.structure or self.structure)
-        if spec.fan_in is not None:
+        if spec.fan_in is not None:  # rule 4: B = n k, by definition
             return share.sparse(tuple(block.rows * spec.fan_in for block in site.blocks))
         budgets = share.budgets([1.0 - (spec.sparsity or 0.0)] * len(site.blocks))
         return (
@@ -146,9 +154,10 @@ class AssignBudgets(Pass[Draft]):
     def _share_out(self, shares: list["_Share"]) -> Iterator[tuple["_Share", WeightRecord]]:
         """The decision for each weight the distribution covers.
 
-        A weight whose fan-in would be 0 becomes dense and the others make up for it, until none is left.
+        A weight whose fan-in would be 0 becomes dense and the others make up for it, until none is left: they get less
+        then, so that another one may become too small. A weight never comes back, so that this ends.
         """
-        while True:
+        while True:  # rules 3 and 4
             densities = self._densities(shares)
             small = []
             for share in shares:
@@ -165,7 +174,7 @@ class AssignBudgets(Pass[Draft]):
                 continue
             if not densities.keys() >= set(share.units):
                 yield share, dense_record(share.site, "not in the distribution mapping")
-            elif min(densities[name] for name in share.units) >= 1.0 and self.sparsity > 0:
+            elif min(densities[name] for name in share.units) >= 1.0 and self.sparsity > 0:  # rule 5
                 yield share, dense_record(share.site, "the distribution keeps it whole: density 1")
             else:
                 yield share, share.sparse(share.budgets([densities[name] for name in share.units]))
@@ -175,7 +184,7 @@ class AssignBudgets(Pass[Draft]):
             return self._mapped(shares)
         shapes = {name: shape for share in shares for name, shape in share.units.items()}
         dense = tuple(name for share in shares if share.dense for name in share.units)
-        if len(dense) == len(shapes):
+        if len(dense) == len(shapes):  # nobody is left to make up for them
             return dict.fromkeys(shapes, 1.0)
         try:
             return DISTRIBUTIONS[self.distribution](shapes, self.sparsity, dense=dense)

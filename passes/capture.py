@@ -3,6 +3,18 @@
 Owns the chain of attempts of ``torch.export``, which of them can cure which error, and what is said when all fail. It
 must not know masks. Capture is serialised by a lock (``torch.export`` is not thread-safe) and leaves the model as it
 was.
+
+1. The model is run once before. What its inputs, outputs or buffers hold that no graph can is said at once.
+2. The leading size that the first tensor has is taken for the batch; all inputs that share it may vary in it.
+3. Export takes sizes of 0 and 1 for constants, so a batch of 1 is repeated to 2 for the attempts with a free size.
+4. The attempts are a ladder: sizes dynamic (a size that must be fixed is an error), automatic (it is fixed), static;
+   first non-strict (the Python of the forward runs), then strict (its bytecode is analysed), which follows other code.
+5. An attempt is made only if it can cure what failed: fixed sizes cure errors about symbols; nothing cures a branch on
+   the values of tensors, or a forward that kept a tensor of the tracer. For a whole model, static sizes are tried after
+   any other error too.
+6. What one attempt yields is checked like any other error: sizes that must be free are, what the model writes to its
+   buffers is what the graph writes, and a part of a model writes nothing.
+7. Objects in inputs and outputs (caches) are taken apart outside the graph, which takes and returns their tensors.
 """
 
 import inspect
@@ -157,12 +169,14 @@ def capture_whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     run = _run_once(model, args, kwargs)
     register_caches(model, pytree.tree_leaves((args, kwargs, run.output)))
+    # Rule 1.
     problem = foreign_types((args, kwargs), run.output) or _untold((args, kwargs), run.output)
     problem = problem or replaced_buffer(model, run)
     if problem:
         return Capture(None, (Failure(name="", type=class_name(model), attempt=NOT_TRIED, error=problem),))
-    batched = _batched(pytree.tree_leaves((args, kwargs)))
+    batched = _batched(pytree.tree_leaves((args, kwargs)))  # rule 2
     free = {position: frozenset({0}) for position, is_batched in enumerate(batched) if is_batched}
+    # Rule 4.
     rungs = [_Rung(Dim.DYNAMIC, False), _Rung(Dim.AUTO, False), _Rung(None, False)]
     return _climb(model, args, kwargs, free, [*rungs, _Rung(Dim.AUTO, True), _Rung(None, True)], run=run)
 
@@ -217,12 +231,13 @@ class _Rung:
 
     def worth(self, before: "_Rung | None", error: str, region: bool) -> bool:
         """Whether this attempt may succeed where the one ``before`` failed with ``error``."""
+        # Rule 5.
         if before is None:
             return True
         if _DATA_DEPENDENT.search(error) or _LEAKED in error:
             return False
         sizes = before.dim is not None and bool(_SYMBOLIC.search(error))
-        if self.strict == before.strict:
+        if self.strict == before.strict:  # it differs from the one before in sizes alone
             return sizes or (self.dim is None and not region)
         return not (sizes and region)
 
@@ -256,6 +271,7 @@ def _climb(
                 with restored(model, copied=False):
                     exported, tree = _export(model, args, kwargs, free if rung.dim is not None else {}, rung, run)
                 program = _program(model, exported, args, kwargs, rung.strict, tree)
+                # Rule 6.
                 check_free(program, exported, free if rung.dim is not None else {}, required or {})
                 if run is not None:
                     check_state(program, run)
@@ -296,12 +312,13 @@ def _export(
     leaves, spec = pytree.tree_flatten((args, kwargs))
     shared = _batched(leaves)
     for position in free:
-        if shared[position] and leaves[position].shape[0] < 2:
+        if shared[position] and leaves[position].shape[0] < 2:  # rule 3
             leaves[position] = resize(leaves[position], 2)
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     sizes = [dict.fromkeys(sorted(free[i]), rung.dim) if i in free else None for i in range(len(leaves))]
     if run is not None and run.written and not rung.strict:
         model = writing_in_place(model)
+    # Rule 7.
     if is_plain(spec) and (run is None or is_plain(pytree.tree_structure(run.output))):
         return export(model, args, kwargs, sizes, strict=rung.strict), None
     flat = flattened(model, args, kwargs)
@@ -323,7 +340,7 @@ def _program(
     strict: bool,
     tree: _PyTreeInfo | None,
 ) -> Program:
-    module = exported.module(check_guards=False)
+    module = exported.module(check_guards=False)  # sizes that do not fit are for the lowered module to refuse
     assert isinstance(module, torch.fx.GraphModule)
     if tree is not None:
         module.graph.set_codegen(_PyTreeCodeGen(tree))
@@ -335,6 +352,7 @@ def _program(
     values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     if len(values) != len(leaves):
         raise CaptureError("the captured graph takes other inputs than the model; this is a defect, please report it")
+    # A size is free if the graph has a symbol for it; equal symbols are sizes that the graph ties.
     leading = [leaf.shape[0] if 0 in free_sizes(value) else None for value, leaf in zip(values, leaves, strict=True)]
     batch = next((size for size in leading if size is not None), None)
     how = f"torch.export{' strict' if strict else ''}, {'static' if batch is None else 'dynamic'} batch"

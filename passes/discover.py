@@ -139,11 +139,12 @@ class _Evidence:
     def look_at(self, name: str, module: nn.Module) -> None:
         known = lookup(module)
         stored = self.transformed.look_at(name, module)
-        if known is not None:
+        if known is not None:  # rule 1
             for attr, fact in known.items():
                 parameter = stored[attr].parameter if attr in stored else getattr(module, attr)
                 self.known.setdefault(id(parameter), []).append(fact)
             return
+        # Rule 2.
         if isinstance(module, fx.GraphModule):
             self._read_graph(module, module.graph, own=name == "")
         elif _worth_tracing(module):
@@ -151,9 +152,9 @@ class _Evidence:
             for trace in self.traces(module):
                 found.append(self._read_graph(module, trace.graph, own=False, constants=trace.constants))
                 failures.append(trace.failure)
-                if not trace.failure and not self._has_open_weights(module):
+                if not trace.failure and not self._has_open_weights(module):  # further ways would show nothing new
                     break
-            if all(failures):
+            if all(failures):  # rule 6
                 self.failures[name] = failures[0]
             self.transformed.read(name, module, found, traced=not all(failures))
 
@@ -181,13 +182,15 @@ class _Evidence:
         owner_name, _, attr = names[0].rpartition(".")
         owner = self.model.get_submodule(owner_name)
         parameter: nn.Parameter = getattr(owner, attr)
-        if unsupported := _unsupported_dtype(parameter):
+        if unsupported := _unsupported_dtype(parameter):  # rule 7
             site = WeightSite(owner=owner_name, attr=attr, kind="other", shape=tuple(parameter.shape))
             return Finding(site=site, owner=owner, reason=unsupported)
         known = self.known.get(id(parameter), [])
         uses = self.uses.get(id(parameter), [])
+        # Rule 5.
         evidence = _conclusive([use for _, use in uses], self.seen.get(id(parameter), []))
         layouts = [fact.layout_of(parameter) for fact in known if not fact.reason]
+        # Rule 9.
         evidence, transforms = self.transformed.settle(parameter, owner, evidence, layouts)
         holder = self.transformed.holder(parameter, owner)
         layouts += [use.layout for use in evidence if use.layout is not None]
@@ -226,25 +229,27 @@ class _Evidence:
         layouts: list[Layout],
     ) -> tuple[str, bool]:
         """(the reason the parameter can only stay dense or "", whether its use is understood)."""
-        if (pruned := pruned_by_torch(owner).get(attr)) is not None:
+        if (pruned := pruned_by_torch(owner).get(attr)) is not None:  # rule 9: two masks would fight over the values
             return (
                 f"torch.nn.utils.prune computes {pruned!r} from it: call prune.remove(layer, {pruned!r}) first",
                 False,
             )
         reasons = [fact.reason for fact in known if fact.reason]
+        # Rule 3: the mask of the contraction would thin out what is looked up.
         if layouts and (reasons or any(use.kind == "lookup" for use in uses)):
             return "tied with an embedding table, which is looked up whole", True
-        if reasons:
+        if reasons:  # rule 1
             return reasons[0], True
         for use in uses:
             if use.kind in ("transformed", "unsupported"):
                 return use.detail, False
-        if len(set(layouts)) > 1:
+        if len(set(layouts)) > 1:  # rule 3
             return "its uses read it in different layouts, so its neurons are not the same rows", False
         if layouts:
             return "", True
         if any(use.kind == "lookup" for use in uses):
             return "an embedding table is looked up, not multiplied", True
+        # A trace that stopped early may have missed the contraction; a run has seen all that happened.
         if uses and (owner_name not in self.failures or self.seen):
             detail = next((use.detail for use in uses if use.detail), "it only meets other operations")
             return f"not a contraction weight: {detail}", True
@@ -252,7 +257,7 @@ class _Evidence:
             return "its values come from a parametrisation that is not understood", False
         if isinstance(owner, ScriptModule):
             return "a scripted module cannot take a mask any more; call sparsify before torch.jit.script", False
-        if owner_name in self.failures:
+        if owner_name in self.failures:  # rule 6
             where = f"{owner_name!r} ({type(owner).__name__})" if owner_name else type(owner).__name__
             return f"the forward of {where} cannot be traced by torch.fx: {self.failures[owner_name]}", False
         return "no forward that torch.fx can follow reads it", False
@@ -278,7 +283,7 @@ def _unsuitable(site: WeightSite) -> str:
     rows, fan_in = site.matrix_shape
     if rows == 0 or fan_in == 0:
         return f"an empty weight of shape {site.shape}"
-    if site.groups > 1 and fan_in == math.prod(site.shape[2:]):
+    if site.groups > 1 and fan_in == math.prod(site.shape[2:]):  # rule 4
         return "depthwise convolution: its fan-in is the kernel alone"
     return ""
 

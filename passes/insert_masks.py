@@ -55,15 +55,16 @@ class InsertMasks(Pass[Draft]):
     def run(self, subject: Draft) -> PassResult[Draft]:
         """Write the draft to the model; whatever fails on the way is undone."""
         model = subject.model
+        # Rule 8.
         subject.records = {fqn: replace(record, asked=subject.asked) for fqn, record in subject.records.items()}
         keepers = _by_keeper(model, subject.records)
         readers = _by_reader(subject)
         former: dict[str, Tensor] = {}
         try:
-            for fqn, values in subject.values.items():
+            for fqn, values in subject.values.items():  # rule 2: written into, so that optimizers still hold it
                 former[fqn] = model.get_parameter(fqn).detach().clone()
                 model.get_parameter(fqn).copy_(values)
-            for keeper, names in keepers.items():
+            for keeper, names in keepers.items():  # rules 1, 3 and 5
                 prefix = f"{keeper}." if keeper else ""
                 masks = {fqn.removeprefix(prefix): subject.masks[fqn] for fqn in names if fqn in subject.masks}
                 records = {fqn.removeprefix(prefix): subject.records[fqn] for fqn in names}
@@ -72,10 +73,11 @@ class InsertMasks(Pass[Draft]):
                 if masks and isinstance(module, ParametrizationList):
                     holder, attr = holder_of(keeper)
                     attach_holder(model.get_submodule(holder), attr, module)
-            for reader, found in readers.items():
+            for reader, found in readers.items():  # rule 6
                 attach_transforms(model.get_submodule(reader), tuple(found))
-            if isinstance(model, fx.GraphModule):
+            if isinstance(model, fx.GraphModule):  # rule 4
                 _rewrite_graph(model, subject.records)
+            # Rule 7.
             check_loading(model)
             note_masked(model, subject.records.values())
             invariants.verify(model)
@@ -93,6 +95,7 @@ def _undo(model: nn.Module, records: dict[str, WeightRecord], written: list[str]
     """Take back what was written to the model so far."""
     if isinstance(model, fx.GraphModule):
         restore_graph(model)
+    # Whatever of this was not done yet is passed over: it failed at any of the steps.
     for record in records.values():
         owner = model.get_submodule(record.site.owner)
         if record.sparse:
@@ -124,6 +127,7 @@ def _by_keeper(model: nn.Module, records: dict[str, WeightRecord]) -> dict[str, 
     keepers: dict[str, list[str]] = {}
     for fqn, record in records.items():
         owner = model.get_submodule(record.site.owner)
+        # What holds the weights of a traced model is a plain nn.Module that nobody calls: there is no class to swap.
         bare = isinstance(model, fx.GraphModule) and type(owner).forward is nn.Module.forward
         keepers.setdefault("" if bare else record.site.owner, []).append(fqn)
     return keepers
@@ -153,6 +157,7 @@ def _keeper_of(model: nn.Module, fqn: str) -> tuple[nn.Module, str]:
 
 def _to_module(model: fx.GraphModule, node: fx.Node, fqn: str) -> fx.Node:
     with model.graph.inserting_before(node):
+        # A call_function node could not be told from any other: a module has a name, and restore_graph finds it.
         mask = model.graph.get_attr(fqn + MASK_SUFFIX)
         new = model.graph.call_module(_contraction(model, node.target, fqn), node.args, {**node.kwargs, "mask": mask})
     _replace(model, node, new)
@@ -189,7 +194,7 @@ def restore_graph(model: fx.GraphModule) -> None:
             with model.graph.inserting_after(node):
                 new = model.graph.create_node(op, function, node.args, kwargs)
             _replace(model, node, new)
-            if not mask.users:
+            if not mask.users:  # torch.fx erases no node that is still read
                 model.graph.erase_node(mask)
     for name in contractions:
         delattr(model, name)

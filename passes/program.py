@@ -83,6 +83,7 @@ class Geometry:
         """
         if not self.transposed:
             return weight.reshape(weight.shape[0], -1)
+        # Torch has (C, n / groups, *kernel): the groups are cut out of the C inputs, the neurons out of each group.
         per_group = weight.shape[1]
         apart = weight.reshape(self.groups, -1, per_group, *self.kernel)
         return apart.transpose(1, 2).reshape(self.groups * per_group, -1)
@@ -244,6 +245,7 @@ class Program:
         """
         if batch is None or not self.dynamic:
             return self.args, self.kwargs
+        # Where equal sizes are not tied by the graph, different ones show whether it was made for equal ones after all.
         leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
         ties = self.ties if apart and self.ties else (0,) * len(leaves)
         order = list(dict.fromkeys(tie for tie, batched in zip(ties, self.batched, strict=True) if batched))
@@ -263,7 +265,7 @@ def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
     The graphs of branches are copied too; nodes keep their names and values.
     """
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
-    returned = graph.graph_copy(module.graph, nodes)
+    returned = graph.graph_copy(module.graph, nodes)  # of all nodes but the output, which it gives back unmade
     (last,) = module.graph.find_nodes(op="output")
     nodes[last] = graph.output(returned)
     nodes[last].meta = dict(last.meta)

@@ -3,6 +3,14 @@
 Owns what has to be so while a model is traced, and that it is as before afterwards: the attention and expert
 implementations, signatures with a variable number of arguments, assigned buffers, silence. It must not know which
 attempt comes next.
+
+1. Attention and experts run as plain operators: fused ones are opaque, or have no ONNX form.
+2. Arguments behind ``*args`` and ``**kwargs`` get a parameter each: export names free sizes by parameter.
+3. An assignment to a place that a tensor names is a selection and a write.
+4. An assigned buffer is written to when all is done: export sees writes, but no assignment in a sub-module.
+5. Objects are made of leaves, and taken apart, inside the forward that is traced.
+6. Views become reshapes before the graph is made functional, since that traces it again, perhaps with other strides.
+7. What torch logs, prints or warns of meanwhile is kept back.
 """
 
 import contextlib
@@ -49,7 +57,7 @@ def export(
         sizes: For each flat input, what its free dimensions are to be; None where all its sizes are fixed.
         strict: Trace with torch's bytecode analysis instead of plain Python.
     """
-    model = _with_plain_signature(model, args, kwargs)
+    model = _with_plain_signature(model, args, kwargs)  # rule 2
     names = list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)
     values = [*args, *kwargs.values()]
     by_name = dict(zip([*names[: len(args)], *kwargs], values, strict=True))
@@ -57,10 +65,11 @@ def export(
     shapes = pytree.tree_map(lambda _: next(leaves), by_name) if any(sizes) else None
     with torch.no_grad(), warnings.catch_warnings(), contextlib.nullcontext() if strict else _PlacesOfTensors():
         warnings.simplefilter("ignore")  # about torch's own internals; nothing a user could act on
+        # Rule 3 acts on Python that runs, which it does not where tracing is strict.
         exported: ExportedProgram = torch.export.export(
             model, args, kwargs, dynamic_shapes=shapes and {name: shapes[name] for name in names}, strict=strict
         )
-        _reshape_views(exported.graph_module)
+        _reshape_views(exported.graph_module)  # rule 6
         functional: ExportedProgram = exported.run_decompositions({})
         return functional
 
@@ -75,6 +84,7 @@ class _PlacesOfTensors(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        # Rule 3.
         if func is torch.Tensor.__setitem__ and _is_place_of_tensors(args[1]):
             written, value = _selected(args[0], args[1]), args[2]
             if not isinstance(value, Tensor):
@@ -167,6 +177,7 @@ def writing_in_place(model: nn.Module) -> nn.Module:
     """
 
     def around(forward: Callable[..., Any], self: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # Rule 4. By identity: a buffer under several names must be assigned under all of them, or under none.
         before = {module: dict(module._buffers) for module in self.modules()}
         output = forward(*args, **kwargs)
         held: dict[int, tuple[Tensor, list[Tensor]]] = {}
@@ -222,6 +233,7 @@ def flattened(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     Export would make such objects anew at the border of every graph that it makes, and what they do meanwhile (a cache
     makes empty tensors) is in no graph.
     """
+    # Rule 5.
     leaves, spec = pytree.tree_flatten((args, kwargs))
     names = [*list(inspect.signature(model.forward).bind(*args, **kwargs).arguments)[: len(args)], *kwargs]
     specs: list[pytree.TreeSpec] = []
@@ -248,7 +260,7 @@ def _reshape_views(module: fx.GraphModule) -> None:
 @contextmanager
 def fit_for_capture(model: nn.Module) -> Iterator[None]:
     """The state in which ``model`` can be captured: plain attention and experts, and torch silent."""
-    with plain_attention(), plain_experts(model), _quiet_torch():
+    with plain_attention(), plain_experts(model), _quiet_torch():  # rules 1 and 7
         yield
 
 

@@ -15,8 +15,8 @@ regions is known in each.
    export takes seconds, and a model has many blocks of one class. Their children are.
 5. One graph must serve all recorded calls of the module: the same structure and constants, and tensors of the same
    types and ranks. Sizes that differ from call to call must be free in the graph; the leading one may be.
-6. A module that writes into buffers, or holds a TorchScript module, is not tried: a region's graph has no effects but
-   what it returns, and export cannot look into TorchScript.
+6. A module that writes into buffers, or holds a TorchScript module, is not tried: a part of a model must not write
+   where the rest of it may read, and export cannot look into TorchScript.
 """
 
 from collections import Counter

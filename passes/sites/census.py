@@ -77,7 +77,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.found: dict[int, list[ParameterUse]] = {}
-        self.values: Any = WeakIdKeyDictionary()
+        self.values: Any = WeakIdKeyDictionary()  # by identity; a value is forgotten with its tensor
         for parameter in model.parameters():
             self.values[parameter] = initial(parameter)
         for buffer in model.buffers():
@@ -99,6 +99,7 @@ class _Recorder(TorchFunctionMode):
             return Data(leaf.dim()) if value is None else value
 
         seen_args, seen_kwargs = _mapped((args, kwargs or {}), value_of)
+        # Rule 1; what met no weight is data without being noted down.
         if any(isinstance(self.values.get(tensor), Views | Derived) for tensor in met):
             self._keep(result, after(name, func, seen_args, seen_kwargs, self._report))
         return result
@@ -171,7 +172,7 @@ def weights_feeding_outputs(model: nn.Module, example_inputs: Any, weights: set[
         seen.add(node)
         inputs = [following for following, _ in node.next_functions if following is not None]
         read = {id(parameter) for following in inputs if (parameter := _parameter_behind(following)) is not None}
-        if read & weights:
+        if read & weights:  # rule 2: what lies behind this contraction does not feed the output any more
             found |= read & weights
         else:
             stack.extend(inputs)
@@ -180,7 +181,7 @@ def weights_feeding_outputs(model: nn.Module, example_inputs: Any, weights: set[
 
 def _parameter_behind(node: Any) -> Tensor | None:
     """The leaf that ``node`` reads, if there is nothing but single-input operations in between."""
-    while not hasattr(node, "variable"):
+    while not hasattr(node, "variable"):  # autograd ends in AccumulateGrad nodes, which name their leaf
         inputs = [following for following, _ in node.next_functions if following is not None]
         if len(inputs) != 1:
             return None

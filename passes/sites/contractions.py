@@ -5,6 +5,21 @@ ATen operators) and functions seen while a model runs alike: an operation goes b
 
 A dimension's role is one letter: ``n`` it appears in the output, ``i`` it is summed over with the data, ``b`` it is
 matched with a dimension of the data and appears in the output (the batch of a batched product: one weight each).
+
+In the words of einsum, with x for data, w for the weight and the letters of its dimensions behind it:
+
+====================  =====================================  ==========================================
+operation             what it computes                       roles of w
+====================  =====================================  ==========================================
+linear                ``...i,ni->...n``                      ``ni``
+conv, 1d to 3d        a linear of every window               ``n`` and ``i`` for channels and kernel
+transposed conv       each place adds a window               ``i``, ``n``, and ``i`` for the kernel
+matmul and the like   ``*ni,*in->*nn``, either may be w      ``*ni`` on the left, ``*in`` on the right
+inner                 ``ni,mi->nm``                          ``ni`` on both sides
+einsum                as its equation says                   not in the output ``i``; else shared ``b``; else ``n``
+tensordot             over the axes that are named           those ``i``, all others ``n``
+grouped product       a matrix for each run of rows          ``bin``
+====================  =====================================  ==========================================
 """
 
 from collections.abc import Callable, Sequence
@@ -51,9 +66,9 @@ class Operand:
             summed = {dim % rank for dim in self.contracted}
             return "".join("i" if dim in summed else "n" for dim in range(rank))
         roles = self.roles.removeprefix("*")
-        if rank == 1 and self.roles in ("*in", "*ni"):  # a product with a vector
+        if rank == 1 and self.roles in ("*in", "*ni"):  # a product with a vector, which torch sums over
             return "i"
-        if rank < len(roles):
+        if rank < len(roles):  # a convolution of one sample, say; where leading ones are unknown, the last are told
             return roles[len(roles) - rank :] if loose else None
         if rank > len(roles) and not self.roles.startswith("*"):
             return None
@@ -164,13 +179,14 @@ def _einsum(name: str, at: _Arguments) -> list[Operand]:
         return []
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    if not arrow:
+    if not arrow:  # as torch has it: the letters that occur once, in alphabetical order
         letters = inputs.replace(",", "").replace(".", "")
         output = "".join(sorted(letter for letter in set(letters) if letters.count(letter) == 1))
     found = []
     for position, (term, tensor) in enumerate(zip(terms, tensors, strict=False)):
         others = "".join(terms[:position] + terms[position + 1 :])
         letters = term.removeprefix("...")
+        # Dots elsewhere than in front, or summed over, have no letters to go by.
         if "." in letters or (letters != term and "..." not in output):
             continue
         roles = "*" if letters != term else ""
@@ -195,6 +211,7 @@ def _tensordot(name: str, at: _Arguments) -> list[Operand]:
 
 
 def _attention(name: str, at: _Arguments) -> list[Operand]:
+    # By the positions in the signature of torch's multi_head_attention_forward.
     separate = [
         at.kwargs.get(f"{part}_proj_weight", at.args[18 + i] if len(at.args) > 18 + i else None)
         for i, part in enumerate(PACKED)

@@ -95,6 +95,7 @@ class Flow:
         self._ways = ways
         self._met: set[int] = set()
         self._called(model, (), {}, root=True)
+        # Rule 5.
         for module in model.modules():
             if self._is_new(module):
                 self._make("unknown", _data(self._called(module, (), {}, root=True)))
@@ -117,7 +118,7 @@ class Flow:
 
     def _make(self, sort: Sort, inputs: Iterable[Value], weights: frozenset[int] = frozenset()) -> Value:
         given = tuple(dict.fromkeys(inputs))
-        if sort == "elementwise" and len(given) == 1:
+        if sort == "elementwise" and len(given) == 1:  # rule 6
             return given[0]
         if len(self.values) >= _MOST_VALUES:
             raise TooLargeError
@@ -132,22 +133,23 @@ class Flow:
     ) -> Any:
         """What a module returns."""
         data = list(_data((args, kwargs)))
-        if not data and not root:
+        if not data and not root:  # rule 4: a child that computes something from its parameters alone
             return _Weights(frozenset(map(id, module.parameters())) | _ids((args, kwargs)))
         self._met.add(id(module))
         if root and not isinstance(module, fx.GraphModule) and _sort_of(module) is not None:
             data = [self._make("input", ())]
-        if isinstance(module, nn.MultiheadAttention) and lookup(module) is not None:
+        if isinstance(module, nn.MultiheadAttention) and lookup(module) is not None:  # rule 2, in three values
             return self._attention(module, data)
         if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and not root:
+            # Rule 1, without a trace: torch.fx would only find the same children in the same order.
             value = args[0] if args else next(iter(kwargs.values()))
             for child in module:
                 value = self._called(child, (value,), {})
             return value
-        if (sort := _sort_of(module)) is not None:
+        if (sort := _sort_of(module)) is not None:  # rule 2
             weights = frozenset(map(id, module.parameters())) if sort == "contraction" else frozenset[int]()
             return self._make(sort, data, weights)
-        trace = self._trace(module, args, kwargs)
+        trace = self._trace(module, args, kwargs)  # rule 1
         if trace is None:  # nobody knows what it does: nothing is followed through it
             return self._make("contraction", data)
         return _Frame(self, module, trace, args, kwargs, root=root).run()
@@ -167,6 +169,7 @@ class Flow:
         longest: Trace | None = None
         complete: Trace | None = None
         for trace in self._ways(module):
+            # Rule 1; where none takes all values, the first complete one, and then the one that came furthest.
             if not trace.failure:
                 complete = complete or trace
                 if given <= {str(node.target).lstrip("*") for node in trace.graph.find_nodes(op="placeholder")}:
@@ -202,7 +205,7 @@ class _Frame:
         return self._cut_off()
 
     def _cut_off(self) -> Value | None:
-        """What stands for the output of a trace that stopped early: anything may have become of its values."""
+        """Rule 3: what stands for the output of a trace that stopped early: anything may have become of its values."""
         made = list(_data(list(self.known.values())))
         if not made:
             return None
@@ -233,19 +236,20 @@ class _Frame:
 
     def _operation(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What a function or a method of tensors returns."""
-        if target is getattr or target is operator.getitem:
+        if target is getattr or target is operator.getitem:  # rule 3
             return self._part(target, args)
         name = name_of(target)
         row = operator_named(name)
-        if row.does == "measures":
+        if row.does == "measures":  # rule 4
             return None
         data = list(_data((args, kwargs)))
-        if not data:
+        if not data:  # rule 4
             return _Weights(_ids((args, kwargs)))
         make = self.flow._make
         if (found := operands(name, args, kwargs)) is not None:
             read = [operand.value for operand in found if operand.value is not None]
             weights = frozenset().union(*(each.ids for each in read if isinstance(each, _Weights)))
+            # The same operation contracts with a weight, or data with data, as attention does that is written out.
             return make("contraction", data, weights) if weights else make("product", data)
         if name in LOOKUPS or name in OPAQUE:
             return make("contraction", data, _ids((args, kwargs)))
@@ -262,13 +266,14 @@ class _Frame:
             return make("elementwise", [make("sum", summed), *data[2:]])
         if row.family == "scaled add" and isinstance(args[0], Value) and len(data) > 1:
             return make("sum", [args[0], make("elementwise", data[1:])])
-        if name in _MEANS and data[0] in self.flow.stacks:
+        if name in _MEANS and data[0] in self.flow.stacks:  # torch.stack(branches).sum(0)
             return functools.reduce(lambda left, right: make("sum", [left, right]), data[0].inputs)
+        # Norms that are written out: a length of the last axis, and then the product of a value with its own length.
         if (name in _MEANS or row.family == "spread") and len(data) == 1 and _keeps_last_axis_as_one(args, kwargs):
             return make("length", data)
         if row.family == "multiply" and len(summed) == 2 and _is_scaled_by_its_length(*summed):
             return make("norm", data)
-        made = make("elementwise", data)
+        made = make("elementwise", data)  # rule 6
         if name == "stack" and len(made.inputs) > 1:
             self.flow.stacks.add(made)
         return made
@@ -311,6 +316,7 @@ def _is_scaled_by_its_length(one: Value, other: Value) -> bool:
 def _sort_of(module: nn.Module) -> Sort | None:
     """What a module does that is one operation; None where its forward must be looked at."""
     facts = lookup(module)
+    # Experts are mixed by a router in their forward: that is looked at.
     if facts is not None and any(fact.kind == "stack" for fact in facts.values()):
         return None
     if facts is not None and not isinstance(module, nn.LayerNorm):
@@ -320,6 +326,7 @@ def _sort_of(module: nn.Module) -> Sort | None:
     if isinstance(module, _NORM_MODULES):
         return "norm"
     own = [*module.parameters()]
+    # Norms of other libraries, by their names; those with a matrix compute their scale, and are looked at.
     if "norm" in type(module).__name__.lower() and all(parameter.dim() <= 1 for parameter in own):
         return "elementwise" if "batch" in type(module).__name__.lower() else "norm"
     if type(module).__module__.startswith("torch.nn.") and not own and not any(module.children()):

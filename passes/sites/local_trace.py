@@ -4,6 +4,15 @@ Owns the tracer of discovery; it must not know what is read from its graphs. Not
 children are leaves, unless they are handed one of the module's own weights. Where the forward's way depends on data or
 on optional arguments, there is a trace for each of a few ways; a loop over data goes round once. What the code writes
 to the module meanwhile is undone.
+
+1. Children are leaves, so that each module's forward is traced on its own; but one that is handed a weight of the
+   traced module is looked into, since the weight is used there. Children of torch.nn say by their type what they do.
+2. A condition on data has the same answer throughout a way: false first, which is how optional branches are left out
+   most often, then true. Ways with both answers would be as many as two to the power of the conditions.
+3. Optional arguments are left out, or given as symbols. Where all are optional, the first is taken for the input.
+4. A loop over data goes round once, over the first element; a symbol is 1 where Python insists on a number.
+5. A trace that an error stopped is kept as far as it came, with the error.
+6. What the forward writes to the module meanwhile is undone, what it logs or warns of kept back: it has seen symbols.
 """
 
 import functools
@@ -54,19 +63,19 @@ def traces_of(module: nn.Module) -> Iterator[Trace]:
         >>> [trace.failure for trace in traces_of(nn.Linear(2, 2))]
         ['']
     """
-    for left_out in _left_out(module):
-        for answer in (False, True):
+    for left_out in _left_out(module):  # rule 3
+        for answer in (False, True):  # rule 2
             tracer = _Tracer(module, answer)
             failure = ""
             with _restored(module), _silent():
                 try:
                     tracer.trace(module, left_out)
-                except Exception as error:  # user code under the tracer may raise anything
+                except Exception as error:  # rule 5: user code under the tracer may raise anything
                     failure = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                     log.debug("tracing %s failed", type(module).__name__, exc_info=True)
             constants = {name: tensor for tensor, name in getattr(tracer, "tensor_attrs", {}).items()}
             yield Trace(getattr(tracer, "graph", None) or fx.Graph(), failure, constants)
-            if not tracer.conditions:
+            if not tracer.conditions:  # the other answer would make the same graph
                 break
 
 
@@ -80,6 +89,7 @@ def _left_out(module: nn.Module) -> list[dict[str, Any] | None]:
     defaults = {name: p.default for name, p in parameters.items() if isinstance(p.default, plain)}
     named = [p for p in list(parameters.values())[1:] if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     ways: list[dict[str, Any] | None] = [defaults, None] if defaults else [None]
+    # Rule 3; the others keep their defaults, which torch.fx puts in as constants.
     if len(named) > 1 and all(p.name in defaults for p in named):
         ways.insert(0, {name: value for name, value in defaults.items() if name != named[0].name})
     return ways
@@ -120,6 +130,7 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A node, or for a child that is handed a weight the nodes of its forward."""
+        # Rule 1.
         own_code = not type(m).__module__.startswith("torch.nn.") or isinstance(m, _TRANSPARENT)
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)]
         if own_code and any(self._is_weight(value.node) for value in given):

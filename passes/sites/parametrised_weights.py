@@ -8,6 +8,9 @@ Rules:
     2. What any other parametrisation makes of one parameter is masked, if it can be
        (:mod:`srigl_fx.passes.sites.value_transforms`).
     3. Everything else stays dense, with the reason.
+
+With v for the stored direction or weight, weight normalisation reads g v / |v|, a norm for each row, and spectral
+normalisation v / sigma(v), one number for all: zero stays zero, and no other place is touched but by a scale.
 """
 
 import functools
@@ -95,20 +98,20 @@ def _parametrised(name: str, attr: str, chain: ParametrizationList) -> Stored | 
     path = f"parametrizations.{attr}"
     reader = f"{name}.{path}" if name else path
     rest = list(chain)
-    if weight_norm.is_weight_norm(rest[0]) and "original1" in own:
+    if weight_norm.is_weight_norm(rest[0]) and "original1" in own:  # rule 1: original0 is g, original1 is v
         wrong = next((part for part in rest[1:] if type(part) is not _SPECTRAL), None)
         reason = "" if wrong is None else f"its values come from {type(wrong).__name__} after weight normalisation"
         others = tuple(id(own[other]) for other in own if other != "original1")
         return Stored(name=f"{path}.original1", parameter=own["original1"], reason=reason, others=others)
-    if not own:
+    if not own:  # it parametrises a buffer
         return None
-    if len(own) > 1 or "original" not in own:
+    if len(own) > 1 or "original" not in own:  # rule 3: there is no one value that each effective value stands for
         reason = f"its values come from {kind_of(rest[0])}, which makes them of several parameters"
         return Stored(name=f"{path}.{next(iter(own))}", parameter=next(iter(own.values())), reason=reason)
     stored = own["original"]
-    if all(type(part) is _SPECTRAL for part in rest):
+    if all(type(part) is _SPECTRAL for part in rest):  # rule 1
         return Stored(name=f"{path}.original", parameter=stored)
-    try:
+    try:  # rule 2
         maskings = [
             _chain_masking(chain, stored, f"{name}.{path}" if name else path, training=training)
             for training in (False, True)
@@ -151,7 +154,7 @@ def _chain_masking(chain: ParametrizationList, stored: nn.Parameter, name: str, 
 
 
 def with_zero_neurons(transform: Transform, layout: Layout, module: nn.Module, weight: Tensor) -> Transform | str:
-    """Rule 3 for a parametrisation, once its layout is known; or the reason it can only stay dense."""
+    """Rule 2 once the layout is known: what becomes of a neuron of zeros; or the reason it can only stay dense."""
     assert isinstance(module, ParametrizationList)
 
     def values(value: Tensor) -> Tensor:
@@ -200,7 +203,7 @@ def _stored_target(root: nn.Module, node: fx.Node) -> str | None:
     if node.op not in ("get_attr", "call_module"):
         return None
     path, _, attr = str(node.target).rpartition(".")
-    if node.op == "call_module":
+    if node.op == "call_module":  # a tracer that takes the list of parametrisations for a child: fc.parametrizations.w
         path, _, table = path.rpartition(".")
         if table != "parametrizations" and path + table != "parametrizations":
             return None

@@ -53,11 +53,12 @@ _CONVS: dict[type[nn.Module], Kind] = {
 
 
 def _has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
-    return isinstance(module, kind) and type(module).forward is kind.forward
+    return isinstance(module, kind) and type(module).forward is kind.forward  # rule 1
 
 
 def _attention(module: nn.MultiheadAttention) -> dict[str, Known]:
     found: dict[str, Known] = {}
+    # Rule 3; ablated rows of q would need the same rows of k to go, head by head.
     if module.in_proj_weight is not None:
         blocks = equal_blocks(module.in_proj_weight.shape[0], PACKED, ablatable=False)
         found["in_proj_weight"] = Known(kind="attention_in", blocks=blocks)
@@ -84,7 +85,7 @@ _RECURRENT: dict[type[nn.Module], str] = {
 def _recurrent(module: nn.Module, cell: str) -> dict[str, Known]:
     found: dict[str, Known] = {}
     for name, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() == 2:
+        if parameter.dim() == 2:  # rule 4
             gates = () if name.startswith("weight_hr") else GATES[cell]  # an LSTM's projection has no gates
             blocks = equal_blocks(parameter.shape[0], gates, ablatable=False)
             found[name] = Known(kind="rnn_gates", blocks=blocks)
@@ -128,7 +129,7 @@ def lookup(module: nn.Module) -> dict[str, Known] | None:
         found = _attention(module)
     elif _is_hugging_face_conv1d(module):
         found = {"weight": Known(kind="linear_in_out")}
-    elif (stack := experts(module)) is not None:
+    elif (stack := experts(module)) is not None:  # rule 5
         found = {
             name: Known(reason=fact) if isinstance(fact, str) else Known(kind="stack", layout=fact)
             for name, fact in stack.items()
@@ -145,6 +146,7 @@ def lookup(module: nn.Module) -> dict[str, Known] | None:
                 found = describe(module)
     if found is None:
         return None
+    # Rule 2; a parameter that was deleted, or made a buffer, is none.
     held = {*dict(module.named_parameters(recurse=False)), *computed_names(module)}
     return {attr: known for attr, known in found.items() if attr in held}
 

@@ -16,6 +16,20 @@ Rules:
        each neuron on its own (batch and instance normalisation) is none.
     5. Else the neurons are the layer's own ``width``. Where a weight is used several times the first of these holds
        that holds for one use; where no use was seen, or not where the neurons go, nothing is known.
+
+Rule 1 in sets, for each value v made from inputs u, in one pass from front to back::
+
+    depth(v)      max of depth(u), min where v is element by element; one more for a contraction or a product
+    ancestors(v)  {v} and all ancestors(u)
+    sources(v)    {v} for an input of the model, else all sources(u)
+    heads(v)      {v}, and all heads(u) unless v is a contraction or a product
+
+A sum of a short and a long side, depth(short) < depth(long), skips a layer if heads(short) and ancestors(long) share
+
+    a. a value that is no input of the model; or
+    b. an input, while sources(short) has all of sources(long); or
+    c. nothing, but sources(short) has all of sources(long), and a contraction in heads(short) reads a value of which a
+       head is in ancestors(long).
 """
 
 import logging
@@ -63,12 +77,13 @@ def roles_of(model: nn.Module, ways: Ways) -> dict[int, Role]:
 def _role(written: Value, skips: set[Value]) -> Role | None:
     """What becomes of the neurons that a contraction writes."""
     reached = _readers(written, through_norms=True, until=skips)
-    if not reached.isdisjoint(skips):
+    if not reached.isdisjoint(skips):  # rule 2
         return "stream"
-    if any(value.sort == "product" for value in reached):
+    if any(value.sort == "product" for value in reached):  # rule 3
         return "attention"
-    if any(value.sort == "unknown" for value in reached):
+    if any(value.sort == "unknown" for value in reached):  # rule 5: who knows where they go from there
         return None
+    # Rules 4 and 5.
     readers = {value for value in _readers(written, through_norms=False, until=set()) if not _keeps_apart(value)}
     return "normalised" if readers and all(value.sort == "norm" for value in readers) else "width"
 
@@ -87,7 +102,7 @@ def _readers(written: Value, *, through_norms: bool, until: set[Value]) -> set[V
         for user in value.users:
             if user not in found:
                 found.add(user)
-                if user in until:
+                if user in until:  # one is enough: rule 2 comes first
                     return found
                 if user.sort in ("elementwise", "sum", "length") or (through_norms and user.sort == "norm"):
                     pending.append(user)
@@ -122,8 +137,9 @@ def _skips(values: list[Value]) -> set[Value]:
         if value.sort != "sum" or len(value.inputs) != 2:
             continue
         short, long = sorted((each.place for each in value.inputs), key=depth.__getitem__)
-        if depth[short] == depth[long]:
+        if depth[short] == depth[long]:  # two branches side by side
             continue
+        # Rule 1: a, b, c.
         shared = heads[short] & ancestors[long]
         covers = not sources[long] & ~sources[short]
         if shared & ~given or (shared and covers) or (covers and projects(short, long)):

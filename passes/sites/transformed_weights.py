@@ -97,9 +97,9 @@ class TransformedWeights:
             layouts: The layouts in which modules are known to read it, or what is computed from it.
         """
         plain = [use for use in uses if use.kind != "transformed"]
-        if id(parameter) in self._magnitudes:
+        if id(parameter) in self._magnitudes:  # rule 3: g of g v / |v|
             return [ParameterUse(kind="none", detail="the magnitudes of a weight normalisation")], ()
-        if id(parameter) in self._stored:
+        if id(parameter) in self._stored:  # rule 3
             module, stored = self._stored[id(parameter)]
             if stored.reason:
                 return [ParameterUse(kind="transformed", detail=stored.reason)], ()
@@ -116,6 +116,7 @@ class TransformedWeights:
         recognised = self._read.get(id(parameter), [])
         if not recognised:
             return uses, ()
+        # Rule 4: one reading that cannot be masked is enough.
         reason = next((found.reason for found in recognised if found.reason), "")
         if any(found.owner is not None and found.owner is not owner for found in recognised):
             reason = "modules share it, and the one that transforms it is not the first of them"
@@ -123,7 +124,7 @@ class TransformedWeights:
             return [
                 replace(use, detail=f"{use.detail}: {reason}") if use.kind == "transformed" else use for use in uses
             ], ()
-        if all(found.no_weight for found in recognised):
+        if all(found.no_weight for found in recognised):  # it only scales what is the weight
             return [*plain, ParameterUse(kind="none", detail=recognised[0].no_weight)], ()
         plain = [use for use in plain if use.kind != "none"]
         plain += [ParameterUse(kind="weight", layout=found.layout) for found in recognised if not found.no_weight]
@@ -150,7 +151,7 @@ def recognise(name: str, module: nn.Module, uses: dict[int, list[ParameterUse]] 
     wanted = None if uses is None else {key for key, all_ in uses.items() if any(map(_may_transform, all_))}
     if wanted is not None and not wanted:
         return {}
-    try:
+    try:  # rule 2
         graphs = [regenerated.trace(module, training=training) for training in (False, True)]
     except RegenerationError as error:
         reason = f"the forward around it cannot be regenerated: {error}"
@@ -178,11 +179,13 @@ def _recognised(name: str, module: nn.Module, graphs: list[fx.Graph], target: st
         return Recognised(reason="its values are not real numbers")
     maskings, layouts = [], []
     try:
+        # Rule 1, in both modes unless they are the same.
         for graph in graphs[: 1 if str(graphs[0]) == str(graphs[1]) else 2]:
             source, end, layout = _span(module, graph, target, weight)
             elementwise = is_elementwise(module, source, end, weight, name)
             transform = functools.partial(regenerated.between(graph, target, end.name), module)
             dims: tuple[int, ...] = ()
+            # Not run where children make it place by place: they may observe what they are run on.
             if not elementwise or not any(node.op == "call_module" for node in regenerated.ancestors(end)):
                 check_values(transform, weight)
                 dims = zero_dims(transform, weight, layout, elementwise=elementwise)
@@ -203,6 +206,7 @@ def _span(module: nn.Module, graph: fx.Graph, target: str, weight: nn.Parameter)
     source = next(node for node in graph.nodes if node.op == "get_attr" and node.target == target)
     below = _descendants(source)
     for node in graph.nodes:
+        # One value that takes its place: all that is made of the weight lies before it or behind it, nothing beside.
         if (
             node not in below | {source}
             or node.op == "output"
@@ -222,6 +226,7 @@ def _uses_as_weight(module: nn.Module, graph: fx.Graph, node: fx.Node, weight: n
     for each in graph.nodes:
         stands_in = each is node
         copies[each] = new.get_attr("stand_in") if stands_in else new.node_copy(each, copies.__getitem__)
+    # What only served to make the value would be seen as uses of its own.
     behind = regenerated.ancestors(node) - {node}
     for each in reversed(list(graph.nodes)):
         if each in behind and each.op != "placeholder" and not copies[each].users:

@@ -9,6 +9,24 @@ Rules:
        they are back in the end.
     2. A transform that mixes the values of one neuron leaves a neuron of zeros as it is, unless it gives that neuron
        values all the same.
+
+With w for the stored weight, an effective weight e can be masked where e[i] stands for w[i]::
+
+    e[i] = f(w[i])            element by element (tanh, a scale, a fake quantisation)
+    e[i] = f(w[i], s(w))      with statistics of w: e[i] = (w[i] - mean(w)) / std(w)
+
+Rule 1 gives each node of the graph one of three roles, beginning with the weight, which is the "value":
+
+    a. What no value and no statistic goes into is "other", and so is a size.
+    b. Reshapes, squeezes and indices keep the role of what they are applied to. A value must stay whole, and in the
+       order of the weight's axes; where its elements are cut or laid out anew, e[i] is no longer at w[i].
+    c. Element by element, a value makes a value, and statistics alone a statistic; both together make a value with
+       statistics, which is not element by element any more.
+    d. What changes axes is tried out; its values are in place again where the axes are those of the weight in the end.
+    e. A reduction makes a statistic.
+    f. Normalisations and softmax make a value with statistics.
+    g. A child module is looked into, in both modes.
+    h. Anything else (a sort, a product, a flip) puts values in other places, or mixes them.
 """
 
 import warnings
@@ -84,7 +102,7 @@ def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Ten
         if node not in needed or node is source:
             continue
         met = {roles[each] for each in node.all_input_nodes if each in roles}
-        if node.op == "placeholder":
+        if node.op == "placeholder":  # a mask of what changes with every batch could not be drawn
             raise UnfitError("its effective value depends on the data")
         if node.op == "get_attr":
             _check_companion(node, attribute(module, str(node.target)), weight, name)
@@ -99,31 +117,31 @@ def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Ten
             axes[node] = axes[values[0]]
             if any(axes[each] != axes[node] for each in values):
                 raise UnfitError(f"{operation} combines values of different places")
-        if not met & {"value", "statistic"} or row.does in _SIZES:
+        if not met & {"value", "statistic"} or row.does in _SIZES:  # a
             roles[node] = "other"
-        elif row.family in {"reshape", "one"} or operation == "getitem":
+        elif row.family in {"reshape", "one"} or operation == "getitem":  # b
             if operation == "getitem" and "value" in met:
                 raise UnfitError("it is cut in pieces")
             if axes.get(node, usual) != usual:  # in another order, whatever axes there are then
                 raise UnfitError(f"{operation} does not keep each value in its place")
             roles[node] = "value" if "value" in met else "statistic"
-        elif row.does in _ELEMENTWISE or row.family == "quantize":
+        elif row.does in _ELEMENTWISE or row.family == "quantize":  # c
             roles[node] = "value" if "value" in met else "statistic"
             elementwise &= not {"value", "statistic"} <= met
-        elif row.family == "axes":
+        elif row.family == "axes":  # d
             roles[node] = "value" if values else "statistic"
             if values:
                 axes[node] = _turned(node, axes[node], operation)
-        elif row.does == "reduces":
+        elif row.does == "reduces":  # e
             roles[node] = "statistic"
-        elif row.does == "normalises" or row.family == "softmax":
+        elif row.does == "normalises" or row.family == "softmax":  # f
             roles[node], elementwise = "value", False
-        elif operation == "module":
+        elif operation == "module":  # g
             if axes.get(node, usual) != usual:
                 raise UnfitError(f"the child {node.target!r} takes it turned")
             elementwise &= _module_is_elementwise(module, node, weight, _joined(name, str(node.target)))
             roles[node] = "value"
-        else:
+        else:  # h
             raise UnfitError(f"{operation} does not keep each value in its place")
     if roles[end] != "value":
         raise UnfitError("what is used is not of its shape")
@@ -134,7 +152,7 @@ def is_elementwise(module: nn.Module, source: fx.Node, end: fx.Node, weight: Ten
 
 def _turned(node: fx.Node, axes: tuple[int, ...], operation: str) -> tuple[int, ...]:
     """The axes behind an operation that puts them in another order: it is tried on axes that differ in size."""
-    sizes = tuple(range(2, 2 + len(axes)))
+    sizes = tuple(range(2, 2 + len(axes)))  # none is 1, which an operation might squeeze away
     args = [torch.empty(sizes) if isinstance(each, fx.Node) else each for each in node.args]
     call = getattr(torch.Tensor, node.target) if isinstance(node.target, str) else node.target
     assert callable(call)
@@ -174,9 +192,10 @@ def _joined(name: str, target: str) -> str:
 
 
 def _check_companion(node: fx.Node, value: object, weight: Tensor, name: str) -> None:
+    """Refuse another parameter that is more than a scale or a shift along one dimension."""
     if isinstance(value, nn.Parameter) and value.numel() > max(weight.shape):
         fqn = _joined(name, str(node.target))
-        if weight.numel() <= max(value.shape):
+        if weight.numel() <= max(value.shape):  # seen from the other one, this is the scale
             contracted = any(operands(name_of(user.target), user.args, user.kwargs) for user in node.users)
             raise CompanionError(
                 f"it is data, which the weight {fqn!r} multiplies"
@@ -225,17 +244,20 @@ def zero_dims(
         >>> zero_dims(lambda w: w.softmax(1), torch.randn(3, 2), layout, elementwise=False)
         ()
     """
-    if elementwise:
+    if elementwise:  # f(0) is masked where it stands; nothing of a neuron's zeros reaches other places
         return ()
     without = weight.detach().clone()
     dims = layout.input_axes if layout.view == tuple(weight.shape) else ()
     neuron = tuple(slice(None) if dim in dims else 0 for dim in range(weight.dim()))
     if not dims:
         raise UnfitError("its neurons do not lie along its dimensions")
+    # A neuron of zeros on trial: what does the transform make of it?
     without[neuron] = 0.0
     there = _values(transform, without)[neuron]
-    if bool(there.isfinite().all()) and bool(there.any()):
+    if bool(there.isfinite().all()) and bool(there.any()):  # it gets values all the same, as from a softmax
         return ()
+    # It stays zero, or it is divided by its own length. Then the values behind are replaced, but 0 * inf in the
+    # backward pass would still reach the weight: the gradient says, for a neuron gone and for an input gone.
     first_input = tuple(0 if dim == dims[0] else slice(None) for dim in range(weight.dim()))
     masking = Masking(elementwise=False, zero_dims=dims)
     for zeros in (neuron, first_input):

@@ -2,6 +2,24 @@
 
 Owns :class:`Layout` and how the roles of an operand's dimensions become the axes of a parameter's matrix view; it must
 not know graphs, modules or the names of operations.
+
+A layout says how a parameter becomes a matrix with one neuron a row::
+
+    W.reshape(view).permute(neuron_axes + input_axes).reshape(rows, fan_in)
+
+Rules:
+    1. An operand that is the parameter as it is has the layout that is usual for its kind.
+    2. Else the factors of all its dimensions, outermost first by their strides, must cut the parameter into axes: each
+       ends where the one before begins. Two uses may cut differently, but not across each other.
+    3. A stretch of the parameter that no factor covers is one that the view selects from (an expert of a stack): an
+       axis with the role ``b``, as if it were matched with a batch.
+    4. A lookup is no contraction: rows are selected, and none of the axes that are left is a neuron's.
+    5. Where nothing is summed over, the weight scales its input, and there is no fan-in.
+    6. Neighbouring axes of one role are one axis, unless the parameter itself has a border there.
+    7. Axes of size 1 are not seen in strides: they are inputs if nothing else is, else neurons if nothing else is; else
+       the first one is a stack of one, and others are neurons.
+    8. Axes with the role ``b`` are neurons too, ahead of the others; each place along them is a block of its own.
+    9. Where no axis is a neuron's (a product of vectors, element by element in the batch), those with ``b`` are.
 """
 
 import math
@@ -82,17 +100,19 @@ def layout_of(view: WeightView, operand: Operand) -> Layout | str:
         ('linear', (0,))
     """
     usual = operand.kind not in ("other", "einsum", "stack")
-    if usual and view.is_whole:
+    if usual and view.is_whole:  # rule 1
         groups = operand.groups
         if groups == 0:  # known at run time only
             if operand.kind.startswith("conv_transpose"):
                 return "a transposed convolution whose groups are not known statically"
+            # One input channel a group is taken for depthwise; otherwise rows are the same whatever the groups are.
             groups = view.shape_of[0] if view.shape_of[1] == 1 else 1
         rows = Layout.usual(operand.kind, view.shape_of, groups=groups).rows
         named = operand.blocks or not operand.ablatable
         blocks = equal_blocks(rows, operand.blocks, ablatable=operand.ablatable) if named else ()
         return Layout.usual(operand.kind, view.shape_of, groups=groups, blocks=blocks)
     roles = operand.roles_of(len(view.dims), loose=view.loose)
+    # Of a transposed convolution, neurons lie across the groups, which a part of its weight does not show.
     if roles is None or (operand.kind.startswith("conv_transpose") and operand.groups != 1):
         return f"a {len(view.dims)}-D view of the weight is contracted in a way that is not understood"
     return _from_roles(view, roles, operand)
@@ -108,23 +128,23 @@ def _from_roles(view: WeightView, roles: str, operand: Operand) -> Layout | str:
     end = total
     for stride, size, role in pieces:
         span = stride * size
-        if span > end or end % span:
+        if span > end or end % span:  # rule 2
             return "its uses cut it in pieces that are no axes"
-        axes += _missing(view.shape_of, span, end)
+        axes += _missing(view.shape_of, span, end)  # rule 3
         axes.append((stride, size, role))
         end = stride
     axes += _missing(view.shape_of, 1, end)
     kept = {role for _, _, role in pieces}
-    if "n" not in kept and len(pieces) < len(axes):
+    if "n" not in kept and len(pieces) < len(axes):  # rule 4
         return LOOKED_UP
-    if {role for _, _, role in axes} <= {"b", "n"}:
+    if {role for _, _, role in axes} <= {"b", "n"}:  # rule 5
         return "it is multiplied element by element, not summed over with the data"
     merged = _merged(axes, view.shape_of)
     return _layout(merged, view.shape_of, operand)
 
 
 def _missing(shape: tuple[int, ...], start: int, end: int) -> list[tuple[int, int, str]]:
-    """The parameter's own axes between two strides, which the view selects from."""
+    """Rule 3: the parameter's own axes between two strides, which the view selects from."""
     borders = {math.prod(shape[i:]) for i in range(len(shape) + 1)}
     cuts = sorted({start, end} | {border for border in borders if start < border < end}, reverse=True)
     return [(low, high // low, "b") for high, low in pairwise(cuts) if high % low == 0]
@@ -135,11 +155,11 @@ def _merged(axes: list[tuple[int, int, str]], shape: tuple[int, ...]) -> list[tu
     borders = {math.prod(shape[i:]) for i in range(len(shape) + 1)}
     merged: list[tuple[int, str]] = []
     for stride, size, role in axes:
-        if merged and merged[-1][1] == role and stride * size not in borders:
+        if merged and merged[-1][1] == role and stride * size not in borders:  # rule 6
             merged[-1] = (merged[-1][0] * size, role)
         else:
             merged.append((size, role))
-    # Axes of size 1 have no stride of their own; they are neurons unless nothing else is summed over.
+    # Rule 7.
     for position, length in enumerate(shape):
         if length == 1:
             roles = {role for _, role in merged}
@@ -149,11 +169,11 @@ def _merged(axes: list[tuple[int, int, str]], shape: tuple[int, ...]) -> list[tu
 
 
 def _layout(axes: list[tuple[int, str]], shape: tuple[int, ...], operand: Operand) -> Layout:
-    if not any(role == "n" for _, role in axes):  # a product of vectors: each has its own inputs
+    if not any(role == "n" for _, role in axes):  # rule 9: each has its own inputs
         axes = [(size, "n" if role == "b" else role) for size, role in axes]
     by_role = {wanted: tuple(i for i, (_, role) in enumerate(axes) if role == wanted) for wanted in "bni"}
     view = tuple(size for size, _ in axes)
-    neurons, inputs = by_role["b"] + by_role["n"], by_role["i"]
+    neurons, inputs = by_role["b"] + by_role["n"], by_role["i"]  # rule 8
     stack = math.prod(view[axis] for axis in by_role["b"])
     kind: Kind
     if view == shape and len(shape) == 2 and stack == 1:

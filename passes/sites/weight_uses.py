@@ -13,6 +13,17 @@ Rules:
        masking what the contraction reads.
     4. One that a lookup (``embedding``) reads is a table.
     5. One that only meets a contraction as data, or meets none, is no weight.
+
+A value is one of three things on its way through the graph: ``Views``, which hold elements of parameters as they are;
+``Derived``, which is computed from parameters; ``Data``, which no parameter went into but through a contraction.
+
+    ==================================  ===================================================================
+    view, copy, concatenation of Views  Views
+    Views times Data or a constant      Views (rule 2)
+    anything else with Views            Derived
+    contraction                         Data, and a use of every parameter that went into it (rules 1, 3, 5)
+    lookup                              Data, and a use (rule 4)
+    ==================================  ===================================================================
 """
 
 import operator
@@ -118,12 +129,12 @@ def uses_in(graph: fx.Graph, attribute: Callable[[str], object]) -> dict[int, li
             values[node] = initial(attribute(node.target))
             continue
         inputs = [values[each] for each in node.all_input_nodes]
-        if not any(isinstance(each, Views | Derived | list) for each in inputs):
+        if not any(isinstance(each, Views | Derived | list) for each in inputs):  # a list: parts of a weight, split
             values[node] = Data()
         elif node.op in ("call_function", "call_method"):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = _called(node.target, args, kwargs, report)
-        else:
+        else:  # a child is handed it, or it is returned: rule 5, as far as this graph shows
             for source in frozenset().union(*(value.sources for value in _tracked(inputs))):
                 report(source, ParameterUse(kind="none"))
             values[node] = Data()
@@ -177,15 +188,15 @@ def after(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: 
     flat = list(_flatten((*args, *kwargs.values())))
     met = _tracked(flat)
     sources: frozenset[int] = frozenset().union(*(value.sources for value in met))
-    if (found := operands(name, args, kwargs)) is not None:
+    if (found := operands(name, args, kwargs)) is not None:  # rules 1, 3 and 5
         return _contract(name, found, sources, report)
-    if name in LOOKUPS or name in OPAQUE:
+    if name in LOOKUPS or name in OPAQUE:  # rule 4, or a contraction of another kind
         kind: UseKind = "lookup" if name in LOOKUPS else "none"
         for source in sources:
             report(source, ParameterUse(kind=kind, detail=OPAQUE.get(name, "")))
         return Data()
     first = args[0] if args else None
-    if isinstance(first, Views):
+    if isinstance(first, Views):  # rule 1
         if is_copy(name):
             return first
         if name == "index_select" and len(args) > 1 and isinstance(args[1], int):
@@ -195,15 +206,16 @@ def after(name: str, function: Callable[..., Any], args: Sequence[Any], kwargs: 
     derived = Derived(
         sources, alone=not any(isinstance(v, Data) or (isinstance(v, Derived) and not v.alone) for v in flat)
     )
-    if operator_named(name).family == "multiply":
+    if operator_named(name).family == "multiply":  # rule 2
         return _scaled(name, args) or derived
-    if name in ("cat", "concat", "concatenate", "stack"):
+    if name in ("cat", "concat", "concatenate", "stack"):  # rule 1
         return _joined(name, args, kwargs) or derived
     return derived
 
 
 def _contract(name: str, found: list[Operand], sources: frozenset[int], report: Report) -> Value:
     values = [operand.value for operand in found if operand.value is not None]
+    # Rule 3, of two weights: of W2 (W1 x), each is masked where it stands, but (W2 W1) x reads neither of them.
     if all(operand.either for operand in found) and all(_is_weight(value) for value in values) and len(values) > 1:
         for source in sources:
             detail = "it is multiplied with another parameter before any data is"
@@ -212,9 +224,10 @@ def _contract(name: str, found: list[Operand], sources: frozenset[int], report: 
     read: set[int] = set()
     for operand in found:
         value = operand.value
-        if isinstance(value, Views):
+        if isinstance(value, Views):  # rule 1
             for view in value.views:
                 report(view.parameter, _as_use(layout_of(view, operand)))
+        # Rule 3. What data went into too is a weight only where nothing else could be: else it is an activation.
         elif isinstance(value, Derived) and (value.alone or not operand.either):
             for source in value.sources:
                 report(
@@ -223,7 +236,7 @@ def _contract(name: str, found: list[Operand], sources: frozenset[int], report: 
         else:
             continue
         read |= value.sources
-    for source in sources - read:
+    for source in sources - read:  # rule 5
         report(source, ParameterUse(kind="none"))
     return Data()
 
@@ -243,7 +256,7 @@ def _tracked(values: Iterable[Any]) -> list[Views | Derived]:
 
 
 def _viewed(value: Views, function: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    if name in ("getitem", "__getitem__"):
+    if name in ("getitem", "__getitem__"):  # indices may be tensors, which strides do not tell of
         return _indexed(value, args[0])
     if any(isinstance(each, Views | Derived | Data) for each in _flatten((*args, *kwargs.values()))):
         return Derived(value.sources, alone=True)  # its sizes are only known at run time
@@ -272,6 +285,7 @@ def _indexed_view(view: WeightView, parts: list[Any]) -> WeightView | None:
         found = view.through(_get, tuple(parts))
         return found if isinstance(found, WeightView) else None
     position = by_tensor[0]
+    # Indices that are paired up, or stand behind others, may move the dimensions of the result to its front.
     if len(by_tensor) > 1 or any(not isinstance(part, slice) for part in parts[:position]):
         return None
     index = parts[position]
@@ -292,13 +306,13 @@ def _scaled(name: str, args: Sequence[Any]) -> Value | None:
     if len(args) < 2:
         return None
     value, scale = args[0], args[1]
-    if "div" in name and not isinstance(value, Views):
+    if "div" in name and not isinstance(value, Views):  # divided by the weight: zeros do not stay zeros
         return None
     if not isinstance(value, Views):
         value, scale = scale, value
     if not isinstance(value, Views):
         return None
-    if isinstance(scale, Views) or (isinstance(scale, Derived) and scale.sources):
+    if isinstance(scale, Views) or (isinstance(scale, Derived) and scale.sources):  # rule 2: it may be w / |w|
         return None
     return value
 

@@ -4,6 +4,25 @@ Owns :class:`WeightView` and what views, slices and selections do to one; it mus
 A parameter is thought of as its flat, contiguous elements. Each dimension of a view is a product of factors, and each
 factor is a stretch of the flat index: a stride and a size. What an operation does to the dimensions is not written
 down here rule by rule: it is run on an empty tensor without storage, and the strides of the result tell.
+
+With factors (stride s, size n) of the dimensions, the element at the index (i, j, ...) is the parameter's element ::
+
+    flat[offset + sum over the factors of s * digit]
+
+where the digits of one dimension's index are those of i in a number system with the sizes n for bases, the outermost
+factor first. The offset is not kept: which rows a slice begins at makes no difference to how neurons lie.
+
+For a parameter of shape (6, 4): whole it is ((4, 6),) ((1, 4),); transposed ((1, 4),) ((4, 6),); flattened it is one
+dimension of two factors, ((4, 6), (1, 4)); ``[:3]`` leaves 3 of 6 steps of 4, and ``[0]`` only ((1, 4),).
+
+For each dimension of the result, of stride s and size n over the flat elements of the view that was looked at:
+
+1. Size 1 runs along nothing; stride 0 repeats.
+2. Factors that lie within one step of s are passed by; the first that does not is the innermost of the dimension. A
+   step that is no multiple of its own, or covers it not evenly, runs along no axis: what it does is unknown.
+3. Where every element is still there, a factor that is covered in part was split (a reshape): the parts are factors.
+4. Where elements are missing, it was sliced: the factor keeps its ``full`` size.
+5. What is left of n goes on with the next factor outwards, whose step is where this one ends.
 """
 
 import math
@@ -89,7 +108,7 @@ class WeightView:
 
     def through(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What ``function``, an :func:`is_view`, makes of the view: a view, a list of views, or None if unknown."""
-        probe = torch.empty(self.shape, device="meta")
+        probe = torch.empty(self.shape, device="meta")  # shapes and strides, but no memory
         try:
             with torch.no_grad():
                 out = function(probe, *args, **kwargs)
@@ -105,14 +124,14 @@ class WeightView:
         Rows that are picked from the front are selected, whichever they are; further behind it is a slice.
         """
         before, after = self.dims[:position], self.dims[position + 1 :]
-        if position and rank == 1:
+        if position and rank == 1:  # columns picked: whichever they are, they lie as a slice of columns does
             return self
         if rank is None:  # only leading dimensions can stay unknown
             return None if position else WeightView(self.parameter, self.shape_of, after, loose=True)
         return WeightView(self.parameter, self.shape_of, before + ((),) * rank + after, loose=self.loose)
 
     def _seen_as(self, probe: Tensor, out: Tensor) -> "WeightView | None":
-        if out.untyped_storage()._cdata != probe.untyped_storage()._cdata:
+        if out.untyped_storage()._cdata != probe.untyped_storage()._cdata:  # a copy: its strides are its own
             return None
         flat = [factor for dim in self.dims for factor in dim]
         relative = [math.prod(factor.size for factor in flat[i + 1 :]) for i in range(len(flat))]
@@ -135,25 +154,25 @@ def _covered(flat: list[tuple[int, Factor]], stride: int, size: int, preserved: 
 
     With ``preserved`` every element is still there, so a part of a factor means that it was split; else it was sliced.
     """
-    if size == 1:
+    if size == 1:  # rule 1
         return ()
-    if stride == 0:
+    if stride == 0:  # rule 1
         return (Factor(0, size, size),)
     covered: list[Factor] = []
     for relative, factor in reversed(flat):
-        if factor.size == 1 or relative * factor.size <= stride:
+        if factor.size == 1 or relative * factor.size <= stride:  # rule 2
             continue
-        if stride % relative:
+        if stride % relative:  # rule 2
             return None
         inner = stride // relative
-        if preserved:
+        if preserved:  # rule 3
             available = factor.size // inner
             take = min(size, available)
             if factor.size % inner or available % take or size % take:
                 return None
             full = factor.full // inner if take == available else take
             covered.insert(0, Factor(factor.stride * inner, take, full))
-        else:
+        else:  # rule 4; of a slice in steps, all is taken for a part of one factor
             take = min(size, factor.size // inner if inner == 1 else size)
             if size % take:
                 return None
@@ -161,5 +180,5 @@ def _covered(flat: list[tuple[int, Factor]], stride: int, size: int, preserved: 
         size //= take
         if size == 1:
             return tuple(covered)
-        stride = relative * factor.size
+        stride = relative * factor.size  # rule 5
     return None
