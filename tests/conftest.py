@@ -99,7 +99,7 @@ def _objects() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shortcuts() -> Iterator[None]:
-    """Exports take less than half the time if torch does once what it does again and again."""
+    """Torch does once what it does again at each export."""
     with torch_shortcuts.taken():
         yield
 

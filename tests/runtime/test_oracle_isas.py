@@ -57,51 +57,46 @@ def digests_on(isa: str, *, compiled: bool = False) -> dict[str, dict[str, str]]
 once = functools.cache(digests_on)
 
 
-def usable(isa: str, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setenv(ISA_VARIABLE, isa)
-    try:
-        return host_isa() == isa
-    except LibraryError:
-        return False
-    finally:
-        monkeypatch.undo()
+@pytest.fixture
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The parameter, an instruction set; tests are skipped whose CPU lacks it."""
+    wanted = str(request.param)
+    with monkeypatch.context() as patch:
+        patch.setenv(ISA_VARIABLE, wanted)
+        try:
+            host_isa()
+        except LibraryError:
+            pytest.skip(f"this CPU has no {wanted}")
+    return wanted
 
 
 @best
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", OTHERS)
-def test_oracle_tests_on(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not usable(isa, monkeypatch):
-        pytest.skip(f"this CPU has no {isa}")
+@pytest.mark.parametrize("isa", OTHERS, indirect=True)
+def test_oracle_tests_on(isa: str) -> None:
     run_oracle_tests(isa)
 
 
 @pytest.mark.slow
 @best
-@pytest.mark.parametrize("isa", OTHERS)
-def test_a_process_for_each(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("isa", OTHERS, indirect=True)
+def test_a_process_for_each(isa: str) -> None:
     """A few dozen cases, compared with the oracle there."""
-    if not usable(isa, monkeypatch):
-        pytest.skip(f"this CPU has no {isa}")
     assert once(isa)
 
 
 @best
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ISAS)
-def test_the_same_bits_in_every_process(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not usable(isa, monkeypatch):
-        pytest.skip(f"this CPU has no {isa}")
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_the_same_bits_in_every_process(isa: str) -> None:
     assert digests_on(isa) == once(isa)
 
 
 @best
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ISAS)
-def test_code_that_a_process_compiles_gives_the_same_bits(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_code_that_a_process_compiles_gives_the_same_bits(isa: str) -> None:
     """Without the operator library, whose code torch's operators take elsewhere in the tests."""
-    if not usable(isa, monkeypatch):
-        pytest.skip(f"this CPU has no {isa}")
     assert digests_on(isa, compiled=True) == once(isa)
 
 

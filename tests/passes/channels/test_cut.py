@@ -25,6 +25,20 @@ def random(generator: torch.Generator, *shape: int) -> Tensor:
     return ((torch.rand(shape, generator=generator) + 0.5) * sign).double()
 
 
+def settled(b: Builder, out: fx.Node, h: fx.Node, fixed: Tensor) -> Removal:
+    """What can go from the graph that ends at ``out``, where some elements of ``h`` are constant."""
+    removal = Removal(b.propagate(out), {h: Constant(fixed=fixed, value=torch.where(fixed, h.meta["val"], 0.0))})
+    removal.decision.settle()
+    return removal
+
+
+def cut_and_compare(b: Builder, removal: Removal, tolerance: float = 1e-12) -> None:
+    """Cut the graph; it gives what it gave before."""
+    expected = removal.program.module(*b.inputs)
+    removal.cut()
+    torch.testing.assert_close(removal.program.module(*b.inputs), expected, rtol=tolerance, atol=tolerance)
+
+
 Step = Callable[[Builder, fx.Node, torch.Generator], fx.Node]
 
 
@@ -111,9 +125,7 @@ def test_columns_of_zeros_go_with_all_that_makes_them(layer: str, steps: list[st
     gone = int(removal.decision.gone(removal.flow.sites[0].rows).sum())
     assert gone <= len(dead)
     assert gone == len(dead) or "split" in steps
-    expected = removal.program.module(*b.inputs)
-    removal.cut()
-    torch.testing.assert_close(removal.program.module(*b.inputs), expected, rtol=1e-10, atol=1e-10)
+    cut_and_compare(b, removal, 1e-10)
     read = [node for node in removal.program.module.graph.nodes if node.op == "get_attr" and node.users]
     assert (C - gone, 3, 2) in [tuple(node.meta["val"].shape) for node in read]
 
@@ -159,12 +171,9 @@ def test_one_constant_channel_carries_the_others_over_the_border(kind: str) -> N
     else:
         out = b.call(aten.conv_transpose1d.default, h, b.constant(random(g, C, 4, 3), "b"))
     fixed = constant_channels(first, h.meta["val"])
-    removal = Removal(b.propagate(out), {h: Constant(fixed=fixed, value=torch.where(fixed, h.meta["val"], 0.0))})
-    removal.decision.settle()
+    removal = settled(b, out, h, fixed)
     assert int(removal.decision.gone(removal.flow.sites[0].rows).sum()) == 2
-    expected = removal.program.module(*b.inputs)
-    removal.cut()
-    torch.testing.assert_close(removal.program.module(*b.inputs), expected, rtol=1e-12, atol=1e-12)
+    cut_and_compare(b, removal)
 
 
 def test_a_constant_that_varies_over_positions_becomes_a_map() -> None:
@@ -176,12 +185,9 @@ def test_a_constant_that_varies_over_positions_becomes_a_map() -> None:
     h = b.call(aten.add.Tensor, h, b.constant(random(g, C, 3), "position"))
     out = b.call(aten.conv1d.default, h, b.constant(random(g, 4, C, 1), "b"))
     fixed = constant_channels(first, h.meta["val"])
-    removal = Removal(b.propagate(out), {h: Constant(fixed=fixed, value=torch.where(fixed, h.meta["val"], 0.0))})
-    removal.decision.settle()
+    removal = settled(b, out, h, fixed)
     assert removal.decision.fold(removal.flow.sites[1]).mapped.sum() == 2
-    expected = removal.program.module(*b.inputs)
-    removal.cut()
-    torch.testing.assert_close(removal.program.module(*b.inputs), expected, rtol=1e-12, atol=1e-12)
+    cut_and_compare(b, removal)
     assert aten.add.Tensor in [user.target for user in out.users]
 
 
@@ -202,12 +208,9 @@ def test_what_is_read_over_channels_keeps_its_length(name: str) -> None:
         out = b.call(aten.linear.default, out, b.constant(last, "b"))
     fixed = torch.zeros(5, C, dtype=torch.bool)
     fixed[:, [0, 7]] = True
-    removal = Removal(b.propagate(out), {h: Constant(fixed=fixed, value=torch.where(fixed, h.meta["val"], 0.0))})
-    removal.decision.settle()
+    removal = settled(b, out, h, fixed)
     assert int(removal.decision.gone(removal.flow.sites[0].rows).sum()) == 2
-    expected = removal.program.module(*b.inputs)
-    removal.cut()
-    torch.testing.assert_close(removal.program.module(*b.inputs), expected, rtol=1e-12, atol=1e-12)
+    cut_and_compare(b, removal)
 
 
 def test_groups_of_a_norm_and_of_a_convolution_go_with_their_channels() -> None:
@@ -221,9 +224,7 @@ def test_groups_of_a_norm_and_of_a_convolution_go_with_their_channels() -> None:
     out = b.call(aten.conv1d.default, h, b.constant(last, "b"))
     removal = Removal(b.propagate(out))
     removal.decision.settle()
-    expected = removal.program.module(*b.inputs)
-    removal.cut()
-    torch.testing.assert_close(removal.program.module(*b.inputs), expected, rtol=1e-12, atol=1e-12)
+    cut_and_compare(b, removal)
     norm, grouped = h.args[0], h
     assert norm.args[1] == 2  # type: ignore[union-attr]
     assert grouped.args[6] == 1
