@@ -13,7 +13,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fast lint types wheel-test extras-test versions docs bench clean
+.PHONY: help demo test test-all fast lint types wheel-test extras-test versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,10 +21,13 @@ help: ## Show the targets
 demo: $(READY_demo) ## Train, lower, export and serve real networks; writes to $(OUT)
 	$(BIN)/srigl-fx demo --out $(OUT)
 
-test: $(READY_test) ## All tests
+test: $(READY_test) ## The tests that take about six seconds each at most: twelve minutes together
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"
+
+test-all: $(READY_test) ## All tests, those of whole models, of whole runs and of other instruction sets included
 	$(BIN)/python -m pytest -n $(WORKERS)
 
-fast: $(READY_test) ## The tests that take about a second each at most: five minutes together
+fast: $(READY_test) ## The tests that take a quarter of a second each at most: three minutes together
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 lint: $(READY_test) ## Style, with ruff

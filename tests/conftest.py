@@ -34,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What is long is slow as well."""
+    if item.get_closest_marker("long"):
+        item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """Let the garbage collector leave alone what the tests import: half a million objects, at each full collection."""
     gc.collect()

@@ -89,6 +89,7 @@ def test_turns_count_while_the_machine_is_calm() -> None:
     assert not timing.interleaved({"one": lambda calls: 2.0}, rounds=2, calm=lambda name: False)
 
 
+@pytest.mark.slow
 def test_processors_are_probed() -> None:
     processors = _harness("processors").Processors()
     found = [processors(1) for _ in range(20)]
@@ -252,6 +253,7 @@ def test_both_training_steps_learn() -> None:
         assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_a_quick_run_writes_its_files(library: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="the extra [demo] is not installed")
     peers = import_module("peers")

@@ -61,10 +61,10 @@ def tensors(cache: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("make", "use_cache"),
     [
-        (llama, True),
-        pytest.param(llama, False, marks=pytest.mark.slow),
-        pytest.param(gpt2, True, marks=pytest.mark.slow),
-        pytest.param(gpt2, False, marks=pytest.mark.slow),
+        pytest.param(llama, True, marks=pytest.mark.slow),
+        pytest.param(llama, False, marks=pytest.mark.long),
+        pytest.param(gpt2, True, marks=pytest.mark.long),
+        pytest.param(gpt2, False, marks=pytest.mark.long),
     ],
 )
 def test_a_decoder_that_is_given_a_cache_is_one_graph(make: Any, use_cache: bool, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ print(float(srigl_fx.load_lowered(path)(torch.tensor([[3, 7], [1, 60]]), **{name
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_takes_a_cache_in_a_process_that_knew_of_none(tmp_path: Path, checkout: Path) -> None:
     torch.manual_seed(0)
     model = sparse(llama())
@@ -310,7 +310,7 @@ def both(cache: Any) -> list[Tensor]:
     return [part for layer in layers for part in (layer.keys, layer.values)]
 
 
-@pytest.mark.parametrize("make", [bart, pytest.param(t5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("make", [pytest.param(bart, marks=pytest.mark.slow), pytest.param(t5, marks=pytest.mark.long)])
 def test_a_decoder_with_an_encoder_takes_both_caches(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, source = sparse(make()), torch.tensor([[3, 7, 9], [1, 60, 5]])
@@ -423,6 +423,7 @@ def test_classes_that_are_registered_are_taken_and_returned(tmp_path: Path) -> N
     np.testing.assert_allclose(served[1], after.seen)
 
 
+@pytest.mark.slow
 def test_a_file_says_what_it_takes_in_the_place_of_ones_own_class(tmp_path: Path) -> None:
     x, window = torch.randn(2, 1, 6), Window(torch.randn(2, 3, 6), torch.tensor(2.0))
     lowered = sx.lower(sparse(Windowed()), (x, window), min_speedup=0)
@@ -450,6 +451,7 @@ class Tree(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_plain_containers_are_taken_in_any_order_and_kind() -> None:
     model = sparse(Tree())
     example: dict[str, Any] = {"wide": torch.randn(2, 6), "narrow": [torch.randn(2, 1), torch.randn(2, 8)]}

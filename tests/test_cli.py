@@ -154,6 +154,7 @@ def test_inspect_of_no_file(tmp_path: Path) -> None:
     assert_readable_error(run("inspect", tmp_path / "none.onnx"), "cannot read", "No such file")
 
 
+@pytest.mark.slow
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_inspect_survives_any_damage(tmp_path: Path, data: st.DataObject) -> None:
@@ -193,6 +194,7 @@ def test_doctor_runs_a_model_through_the_library() -> None:
         assert seen in result.output
 
 
+@pytest.mark.slow
 @on_linux
 def test_doctor_shows_and_renews_the_stored_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_library", lambda: iter(()))  # it would be built in the new folder
@@ -214,6 +216,7 @@ def test_doctor_shows_and_renews_the_stored_constants(tmp_path: Path, monkeypatc
     assert len(Timings.open()) == 1
 
 
+@pytest.mark.slow
 def test_bench_compares_at_each_setting() -> None:
     result = run("bench", "--shape", "64x32", "--sparsity", 0.75, "--batch", 1, "--batch", 3)
     assert result.exit_code == 0

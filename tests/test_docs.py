@@ -43,7 +43,7 @@ def test_links_inside_the_repository_lead_somewhere(checkout: Path) -> None:
     assert not broken
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_quickstart_runs_as_a_script(checkout: Path) -> None:
     script = checkout / "examples" / "quickstart.py"
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)

@@ -56,6 +56,7 @@ def test_a_layer_that_loses_at_either_batch_stays_dense(monkeypatch: pytest.Monk
     )
 
 
+@pytest.mark.slow
 def test_auto_looks_at_the_batch_sizes_given_and_at_the_only_one_of_a_static_model() -> None:
     report = sx.lower(_network(), (torch.randn(3, 4),), min_speedup="auto", batch_sizes=[4]).report
     assert set(report.layers[1].estimates) == {4}
@@ -78,6 +79,7 @@ def test_other_words_are_refused() -> None:
         sx.lower(_network(), (torch.randn(3, 4),), min_speedup="always")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_export_leaves_dense_what_is_expected_to_lose(tmp_path: Path) -> None:
     report = sx.export_onnx(_network(), tmp_path / "model.onnx", (torch.randn(2, 4),))
     assert [node.name for node in report.layers] == ["2.weight"]

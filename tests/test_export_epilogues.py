@@ -102,6 +102,7 @@ def nodes_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_a_model_lowered_saved_and_exported(tmp_path: Path, dtype: str) -> None:
     model, x = network(), torch.randn(2, 3, 4, 4)
@@ -214,6 +215,7 @@ class Pair(nn.Module):
         return self.b(F.relu(self.a(x)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_an_edited_graph_is_exported_right(tmp_path: Path) -> None:
     """A reader that knows rows only, put between two layers after lowering."""
     model, x = mask_by_hand(randomise(Pair()), 0.5).eval(), torch.randn(16, 8)
@@ -228,6 +230,7 @@ def test_an_edited_graph_is_exported_right(tmp_path: Path) -> None:
     assert [given["x_perm"] for _, given in nodes_of(path)] == [[0, 1], [0, 1]]
 
 
+@pytest.mark.slow
 def test_the_bias_before_an_instance_norm_stays_where_an_activation_is_between(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.InstanceNorm2d(6))
     mask_by_hand(randomise(model), 0.5)
@@ -236,6 +239,7 @@ def test_the_bias_before_an_instance_norm_stays_where_an_activation_is_between(t
     assert report.fallback_error < 1e-5
 
 
+@pytest.mark.slow
 def test_a_file_with_an_unknown_activation_is_refused(tmp_path: Path) -> None:
     model, x = mask_by_hand(randomise(Pair()), 0.5).eval(), torch.randn(2, 8)
     lowered = sx.lower(model, (x,), min_speedup=0)
@@ -246,6 +250,7 @@ def test_a_file_with_an_unknown_activation_is_refused(tmp_path: Path) -> None:
         LoweredModule.from_bytes(lowered._bytes())
 
 
+@pytest.mark.slow
 def test_out_of_range_indices_of_16_bit_layers_are_refused(tmp_path: Path) -> None:
     model, x = mask_by_hand(randomise(Pair()), 0.5).eval(), torch.randn(2, 8)
     lowered = sx.lower(model, (x,), min_speedup=0, value_dtype=torch.bfloat16)

@@ -43,6 +43,7 @@ CASES: tuple[tuple[Callable[[Tensor, Tensor, Tensor], Any], list[str]], ...] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 @pytest.mark.parametrize(("outputs", "names"), CASES, ids=lambda case: "-".join(case) if isinstance(case, list) else "")
 def test_outputs_are_called_by_their_places(
@@ -70,6 +71,7 @@ class Clip(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_only_sizes_that_the_graph_ties_have_one_name(tmp_path: Path) -> None:
     model = sx.sparsify(Clip(), sparsity=0.5).eval()
     report = sx.export_onnx(model, tmp_path / "clip.onnx", (torch.randn(2, 16), torch.randn(2, 12)), min_speedup=0)
@@ -94,6 +96,7 @@ class Sum(nn.Module):
         return z
 
 
+@pytest.mark.slow
 def test_tied_sizes_are_the_batch(tmp_path: Path) -> None:
     model = sx.sparsify(Sum(), sparsity=0.5).eval()
     report = sx.export_onnx(

@@ -23,6 +23,7 @@ class _Masked(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_integers_are_subtracted_from_a_float(tmp_path: Path) -> None:
     model = sx.sparsify(_Masked(), sparsity=0.5).eval()
     report = sx.export_onnx(
@@ -63,6 +64,7 @@ class _Halves(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_inputs_that_the_model_writes_into_are_compared_fairly(tmp_path: Path) -> None:
     x = torch.randn(3, 8)
     before = x.clone()
@@ -105,6 +107,7 @@ class _Chooses(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_branches_of_cond_are_in_the_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sx.sparsify(_Chooses(), sparsity=0.5).eval()
@@ -127,6 +130,7 @@ class _Bags(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_offsets", [True, False])
 def test_bags_of_words_with_offsets_or_as_rows(with_offsets: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -177,6 +181,7 @@ class _Half(nn.Module):
         return y.float()
 
 
+@pytest.mark.slow
 def test_a_node_that_onnx_runtime_fused_is_named_by_one_that_is_in_it(tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(nn.Linear(6, 6), _Half()), sparsity=0.5)
     model = nn.Sequential(model, nn.Linear(6, 4)).eval()  # with a Gemm of its own, which is not to blame
@@ -223,6 +228,7 @@ def _plain() -> nn.Module:
     return sx.sparsify(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), sparsity=0.5).eval()
 
 
+@pytest.mark.slow
 def test_an_example_that_requires_grad_is_an_example(tmp_path: Path) -> None:
     x = torch.randn(2, 8, requires_grad=True)
     report = sx.export_onnx(_plain(), tmp_path / "model.onnx", (x,), min_speedup=0)

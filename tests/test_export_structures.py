@@ -96,6 +96,7 @@ def nested(net: Net, given: dict[str, Any], unused: Tensor, *, times: int, mask:
     return y if mask is None else y * mask
 
 
+@pytest.mark.slow
 def test_inputs(tmp_path: Path) -> None:
     def inputs(batch: int) -> Any:
         given = {"a": x(batch), "b": (x(batch) + 1, x(batch) > 0)}
@@ -112,6 +113,7 @@ def attention(net: Net, x: Tensor) -> Any:
     return net.fc(mixed.transpose(1, 2).reshape(b, t, 16))
 
 
+@pytest.mark.slow
 def test_attention_with_a_mask(tmp_path: Path) -> None:
     assert check(attention, (torch.randn(2, 5, 16),), (torch.randn(3, 5, 16),), tmp_path).dynamic_batch
 
@@ -122,6 +124,7 @@ def split(net: Net, x: Tensor) -> Any:
     return first, second, torch.unsafe_chunk(y, 2)[1], y[:, :3].amax(), torch.amin(y)
 
 
+@pytest.mark.slow
 def test_rules_1_and_2_splits_by_the_batch_and_whole_reductions(tmp_path: Path) -> None:
     assert check(split, (x(2),), (x(5),), tmp_path).dynamic_batch
 
@@ -140,6 +143,7 @@ class Normalised(nn.Module):
         return y, self.head(y.relu())
 
 
+@pytest.mark.slow
 def test_rule_3_no_bias_before_an_instance_normalisation(tmp_path: Path) -> None:
     model = sx.sparsify(randomise(Normalised()), sparsity=0.5, distribution="uniform").eval()
     with torch.no_grad():
@@ -165,6 +169,7 @@ def test_rule_4_what_is_no_tensor_is_left_out() -> None:
     assert [leaf is None for leaf in returned] == [False, True, True, True, True, True, False]
 
 
+@pytest.mark.slow
 def test_rewriting_leaves_the_lowered_graph_alone() -> None:
     lowered = sx.lower(sparse(split), (x(2),), min_speedup=0)
     assert isinstance(lowered, fx.GraphModule)
@@ -178,6 +183,7 @@ def membership(net: Net, x: Tensor) -> Any:
     return y, torch.isin(y.argmax(-1), torch.tensor([1, 2]))
 
 
+@pytest.mark.slow
 def test_a_static_file_where_onnx_cannot_leave_the_batch_free(tmp_path: Path) -> None:
     report = check(membership, (x(4),), (x(4) + 1,), tmp_path)
     assert not report.dynamic_batch
@@ -196,6 +202,7 @@ class Outer(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.slow
 def test_an_operator_without_translation_is_placed(tmp_path: Path) -> None:
     model = sx.sparsify(Outer(), sparsity=0.5).eval()
     with pytest.raises(ExportError, match=r"\(in inner\).*aten\.median"):
@@ -209,6 +216,7 @@ class Singular(nn.Module):
         return values
 
 
+@pytest.mark.slow
 def test_an_operator_that_the_exporter_takes_apart_first_is_placed_too(tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(nn.Linear(16, 16), nn.Sequential(Singular())), sparsity=0.5).eval()
     with pytest.raises(ExportError, match=r"\(in 1\.0\).*_linalg_svd"):

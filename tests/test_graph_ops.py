@@ -61,7 +61,7 @@ def test_what_is_not_listed_is_refused(name: str) -> None:
         graph_ops.function_named(name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("part", range(PARTS))
 def test_no_arguments_end_the_process(part: int, checkout: Path) -> None:
     """Random shapes, types and values, in a process of their own; other ones in each run where a seed is given."""

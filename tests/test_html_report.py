@@ -265,6 +265,7 @@ def test_a_graph_module_names_its_nodes() -> None:
     assert ">node<" not in plain.to_html()
 
 
+@pytest.mark.slow
 def test_a_lowered_model_reports_decisions_and_times(tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 8)), rules={"2": None}).eval()
     report = sx.lower(model, (torch.randn(2, 256),), batch_sizes=(1, 4)).report

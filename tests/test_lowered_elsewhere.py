@@ -82,7 +82,7 @@ def _sizes(program: torch.export.ExportedProgram) -> list[int]:
     return list(node.meta["val"].shape[1:])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(_COMPILER is None, reason="AOTInductor compiles C++, and there is no compiler here")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of inductor, about torch's own
 @pytest.mark.parametrize("make", [convolutions, linears])

@@ -132,6 +132,7 @@ def test_the_model_is_unchanged_and_shares_its_dense_parameters(case: Lowered) -
     assert not any("_values" in name for name in model.state_dict())
 
 
+@pytest.mark.slow
 def test_what_nothing_changes_is_shared() -> None:
     model = mask_by_hand(randomise(nn.Sequential(nn.Embedding(9, 20), nn.LayerNorm(20), mlp())), 0.3).eval()
     lowered = lower(model, (torch.randint(0, 9, (2, 3)),), min_speedup=0)
@@ -236,6 +237,7 @@ def test_extreme_masks(density: float, ablated: int) -> None:
     assert_same(model, lowered, torch.randn(4, 20))
 
 
+@pytest.mark.slow
 def test_measured_selection_is_consistent() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 6))
     mask_by_hand(randomise(model), 0.02, ablated={"0.weight": 200}).eval()
@@ -251,12 +253,14 @@ def test_measured_selection_is_consistent() -> None:
     assert all("times as fast as dense at batch 1" in layer.reason for layer in slow.report.layers)
 
 
+@pytest.mark.slow
 def test_a_larger_speedup_than_any_leaves_the_weights() -> None:
     model = mask_by_hand(randomise(mlp()), 0.3).eval()
     report = lower(model, (torch.randn(2, 20),), min_speedup=float("inf")).report
     assert report.bytes_after == report.bytes_before
 
 
+@pytest.mark.slow
 def test_static_batch_is_reported() -> None:
     class Static(nn.Module):
         def __init__(self) -> None:
@@ -299,6 +303,7 @@ def test_constants_of_the_graph_are_checked() -> None:
             module(x, 4, rest=rest)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_inputs_and_the_shared_parameters() -> None:
     model = mask_by_hand(randomise(mlp()), 0.3, ablated=2).eval()
     lowered = lower(model, (torch.randn(2, 20),), min_speedup=0)
@@ -341,6 +346,7 @@ def test_unfit_options(options: dict[str, Any]) -> None:
         lower(broken(lambda model: model), (torch.randn(2, 20),), **options)
 
 
+@pytest.mark.slow
 def test_verification_catches_a_model_that_differs() -> None:
     class Drifts(nn.Module):
         def __init__(self) -> None:
@@ -378,6 +384,7 @@ def functions(header: dict[str, Any]) -> list[dict[str, Any]]:
     return [node for node in header["nodes"] if node["op"] == "call_function"]
 
 
+@pytest.mark.slow
 def test_editing_as_such_is_harmless(saved: bytes, tmp_path: Path) -> None:
     (tmp_path / "same").write_bytes(edited(saved, lambda header, tensors: None))
     assert load_lowered(tmp_path / "same")(torch.randn(3, 20)).shape == (3, 7)
@@ -483,6 +490,7 @@ def test_a_malformed_weight_is_named(saved: bytes, tmp_path: Path) -> None:
         load_lowered(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["2.weight", "2.bias"])
 @pytest.mark.parametrize(
     ("change", "found"),
@@ -632,6 +640,7 @@ def test_arguments_are_checked(arguments: dict[str, Any]) -> None:
         sx.lower(5, (torch.ones(2, 64),))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_measuring_leaves_the_buffers_that_a_model_writes() -> None:
     class Counting(nn.Module):
         calls: Tensor
@@ -698,6 +707,7 @@ def test_padding_stays_zero_in_fine_tuning() -> None:
     assert bool((values[~zeros] != before[~zeros]).all())
 
 
+@pytest.mark.slow
 def test_padding_that_was_written_to_is_saved_and_exported_as_zeros(tmp_path: Path) -> None:
     """Torch and the operators ignore it; the fallback would not."""
     model, _ = padded_by_ablation()
@@ -714,6 +724,7 @@ def test_padding_that_was_written_to_is_saved_and_exported_as_zeros(tmp_path: Pa
     sx.export_onnx(lowered, tmp_path / "model.onnx", (x,), min_speedup=0)  # which compares both ways of running it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 40])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_padding_reads_nothing(bad: float, batch: int) -> None:

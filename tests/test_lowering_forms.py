@@ -119,6 +119,7 @@ def test_active_rows_alone_are_the_same_function(kind: Any, rank: int, bias: boo
         torch.testing.assert_close(got, results["dense"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(
     ("rank", "kernel", "dilation"), [(1, (4,), 1), (2, (2, 3), 1), (2, (4, 2), 3), (3, (2, 3, 4), 1)]
@@ -177,6 +178,7 @@ class Decoder(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_transposed_convolutions_lose_dead_channels_and_batch_norms() -> None:
     model = mask_by_hand(randomise(Decoder()), 0.4, ablated={"down.weight": 3, "up.weight": 2})
     lowered = lowered_alike(model, torch.randn(2, 3, 8, 8))
@@ -193,6 +195,7 @@ def test_transposed_convolutions_lose_dead_channels_and_batch_norms() -> None:
     torch.testing.assert_close(copied(x), lowered(x))
 
 
+@pytest.mark.slow
 def test_sparsified_then_lowered() -> None:
     model = nn.Sequential(nn.Conv3d(4, 16, 3), nn.ReLU(), nn.ConvTranspose3d(16, 8, 3, stride=2, groups=2))
     sx.sparsify(randomise(model), sparsity=0.75)
@@ -200,6 +203,7 @@ def test_sparsified_then_lowered() -> None:
     lowered_alike(model, torch.randn(2, 4, 4, 5, 6))
 
 
+@pytest.mark.slow
 def test_hugging_face_conv1d_is_a_linear_layer() -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
     model = mask_by_hand(randomise(nn.Sequential(conv1d(10, 6), nn.GELU(), conv1d(4, 10))), 0.4, ablated=1)
@@ -221,6 +225,7 @@ class Recurrent(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "shape", "operator"),
     [
@@ -250,6 +255,7 @@ class Experts(nn.Module):
         return torch.bmm(x, self.stack)
 
 
+@pytest.mark.slow
 def test_a_stack_of_experts_says_why_it_is_dense() -> None:
     model = sx.sparsify(randomise(nn.Sequential(Experts(), nn.Linear(8, 8))), sparsity=0.5).eval()
     report = lower(model, (torch.randn(3, 5, 16),), min_speedup=0).report
@@ -257,6 +263,7 @@ def test_a_stack_of_experts_says_why_it_is_dense() -> None:
     assert reasons == {"0.stack": "a stack of experts is read as one tensor (aten.bmm): it runs dense", "1.weight": ""}
 
 
+@pytest.mark.slow
 def test_a_sample_without_batch_says_why_it_is_dense() -> None:
     model = mask_by_hand(randomise(nn.Sequential(nn.Conv2d(3, 4, 3))), 0.4)
     (layer,) = matched(model, torch.randn(3, 6, 6))

@@ -95,7 +95,7 @@ def test_lowered(drawn: list[Layer], density: float, ablated: int, seed: int) ->
     lowered(drawn, density, ablated, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=25, **QUIET)
 @given(SEVERAL, st.floats(0.1, 1), st.integers(0, 3), st.integers(0, 99))

@@ -33,6 +33,7 @@ class Look(Pass[Program]):
         return PassResult(subject=subject, changed=False, notes=(Note(where="here", reason=f"{count} condensed"),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("passes", "seen"),
     [
@@ -54,6 +55,7 @@ def test_a_pass_goes_anywhere(passes: tuple[Pass[Program], ...], seen: str) -> N
     assert [layer.decision for layer in lowered.report.layers] == ["condensed", "condensed"]
 
 
+@pytest.mark.slow
 def test_each_pass_is_written_down(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "dump"
     sx.lower(model(), (X,), min_speedup=0, dump=folder)
@@ -80,6 +82,7 @@ class Fails(Pass[Program]):
         raise ArithmeticError("not today")
 
 
+@pytest.mark.slow
 def test_a_pass_that_was_undone_says_so_in_its_file(tmp_path: Path) -> None:
     sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, Fails()), dump=tmp_path)
     before, failed = ((tmp_path / f"{name}.txt").read_text() for name in ("05 RemoveDead", "06 Fails"))
@@ -88,6 +91,7 @@ def test_a_pass_that_was_undone_says_so_in_its_file(tmp_path: Path) -> None:
     assert failed.partition("\n\n")[2] == before.partition("\n\n")[2]
 
 
+@pytest.mark.slow
 def test_a_second_dump_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, *CONDENSING, Look()), dump=tmp_path)
     sx.lower(model(), (X,), min_speedup=0, dump=tmp_path)
@@ -118,6 +122,7 @@ def _full_disk(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "where", "why"),
     [
@@ -150,6 +155,7 @@ def test_a_dump_that_cannot_be_written_is_an_error_and_the_model_as_it_was(
     sx.lower(network, (X,), min_speedup=0, dump=tmp_path / "another")
 
 
+@pytest.mark.slow
 def test_a_part_whose_dump_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "first").write_text("no folder")
     with pytest.raises(LoweringError, match=r"dump: .*first cannot be written \(File exists"):
@@ -161,6 +167,7 @@ def test_a_dump_that_is_no_path_is_refused() -> None:
         sx.lower(model(), (X,), min_speedup=0, dump=3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_pass_may_have_a_name_that_no_file_has(tmp_path: Path) -> None:
     class Named(Look):
         @property
@@ -183,6 +190,7 @@ class Parts(nn.Module):
         return self.last(y) if float(y.sum()) > 0 else y
 
 
+@pytest.mark.slow
 def test_each_part_of_a_model_has_a_folder(tmp_path: Path) -> None:
     sx.lower(Parts().eval(), (X,), min_speedup=0, dump=tmp_path)
     assert "condensed_linear" in (tmp_path / "first" / "08 Condense.txt").read_text()

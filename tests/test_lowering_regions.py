@@ -362,6 +362,7 @@ def assert_same(model: nn.Module, lowered: nn.Module, inputs: tuple[Any, ...]) -
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("name", CASES)
 def test_hard_cases(name: str) -> None:
@@ -386,6 +387,7 @@ def test_hard_cases(name: str) -> None:
         assert torch.equal(tensor, state[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data_branch", "two_shapes", "reads_attributes"])
 def test_a_single_sample_is_enough_to_capture_with(name: str) -> None:
     make, inputs, regions, _ = CASES[name]
@@ -395,6 +397,7 @@ def test_a_single_sample_is_enough_to_capture_with(name: str) -> None:
     assert_same(model, lowered, inputs(5))
 
 
+@pytest.mark.slow
 def test_the_report_says_what_broke_and_where() -> None:
     model = masked(ReadsWeight)
     report = lowered_regions(model, vectors(2)).report
@@ -461,6 +464,7 @@ def test_buffers_that_the_model_writes_are_copied() -> None:
     assert int(lowered.model.calls) == 1  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_copies_threads_and_pickle() -> None:
     model = masked(TwoShapes)
     lowered = lowered_regions(model, images(2))
@@ -501,6 +505,7 @@ def test_regions_are_saved_and_exported_one_by_one(tmp_path: Path) -> None:
         assert {layer.region for layer in region.report.layers} == {name}
 
 
+@pytest.mark.slow
 def test_inputs_that_do_not_fit_a_region_name_it() -> None:
     lowered = lowered_regions(masked(ListInputs), ([torch.randn(3, 6, 6) for _ in range(2)],))
     with pytest.raises(LoweringError, match=r"in the region backbone: input 0 .*captured for float32"):
@@ -574,6 +579,7 @@ def test_a_sparse_tensor_among_the_outputs_is_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_region_that_the_copy_does_not_call_is_given_up() -> None:
     model = masked(HoldsOn)
     lowered = lowered_regions(model, vectors(2))
@@ -592,6 +598,7 @@ def test_a_scripted_model_is_refused_with_the_reason() -> None:
         lower(scripted, vectors(2))
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = masked(DataBranch)
     model.source = iter([1])  # type: ignore[assignment]
@@ -600,6 +607,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
         lower(model, vectors(2), min_speedup=0)
 
 
+@pytest.mark.slow
 def test_measured_decisions_and_each_pass_verified() -> None:
     model = masked(DataBranch)
     result = lower(model, vectors(2), min_speedup=1e9, batch_sizes=[2, 4], verify="each pass")
@@ -609,6 +617,7 @@ def test_measured_decisions_and_each_pass_verified() -> None:
     assert_same(model, result, vectors(3))
 
 
+@pytest.mark.slow
 def test_summary_shows_the_layers_of_all_regions() -> None:
     lowered = lowered_regions(masked(DataBranch), vectors(2))
     summary = sx.summary(lowered)
@@ -616,6 +625,7 @@ def test_summary_shows_the_layers_of_all_regions() -> None:
     assert {row.status for row in summary.rows} == {"condensed"}
 
 
+@pytest.mark.slow
 def test_a_model_in_regions_has_the_recipe_of_the_whole() -> None:
     model = sx.sparsify(DataBranch(), sparsity=0.5).eval()
     lowered = sx.lower(model, (torch.randn(3, 12),), min_speedup=0)
@@ -625,6 +635,7 @@ def test_a_model_in_regions_has_the_recipe_of_the_whole() -> None:
     assert [part.recipe for part in lowered.regions.values()] == [sx.recipe(model)] * len(lowered.regions)
 
 
+@pytest.mark.slow
 def test_a_model_in_regions_has_the_recipes_of_its_parts() -> None:
     model = DataBranch().eval()
     sx.sparsify(model.first, sparsity=0.5)

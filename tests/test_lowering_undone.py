@@ -70,6 +70,7 @@ def simple() -> nn.Module:
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["raises", "does not ensure", "is wrong"])
 @pytest.mark.parametrize("verify", [True, "each pass"])
 @pytest.mark.parametrize("make", [simple, lambda: mask_by_hand(randomise(Branches()), 0.4).eval()])
@@ -86,6 +87,7 @@ def test_a_failing_pass_is_undone(how: str, verify: bool | Literal["each pass"],
     assert LoweringReport.from_dict(report.as_dict()) == report
 
 
+@pytest.mark.slow
 def test_without_verification_a_pass_that_raises_is_undone_too() -> None:
     model = simple()
     lowered = sx.lower(model, (X,), min_speedup=0, verify=False, passes=(Breaks("raises"), *LOWERING))
@@ -94,6 +96,7 @@ def test_without_verification_a_pass_that_raises_is_undone_too() -> None:
     assert "ZeroDivisionError: half-way" in note.reason
 
 
+@pytest.mark.slow
 def test_a_pass_that_does_more_than_improve_is_fatal() -> None:
     with pytest.raises(PassError, match=r"Stubborn failed \(ZeroDivisionError: half-way\); the pass is yours"):
         sx.lower(simple(), (X,), min_speedup=0, passes=(*LOWERING, Stubborn("raises")))
@@ -101,6 +104,7 @@ def test_a_pass_that_does_more_than_improve_is_fatal() -> None:
         sx.lower(simple(), (X,), min_speedup=0, passes=(*LOWERING, Stubborn("is wrong")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [*LOWERING, FuseEpilogues(), FeatureMajor()], ids=lambda step: step.name)
 def test_each_pass_of_the_library_that_improves_may_fail(step: Pass[Program], monkeypatch: pytest.MonkeyPatch) -> None:
     inner = type(step).run
@@ -122,6 +126,7 @@ def test_each_pass_of_the_library_that_improves_may_fail(step: Pass[Program], mo
     assert note.reason in lowered.report.to_html().replace("&#39;", "'").replace("&gt;", ">").replace("&lt;", "<")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [MatchWeights(), Condense()], ids=lambda step: step.name)
 def test_without_match_and_condense_there_is_nothing_lowered(
     step: Pass[Program], monkeypatch: pytest.MonkeyPatch
@@ -152,6 +157,7 @@ def test_the_program_of_the_caller_stays_as_it_is(step: Breaks) -> None:
     assert torch.equal(module(X), expected)
 
 
+@pytest.mark.slow
 def test_the_report_of_an_export_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Pass[Program], subject: Program) -> PassResult[Program]:
         raise ZeroDivisionError("half-way")
@@ -162,6 +168,7 @@ def test_the_report_of_an_export_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     assert "half-way" in str(report)
 
 
+@pytest.mark.slow
 def test_notes_of_all_passes_reach_the_report() -> None:
     model = simple()
     lowered = sx.lower(model, (X,), min_speedup=0, passes=(*LOWERING, Says()))
@@ -202,6 +209,7 @@ class WrongElsewhere(Stubborn):
         return PassResult(subject=subject, changed=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [simple, lambda: mask_by_hand(randomise(Branches()), 0.4).eval()], ids=["one graph", "two"]
 )

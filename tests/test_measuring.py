@@ -49,6 +49,7 @@ def kept(cache: Path) -> list[dict[str, object]]:
     return [json.loads(line)["what"] for line in cache.read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_measured")
 def test_the_second_time_nothing_is_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = lowered().report
@@ -79,6 +80,7 @@ def test_what_times_depend_on_is_measured_apart(cache: Path) -> None:
     assert {what["values"] for what in again[7:]} == {"bfloat16"}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_measured")
 def test_leading_sizes_count_by_their_product(cache: Path) -> None:
     linear = mask_by_hand(randomise(nn.Sequential(nn.Linear(32, 32))), 0.2).eval()
@@ -88,6 +90,7 @@ def test_leading_sizes_count_by_their_product(cache: Path) -> None:
     assert kept(cache) == before
 
 
+@pytest.mark.slow
 def test_no_speedup_no_measuring(cache: Path) -> None:
     report = lowered(min_speedup=0).report
     assert not cache.exists()
@@ -127,6 +130,7 @@ def test_measured_times_are_used_where_an_estimate_would_do(monkeypatch: pytest.
     assert all(layer.seconds for layer in lowered().report.layers)
 
 
+@pytest.mark.slow
 def test_convolutions_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "estimate", lambda work, machine: {"dense": 9.0, "condensed": 1.0, "shrunk": 9.0})
     measured = {layer.fqn: bool(layer.seconds) for layer in lowered().report.layers}
@@ -145,6 +149,7 @@ def poisoned(cache: Path, factor: float) -> list[dict[str, float]]:
     return before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1e4, 1e-4, 1e300, 1e-200])
 def test_a_remembered_time_that_contradicts_the_estimates_is_measured_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, factor: float
@@ -186,6 +191,7 @@ def test_two_measurements_that_agree_are_believed_whatever_is_estimated(monkeypa
         assert len(measured) == count
 
 
+@pytest.mark.slow
 def test_a_layer_that_cannot_be_measured_is_estimated_and_nothing_is_kept(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -197,6 +203,7 @@ def test_a_layer_that_cannot_be_measured_is_estimated_and_nothing_is_kept(
     assert "0.weight, 3.weight, 5.weight could not be measured" in record.getMessage()
 
 
+@pytest.mark.slow
 def test_estimates_that_are_not_believable_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Constants by which a layer loses 33 times against dense, where the default ones let it gain 4 times."""
     default = measuring._default()

@@ -58,6 +58,7 @@ def head() -> nn.Module:
     return _network(12, 4, mask_init="random", seed=3)
 
 
+@pytest.mark.slow
 def test_an_exported_file_holds_the_recipe(encoder: nn.Module, tmp_path: Path) -> None:
     path = _export(encoder, tmp_path / "model.onnx", 16)
     assert onnx_tools.recipe(path) == onnx_tools.recipe(path, "") == sx.recipe(encoder)
@@ -70,6 +71,7 @@ def test_an_exported_file_holds_the_recipe(encoder: nn.Module, tmp_path: Path) -
         assert onnx_tools.recipe(tmp_path / f"{name}.onnx") == sx.recipe(encoder)
 
 
+@pytest.mark.slow
 def test_a_file_of_a_model_without_a_recipe_holds_none(tmp_path: Path) -> None:
     path = _export(_by_hand(16, 8), tmp_path / "model.onnx", 16)
     assert not inspect_file(path).has_recipe
@@ -77,6 +79,7 @@ def test_a_file_of_a_model_without_a_recipe_holds_none(tmp_path: Path) -> None:
         onnx_tools.recipe(path)
 
 
+@pytest.mark.slow
 def test_parts_that_were_sparsified_one_by_one_keep_their_names(tmp_path: Path) -> None:
     model = nn.Sequential()
     model.add_module("encoder", _network(16, 12))
@@ -87,6 +90,7 @@ def test_parts_that_were_sparsified_one_by_one_keep_their_names(tmp_path: Path) 
         onnx_tools.recipe(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("files", "prefixes", "parts"),
     [
@@ -115,6 +119,7 @@ def test_a_joined_file_holds_both_under_their_names(
         onnx_tools.recipe(tmp_path / "both.onnx")
 
 
+@pytest.mark.slow
 def test_one_recipe_of_two_files_is_that_of_the_whole(encoder: nn.Module, tmp_path: Path) -> None:
     first = _export(encoder, tmp_path / "first.onnx", 16)
     second = _renamed(_export(_by_hand(12, 4), tmp_path / "second.onnx", 12))
@@ -123,6 +128,7 @@ def test_one_recipe_of_two_files_is_that_of_the_whole(encoder: nn.Module, tmp_pa
     assert onnx_tools.recipe(tmp_path / "both.onnx") == sx.recipe(encoder)
 
 
+@pytest.mark.slow
 def test_a_joined_file_is_joined_again(encoder: nn.Module, head: nn.Module, tmp_path: Path) -> None:
     """Also where a name of one file is that of a part in the other."""
     first, second = _export(encoder, tmp_path / "a.onnx", 16), _export(head, tmp_path / "b.onnx", 12)
@@ -140,6 +146,7 @@ def test_a_joined_file_is_joined_again(encoder: nn.Module, head: nn.Module, tmp_
     assert onnx_tools.recipe(tmp_path / "all.onnx", "2").seed == 5
 
 
+@pytest.mark.slow
 def test_files_that_another_tool_joins_keep_both(encoder: nn.Module, head: nn.Module, tmp_path: Path) -> None:
     first = _export(encoder, tmp_path / "a.onnx", 16, fallback=False)  # functions that both have are refused by onnx
     second = _renamed(_export(head, tmp_path / "b.onnx", 12, fallback=False))
@@ -149,6 +156,7 @@ def test_files_that_another_tool_joins_keep_both(encoder: nn.Module, head: nn.Mo
     assert found == {sx.recipe(encoder).seed, sx.recipe(head).seed}
 
 
+@pytest.mark.slow
 def test_a_densified_file_says_what_its_zeros_are_from(encoder: nn.Module, tmp_path: Path) -> None:
     onnx_tools.densify(_export(encoder, tmp_path / "a.onnx", 16), tmp_path / "dense.onnx")
     assert onnx_tools.recipe(tmp_path / "dense.onnx") == sx.recipe(encoder)
@@ -168,6 +176,7 @@ def _newer(text: str) -> str:
     return json.dumps(data)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -195,6 +204,7 @@ def test_a_damaged_recipe_is_refused_and_the_file_still_inspected(
     assert result.output.startswith("error: ")
 
 
+@pytest.mark.slow
 def test_the_command_shows_and_writes_it(encoder: nn.Module, tmp_path: Path) -> None:
     path = _export(encoder, tmp_path / "model.onnx", 16)
     assert "srigl-fx recipe shows the recipe" in _run("inspect", path).output

@@ -306,6 +306,7 @@ def test_a_checkpoint_of_parts_holds_the_recipe_of_each(tmp_path: Path) -> None:
         checkpoint.recipe(path)
 
 
+@pytest.mark.slow
 def test_lowered_files_hold_the_recipe(tmp_path: Path) -> None:
     model = sx.sparsify(_build(), sparsity=0.75).eval()
     lowered = sx.lower(model, (torch.ones(2, 3, 6, 6),), min_speedup=0)
@@ -317,6 +318,7 @@ def test_lowered_files_hold_the_recipe(tmp_path: Path) -> None:
     _same(sx.sparsify(_build(), recipe=sx.load_lowered(path).recipe), model)
 
 
+@pytest.mark.slow
 def test_a_lowered_file_with_a_newer_recipe_is_refused(tmp_path: Path) -> None:
     model = sx.sparsify(_build(), sparsity=0.75).eval()
     path = tmp_path / "model.srigl"

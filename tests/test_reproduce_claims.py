@@ -60,7 +60,8 @@ def _without(line: str, column: int) -> list[str]:
     return cells[:column] + cells[column + 1 :]
 
 
-@pytest.mark.parametrize("task", ["vit", pytest.param("gpt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["vit", pytest.param("gpt", marks=pytest.mark.long)])
 def test_the_transformers_run(task: str, tmp_path: Path) -> None:
     _run(tmp_path / "claims", "--tasks", task, "--methods", "srigl", *SHORT, "0.05")
     (row,) = import_module("claims.results").read(tmp_path / "claims" / "results.csv")

@@ -136,6 +136,7 @@ def test_a_sparsity_of_zero_is_a_full_mask() -> None:
     sx.verify(model)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     widths=st.lists(st.integers(1, 60), min_size=2, max_size=5),

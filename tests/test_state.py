@@ -159,6 +159,7 @@ def assert_untouched(model: nn.Module, before: dict[str, tuple[int, Tensor]]) ->
     assert all(id(now[name]) == number and torch.equal(now[name], value) for name, (number, value) in before.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forward", WRITES, ids=lambda forward: forward.__name__)
 def test_a_lowered_model_keeps_state_of_its_own(forward: Forward, tmp_path: Path) -> None:
     model = streaming(forward)
@@ -196,6 +197,7 @@ def test_a_file_takes_and_returns_the_state(forward: Forward, tmp_path: Path) ->
     np.testing.assert_allclose(streams[0].run(["output"], {"x": X.numpy()})[0], expected[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_file_may_be_refused_for_its_state(tmp_path: Path) -> None:
     model = streaming(copied)
     with pytest.raises(ExportError, match=r"the buffer 'h' of inner \(Module\)"):
@@ -205,6 +207,7 @@ def test_a_file_may_be_refused_for_its_state(tmp_path: Path) -> None:
         sx.export_onnx(model, tmp_path / "model.onnx", (X,), state="initial", min_speedup=0)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_malformed_state_in_a_file_is_an_error(tmp_path: Path) -> None:
     sx.export_onnx(streaming(counted), tmp_path / "model.onnx", (X,), verify=False, min_speedup=0)
     proto = onnx.load(tmp_path / "model.onnx")
@@ -216,6 +219,7 @@ def test_a_malformed_state_in_a_file_is_an_error(tmp_path: Path) -> None:
             sx.runtime.Stream(sx.runtime.load(tmp_path / "other.onnx"))
 
 
+@pytest.mark.slow
 def test_a_stream_of_a_file_without_state_is_the_session(tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), sparsity=0.5).eval()
     sx.export_onnx(model, tmp_path / "model.onnx", (X,), verify=False, min_speedup=0)
@@ -283,6 +287,7 @@ def test_what_sub_modules_assign_is_state_of_the_graph_and_of_the_file(tmp_path:
         sx.export_onnx(model, tmp_path / "other.onnx", ((X,), {"scale": scale}), state="error", min_speedup=0)
 
 
+@pytest.mark.slow
 def test_a_forward_of_the_very_object_may_assign_state() -> None:
     model = streaming(in_part)
     plain = model.forward
@@ -316,6 +321,7 @@ def in_place(m: Any, y: Tensor) -> Any:
     return y * m.context
 
 
+@pytest.mark.slow
 def test_a_buffer_in_two_modules_that_is_written_in_place_is_named_with_both(tmp_path: Path) -> None:
     model = Streaming(in_place)
     model.inner.h = model.context
@@ -365,6 +371,7 @@ def test_writes_that_no_graph_has_are_left_to_the_models_own_code(
     assert_untouched(model, before)
 
 
+@pytest.mark.slow
 def test_state_outside_buffers_is_found_by_the_verification() -> None:
     def attribute(m: Any, y: Tensor) -> Any:
         m.calls += 1
@@ -475,6 +482,7 @@ def test_batch_norm_that_is_training_is_exported_so(
             np.testing.assert_allclose(stream.state[name], buffer, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_merged_files_keep_the_state_of_both(tmp_path: Path) -> None:
     models: list[Any] = [Streaming(forward) for forward in (averaged, counted)]
     models[0].out = nn.Linear(8, 6)  # what the second takes

@@ -39,6 +39,7 @@ def values_of(lowered: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in lowered.named_buffers() if name.endswith("_values")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [True, "each pass"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_values_are_stored_in_the_dtype_and_all_else_in_float32(dtype: torch.dtype, verify: Any) -> None:
@@ -59,6 +60,7 @@ def test_values_are_stored_in_the_dtype_and_all_else_in_float32(dtype: torch.dty
     assert y.dtype is torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_bytes_are_those_of_the_buffers(dtype: torch.dtype) -> None:
     model = network()
@@ -84,6 +86,7 @@ def test_sums_are_formed_in_float32(dtype: torch.dtype) -> None:
         torch.testing.assert_close(lowered(x), model(x), rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_result_is_the_model_with_rounded_weights(dtype: torch.dtype) -> None:
     model = mask_by_hand(randomise(nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 5))), 0.3).eval()
@@ -97,6 +100,7 @@ def test_the_result_is_the_model_with_rounded_weights(dtype: torch.dtype) -> Non
         assert relative_error(exact, lowered(x)) > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_copied_saved_and_compiled(dtype: torch.dtype, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
@@ -140,6 +144,7 @@ class Branches(nn.Module):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_regions(dtype: torch.dtype) -> None:
     model = mask_by_hand(randomise(Branches()), 0.3).eval()
@@ -151,6 +156,7 @@ def test_regions(dtype: torch.dtype) -> None:
     assert {values.dtype for one in lowered.regions.values() for values in values_of(one).values()} == {dtype}
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_what_is_chosen() -> None:
     model = mask_by_hand(randomise(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 4))), 0.02).eval()
     lowered = lower(model, (torch.randn(1, 256),), min_speedup=1e-6, value_dtype=torch.bfloat16)
@@ -160,6 +166,7 @@ def test_what_is_measured_is_what_is_chosen() -> None:
     assert dense.report.tolerance == TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("min_speedup", [0, 1.0])
 def test_a_weight_too_large_for_float16_is_refused(min_speedup: float) -> None:
     model = mask_by_hand(randomise(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))), 0.5).eval()
@@ -197,6 +204,7 @@ def test_errors_beyond_rounding_are_found() -> None:
         lower(model, (torch.randn(2, 64),), min_speedup=0, value_dtype=torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("depth", [1, 4, 12])
 def test_the_tolerance_grows_as_the_errors_do(depth: int, dtype: torch.dtype) -> None:

@@ -17,11 +17,20 @@ from zoo.table import TABLE
 PACKAGES = ("torchvision", "timm", "transformers")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 NEEDS = {"torchvision": PACKAGES[:1], "timm": PACKAGES[:2], "transformers": PACKAGES[2:]}
-QUICK = {  # those that take a second or two: most of those made by hand, and a few of libraries
-    *(name for name, entry in ZOO.items() if entry.family == "by hand"),
-    *("tv_alexnetish_flatten", "timm_vit_tiny_patch16_224", "hf_bert_mlm_tied", "hf_resnet"),
-} - {"nasty_gru", "nasty_lstm", "nasty_numpy_op", "nasty_tenc", "nasty_transformer"}
-MODELS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in ZOO]
+BY_HAND = {name for name, entry in ZOO.items() if entry.family == "by hand"}
+# How long the way takes, at most: about a second, six seconds, and for all others longer.
+QUICK = BY_HAND - {"nasty_gru", "nasty_lstm", "nasty_numpy_op", "nasty_tenc", "nasty_transformer"}
+QUICK |= {"tv_alexnetish_flatten", "hf_bert", "hf_resnet"}
+SLOW = {
+    *("tv_resnet18", "tv_vit", "tv_densenet"),
+    *("timm_beit_base_patch16_224", "timm_deit_tiny_distilled_patch16_224", "timm_mixer"),
+    *("hf_bert_mlm_tied", "hf_distilbert", "hf_bloom", "hf_gemma", "hf_llama", "hf_vit"),
+    *("nasty_gru", "nasty_lstm", "nasty_numpy_op"),
+}
+MODELS = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow if name in SLOW else pytest.mark.long)
+    for name in ZOO
+]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -57,7 +66,7 @@ def test_ci_has_all_packages() -> None:
     assert not MISSING
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(bool(MISSING), reason="make test installs what the zoo needs")
 def test_the_libraries_work_in_a_process_of_their_own() -> None:
     code = """if True:

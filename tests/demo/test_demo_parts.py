@@ -75,6 +75,7 @@ def test_training_repeats_itself(short_run: train.Run) -> None:
         assert torch.equal(tensor, again.model.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_the_figure_is_drawn(short_run: train.Run, tmp_path: Path) -> None:
     figures.draw_topology([short_run, short_run], tmp_path / "topology.png")
     assert (tmp_path / "topology.png").read_bytes().startswith(b"\x89PNG")
@@ -92,7 +93,7 @@ def test_serving_measures_what_was_trained(short_run: train.Run, tmp_path: Path)
     assert 1 < latency["only"] < 1e6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     status = run_demo(out, quick=True)

@@ -108,6 +108,7 @@ def test_a_run_updates_logs_and_detaches(tmp_path: Path) -> None:
     sx.Static(model, torch.optim.SGD(model.parameters(), lr=0.1)).detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [{}, {"method": SET}, {"grad_samples": 3}, {"method": GMP}])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, more: dict[str, Any]) -> None:
     options = {"update_every": 4, "drop_fraction": 0.5, **more}
@@ -185,6 +186,7 @@ def test_clipping_sees_masked_gradients(tmp_path: Path) -> None:
     assert clipping.seen == 20 * len(sparse_weights(Digits()))
 
 
+@pytest.mark.slow
 def test_a_further_fit_goes_on_and_a_new_trainer_starts_anew(tmp_path: Path) -> None:
     callback, model = SRigLCallback(total_steps=40, **OPTIONS), Digits()
     trainer = _trainer(tmp_path, callback)

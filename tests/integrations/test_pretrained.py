@@ -105,6 +105,7 @@ def test_a_sparse_model_survives(name: str, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_plain_call_loads_a_dense_model_and_says_nothing_of_masks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -122,6 +123,7 @@ def test_the_plain_call_loads_a_dense_model_and_says_nothing_of_masks(
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
 
 
+@pytest.mark.slow
 def test_shards_and_tied_weights(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
     save_pretrained(model, tmp_path, max_shard_size="20KB")
@@ -131,6 +133,7 @@ def test_shards_and_tied_weights(tmp_path: Path) -> None:
     assert again.lm_head.weight is again.transformer.wte.weight
 
 
+@pytest.mark.slow
 def test_a_part_of_the_model_and_two_parts(tmp_path: Path) -> None:
     model = _bert()
     sx.sparsify(model.bert.encoder, sparsity=0.8)
@@ -143,6 +146,7 @@ def test_a_part_of_the_model_and_two_parts(tmp_path: Path) -> None:
     assert sx.recipe(again.bert.pooler) == sx.recipe(model.bert.pooler)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch.compile
 def test_a_compiled_model_is_saved_as_the_model_inside(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
@@ -150,6 +154,7 @@ def test_a_compiled_model_is_saved_as_the_model_inside(tmp_path: Path) -> None:
     _same(model, from_pretrained(transformers.AutoModelForCausalLM, tmp_path))
 
 
+@pytest.mark.slow
 def test_another_dtype_has_the_same_masks(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
     save_pretrained(model, tmp_path)
@@ -159,6 +164,7 @@ def test_another_dtype_has_the_same_masks(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_being_pruned(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8, mask_init="dense")
     save_pretrained(model, tmp_path)
@@ -202,6 +208,7 @@ def _trainer(model: Any, folder: Path, **arguments: Any) -> Any:
     return trainer
 
 
+@pytest.mark.slow
 def test_checkpoints_of_the_trainer_and_its_best_model(tmp_path: Path) -> None:
     trainer = _trainer(
         sx.sparsify(_gpt2(), sparsity=0.8),
@@ -228,6 +235,7 @@ def test_checkpoints_of_the_trainer_and_its_best_model(tmp_path: Path) -> None:
     sx.verify(again)
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_plain_call_needs_the_recipe(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
     _train(model)
@@ -275,6 +283,7 @@ def test_damaged_masks_are_refused(what: str, tmp_path: Path) -> None:
         from_pretrained(transformers.AutoModelForCausalLM, tmp_path)
 
 
+@pytest.mark.slow
 def test_masks_of_another_save_are_refused(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
     save_pretrained(model, tmp_path / "a")

@@ -101,6 +101,7 @@ def _assert_same(first: nn.Module, second: nn.Module) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+@pytest.mark.slow
 def test_a_run_updates_logs_and_detaches(tmp_path: Path) -> None:
     model = sx.sparsify(_bert(), sparsity=0.8)
     start = {handle.fqn: handle.mask.clone() for handle in sparse_weights(model)}
@@ -121,6 +122,7 @@ def test_a_run_updates_logs_and_detaches(tmp_path: Path) -> None:
     sx.Static(model, torch.optim.SGD(model.parameters(), lr=0.1)).detach()
 
 
+@pytest.mark.slow
 def test_reporters_see_the_numbers_once_the_callback_comes_first(tmp_path: Path) -> None:
     callback, reporter = SRigLCallback(log_updates=False, **OPTIONS), Recorder()
     model = sx.sparsify(_bert(), sparsity=0.8)
@@ -133,6 +135,7 @@ def test_reporters_see_the_numbers_once_the_callback_comes_first(tmp_path: Path)
     ] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [6, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("make", "causal", "method"),
@@ -170,6 +173,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert {path.name for path in checkpoint.iterdir() if "srigl" in path.name} == {STATE_FILE, MASKS_FILE}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "precision",
     [
@@ -187,6 +191,7 @@ def test_masks_hold_at_every_step(tmp_path: Path, precision: dict[str, Any]) -> 
     assert (callback.sparse_trainer.steps, callback.sparse_trainer.last_update) == (20, 12)
 
 
+@pytest.mark.slow
 def test_a_second_training_starts_anew(tmp_path: Path) -> None:
     callback = SRigLCallback(**OPTIONS)
     trainer = _trainer(sx.sparsify(_bert(), sparsity=0.8), tmp_path, callback)
@@ -198,6 +203,7 @@ def test_a_second_training_starts_anew(tmp_path: Path) -> None:
     assert callback.sparse_trainer.steps == 20
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_can_be_started_again(tmp_path: Path) -> None:
     class Interrupt(transformers.TrainerCallback):  # type: ignore[name-defined, misc]
         armed = True
@@ -217,6 +223,7 @@ def test_an_interrupted_training_can_be_started_again(tmp_path: Path) -> None:
     assert callback.sparse_trainer.steps == 20
 
 
+@pytest.mark.slow
 def test_the_best_model_keeps_its_masks(tmp_path: Path) -> None:
     callback = SRigLCallback(**OPTIONS)
     trainer = _trainer(
@@ -244,6 +251,7 @@ def test_the_best_model_keeps_its_masks(tmp_path: Path) -> None:
     sx.verify(trainer.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("best", [True, False])
 def test_a_model_that_ends_over_its_budget_is_noticed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, best: bool
@@ -322,6 +330,7 @@ def test_a_model_without_masks_is_refused(tmp_path: Path) -> None:
         _trainer(_bert(), tmp_path, SRigLCallback(**OPTIONS)).train()
 
 
+@pytest.mark.slow
 def test_a_copy_is_attached_to_nothing(tmp_path: Path) -> None:
     callback = SRigLCallback(detach_at_end=False, **OPTIONS)
     model = sx.sparsify(_bert(), sparsity=0.8)

@@ -118,6 +118,7 @@ shapes_strategy = st.dictionaries(
 )
 
 
+@pytest.mark.slow
 @given(shapes_strategy, st.floats(0.0, 0.99))
 def test_the_budgets_add_up(shapes: dict[str, tuple[int, ...]], sparsity: float) -> None:
     total = sum(map(math.prod, shapes.values()))
@@ -141,6 +142,7 @@ def test_bad_arguments(distribution: object) -> None:
         distribution({"empty": (0, 3)}, 0.5)
 
 
+@pytest.mark.slow
 @given(shapes_strategy, st.floats(0.0, 0.99), st.data())
 def test_forced_dense_layers_are_made_up_for(
     shapes: dict[str, tuple[int, ...]], sparsity: float, data: st.DataObject
@@ -157,6 +159,7 @@ def test_forced_dense_layers_are_made_up_for(
         assert abs(kept - allowed) <= len(shapes) + 1e-3
 
 
+@pytest.mark.slow
 @given(shapes_strategy, st.floats(0.0, 0.99))
 def test_erk_equals_its_literal_reading(shapes: dict[str, tuple[int, ...]], sparsity: float) -> None:
     """One layer becomes dense at a time here; all tied ones at once give the same."""

@@ -230,6 +230,7 @@ def test_a_graph_module_and_its_copies_miss_a_mask_too() -> None:
             sx.verify(each)
 
 
+@pytest.mark.slow
 def test_merged_weights_are_kept_once_their_mask_is_released() -> None:
     model = build()
     merge_adapter(model[0])

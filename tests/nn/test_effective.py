@@ -219,6 +219,7 @@ def test_copies_compute_the_same_and_stand_alone(name: str, how: str) -> None:
     assert not torch.equal(twin(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_export_and_compilation_see_the_mask(name: str) -> None:
     model, handle = build(name)

@@ -156,6 +156,7 @@ def test_what_is_left_unparametrised_keeps_the_mask_too() -> None:
     assert [name for name, _ in sx.masks.named_masks(model)] == ["0.weight", "3.weight"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["old weight_norm", "weight_norm"])
 def test_a_vocoder_layer_is_lowered_after_its_norm_is_removed(name: str) -> None:
     put_on, take_off = TRANSFORMS[name]

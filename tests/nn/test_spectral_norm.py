@@ -97,6 +97,7 @@ def test_finalize_refuses_what_would_be_no_number(model: nn.Sequential) -> None:
         sx.finalize(model)
 
 
+@pytest.mark.slow
 def test_lower_takes_a_weight_of_zeros(model: nn.Sequential) -> None:
     _kill(model)
     x = torch.randn(5, 12)

@@ -91,6 +91,7 @@ class UsesNumpy(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_strict_export_is_the_second_rung() -> None:
     model = randomise(UsesNumpy()).eval()
     x = torch.randn(2, 4)
@@ -99,6 +100,7 @@ def test_strict_export_is_the_second_rung() -> None:
     torch.testing.assert_close(outputs(program, x), model(x))
 
 
+@pytest.mark.slow
 def test_attention_is_not_captured_as_its_fused_path() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False).eval()
     enabled = torch.backends.mha.get_fastpath_enabled()
@@ -194,6 +196,7 @@ class Varargs(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_a_variable_number_of_arguments_has_a_free_batch() -> None:
     model = randomise(Varargs()).eval()
     program = capture(model, ((torch.randn(2, 4), torch.randn(2, 4)), {"scale": torch.rand(2, 1)}))
@@ -239,6 +242,7 @@ def test_a_batch_that_cannot_be_free_is_captured_as_it_was_given(batch: int) -> 
     torch.testing.assert_close(outputs(program, x), Splits()(x))
 
 
+@pytest.mark.slow
 def test_only_attempts_that_can_cure_the_error_are_made() -> None:
     assert len(capture_whole(Branches().eval(), (torch.randn(2, 4),), {}).failures) == 1
     numpy = capture_whole(UsesNumpy().eval(), (torch.randn(2, 4),), {})
@@ -329,6 +333,7 @@ def test_constants_scalars_and_tensors_without_a_batch() -> None:
     torch.testing.assert_close(outputs(program, inputs, 2.0, "plus", None), model(inputs, 2.0, "plus", None))
 
 
+@pytest.mark.slow
 def test_padded_attention_is_compared_with_what_is_captured() -> None:
     """The fused path gives zeros where there is padding, and passes nested tensors between layers."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False)
@@ -377,6 +382,7 @@ class Decides(nn.Module):
         return x * 2 if x.shape[0] > 4 else x + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "inputs", "reason"),
     [

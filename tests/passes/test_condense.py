@@ -65,6 +65,7 @@ def test_packed_projection_whole_or_cut(inputs: int, linears: int) -> None:
     assert_same(program, model, *(torch.randn(5, 3, 8) for _ in range(inputs)))
 
 
+@pytest.mark.slow
 def test_blocks_of_very_different_fan_in_become_one_operator_each() -> None:
     model = mask_by_hand(randomise(Attention()), 0.5)
     weight = sparse_weights(model)[0]
@@ -79,6 +80,7 @@ def test_blocks_of_very_different_fan_in_become_one_operator_each() -> None:
     assert_same(program, model, torch.randn(5, 3, 8))
 
 
+@pytest.mark.slow
 def test_separate_projections() -> None:
     model = mask_by_hand(randomise(Attention(kdim=4, vdim=6)), 0.5)
     inputs = torch.randn(2, 3, 8), torch.randn(2, 5, 4), torch.randn(2, 5, 6)
@@ -130,6 +132,7 @@ class Mixed(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_what_stays_dense_says_why() -> None:
     model = mask_by_hand(randomise(Mixed()), 0.4)

@@ -185,6 +185,7 @@ def grouped(h: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)[:, :, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "dead", "bias", "expected"),
     [
@@ -388,13 +389,14 @@ def test_claims_hold_after_each_operation(step: str) -> None:
     assert check_random([step, "relu"], seed=3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(steps=st.lists(st.sampled_from(STEPS.split()), min_size=3, max_size=12), seed=st.integers(0, 99))
 def test_claims_hold_on_random_graphs(steps: list[str], seed: int) -> None:
     check_random(steps, seed)
 
 
+LONG = {"tv_mobilenet_v2", "tv_swin", "hf_t5"}
 ZOO_SAMPLE = (
     "tv_resnet18 tv_mobilenet_v2 tv_swin timm_beit_base_patch16_224 timm_mambaout_femto hf_bert hf_llama hf_gpt2 hf_t5 "
     "nasty_fused_qkv nasty_groups nasty_mha nasty_lstm"
@@ -402,7 +404,10 @@ ZOO_SAMPLE = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO_SAMPLE.split())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in ZOO_SAMPLE.split()],
+)
 def test_claims_hold_on_real_models(name: str) -> None:
     pytest.importorskip({"tv": "torchvision", "hf": "transformers", "timm": "timm"}.get(name.split("_")[0], "torch"))
     entry = ZOO[name]

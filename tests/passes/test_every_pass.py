@@ -188,6 +188,7 @@ class Breaks(Pass[Program]):
         return PassResult(subject=subject, changed=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("drop", "said"), [(False, "is off by 1.00e-03 of its largest value"), (True, "1 outputs")])
 def test_the_check_names_the_pass_that_broke_the_graph(drop: bool, said: str) -> None:
     program = captured(residual)

@@ -71,6 +71,7 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], Flags]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_where_every_reader_agrees(name: str) -> None:
     compose, expected = CASES[name]
@@ -90,6 +91,7 @@ def neighbours(m: Any, x: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "worth"),
     [
@@ -102,6 +104,7 @@ def test_from_sixteen_samples_on(shape: tuple[int, ...], worth: bool) -> None:
     assert flags(module) == ([FIRST, LAST] if worth else [ROWS, ROWS])
 
 
+@pytest.mark.slow
 def test_the_batch_sizes_to_serve_decide_before_the_example() -> None:
     model = mask_by_hand(randomise(Chain(neighbours)), 0.4).eval()
     x = torch.randn(2, 12)
@@ -109,6 +112,7 @@ def test_the_batch_sizes_to_serve_decide_before_the_example() -> None:
     assert flags(sx.lower(model, (x,), min_speedup=0, batch_sizes=[64, 1])) == [ROWS, ROWS]  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_memory_is_feature_major_between_the_layers_only() -> None:
     _, module = lowered(neighbours, (4, 5, 12))
     seen: dict[str, Tensor] = {}

@@ -61,6 +61,7 @@ def test_rule_1_every_layer(layer: Any, norm: Any, shape: tuple[int, ...], bias:
     agrees(model, result.subject, torch.randn(5, *shape[1:]))
 
 
+@pytest.mark.slow
 def test_rule_1_through_two_norms() -> None:
     model = randomise(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8)))
     result = fold(model, torch.randn(2, 3, 6, 6))

@@ -190,6 +190,7 @@ def test_a_second_run_changes_nothing() -> None:
     assert not again.changed
 
 
+@pytest.mark.slow
 def test_a_weight_normed_layer_lowers_to_a_condensed_one() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 12)), nn.ReLU(), nn.Linear(12, 4))
     sx.sparsify(randomise(model), sparsity=0.5)
@@ -202,6 +203,7 @@ def test_a_weight_normed_layer_lowers_to_a_condensed_one() -> None:
         torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_attributes_that_are_no_tensors_are_left() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:

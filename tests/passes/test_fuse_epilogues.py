@@ -284,6 +284,7 @@ MODELS: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], list[Epilogue]
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "shape", "expected"), [case[1:] for case in MODELS], ids=[case[0] for case in MODELS])
 def test_real_modules(make: Callable[[], nn.Module], shape: tuple[int, ...], expected: list[Epilogue]) -> None:
     model = mask_by_hand(randomise(make()), 0.3).eval()

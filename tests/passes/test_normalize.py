@@ -128,6 +128,7 @@ def test_rule_5_keeps_casts_and_the_layout_that_strides_are_read_from() -> None:
     torch.testing.assert_close(program.module(x), Recast()(x))
 
 
+@pytest.mark.slow
 def test_normal_form_is_stable() -> None:
     program = normalise(Copied().eval(), torch.randn(2, 3))
     assert not run((Normalize(),), program).changed

@@ -291,6 +291,7 @@ SHUFFLES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [[0, 5], [0, 3, 5], [1, 2], [0, 1, 2, 3], [7]], ids=str)
 @pytest.mark.parametrize("name", SHUFFLES)
 def test_groups_of_a_shuffle_may_lose_different_places(name: str, dead: list[int]) -> None:
@@ -317,6 +318,7 @@ def test_dead_channels_go_through_it(name: str) -> None:
         assert relative_error(model, program, batch) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swapaxes", "moveaxis", "native_channel_shuffle", "ShuffleNet", "hstack", "rot90"])
 def test_a_lowered_model_with_ablated_channels_gives_what_the_masked_one_does(name: str) -> None:
     between, read, gone = CONVS[name]
@@ -353,6 +355,7 @@ def test_the_row_of_an_overload_that_differs() -> None:
     assert operator_of(len).does == "unknown"
 
 
+@pytest.mark.slow
 def test_capture_keeps_what_the_table_is_asked_about() -> None:
     program = capture(
         Net(CONVS["native_channel_shuffle"][0], nn.Conv2d(3, 8, 1), nn.Conv2d(8, 5, 1)).eval(), (X[:, :3],)
@@ -375,6 +378,7 @@ class Named(nn.Module):
         return out
 
 
+@pytest.mark.slow
 def test_a_lowered_model_that_uses_second_names_is_saved_and_loaded(tmp_path: Path) -> None:
     model = Named().eval()
     sx.sparsify(model, sparsity=0.5)

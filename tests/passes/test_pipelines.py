@@ -43,6 +43,7 @@ class Spy(Pass[Program]):
         return PassResult(subject=subject, changed=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", range(len(LOWERING) + 1))
 def test_a_pass_may_stand_anywhere(position: int) -> None:
     spy, x = Spy(), torch.randn(3, 8)
@@ -72,6 +73,7 @@ def test_the_pipelines_are_tuples() -> None:
     assert len({step.name for step in LOWERING}) == len(LOWERING)
 
 
+@pytest.mark.slow
 def test_the_example_folds_the_scale(checkout: Path) -> None:
     example = runpy.run_path(str(checkout / "examples" / "custom_pass.py"))
     torch.manual_seed(1)

@@ -56,6 +56,7 @@ VECTOR = torch.randn(2, 5)
 # -- what a constant becomes ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_constant_goes_into_the_bias_of_its_reader(bias: bool) -> None:
     net = Net(lambda m, x: m["b"](torch.sigmoid(m["a"](x))), a=nn.Linear(5, 6), b=nn.Linear(6, 4, bias=bias))
@@ -74,6 +75,7 @@ def test_zero_leaves_nothing() -> None:
     assert "add" not in program.module.code
 
 
+@pytest.mark.slow
 def test_one_constant_channel_stays_before_zero_padding_and_carries_the_others() -> None:
     conv = nn.Conv2d(3, 6, 3)
     net = Net(lambda m, x: m["b"](torch.sigmoid(m["a"](x))), a=conv, b=nn.Conv2d(6, 4, 3, padding=1))
@@ -95,6 +97,7 @@ def test_without_padding_the_bias_takes_all(padding: Any) -> None:
     assert entry(program, "b").folded == {"bias": 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_with_the_data_itself_keeps_a_constant_uniform(
     mode: Literal["reflect", "replicate", "circular"],
@@ -107,6 +110,7 @@ def test_padding_with_the_data_itself_keeps_a_constant_uniform(
     assert entry(cut(net, IMAGE, a=[0, 2]), "b").folded == {"bias": 2}
 
 
+@pytest.mark.slow
 def test_a_constant_that_is_not_uniform_becomes_a_small_map() -> None:
     net = Net(
         lambda m, x: m["c"](m["b"](torch.sigmoid(m["a"](x)))),
@@ -131,6 +135,7 @@ def test_a_map_larger_than_what_it_saves_is_not_made() -> None:
     assert "larger than what it saves" in next(iter(entry(program, "a").kept))
 
 
+@pytest.mark.slow
 def test_a_constant_with_a_position_is_folded_along_it() -> None:
     position = nn.Embedding(4, 6)
     net = Net(
@@ -144,6 +149,7 @@ def test_a_constant_with_a_position_is_folded_along_it() -> None:
     assert entry(program, "b").folded == {"map": 4}
 
 
+@pytest.mark.slow
 def test_batch_norm_between_is_part_of_the_constant() -> None:
     norm = nn.BatchNorm2d(6)
     net = Net(
@@ -160,6 +166,7 @@ def residual(m: nn.ModuleDict, x: Tensor) -> Tensor:
     return m["c"](F.relu(m["a"](x) + m["b"](x)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_a_residual_channel_goes_if_all_its_writers_are_dead() -> None:
     net = Net(residual, a=nn.Linear(5, 6), b=nn.Linear(5, 6), c=nn.Linear(6, 4))
     program = cut(net, VECTOR, a=[1, 2, 3], b=[2, 3, 4])
@@ -193,6 +200,7 @@ def test_gate_and_up(gate: Callable[[Tensor], Tensor]) -> None:
     assert shapes(program, "linear") == [(4, 5), (4, 5), (4, 4)], "a dead gate only scales; a zero goes"
 
 
+@pytest.mark.slow
 def test_packed_gate_and_up() -> None:
     net = Net(lambda m, x: m["d"](F.glu(m["u"](x))), u=nn.Linear(5, 12), d=nn.Linear(6, 4))
     assert shapes(cut(net, VECTOR, u=[1, 7, 2]), "linear") == [(10, 5), (4, 5)]
@@ -205,6 +213,7 @@ def test_packed_gate_and_up() -> None:
     assert shapes(cut(net, VECTOR, u=[1, 7, 2]), "linear") == [(10, 5), (4, 5)]
 
 
+@pytest.mark.slow
 def test_concatenation() -> None:
     net = Net(
         lambda m, x: m["c"](torch.cat([m["a"](x), x, torch.sigmoid(m["b"](x))], 1)),
@@ -215,6 +224,7 @@ def test_concatenation() -> None:
     assert shapes(cut(net, IMAGE, a=[0, 5], b=[1]), "conv2d") == [(4, 3, 1, 1), (4, 3, 1, 1), (4, 11, 3, 3)]
 
 
+@pytest.mark.slow
 def test_split_and_slices() -> None:
     def forward(m: nn.ModuleDict, x: Tensor) -> tuple[Tensor, Tensor]:
         one, two, three = m["a"](x).split([2, 6, 3], 1)
@@ -226,6 +236,7 @@ def test_split_and_slices() -> None:
     assert shapes(program, "linear")[1:] == [(4, 2), (3, 4)]
 
 
+@pytest.mark.slow
 def test_select_stack_unbind_and_index() -> None:
     def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
         h = torch.stack([m["a"](x), m["b"](x)], 1).unsqueeze(0).squeeze(0)
@@ -270,6 +281,7 @@ POOLS: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pool", POOLS)
 def test_pools_norms_and_resizes_over_space_pass_channels_on(pool: Callable[[Tensor], Tensor]) -> None:
     net = Net(lambda m, x: m["b"](pool(torch.sigmoid(m["a"](x)))), a=nn.Conv2d(3, 6, 3), b=nn.Conv2d(6, 4, 1))
@@ -281,6 +293,7 @@ def test_zero_padding_leaves_a_constant_that_is_not_uniform() -> None:
     assert entry(cut(net, torch.randn(2, 3, 4, 4), a=[0, 3]), "b").folded == {"map": 2}
 
 
+@pytest.mark.slow
 def test_padding_of_channels() -> None:
     net = Net(
         lambda m, x: m["c"](F.pad(m["a"](x), (0, 0, 0, 0, 1, 1)) + m["b"](x)),
@@ -291,6 +304,7 @@ def test_padding_of_channels() -> None:
     assert shapes(cut(net, IMAGE, a=[1, 2], b=[0, 2, 3]), "conv2d") == [(2, 3, 1, 1), (4, 3, 1, 1), (2, 4, 1, 1)]
 
 
+@pytest.mark.slow
 def test_depthwise_passes_channels_on_and_loses_its_own_dead_rows() -> None:
     net = Net(
         lambda m, x: m["c"](m["b"](F.relu(m["a"](x)))),
@@ -313,6 +327,7 @@ def test_depthwise_with_a_multiplier() -> None:
     assert shapes(program, "conv2d") == [(3, 3, 1, 1), (6, 1, 3, 3), (4, 6, 1, 1)]
 
 
+@pytest.mark.slow
 def test_grouped_convolutions_lose_whole_groups_or_equally_many_of_each() -> None:
     def build() -> Net:
         return Net(
@@ -330,6 +345,7 @@ def test_grouped_convolutions_lose_whole_groups_or_equally_many_of_each() -> Non
     assert shapes(unequal, "conv2d") == [(6, 3, 1, 1), (9, 2, 3, 3), (4, 9, 1, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_convolution(groups: int) -> None:
     net = Net(
@@ -344,6 +360,7 @@ def test_transposed_convolution(groups: int) -> None:
     assert shapes(program, "conv2d")[1] == (2, 2, 1, 1)
 
 
+@pytest.mark.slow
 def test_pixel_and_channel_shuffles() -> None:
     net = Net(
         lambda m, x: m["b"](F.pixel_unshuffle(F.channel_shuffle(F.pixel_shuffle(m["a"](x), 2), 2), 2)),
@@ -354,6 +371,7 @@ def test_pixel_and_channel_shuffles() -> None:
     assert shapes(program, "conv2d") == [(8, 3, 1, 1), (4, 8, 1, 1)]
 
 
+@pytest.mark.slow
 def test_unfolding_repeats_a_channel_over_its_window() -> None:
     net = Net(lambda m, x: m["b"](F.unfold(m["a"](x), 2).transpose(1, 2)), a=nn.Conv2d(3, 6, 1), b=nn.Linear(24, 4))
     assert shapes(cut(net, IMAGE, a=[2]), "linear") == [(4, 20)]
@@ -362,6 +380,7 @@ def test_unfolding_repeats_a_channel_over_its_window() -> None:
 # -- unused channels --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_channel_that_nothing_reads_goes_whatever_it_is() -> None:
     net = Net(
         lambda m, x: m["c"](F.relu(m["b"](F.gelu(m["a"](x))))), a=nn.Linear(5, 6), b=nn.Linear(6, 7), c=nn.Linear(7, 4)
@@ -444,6 +463,7 @@ def test_outputs_keep_their_channels() -> None:
     assert entry(program, "b").kept == {"it is an output of the model": 1}
 
 
+@pytest.mark.slow
 def test_group_norm_loses_whole_groups() -> None:
     net = Net(
         lambda m, x: m["b"](F.relu(m["n"](m["a"](x)))), a=nn.Conv2d(3, 6, 1), n=nn.GroupNorm(3, 6), b=nn.Conv2d(6, 4, 1)
@@ -493,6 +513,7 @@ def test_nothing_dead_changes_nothing() -> None:
 # -- shared, tied, looked up ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_shared_layer_stays_one() -> None:
     def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
         return m["c"](m["b"](F.relu(m["a"](x)))) + m["c"](m["b"](torch.tanh(m["a"](2 * x))))  # type: ignore[no-any-return]
@@ -504,11 +525,13 @@ def test_a_shared_layer_stays_one() -> None:
     assert len(weights) == 3
 
 
+@pytest.mark.slow
 def test_a_layer_applied_to_its_own_output_keeps_what_is_live() -> None:
     net = Net(lambda m, x: m["b"](m["a"](F.relu(m["a"](x)))), a=nn.Linear(5, 5), b=nn.Linear(5, 4))
     assert entry(cut(net, VECTOR, a=[1]), "a").rows_removed == 0
 
 
+@pytest.mark.slow
 def test_columns_of_an_embedding() -> None:
     net = Net(
         lambda m, x: m["b"](m["e"](x) + m["a"](m["e"](x))), e=nn.Embedding(9, 6), a=nn.Linear(6, 6), b=nn.Linear(6, 4)
@@ -608,6 +631,7 @@ def outputs_of(function: Callable[..., Any], x: Tensor = TOKENS, reads: int = 16
     return cut(Net(lambda m, x: function(m["a"](x), m["d"](x), m["c"]), **layers), x, a=[0, 1, 5], d=[0, 1, 5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [
@@ -632,6 +656,7 @@ def test_operators_that_take_tensors_in_a_list(function: Callable[..., Any]) -> 
     outputs_of(function)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("equation", ["bsc,oc->bso", "...c,oc->...o"])
 def test_an_einsum_that_is_a_linear_layer_loses_what_it_would(equation: str) -> None:
     program = outputs_of(lambda h, g, c: torch.einsum(equation, torch.sigmoid(h), c.weight))
@@ -639,6 +664,7 @@ def test_an_einsum_that_is_a_linear_layer_loses_what_it_would(equation: str) -> 
     assert entry(program, "a").rows_removed == 3
 
 
+@pytest.mark.slow
 def test_a_batch_norm_without_running_statistics() -> None:
     norm = nn.BatchNorm1d(16, track_running_stats=False)
     layers = {"a": nn.Linear(12, 16), "n": norm, "c": nn.Linear(16, 4)}
@@ -646,6 +672,7 @@ def test_a_batch_norm_without_running_statistics() -> None:
     cut(net, TOKENS, a=[0, 1, 5])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reader_too", [True, False])
 def test_half_precision_inside_the_model(reader_too: bool) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
@@ -661,18 +688,21 @@ def test_half_precision_inside_the_model(reader_too: bool) -> None:
     assert lost == (0 if reader_too else 3), "a product in half precision keeps its order of sums"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("amounts", [(-1, 1), (0, 0, -1, 1), (-2, 0)])
 def test_negative_padding(amounts: tuple[int, ...], capfd: pytest.CaptureFixture[str]) -> None:
     outputs_of(lambda h, g, c: c(F.pad(h, amounts)), reads=14 if amounts == (-2, 0) else 16)
     assert "fake_tensor" not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_with_channels_themselves_keeps_them(mode: str) -> None:
     program = outputs_of(lambda h, g, c: c(F.pad(h, (2, 1), mode=mode)), reads=19)
     assert entry(program, "a").rows_removed == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "reads"),
     [
@@ -685,6 +715,7 @@ def test_parts_without_channels(function: Callable[..., Any], reads: int) -> Non
     outputs_of(function, reads=reads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "function",
     [
@@ -736,6 +767,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("border", BORDERS.values(), ids=BORDERS)
 def test_constant_channels_at_borders_in_front_of_a_norm(
@@ -759,6 +791,7 @@ def test_constant_channels_at_borders_in_front_of_a_norm(
     assert shapes(result.subject, "conv")[0][0] <= 13  # at most one stays, to carry the others
 
 
+@pytest.mark.slow
 def test_a_constant_map_in_front_of_another_convolution() -> None:
     """The second convolution reads the sum that the first one's map made: nothing lies in between."""
     model = masked(

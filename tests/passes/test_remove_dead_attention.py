@@ -67,12 +67,14 @@ UNMERGED = pytest.mark.parametrize("attend", [fused, causal, by_hand])
 EVERY = pytest.mark.parametrize("attend", [fused, causal, by_hand, merged_batch])
 
 
+@pytest.mark.slow
 @EVERY
 def test_dead_values_go_into_the_bias_of_the_projection(attend: Attend) -> None:
     program = cut(Attention(attend), TOKENS, v=[1, 6])
     assert shapes(program, "linear") == [(8, 6), (8, 6), (6, 6), (5, 6)]
 
 
+@pytest.mark.slow
 @UNMERGED
 def test_dead_keys_take_their_queries_along(attend: Attend) -> None:
     program = cut(Attention(attend), TOKENS, k=[0, 7])
@@ -95,20 +97,24 @@ def test_a_whole_head_goes(attend: Attend) -> None:
     assert shapes(program, "linear") == [(4, 6), (4, 6), (4, 6), (5, 4)]
 
 
+@pytest.mark.slow
 def test_keys_stay_where_heads_share_an_axis_with_the_batch() -> None:
     assert shapes(cut(Attention(merged_batch), TOKENS, k=[0, 7]), "linear")[1] == (8, 6)
 
 
+@pytest.mark.slow
 def test_a_head_and_more() -> None:
     program = cut(Attention(), TOKENS, v=[0, 1, 2, 3, 5], k=[6])
     assert shapes(program, "linear") == [(3, 6), (3, 6), (3, 6), (5, 3)]
 
 
+@pytest.mark.slow
 def test_heads_keep_equally_many_channels() -> None:
     program = cut(Attention(), TOKENS, v=[0, 1, 2, 6], k=[1, 2])
     assert shapes(program, "linear") == [(8, 6), (8, 6), (6, 6), (5, 6)]
 
 
+@pytest.mark.slow
 def test_the_scale_is_that_of_the_whole_width() -> None:
     program = cut(Attention(), TOKENS, k=[0, 7])
     node = next(n for n in program.module.graph.nodes if "scaled_dot" in str(n.target))
@@ -132,6 +138,7 @@ def test_grouped_queries(rotate: bool) -> None:
     assert shapes(program, "linear") == [(8, 6), (4, 6), (3, 6), (5, 6)]
 
 
+@pytest.mark.slow
 def test_grouped_queries_in_the_operator() -> None:
     class Grouped(Attention):
         def forward(self, x: Tensor) -> Tensor:
@@ -198,6 +205,7 @@ def test_a_mask_that_comes_with_the_input(kind: str) -> None:
     assert shapes(program, "linear")[:2] == [(6, 6), (6, 6)]
 
 
+@pytest.mark.slow
 def test_a_bias_by_head_loses_the_heads_that_go() -> None:
     class Biased(Attention):
         def __init__(self) -> None:

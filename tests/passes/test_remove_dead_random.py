@@ -167,14 +167,14 @@ def check(plan: list[Step], seed: int, *, image: bool) -> None:
 BUDGET = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @BUDGET
 @given(steps(IMAGE_KINDS), st.integers(0, 1000))
 def test_random_convolutional_networks(plan: list[Step], seed: int) -> None:
     check(plan, seed, image=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @BUDGET
 @given(steps(TOKEN_KINDS), st.integers(0, 1000))
 def test_random_networks_of_tokens(plan: list[Step], seed: int) -> None:

@@ -370,6 +370,7 @@ def test_torchvision() -> None:
         assert [found[f"{block}.{layer}.weight"] for layer in layers] == ["stream", "stream", "width", "stream"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "t5", "bart"])
 def test_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")

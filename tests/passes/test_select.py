@@ -70,6 +70,7 @@ def decisions(program: Program) -> dict[str, tuple[Decision, str]]:
     return {layer.weight.fqn: (layer.decision, layer.reason) for layer in program.layers}
 
 
+@pytest.mark.slow
 def test_times_go_before_estimates_and_estimates_say_so(program: Program) -> None:
     costs = Costs(measured={"0.weight": FAST}, estimated={"0.weight": SLOW, "2.weight": SLOW, "4.weight": FAST})
     select = Select(lambda _: costs, 1.0)
@@ -83,6 +84,7 @@ def test_times_go_before_estimates_and_estimates_say_so(program: Program) -> Non
     assert [layer.estimates for layer in selected.layers] == [SLOW, SLOW, FAST]
 
 
+@pytest.mark.slow
 def test_estimates_do_not_count_where_no_speedup_is_asked_for(program: Program) -> None:
     estimates = dict.fromkeys(("0.weight", "2.weight", "4.weight"), SLOW)
     selected = run((Select(lambda _: Costs(estimated=estimates)),), program).subject

@@ -83,6 +83,7 @@ class _InPlace(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_inputs_that_the_model_writes_into_stay_as_they_are() -> None:
     x = torch.randn(4, 16)
     before = x.clone()

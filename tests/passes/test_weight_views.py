@@ -43,6 +43,7 @@ def operations(shape: tuple[int, ...]) -> "st.SearchStrategy[tuple[str, tuple[An
     return st.one_of(choices)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 def test_a_view_holds_the_elements_that_the_operations_leave(data: st.DataObject) -> None:
     shape = data.draw(st.sampled_from(SHAPES))

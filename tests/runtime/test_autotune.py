@@ -43,6 +43,7 @@ def test_undisturbed_times_leave_out_what_waits() -> None:
     assert times["often waits"] < 0.002
 
 
+@pytest.mark.slow
 def test_an_expensive_call_is_measured_a_few_times() -> None:
     calls: list[float] = []
 

@@ -210,6 +210,7 @@ def test_what_agrees_with_the_clock_stays_and_is_looked_at_once(
     assert (tmp_path / FILE).read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_busy_machine_is_measured_right_or_not_at_all(
@@ -229,6 +230,7 @@ def test_a_busy_machine_is_measured_right_or_not_at_all(
         assert off(kept, machine.true) < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [1 / 150, 1 / 6, 6.0, 150.0])
 @pytest.mark.parametrize("name", ["dense few", "condensed few", "condensed many"])
 @pytest.mark.parametrize("count", [1, 2])
@@ -247,7 +249,7 @@ def test_a_stored_time_that_contradicts_the_clock_is_thrown_away(
         assert off(renewed, machine.true) < AGREE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "count", "poison"),
     [

@@ -143,6 +143,7 @@ def _interpret(node: Node, x: Array, blocks: int) -> Array:
     return np.array(y.content, np.float64).reshape(shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @given(case=_convolutions(), blocks=st.integers(1, 3))
 @settings(max_examples=60, **_SETTINGS)
 def test_every_access_is_inside(monkeypatch: pytest.MonkeyPatch, case: tuple[Node, Array], blocks: int) -> None:
@@ -162,6 +163,7 @@ def test_pointwise_convolutions(monkeypatch: pytest.MonkeyPatch, size: tuple[int
     _compare(_interpret(node, x, 2), node, x)
 
 
+@pytest.mark.slow
 @given(case=_convolutions((2,), symmetric=True))
 @settings(max_examples=150, **_SETTINGS)
 def test_torch_operator(case: tuple[Node, Array]) -> None:

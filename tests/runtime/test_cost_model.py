@@ -124,6 +124,7 @@ def test_noise_gives_no_absurd_constants() -> None:
     assert all(value < 1e-3 for value in predicted(found).values())
 
 
+@pytest.mark.slow
 def test_probes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = Timings(None)
     assert machine_constants(timings, may_measure=False) == host_machine()

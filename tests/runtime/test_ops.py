@@ -283,6 +283,7 @@ def test_export_with_dynamic_batch(strict: bool) -> None:
         torch.testing.assert_close(program.module()(x), net(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [

@@ -194,6 +194,7 @@ def _cases(draw: st.DrawFn) -> Convolution:
     )
 
 
+@pytest.mark.slow
 @given(
     shape=_cases(),
     density=st.floats(0, 1),

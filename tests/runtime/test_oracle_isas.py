@@ -71,7 +71,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @best
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("isa", OTHERS, indirect=True)
 def test_oracle_tests_on(isa: str) -> None:
     run_oracle_tests(isa)
@@ -93,7 +93,7 @@ def test_the_same_bits_in_every_process(isa: str) -> None:
 
 
 @best
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_code_that_a_process_compiles_gives_the_same_bits(isa: str) -> None:
     """Without the operator library, whose code torch's operators take elsewhere in the tests."""

@@ -268,6 +268,7 @@ def _cases(draw: st.DrawFn) -> dict[str, int | str]:
     }
 
 
+@pytest.mark.slow
 @given(
     case=_cases(),
     batch=st.integers(0, 140),

@@ -85,6 +85,7 @@ def test_linear_epilogues(residual: bool, activation: str, by_library: bool, dty
         operator.check(torch.randn(batch, 60))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("x_feature_major", "y_feature_major"), LAYOUTS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_linear_layouts(residual: bool, x_feature_major: bool, y_feature_major: bool, by_library: bool) -> None:
@@ -214,6 +215,7 @@ def test_huge_and_denormal_numbers(by_library: bool, dtype: ValueDtype) -> None:
         operator.check(torch.randn(batch, 90) * scale)
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
@@ -236,6 +238,7 @@ def test_threads_share_the_work_and_agree(active: Sequence[int], threads: int) -
         assert bits(conv.check(x)) == bits(conv.check(x))
 
 
+@pytest.mark.slow
 @given(
     n=st.integers(1, 50),
     in_features=st.integers(1, 200),

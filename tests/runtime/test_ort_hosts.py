@@ -56,6 +56,7 @@ def test_each_instruction_set(library: Path, cases: Path, isa: str) -> None:
         _assert_right(_serve(library, cases, SRIGL_FX_ISA=isa))
 
 
+@pytest.mark.slow
 def test_an_unknown_instruction_set_is_refused(library: Path, cases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "SRIGL_FX_ISA must be one of" in _serve(library, cases, SRIGL_FX_ISA="sse9")["failure"]
     monkeypatch.setenv("SRIGL_FX_ISA", "sse9")

@@ -183,6 +183,7 @@ def test_every_kernel_is_measured(checkout: Path) -> None:
     assert [(row[1], row[4]) for row in rows] == [(kernel.task, dtype) for kernel in KERNELS for dtype in kernel.values]
 
 
+@pytest.mark.slow
 def test_the_library_is_named_after_all_that_it_is_made_from() -> None:
     """A source that its name forgot would leave an old library in use."""
     code = "import sys, srigl_fx.runtime.ort.compile\n"

@@ -138,6 +138,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=st.dictionaries(st.text(), VALUES, max_size=3))
 def test_plain_values_come_back_with_their_types(tmp_path: Path, value: dict[str, Any]) -> None:
@@ -201,6 +202,7 @@ def target() -> tuple[Run, Any]:
     return run, _everything(run)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_changes_nothing(
@@ -490,7 +492,7 @@ while True:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
 def test_a_kill_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
     path, script, seen = tmp_path / "last", tmp_path / "script.py", 0
@@ -515,7 +517,7 @@ def test_a_kill_leaves_a_checkpoint_that_loads(tmp_path: Path) -> None:
     assert seen > 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_example_ends_with_the_same_weights_after_a_crash(checkout: Path, tmp_path: Path, threads: int) -> None:
     def run(name: str, *more: str) -> "subprocess.CompletedProcess[str]":

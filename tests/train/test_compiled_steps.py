@@ -98,6 +98,7 @@ def test_every_method_is_as_without_a_compiler(method: type[Trainer], what: str)
     assert counter.frame_count <= 3  # the model, backward and the optimizer, once each
 
 
+@pytest.mark.slow
 def test_connections_that_grow_train_in_a_compiled_step() -> None:
     (model, optimizer, _), (plain, other, _) = _pair(RigL, mlp())
     start = mask_copies(model)
@@ -112,6 +113,7 @@ def test_connections_that_grow_train_in_a_compiled_step() -> None:
     assert bool(handle.weight[grown].any())
 
 
+@pytest.mark.slow
 def test_a_compiled_step_equals_masking_by_hand_around_one() -> None:
     """AdamW compiled is not AdamW to the last bit, and so it is compared with itself."""
     model = mlp()

@@ -241,6 +241,7 @@ def test_a_wrapper_that_shows_the_inner_optimizer_other_weights(inner: bool, cap
         train(model, optimizer, batches(9), lambda: verify(model, optimizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_closure", [False, True])
 @pytest.mark.parametrize("inner", [False, True])
 def test_the_two_steps_of_sam_count_once(inner: bool, by_closure: bool) -> None:
@@ -325,6 +326,7 @@ def _used_before(kinds: tuple[type[SGD], ...]) -> type[SGD]:
     return kinds[-1]
 
 
+@pytest.mark.slow
 def test_a_step_that_calls_its_base_class_counts_once() -> None:
     found = []
     model = mlp()
@@ -374,6 +376,7 @@ def test_steps_with_a_closure_inside_one_another_count_once() -> None:
     assert (trainer.steps, trainer.last_update) == (7, 6)
 
 
+@pytest.mark.slow
 def test_the_original_order_of_rigl_with_two_steps() -> None:
     model = mlp()
     optimizer = SAM(model.parameters())

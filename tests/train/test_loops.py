@@ -240,6 +240,7 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
     _assert_equal(plain, layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["compile", "trainer"])
 def test_compiled_models_keep_their_code_through_accumulation_and_ablation(first: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")

@@ -30,6 +30,7 @@ def sgd(model: nn.Module, lr: float = 0.1) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_the_number_of_weights_stays_and_the_structure_holds(
@@ -443,6 +444,7 @@ def _counts(model: nn.Module) -> list[list[int]]:
     return [handle.record.site.to_matrix(handle.mask).sum(dim=1).tolist() for handle in sparse_weights(model)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init", ["dense", "magnitude"])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gmp_prunes_to_the_budget_along_the_cubic_schedule(structure: Structure, init: Any) -> None:

@@ -73,6 +73,7 @@ def _train(normalised: bool, **options: Any) -> tuple[int, dict[str, Tensor]]:
     return revived, masks
 
 
+@pytest.mark.slow
 def test_neurons_come_back_for_a_reason() -> None:
     reference, _ = _train(True, revival="reference")
     scaled, masks = _train(True)
@@ -83,6 +84,7 @@ def test_neurons_come_back_for_a_reason() -> None:
     assert not all(bool(mask.any(dim=1).all()) for mask in masks.values())
 
 
+@pytest.mark.slow
 def test_without_batch_normalisation_hardly_anything_changes() -> None:
     reference, _ = _train(False, revival="reference")
     scaled, _ = _train(False)

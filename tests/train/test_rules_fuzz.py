@@ -73,6 +73,7 @@ def cases(draw: st.DrawFn, *, constant_fan_in: bool = False) -> Case:
     return Case(weight, values(draw(st.booleans())), mask, budget, frozen, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(cases(), FRACTIONS)
 def test_rigl_and_snfs_equal_the_literal_reading(case: Case, drop_fraction: float) -> None:
@@ -84,6 +85,7 @@ def test_rigl_and_snfs_equal_the_literal_reading(case: Case, drop_fraction: floa
         assert int(new.sum()) == int(case.mask.sum())
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(cases(), FRACTIONS)
 def test_set_equals_the_literal_reading(case: Case, drop_fraction: float) -> None:
@@ -94,6 +96,7 @@ def test_set_equals_the_literal_reading(case: Case, drop_fraction: float) -> Non
     assert new.int().tolist() == rigl(weight, scores.tolist(), mask, drop_fraction=drop_fraction)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(cases(), st.floats(0, 1), st.sampled_from(["unstructured", "constant_fan_in"]))
 def test_gmp_equals_the_literal_reading(case: Case, share: float, structure: Structure) -> None:
@@ -106,6 +109,7 @@ def test_gmp_equals_the_literal_reading(case: Case, share: float, structure: Str
     assert not (new & ~case.mask).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("growth", ["gradient", "random"])
 @settings(max_examples=200, deadline=None)
 @given(case=cases(constant_fan_in=True), drop_fraction=FRACTIONS)
@@ -128,6 +132,7 @@ ABLATIONS = st.sampled_from(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [True, False])
 @settings(max_examples=250, deadline=None)
 @given(data=st.data(), drop_fraction=FRACTIONS, ablation=ABLATIONS, min_neurons=st.sampled_from([None, 1, 2, 4]))

@@ -66,6 +66,7 @@ KINDS = [
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_top_of_a_large_layer(kind: str, dtype: torch.dtype) -> None:
@@ -99,6 +100,7 @@ def test_a_transposed_matrix() -> None:
     assert torch.equal(rows, expected >= expected.topk(7, dim=1).values[:, -1:])
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 300_000))
 @settings(max_examples=30, deadline=None)
 def test_top_with_many_ties(seed: int, levels: int, count: int) -> None:
@@ -124,6 +126,7 @@ def test_infinite_values_count_where_asked() -> None:
     assert none.tolist() == [[False] * 4, [True, False, False, False]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradients", ["smooth", "zeros", "three values"])
 @pytest.mark.parametrize("revived", [False, True])
 def test_working_memory_of_an_update(gradients: str, revived: bool) -> None:

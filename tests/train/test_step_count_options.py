@@ -58,6 +58,7 @@ def test_an_option_is_nobodys_that_torch_does_not_offer() -> None:
     assert switches - methods == seen
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.parametrize("name", _that_have("capturable"))
 def test_capturable_in_a_compiled_step(name: str) -> None:

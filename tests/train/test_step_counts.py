@@ -164,6 +164,7 @@ class Lookahead(Optimizer):
                 slow.copy_(parameter.lerp_(slow, 0.5))
 
 
+@pytest.mark.slow
 def test_inside_a_wrapper_the_step_itself_is_corrected() -> None:
     """Lookahead halves what the inner optimizer and the count of steps have made of the weight, all of it."""
     seen = []
@@ -362,6 +363,7 @@ def test_a_damaged_state_is_refused(what: str) -> None:
     assert all(torch.equal(one[1], other[1]) for one, other in zip(state["step_counts"], after, strict=True))
 
 
+@pytest.mark.slow
 def test_weights_are_young_only_as_long_as_it_matters() -> None:
     model = mlp()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003, betas=(0.5, 0.5))

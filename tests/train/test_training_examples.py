@@ -21,6 +21,7 @@ def _examples(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # other tests of this process keep theirs
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_trains(capsys: pytest.CaptureFixture[str]) -> None:
     means = import_module("custom_update").main(seeds=2, steps=60)
     assert list(means) == ["SampledRigL", "RigL", "SET"]
@@ -28,7 +29,7 @@ def test_a_method_of_ones_own_trains(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out.startswith("SampledRigL")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fewer_neurons_come_back_with_the_remedy(capsys: pytest.CaptureFixture[str]) -> None:
     rows = import_module("batchnorm_revival").main(seeds=2, steps=160)
     revivals = {(case, norm, treatment): int(count) for case, norm, treatment, count, *_ in rows}
@@ -64,7 +65,7 @@ def test_the_layers_that_the_experiment_protects_are_those_that_the_library_find
     assert {name for name in protected if name in masked and not name.endswith("in_proj_weight")} == named
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_high_threshold_wrecks_no_vision_transformer() -> None:
     module = import_module("ablation_protection")
     outputs, everything = (
@@ -102,11 +103,11 @@ def _cells(table: str) -> list[list[str]]:
 @pytest.mark.parametrize(
     ("task", "optimizer"),
     [
-        ("cnn", "AdamW"),
-        ("cnn", "RMSprop"),
-        ("cnn", "NAdam"),
-        ("vit", "AdamW"),
-        pytest.param("gpt", "AdamW", marks=pytest.mark.slow),
+        pytest.param("cnn", "AdamW", marks=pytest.mark.slow),
+        pytest.param("cnn", "RMSprop", marks=pytest.mark.long),
+        pytest.param("cnn", "NAdam", marks=pytest.mark.long),
+        pytest.param("vit", "AdamW", marks=pytest.mark.long),
+        pytest.param("gpt", "AdamW", marks=pytest.mark.long),
     ],
 )
 def test_the_experiment_on_first_steps_runs(
@@ -152,7 +153,7 @@ def test_the_experiment_on_first_steps_runs(
     assert file.read_bytes() == again
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_treatments_do_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     module, runs = import_module("first_steps"), import_module("claims.runs")
     monkeypatch.setitem(runs.TASKS, "cnn", dataclasses.replace(runs.TASKS["cnn"], steps=20, update_every=4))

@@ -32,7 +32,7 @@ def _check_rows(handle: SparseWeight, mask: Tensor, protected: bool) -> None:
             assert active == block.rows
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ablation", "permanent", "optimizer_name"),
     [(None, False, "AdamW"), (0.3, False, "SGD"), (0.9, False, "AdamW"), (0.9, True, "RMSprop")],

@@ -213,6 +213,7 @@ def test_ordinary_steps_compute_the_transform_once() -> None:
     assert counts.count(2) == 2
 
 
+@pytest.mark.slow
 def test_a_compiled_model_captures_too() -> None:
     model = sx.sparsify(nn.Sequential(WSLinear(24, 32), nn.Linear(32, 4)), sparsity=0.5, rules={"1": None})
     (handle,) = sparse_weights(model)
@@ -269,6 +270,7 @@ def _wav2vec2() -> tuple[nn.Module, Tensor]:
     return LogitsOnly(transformers.Wav2Vec2ForCTC(config)), torch.randn(2, 400)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "transformed"),
     [

@@ -257,6 +257,7 @@ def by_elements(tensor: Tensor, kept: Tensor) -> Tensor | None:
     return None if shape is None else tensor.expand(kept.shape)[kept].reshape(shape)
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=150, derandomize=True)
 def test_a_constant_is_cut_like_what_it_meets(data: Any) -> None:

@@ -76,20 +76,20 @@ def four(folder: Path, two: Outcomes) -> Outcomes:
     return launch(folder, 4, FOUR)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_in_short(tmp_path: Path) -> None:
     for name, outcome in launch(tmp_path, 2, IN_SHORT).items():
         assert outcome == ["ok", "ok"], f"{name}\n" + "\n".join(outcome)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_compiled_steps_of_two_processes(tmp_path: Path) -> None:
     """By themselves, as they take longer than all others."""
     outcome = launch(tmp_path, 2, ("compiled_steps",), patience_s=400)["compiled_steps"]
     assert outcome == ["ok"] * 2, "\n".join(outcome)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_sharded_model_of_transformers_survives_save_pretrained(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="the extra [transformers] is not installed")
     outcome = launch(tmp_path, 2, ("pretrained",))["pretrained"]
@@ -145,7 +145,7 @@ def test_a_run_of_two_then_four_then_one_process(
     assert any(not torch.equal(first[handle.fqn], handle.mask) for handle in sparse_weights(expected))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("leaving", ["dies", "hangs"])
 def test_a_rank_that_leaves_is_an_error_on_the_others(tmp_path: Path, leaving: str) -> None:
     with socket.socket() as free:

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("script", "options", "least"),
     [("train_ddp.py", ["--epochs", "3"], 85.0), ("train_fsdp.py", ["--steps", "100"], 60.0)],
