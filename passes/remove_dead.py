@@ -195,6 +195,11 @@ def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None
                     f"({brief(error)}); this is a defect: please report it with the model, or leave RemoveDead "
                     "out"
                 ) from error
+            if any(was and not still for was, still in zip(_free(value), _free(node.meta["val"]), strict=True)):
+                raise PassError(
+                    f"removing channels fixed the batch size of {node.name} ({node.target}); this is a defect: please "
+                    "report it with the model, or leave RemoveDead out"
+                )
             if _shapes(value) != _shapes(node.meta["val"]):
                 changed.add(node)
         if node.op == "call_function" and node in expected and _shapes(node.meta["val"]) != expected[node]:
@@ -206,6 +211,12 @@ def _refresh(program: Program, expected: dict[fx.Node, list[list[int]]]) -> None
 
 def _shapes(value: Any) -> list[list[int]]:
     return [concrete(leaf.shape) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _free(value: Any) -> list[bool]:
+    """Of which axes of its tensors the batch is part; one that is not any more has a size for a batch of two."""
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [not isinstance(size, int) for leaf in leaves for size in leaf.shape]
 
 
 def _size(program: Program) -> int:

@@ -20,7 +20,7 @@ from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.fuse_epilogues import FuseEpilogues
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.pipelines import LOWERING
-from srigl_fx.passes.program import Program
+from srigl_fx.passes.program import Program, new_buffer
 
 
 class Breaks(Pass[Program]):
@@ -186,6 +186,37 @@ class Says(Pass[Program]):
 
     def run(self, subject: Program) -> PassResult[Program]:
         return PassResult(subject=subject, changed=False, notes=(Note(where="here", reason="this"),))
+
+
+class FailsElsewhere(Pass[Program]):
+    """Multiplies by ones, as many as the example inputs have samples: that runs at no other batch size."""
+
+    only_improves = True
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        graph = subject.module.graph
+        relu = graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)[0]
+        with graph.inserting_before(relu):
+            product = graph.call_function(
+                torch.ops.aten.mul.Tensor, (relu.args[0], new_buffer(subject.module, "ones", torch.ones(len(X), 1)))
+            )
+        product.meta["val"] = relu.meta["val"]
+        relu.update_arg(0, product)
+        subject.module.recompile()
+        return PassResult(subject=subject, changed=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make", [simple, lambda: mask_by_hand(randomise(Branches()), 0.4).eval()], ids=["one graph", "two"]
+)
+def test_a_graph_that_runs_at_one_batch_size_alone_is_found_out(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    lowered = sx.lower(model, (X,), min_speedup=0, passes=(*LOWERING, FailsElsewhere()))
+    more = torch.randn(5, 12)
+    torch.testing.assert_close(lowered(more), model(more))
+    assert {note.by for note in lowered.report.undone} == {"FailsElsewhere"}
+    assert all("RuntimeError" in note.reason for note in lowered.report.undone)
 
 
 class WrongElsewhere(Stubborn):

@@ -3,7 +3,7 @@
 Owns :class:`Moves`: the shapes that are left, new numbers for reshapes, splits and slices, and the check that these
 move what is left as before. It must not know why a channel goes, nor change the graph.
 
-1. A reshape or an expansion gets the sizes that are left.
+1. A reshape or an expansion gets the sizes that are left; an axis in which channels and the batch are one gets -1.
 2. A split gets the sizes of its parts that are left, even if they were equal before.
 3. A slice or a selection starts where as many are left before it as were before.
 4. Everything else moves what is left with its old numbers.
@@ -24,12 +24,13 @@ from torch.utils import _pytree as pytree
 from srigl_fx.passes.channels.coupling import FIXED, kept_shape
 from srigl_fx.passes.channels.decision import RemovalDecision
 from srigl_fx.passes.channels.flow import Flow
-from srigl_fx.passes.channels.shapes import concrete, execute, index_values, shape_of
+from srigl_fx.passes.channels.shapes import concrete, concrete_number, execute, index_values, shape_of
 from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import Program, arguments
 
 aten = torch.ops.aten
 _PICKING = frozenset({"order", "shuffle", "part", "pick"})  # families of rule 6
+_COUNTING = frozenset({"part", "split", "put", "window", "diagonal"})  # families with positions for arguments; and roll
 _RESHAPES = {"view": "size", "reshape": "shape", "_unsafe_view": "size", "unflatten": "sizes"}
 
 
@@ -176,11 +177,13 @@ class Moves:
         before, after = shape_of(data), self.shape(shape_of(data), self.flow.labels[data])
         if name in _RESHAPES or name == "expand":  # rule 1
             key = _RESHAPES.get(name, "size")
-            out = shape_of(node), self.shape(shape_of(node), self.flow.labels[node])
+            full, out = node.meta["val"].shape, self.shape(shape_of(node), self.flow.labels[node])
+            span = slice(None)
             if name == "unflatten":
                 span = slice(given["dim"] % len(before), given["dim"] % len(before) + len(given[key]))
-                out = out[0][span], out[1][span]
-            given[key] = _new_sizes(given[key], *out, keep=name == "expand")
+            given[key] = _new_sizes(given[key], full[span], out[span], keep=name == "expand")
+        elif self._counts_batch(node, given):
+            raise _Impossible
         elif operator_of(target).family == "split" and "dim" in given and name != "unbind" and before != after:
             # Rule 2.
             values = zip(node.meta["val"], self.flow.labels[node], strict=True)
@@ -195,6 +198,18 @@ class Moves:
             if any(index is not None and one for index, one in zip(indices, lost, strict=False)):
                 raise _Impossible
         return target, given
+
+    def _counts_batch(self, node: fx.Node, given: dict[str, Any]) -> bool:
+        """Whether an operator counts positions along an axis that loses channels and that the batch is part of.
+
+        Numbers that do what they should at a batch of two may do something else at another.
+        """
+        family, data = operator_of(node.target).family, given["self"]
+        sizes, left = data.meta["val"].shape, self.shape(shape_of(data), self.flow.labels[data])
+        axes = [given["dim"] % len(sizes)] if family in {"part", "split"} and "dim" in given else range(len(sizes))
+        return (family in _COUNTING or plain_name(node.target) == "roll") and any(
+            not isinstance(sizes[axis], int) and concrete_number(sizes[axis]) != left[axis] for axis in axes
+        )
 
     def _new_positions(
         self, node: fx.Node, name: str, given: dict[str, Any], before: list[int], after: list[int]
@@ -230,20 +245,22 @@ def _turns_batch(given: dict[str, Any], data: fx.Node) -> bool:
     return not given["dims"] or not all(isinstance(sizes[axis], int) for axis in given["dims"])
 
 
-def _new_sizes(sizes: Any, before: Sequence[int], after: Sequence[int], *, keep: bool) -> list[Any]:
-    """Sizes of a reshape, or of an expansion (``keep``), for what is left."""
+def _new_sizes(sizes: Any, before: Sequence[Any], after: Sequence[int], *, keep: bool) -> list[Any]:
+    """Sizes of a reshape, or of an expansion (``keep``), for what is left.
+
+    ``before`` has the symbol of the batch where there is one, ``after`` is for a batch of two: it is no size to write
+    down for an axis that the batch is part of.
+    """
     new: list[Any] = []
     for size, old, now in zip(sizes, before, after, strict=True):
-        if old == now or (size == -1 and keep):
+        if concrete([old]) == [now] or (size == -1 and keep):
             new.append(size)
-        elif isinstance(size, int):
-            new.append(now)
         else:
-            new.append(-1)
+            new.append(now if isinstance(old, int) else -1)
     if not keep and new.count(-1) > 1:  # a size that is computed takes the one -1 that there may be
         new = [
             now if size == -1 and isinstance(old, int) else size
-            for size, old, now in zip(new, sizes, after, strict=True)
+            for size, old, now in zip(new, before, after, strict=True)
         ]
         if new.count(-1) > 1:
             raise _Impossible

@@ -19,6 +19,7 @@ from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions, assemble
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes import trees
+from srigl_fx.passes.base import brief
 from srigl_fx.passes.capture import Capture, uncapturable
 from srigl_fx.passes.capture_checks import first_line
 from srigl_fx.passes.model_runs import run_model
@@ -132,10 +133,21 @@ def _attempt(
     error = 0.0
     if verify:
         inputs_at = partial(region.program.inputs, apart=True)
+
+        def got(size: int | None, _: int) -> list[Results]:
+            try:
+                return [_results(run_model(built, *inputs_at(size)))]
+            except Exception as error:  # of any operator
+                raise LoweringError(
+                    f"the lowered region {region.name} fails at batch {size} ({brief(error)}), where the module does "
+                    "not. A module whose sizes depend on more than its inputs cannot be verified: pass verify=False if "
+                    "that is so"
+                ) from error
+
         found = compare(
             region.program.sizes,
             lambda size: [_results(run_model(region.module, *inputs_at(size)))],
-            lambda size, _: [_results(run_model(built, *inputs_at(size)))],
+            got,
             report.tolerance,
         )
         if found.wrong is not None:

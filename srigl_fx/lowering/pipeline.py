@@ -24,7 +24,7 @@ from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
-from srigl_fx.passes.base import Note, Pass, run
+from srigl_fx.passes.base import Note, Pass, brief, run
 from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole, uncapturable
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.feature_major import FeatureMajor
@@ -349,7 +349,13 @@ def _verify(program: Program, lowered: LoweredModule) -> float:
         return [run.results for run in runs[size]]
 
     def got(size: int | None, calls: int) -> list[Results]:
-        return [run.results for run in run_steps(lowered, *program.inputs(size, apart=True), calls)]
+        try:
+            return [run.results for run in run_steps(lowered, *program.inputs(size, apart=True), calls)]
+        except Exception as error:  # of any operator
+            raise LoweringError(
+                f"the lowered model fails at batch {size} ({brief(error)}), where the model does not; "
+                f"{_suspects(program, runs[size][0])}"
+            ) from error
 
     found = compare(program.sizes, expected, got, program.tolerance)
     if (wrong := found.wrong) is None:
