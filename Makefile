@@ -13,7 +13,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fast lint types wheel-test extras-test versions docs bench clean
+.PHONY: help demo test test-all fast lint types wheel-test extras-test tables versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ wheel-test: $(READY_test) ## Build the wheel and run the fast tests against it, 
 extras-test: $(READY_test) ## The tests that need what no other target installs: tools around ONNX, optimizers, pages
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,onnx-tools,optimizers]'
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_onnx_tools.py tests/train/test_optimizer_libraries.py
+
+tables: $(READY_test) ## Write the tables of docs/kernels.md anew, from those of the code
+	$(BIN)/python tests/kernel_support/tables.py
 
 versions: ## Run the tests on the oldest and the newest releases allowed; writes docs/versions.md (hours, 12 GB)
 	$(PYTHON) .ci/versions.py

@@ -1,9 +1,11 @@
 """The activations that a condensed operator can apply to its outputs: one row for each.
 
-Owns the list, and what each row says but the kernel's arithmetic, which is the function of the same name in
-:mod:`srigl_fx.runtime.cpu.kernels.activations`. Numbers, names of ONNX operators, fallbacks, references, gradients, the
-pass that takes an activation into the operator before it, and tests are made from it. It must not know kernels;
-importing it imports neither torch nor Numba.
+Owns the list, and all that is said of an activation but the arithmetic of one that has no ``limits``, which is the
+function of the same name in :mod:`srigl_fx.runtime.cpu.kernels.activations`. Numbers, names of ONNX operators,
+fallbacks, references, gradients, the pass that takes an activation into the operator before it, and tests are made from
+it. It must not know kernels; importing it imports neither torch nor Numba.
+
+Rows are checked when the module is imported; what they say of torch's operators, by :mod:`srigl_fx.runtime.dense`.
 """
 
 import math
@@ -14,6 +16,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from srigl_fx.errors import SriglError
+
 Array = NDArray[Any]
 _erf = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -23,13 +27,22 @@ class Activation:
     """One activation.
 
     Attributes:
-        name: What torch's operators call it, and the kernels' function of one float32.
+        name: What torch's operators call it; and, where it has no ``limits``, the kernels' function of one float32.
         suffix: How the ONNX operators that apply it end.
         reference: What it computes, by NumPy.
         onnx: The same as ONNX nodes from ``{x}`` to ``{y}``, of opset 18; constants are tensors that state their type.
-        aten: The ATen operator that it is, which is also a function of torch or of ``torch.nn.functional``.
-        settings: That operator's arguments beside its input.
-        limits: The least and the greatest result, of an activation that does nothing but limit its input.
+        aten: The ATen operator that it is, of one tensor, element by element.
+        settings: All of that operator's arguments beside its input.
+        limits: The least and the greatest result, of an activation that does nothing but limit its input: the kernels
+            need no more of it.
+
+    Raises:
+        SriglError: A value is not what it must be; the message says which, and how to mend it.
+
+    Example:
+        >>> Activation(name="hard tanh", suffix="", reference=np.tanh, onnx="", aten="hardtanh")
+        Traceback (most recent call last):
+        srigl_fx.errors.SriglError: the activation 'hard tanh': name and suffix must be of letters, digits and _
     """
 
     name: str
@@ -39,6 +52,43 @@ class Activation:
     aten: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     limits: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if problem := self._problem():
+            raise SriglError(f"the activation {self.name!r}: {problem}")
+
+    def _problem(self) -> str:
+        """What is wrong with the row; "" if nothing."""
+        if self.limits is not None and not self.limits[0] < self.limits[1]:
+            return f"limits must be the least and the greatest result, not {self.limits}"
+        if not self.aten:
+            return "" if self.name == "none" else "aten must name an ATen operator"
+        if not self.name.isidentifier() or not self.suffix.isidentifier():
+            return "name and suffix must be of letters, digits and _"
+        try:
+            nodes = [self.onnx.format(x=x, y="y") for x in ("a", "b")]
+        except (LookupError, ValueError) as error:
+            return f"onnx must have {{x}}, {{y}} and, for other braces, {{{{ and }}}} ({type(error).__name__}: {error})"
+        if nodes[0] == nodes[1] or nodes[0] == self.onnx.format(x="a", y="z"):
+            return "onnx must be nodes from {x} to {y}"
+        return ""
+
+
+def checked(rows: tuple[Activation, ...]) -> tuple[Activation, ...]:
+    """The same rows.
+
+    Raises:
+        SriglError: Two of them have one name or one suffix, by which files tell them apart.
+
+    Example:
+        >>> checked(ACTIVATIONS) is ACTIVATIONS
+        True
+    """
+    for what in ("name", "suffix"):
+        given = [getattr(row, what) for row in rows]
+        if twice := [one for i, one in enumerate(given) if one in given[:i]]:
+            raise SriglError(f"two activations have the {what} {twice[0]!r}: each row needs one of its own")
+    return rows
 
 
 # A number is a position here: files and built libraries count on the order, so that rows are added at the end.
@@ -142,7 +192,7 @@ ACTIVATIONS: Final = (
         aten="sigmoid",
     ),
 )
-NAMES: Final = tuple(row.name for row in ACTIVATIONS)
+NAMES: Final = tuple(row.name for row in checked(ACTIVATIONS))
 NUMBERS: Final = {name: number for number, name in enumerate(NAMES)}
 
 

@@ -1,26 +1,49 @@
 """The condensed operators' formulas in torch's own dense operators.
 
-Owns the activations by torch, the dense weight and its convolution: what runs where no kernel does, and what is
-differentiated. It must not know kernels or gradients.
+Owns the activations by torch, with the check that their rows name operators of torch, the dense weight and its
+convolution: what runs where no kernel does, and what is differentiated. It must not know kernels or gradients.
 """
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from srigl_fx.errors import SriglError
 from srigl_fx.runtime.activations import ACTIVATIONS, Activation
 
 
-def _function(row: Activation) -> Callable[[Tensor], Tensor]:
+def function_of(row: Activation) -> Callable[[Tensor], Tensor]:
+    """The function of torch that a row stands for.
+
+    Raises:
+        SriglError: The row names no ATen operator of one tensor, or its ``settings`` are not all of the operator's
+            other arguments.
+
+    Example:
+        >>> function_of(ACTIVATIONS[1])(torch.tensor([-1.0, 2.0]))
+        tensor([0., 2.])
+    """
     if not row.aten:
         return lambda y: y
-    function = getattr(torch.nn.functional, row.aten, None) or getattr(torch, row.aten)
-    return functools.partial(function, **row.settings)
+    operator: Any = getattr(getattr(torch.ops.aten, row.aten, None), "default", None)
+    taken = [argument.name for argument in operator._schema.arguments] if operator is not None else []
+    if taken[:1] != ["self"]:
+        raise SriglError(
+            f"the activation {row.name!r}: {row.aten!r} is no ATen operator of one tensor. What torch computes by "
+            "several operators cannot be an activation: a graph has those in its place"
+        )
+    # An argument that is left out would be fused at any value that a graph gives it.
+    if open_ := [name for name in taken[1:] if name not in row.settings]:
+        raise SriglError(f"the activation {row.name!r}: its settings must say {', '.join(open_)} of aten.{row.aten}")
+    if unknown := [name for name in row.settings if name not in taken[1:]]:
+        raise SriglError(f"the activation {row.name!r}: aten.{row.aten} takes {taken}, not {', '.join(unknown)}")
+    return functools.partial(operator, **row.settings)
 
 
-FUNCTIONS = {row.name: _function(row) for row in ACTIVATIONS}
+FUNCTIONS = {row.name: function_of(row) for row in ACTIVATIONS}
 
 
 def dense_weight(weight: Tensor, weight_shape: Sequence[int], groups: int, transposed: bool) -> Tensor:

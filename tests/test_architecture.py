@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("runtime.activations", "runtime.format", "runtime.cpu.kernels.plan", "runtime.ops"),
     ),
     "runtime": ("masks", *COMMON),
-    "runtime.activations": (),
+    "runtime.activations": ("errors",),
     "runtime.value_types": (),
     "runtime.validation": ("errors", "runtime.activations", "runtime.format", "runtime.value_types"),
     "runtime.format": ("errors", "runtime.value_types"),

@@ -1,5 +1,6 @@
 """What condensed operators take in of what follows them, and what they leave."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -73,6 +74,11 @@ def fused(before: Program) -> tuple[Program, list[Epilogue], list[str]]:
     return program, epilogues(program.module), [note.reason for note in result.notes]
 
 
+def limiting(low: float, high: float) -> str:
+    """The activation that limits its input so; "" if the table has none, so that nothing is fused."""
+    return next((row.name for row in activations.ACTIVATIONS if row.limits == (low, high)), "")
+
+
 ACTIVATIONS: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
     *(
         (getattr(aten, row.aten).default, (), dict(row.settings), row.name)
@@ -89,13 +95,15 @@ ACTIVATIONS: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
     (aten.clip.default, (0.0,), {"max": 6}, "relu6"),
     (aten.gelu.default, (), {}, "gelu"),
     (aten.silu_.default, (), {}, "silu"),
-    # others stay
-    (aten.hardtanh.default, (), {}, ""),
-    (aten.clamp.default, (0, 5), {}, ""),
-    (aten.clamp.default, (None, 6), {}, ""),
-    (aten.clamp_min.default, (0.5,), {}, ""),
-    (aten.softplus.default, (), {}, ""),
-    (aten.leaky_relu.default, (), {}, ""),
+    # others stay, unless the table has a row for them
+    (aten.hardtanh.default, (), {}, limiting(-1, 1)),
+    (aten.clamp.default, (0, 5), {}, limiting(0, 5)),
+    (aten.clamp.default, (None, 6), {}, limiting(-math.inf, 6)),
+    (aten.clamp_min.default, (0.5,), {}, limiting(0.5, math.inf)),
+    # and these whatever rows it has: nobody takes just these settings
+    (aten.hardtanh.default, (-0.3, 0.7), {}, ""),
+    (aten.softplus.default, (1.3,), {}, ""),
+    (aten.leaky_relu.default, (0.123,), {}, ""),
 ]
 
 

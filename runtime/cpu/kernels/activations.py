@@ -1,9 +1,9 @@
 """The activation functions that kernels apply to what they computed, one float32 at a time.
 
-Owns their arithmetic: a function for each row of :mod:`srigl_fx.runtime.activations`, by its name. It must not know
-kernels. Branch-free and without calls, so that LLVM
-vectorises any loop over them; NaN and infinity give what torch's functions give, those in float64 for gelu (in float32
-it has a NaN at infinity). Importing it imports Numba.
+Owns their arithmetic: a function for each row of :mod:`srigl_fx.runtime.activations`, made from the row where that has
+limits, and by its name elsewhere. It must not know kernels. Branch-free and without calls, so that LLVM vectorises any
+loop over them; NaN and infinity give what torch's functions give, those in float64 for gelu (in float32 it has a NaN at
+infinity). Importing it imports Numba.
 
 The three polynomials are weighted least-squares fits in float64 on 1600 or more points, the weights multiplied by the
 error and the fit repeated until the greatest error no longer falls (Lawson's iteration), then rounded to float32.
@@ -17,7 +17,8 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic as typed_intrinsic
 
-from srigl_fx.runtime.activations import NAMES, NUMBERS
+from srigl_fx.errors import SriglError
+from srigl_fx.runtime.activations import ACTIVATIONS, Activation
 
 Pointer = Any
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -30,7 +31,7 @@ _F32, _I32 = ir.FloatType(), ir.IntType(32)
 _ROUNDER, _ROUNDER_BITS = 1.5 * 2**23, 0x4B400000
 
 # Numba would compute in float64 with Python's numbers.
-_ZERO, _HALF, _ONE, _SIX = (np.float32(number) for number in (0, 0.5, 1, 6))
+_ZERO, _HALF, _ONE = (np.float32(number) for number in (0, 0.5, 1))
 _SIXTH = np.float32(1 / 6)
 _TWO = np.float32(2)
 _LOWEST, _HIGHEST = np.float32(-127), np.float32(128)  # the exponents whose bits make zero and infinity
@@ -114,29 +115,6 @@ def exp2(x: np.float32) -> np.float32:
 
 
 @_compiled
-def relu(x: np.float32) -> np.float32:
-    """The greater of ``x`` and 0.
-
-    Example:
-        >>> float(relu(np.float32(-2))), float(relu(np.float32(2)))
-        (0.0, 2.0)
-    """
-    return _ZERO if x < _ZERO else x
-
-
-@_compiled
-def relu6(x: np.float32) -> np.float32:
-    """``x`` limited to 0..6.
-
-    Example:
-        >>> float(relu6(np.float32(7))), float(relu6(np.float32(2)))
-        (6.0, 2.0)
-    """
-    x = _ZERO if x < _ZERO else x
-    return _SIX if x > _SIX else x
-
-
-@_compiled
 def hardswish(x: np.float32) -> np.float32:
     """``x * relu6(x + 3) / 6``.
 
@@ -212,6 +190,37 @@ def sigmoid(x: np.float32) -> np.float32:
     return _ONE / (_ONE + exp2(-_LOG2_E * x))
 
 
+def _limiting(low: float, high: float) -> Any:
+    """A function that limits a number; NaN stays, as it does in torch."""
+    least, most = np.float32(low), np.float32(high)
+
+    def limit(x: np.float32) -> np.float32:
+        x = least if x < least else x
+        return most if x > most else x
+
+    return _compiled(limit)
+
+
+def function_of(row: Activation) -> Any:
+    """The compiled function of one float32 that a row stands for.
+
+    Raises:
+        SriglError: The row has no limits, and there is no function of its name here.
+
+    Example:
+        >>> float(function_of(ACTIVATIONS[2])(np.float32(7)))
+        6.0
+    """
+    if row.limits is not None:
+        return _limiting(*row.limits)
+    if row.name not in globals():
+        raise SriglError(
+            f"the activation {row.name!r} has no limits, and {__name__} no function of that name: write it, or give "
+            "the row its limits if it does nothing but limit its input"
+        )
+    return globals()[row.name]
+
+
 def _case(number: int, function: Any, otherwise: Any) -> Any:
     """Apply ``function`` where the activation has this number; LLVM makes one function of the chain of cases."""
 
@@ -231,8 +240,8 @@ def _leave(y: Pointer, count: int, kind: int) -> None:
 
 
 _apply = _leave
-for _name in reversed(NAMES[1:]):
-    _apply = _case(NUMBERS[_name], globals()[_name], _apply)
+for _number, _row in reversed(list(enumerate(ACTIVATIONS))[1:]):
+    _apply = _case(_number, function_of(_row), _apply)
 
 
 @_compiled
@@ -249,8 +258,8 @@ def activate_row(y: Pointer, count: int, kind: int) -> None:
     Example:
         >>> signature = types.void(types.CPointer(types.float32), types.int64, types.int64)
         >>> compiled = numba.cfunc(signature)(activate_row.py_func)
-        >>> y = np.array([-1, 2], np.float32)
-        >>> compiled.ctypes(y.ctypes.data_as(compiled.ctypes.argtypes[0]), y.size, NUMBERS["relu"])
+        >>> y, relu = np.array([-1, 2], np.float32), 1
+        >>> compiled.ctypes(y.ctypes.data_as(compiled.ctypes.argtypes[0]), y.size, relu)
         >>> y.tolist()
         [0.0, 2.0]
     """
