@@ -10,6 +10,7 @@ from srigl_fx.compatibility import check_torch
 
 if TYPE_CHECKING:
     from srigl_fx import masks as masks
+    from srigl_fx import onnx_tools as onnx_tools
     from srigl_fx import passes as passes
     from srigl_fx import runtime as runtime
     from srigl_fx import train as train
@@ -54,7 +55,7 @@ _NAMES = {
     "recipe": "srigl_fx.recipes",
     "SriglError": "srigl_fx.errors",
 }
-_MODULES = ("masks", "train", "passes", "runtime", "errors")
+_MODULES = ("masks", "train", "passes", "runtime", "onnx_tools", "errors")
 
 __all__ = [  # noqa: RUF022 - in the order a user meets them
     "sparsify",

@@ -4,6 +4,7 @@ Owns how a finished file takes the place of another, also after a power cut. It 
 """
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['file']
     """
     target = Path(path)
+    if not target.name:  # "." and "/", to which no part could be a neighbour
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         yield part

@@ -16,7 +16,7 @@ from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import all_nodes
 from srigl_fx.onnx_export.model import functions_for
 from srigl_fx.onnx_export.names import rename_values
-from srigl_fx.recipes import Recipe
+from srigl_fx.recipes import Recipe, parts_of
 from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
 
@@ -181,19 +181,19 @@ def recipe(path: str | os.PathLike[str], part: str | None = None) -> Recipe:
             f"{path} holds no recipe: its model was dense, it was exported by a release that kept none, or a tool has "
             "dropped the metadata"
         )
-    raise FormatError(f"{path} holds recipes of the parts {', '.join(map(repr, found))}: pass part= one of them")
+    raise FormatError(f"{path} holds {parts_of(found)}")
 
 
 def _load(path: Path) -> "onnx.ModelProto":
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         model = onnx.load(path)
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except (DecodeError, ValueError, onnx.checker.ValidationError) as error:
-        raise FormatError(f"{path} is no ONNX file, or a damaged one: {error}") from error
+    except Exception as error:  # by the file's ending, onnx takes parsers whose errors have no base class
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{path} is no ONNX file, or a damaged one: {problem:.300}") from error
     if not model.HasField("graph"):  # so it is with an empty file
         raise FormatError(f"{path} is no ONNX file, or a damaged one: it holds no graph")
     return model

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,31 +24,12 @@ from srigl_fx.masks.initialisation import WeightInit
 from srigl_fx.masks.records import Structure, all_records, plain
 from srigl_fx.masks.structures import MaskInit
 from srigl_fx.reports.text_tables import format_table
-from srigl_fx.specs import LayerSpec, RuleSet, check_sparsity
+from srigl_fx.specs import AskedRule as AskedRule
+from srigl_fx.specs import RuleSet, check_sparsity
 
 VERSION = 1
+REPLACEABLE = ("mask_init", "weight_init", "seed")  # what sparsify takes from a recipe beside the decisions
 _FORMAT = "srigl_fx.recipe"
-
-
-@dataclass(frozen=True, kw_only=True)
-class AskedRule:
-    """One rule of a call.
-
-    Attributes:
-        key: The rule's key; of a module type, its qualified name.
-        is_type: Whether the key is a module type.
-        spec: What the rule asks for; None leaves the weights dense.
-    """
-
-    key: str
-    is_type: bool = False
-    spec: LayerSpec | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.key, str) or not isinstance(self.is_type, bool):
-            raise RecipeError(f"the recipe's rule {self.key!r:.80} is malformed: a key is a text")
-        if not (self.spec is None or isinstance(self.spec, LayerSpec)):
-            raise RecipeError(f"the recipe's rule {self.key!r:.80} is malformed: it asks for {self.spec!r:.80}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +37,8 @@ class Recipe:
     """What ``sparsify`` was asked for, and what it decided for each weight; ``str()`` is a table.
 
     It rides with the masks: :func:`srigl_fx.recipe` gives that of a model. Two recipes are equal if the calls and the
-    decisions were. ``dataclasses.replace(recipe, seed=1)`` is the same with other draws.
+    decisions were. ``dataclasses.replace(recipe, seed=1)`` is the same with other draws; ``mask_init``, ``weight_init``
+    and decisions in ``weights`` can be replaced, too. What these were decided by cannot.
 
     Attributes:
         sparsity: Fraction of weights that the call removed.
@@ -71,7 +53,8 @@ class Recipe:
         weights: What was decided, for each weight of two or more dimensions, in registration order.
 
     Raises:
-        RecipeError: A value is out of range, or two decisions are of one weight.
+        RecipeError: A value is out of range, two decisions are of one weight, or ``dataclasses.replace`` would change
+            what the decisions were taken by.
 
     Example:
         >>> import srigl_fx as sx
@@ -80,7 +63,7 @@ class Recipe:
         >>> recipe = sx.recipe(sx.sparsify(build(), sparsity=0.75, distribution="uniform", rules={"2": None}))
         >>> print(recipe)
         sparsity 0.75, distribution uniform, constant_fan_in, masks by magnitude, weights keep, seed 0, 1 rule
-        1 of 2 weights sparse, 832 of 2368 entries kept
+        1 of 2 weights sparse, which may keep 832 of 2368 entries (the budgets, dense weights included)
         <BLANKLINE>
         weight    shape  structure        budget  fan-in  density  why dense
         --------  -----  ---------------  ------  ------  -------  ----------------------------
@@ -100,6 +83,8 @@ class Recipe:
     seed: int = 0
     filtered: bool = False
     weights: tuple[WeightDecision, ...] = ()
+    # By what the decisions were taken: dataclasses.replace hands it on, and so cannot change it unseen.
+    _decided_by: dict[str, Any] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         try:
@@ -123,6 +108,18 @@ class Recipe:
             raise RecipeError("Recipe: weights must be WeightDecisions")
         if twice := [name for name, count in Counter(weight.name for weight in self.weights).items() if count > 1]:
             raise RecipeError(f"Recipe: there are two decisions for {', '.join(map(repr, twice[:5]))}")
+        self._keep_decided_by()
+
+    def _keep_decided_by(self) -> None:
+        asked = {name: getattr(self, name) for name in _saved() if name not in (*REPLACEABLE, "weights")}
+        before = self._decided_by if self.weights else None
+        if before is not None and (changed := [name for name in asked if asked[name] != before[name]]):
+            raise RecipeError(
+                f"a recipe's {', '.join(changed)} cannot be replaced: what each weight keeps was decided by "
+                f"{'it' if len(changed) == 1 else 'them'}, and would not change. Call sparsify with other arguments, "
+                f"without a recipe; {', '.join(REPLACEABLE)} can be replaced"
+            )
+        object.__setattr__(self, "_decided_by", asked if self.weights else None)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, as JSON holds it, with a version."""
@@ -130,12 +127,9 @@ class Recipe:
         return {
             "format": _FORMAT,
             "version": VERSION,
-            **{field.name: getattr(self, field.name) for field in fields(self)},
+            **{name: getattr(self, name) for name in _saved()},
             "distribution": mapped,
-            "rules": [
-                {"key": rule.key, "is_type": rule.is_type, "spec": None if rule.spec is None else rule.spec.to_dict()}
-                for rule in self.rules
-            ],
+            "rules": [rule.to_dict() for rule in self.rules],
             "weights": [weight.to_dict() for weight in self.weights],
         }
 
@@ -157,7 +151,7 @@ class Recipe:
             raise RecipeError(
                 f"the recipe is of version {version!r:.80}, but this srigl_fx reads versions up to {VERSION}: update it"
             )
-        known = {field.name for field in fields(cls)}
+        known = set(_saved())
         given = data.keys() - {"format", "version"}
         if given != known:
             odd = [
@@ -170,7 +164,7 @@ class Recipe:
                 raise RecipeError("rules and weights must be lists")
             read = {
                 "distribution": tuple(spread.items()) if isinstance(spread, Mapping) else spread,
-                "rules": tuple(map(_rule, rules)),
+                "rules": tuple(map(AskedRule.from_dict, rules)),
                 "weights": tuple(map(WeightDecision.from_dict, weights)),
             }
             return cls(**{**{name: data[name] for name in known}, **read})
@@ -194,9 +188,10 @@ class Recipe:
         try:
             with replacing(path) as part:
                 part.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # the latter two where the path is none
+            reason = getattr(error, "strerror", None) or error
             raise RecipeError(
-                f"{path} cannot be written ({error.strerror or error}): does its folder exist, with space left?"
+                f"{path} cannot be written ({reason}): does its folder exist, with space left?"
             ) from error
 
     @classmethod
@@ -207,10 +202,10 @@ class Recipe:
             RecipeError: There is no such file, it is no recipe, of a newer version, or damaged.
         """
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")  # editors may put a mark of the encoding in front
         except FileNotFoundError as error:
             raise RecipeError(f"there is no file {path}; srigl_fx.recipe(model).save(path) writes one") from error
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, TypeError, ValueError) as error:  # no text, or no path
             raise RecipeError(f"{path} cannot be read ({error}): give the path of a recipe") from error
         try:
             return cls.from_dict(parse(text))
@@ -240,7 +235,8 @@ class Recipe:
         ]
         kept, sizes = sum(row.budget for row in self.weights), sum(row.size for row in self.weights)
         sparse = sum(weight.sparse for weight in self.weights)
-        said = f"{', '.join(asked)}\n{sparse} of {len(rows)} weights sparse, {kept} of {sizes} entries kept"
+        said = f"{', '.join(asked)}\n{sparse} of {len(rows)} weights sparse, which may keep "
+        said += f"{kept} of {sizes} entries (the budgets, dense weights included)"
         headers = ("weight", "shape", "structure", "budget", "fan-in", "density", "why dense")
         return f"{said}\n\n{format_table(headers, rows, right=(3, 4, 5))}" if rows else ", ".join(asked)
 
@@ -296,6 +292,20 @@ def recipes_of(model: nn.Module) -> dict[str, Recipe]:
         asked.setdefault(part, record.asked)
         decided.setdefault(part, []).append(WeightDecision.of(live.removeprefix(f"{part}." if part else ""), record))
     return {part: replace(asked[part], weights=tuple(weights)) for part, weights in decided.items()}
+
+
+def parts_of(found: Mapping[str, Recipe]) -> str:
+    """What an error says of a file's recipes where a part that it was asked for is not among them, or is needed.
+
+    Example:
+        >>> parts_of({"": Recipe()})
+        'one recipe, of the whole model: leave the part out'
+        >>> parts_of({"encoder": Recipe(), "head": Recipe()})
+        "recipes of the parts 'encoder', 'head': name one of them as the part"
+    """
+    if list(found) == [""]:
+        return "one recipe, of the whole model: leave the part out"
+    return f"recipes of the parts {', '.join(map(repr, found))}: name one of them as the part"
 
 
 def only(found: Mapping[str, Recipe]) -> Recipe | None:
@@ -361,22 +371,15 @@ def asked_for(*, rules: RuleSet, distribution: str | Mapping[str, float], filter
     """
     return Recipe(
         distribution=distribution if isinstance(distribution, str) else tuple(distribution.items()),
-        rules=tuple(
-            AskedRule(key=key, spec=spec)
-            if isinstance(key, str)
-            else AskedRule(key=f"{key.__module__}.{key.__qualname__}", is_type=True, spec=spec)
-            for key, spec in rules.specs()
-        ),
+        rules=rules.asked(),
         filtered=filtered,
         **plainly,
     )
 
 
-def _rule(data: Any) -> AskedRule:
-    if not isinstance(data, Mapping) or data.keys() != {"key", "is_type", "spec"}:
-        raise RecipeError(f"the recipe's rule {data!r:.80} is malformed")
-    spec = data["spec"]
-    return AskedRule(key=data["key"], is_type=data["is_type"], spec=None if spec is None else LayerSpec.from_dict(spec))
+def _saved() -> list[str]:
+    """The fields of a recipe that are written to files."""
+    return [one.name for one in fields(Recipe) if not one.name.startswith("_")]
 
 
 def _is_distribution(value: object) -> bool:

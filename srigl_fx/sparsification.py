@@ -25,7 +25,7 @@ from srigl_fx.passes.draft import Draft
 from srigl_fx.passes.draw_masks import DrawMasks, WeightInit
 from srigl_fx.passes.follow_recipe import FollowRecipe
 from srigl_fx.passes.insert_masks import InsertMasks, restore_graph
-from srigl_fx.recipes import Recipe, asked_for
+from srigl_fx.recipes import REPLACEABLE, Recipe, asked_for
 from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_sparsity
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,9 +42,11 @@ def _exclusive(call: Callable[P, R]) -> Callable[P, R]:
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         if kwargs.get("recipe") is not None and (besides := kwargs.keys() - _BESIDE_A_RECIPE - {"model"}):
             names = ", ".join(name for name in kwargs if name in besides)
+            free = besides <= set(REPLACEABLE)
+            change = ", ".join(f"{name}=..." for name in kwargs if name in besides)
             raise RecipeError(
                 f"a recipe already says what {names} would: leave {'it' if len(besides) == 1 else 'them'} out, or "
-                "change the recipe by dataclasses.replace(recipe, seed=...)"
+                + (f"change the recipe by dataclasses.replace(recipe, {change})" if free else "the recipe")
             )
         return call(*args, **kwargs)
 

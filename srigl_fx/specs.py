@@ -1,4 +1,4 @@
-"""What a user may ask for a layer: :class:`LayerSpec`, and the rules that assign one to a weight.
+"""What a user may ask for a layer: :class:`LayerSpec`, and the rules that assign one to a weight, also as plain data.
 
 Owns the meaning and the precedence of rules; it must not know how weights are discovered or masked.
 """
@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
-from srigl_fx.errors import RuleError
+from srigl_fx.errors import RecipeError, RuleError
 from srigl_fx.masks.records import Structure, plain
 
 RuleKey = str | type[nn.Module]
@@ -125,6 +125,50 @@ class _Rule:
     pattern: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskedRule:
+    """One rule of a call, as a recipe keeps it.
+
+    Attributes:
+        key: The rule's key; of a module type, its qualified name.
+        is_type: Whether the key is a module type.
+        spec: What the rule asks for; None leaves the weights dense.
+    """
+
+    key: str
+    is_type: bool = False
+    spec: LayerSpec | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, str) or not isinstance(self.is_type, bool):
+            raise RecipeError(f"the recipe's rule {self.key!r:.80} is malformed: a key is a text")
+        if not (self.spec is None or isinstance(self.spec, LayerSpec)):
+            raise RecipeError(f"the recipe's rule {self.key!r:.80} is malformed: it asks for {self.spec!r:.80}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rule as plain data.
+
+        Example:
+            >>> AskedRule(key="head").to_dict()
+            {'key': 'head', 'is_type': False, 'spec': None}
+        """
+        spec = None if self.spec is None else self.spec.to_dict()
+        return {"key": self.key, "is_type": self.is_type, "spec": spec}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> "AskedRule":
+        """The rule that :meth:`to_dict` described.
+
+        Raises:
+            RecipeError: ``data`` is no such description.
+            RuleError: What the rule asks for is out of range.
+        """
+        if not isinstance(data, Mapping) or data.keys() != {"key", "is_type", "spec"}:
+            raise RecipeError(f"the recipe's rule {data!r:.80} is malformed")
+        spec = data["spec"]
+        return cls(key=data["key"], is_type=data["is_type"], spec=None if spec is None else LayerSpec.from_dict(spec))
+
+
 class RuleSet:
     """The rules of one ``sparsify`` call, in the user's order.
 
@@ -159,14 +203,19 @@ class RuleSet:
         form: Literal["name", "glob"] = "glob" if any(c in key for c in "*?[") else "name"
         return _Rule(key=key, spec=spec, form=form, pattern=plain(key))
 
-    def specs(self) -> list[tuple[RuleKey, LayerSpec | None]]:
-        """Each rule's key and what it asks for, in the user's order.
+    def asked(self) -> tuple[AskedRule, ...]:
+        """The rules as a recipe keeps them, in the user's order.
 
         Example:
-            >>> RuleSet({"head": 0.5}).specs()[0][1].sparsity
-            0.5
+            >>> RuleSet({nn.Linear: 0.5}).asked()[0].key
+            'torch.nn.modules.linear.Linear'
         """
-        return [(rule.key, rule.spec) for rule in self._rules]
+        return tuple(
+            AskedRule(key=rule.key, spec=rule.spec)
+            if isinstance(rule.key, str)
+            else AskedRule(key=f"{rule.key.__module__}.{rule.key.__qualname__}", is_type=True, spec=rule.spec)
+            for rule in self._rules
+        )
 
     def match(self, names: Sequence[str], module: nn.Module) -> Match | None:
         """The rule for a weight with these names (its own and its aliases) on ``module``, or None."""

@@ -234,6 +234,13 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_modules_of_the_package_need_no_import_of_their_own() -> None:
+    names = ("masks", "train", "passes", "runtime", "errors", "onnx_tools")
+    code = f"import srigl_fx as sx; print(all(getattr(sx, n).__name__ == 'srigl_fx.' + n for n in {names}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+
+
 def _named_files(page: str) -> set[str]:
     """The files that a page names: with their folder in its text, below it in the list of all files."""
     text, _, listed = page.partition("## Every file")

@@ -1,5 +1,6 @@
 """The command line: what it prints, and that bad input gets one readable line and exit status 1."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,17 +14,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
+from srigl_fx import onnx_tools
 from srigl_fx.cli import doctor
 from srigl_fx.cli.app import app
 from srigl_fx.cli.doctor import run_tiny_model, tiny_model
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.file import FileReport, inspect_file
+from srigl_fx.recipes import Recipe
 from srigl_fx.runtime.cache import CACHE_VARIABLE
 from srigl_fx.runtime.costs.calibration import WHAT, believable, predicted
 from srigl_fx.runtime.costs.cost_model import Machine
 from srigl_fx.runtime.costs.timings import Timings
 from srigl_fx.runtime.ort.library import library_status
 
+COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 on_linux = pytest.mark.skipif(not library_status().supported, reason=library_status().reason)
 
 
@@ -60,7 +64,17 @@ def test_without_matplotlib_the_demo_names_the_extra(monkeypatch: pytest.MonkeyP
 
 def test_the_commands_are_listed() -> None:
     output = run("--help").output
-    assert all(command in output for command in ("demo", "inspect", "recipe", "bench", "library", "doctor"))
+    assert all(command in output for command in COMMANDS)
+
+
+def test_the_pages_list_the_commands(checkout: Path) -> None:
+    reference = (checkout / "docs" / "reference.md").read_text(encoding="utf-8").partition("## Command line")[2]
+    listed = re.findall(r"^\| `srigl-fx (\w+)", reference.partition("\n## ")[0], re.MULTILINE)
+    assert sorted(listed) == sorted(COMMANDS)
+    (line,) = [
+        line for line in (checkout / "README.md").read_text("utf-8").splitlines() if "the command srigl-fx:" in line
+    ]
+    assert sorted(line.partition("srigl-fx: ")[2].split(", ")) == sorted(COMMANDS)
 
 
 def test_inspect_lists_each_condensed_layer(tiny: Path) -> None:
@@ -152,6 +166,19 @@ def test_inspect_of_another_file(tmp_path: Path, content: bytes) -> None:
 
 def test_inspect_of_no_file(tmp_path: Path) -> None:
     assert_readable_error(run("inspect", tmp_path / "none.onnx"), "cannot read", "No such file")
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "recipe.onnxjson", "model.textproto", "model.onnxtxt", "model.onnx"])
+def test_a_file_that_is_no_onnx_file_is_one_line_whatever_its_ending(tmp_path: Path, name: str) -> None:
+    """By the ending, onnx reads JSON and two other texts, too: a recipe's own file, say."""
+    path = tmp_path / name
+    Recipe(sparsity=0.8).save(path)
+    for command in (["recipe"], ["densify", "--output", tmp_path / "dense.onnx"]):
+        result = run(command[0], path, *command[1:])
+        assert_readable_error(result, f"{name} is no ONNX file, or a damaged one")
+        assert result.output.count("\n") == 1
+    with pytest.raises(FormatError, match="is no ONNX file, or a damaged one"):
+        onnx_tools.recipe(path)
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_a_recipe_says_what_was_asked_and_what_was_decided() -> None:
     assert (last.structure, last.reason, last.fan_in) == (None, "the rule '4' leaves it dense", None)
     assert (last.budget, last.density) == (320, 1.0)
     assert "1 of 3" not in str(recipe)
-    assert "2 of 3 weights sparse, 652 of 4632 entries kept" in str(recipe)
+    assert "2 of 3 weights sparse, which may keep 652 of 4632 entries (the budgets, dense" in str(recipe)
     assert "the rule '4' leaves it dense" in str(recipe)
 
 
@@ -127,6 +127,63 @@ def test_another_seed_is_the_same_structure_with_other_masks() -> None:
     for (name, one), (_, other) in zip(sx.masks.named_masks(first), sx.masks.named_masks(second), strict=True):
         assert one.sum() == other.sum()
         assert not torch.equal(one, other), name
+
+
+def test_what_says_how_the_first_masks_are_made_can_be_replaced() -> None:
+    recipe = sx.recipe(sx.sparsify(_build(), sparsity=0.75))
+    random = sx.sparsify(_build(), recipe=replace(recipe, mask_init="random", weight_init="kaiming", seed=3))
+    _same(random, sx.sparsify(_build(), sparsity=0.75, mask_init="random", weight_init="kaiming", seed=3))
+    assert sx.recipe(random) == replace(recipe, mask_init="random", weight_init="kaiming", seed=3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sparsity": 0.5},
+        {"distribution": "uniform"},
+        {"structure": "unstructured"},
+        {"rules": ()},
+        {"strict": True},
+        {"filtered": True},
+        {"sparsity": 0.5, "distribution": "uniform", "seed": 3},
+    ],
+)
+def test_what_the_budgets_were_decided_by_cannot_be_replaced(changes: dict[str, Any]) -> None:
+    """The budgets would stay what they are, and the recipe of the model say something else."""
+    model = sx.sparsify(_build(), sparsity=0.75, rules={"4": 0.5})
+    names = ", ".join(name for name in changes if name != "seed")
+    for recipe in (sx.recipe(model), copy.deepcopy(sx.recipe(model)), sx.Recipe.from_dict(sx.recipe(model).to_dict())):
+        with pytest.raises(
+            RecipeError, match=f"a recipe's {names} cannot be replaced: .*sparsify with other arguments"
+        ):
+            replace(recipe, **changes)
+
+
+def test_without_decisions_all_can_be_replaced() -> None:
+    assert replace(sx.Recipe(sparsity=0.8), sparsity=0.5) == sx.Recipe(sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        ({"sparsity": 0.8}, "leave it out, or the recipe$"),
+        ({"seed": 1, "sparsity": 0.8}, "leave them out, or the recipe$"),
+        ({"seed": 1}, r"or change the recipe by dataclasses\.replace\(recipe, seed=\.\.\.\)"),
+    ],
+)
+def test_the_remedy_for_an_argument_beside_a_recipe_is_one(arguments: dict[str, Any], remedy: str) -> None:
+    recipe = sx.recipe(sx.sparsify(_build(), sparsity=0.75))
+    with pytest.raises(RecipeError, match=remedy):
+        sx.sparsify(_build(), recipe=recipe, **arguments)
+
+
+def test_a_recipe_tells_budgets_from_what_is_kept() -> None:
+    """A fan-in is a whole number, so that a model keeps less than its budgets."""
+    model = sx.sparsify(nn.Sequential(nn.Linear(100, 30)), sparsity=0.875)
+    kept = sum(int(mask.sum()) for _, mask in sx.masks.named_masks(model))
+    assert (sx.recipe(model).weights[0].budget, kept) == (375, 360)
+    assert "which may keep 375 of 3000 entries (the budgets" in str(sx.recipe(model))
+    assert "360 of 3,000 weights kept" in str(sx.summary(model))
 
 
 def _other(change: Callable[[nn.Sequential], object]) -> nn.Sequential:
@@ -276,6 +333,26 @@ def test_files_that_cannot_be_opened_are_named(tmp_path: Path) -> None:
         sx.Recipe().save(tmp_path / "no" / "recipe.json")
 
 
+@pytest.mark.parametrize("path", [".", "", "/", 3, None, "recipe\0.json"])
+def test_what_is_no_path_of_a_file_is_refused(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match="cannot be written"):
+        sx.Recipe().save(path)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        sx.Recipe.load(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_begins_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    """Editors on Windows put one in front of what they save as UTF-8."""
+    recipe = sx.recipe(sx.sparsify(_build(), sparsity=0.75))
+    recipe.save(tmp_path / "recipe.json")
+    text = (tmp_path / "recipe.json").read_text(encoding="utf-8")
+    (tmp_path / "recipe.json").write_text(text, encoding="utf-8-sig")
+    assert (tmp_path / "recipe.json").read_bytes()[:3] == b"\xef\xbb\xbf"
+    assert sx.Recipe.load(tmp_path / "recipe.json") == recipe
+
+
 def test_checkpoints_hold_the_recipe(tmp_path: Path) -> None:
     model = sx.sparsify(_build(), sparsity=0.6, mask_init="random", seed=4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -288,7 +365,7 @@ def test_checkpoints_hold_the_recipe(tmp_path: Path) -> None:
     resumed = sx.SRigL(again, optimizer, total_steps=100, update_every=10)
     checkpoint.load(path, model=again, optimizer=optimizer, trainer=resumed)
     _same(model, again)
-    with pytest.raises(CheckpointError, match="parts ''"):
+    with pytest.raises(CheckpointError, match="one recipe, of the whole model: leave the part out"):
         checkpoint.recipe(path, "encoder")
     checkpoint.save(path, model=_build())
     with pytest.raises(CheckpointError, match="holds no recipe"):
@@ -302,7 +379,7 @@ def test_a_checkpoint_of_parts_holds_the_recipe_of_each(tmp_path: Path) -> None:
     path = tmp_path / "last.safetensors"
     checkpoint.save(path, model=parts)
     assert checkpoint.recipe(path, "b") == sx.recipe(parts["b"])
-    with pytest.raises(CheckpointError, match="parts 'a', 'b': pass part="):
+    with pytest.raises(CheckpointError, match="parts 'a', 'b': name one of them as the part"):
         checkpoint.recipe(path)
 
 

@@ -47,7 +47,7 @@ def save_pretrained(model: nn.Module, folder: str | os.PathLike[str], **options:
 
     Raises:
         CheckpointError: The model has no masks or no ``save_pretrained``, is in ``FullyShardedDataParallel``, or
-            ``push_to_hub`` is asked for.
+            ``push_to_hub`` is asked for; or the folder cannot be written.
         InvariantError: The model is not what its masks say.
         TrainerError: Saving failed on another process, whose error says why.
 
@@ -107,7 +107,13 @@ def _save(
     target = folder / MASKS_FILE
     main = options.get("is_main_process", True)
     if main:
-        target.unlink(missing_ok=True)  # or a crash could leave it beside other weights than its own
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)  # or a crash could leave it beside other weights than its own
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder} cannot be written ({error.strerror or error}): give a folder, or the name of a new one"
+            ) from error
     saver(folder, state_dict=masks.strip(state), **options)
     if main:
         write(target, contents)

@@ -23,7 +23,7 @@ from srigl_fx.masks.invariants import verify
 from srigl_fx.masks.optimizer_probe import ProbeError, needs, small_shape
 from srigl_fx.masks.records import MASK_SUFFIX, plain, set_records, sparse_weights
 from srigl_fx.masks.shards import is_sharded
-from srigl_fx.recipes import Recipe, from_plain, recipes_of, to_plain
+from srigl_fx.recipes import Recipe, from_plain, parts_of, recipes_of, to_plain
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.checkpoint_file import read, write
 from srigl_fx.train.state import check_layout, layout
@@ -175,7 +175,7 @@ def recipe(path: str | os.PathLike[str], part: str | None = None) -> Recipe:
         return found[part]
     if not found:
         raise CheckpointError(f"{path} holds no recipe: its model is dense, or was saved by a release that kept none")
-    raise CheckpointError(f"{path} holds recipes of the parts {', '.join(map(repr, found))}: pass part= one of them")
+    raise CheckpointError(f"{path} holds {parts_of(found)}")
 
 
 def _live(model: nn.Module) -> "OrderedDict[str, Any]":

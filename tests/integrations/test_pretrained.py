@@ -329,3 +329,13 @@ def test_weights_in_the_file_are_those_of_the_model_without_masks(tmp_path: Path
     written = safetensors.torch.load_file(tmp_path / "model.safetensors")
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[name], expected[name]) for name in written)
+
+
+@pytest.mark.parametrize("path", ["notes.txt", "notes.txt/model"])
+def test_a_file_in_place_of_the_folder_is_refused_and_left_as_it_is(path: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    model = sx.sparsify(_bert(), sparsity=0.8)
+    with pytest.raises(CheckpointError, match=r"notes\.txt.* cannot be written .*: give a folder"):
+        save_pretrained(model, tmp_path / path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    assert (tmp_path / "notes.txt").read_text() == "mine"
