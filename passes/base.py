@@ -12,6 +12,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -84,27 +85,29 @@ def run(
     subject: Subject,
     *,
     check: Callable[[str, Subject], None] | None = None,
-    observe: Callable[[str, Subject, PassResult[Subject], float], None] | None = None,
+    observe: Callable[[str, Subject, PassResult[Subject] | Exception, float], None] | None = None,
 ) -> PassResult[Subject]:
     """Run ``passes`` in order and return the last subject with all notes.
 
     Each pass works on a copy, where the subject has a method ``copy``, so that ``subject`` stays as it is. A pass that
-    only improves is undone where it fails: the next one gets what it got, and a note says so. What its ``requires``
-    refuses is raised all the same.
+    only improves is undone where it fails: the next one gets what it got, and a note says so. A SriglError of its
+    ``requires`` is no failure: it says that the subject is not fit, and is raised.
 
     Args:
         passes: In the order to run them.
         subject: What the first one gets.
         check: Called with a pass's name and its subject after each pass, whatever it says it changed; raises where
             the subject is wrong.
-        observe: Called after each pass with its name, what it got, what came of it (where it was undone, what it got),
-            and the seconds it took.
+        observe: Called after each pass with its name, what it got, what came of it (where it was undone, what it got;
+            where it ended the run, the error), and the seconds it took.
 
     Raises:
         SriglError: As a pass raised it.
         PassError: Any other exception inside a pass, with the pass named and the cause chained.
 
-    In each case ``subject`` is as it was.
+    In each case ``subject`` is as it was. A pass that did not come with the library runs in the context that the
+    subject's method ``promised`` gives, where there is one; what it gives is called with the subject that the pass
+    returned, and may refuse it.
 
     Example:
         >>> class Double(Pass[int]):
@@ -123,13 +126,11 @@ def run(
     for step in passes:
         began = time.perf_counter()
         try:
-            result = _run_one(step, _own(subject), check)
-        except PassError as error:
-            if not step.only_improves:
-                raise
-            _LOGGER.debug("the pass %s was undone", step.name, exc_info=error)
-            undone = Note(where="the graph", reason=f"undone: {error}", by=step.name, undone=True)
-            result = PassResult(subject=subject, changed=False, notes=(undone,))
+            result = _run_one(step, subject, check)
+        except Exception as error:
+            if observe is not None:
+                observe(step.name, subject, error, time.perf_counter() - began)
+            raise
         if observe is not None:
             observe(step.name, subject, result, time.perf_counter() - began)
         subject = result.subject
@@ -146,24 +147,64 @@ def _own(subject: Subject) -> Subject:
 def _run_one(
     step: Pass[Subject], subject: Subject, check: Callable[[str, Subject], None] | None
 ) -> PassResult[Subject]:
+    """What came of one pass; ``subject`` itself, with a note, where it failed and only improves."""
     started = False
     try:
-        step.requires(subject)
+        own = _own(subject)
+        step.requires(own)
         started = True
-        result = step.run(subject)
-        if not isinstance(result, PassResult):
-            raise TypeError(f"its run returned {type(result).__name__}, not a PassResult")
-        step.ensures(result.subject)
+        with _promised(step, own) as keep:
+            result = step.run(own)
+            _check_result(result, own)
+            keep(result.subject)
+            step.ensures(result.subject)
         if check is not None:
             check(step.name, result.subject)
     except Exception as error:
-        refused = isinstance(error, SriglError) and not (started and step.only_improves)
-        if refused or isinstance(error, PassError):
-            raise
-        raise PassError(
-            f"the pass {step.name} failed ({brief(error)}); {_advice(step)}, or leave it out of the pipeline"
-        ) from error
+        if isinstance(error, SriglError) and not (started and step.only_improves):
+            raise  # what the subject lacks, or the pass's own words for its failure
+        failed = error if isinstance(error, PassError) else _failure(step, error)
+        if not step.only_improves:
+            raise failed from error
+        _LOGGER.debug("the pass %s was undone", step.name, exc_info=error)
+        undone = Note(where="the graph", reason=f"undone: {failed}", by=step.name, undone=True)
+        return PassResult(subject=subject, changed=False, notes=(undone,))
     return result
+
+
+def _promised(step: Pass[Subject], subject: Subject) -> AbstractContextManager[Callable[[Subject], None]]:
+    promised = None if _of_library(step) else getattr(subject, "promised", None)
+    return nullcontext(lambda _: None) if promised is None else promised()
+
+
+def _check_result(result: object, subject: object) -> None:
+    """What ``run`` returned must be a result, of a subject like the one it got."""
+    if not isinstance(result, PassResult):
+        raise TypeError(f"its run returned {type(result).__name__}, not a PassResult")
+    if not isinstance(result.subject, type(subject)):
+        raise TypeError(
+            f"the subject of its PassResult is of the type {type(result.subject).__name__}, not the "
+            f"{type(subject).__name__} that run was given"
+        )
+    if not isinstance(result.changed, bool):
+        raise TypeError(f"its PassResult says changed={result.changed!r}, which is neither True nor False")
+    if not isinstance(result.notes, list | tuple) or not all(isinstance(note, Note) for note in result.notes):
+        raise TypeError(
+            f"the notes of its PassResult are no tuple of Note(where=..., reason=...), but {result.notes!r}"
+        )
+
+
+def _of_library(step: Pass[Subject]) -> bool:
+    return type(step).__module__.startswith("srigl_fx.")
+
+
+def _failure(step: Pass[Subject], error: Exception) -> PassError:
+    advice = (
+        "this is a defect of the pass: please report it with the model"
+        if _of_library(step)
+        else f"the pass is yours: mend {type(step).__module__}.{type(step).__qualname__}"
+    )
+    return PassError(f"the pass {step.name} failed ({brief(error)}); {advice}, or leave it out of the pipeline")
 
 
 def brief(error: BaseException) -> str:
@@ -174,9 +215,3 @@ def brief(error: BaseException) -> str:
         ('ValueError: too small', 'KeyError')
     """
     return next(iter(f"{type(error).__name__}: {error}".removesuffix(": ").splitlines()))
-
-
-def _advice(step: Pass[Subject]) -> str:
-    if type(step).__module__.startswith("srigl_fx."):
-        return "this is a defect of the pass: please report it with the model"
-    return f"the pass is yours: mend {type(step).__module__}.{type(step).__qualname__}"

@@ -16,7 +16,7 @@ from srigl_fx.errors import InvariantError, LoweringError
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.operators import operator_of
-from srigl_fx.passes.program import MaskedTensor, Program, attribute_at, new_buffer, tensor_at
+from srigl_fx.passes.program import MaskedTensor, Program, attribute_at, enter_masks, new_buffer, tensor_at
 
 aten = torch.ops.aten
 
@@ -60,11 +60,7 @@ class FoldConstants(Pass[Program]):
     def run(self, subject: Program) -> PassResult[Program]:
         """Rewrite the graph in place."""
         module, graph = subject.module, subject.module.graph
-        handles = {id(handle.weight): handle for handle in sparse_weights(subject.model)}
-        for node in graph.find_nodes(op="get_attr"):
-            handle = handles.get(id(attribute_at(module, str(node.target))))
-            if handle is not None:
-                subject.masked.setdefault(str(node.target), MaskedTensor(fqn=handle.fqn, mask=handle.mask))
+        enter_masks(subject)  # rule 1
         frozen = _Frozen(module, _written(graph))
         folds = [node for node in graph.nodes if frozen.folds(node)]
         notes = []

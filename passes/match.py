@@ -49,7 +49,7 @@ class MatchWeights(Pass[Program]):
         for layer in subject.layers:
             _match(subject, layer, readers.get(layer.weight.fqn, []))
         notes = tuple(Note(where=layer.weight.fqn, reason=layer.reason) for layer in subject.layers if layer.reason)
-        return PassResult(subject=subject, changed=False, notes=notes)
+        return PassResult(subject=subject, changed=bool(subject.layers), notes=notes)
 
     def ensures(self, subject: Program) -> None:
         """Each weight that was found can be stored in the program's ``value_dtype``.

@@ -6,7 +6,8 @@ another batch size. It must not know how a graph is captured, nor what is decide
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -15,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import tolerance
-from srigl_fx.masks.records import SparseWeight
+from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.passes.promises import kept
 from srigl_fx.passes.removal import Removals
 
 Decision = Literal["condensed", "shrunk", "dense"]
@@ -163,7 +165,8 @@ class Program:
         how: How it was captured, for the report.
         ties: For each leaf a number, the same where the graph ties the sizes of batched leaves; empty where it ties
             all of them.
-        masked: The tensors of the graph that are masked, by the target of the ``get_attr`` nodes that read them. A pass
+        masked: The tensors of the graph that are masked, by the target of the ``get_attr`` nodes that read them;
+            :func:`enter_masks` fills it in, which ``lower`` does before the first pass. A pass
             that puts another tensor in a masked one's place (transposed, scaled, without some rows) enters it here.
         folded: Why mask-managed weights were made into constants that are not masked, by the weights' names.
         layers: The mask-managed weights, in the model's order; filled in by a pass.
@@ -228,6 +231,12 @@ class Program:
             ],
         )
 
+    @contextmanager
+    def promised(self) -> Iterator[Callable[["Program"], None]]:
+        """Watch over a pass that gets this program, as :func:`srigl_fx.passes.promises.kept` does."""
+        with kept(self.module, [masked.mask for masked in self.masked.values()]) as check:
+            yield lambda program: check(program.module)
+
     @property
     def other_batch(self) -> int:
         """A second batch size to check at: odd, and no multiple of the example's unless that is 1."""
@@ -257,6 +266,18 @@ class Program:
             spec,
         )
         return args, kwargs
+
+
+def enter_masks(program: Program) -> None:
+    """Enter each mask-managed weight that the graph reads in ``program.masked``, by its parameter.
+
+    A tied weight is entered under every name the graph has for it. What is entered already stays.
+    """
+    handles = {id(handle.weight): handle for handle in sparse_weights(program.model)}
+    for node in program.module.graph.find_nodes(op="get_attr"):
+        handle = handles.get(id(attribute_at(program.module, str(node.target))))
+        if handle is not None:
+            program.masked.setdefault(str(node.target), MaskedTensor(fqn=handle.fqn, mask=handle.mask))
 
 
 def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:

@@ -10,7 +10,7 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from srigl_fx.errors import LoweringError
+from srigl_fx.errors import LoweringError, PassError
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.condense import Condense
 from srigl_fx.passes.condensed_nodes import condensed_nodes
@@ -98,6 +98,67 @@ def test_a_second_dump_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("* Look.txt"))
 
 
+@pytest.mark.slow
+def test_a_dump_removes_nothing_but_files_of_a_dump(tmp_path: Path) -> None:
+    def texts(*names: str) -> dict[Path, str]:
+        return {tmp_path / name: f"mine: {name}" for name in names}
+
+    mine = texts("07 groceries.txt", "01 Look", "notes/passes.txt", "notes/00 captured.txt", "first/01 mine.txt")
+    for file, text in mine.items():
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    (tmp_path / "empty").mkdir()
+    sx.lower(Parts().eval(), (X,), min_speedup=0, passes=(Look(), *LOWERING), dump=tmp_path)
+    assert (tmp_path / "first" / "01 Look.txt").exists()
+    sx.lower(model(), (X,), min_speedup=0, dump=tmp_path)
+    assert {file: file.read_text() for file in mine} == mine
+    assert [file.name for file in (tmp_path / "first").iterdir()] == ["01 mine.txt"]
+    sx.lower(Parts().eval(), (X,), min_speedup=0, dump=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "01 Look",
+        "07 groceries.txt",
+        "empty",
+        "first",
+        "notes",
+    ]
+
+
+@pytest.mark.slow
+def test_a_table_of_other_columns_is_no_dump(tmp_path: Path) -> None:
+    (tmp_path / "passes.txt").write_text("   name\n   ----\n 1  Look  0.1 s  \n")
+    for name in ("00 captured.txt", "01 Look.txt"):
+        (tmp_path / name).write_text("mine")
+    sx.lower(model(), (X,), min_speedup=0, dump=tmp_path)
+    assert (tmp_path / "01 Look.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [model, lambda: Parts().eval()], ids=["one graph", "two"])
+def test_a_pass_that_raises_is_the_last_line_of_the_table(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    class Raises(Fails):
+        only_improves = False
+
+    with pytest.raises(PassError, match="Raises failed"):
+        sx.lower(make(), (X,), min_speedup=0, passes=(*LOWERING, Raises()), dump=tmp_path)
+    (table,) = tmp_path.rglob("passes.txt")
+    number, name, *rest = table.read_text().splitlines()[-1].split()
+    assert (number, name, rest[-1]) == ("6", "Raises", "failed")
+    text = (table.parent / "06 Raises.txt").read_text()
+    assert text.startswith("# Raises: failed, ")
+    assert "ArithmeticError: not today" in text
+    assert text.partition("\n\n")[2] == (table.parent / "05 RemoveDead.txt").read_text().partition("\n\n")[2]
+
+
+@pytest.mark.slow
+def test_finding_layers_is_a_change(tmp_path: Path) -> None:
+    sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, Look()), dump=tmp_path)
+    lines = [line.split() for line in (tmp_path / "passes.txt").read_text().splitlines()[2:]]
+    outcomes = {name: outcome for _, name, _, _, outcome, *_ in lines}
+    assert outcomes["Look"] == "unchanged"
+    assert [outcomes[name] for name in ("MatchWeights", "Select", "Condense")] == ["changed"] * 3
+    assert (tmp_path / "07 MatchWeights.txt").read_text().startswith("# MatchWeights: changed, ")
+
+
 def _file_in_its_place(folder: Path) -> Path:
     folder.write_text("no folder")
     return folder
@@ -129,7 +190,7 @@ def _full_disk(folder: Path) -> Path:
         (_file_in_its_place, "dump", "File exists"),
         (_below_a_file, "dump/dump", "Not a directory"),
         (lambda folder: folder / "a\0b", "b", "null"),
-        (_folder_in_place_of("00 captured.txt"), "dump", "Is a directory|not permitted"),
+        (_folder_in_place_of("00 captured.txt"), "00 captured.txt", "Is a directory"),
         (_folder_in_place_of("passes.txt"), "passes.txt", "Is a directory"),
         (_full_disk, "passes.txt", "No space left on device"),
     ],
@@ -165,6 +226,8 @@ def test_a_part_whose_dump_cannot_be_written_is_an_error(tmp_path: Path) -> None
 def test_a_dump_that_is_no_path_is_refused() -> None:
     with pytest.raises(LoweringError, match="dump must be the path of a folder, not 3"):
         sx.lower(model(), (X,), min_speedup=0, dump=3)  # type: ignore[arg-type]
+    with pytest.raises(LoweringError, match="dump must be the path of a folder, not ''"):
+        sx.lower(model(), (X,), min_speedup=0, dump="")
 
 
 @pytest.mark.slow
@@ -194,6 +257,48 @@ class Parts(nn.Module):
 def test_each_part_of_a_model_has_a_folder(tmp_path: Path) -> None:
     sx.lower(Parts().eval(), (X,), min_speedup=0, dump=tmp_path)
     assert "condensed_linear" in (tmp_path / "first" / "08 Condense.txt").read_text()
+
+
+class Masked(Pass[Program]):
+    """Notes which tensors it is told are masked."""
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        said = ", ".join(sorted(f"{target} of {masked.fqn}" for target, masked in subject.masked.items()))
+        return PassResult(subject=subject, changed=False, notes=(Note(where="here", reason=said),))
+
+
+def test_a_pass_in_front_sees_the_masks() -> None:
+    report = sx.lower(model(), (X,), min_speedup=0, passes=(Masked(), *LOWERING)).report
+    (note,) = [note for note in report.notes if note.by == "Masked"]
+    assert note.reason == "0.weight of 0.weight, 3.weight of 3.weight"
+
+
+@pytest.mark.parametrize(
+    "passes",
+    [(), *((*LOWERING[:i], *LOWERING[i + 1 :]) for i in range(len(LOWERING)))],
+    ids=["none", *(f"without {step.name}" for step in LOWERING)],
+)
+def test_each_pass_before_layers_are_matched_can_be_left_out(passes: tuple[Pass[Program], ...]) -> None:
+    network = model()
+    lowered = sx.lower(network, (X,), min_speedup=0, passes=passes)
+    assert [layer.decision for layer in lowered.report.layers] == ["condensed", "condensed"]
+    assert lowered.report.bytes_after > 0
+    torch.testing.assert_close(lowered(X), network(X), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_notes_of_parts_name_the_part() -> None:
+    report = sx.lower(Pair().eval(), (X,), min_speedup=0, passes=(*LOWERING, Look())).report
+    assert [note.where for note in report.notes if note.by == "Look"] == ["first: here", "last: here"]
+    assert "Look: last: here: 0 condensed" in str(report)
+
+
+class Pair(Parts):
+    """Two graphs with masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = mask_by_hand(randomise(nn.Linear(4, 4)), 0.5)  # type: ignore[assignment]
 
 
 def test_a_pipeline_without_its_end_is_not_completed_twice() -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import Results, compare
-from srigl_fx.errors import LoweringError, SriglError
+from srigl_fx.errors import LoweringError, PassError, SriglError
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions, assemble
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes import trees
-from srigl_fx.passes.base import brief
+from srigl_fx.passes.base import Note, brief
 from srigl_fx.passes.capture import Capture, uncapturable
 from srigl_fx.passes.capture_checks import first_line
 from srigl_fx.passes.model_runs import run_model
@@ -66,6 +66,7 @@ def lower_regions(
 
     Raises:
         CaptureError: There is no region.
+        PassError: A pass failed, or is why the outputs differ, and does more than improve.
         LoweringError: The model cannot be copied, gives a sparse tensor, or does not give the same outputs.
     """
     finder = RegionFinder(model, args, kwargs, attempts.failures)
@@ -106,12 +107,17 @@ def _lower_one(
 ) -> _Lowered:
     """Lower a region; its report is on the weights that its graph reads."""
     try:
-        return _attempt(region, lower_one, each_pass=False, verify=verify)
-    except LoweringError as wrong:
         try:
-            return _attempt(region, lower_one, each_pass=True, verify=verify)
-        except SriglError:
-            raise wrong from None
+            return _attempt(region, lower_one, each_pass=False, verify=verify)
+        except LoweringError as wrong:
+            try:
+                return _attempt(region, lower_one, each_pass=True, verify=verify)
+            except PassError:
+                raise
+            except SriglError:
+                raise wrong from None
+    except PassError as error:
+        raise PassError(f"in the region {region.name}: {error}") from error
 
 
 def _attempt(
@@ -126,7 +132,11 @@ def _attempt(
         graph.report,
         layers=tuple(replace(one, region=region.name) for one in graph.report.layers if one.fqn in read),
         others=tuple(one for one in graph.report.others if one.fqn.startswith(inside)),
-        notes=tuple(note for note in graph.report.notes if note.where not in elsewhere),
+        notes=tuple(
+            note if note.where in read else _placed(note, region.name)
+            for note in graph.report.notes
+            if note.where not in elsewhere
+        ),
     )
     inputs = [item and {**item, "any_rank": True} for item in graph.inputs] if region.any_rank else graph.inputs
     built = LoweredModule.build(graph, report, inputs)
@@ -159,6 +169,11 @@ def _attempt(
         error = found.worst
         built = LoweredModule.build(built, replace(report, max_error=error), inputs)
     return _Lowered(region, built, graph.report, error)
+
+
+def _placed(note: Note, region: str) -> Note:
+    """A note that names its region: the names of weights do, "the graph" and those of nodes do not."""
+    return note if note.where.startswith(f"{region}.") else replace(note, where=f"{region}: {note.where}")
 
 
 def _error(finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | str:

@@ -13,24 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import Results, compare
 from srigl_fx.compatibility import noted
-from srigl_fx.errors import FormatError, LoweringError, SriglError
+from srigl_fx.errors import FormatError, LoweringError, PassError, SriglError
 from srigl_fx.lowering.by_regions import lower_regions
-from srigl_fx.lowering.dump import Dump
+from srigl_fx.lowering.dump import Dump, clear
 from srigl_fx.lowering.inputs import describe_inputs
 from srigl_fx.lowering.layer_costs import estimated_costs, layer_costs
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions
+from srigl_fx.lowering.verification import second_check, verify_lowered
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
-from srigl_fx.passes.base import Note, Pass, brief, run
+from srigl_fx.passes.base import Note, Pass, run
 from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole, uncapturable
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.feature_major import FeatureMajor
-from srigl_fx.passes.model_runs import Run, run_steps
 from srigl_fx.passes.pipelines import LOWERING, whole
-from srigl_fx.passes.program import Costs, Program, Times
+from srigl_fx.passes.program import Costs, Program, Times, enter_masks
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 from srigl_fx.passes.wrappers import unwrapped
@@ -83,7 +82,8 @@ def lower(
         passes: The graph passes. A pass of your own goes anywhere in ``(*LOWERING, *CONDENSING)`` of
             ``srigl_fx.passes.pipelines``; where no pass condenses, those of ``CONDENSING`` follow.
         dump: A folder in which the graph is written before and after each pass, as text, with times and the operators
-            that came and went; each part of a model that is not one graph has a folder of its own in it.
+            that came and went; each part of a model that is not one graph has a folder of its own in it. Files of an
+            earlier dump there are removed, and no others.
 
     Returns:
         A ``torch.fx.GraphModule`` with ``.report`` and ``.save(path)``. Where the model cannot be captured as one
@@ -93,6 +93,7 @@ def lower(
     Raises:
         LoweringError: Nothing to lower, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold,
             outputs beyond the tolerance, or a ``dump`` that cannot be written.
+        PassError: A pass of ``passes`` failed, or is why the outputs differ, and does more than improve.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.
 
@@ -116,7 +117,7 @@ def lower(
         raise LoweringError(f'verify must be True, False or "each pass", not {verify!r}')
     if not isinstance(passes, Sequence) or not all(isinstance(step, Pass) for step in passes):
         raise LoweringError(f"passes must be a tuple of graph passes, as (*LOWERING, MyPass()), not {passes!r}")
-    if not isinstance(dump, str | os.PathLike | None):
+    if not isinstance(dump, str | os.PathLike | None) or dump == "":
         raise LoweringError(f"dump must be the path of a folder, not {dump!r}")
     with EXPORT_LOCK:
         _check_parameters(model)
@@ -124,6 +125,8 @@ def lower(
         folder = None if dump is None else Path(dump)
         options = _Options(min_speedup, batch_sizes, value_dtype, verify, tuple(passes), folder)
         args, kwargs = normalise_inputs(example_inputs)
+        if folder is not None:
+            clear(folder)
         attempts = capture_whole(model, args, kwargs)
         if attempts.program is not None:
             return _lower_program(attempts.program, options, attempts.failures)
@@ -153,7 +156,8 @@ def _lower_parts(
     def lower_one(program: Program, part: nn.Module, each_pass: bool) -> LoweredModule:
         batch = program.batch_size if program.dynamic else None
         sizes = options.batch_sizes if leading and batch == leading[0] else None
-        check = verifier(replace(program, model=part)) if each_pass or options.verify == "each pass" else None
+        own, always = replace(program, model=part), options.verify == "each pass"
+        check = second_check(own) if each_pass else verifier(own) if always else None
         name = next(name for name, module in model.named_modules() if module is part)
         folder = options.dump / (name or "model") if options.dump is not None else None
         return _run_passes(program, replace(options, batch_sizes=sizes, dump=folder), check)[0]
@@ -168,7 +172,7 @@ def _lower_program(captured: Program, options: _Options, failures: tuple[Failure
     error: float | None = None
     if options.verify:
         try:
-            error = _verify(program, lowered)
+            error = verify_lowered(program, lowered)
         except LoweringError as wrong:
             if check is not None:
                 raise
@@ -178,10 +182,17 @@ def _lower_program(captured: Program, options: _Options, failures: tuple[Failure
 
 
 def _without_what_is_wrong(captured: Program, options: _Options, wrong: LoweringError) -> tuple[LoweredModule, float]:
-    """Lower once more, without the passes after which the outputs differ; raise ``wrong`` where that is no remedy."""
+    """Lower once more, without the passes after which the outputs differ.
+
+    Raises:
+        PassError: Such a pass does more than improve; it is named.
+        LoweringError: ``wrong``, where it is no pass that makes the outputs differ.
+    """
     try:
-        lowered, program = _run_passes(captured, options, verifier(captured))
-        return lowered, _verify(program, lowered)
+        lowered, program = _run_passes(captured, options, second_check(captured))
+        return lowered, verify_lowered(program, lowered)
+    except PassError:
+        raise
     except SriglError:
         raise wrong from None
 
@@ -192,7 +203,8 @@ def _run_passes(
     """Lower one captured graph, which stays as it is; the program is what its passes made of it."""
     _check_batch_sizes(captured, options)
     inputs = describe_inputs(captured)
-    program = replace(captured, value_dtype=options.value_dtype)
+    program = replace(captured, value_dtype=options.value_dtype, masked=dict(captured.masked))
+    enter_masks(program)
     observe = None if options.dump is None else Dump(options.dump, program)
     finished = run([_settled(step, options) for step in whole(options.passes)], program, check=check, observe=observe)
     report = _report(finished.subject, finished.notes)
@@ -337,49 +349,4 @@ def _unmasked(fqn: str, owner: nn.Module, record: WeightRecord) -> LayerReport:
         reason=record.reason,
         bytes_before=weight.nbytes,
         bytes_after=weight.nbytes,
-    )
-
-
-def _verify(program: Program, lowered: LoweredModule) -> float:
-    """Compare the lowered module with the model, several calls in a row where that keeps state; the largest error."""
-    runs: dict[int | None, list[Run]] = {}
-
-    def expected(size: int | None) -> list[Results]:
-        runs[size] = run_steps(program.model, *program.inputs(size, apart=True))
-        return [run.results for run in runs[size]]
-
-    def got(size: int | None, calls: int) -> list[Results]:
-        try:
-            return [run.results for run in run_steps(lowered, *program.inputs(size, apart=True), calls)]
-        except Exception as error:  # of any operator
-            raise LoweringError(
-                f"the lowered model fails at batch {size} ({brief(error)}), where the model does not; "
-                f"{_suspects(program, runs[size][0])}"
-            ) from error
-
-    found = compare(program.sizes, expected, got, program.tolerance)
-    if (wrong := found.wrong) is None:
-        return found.worst
-    if wrong.counts[0] != wrong.counts[1]:
-        raise LoweringError(
-            f"the lowered model gives {wrong.counts[1]} outputs, the model {wrong.counts[0]}: please report it"
-        )
-    raise LoweringError(
-        f"{wrong.what} of the lowered model is off by {wrong.error:.2e} of the largest value{wrong.place} "
-        f"(allowed: {program.tolerance:.2e}); {_suspects(program, runs[wrong.size][wrong.call])}"
-    )
-
-
-def _suspects(program: Program, run: Run) -> str:
-    """What may have made the lowered model differ, and what to do about it."""
-    if run.changed:
-        return (
-            f"the forward keeps state in {', '.join(run.changed)}, and a graph keeps it in buffers alone: register "
-            "what it writes as buffers (register_buffer)"
-        )
-    layers = ", ".join(layer.weight.fqn for layer in program.layers if layer.decision != "dense")
-    exact = "" if program.value_dtype is torch.float32 else "; value_dtype=torch.float32 rounds no weights"
-    return (
-        f"lowered layers: {layers}{exact}. A model whose outputs depend on more than its inputs and buffers cannot be "
-        "verified: pass verify=False if that is so"
     )

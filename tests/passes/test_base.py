@@ -1,4 +1,7 @@
+"""What the runner does with passes: their order, their errors and what they return."""
+
 from dataclasses import dataclass
+from typing import Any, cast
 
 import pytest
 
@@ -67,3 +70,60 @@ def test_the_check_runs_after_each_pass() -> None:
     with pytest.raises(PassError, match="Append broke it"):
         run((Append("a"), Append("b"), Append("c")), [], check=check)
     assert checked == ["ensures:a", "ensures:b"]
+
+
+def test_what_requires_refuses_is_raised_whatever_the_pass_is_for() -> None:
+    class Improves(Append):
+        only_improves = True
+
+    for error in (SparsifyError("not fit"), PassError("not fit")):
+        with pytest.raises(type(error), match=r"^not fit$"):
+            run((Improves("a", fail_in="requires", error=error),), [])
+    for step in ("requires", "run", "ensures"):  # no refusal, but a failure
+        result = run((Improves("a", fail_in=step), Append("b")), [])
+        assert [(note.by, note.undone) for note in result.notes] == [("Improves", True), ("Append", False)]
+        assert "Improves failed (ValueError: bad)" in result.notes[0].reason
+    for step in ("run", "ensures"):
+        (note,) = run((Improves("a", fail_in=step, error=SparsifyError("own words")),), []).notes
+        assert "Improves failed (SparsifyError: own words)" in note.reason
+
+
+@dataclass
+class Returns(Pass[list[str]]):
+    """Returns what it was made with."""
+
+    result: Any
+
+    def run(self, subject: list[str]) -> PassResult[list[str]]:
+        return cast("PassResult[list[str]]", self.result)
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        (None, "its run returned NoneType, not a PassResult"),
+        (PassResult(subject=None, changed=True), "of the type NoneType, not the list that run was given"),
+        (PassResult(subject="graph", changed=True), "of the type str, not the list that run was given"),
+        (PassResult(subject=[], changed="yes"), "changed='yes', which is neither True nor False"),  # type: ignore[arg-type]
+        (PassResult(subject=[], changed=True, notes=("hello",)), "but .'hello',."),  # type: ignore[arg-type]
+        (PassResult(subject=[], changed=True, notes="hello"), "but 'hello'"),  # type: ignore[arg-type]
+        (PassResult(subject=[], changed=True, notes=None), "but None"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_pass_that_returns_something_else_is_named(result: Any, problem: str) -> None:
+    with pytest.raises(
+        PassError, match=rf"the pass Returns failed \(TypeError: .*{problem}\); the pass is yours"
+    ) as caught:
+        run((Append("a"), Returns(result), Append("b")), [])
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+def test_an_observer_hears_of_the_error_that_ends_the_run() -> None:
+    heard: list[Any] = []
+    steps = (Append("a"), Append("b", fail_in="run"), Append("c"))
+    with pytest.raises(PassError, match="Append failed") as caught:
+        run(steps, [], observe=lambda name, before, result, seconds: heard.append((list(before), result)))
+    (_, first), (before, last) = heard
+    assert isinstance(first, PassResult)
+    assert before[:3] == ["requires:a", "run:a", "ensures:a"]
+    assert last is caught.value

@@ -179,6 +179,7 @@ class Breaks(Pass[Program]):
         if not self.drop:
             with graph.inserting_before(output):
                 rest = [graph.call_function(torch.ops.aten.mul.Tensor, (first, 1.001)), *rest]
+            rest[0].meta["val"] = first.meta["val"]
         output.args = (tuple(rest),)
         if self.drop:
             graph._codegen.pytree_info = graph._codegen.pytree_info._replace(  # type: ignore[attr-defined]

@@ -1,0 +1,139 @@
+"""What a pass of one's own promises of the graph: values at new nodes, and the model's tensors as they were."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from lowering_support import mask_by_hand, randomise
+from torch import Tensor, nn
+
+import srigl_fx as sx
+from srigl_fx.errors import PassError
+from srigl_fx.passes import Pass, PassResult
+from srigl_fx.passes.pipelines import LOWERING
+from srigl_fx.passes.program import Program, tensor_at
+
+aten = torch.ops.aten
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+def network() -> nn.Module:
+    layers = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4))
+    return mask_by_hand(randomise(layers), 0.4, ablated=3).eval()
+
+
+class Bare(Pass[Program]):
+    """Makes a node, and gives it no value."""
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        graph = subject.module.graph
+        relu = graph.find_nodes(op="call_function", target=aten.relu.default)[0]
+        with graph.inserting_before(relu):
+            relu.update_arg(0, graph.call_function(aten.mul.Scalar, (relu.args[0], 1.0)))
+        subject.module.recompile()
+        return PassResult(subject=subject, changed=True)
+
+
+class BareButImproves(Bare):
+    only_improves = True
+
+
+@pytest.mark.slow
+def test_a_new_node_without_a_value_is_told_of_the_pass_that_made_it() -> None:
+    with pytest.raises(
+        PassError, match=r"the pass Bare failed \(ValueError: it made mul_scalar \(aten.mul.Scalar\) without"
+    ):
+        sx.lower(network(), (X,), min_speedup=0, passes=(*LOWERING[:-1], Bare(), *LOWERING[-1:]))
+    model = network()
+    lowered = sx.lower(model, (X,), min_speedup=0, passes=(*LOWERING[:-1], BareButImproves(), *LOWERING[-1:]))
+    assert [note.by for note in lowered.report.undone] == ["BareButImproves"]
+    torch.testing.assert_close(lowered(X), model(X))
+
+
+def multiply(tensor: Tensor) -> None:
+    with torch.no_grad():
+        tensor.mul_(2)
+
+
+def multiply_data(tensor: Tensor) -> None:
+    tensor.data.mul_(2)
+
+
+def multiply_memory(tensor: Tensor) -> None:
+    memory = tensor.detach().numpy()
+    memory *= 2
+
+
+def not_a_number(tensor: Tensor) -> None:
+    tensor.data.view(-1)[0] = float("nan")
+
+
+class Writes(Pass[Program]):
+    """Writes to a tensor of the model, and then raises or not."""
+
+    def __init__(self, write: Callable[[Tensor], None], target: str = "0.weight", *, raises: bool = False) -> None:
+        self.write, self.target, self.raises = write, target, raises
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        self.write(tensor_at(subject.module, self.target))
+        if self.raises:
+            raise ZeroDivisionError("half-way")
+        return PassResult(subject=subject, changed=True)
+
+
+class WritesMasks(Pass[Program]):
+    def run(self, subject: Program) -> PassResult[Program]:
+        for masked in subject.masked.values():
+            masked.mask.logical_not_()
+        return PassResult(subject=subject, changed=True)
+
+
+def refused(step: Pass[Program], why: str, *before_it: Pass[Program]) -> None:
+    """``lower`` names the pass, and the model is as it was."""
+    model = network()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(PassError, match=rf"the pass {step.name} failed \({why}"):
+        sx.lower(model, (X,), min_speedup=0, passes=(*before_it, step, *LOWERING))
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("write", [multiply, multiply_data, multiply_memory, not_a_number])
+def test_what_a_pass_writes_to_the_model_is_taken_back(write: Callable[[Tensor], None]) -> None:
+    refused(Writes(write), r"ValueError: it wrote to 0\.weight, which is the model's own")
+    refused(Writes(write, "1.running_mean"), r"ValueError: it wrote to 1\.running_mean, ")
+    refused(Writes(write, raises=True), "ZeroDivisionError: half-way")
+
+
+@pytest.mark.slow
+def test_what_a_pass_writes_to_masks_is_taken_back() -> None:
+    refused(WritesMasks(), r"ValueError: it wrote to 3\.weight_mask, 0\.weight_mask, which is the model's own")
+    refused(WritesMasks(), "ValueError: it wrote to a mask, a mask, which is the model's own", *LOWERING[:1])
+
+
+@pytest.mark.slow
+def test_a_pass_that_only_improves_is_undone_with_what_it_wrote() -> None:
+    class Improves(Writes):
+        only_improves = True
+
+    model = network()
+    expected = model(X)
+    lowered = sx.lower(model, (X,), min_speedup=0, passes=(Improves(multiply), *LOWERING))
+    assert [note.by for note in lowered.report.undone] == ["Improves"]
+    assert torch.equal(model(X), expected)
+    torch.testing.assert_close(lowered(X), expected)
+
+
+@pytest.mark.slow
+def test_not_a_number_may_stay_in_a_model() -> None:
+    class Nothing(Pass[Program]):
+        def run(self, subject: Program) -> PassResult[Program]:
+            return PassResult(subject=subject, changed=False)
+
+    model = network()
+    with torch.no_grad():
+        model.get_parameter("3.bias")[0] = float("nan")
+    lowered = sx.lower(model, (X,), min_speedup=0, passes=(Nothing(), *LOWERING))
+    torch.testing.assert_close(lowered(X), model(X), equal_nan=True)
