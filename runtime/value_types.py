@@ -11,24 +11,27 @@ from typing import Any, Final, Literal
 import ml_dtypes
 import numpy as np
 
-ValueDtype = Literal["float32", "bfloat16", "float16"]
+ValueDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ValueType:
-    """One dtype of stored values; sums are float32 always.
+    """One dtype of stored values.
 
     Attributes:
         name: What torch calls it, and the kernels' functions that read it.
         numpy: The dtype of an array of them.
         onnx: ONNX's number of the element type.
         onnx_type: ONNX's name of a tensor of them.
+        scaled: Whether they are whole numbers, with a scale for each row, and are multiplied with activations that are
+            rounded as well (:mod:`srigl_fx.runtime.quantisation`).
     """
 
     name: ValueDtype
     numpy: np.dtype[Any]
     onnx: int
     onnx_type: str
+    scaled: bool = False
 
 
 # A number is a position here.
@@ -37,8 +40,10 @@ VALUE_TYPES: Final = (
     # NumPy has no bfloat16 of its own.
     ValueType(name="bfloat16", numpy=np.dtype(ml_dtypes.bfloat16), onnx=16, onnx_type="tensor(bfloat16)"),
     ValueType(name="float16", numpy=np.dtype(np.float16), onnx=10, onnx_type="tensor(float16)"),
+    ValueType(name="int8", numpy=np.dtype(np.int8), onnx=3, onnx_type="tensor(int8)", scaled=True),
 )
 NAMES: Final = tuple(row.name for row in VALUE_TYPES)
+FLOATS: Final = tuple(row.name for row in VALUE_TYPES if not row.scaled)
 NUMBERS: Final = {name: number for number, name in enumerate(NAMES)}
 
 

@@ -34,22 +34,28 @@ from srigl_fx.runtime.cpu.kernels.vector import (
 )
 
 
+def transposed(b: Any, rows: Sequence[Any]) -> list[Any]:
+    """16 vectors, with rows and lanes exchanged."""
+    # Log2 rounds that exchange ever larger blocks: first single floats of neighbouring rows, at last halves.
+    rows = list(rows)
+    for distance in (1, 2, 4, 8):
+        low = [i if not i & distance else i - distance + LANES for i in range(LANES)]
+        high = [i + distance if not i & distance else i + LANES for i in range(LANES)]
+        exchanged = list(rows)
+        for i in range(LANES):
+            if not i & distance:
+                pair = rows[i], rows[i + distance]
+                exchanged[i] = b.shuffle_vector(*pair, ir.Constant(INTS, low))
+                exchanged[i + distance] = b.shuffle_vector(*pair, ir.Constant(INTS, high))
+        rows = exchanged
+    return rows
+
+
 def _transpose(context: Any, source: Any, source_row: Any, target: Any, target_row: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source, source_row, target, target_row = args
         rows = [load(b, b.add(source, b.mul(source_row, number(i))), FLOATS) for i in range(LANES)]
-        # Log2 rounds that exchange ever larger blocks: first single floats of neighbouring rows, at last halves.
-        for distance in (1, 2, 4, 8):
-            low = [i if not i & distance else i - distance + LANES for i in range(LANES)]
-            high = [i + distance if not i & distance else i + LANES for i in range(LANES)]
-            exchanged = list(rows)
-            for i in range(LANES):
-                if not i & distance:
-                    pair = rows[i], rows[i + distance]
-                    exchanged[i] = b.shuffle_vector(*pair, ir.Constant(INTS, low))
-                    exchanged[i + distance] = b.shuffle_vector(*pair, ir.Constant(INTS, high))
-            rows = exchanged
-        for i, row in enumerate(rows):
+        for i, row in enumerate(transposed(b, rows)):
             store(b, row, b.add(target, b.mul(target_row, number(i))))
         return context.get_dummy_value()
 
@@ -60,11 +66,13 @@ def _transpose(context: Any, source: Any, source_row: Any, target: Any, target_r
 transpose: Callable[[int, int, int, int], None] = intrinsic(_transpose)
 
 
-def _lane_mask(b: Any, bits: Any) -> Any:
+def lane_mask(b: Any, bits: Any) -> Any:
+    """A truth value for each lane, from the 16 lowest bits of an integer."""
     return b.bitcast(b.trunc(bits, I16), ir.VectorType(ir.IntType(1), LANES))
 
 
-def _masked_load(b: Any, where: Any, mask: Any) -> Any:
+def masked_load(b: Any, where: Any, mask: Any) -> Any:
+    """The lanes that a mask names; zeros in the others, which need not exist."""
     arguments = [FLOATS.as_pointer(), I32, mask.type, FLOATS]
     function = declared(b, "llvm.masked.load.v16f32.p0", FLOATS, arguments)
     return b.call(function, [b.inttoptr(where, FLOATS.as_pointer()), ir.Constant(I32, 4), mask, ZERO])
@@ -82,10 +90,10 @@ def _copy_lanes(stride: int) -> Callable[[int, int, int, int, int, int, int, int
 
     def masks(b: Any, read: Any) -> list[Any]:
         wide = read if stride == 1 else _every_second(b, read)
-        return [_lane_mask(b, b.lshr(wide, number(LANES * i)) if i else wide) for i in range(stride)]
+        return [lane_mask(b, b.lshr(wide, number(LANES * i)) if i else wide) for i in range(stride)]
 
     def found(b: Any, at: Any, read: Sequence[Any]) -> Any:
-        parts = [_masked_load(b, b.add(at, number(VECTOR_BYTES * i)), mask) for i, mask in enumerate(read)]
+        parts = [masked_load(b, b.add(at, number(VECTOR_BYTES * i)), mask) for i, mask in enumerate(read)]
         return b.bitcast(parts[0] if stride == 1 else b.shuffle_vector(*parts, even), INTS)
 
     def copy(
@@ -102,7 +110,7 @@ def _copy_lanes(stride: int) -> Callable[[int, int, int, int, int, int, int, int
     ) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             first, second, source_row, target, target_row, rows, read_first, read_second, written = args
-            first_masks, second_masks, kept = masks(b, read_first), masks(b, read_second), _lane_mask(b, written)
+            first_masks, second_masks, kept = masks(b, read_first), masks(b, read_second), lane_mask(b, written)
 
             def two_sources(i: Any, at: Any) -> Any:
                 prefetch(b, b.add(at[0], AHEAD))
@@ -178,7 +186,7 @@ def _copy_spread_lanes(
 ) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source, lane_bytes, source_row, target, target_row, rows, read, written = args
-        mask, kept = _lane_mask(b, read), _lane_mask(b, written)
+        mask, kept = lane_mask(b, read), lane_mask(b, written)
         places = ir.VectorType(I64, LANES)
 
         def everywhere(value: Any) -> Any:
@@ -228,8 +236,8 @@ def _move_floats(add: bool) -> Callable[[int, int, int], None]:
             with b.if_then(b.icmp_signed("!=", rest, number(0))):
                 at = b.shl(whole, number(6))
                 to = b.add(target, at)
-                mask = _lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
-                _masked_store(b, result(b.add(source, at), to, lambda where: _masked_load(b, where, mask)), to, mask)
+                mask = lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
+                _masked_store(b, result(b.add(source, at), to, lambda where: masked_load(b, where, mask)), to, mask)
             return context.get_dummy_value()
 
         return types.void(*[address] * 3), generate

@@ -42,9 +42,12 @@ from typing import Final
     SAMPLES,  # and how many there are
     PACKED,
     PACKED_SIZE,  # floats of one
+    SCALES,  # float32 (N_ACTIVE,): of values of eight bits, what one is worth in its row
+    PANEL_SCALES,  # float32 (groups * LANES,): the same by lanes
+    PANEL_SUMS,  # int32 (groups * LANES,): the sums of the lanes' values of eight bits
     FAILED,  # set to 1 by a task that found no memory
-) = range(36)
-SIZE: Final = 36
+) = range(39)
+SIZE: Final = 39
 
 GROUP_PHASE, GROUP_ROW = 0, 1  # in PANEL_GROUPS: a group's first phase and first active row; one more group ends it
 GROUP_WORDS: Final = 2

@@ -28,7 +28,7 @@ from srigl_fx.runtime.cpu.kernels.tiles import (
 )
 from srigl_fx.runtime.cpu.kernels.values import value_at
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, shorts, stack_address, words
-from srigl_fx.runtime.value_types import NUMBERS, VALUE_TYPES
+from srigl_fx.runtime.value_types import FLOATS, NUMBERS
 
 Pointer = Any
 _ZERO: Final = np.float32(0)
@@ -45,7 +45,7 @@ def _is_finite(x: int, count: int) -> bool:
 
 
 @compiled
-def _start_rows(j: Pointer, sample: int, first: int, last: int) -> None:
+def start_rows(j: Pointer, sample: int, first: int, last: int) -> None:
     """Let the outputs ``first <= o < last`` of a sample start as their bias and residual."""
     n, bias = j[job.OUT_FEATURES], floats(j[job.BIAS])
     y = floats(j[job.Y] + sample * n * 4)
@@ -103,7 +103,7 @@ def rows_task(j: Pointer, task: int) -> None:
     if task == splits - 1:
         o1 = n
     for sample in range(j[job.BATCH]):
-        _start_rows(j, sample, o0, o1)
+        start_rows(j, sample, o0, o1)
         _add_exact(j, sample, first, last)
         activate_row(floats(j[job.Y] + (sample * n + o0) * 4), o1 - o0, j[job.ACTIVATION])
 
@@ -150,7 +150,7 @@ def _case(window: int, value_type: int, otherwise: Any) -> Any:
 
 _dot_of = _no_dot
 for _window in DOT_WINDOWS[ISAS.index(ISA)]:
-    for _value_type in reversed(range(len(VALUE_TYPES))):
+    for _value_type in [NUMBERS[name] for name in reversed(FLOATS)]:
         _dot_of = _case(_window, _value_type, _dot_of)
 
 
@@ -179,7 +179,7 @@ def dot_task(j: Pointer, task: int) -> None:
     sums = floats(sums_at)
     in_features = j[job.IN_FEATURES]
     for sample in range(j[job.BATCH]):
-        _start_rows(j, sample, o0, o1)
+        start_rows(j, sample, o0, o1)
     for g in range(g0, g1):
         first, row = groups[g * GROUP_WORDS + GROUP_PHASE], groups[g * GROUP_WORDS + GROUP_ROW]
         phases = groups[(g + 1) * GROUP_WORDS + GROUP_PHASE] - first
@@ -193,7 +193,7 @@ def dot_task(j: Pointer, task: int) -> None:
     row0, row1 = groups[g0 * GROUP_WORDS + GROUP_ROW], groups[g1 * GROUP_WORDS + GROUP_ROW]
     for sample in range(j[job.BATCH]):
         if not _is_finite(j[job.X] + sample * in_features * 4, in_features):
-            _start_rows(j, sample, o0, o1)
+            start_rows(j, sample, o0, o1)
             _add_exact(j, sample, row0, row1)
         activate_row(floats(j[job.Y] + (sample * n + o0) * 4), o1 - o0, j[job.ACTIVATION])
 
@@ -227,7 +227,7 @@ def _fill_from_columns(source: int, source_row: int, rows: int, columns: int, wi
 
 
 @compiled
-def _store_as_rows(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
+def store_as_rows(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
     """A tile's outputs ``o0 <= o < o1`` as rows of samples."""
     n = j[job.OUT_FEATURES]
     y, row_bytes = j[job.Y] + first * n * 4, n * 4
@@ -250,7 +250,7 @@ def _store_as_rows(j: Pointer, first: int, columns: int, width: int, o0: int, o1
 
 
 @compiled
-def _store_as_columns(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
+def store_as_columns(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
     """A tile's outputs ``o0 <= o < o1``, feature-major."""
     batch = j[job.BATCH]
     for o in range(o0, o1):
@@ -330,9 +330,9 @@ def tile_task(j: Pointer, task: int) -> None:
         if in_place:
             put_rest(j, g0, g1, o0, o1, width, out, y, y_row)
         elif j[job.Y_FEATURE_MAJOR] != 0:
-            _store_as_columns(j, first, columns, width, o0, o1, out)
+            store_as_columns(j, first, columns, width, o0, o1, out)
         else:
-            _store_as_rows(j, first, columns, width, o0, o1, out)
+            store_as_rows(j, first, columns, width, o0, o1, out)
         if g1 == end:
             break
         g0, o0 = g1, o1

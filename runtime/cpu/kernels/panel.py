@@ -11,7 +11,11 @@ Two kinds of panels hold a phase as
 - dot: a byte for each row and step, relative to the window's start, then the values as stored;
 - tile: a uint16 for each row and step, the input times :func:`tile_unit`, then the values as float32. A weight of zero
   that was added names the input after the last, of which a tile keeps a row of zeros.
-Indices are stored row by row, and so are a tile panel's values; those of a dot panel step by step.
+Indices are stored row by row, and so are a tile panel's values; those of a dot panel step by step, but for values of
+eight bits, of which four of a row are multiplied at once.
+
+Values of eight bits have a tile panel of their own: a phase for each group, with the kept weights of each row four by
+four: four indices (uint16), then four values. Beside both kinds lie each lane's scale, and the sum of its values.
 """
 
 from collections.abc import Callable
@@ -21,9 +25,9 @@ import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import LANES, TILE
+from srigl_fx.runtime.cpu.kernels.plan import INT8_TILE, LANES, TILE
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
-from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, words
+from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, signed_bytes, words
 
 numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any
@@ -33,6 +37,8 @@ TILE_BYTES: Final = 6 * SLOTS  # of one phase
 TILE_UNIT: Final = 16  # the largest
 TILE_VALUES: Final = 2 * SLOTS  # where its values start
 DOT_VALUES: Final = SLOTS
+QUAD_BYTES: Final = 3 * STEPS  # of a tile panel of eight bits
+QUAD_VALUES: Final = 2 * STEPS  # where its values start
 _NONE: Final = 1 << 40
 
 
@@ -44,6 +50,23 @@ def _compiled(function: Callable[..., Any]) -> Any:
 def dot_bytes(value_type: int) -> int:
     """The bytes of one phase of a dot panel."""
     return SLOTS * (1 + int(value_bytes(value_type)))
+
+
+@_compiled
+def quads(k: int) -> int:
+    """By how many fours a row's kept weights are stored in a tile panel of eight bits."""
+    return (k + STEPS - 1) // STEPS
+
+
+@_compiled
+def phase_bytes(j: Pointer) -> int:
+    """The bytes of one phase of the panel that the job's kernel reads."""
+    kernel = j[job.KERNEL]
+    if kernel == TILE:
+        return TILE_BYTES
+    if kernel == INT8_TILE:
+        return LANES * quads(j[job.K]) * QUAD_BYTES  # type: ignore[no-any-return]
+    return dot_bytes(j[job.VALUE_TYPE])  # type: ignore[no-any-return]
 
 
 @_compiled
@@ -121,7 +144,8 @@ def measure_panel(j: Pointer, scratch: int) -> None:
         rows = _group_rows(j, row)
         for lane in range(LANES):
             cursors[lane] = 0
-        start = _window_start(j, row, rows, cursors)
+        start = _NONE if j[job.KERNEL] == INT8_TILE else _window_start(j, row, rows, cursors)
+        phases += 1 if j[job.KERNEL] == INT8_TILE else 0
         while start != _NONE:
             for lane in range(rows):
                 for _ in range(STEPS):
@@ -148,13 +172,14 @@ def _copy_value(target: int, source: int, size: int) -> None:
 @_compiled
 def _fill_phase(j: Pointer, row: int, rows: int, phase: int, start: int, cursors: Pointer) -> None:
     value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] == TILE
-    at = j[job.PANEL] + phase * (TILE_BYTES if is_tile else dot_bytes(value_type))
+    at = j[job.PANEL] + phase * phase_bytes(j)
     wide, narrow = shorts(at), bytes_(at)
     values, indices, index_bytes = j[job.VALUES], j[job.INDICES], j[job.INDEX_BYTES]
     size = value_bytes(value_type)
     for lane in range(LANES):
         for step in range(STEPS):
-            slot, place = step * LANES + lane, lane * STEPS + step
+            place = lane * STEPS + step
+            slot = place if size == 1 else step * LANES + lane
             position = _next_in_window(j, row, rows, lane, cursors, start + j[job.PANEL_WINDOW])
             if is_tile:
                 index = j[job.IN_FEATURES] if position < 0 else index_at(indices, index_bytes, position)
@@ -163,6 +188,43 @@ def _fill_phase(j: Pointer, row: int, rows: int, phase: int, start: int, cursors
             else:
                 narrow[place] = 0 if position < 0 else index_at(indices, index_bytes, position) - start
                 _copy_value(at + DOT_VALUES + slot * size, 0 if position < 0 else values + position * size, size)
+
+
+@_compiled
+def _fill_quads(j: Pointer, row: int, rows: int, phase: int) -> None:
+    """A group of a tile panel of eight bits; zeros fill up its rows, and lanes without one."""
+    k, values, indices, index_bytes = j[job.K], bytes_(j[job.VALUES]), j[job.INDICES], j[job.INDEX_BYTES]
+    size = quads(k) * QUAD_BYTES
+    for lane in range(LANES):
+        at = j[job.PANEL] + phase * phase_bytes(j) + lane * size
+        for i in range(quads(k) * STEPS):
+            quad, step, position = at + i // STEPS * QUAD_BYTES, i % STEPS, (row + lane) * k + i
+            index = value = 0
+            if lane < rows and i < k:
+                index = index_at(indices, index_bytes, position)
+                if i == 0 or index != index_at(indices, index_bytes, position - 1):
+                    value = int(values[position])
+            shorts(quad)[step] = index
+            bytes_(quad + QUAD_VALUES)[step] = value
+
+
+@_compiled
+def _fill_scales(j: Pointer, row: int, rows: int, group: int) -> None:
+    """Each lane's scale, and the sum of its values."""
+    k, given = j[job.K], floats(j[job.SCALES])
+    scales, sums = floats(j[job.PANEL_SCALES]), ints(j[job.PANEL_SUMS])
+    for lane in range(LANES):
+        total, scale = 0, 0.0
+        if lane < rows:
+            first, scale = (row + lane) * k, given[row + lane]
+            for position in range(first, first + k):
+                repeated = position > first and (
+                    index_at(j[job.INDICES], j[job.INDEX_BYTES], position)
+                    == index_at(j[job.INDICES], j[job.INDEX_BYTES], position - 1)
+                )
+                if not repeated:
+                    total += signed_bytes(j[job.VALUES])[position]
+        scales[group * LANES + lane], sums[group * LANES + lane] = scale, total
 
 
 def fill_panel(j: Pointer, scratch: int) -> None:
@@ -180,7 +242,15 @@ def fill_panel(j: Pointer, scratch: int) -> None:
         for lane in range(LANES):
             outputs[group * LANES + lane] = active[row + lane] if lane < rows else j[job.OUT_FEATURES]
             cursors[lane] = 0
-        start = _window_start(j, row, rows, cursors)
+        if j[job.SCALES] != 0:
+            _fill_scales(j, row, rows, group)
+        start = _NONE
+        if j[job.KERNEL] == INT8_TILE:
+            _fill_quads(j, row, rows, phase)
+            starts[phase] = 0
+            phase += 1
+        else:
+            start = _window_start(j, row, rows, cursors)
         while start != _NONE:
             starts[phase] = start
             _fill_phase(j, row, rows, phase, start, cursors)

@@ -12,11 +12,15 @@ ROWS: Final = 0  # from the canonical format, weight by weight
 STRIDED: Final = 1  # the same for tensors that are feature-major
 DOT: Final = 2  # from a dot panel: inputs are looked up in registers
 TILE: Final = 3  # from a tile panel: 16 or 32 samples, or output positions, side by side
+INT8_DOT: Final = 4  # the same two for values of eight bits, with activations that are rounded to as many
+INT8_TILE: Final = 5
 
 MOST_DOT_SAMPLES: Final = 5  # up to so many, looking inputs up for each beats laying samples side by side
 LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
 DOT_WINDOWS: Final = ((), (256,), (64, 128))  # inputs of a dot panel's window, by instruction set
 COLUMNS: Final = 32  # of a full tile
+MOST_INT8_DOT_SAMPLES: Final = 16
+INT8_COLUMNS: Final = 64  # of a tile of bytes
 LANES: Final = 16  # of a vector: rows of a group, and output positions of a convolution, come in as many
 CACHE_LINE: Final = 64  # bytes
 CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
@@ -80,6 +84,26 @@ def linear_kernel(
     if packed and (feature_major or batch > 1) and tile_window(in_features, n_active, k) != 0:
         return TILE
     return STRIDED if feature_major else ROWS
+
+
+def int8_window(lookup: bool, in_features: int, k: int) -> int:
+    """The window of a dot panel of bytes: what registers hold, where bytes are looked up in them, or a byte can name.
+
+    A second register takes longer to look up in, but leaves fewer gaps, which counts where weights are few.
+    """
+    if not lookup:
+        return 256
+    return 128 if 100 * k < 3 * in_features else 64
+
+
+def int8_linear_kernel(in_features: int, batch: int) -> int:
+    """The kernel of a linear layer with values of eight bits: INT8_DOT or INT8_TILE.
+
+    Example:
+        >>> [int8_linear_kernel(768, batch) for batch in (16, 17)] == [INT8_DOT, INT8_TILE]
+        True
+    """
+    return INT8_DOT if batch <= MOST_INT8_DOT_SAMPLES or in_features > _MOST_TILE_INPUTS else INT8_TILE
 
 
 def conv_kernel(in_features: int, n_active: int, k: int, block_rows: int, packed: bool) -> int:

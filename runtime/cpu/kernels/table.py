@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from srigl_fx.runtime.cpu.kernels import plan
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
-from srigl_fx.runtime.value_types import NAMES as VALUES
+from srigl_fx.runtime.value_types import FLOATS as VALUES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,7 +43,7 @@ def plan_panel(j: Pointer, kernel: int) -> None:
 
 def phase_size(j: Pointer, unused: int) -> None:
     """Store the bytes of a phase as the address of the panel, which is still to come."""
-    j[job.PANEL] = panel.TILE_BYTES if j[job.KERNEL] == plan.TILE else panel.dot_bytes(j[job.VALUE_TYPE])
+    j[job.PANEL] = panel.phase_bytes(j)
 
 
 def widen_values(j: Pointer, target: int) -> None:

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import numba as typed_numba
+import numpy as np
 from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
 from srigl_fx.runtime.cpu.kernels.plan import LANES
-from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, as_float, floats, number, shorts
+from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, as_float, floats, number, shorts, signed_bytes
 from srigl_fx.runtime.value_types import VALUE_TYPES
 
 numba: Any = typed_numba  # half of its functions are annotated
@@ -36,6 +37,10 @@ def _float16(values: int, position: int) -> float:
     if exponent == 0x1F:  # infinity or NaN
         return as_float(sign << 16 | 0x7F800000 | fraction << 13)
     return as_float(sign << 16 | (exponent + 112) << 23 | fraction << 13)
+
+
+def _int8(values: int, position: int) -> float:
+    return np.float32(signed_bytes(values)[position])
 
 
 def _float32_vector(b: Any, at: Any, which: int, native: bool) -> Any:
@@ -62,7 +67,7 @@ def _float16_vector(b: Any, at: Any, which: int, native: bool) -> Any:
     return b.bitcast(b.or_(number_, sign), v.FLOATS)
 
 
-_SCALARS: Final[dict[str, Scalar]] = {"float32": _float32, "bfloat16": _bfloat16, "float16": _float16}
+_SCALARS: Final[dict[str, Scalar]] = {"float32": _float32, "bfloat16": _bfloat16, "float16": _float16, "int8": _int8}
 _VECTORS: Final[dict[str, Vector]] = {
     "float32": _float32_vector,
     "bfloat16": _bfloat16_vector,

@@ -35,8 +35,8 @@ def _view(pointee: Any) -> Callable[[int], Any]:
 
 
 # What lies at an address, as a pointer that Numba can index.
-floats, words, ints, shorts, bytes_ = (
-    _view(item) for item in (types.float32, types.int64, types.int32, types.uint16, types.uint8)
+floats, words, ints, shorts, bytes_, signed_bytes = (
+    _view(item) for item in (types.float32, types.int64, types.int32, types.uint16, types.uint8, types.int8)
 )
 
 

@@ -1,0 +1,325 @@
+"""Eight bits: the inner loops over activations and weights of one byte.
+
+Owns the instructions: rounding of activations, the dot products of 16 rows at a time with inputs that are looked up in
+registers, and the products of a tile of samples. The arithmetic is that of :mod:`srigl_fx.runtime.quantisation`. It must
+not know how tasks are cut.
+
+A product of four bytes with four others, summed up in an int32 lane, is one instruction where the CPU has VNNI. Others
+multiply the even bytes and the odd ones as 16-bit numbers, of which no product overflows (``vpmaddubsw``, which takes
+bytes, would saturate).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from llvmlite import ir
+
+from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, BYTE_PRODUCTS, ISA
+from srigl_fx.runtime.cpu.kernels.copies import lane_mask, masked_load, transposed
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, BASELINE
+from srigl_fx.runtime.cpu.kernels.panel import QUAD_BYTES, QUAD_VALUES, SLOTS, STEPS
+from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, LANES, address, intrinsic, number, types
+
+BYTES: Final = ir.VectorType(I8, SLOTS)
+_HALVES: Final = ir.VectorType(I16, 2 * LANES)
+_PLACES: Final = ir.VectorType(I32, SLOTS)
+_NOTHING: Final = ir.Constant(INTS, [0] * LANES)
+TILE_ROW: Final = SLOTS  # bytes of a row of a tile: its columns
+
+
+def _multiply_halves(b: Any, one: Any, other: Any) -> Any:
+    """Products of 16-bit numbers, each two neighbours' added up in an int32 lane."""
+    name, bits = {BASELINE: ("sse2.pmadd.wd", 128), AVX2: ("avx2.pmadd.wd", 256)}.get(ISA, ("avx512.pmaddw.d.512", 512))
+    parts, count = 512 // bits, bits // 16
+    half, result = ir.VectorType(I16, count), ir.VectorType(I32, count // 2)
+    function = v.declared(b, f"llvm.x86.{name}", result, [half, half])
+    found = []
+    for part in range(parts):
+        picked = ir.Constant(ir.VectorType(I32, count), list(range(part * count, (part + 1) * count)))
+        found.append(b.call(function, [b.shuffle_vector(side, side, picked) for side in (one, other)]))
+    while len(found) > 1:
+        size = found[0].type.count
+        both = ir.Constant(ir.VectorType(I32, 2 * size), list(range(2 * size)))
+        found = [b.shuffle_vector(found[i], found[i + 1], both) for i in range(0, len(found), 2)]
+    return found[0]
+
+
+def _even_and_odd(b: Any, bytes_: Any, signed: bool) -> tuple[Any, Any]:
+    halves, eight = b.bitcast(bytes_, _HALVES), ir.Constant(_HALVES, [8] * 2 * LANES)
+    shift = b.ashr if signed else b.lshr
+    return shift(b.shl(halves, eight), eight), shift(halves, eight)
+
+
+def multiply_bytes(b: Any, totals: Sequence[Any], inputs: Sequence[Any], weights: Any) -> list[Any]:
+    """``total + sum of four inputs times four weights``, in each int32 lane, for several vectors of unsigned inputs."""
+    if BYTE_PRODUCTS:
+        function = v.declared(b, "llvm.x86.avx512.vpdpbusd.512", INTS, [INTS, INTS, INTS])
+        given = b.bitcast(weights, INTS)
+        return [b.call(function, [total, b.bitcast(x, INTS), given]) for total, x in zip(totals, inputs, strict=True)]
+    even, odd = _even_and_odd(b, weights, True)
+    results = []
+    for total, x in zip(totals, inputs, strict=True):
+        x_even, x_odd = _even_and_odd(b, x, False)
+        total = b.add(total, _multiply_halves(b, x_even, even))
+        results.append(b.add(total, _multiply_halves(b, x_odd, odd)))
+    return results
+
+
+def _look_up(b: Any, inputs: Any, index: Any, window: int) -> Any:
+    """The byte of a window that each byte of ``index`` names."""
+    if BYTE_LOOKUP:
+        table = [v.load(b, b.add(inputs, number(SLOTS * i)), BYTES, 1) for i in range(window // SLOTS)]
+        if len(table) == 1:
+            permute = v.declared(b, "llvm.x86.avx512.permvar.qi.512", BYTES, [BYTES, BYTES])
+            return b.call(permute, [table[0], index])
+        permute = v.declared(b, "llvm.x86.avx512.vpermi2var.qi.512", BYTES, [BYTES, BYTES, BYTES])
+        return b.call(permute, [table[0], index, table[1]])
+    found = ir.Constant(BYTES, ir.Undefined)
+    for slot in range(SLOTS):
+        at = b.add(inputs, b.zext(b.extract_element(index, ir.Constant(I32, slot)), I64))
+        found = b.insert_element(found, v.load(b, at, I8, 1), ir.Constant(I32, slot))
+    return found
+
+
+def dot_group(window: int, samples: int) -> Callable[[int, int, int, int, int, int], None]:
+    """An intrinsic ``(x, x_row, phase, start, phases, sums)``: the sums of 16 rows for a few samples.
+
+    ``x`` is the first sample, whose bytes are rounded, and ``x_row`` the bytes to the next; ``phase`` is the first phase
+    of a dot panel, ``start`` its window's start (int32), ``sums`` 16 int32 for each sample.
+
+    Args:
+        window: The inputs of a window: 64 or 128 where they are looked up in registers, else up to 256.
+        samples: How many.
+    """
+
+    def dot(context: Any, x: Any, x_row: Any, phase: Any, start: Any, phases: Any, sums: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            x, x_row, phase, start, phases, sums = args
+            rows = [b.add(x, b.mul(x_row, number(sample))) for sample in range(samples)]
+
+            def one_phase(i: Any, totals: Any) -> Any:
+                first = b.zext(v.load(b, b.add(start, b.shl(i, number(2))), I32), I64)
+                at = b.add(phase, b.mul(i, number(2 * SLOTS)))
+                index, weights = v.load(b, at, BYTES, 64), v.load(b, b.add(at, number(SLOTS)), BYTES, 64)
+                found = [_look_up(b, b.add(row, first), index, window) for row in rows]
+                return multiply_bytes(b, totals, found, weights)
+
+            for sample, total in enumerate(v.loop(b, phases, [_NOTHING] * samples, one_phase)):
+                v.store(b, total, b.add(sums, number(64 * sample)))
+            return context.get_dummy_value()
+
+        return types.void(*[address] * 6), generate
+
+    return intrinsic(dot)  # type: ignore[no-any-return]
+
+
+def _interleave(b: Any, one: Any, other: Any, size: int, high: bool) -> Any:
+    """Units of ``size`` bytes in turn from two vectors, of one half of each 16 bytes."""
+    count = 16 // size // 2
+    picked = []
+    for lane in range(4):
+        for unit in range(count):
+            first = lane * 16 + (unit + (count if high else 0)) * size
+            picked += [*range(first, first + size), *range(SLOTS + first, SLOTS + first + size)]
+    return b.shuffle_vector(one, other, ir.Constant(_PLACES, picked))
+
+
+def _tile_row(context: Any, inputs: Any, weights: Any, quads: Any, sums: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        inputs, weights, quads, sums = args
+
+        def one_quad(i: Any, totals: Any) -> Any:
+            at = b.add(weights, b.mul(i, number(QUAD_BYTES)))
+            rows = []
+            for step in range(STEPS):
+                index = b.zext(v.load(b, b.add(at, number(2 * step)), I16, 2), I64)
+                rows.append(v.load(b, b.add(inputs, b.shl(index, number(6))), BYTES, 64))
+            low, high = (_interleave(b, rows[0], rows[1], 1, half) for half in (False, True))
+            low_2, high_2 = (_interleave(b, rows[2], rows[3], 1, half) for half in (False, True))
+            four = [_interleave(b, low, low_2, 2, half) for half in (False, True)]
+            four += [_interleave(b, high, high_2, 2, half) for half in (False, True)]
+            single = b.insert_element(
+                ir.Constant(INTS, ir.Undefined), v.load(b, b.add(at, number(QUAD_VALUES)), I32), ir.Constant(I32, 0)
+            )
+            every = b.shuffle_vector(single, ir.Constant(INTS, ir.Undefined), v.lanes(0))
+            return multiply_bytes(b, totals, four, b.bitcast(every, BYTES))
+
+        for i, total in enumerate(v.loop(b, quads, [_NOTHING] * 4, one_quad)):
+            v.store(b, total, b.add(sums, number(64 * i)), 64)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 4), generate
+
+
+# The 64 sums of one row of weights: (the tile's bytes, the row's first quad, how many, where to put int32 sums). Column
+# 16 v + 4 l + j of the sums is what lies at byte 16 l + 4 v + j of the tile's rows: the order that interleaving leaves.
+tile_row: Callable[[int, int, int, int], None] = intrinsic(_tile_row)
+
+
+def _finish_row(
+    context: Any,
+    sums: Any,
+    offsets: Any,
+    scales: Any,
+    weight_sum: Any,
+    weight_scale: Any,
+    bias: Any,
+    to: Any,
+    vectors: Any,
+) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        sums, offsets, scales, weight_sum, weight_scale, bias, to, vectors = args
+        nothing = ir.Constant(INTS, ir.Undefined)
+        total = b.insert_element(nothing, b.trunc(weight_sum, I32), ir.Constant(I32, 0))
+        whole = b.shuffle_vector(total, nothing, v.lanes(0))
+        scale, start = v.broadcast(b, weight_scale), v.broadcast(b, bias)
+
+        def one_vector(i: Any, carried: Any) -> Any:
+            at = b.shl(i, number(6))
+            exact = b.sub(v.load(b, b.add(sums, at), INTS), b.mul(v.load(b, b.add(offsets, at), INTS), whole))
+            step = b.fmul(v.load(b, b.add(scales, at), v.FLOATS), scale)
+            v.store(b, v.multiply_add(b, b.sitofp(exact, v.FLOATS), step, start), b.add(to, at))
+            return carried
+
+        v.loop(b, vectors, (), one_vector)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 4, types.float32, types.float32, address, address), generate
+
+
+# Sums of a row of weights as outputs: (sums, offsets and scales of their columns, the sum of the row's weights, their
+# scale, the bias, where to, vectors of 16).
+finish_row: Callable[[int, int, int, int, float, float, int, int], None] = intrinsic(_finish_row)
+
+
+def _finish_lanes(
+    context: Any, sums: Any, offset: Any, scale: Any, weight_sums: Any, weight_scales: Any, to: Any
+) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        sums, offset, scale, weight_sums, weight_scales, to = args
+        nothing = ir.Constant(INTS, ir.Undefined)
+        one = b.insert_element(nothing, b.trunc(offset, I32), ir.Constant(I32, 0))
+        taken = b.mul(b.shuffle_vector(one, nothing, v.lanes(0)), v.load(b, weight_sums, INTS))
+        exact = b.sitofp(b.sub(v.load(b, sums, INTS), taken), v.FLOATS)
+        step = b.fmul(v.broadcast(b, scale), v.load(b, weight_scales, v.FLOATS))
+        v.store(b, b.fmul(exact, step), to)
+        return context.get_dummy_value()
+
+    return types.void(address, address, types.float32, *[address] * 3), generate
+
+
+# The same for 16 rows of one sample: (sums, the sample's offset and scale, the rows' sums and scales, where to).
+finish_lanes: Callable[[int, int, float, int, int, int], None] = intrinsic(_finish_lanes)
+
+
+def _extremes(context: Any, x: Any, count: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, count, to = args
+        magnitude = v.lanes(0x7FFFFFFF)
+
+        def larger(one: Any, other: Any) -> Any:
+            return b.select(b.icmp_unsigned(">", one, other), one, other)
+
+        def seen(bits: Any, found: Sequence[Any]) -> list[Any]:
+            return [larger(b.and_(bits, magnitude), found[0]), larger(bits, found[1])]
+
+        def one_vector(i: Any, found: Any) -> Any:
+            return seen(v.load(b, b.add(x, b.shl(i, number(6))), INTS), found)
+
+        whole = b.lshr(count, number(4))
+        before = [v.load(b, b.add(to, number(64 * i)), INTS) for i in range(2)]
+        found = v.loop(b, whole, before, one_vector)
+        rest = b.and_(count, number(LANES - 1))
+        mask = lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
+        last = b.bitcast(masked_load(b, b.add(x, b.shl(whole, number(6))), mask), INTS)
+        for i, value in enumerate(seen(last, found)):
+            v.store(b, value, b.add(to, number(64 * i)))
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 3), generate
+
+
+# Over floats, lane by lane, the largest of their bits without the sign, and with it: (x, count, 2 x 16 uint32, which
+# hold what was found before). Among all lanes the former is the largest magnitude, and at least that of infinity where
+# something is not finite; the latter is above 0x80000000 where something is negative.
+extremes: Callable[[int, int, int], None] = intrinsic(_extremes)
+
+
+def _rounded(b: Any, x: Any, inverses: Any, offsets: Any) -> Any:
+    """16 floats as bytes: to the nearest whole number, ties to even, plus the offset."""
+    # One instruction. Adding 1.5 * 2**23 would do the same, but where it is fused with the product, which then is not
+    # rounded, a number in some ten thousands differs between instruction sets.
+    function = v.declared(b, "llvm.lrint.v16i32.v16f32", INTS, [v.FLOATS])
+    return b.trunc(b.add(b.call(function, [b.fmul(x, inverses)]), offsets), ir.VectorType(I8, LANES))
+
+
+def _round_row(context: Any, x: Any, count: Any, inverse: Any, offset: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, count, inverse, offset, to = args
+        inverses, nothing = v.broadcast(b, inverse), ir.Constant(INTS, ir.Undefined)
+        one = b.insert_element(nothing, b.trunc(offset, I32), ir.Constant(I32, 0))
+        offsets = b.shuffle_vector(one, nothing, v.lanes(0))
+
+        def one_vector(i: Any, carried: Any) -> Any:
+            found = v.load(b, b.add(x, b.shl(i, number(6))), v.FLOATS)
+            v.store(b, _rounded(b, found, inverses, offsets), b.add(to, b.shl(i, number(4))), 16)
+            return carried
+
+        whole = b.lshr(count, number(4))
+        v.loop(b, whole, (), one_vector)
+        rest = b.and_(count, number(LANES - 1))
+        mask = lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
+        last = masked_load(b, b.add(x, b.shl(whole, number(6))), mask)
+        v.store(b, _rounded(b, last, inverses, offsets), b.add(to, b.shl(whole, number(4))), 16)
+        return context.get_dummy_value()
+
+    return types.void(address, address, types.float32, address, address), generate
+
+
+# A sample rounded: (x, count, what it is multiplied by, its offset, where to, which has room for the next 16 bytes too).
+round_row: Callable[[int, int, float, int, int], None] = intrinsic(_round_row)
+
+
+def _round_block(context: Any, x: Any, x_row: Any, x_step: Any, inverses: Any, offsets: Any, to: Any, rows: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, x_row, x_step, inverses, offsets, to, rows = args
+        found = [
+            v.load(b, b.add(x, b.add(b.mul(x_step, number(i // 4)), b.mul(x_row, number(i % 4)))), v.FLOATS)
+            for i in range(LANES)
+        ]
+        scale, offset = v.load(b, inverses, v.FLOATS), v.load(b, offsets, INTS)
+        for i, row in enumerate(transposed(b, found)):
+            with b.if_then(b.icmp_signed(">", rows, number(i))):
+                v.store(b, _rounded(b, row, scale, offset), b.add(to, number(TILE_ROW * i)), 16)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 7), generate
+
+
+# 16 features of 16 samples, rounded, as 16 bytes of each of up to 16 rows of a tile: (the first sample's features,
+# bytes to the next of four samples, bytes to the next four, 16 inverses and offsets in the same order, where to, rows).
+round_block: Callable[[int, int, int, int, int, int, int], None] = intrinsic(_round_block)
+
+
+def _round_columns(context: Any, x: Any, inverses: Any, offsets: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, inverses, offsets, to = args
+        parts = []
+        for i in range(4):
+            at = number(64 * i)
+            found, scale = (v.load(b, b.add(base, at), v.FLOATS) for base in (x, inverses))
+            parts.append(_rounded(b, found, scale, v.load(b, b.add(offsets, at), INTS)))
+        halves = [
+            b.shuffle_vector(parts[i], parts[i + 1], ir.Constant(ir.VectorType(I32, 32), list(range(32))))
+            for i in (0, 2)
+        ]
+        order = [16 * w + 4 * lane + j for lane in range(4) for w in range(4) for j in range(4)]
+        v.store(b, b.shuffle_vector(*halves, ir.Constant(_PLACES, order)), to, 64)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 4), generate
+
+
+# 64 neighbouring columns of one row, rounded, in the order of a tile's row: (x, inverses, offsets, where to).
+round_columns: Callable[[int, int, int, int], None] = intrinsic(_round_columns)
