@@ -134,7 +134,7 @@ def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtyp
     outputs = []
     for first, last, weight in pieces:
         stem = name if len(pieces) == 1 else f"{name}_rows{first}_{last}"
-        parts = {"values": _values(weight), "indices": weight.indices, "active": weight.active}
+        parts: dict[str, Any] = {"values": _values(weight), "indices": weight.indices, "active": weight.active}
         operands = [
             buffers.read(f"{stem}_{part}", held if isinstance(held, Tensor) else torch.from_numpy(held))
             for part, held in parts.items()
@@ -146,16 +146,18 @@ def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtyp
         else:
             rows = (use.bias, 0, first, last)
             operands.append(buffers.bias(graph.call_function(aten.slice.Tensor, rows), f"{stem}_bias"))
+        more: dict[str, Any] = {}
+        if weight.scales is not None:
+            more["scales"] = buffers.read(f"{stem}_scales", torch.from_numpy(weight.scales))
         if geometry is None:
             operator = torch.ops.srigl_fx.condensed_linear.default
-            outputs.append(graph.call_function(operator, (x, *operands, use.mask.shape[1])))
+            outputs.append(graph.call_function(operator, (x, *operands, use.mask.shape[1]), more))
         else:
             channels = use.mask.shape[1] // math.prod(geometry.kernel)
             shape = [last - first, channels, *geometry.kernel]
             numbers = [list(setting) for setting in (geometry.stride, geometry.padding, geometry.dilation)]
-            more: dict[str, Any] = {}
             if geometry.transposed:
-                more = {"transposed": True, "output_padding": list(geometry.output_padding)}
+                more |= {"transposed": True, "output_padding": list(geometry.output_padding)}
             operator = torch.ops.srigl_fx.condensed_conv.default
             outputs.append(graph.call_function(operator, (x, *operands, shape, *numbers, geometry.groups), more))
     axis = -1 if geometry is None else 1

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.errors import FormatError
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, quantise_weights
 from srigl_fx.runtime.value_types import VALUE_TYPES
 from srigl_fx.runtime.value_types import ValueDtype as ValueDtype
 
@@ -35,7 +36,7 @@ class CondensedWeight:
     """A constant fan-in weight without its zeros ("condensed" in SRigL, Lasby et al., ICLR 2024).
 
     Attributes:
-        values: float32, bfloat16 or float16 (n_active, k), the kept weights of each active neuron.
+        values: float32, bfloat16, float16 or int8 (n_active, k), the kept weights of each active neuron.
         indices: uint16 or int32 (n_active, k), their columns in the (n, F) matrix view, ascending in a row. A row that
             keeps fewer than k is filled up at its end: with the value 0 and the last column once more. Such entries
             are no weights; every reader must skip them.
@@ -43,6 +44,7 @@ class CondensedWeight:
         bias: float32 (out_features,), zeros where the layer has none. An ablated neuron yields its bias.
         out_features: n, the rows of the matrix view.
         in_features: F, its columns: for a convolution, channels / groups * prod(kernel).
+        scales: float32 (n_active,) with values of eight bits: what one of them is worth in its row; else None.
     """
 
     values: Array
@@ -51,6 +53,7 @@ class CondensedWeight:
     bias: Array
     out_features: int
     in_features: int
+    scales: Array | None = None
 
     @classmethod
     def from_dense(
@@ -70,7 +73,8 @@ class CondensedWeight:
             weight: (n, F) matrix view of the weight; anything NumPy can cast to float32.
             mask: bool (n, F).
             bias: (n,), or None for zeros.
-            dtype: What the values are stored in, each rounded to the nearest.
+            dtype: What the values are stored in, each rounded to the nearest; in int8, as
+                :func:`srigl_fx.runtime.quantisation.quantise_weights` has it.
             pad: Whether active rows may keep unequal numbers of weights; the shorter ones are padded.
 
         Raises:
@@ -104,13 +108,15 @@ class CondensedWeight:
         last = counts[:, None] - 1
         columns = np.nonzero(mask)[1][starts + np.minimum(steps, last)]
         values = np.where(steps <= last, weight[active[:, None], columns], 0)
+        rounded, scales = _rounded(np.ascontiguousarray(values, dtype=np.float32), dtype)
         condensed = cls(
-            values=_rounded(np.ascontiguousarray(values, dtype=np.float32), dtype),
+            values=rounded,
             indices=np.ascontiguousarray(columns, dtype=index_dtype(fan_in)),
             active=active.astype(np.int32),
             bias=np.zeros(n, np.float32) if bias is None else np.array(bias, dtype=np.float32),
             out_features=n,
             in_features=fan_in,
+            scales=scales,
         )
         condensed.check()
         return condensed
@@ -127,8 +133,9 @@ class CondensedWeight:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the four arrays: about six per kept weight, four with values of 16 bits."""
-        return int(self.values.nbytes + self.indices.nbytes + self.active.nbytes + self.bias.nbytes)
+        """The bytes of the arrays: about six per kept weight, four with values of 16 bits, three with eight."""
+        scales = 0 if self.scales is None else self.scales.nbytes
+        return int(self.values.nbytes + self.indices.nbytes + self.active.nbytes + self.bias.nbytes + scales)
 
     def to_dense(self) -> tuple[Array, Array]:
         """Expand to (weight float32, mask bool), both (n, F).
@@ -144,7 +151,8 @@ class CondensedWeight:
         kept = ~is_padding(self.indices)
         rows = np.broadcast_to(self.active[:, None], kept.shape)[kept]
         columns = self.indices[kept]
-        weight[rows, columns] = self.values[kept]
+        values = self.values if self.scales is None else self.values * self.scales[:, None]
+        weight[rows, columns] = values[kept]
         mask[rows, columns] = True
         return weight, mask
 
@@ -162,6 +170,20 @@ class CondensedWeight:
                 "rebuild it from the dense weight and its mask"
             )
 
+    def _scales_problem(self) -> str:
+        is_scaled = self.values.dtype == np.int8
+        if self.scales is None or not is_scaled:
+            return "" if is_scaled == (self.scales is not None) else "values of int8, and no others, have scales"
+        if not isinstance(self.scales, np.ndarray) or self.scales.dtype != np.float32:
+            return f"scales must be a float32 array, not {getattr(self.scales, 'dtype', type(self.scales))}"
+        if self.scales.shape != (self.n_active,):
+            return f"scales have shape {self.scales.shape} for {self.n_active} active rows"
+        if not (np.isfinite(self.scales).all() and (self.scales >= 0).all()):
+            return "scales must be finite, and none negative"
+        if self.k > LARGEST_FAN_IN:
+            return f"a fan-in of {self.k} is too large for sums of int32 (largest with int8: {LARGEST_FAN_IN})"
+        return ""
+
     def problem(self) -> str:
         """What is wrong with it, or "" where it keeps every promise of the format."""
         for name, array, dimensions, dtypes in (
@@ -177,6 +199,9 @@ class CondensedWeight:
             return f"indices {self.indices.shape} and values {self.values.shape} differ in shape"
         if self.active.shape != (self.n_active,):
             return f"active has shape {self.active.shape} for {self.n_active} active rows"
+        problem = self._scales_problem()
+        if problem:
+            return problem
         if self.bias.shape != (self.out_features,):
             return f"bias has shape {self.bias.shape} for {self.out_features} rows"
         if self.k > self.in_features or (self.n_active and not self.k):
@@ -187,10 +212,14 @@ class CondensedWeight:
         return problem
 
 
-def _rounded(values: Array, dtype: ValueDtype) -> Array:
-    """float32 values in another dtype; none that is finite may become infinite."""
+def _rounded(values: Array, dtype: ValueDtype) -> tuple[Array, Array | None]:
+    """float32 values in another dtype, and the scales of their rows; none that is finite may become infinite."""
     if dtype not in VALUE_DTYPES:
         raise FormatError(f"values are stored in one of {', '.join(VALUE_DTYPES)}, not in {dtype}")
+    if dtype == "int8":
+        if not np.isfinite(values).all():
+            raise FormatError("a weight that is not finite has no value of eight bits; store the values in float32")
+        return quantise_weights(values)
     with np.errstate(over="ignore"):
         rounded = values.astype(VALUE_DTYPES[dtype])
     lost = values[np.isfinite(values) & ~np.isfinite(rounded)]
@@ -200,7 +229,7 @@ def _rounded(values: Array, dtype: ValueDtype) -> Array:
             f"a weight of {lost[np.abs(lost).argmax()]:.5g} is too large for {dtype} "
             f"(largest: {float(finfo(VALUE_DTYPES[dtype]).max):.5g}); store the values in bfloat16 or float32"
         )
-    return rounded
+    return rounded, None
 
 
 def range_problem(indices: Array, active: Array, in_features: int, out_features: int) -> str:

@@ -37,11 +37,12 @@ def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of condensed_linear's arguments.
 
     Raises:
-        FormatError: It is to be differentiated again.
+        FormatError: It is to be differentiated again, or its values have eight bits.
     """
     _refuse_second_derivatives("condensed_linear")
     x, values, indices, active, bias, residual = ctx.saved_tensors
-    in_features, activation, _, _ = ctx.settings
+    in_features, activation, _, _, scales = ctx.settings
+    _refuse_eight_bits("condensed_linear", scales)
     wanted = ctx.needs_input_grad
     if activation != "none":
         operands = (t.detach() for t in (x, values, indices, active, bias))
@@ -65,6 +66,7 @@ def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
+        None,
     )
 
 
@@ -72,11 +74,12 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of condensed_conv's arguments, by torch's dense convolution.
 
     Raises:
-        FormatError: It is to be differentiated again.
+        FormatError: It is to be differentiated again, or its values have eight bits.
     """
     _refuse_second_derivatives("condensed_conv")
     x, values, indices, active, bias, residual = ctx.saved_tensors
-    weight_shape, stride, padding, dilation, groups, activation, transposed, output_padding = ctx.settings
+    weight_shape, stride, padding, dilation, groups, activation, transposed, output_padding, scales = ctx.settings
+    _refuse_eight_bits("condensed_conv", scales)
     columns = math.prod(weight_shape[1:])
     dense, positions = expand(values.float(), indices, active, bias.shape[0], columns)
     with torch.enable_grad():
@@ -90,7 +93,15 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         grad_values = grads[1].reshape(-1)[positions].masked_fill(is_padding(positions), 0).to(values.dtype)
     grad_residual = None if residual is None else grads[3]
-    return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, None, None, None
+    return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, None, None, None, None
+
+
+def _refuse_eight_bits(op: str, scales: Tensor | None) -> None:
+    if scales is not None:
+        raise FormatError(
+            f"{op}: values of eight bits, and activations that are rounded to as many, have no gradient: lower the "
+            "model with value_dtype=torch.float32 to train it"
+        )
 
 
 def _refuse_second_derivatives(op: str) -> None:

@@ -27,13 +27,13 @@ _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor bias"
 _library: Any = torch.library.Library("srigl_fx", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     f"condensed_linear(Tensor x, {_WEIGHT}, int in_features, Tensor? residual=None, str activation='none', "
-    "bool x_feature_major=False, bool y_feature_major=False) -> Tensor",
+    "bool x_feature_major=False, bool y_feature_major=False, Tensor? scales=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     f"condensed_conv(Tensor x, {_WEIGHT}, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
-    "int groups, Tensor? residual=None, str activation='none', bool transposed=False, int[]? output_padding=None) "
-    "-> Tensor",
+    "int groups, Tensor? residual=None, str activation='none', bool transposed=False, int[]? output_padding=None, "
+    "Tensor? scales=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -59,13 +59,14 @@ def _condensed_linear(
     activation: str = "none",
     x_feature_major: bool = False,
     y_feature_major: bool = False,
+    scales: Tensor | None = None,
 ) -> Tensor:
     op = "condensed_linear"
     _refuse_forward_mode(op)
     check_epilogue(op, linear_shape(op, x, bias, in_features), residual, activation)
-    checked = check_weight(op, values, indices, active, bias, in_features)
+    checked = check_weight(op, values, indices, active, bias, in_features, scales)
     weight = _contiguous(values, indices, active, bias)
-    return execute.linear(checked, x, weight, in_features, residual, activation, y_feature_major)
+    return execute.linear(checked, x, weight, in_features, residual, activation, y_feature_major, scales)
 
 
 def _condensed_conv(
@@ -83,19 +84,20 @@ def _condensed_conv(
     activation: str = "none",
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     op = "condensed_conv"
     _refuse_forward_mode(op)
     shape = conv_shape(op, x, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
     check_epilogue(op, shape, residual, activation)
     in_features = math.prod(weight_shape[1:])
-    checked = check_weight(op, values, indices, active, bias, in_features)
+    checked = check_weight(op, values, indices, active, bias, in_features, scales)
     y = x.new_empty(shape)
     if y.numel():
         residual = None if residual is None else residual.contiguous()
         operands = x.contiguous(), *_contiguous(values, indices, active, bias)
         settings = weight_shape, stride, padding, dilation, groups, transposed
-        execute.convolution(checked, operands, *settings, y, residual, activation)
+        execute.convolution(checked, operands, *settings, y, residual, activation, scales)
     return y
 
 
@@ -122,6 +124,7 @@ def _fake_linear(
     activation: str = "none",
     x_feature_major: bool = False,
     y_feature_major: bool = False,
+    scales: Tensor | None = None,
 ) -> Tensor:
     shape = linear_shape("condensed_linear", x, bias, in_features)
     check_epilogue("condensed_linear", shape, residual, activation)
@@ -145,6 +148,7 @@ def _fake_conv(
     activation: str = "none",
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
+    scales: Tensor | None = None,
 ) -> Tensor:
     op = "condensed_conv"
     shape = conv_shape(op, x, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)

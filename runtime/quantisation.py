@@ -3,13 +3,14 @@
 Owns the arithmetic, in NumPy: the rounding of weights when they are condensed, and the reference of what kernels do
 with the activations of a call. It must not know torch, ONNX or any kernel.
 
-Weights are symmetric, one scale for each output row: ``weight = scale * value`` with values of -127 to 127. Activations
-are rounded anew at each call, with one scale for each sample: where nothing in the sample is negative to 0 ... 255, else
-to -127 ... 127, which is stored as 1 ... 255 with 128 for zero (the sample's offset). Sums of products are whole numbers
-and exact. A sample whose largest number is below 2**-100 counts as zeros. In a sample that holds a NaN or an infinity
-no number is known: every output that has weights is NaN.
+Weights are symmetric, one scale for each output row: ``weight = scale * value`` with values of -127 to 127.
+Activations are rounded anew at each call, with one scale for each sample: where nothing in the sample is negative, to
+0 ... 255, else to -127 ... 127, which is stored as 1 ... 255 with 128 for zero (the sample's offset). Sums of products
+are whole numbers and exact. A sample whose largest number is below 2**-100 counts as zeros. In a sample that holds a
+NaN or an infinity no number is known: every output that has weights is NaN.
 """
 
+import math
 from typing import Any, Final
 
 import numpy as np
@@ -61,7 +62,7 @@ def quantise_samples(x: Array) -> tuple[Array, Array, Array]:
         >>> (scales * [255, 127]).round(6).tolist()
         [1.0, 1.0]
     """
-    flat = x.reshape(len(x), -1)
+    flat = x.reshape(len(x), math.prod(x.shape[1:]))
     largest = np.abs(flat).max(axis=1, initial=0).astype(np.float32)
     offsets = np.where((flat < 0).any(axis=1), OFFSET, 0).astype(np.int32)
     limits = np.where(offsets > 0, LARGEST_VALUE, LARGEST_UNSIGNED).astype(np.float32)

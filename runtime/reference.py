@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from srigl_fx.runtime.activations import ACTIVATIONS
+from srigl_fx.runtime.quantisation import quantise_samples
 
 Array = NDArray[Any]
 
@@ -23,6 +24,7 @@ def condensed_linear(
     active: Array,
     bias: Array,
     *,
+    scales: Array | None = None,
     residual: Array | None = None,
     activation: str = "none",
     accumulate: DTypeLike = np.float64,
@@ -31,14 +33,16 @@ def condensed_linear(
 
     ``y[..., active] = sum_j values[:, j] * x[..., indices[:, j]] + bias``, the bias alone in every other column; then
     the residual is added and the activation applied, in every column. An index that repeats the one before it is
-    padding, and adds nothing.
+    padding, and adds nothing. With ``scales``, the samples are rounded to eight bits before they are multiplied:
+    :mod:`srigl_fx.runtime.quantisation`.
 
     Args:
         x: float32 (..., in_features).
-        values: float32, bfloat16 or float16 (n_active, k).
+        values: float32, bfloat16, float16 or, with ``scales``, int8 (n_active, k).
         indices: Integers (n_active, k).
         active: Integers (n_active,).
         bias: float32 (n,).
+        scales: float32 (n_active,), or None.
         residual: float32 (..., n), or None.
         activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
         accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
@@ -52,11 +56,31 @@ def condensed_linear(
         >>> condensed_linear(one, 2 * one, np.array([[0, 1, 2]]), np.array([0]), bias).tolist()
         [[6.5, 7.0]]
     """
+    if scales is not None:
+        rows = x.reshape(-1, x.shape[-1])
+        y = _of_eight_bits(
+            rows, active, bias, scales, lambda steps, none: condensed_linear(steps, values, indices, active, none)
+        )
+        y = y.reshape(*x.shape[:-1], bias.shape[0])
+        return _finish(y, residual, activation).astype(x.dtype)
     y = np.broadcast_to(bias.astype(accumulate), (*x.shape[:-1], bias.shape[0])).copy()
     gathered = x.astype(accumulate)[..., indices.astype(np.int64)]
     products = np.where(_kept(indices), gathered * values.astype(accumulate), 0)
     y[..., active.astype(np.int64)] += products.sum(axis=-1)
     return _finish(y, residual, activation).astype(x.dtype)
+
+
+def _of_eight_bits(x: Array, active: Array, bias: Array, scales: Array, sums: Callable[[Array, Array], Array]) -> Array:
+    """``scale * sum + bias`` in float64; ``sums`` gives the sums of whole numbers, and takes a bias, which is zero."""
+    rounded, of_samples, offsets = quantise_samples(x)
+    shape = (-1, *([1] * (x.ndim - 1)))
+    exact = sums(rounded.astype(np.float64) - offsets.reshape(shape), np.zeros(bias.shape))
+    # The product of both scales is rounded to float32, as kernels have it; it may be too small for one.
+    factors = of_samples[:, None] * scales.astype(np.float32)
+    along = (1, -1, *([1] * (x.ndim - 2)))
+    y = np.broadcast_to(bias.astype(np.float64).reshape(along), exact.shape).copy()
+    y[:, active.astype(np.int64)] += exact[:, active.astype(np.int64)] * factors.reshape(*factors.shape, *along[2:])
+    return y
 
 
 def _kept(indices: Array) -> Array:
@@ -85,6 +109,7 @@ def condensed_conv(
     group: int = 1,
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
+    scales: Array | None = None,
     residual: Array | None = None,
     activation: str = "none",
     accumulate: DTypeLike = np.float64,
@@ -105,6 +130,7 @@ def condensed_conv(
         group: The number of groups.
         transposed: Whether each input is spread over the outputs that the kernel reaches from it.
         output_padding: What a transposed convolution's output has more, after every dimension; none by default.
+        scales: float32 (n_active,) with values of int8, or None, as for :func:`condensed_linear`.
         residual: float32 of the output's shape, or None.
         activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
         accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
@@ -118,6 +144,15 @@ def condensed_conv(
         >>> condensed_conv(x, one, np.array([[1]]), np.array([0]), zero, weight_shape=(1, 1, 2)).tolist()
         [[[1.0, 2.0, 3.0]]]
     """
+    if scales is not None:
+
+        def sums(steps: Array, none: Array) -> Array:
+            geometry: dict[str, Any] = {"strides": strides, "pads": pads, "dilations": dilations, "group": group}
+            geometry |= {"transposed": transposed, "output_padding": output_padding, "weight_shape": weight_shape}
+            return condensed_conv(steps, values, indices, active, none, **geometry)
+
+        y = _of_eight_bits(x, active, bias, scales, sums)
+        return _finish(y, residual, activation).astype(x.dtype)
     rank = x.ndim - 2
     strides = strides or (1,) * rank
     dilations = dilations or (1,) * rank

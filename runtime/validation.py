@@ -18,6 +18,7 @@ from srigl_fx.errors import FormatError
 from srigl_fx.runtime import value_types
 from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.format import range_problem
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN
 
 _LARGEST: Final = 1 << 31  # so that no product of sizes overflows
 # The dtypes of values, and their numbers.
@@ -130,7 +131,13 @@ _checked: dict[int, Checked] = {}
 
 
 def check_weight(
-    op: str, values: Tensor, indices: Tensor, active: Tensor, bias: Tensor, in_features: int
+    op: str,
+    values: Tensor,
+    indices: Tensor,
+    active: Tensor,
+    bias: Tensor,
+    in_features: int,
+    scales: Tensor | None = None,
 ) -> Checked | None:
     """Validate the weight operands: types and shapes at every call, indices once for each version of their contents.
 
@@ -156,6 +163,15 @@ def check_weight(
             f"{op}: values and indices must both be (n_active, k), active (n_active,), bias (n,); got {tuple(shape)}, "
             f"{tuple(indices.shape)}, {tuple(active.shape)}, {tuple(bias.shape)}"
         )
+    if (values.dtype is torch.int8) != (scales is not None):
+        raise FormatError(f"{op}: values of int8, and no others, have scales; got {values.dtype} and scales {scales}")
+    if scales is not None and (scales.dtype is not torch.float32 or scales.shape != shape[:1]):
+        raise FormatError(
+            f"{op}: scales must be float32 {tuple(shape[:1])}, one for each active row, not {scales.dtype} "
+            f"{tuple(scales.shape)}"
+        )
+    if scales is not None and shape[1] > LARGEST_FAN_IN:
+        raise FormatError(f"{op}: a fan-in of {shape[1]} is too large for sums of int32 (largest: {LARGEST_FAN_IN})")
     n = bias.shape[0]
     if indices.is_inference() or active.is_inference():
         _check_ranges(op, indices, active, in_features, n)

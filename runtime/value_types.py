@@ -5,6 +5,7 @@ become float32 is the kernels' (:mod:`srigl_fx.runtime.cpu.kernels.values`). It 
 imports neither torch nor Numba.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -47,14 +48,14 @@ FLOATS: Final = tuple(row.name for row in VALUE_TYPES if not row.scaled)
 NUMBERS: Final = {name: number for number, name in enumerate(NAMES)}
 
 
-def choice(prefix: str = "") -> str:
-    """The names as messages list them.
+def choice(among: Sequence[str] = NAMES, prefix: str = "") -> str:
+    """Names as messages list them.
 
     Example:
-        >>> choice()
-        'float32, bfloat16 or float16'
+        >>> choice(), choice(FLOATS[:2])
+        ('float32, bfloat16, float16 or int8', 'float32 or bfloat16')
     """
-    names = [prefix + name for name in NAMES]
+    names = [prefix + name for name in among]
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, TARGETS, host_target, llvm_names
 from srigl_fx.runtime.cpu.kernels.table import TASKS, TORCH_TASKS
 
 Entry = Callable[[int, int], None]
@@ -66,12 +66,12 @@ def _in_library() -> Mapping[str, int]:
     names = (*TASKS, *TORCH_TASKS)
     try:
         loaded = ctypes.CDLL(str(path))
-        words = (ctypes.c_int64 * (len(ISAS) * len(names))).in_dll(loaded, abi.TASKS_TABLE)
+        words = (ctypes.c_int64 * (len(TARGETS) * len(names))).in_dll(loaded, abi.TASKS_TABLE)
     except (OSError, ValueError) as error:
         _logger.warning("%s cannot be used (%s); kernels are compiled in this process", path, error)
         return {}
     _keep.append(loaded)
-    first = ISAS.index(host_isa()) * len(names)
+    first = TARGETS.index(host_target()) * len(names)
     return dict(zip(names, words[first : first + len(names)], strict=True))
 
 
@@ -81,7 +81,7 @@ def _compile(name: str) -> int:
     numba: Any = typed_numba  # half of its functions are annotated
     if wanted := os.environ.get(ISA_VARIABLE):
         # What Numba generates around the kernels' own vector code is held to the same instruction set.
-        numba.config.CPU_NAME, numba.config.CPU_FEATURES = wanted, ""
+        numba.config.CPU_NAME, numba.config.CPU_FEATURES = llvm_names(wanted)
     from srigl_fx.runtime.cpu.kernels import tasks, torch_tasks
 
     types = numba.types

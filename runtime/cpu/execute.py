@@ -17,19 +17,26 @@ from srigl_fx.runtime.activations import NUMBERS
 from srigl_fx.runtime.cpu import threads
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
-from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import AVX512_VBMI, ISAS, host_isa, host_target
 from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.table import KERNELS
-from srigl_fx.runtime.cpu.prepared_weights import Job, new_job, panel_of
+from srigl_fx.runtime.cpu.prepared_weights import Job, new_job, pack, panel_of
 from srigl_fx.runtime.validation import Checked
 
 _TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "linear"}
+_CONV_TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "convolution"}
+_COLUMNS = {plan.TILE: COLUMNS, plan.INT8_TILE: plan.INT8_COLUMNS}  # of the kernels that compute tiles
 _SLACK = 64  # floats behind a packed sample that may be read
 
 
 @functools.cache
 def _level() -> int:
     return ISAS.index(host_isa())
+
+
+@functools.cache
+def _looks_up_bytes() -> bool:
+    return host_target() == AVX512_VBMI
 
 
 # The rules of the plan are Python here, on the path of every call: asked once for each set of sizes.
@@ -40,6 +47,13 @@ def _linear_plan(
     """The kernel of a linear layer and the window of the panel that it reads."""
     kernel = plan.linear_kernel(_level(), in_features, n_active, k, batch, feature_major, packed)
     return kernel, plan.window_of(kernel, _level(), in_features, n_active, k)
+
+
+@functools.lru_cache(maxsize=4096)
+def _int8_plan(in_features: int, n_active: int, k: int, batch: int, feature_major: bool) -> tuple[int, int]:
+    """The same for values of eight bits."""
+    kernel = plan.int8_linear_kernel(_looks_up_bytes(), in_features, n_active, k, batch, feature_major)
+    return kernel, plan.int8_window(_looks_up_bytes(), kernel, in_features, k)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -61,15 +75,19 @@ def _job(
     in_features: int,
     block_rows: int,
     y: Tensor,
+    scales: Tensor | None = None,
 ) -> "ctypes.Array[ctypes.c_int64]":
     """A job for this kernel with all that is about the operands and ``y``; packed is what it reads packed."""
     x, values, indices, active, bias = operands
     kernel, window = planned
     if window:
-        assert checked is not None
-        sizes = in_features, bias.shape[0], block_rows
-        panel = panel_of(checked, kernel, window, values, indices, active, *sizes)
-        j = Job.from_buffer_copy(panel.template)
+        found = kernel, window, values, indices, active, in_features, bias.shape[0], block_rows, scales
+        if checked is not None and _may_pack(checked, values):
+            j = Job.from_buffer_copy(panel_of(checked, *found).template)
+        else:  # values of eight bits have no kernel that reads the canonical format
+            template, memory = pack(*found)
+            j = Job.from_buffer_copy(template)
+            j.memory = memory  # type: ignore[attr-defined] # as long as the job lives
     else:
         j = new_job(values, indices, active, in_features, bias.shape[0])
     j[job.X], j[job.Y], j[job.BIAS] = x.data_ptr(), y.data_ptr(), bias.data_ptr()
@@ -85,6 +103,7 @@ def linear(
     residual: Tensor | None,
     activation: str,
     y_feature_major: bool,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """The outputs (..., n) of samples (..., in_features), with the memory of (n, ...) if so asked.
 
@@ -98,16 +117,20 @@ def linear(
         residual: Of the output's shape, or None.
         activation: The activation's name.
         y_feature_major: Whether the output's transposed is to be contiguous.
+        scales: Of the rows, with values of eight bits.
     """
     values, n = weight[0], weight[3].shape[0]
     shape = (*x.shape[:-1], n)
     batch = math.prod(shape[:-1])
     x_columns = not x.is_contiguous() and x.dim() > 1 and x.movedim(-1, 0).is_contiguous()
-    call = batch, x_columns or y_feature_major, _may_pack(checked, values)
-    planned = kernel, _ = _linear_plan(in_features, *values.shape, *call)
-    if kernel == plan.STRIDED:
+    columns = x_columns or y_feature_major
+    if scales is not None:
+        planned = kernel, _ = _int8_plan(in_features, *values.shape, batch, columns)
+    else:
+        planned = kernel, _ = _linear_plan(in_features, *values.shape, batch, columns, _may_pack(checked, values))
+    if kernel == plan.STRIDED or (columns and kernel == plan.INT8_DOT):
         # It is plain and slow, for hosts where an operator cannot ask for other layouts; here copies are at hand.
-        y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False)
+        y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False, scales)
         return y.movedim(-1, 0).contiguous().movedim(0, -1) if y_feature_major else y
     x = x.movedim(-1, 0) if x_columns else x.contiguous()
     y = x.new_empty((n, *shape[:-1])).movedim(0, -1) if y_feature_major else x.new_empty(shape)
@@ -115,13 +138,13 @@ def linear(
         return y
     if residual is not None:
         residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
-    j = _job(checked, planned, (x, *weight), in_features, n, y)
+    j = _job(checked, planned, (x, *weight), in_features, n, y, scales)
     j[job.BATCH], j[job.ACTIVATION] = batch, NUMBERS[activation]
     j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
     n_active, k = values.shape
     thread_count = torch.get_num_threads()
-    tiles = -(-batch // COLUMNS) if kernel == plan.TILE else 1
+    tiles = -(-batch // _COLUMNS[kernel]) if kernel in _COLUMNS else 1
     splits = plan.shares(tiles, n_active // LANES, batch * n_active * k, thread_count)
     j[job.ROW_SPLITS] = splits
     threads.run(entry(_TASKS[kernel]), ctypes.addressof(j), tiles * splits, thread_count)
@@ -166,6 +189,7 @@ def convolution(
     y: Tensor,
     residual: Tensor | None,
     activation: str,
+    scales: Tensor | None = None,
 ) -> None:
     """Compute ``y``, which has elements, over one to three axes; operands, residual and ``y`` are contiguous."""
     x, values, indices, active, bias = operands
@@ -181,21 +205,29 @@ def convolution(
     numbers = (*sizes, *one, *dilation, *one, *spacing, int(transposed), k)
     geometry, offsets, size, positions = _geometry(numbers)
     in_features, block_rows = math.prod(weight_shape[1:]), n // groups
-    planned = kernel, _ = _conv_plan(in_features, n_active, k, block_rows, _may_pack(checked, values))
+    if scales is not None:
+        kernel = plan.int8_conv_kernel(n_active, k)
+        planned = kernel, plan.int8_window(_looks_up_bytes(), kernel, in_features, k)
+    else:
+        planned = kernel, _ = _conv_plan(in_features, n_active, k, block_rows, _may_pack(checked, values))
     if kernel == plan.ROWS:
         values = values.float()
-    j = _job(checked, planned, (x, values, indices, active, bias), in_features, block_rows, y)
+    j = _job(checked, planned, (x, values, indices, active, bias), in_features, block_rows, y, scales)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.BATCH] = NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
     if kernel == plan.ROWS:
         _run_samples(j, x, bool(geometry[conv.DIRECT]), size, positions)
     else:
-        outputs = y.numel() // n
-        tiles, thread_count = -(-outputs // COLUMNS), torch.get_num_threads()
+        outputs, thread_count = y.numel() // n, torch.get_num_threads()
+        if scales is not None:
+            known = x.new_empty(x.shape[0], 3)
+            j[job.X_SCALES] = known.data_ptr()
+            threads.run(entry("int8_scales_task"), ctypes.addressof(j), x.shape[0], thread_count)
+        tiles = -(-outputs // _COLUMNS[kernel])
         splits = plan.shares(tiles, n_active // LANES, outputs * n_active * k, thread_count)
         j[job.ROW_SPLITS] = splits
-        threads.run(entry("conv_tile_task"), ctypes.addressof(j), tiles * splits, thread_count)
+        threads.run(entry(_CONV_TASKS[kernel]), ctypes.addressof(j), tiles * splits, thread_count)
     _raise_if_failed(j)
 
 

@@ -23,6 +23,7 @@ from srigl_fx.runtime.validation import NUMBERS, Checked
 
 Job = ctypes.c_int64 * job.SIZE
 _CACHE_LINE = plan.CACHE_LINE
+_LANE_DTYPES = np.float32, np.int32  # of the scales and the sums of a panel's lanes
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # a dtype that is equal if the bits are, by its bytes
 
 
@@ -61,19 +62,22 @@ def panel_of(
     in_features: int,
     out_features: int,
     block_rows: int,
+    scales: Tensor | None = None,
 ) -> Panel:
     """The weight packed for a kernel, from memory or anew; the values are no inference tensor.
 
     Packing takes about as long as computing a few samples.
     """
-    facts = values._version, values.data_ptr(), values.dtype, window
+    facts: tuple[object, ...] = values._version, values.data_ptr(), values.dtype, window
+    if scales is not None:
+        facts += scales._version, scales.data_ptr()
     found = checked.packed.get((kernel, block_rows))
     if found is None or not found.is_of(values, facts):
         with checked.lock:
             found = checked.packed.get((kernel, block_rows))
             if found is None or not found.is_of(values, facts):
                 arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
-                template, memory = _pack(kernel, window, *arrays, in_features, out_features, block_rows)
+                template, memory = pack(kernel, window, *arrays, in_features, out_features, block_rows, scales)
                 nbytes = sum(array.nbytes for array in memory)
                 content = values.detach().clone().contiguous() if _can_train(values) else None
                 found = Panel(template, memory, nbytes, weakref.ref(values), content, facts)
@@ -81,7 +85,7 @@ def panel_of(
     return found
 
 
-def _pack(
+def pack(
     kernel: int,
     window: int,
     values: Tensor,
@@ -90,9 +94,12 @@ def _pack(
     in_features: int,
     out_features: int,
     block_rows: int,
+    scales: Tensor | None = None,
 ) -> "tuple[bytes, tuple[NDArray[Any], ...]]":
     """A job with everything in it that does not change from call to call, and the memory that it points to."""
     j = new_job(values, indices, active, in_features, out_features)
+    given = None if scales is None else scales.detach().contiguous()
+    j[job.SCALES] = 0 if given is None else given.data_ptr()
     j[job.BLOCK_ROWS], j[job.PANEL_WINDOW], j[job.KERNEL] = block_rows, window, kernel
     scratch = np.zeros(plan.LANES, np.int64)
     address = ctypes.addressof(j)
@@ -106,8 +113,10 @@ def _pack(
     j[job.PANEL] = -(-memory.ctypes.data // _CACHE_LINE) * _CACHE_LINE
     j[job.PANEL_GROUPS], j[job.PANEL_STARTS] = groups.ctypes.data, starts.ctypes.data
     j[job.PANEL_ROWS] = rows.ctypes.data
+    lane_scales, lane_sums = (np.empty(count * plan.LANES if given is not None else 0, kind) for kind in _LANE_DTYPES)
+    j[job.PANEL_SCALES], j[job.PANEL_SUMS] = lane_scales.ctypes.data, lane_sums.ctypes.data
     entry("fill_panel")[0](address, scratch.ctypes.data)
-    return bytes(j), (memory, groups, starts, rows)
+    return bytes(j), (memory, groups, starts, rows, lane_scales, lane_sums)
 
 
 def new_job(values: Tensor, indices: Tensor, active: Tensor, in_features: int, out_features: int) -> Any:

@@ -14,7 +14,10 @@ MINIMUM_ONNXRUNTIME: Final = (1, 17)
 DOMAIN: Final = "srigl_fx"
 DOMAIN_VERSION: Final = 1
 INPUTS: Final = ("x", "values", "indices", "active", "bias")
-BASES: Final = ("CondensedLinear", "CondensedConv", "CondensedConvTranspose")
+SCALES: Final = "scales"  # the input after these, of operators with values of eight bits
+FLOAT_BASES: Final = ("CondensedLinear", "CondensedConv", "CondensedConvTranspose")
+EIGHT_BITS: Final = "Int8"
+BASES: Final = (*FLOAT_BASES, *(base + EIGHT_BITS for base in FLOAT_BASES))
 SUFFIXES: Final = {row.name: row.suffix for row in ACTIVATIONS}  # of the operators that apply an activation
 ENTRY_POINT: Final = "RegisterCustomOps"
 TASKS_TABLE: Final = "SriglTasks"  # the addresses of all tasks, by instruction set, for torch
@@ -93,6 +96,7 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_API,
     NODE_KERNELS,
     NODE_BASE,
+    NODE_EIGHT_BITS,
     NODE_RESIDUAL,
     NODE_ACTIVATION,
     NODE_OPERATOR,
@@ -104,10 +108,11 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_CHECKED_INDICES,
     NODE_CHECKED_ACTIVE,
     NODE_CONSTANT_VALUES,
+    NODE_CONSTANT_SCALES,
     NODE_DOT_PANEL,
     NODE_TILE_PANEL,
     NODE_NAME,
-) = (WORD * i for i in range(17))
+) = (WORD * i for i in range(19))
 NODE_NAME_SIZE: Final = 128
 NODE_PADS_END: Final = NODE_NAME + NODE_NAME_SIZE  # 3 words
 NODE_OUTPUT_PADDING: Final = NODE_PADS_END + 3 * WORD  # 3 words
@@ -115,20 +120,21 @@ NODE_GEOMETRY: Final = (
     NODE_OUTPUT_PADDING + 3 * WORD
 )  # the int64 array of kernels/conv.py, without the sizes of x and y
 NODE_SIZE: Final = NODE_GEOMETRY + 40 * WORD
-BASE_LINEAR, BASE_TRANSPOSED = 0, 2  # positions in BASES
+BASE_LINEAR, BASE_TRANSPOSED = 0, 2  # positions in FLOAT_BASES
 
-# The four weight inputs of one call, in the order of INPUTS without x, and what their shapes say.
+# The weight inputs of one call, in the order of INPUTS without x, and of SCALES, and what their shapes say.
 (
     WEIGHTS_VALUES,
     WEIGHTS_INDICES,
     WEIGHTS_ACTIVE,
     WEIGHTS_BIAS,
+    WEIGHTS_SCALES,
     WEIGHTS_N_ACTIVE,
     WEIGHTS_K,
     WEIGHTS_INDEX_TYPE,
     WEIGHTS_VALUE_TYPE,
-) = (WORD * i for i in range(8))
-WEIGHTS_WORDS: Final = 8
+) = (WORD * i for i in range(9))
+WEIGHTS_WORDS: Final = 9
 
 # A tensor's description.
 TENSOR_TYPE: Final = 0
@@ -166,6 +172,17 @@ def operator_names() -> dict[str, tuple[str, bool, str]]:
     """
     parts = [(base, residual, kind) for base in BASES for residual in (False, True) for kind in SUFFIXES]
     return {operator_name(*part): part for part in parts}
+
+
+def inputs_of(base: str, residual: bool) -> tuple[str, ...]:
+    """The inputs of an operator, by its base and whether it adds a residual.
+
+    Example:
+        >>> inputs_of("CondensedLinearInt8", True)
+        ('x', 'values', 'indices', 'active', 'bias', 'scales', 'residual')
+    """
+    scales = (SCALES,) if base.endswith(EIGHT_BITS) else ()
+    return (*INPUTS, *scales, *(("residual",) if residual else ()))
 
 
 OPERATORS: Final = tuple(operator_names())  # by base, then residual, then activation

@@ -8,14 +8,17 @@ to a read or write out of bounds. It must not know how results are computed.
 from typing import Any
 
 from srigl_fx.runtime.ort import abi
-from srigl_fx.runtime.ort.primitives import call, inlined, linked, load, load16, load32, stack, store, text
+from srigl_fx.runtime.ort.primitives import call, inlined, linked, load, load8, load16, load32, stack, store, text
 from srigl_fx.runtime.ort.refusals import refuse
-from srigl_fx.runtime.value_types import NUMBERS, VALUE_TYPES, choice
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN
+from srigl_fx.runtime.value_types import FLOATS, NUMBERS, VALUE_TYPES, choice
 
 # Numba takes a constant for a literal only under a name of the module's own.
 _TENSOR_WORDS = abi.TENSOR_WORDS
-_FLOAT32 = NUMBERS["float32"]
-_WRONG_VALUES = f"input '@' must be {choice()}, not ONNX element type %"
+_FLOAT32, _INT8 = NUMBERS["float32"], NUMBERS["int8"]
+_WRONG_VALUES = f"input '@' must be {choice(FLOATS)}, not ONNX element type %"
+_NO_BYTES = "input '@' must be int8, not ONNX element type %"
+_LARGEST_FAN_IN = LARGEST_FAN_IN
 
 
 def _value_types() -> Any:
@@ -78,9 +81,12 @@ def describe_float(node: int, value: int, name: int, tensor: int) -> int:
 @linked
 def is_zero(values: int, value_type: int, place: int) -> int:
     """Whether a value is 0 or -0."""
-    bits = load16(values, 2 * place) & 0x7FFF
     if value_type == _FLOAT32:
         bits = load32(values, 4 * place) & 0x7FFFFFFF
+    elif value_type == _INT8:
+        bits = load8(values, place)
+    else:
+        bits = load16(values, 2 * place) & 0x7FFF
     if bits == 0:
         return 1
     return 0
@@ -175,8 +181,10 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
         if status != 0:
             return status
         element_type = load(tensor, abi.TENSOR_TYPE)
-        value_type = _value_type(element_type)
-        if value_type < 0:
+        value_type, eight_bits = _value_type(element_type), load(node, abi.NODE_EIGHT_BITS)
+        if eight_bits != 0 and value_type != _INT8:
+            return refuse(node, text(_NO_BYTES), text("values"), element_type, 0)
+        if value_type < 0 or (eight_bits == 0 and value_type == _INT8):
             return refuse(node, text(_WRONG_VALUES), text("values"), element_type, 0)
         store(weights, abi.WEIGHTS_VALUE_TYPE, value_type)
         rank = load(tensor, abi.TENSOR_RANK)
@@ -226,6 +234,22 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
         if rows != n:
             return refuse(node, text("input '@' has % entries, weight_shape says % neurons"), text("bias"), rows, n)
         status = tensor_data(node, value, weights + abi.WEIGHTS_BIAS)
+        if status != 0:
+            return status
+
+    value = load(inputs, abi.WEIGHTS_SCALES) if load(node, abi.NODE_EIGHT_BITS) != 0 else 0
+    if value != 0:
+        status = describe_float(node, value, text("scales"), tensor)
+        if status != 0:
+            return status
+        rank, rows = load(tensor, abi.TENSOR_RANK), load(tensor, abi.TENSOR_SHAPE)
+        if rank != 1:
+            return refuse(node, text("input '@' must be (n_active,), its rank is %"), text("scales"), rank, 0)
+        if n_active >= 0 and rows != n_active:
+            return refuse(node, text("input '@' has % entries, 'indices' has % rows"), text("scales"), rows, n_active)
+        if k > _LARGEST_FAN_IN:
+            return refuse(node, text("input '@' has % columns, too many for sums of int32"), text("indices"), k, 0)
+        status = tensor_data(node, value, weights + abi.WEIGHTS_SCALES)
         if status != 0:
             return status
 

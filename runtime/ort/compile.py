@@ -16,17 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.cpu.kernels.isa import COMPILE_VARIABLE, ISAS
-from srigl_fx.runtime.cpu.kernels.table import TASKS, TORCH_TASKS
+from srigl_fx.runtime.cpu.kernels.isa import BASELINE, COMPILE_VARIABLE, TARGETS, isa_of, llvm_names
+from srigl_fx.runtime.cpu.kernels.table import BYTE_TASKS, TASKS, TORCH_TASKS
 from srigl_fx.runtime.ort import abi
 
 SHIM = "shim"
-OBJECTS = (*ISAS, SHIM)
+OBJECTS = (*TARGETS, SHIM)
 _TIMEOUT = 300.0  # seconds for one object
 
 
-def _kernel_symbol(name: str, isa: str) -> str:
-    return f"srigl_{name}_{isa.replace('-', '_')}"
+def _kernel_symbol(name: str, target: str) -> str:
+    owner = target if name in BYTE_TASKS else isa_of(target)
+    return f"srigl_{name}_{owner.replace('-', '_').replace('+', '_')}"
 
 
 def _shim_symbol(function: Callable[..., int]) -> str:
@@ -49,7 +50,7 @@ def _module(llvm: Any, compiled: Any, name: str) -> Any:
     return module
 
 
-def _emit(llvm: Any, modules: Sequence[Any], cpu: str) -> bytes:
+def _emit(llvm: Any, modules: Sequence[Any], target_name: str) -> bytes:
     """Optimise the modules as one and emit their object file; only the entry point is visible outside the library."""
     whole, *others = modules
     for module in others:
@@ -58,7 +59,8 @@ def _emit(llvm: Any, modules: Sequence[Any], cpu: str) -> bytes:
         if symbol.name.startswith("srigl_"):
             symbol.visibility = "hidden"
     target = llvm.Target.from_triple(llvm.get_process_triple())
-    machine = target.create_target_machine(cpu=cpu, features="", opt=3, reloc="pic", codemodel="small")
+    cpu, features = llvm_names(target_name)
+    machine = target.create_target_machine(cpu=cpu, features=features, opt=3, reloc="pic", codemodel="small")
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     llvm.create_pass_builder(machine, options).getModulePassManager().run(
         whole, llvm.create_pass_builder(machine, options)
@@ -66,7 +68,7 @@ def _emit(llvm: Any, modules: Sequence[Any], cpu: str) -> bytes:
     return bytes(machine.emit_object(whole))
 
 
-def _compile_kernels(isa: str) -> bytes:
+def _compile_kernels(target: str) -> bytes:
     import llvmlite.binding as llvm
     import numba
 
@@ -77,9 +79,11 @@ def _compile_kernels(isa: str) -> bytes:
     signature = types.void(types.CPointer(types.int64), types.int64)
     modules = []
     for name, function in (tasks.TASKS | torch_tasks.TASKS).items():
+        if name not in BYTE_TASKS and target != isa_of(target):
+            continue
         decorate = numba.cfunc(signature, error_model="numpy", fastmath=tasks.FASTMATH)
-        modules.append(_module(llvm, decorate(function), _kernel_symbol(name, isa)))
-    return _emit(llvm, modules, isa)
+        modules.append(_module(llvm, decorate(function), _kernel_symbol(name, target)))
+    return _emit(llvm, modules, target)
 
 
 def _table(name: str, words: Sequence[str], *, constant: bool = True, hidden: bool = True) -> str:
@@ -97,8 +101,8 @@ def _tables() -> str:
         used.add(symbol)
         return f"ptrtoint (ptr @{symbol} to i64)"
 
-    kernels = [address(_kernel_symbol(name, isa)) for isa in ISAS for name in TASKS]
-    tasks = [address(_kernel_symbol(name, isa)) for isa in ISAS for name in (*TASKS, *TORCH_TASKS)]
+    kernels = [address(_kernel_symbol(name, target)) for target in TARGETS for name in TASKS]
+    tasks = [address(_kernel_symbol(name, target)) for target in TARGETS for name in (*TASKS, *TORCH_TASKS)]
     operators, names = [], []
     for fields in shim.OPERATOR_FIELDS:
         words = ["0"] * (abi.OP_SIZE // abi.WORD)
@@ -140,7 +144,7 @@ def _compile_shim() -> bytes:
         modules.append(_module(llvm, compiled, _shim_symbol(function)))
     tables = llvm.parse_assembly(_tables())
     tables.triple, tables.data_layout = modules[0].triple, modules[0].data_layout
-    return _emit(llvm, [*modules, tables], ISAS[0])
+    return _emit(llvm, [*modules, tables], BASELINE)
 
 
 def compile_object(name: str) -> bytes:
@@ -161,10 +165,12 @@ def compile_object(name: str) -> bytes:
 
 def _spawn(name: str, output: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
+    target = BASELINE if name == SHIM else name
+    cpu, features = llvm_names(target)
     environment |= {
-        "NUMBA_CPU_NAME": ISAS[0] if name == SHIM else name,
-        "NUMBA_CPU_FEATURES": "",
-        COMPILE_VARIABLE: ISAS[0] if name == SHIM else name,
+        "NUMBA_CPU_NAME": cpu,
+        "NUMBA_CPU_FEATURES": features,
+        COMPILE_VARIABLE: target,
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
     }
     command = [sys.executable, "-m", __spec__.name, name, str(output)]

@@ -28,11 +28,17 @@ _FLOAT32 = NUMBERS["float32"]
 _CHUNK_ELEMENTS = plan.CHUNK_FLOATS
 _SLACK = 64  # floats behind a packed sample that may be read
 _MAX_ELEMENTS = 1 << 48  # of an output; more than any machine holds, few enough to count in bytes
-_WEIGHT_INPUTS = len(abi.INPUTS) - 1
+_WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
+_INT8_DOT, _INT8_TILE, _INT8_COLUMNS = plan.INT8_DOT, plan.INT8_TILE, plan.INT8_COLUMNS
+_NO_PANEL = "values of eight bits must be constants of the file, with indices, active and scales, or memory is short"
 _shares, _conv_kernel = planned(plan.shares_for_any), planned(plan.conv_kernel)
+_int8_conv_kernel = planned(plan.int8_conv_kernel)
 
 _PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _TILE_TASK = (
     abi.TABLE[task] for task in ("plan_linear", "rows_task", "strided_task", "dot_task", "tile_task")
+)
+_INT8_DOT_TASK, _INT8_TILE_TASK, _INT8_CONV_TILE, _INT8_SCALES_TASK = (
+    abi.TABLE[task] for task in ("int8_dot_task", "int8_tile_task", "int8_conv_tile_task", "int8_scales_task")
 )
 _CONV_PLAN, _CONV_OFFSETS, _CONV_PACK, _CONV_TILE, _CONV_ROWS, _WIDEN_VALUES = (
     abi.TABLE[task]
@@ -82,12 +88,14 @@ def _inputs(node: int, context: int, x: int, weights: int) -> int:
     status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT_COUNT), (context, count))
     if status != 0:
         return status
-    expected = _WEIGHT_INPUTS + 1 + load(node, abi.NODE_RESIDUAL)
+    inputs = _WEIGHT_INPUTS + load(node, abi.NODE_EIGHT_BITS)
+    expected = inputs + 1 + load(node, abi.NODE_RESIDUAL)
     if load(count, 0) != expected:
         return refuse(node, text("has % inputs, expected %"), 0, load(count, 0), expected)
     status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, 0, x))
-    values = stack(_WEIGHT_INPUTS)
-    for i in range(_WEIGHT_INPUTS):
+    values = stack(_MOST_WEIGHT_INPUTS)
+    store(weights, abi.WEIGHTS_SCALES, 0)
+    for i in range(inputs):
         if status == 0:
             status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, i + 1, values + abi.WORD * i))
         if status == 0 and load(values, abi.WORD * i) == 0:
@@ -110,7 +118,8 @@ def _output(node: int, context: int, shape: int, rank: int, x: int, data: int) -
     store(data, 2 * abi.WORD, 0)
     if status == 0 and load(node, abi.NODE_RESIDUAL) != 0:
         tensor = stack(_TENSOR_WORDS)
-        status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, _WEIGHT_INPUTS + 1, y))
+        place = _WEIGHT_INPUTS + load(node, abi.NODE_EIGHT_BITS) + 1
+        status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, place, y))
         if status == 0:
             status = describe_float(node, load(y, 0), text("residual"), tensor)
         if status == 0:
@@ -157,6 +166,31 @@ def _run_tiles(node: int, context: int, j: int, batch: int, work: int) -> int:
     status = _run_tasks(node, context, kernel(node, _TILE_TASK), tasks, j)
     if memory != 0:
         _free(memory)
+    return status
+
+
+@inlined
+def _run_byte_tiles(node: int, context: int, task: int, j: int, columns: int, work: int) -> int:
+    """Tiles of bytes, of samples or of a convolution's output positions."""
+    tiles = (columns + _INT8_COLUMNS - 1) // _INT8_COLUMNS
+    splits = 1
+    if tiles < _FEW_TILES:
+        splits = min(_shares(_field(j, job.PANEL_COUNT), work), _FEW_TILES // tiles)
+    _set_field(j, job.ROW_SPLITS, splits)
+    return _run_tasks(node, context, task, tiles * splits, j)
+
+
+@inlined
+def _run_byte_positions(node: int, context: int, j: int, batch: int, positions: int, work: int) -> int:
+    """A convolution with values of eight bits: what is known of each sample, then tiles of its output positions."""
+    scales = _malloc(batch * 12)
+    if scales == 0:
+        return refuse(node, text("not enough memory for the scales of its samples"), 0, 0, 0)
+    _set_field(j, job.X_SCALES, scales)
+    status = _run_tasks(node, context, kernel(node, _INT8_SCALES_TASK), batch, j)
+    if status == 0:
+        status = _run_byte_tiles(node, context, kernel(node, _INT8_CONV_TILE), j, positions, work)
+    _free(scales)
     return status
 
 
@@ -212,8 +246,10 @@ def compute_linear(node: int, context: int) -> int:
     _set_call(j, data, batch, x_columns, y_columns)
     call(kernel(node, _PLAN_LINEAR), (j, 1))
     number, panel = _field(j, job.KERNEL), 0
-    if number in (_DOT, _TILE):
+    if number in (_DOT, _TILE, _INT8_DOT, _INT8_TILE):
         panel = find_panel(node, weights, number, n)
+        if panel == 0 and load(node, abi.NODE_EIGHT_BITS) != 0:
+            return refuse(node, text(_NO_PANEL), 0, 0, 0)
         if panel == 0:  # weights that are not constant, or no memory
             call(kernel(node, _PLAN_LINEAR), (j, 0))
             number = _field(j, job.KERNEL)
@@ -223,11 +259,15 @@ def compute_linear(node: int, context: int) -> int:
     work = batch * _field(j, job.N_ACTIVE) * _field(j, job.K)
     if number == _TILE:
         return _run_tiles(node, context, j, batch, work)
+    if number == _INT8_TILE:
+        return _run_byte_tiles(node, context, kernel(node, _INT8_TILE_TASK), j, batch, work)
     if number == _STRIDED:
         return _run_tasks(node, context, kernel(node, _STRIDED_TASK), 1, j)
     task, rows = kernel(node, _ROWS_TASK), _field(j, job.N_ACTIVE)
     if number == _DOT:
         task, rows = kernel(node, _DOT_TASK), _field(j, job.PANEL_COUNT)
+    elif number == _INT8_DOT:
+        task, rows = kernel(node, _INT8_DOT_TASK), _field(j, job.PANEL_COUNT)
     splits = _shares(rows, work)
     _set_field(j, job.ROW_SPLITS, splits)
     return _run_tasks(node, context, task, splits, j)
@@ -362,7 +402,12 @@ def compute_conv(node: int, context: int) -> int:
     block_rows = n // load(geometry, abi.WORD * conv.GROUPS)
     in_features, panel = load(node, abi.NODE_IN_FEATURES), 0
     n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
-    if _conv_kernel(in_features, n_active, k, block_rows, True) == _TILE:
+    if load(node, abi.NODE_EIGHT_BITS) != 0:
+        if _int8_conv_kernel(n_active, k) == _INT8_TILE:
+            panel = find_panel(node, weights, _INT8_TILE, block_rows)
+            if panel == 0:
+                return refuse(node, text(_NO_PANEL), 0, 0, 0)
+    elif _conv_kernel(in_features, n_active, k, block_rows, True) == _TILE:
         panel = find_panel(node, weights, _TILE, block_rows)
     _start_job(node, panel, weights, j)
     _set_call(j, data, batch, 0, 0)
@@ -372,6 +417,8 @@ def compute_conv(node: int, context: int) -> int:
     if panel == 0:
         return _run_samples(node, context, weights, j, geometry, batch)
     positions = elements // n
+    if load(node, abi.NODE_EIGHT_BITS) != 0:
+        return _run_byte_positions(node, context, j, batch, positions, positions * n_active * k)
     return _run_positions(node, context, j, positions, positions * n_active * k)
 
 

@@ -74,6 +74,57 @@ _CONTRACTIONS = {
         group: int = @group, output_padding: ints = @output_padding> ({x}, swapped_weight, bias)
 """,
 }
+# With values of eight bits: samples are rounded as runtime.quantisation has it, contracted without a bias, and scaled.
+# Sums are float32 here, and exact up to 2**24. A sample that is not finite makes its scale NaN, whatever a host's
+# ReduceMax makes of NaN.
+_ROUNDED = """
+    zero_scalar = Constant <value: tensor = float {{0.0}}> ()
+    least = Constant <value: tensor = float {{7.888609052210118e-31}}> ()
+    signed_limit = Constant <value: tensor = float {{127.0}}> ()
+    unsigned_limit = Constant <value: tensor = float {{255.0}}> ()
+    samples = {flat}
+    sample_axis = Constant <value: tensor = int64[1] {{-1}}> ()
+    magnitudes = Abs (samples)
+    largest = ReduceMax <keepdims: int = 1> (magnitudes, sample_axis)
+    smallest = ReduceMin <keepdims: int = 1> (samples, sample_axis)
+    is_signed = Less (smallest, zero_scalar)
+    limit = Where (is_signed, signed_limit, unsigned_limit)
+    is_counted = GreaterOrEqual (largest, least)
+    whole = Div (limit, largest)
+    inverse = Where (is_counted, whole, zero_scalar)
+    step_size = Div (largest, limit)
+    finite_scale = Where (is_counted, step_size, zero_scalar)
+    nothing = Mul (samples, zero_scalar)
+    poison = ReduceSum <keepdims: int = 1> (nothing, sample_axis)
+    sample_scale = Add (finite_scale, poison)
+    scaled_samples = Mul (samples, inverse)
+    whole_samples = Round (scaled_samples)
+    steps = {back}
+    scale_zeros = ConstantOfShape <value: tensor = float[1] {{0.0}}> (bias_shape)
+    row_scales = ScatterElements <axis: int = 0> (scale_zeros, wide_active, scales)
+"""
+_BIAS_SHAPE = """
+    bias_shape = Shape (bias)
+"""
+_LINEAR_SCALED = """
+    factors = Mul (sample_scale, row_scales)
+    scaled_product = Mul (sums, factors)
+    {y} = {sum} (scaled_product, bias)
+"""
+# (N, n, sizes...) as (N, n, -1), beside (N, 1, 1) and (n, 1).
+_CONV_SCALED = """
+    sums_shape = Shape (sums)
+    rows_shape = Constant <value: tensor = int64[3] {{0, 0, -1}}> ()
+    flat_sums = Reshape (sums, rows_shape)
+    second_axis = Constant <value: tensor = int64[1] {{1}}> ()
+    sample_scales = Unsqueeze (sample_scale, second_axis)
+    column_scales = Unsqueeze (row_scales, second_axis)
+    column_bias = Unsqueeze (bias, second_axis)
+    factors = Mul (sample_scales, column_scales)
+    scaled_product = Mul (flat_sums, factors)
+    biased = Add (scaled_product, column_bias)
+    {y} = Reshape (biased, sums_shape)
+"""
 _ADDITION = """
     {y} = Add ({x}, residual)
 """
@@ -83,6 +134,25 @@ _PERMUTATION = """
 """
 
 
+def _contraction(base: str) -> str:
+    """The steps of an operator from its data to the sum with its bias, as a template."""
+    if not base.endswith(abi.EIGHT_BITS):
+        return _CONTRACTIONS[base]
+    of_floats = base.removesuffix(abi.EIGHT_BITS)
+    linear = of_floats == "CondensedLinear"
+    flat, back = ("Identity ({x})", "Identity (whole_samples)") if linear else _FLAT_SAMPLES
+    exact = _CONTRACTIONS[of_floats].replace(", bias)", ")").replace("{x}", "steps")
+    if linear:
+        exact = exact.replace("    {y} = {sum} (product)\n", "").replace("product = ", "sums = ")
+    shape = "" if linear else "    data_shape = Shape ({x})\n"
+    scaled = _LINEAR_SCALED if linear else _CONV_SCALED
+    rounded = _ROUNDED.replace("{flat}", flat).replace("{back}", back)
+    return _BIAS_SHAPE + shape + rounded + exact.replace("{y}", "sums") + scaled
+
+
+_FLAT_SAMPLES = "Flatten <axis: int = 1> ({x})", "Reshape (whole_samples, data_shape)"
+
+
 def attributes_of(base: str) -> tuple[str, ...]:
     """The attributes of the operators with this base name, all of them mandatory.
 
@@ -90,6 +160,7 @@ def attributes_of(base: str) -> tuple[str, ...]:
         >>> attributes_of("CondensedLinear")
         ('in_features', 'weight_shape', 'flat_size', 'x_perm', 'y_perm')
     """
+    base = base.removesuffix(abi.EIGHT_BITS)
     if base == "CondensedLinear":
         return WEIGHT_ATTRIBUTES + LINEAR_ATTRIBUTES
     transposed = TRANSPOSED_ATTRIBUTES if base == "CondensedConvTranspose" else ()
@@ -129,14 +200,14 @@ def fallback_functions(
 def _function(name: str, base: str, residual: bool, activation: str, permuted: Collection[str]) -> str:
     before, after = (_PERMUTATION.format(name=perm) if perm in permuted else "" for perm in LINEAR_ATTRIBUTES)
     # The residual lies as y does.
-    steps = [before, _CONTRACTIONS[base], after, _ADDITION if residual else "", _ACTIVATIONS[activation]]
+    steps = [before, _contraction(base), after, _ADDITION if residual else "", _ACTIVATIONS[activation]]
     steps = [step for step in steps if step]
     results = ["x", *(f"step{i}" for i in range(1, len(steps))), "y"]
     # ONNX Runtime before 1.30 makes MatMul and Add one Gemm, and takes any Transpose in front of it for one that swaps
     # rows and columns, even where a node's permutation changes nothing. It leaves a Sum as it is.
     total = "Sum" if "x_perm" in permuted else "Add"
     body = "".join(step.format(x=results[i], y=results[i + 1], sum=total) for i, step in enumerate(steps))
-    inputs = (*abi.INPUTS, *(["residual"] if residual else []))
+    inputs = abi.inputs_of(base, residual)
     header = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
     signature = f"{name} <{', '.join(attributes_of(base))}> ({', '.join(inputs)}) => (y)"
     return f"{header} {signature} {{ {_DENSE_WEIGHT} {body} }}"

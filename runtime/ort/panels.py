@@ -6,7 +6,7 @@ panel is laid out, nor what is computed with it.
 """
 
 from srigl_fx.runtime.cpu.kernels import job, plan
-from srigl_fx.runtime.cpu.kernels.plan import TILE
+from srigl_fx.runtime.cpu.kernels.plan import INT8_TILE, TILE
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, exchange, external, inlined, linked, load, stack, store
 
@@ -35,6 +35,7 @@ def store_weights(node: int, weights: int, j: int) -> int:
     store(j, abi.WORD * job.INDICES, load(weights, abi.WEIGHTS_INDICES))
     store(j, abi.WORD * job.ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
     store(j, abi.WORD * job.BIAS, load(weights, abi.WEIGHTS_BIAS))
+    store(j, abi.WORD * job.SCALES, load(weights, abi.WEIGHTS_SCALES))
     store(j, abi.WORD * job.N_ACTIVE, load(weights, abi.WEIGHTS_N_ACTIVE))
     store(j, abi.WORD * job.K, load(weights, abi.WEIGHTS_K))
     store(j, abi.WORD * job.VALUE_TYPE, load(weights, abi.WEIGHTS_VALUE_TYPE))
@@ -47,7 +48,8 @@ def store_weights(node: int, weights: int, j: int) -> int:
 @linked
 def find_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> int:
     """The node's panel for a kernel; 0 where there is none: no such kernel, weights that change, or no memory."""
-    place = node + (abi.NODE_TILE_PANEL if kernel_number == TILE else abi.NODE_DOT_PANEL)
+    tiles = kernel_number in (TILE, INT8_TILE)
+    place = node + (abi.NODE_TILE_PANEL if tiles else abi.NODE_DOT_PANEL)
     found = load(place, 0)
     if found != 0:
         return found
@@ -57,6 +59,8 @@ def find_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> 
     if load(weights, abi.WEIGHTS_INDICES) != load(node, abi.NODE_CHECKED_INDICES):
         return 0
     if load(weights, abi.WEIGHTS_ACTIVE) != load(node, abi.NODE_CHECKED_ACTIVE):
+        return 0
+    if load(weights, abi.WEIGHTS_SCALES) != load(node, abi.NODE_CONSTANT_SCALES):
         return 0
     measured, scratch = stack(_JOB_WORDS), stack(_SCRATCH_WORDS)
     for i in range(_JOB_WORDS):
@@ -69,11 +73,12 @@ def find_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> 
     call(kernel(node, _MEASURE_PANEL), (measured, scratch))
     call(kernel(node, _PHASE_SIZE), (measured, 0))
     groups, phases = load(measured, abi.WORD * job.PANEL_COUNT), load(measured, abi.WORD * job.PANEL_PHASES)
-    # The job; where each group starts; each phase's window; each lane's output; the phases themselves, aligned.
+    # The job; where each group starts; each phase's window; each lane's output, scale and sum; the phases, aligned.
     groups_at = _JOB_BYTES
     starts_at = groups_at + (groups + 1) * 2 * abi.WORD
     rows_at = starts_at + phases * 4
-    panel_at = rows_at + groups * 16 * 4 + _CACHE_LINE
+    lanes_bytes = groups * 16 * 4
+    panel_at = rows_at + 3 * lanes_bytes + _CACHE_LINE
     made = _calloc(1, panel_at + phases * load(measured, abi.WORD * job.PANEL))
     if made == 0:
         return 0
@@ -82,6 +87,8 @@ def find_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> 
     store(made, abi.WORD * job.PANEL_GROUPS, made + groups_at)
     store(made, abi.WORD * job.PANEL_STARTS, made + starts_at)
     store(made, abi.WORD * job.PANEL_ROWS, made + rows_at)
+    store(made, abi.WORD * job.PANEL_SCALES, made + rows_at + lanes_bytes)
+    store(made, abi.WORD * job.PANEL_SUMS, made + rows_at + 2 * lanes_bytes)
     store(made, abi.WORD * job.PANEL, (made + panel_at) // _CACHE_LINE * _CACHE_LINE)
     call(kernel(node, _FILL_PANEL), (made, scratch))
     before = exchange(place, 0, made)

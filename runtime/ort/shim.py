@@ -27,16 +27,17 @@ from srigl_fx.runtime.ort.primitives import (
 
 # Numba takes a constant for a literal only under a name of the module's own.
 _DOMAIN = abi.DOMAIN
-_ISA_0, _ISA_1, _ISA_2 = isa.ISAS
+_TARGET_0, _TARGET_1, _TARGET_2, _TARGET_3, _TARGET_4, _TARGET_5 = isa.TARGETS
 _ISA_VARIABLE = isa.ISA_VARIABLE
-_UNKNOWN_ISA = f"{isa.ISA_VARIABLE} must be one of {', '.join(isa.ISAS)}; set it to one of these, or unset it"
+_UNKNOWN_ISA = f"{isa.ISA_VARIABLE} must be one of {', '.join(isa.TARGETS)}; set it to one of these, or unset it"
 _MISSING_ISA = f"{isa.ISA_VARIABLE} names an instruction set that this CPU lacks; set it to an older one, or unset it"
 _TOO_OLD = f"the srigl_fx operators need ONNX Runtime {'.'.join(map(str, abi.MINIMUM_ONNXRUNTIME))} or newer"
 _WEIGHTS_WORDS = abi.WEIGHTS_WORDS
 
 _calloc, _free, _getenv = external("calloc", 2), external("free", 1), external("getenv", 1)
 
-_WEIGHT_INPUTS = len(abi.INPUTS) - 1
+_WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
+_FLOAT_BASES = len(abi.FLOAT_BASES)
 _ACTIVATIONS = len(abi.SUFFIXES)
 _DIGITS = (ord("0"), ord("9"))
 _DOT = ord(".")
@@ -44,6 +45,8 @@ _DOT = ord(".")
 # Feature bits of cpuid leaf 1 (ecx) and leaf 7 (ebx), and the register states of xgetbv.
 _LEAF1_V3 = 1 << 12 | 1 << 22 | 1 << 27 | 1 << 28 | 1 << 29  # FMA MOVBE OSXSAVE AVX F16C
 _LEAF7_V3 = 1 << 3 | 1 << 5 | 1 << 8  # BMI1 AVX2 BMI2
+_LEAF7_VBMI, _LEAF7_VNNI = 1 << 1, 1 << 11  # of its ecx
+_LEAF7_1_AVX_VNNI = 1 << 4  # of subleaf 1, eax
 _LEAF7_V4 = 1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1 << 31  # AVX-512 F DQ CD BW VL
 _AVX_STATE, _AVX512_STATE = 0x06, 0xE6
 
@@ -55,8 +58,10 @@ def _prepare(node: int, info: int) -> int:
     status = read_attributes(node, info)
     if status != 0:
         return status
-    constants, weights, is_constant = stack(_WEIGHT_INPUTS), stack(_WEIGHTS_WORDS), stack(1)
-    for i in range(_WEIGHT_INPUTS):
+    constants, weights, is_constant = stack(_MOST_WEIGHT_INPUTS), stack(_WEIGHTS_WORDS), stack(1)
+    store(constants, abi.WEIGHTS_SCALES, 0)
+    store(weights, abi.WEIGHTS_SCALES, 0)
+    for i in range(_WEIGHT_INPUTS + load(node, abi.NODE_EIGHT_BITS)):
         store(is_constant, 0, 0)
         store(constants, abi.WORD * i, 0)
         store(weights, abi.WORD * i, 0)
@@ -70,6 +75,7 @@ def _prepare(node: int, info: int) -> int:
     status = check_weights(node, constants, weights)
     if status == 0:
         store(node, abi.NODE_CONSTANT_VALUES, load(weights, abi.WEIGHTS_VALUES))
+        store(node, abi.NODE_CONSTANT_SCALES, load(weights, abi.WEIGHTS_SCALES))
         store(node, abi.NODE_CHECKED_INDICES, load(weights, abi.WEIGHTS_INDICES))
         store(node, abi.NODE_CHECKED_ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
     return status
@@ -82,7 +88,8 @@ def create(op: int, api: int, info: int, out: int) -> int:
         return call(load(api, abi.CREATE_STATUS), (abi.ERROR_FAIL, text("srigl_fx: not enough memory for a node")))
     store(node, abi.NODE_API, api)
     kind = load(op, abi.OP_KIND)
-    store(node, abi.NODE_BASE, kind // (2 * _ACTIVATIONS))
+    store(node, abi.NODE_BASE, kind // (2 * _ACTIVATIONS) % _FLOAT_BASES)
+    store(node, abi.NODE_EIGHT_BITS, kind // (2 * _ACTIVATIONS * _FLOAT_BASES))
     store(node, abi.NODE_RESIDUAL, kind // _ACTIVATIONS % 2)
     store(node, abi.NODE_ACTIVATION, kind % _ACTIVATIONS)
     store(node, abi.NODE_OPERATOR, load(op, abi.OP_NAME))
@@ -122,7 +129,8 @@ def get_input_type(op: int, index: int) -> int:
 
 def get_input_count(op: int) -> int:
     """GetInputTypeCount."""
-    return _WEIGHT_INPUTS + 1 + load(op, abi.OP_KIND) // _ACTIVATIONS % 2
+    kind = load(op, abi.OP_KIND)
+    return _WEIGHT_INPUTS + 1 + kind // _ACTIVATIONS % 2 + kind // (2 * _ACTIVATIONS * _FLOAT_BASES)
 
 
 def zero(op: int, index: int) -> int:
@@ -149,22 +157,29 @@ def _equal(string: int, expected: int) -> bool:
 
 
 @inlined
-def _newest_isa() -> int:
-    """The position in ISAS of the newest instruction set that CPU and operating system support."""
+def _usable_targets() -> int:
+    """A bit for each of TARGETS that CPU and operating system support."""
     registers = stack(4)
     cpuid(0, 0, registers)
     leaves = load(registers, 0)
     cpuid(1, 0, registers)
     if leaves < 7 or load(registers, 16) & _LEAF1_V3 != _LEAF1_V3:
-        return 0
+        return 1
     states = xgetbv()
     cpuid(7, 0, registers)
-    leaf7 = load(registers, 8)
+    subleaves, leaf7, more = load(registers, 0), load(registers, 8), load(registers, 16)
     if states & _AVX_STATE != _AVX_STATE or leaf7 & _LEAF7_V3 != _LEAF7_V3:
-        return 0
-    if states & _AVX512_STATE != _AVX512_STATE or leaf7 & _LEAF7_V4 != _LEAF7_V4:
         return 1
-    return 2
+    usable = 0b11
+    if subleaves >= 1:
+        cpuid(7, 1, registers)
+        if load(registers, 0) & _LEAF7_1_AVX_VNNI != 0:
+            usable |= 0b100
+    if states & _AVX512_STATE == _AVX512_STATE and leaf7 & _LEAF7_V4 == _LEAF7_V4:
+        usable |= 0b1000
+        if more & _LEAF7_VNNI != 0:
+            usable |= 0b10000 if more & _LEAF7_VBMI == 0 else 0b110000
+    return usable
 
 
 @inlined
@@ -189,20 +204,27 @@ def _is_too_old(version: int) -> bool:
 @inlined
 def _choose_kernels(api: int, state: int) -> int:
     """Store the kernel table of the newest instruction set, or of an older one that the environment asks for."""
-    newest = _newest_isa()
-    chosen = newest
+    usable, chosen = _usable_targets(), 0
+    while usable >> chosen + 1 != 0:
+        chosen += 1
     wanted = _getenv(text(_ISA_VARIABLE))
     if wanted != 0 and load8(wanted, 0) != 0:
-        if _equal(wanted, text(_ISA_0)):
+        if _equal(wanted, text(_TARGET_0)):
             chosen = 0
-        elif _equal(wanted, text(_ISA_1)):
+        elif _equal(wanted, text(_TARGET_1)):
             chosen = 1
-        elif _equal(wanted, text(_ISA_2)):
+        elif _equal(wanted, text(_TARGET_2)):
             chosen = 2
+        elif _equal(wanted, text(_TARGET_3)):
+            chosen = 3
+        elif _equal(wanted, text(_TARGET_4)):
+            chosen = 4
+        elif _equal(wanted, text(_TARGET_5)):
+            chosen = 5
         else:
             message = text(_UNKNOWN_ISA)
             return call(load(api, abi.CREATE_STATUS), (abi.ERROR_INVALID_ARGUMENT, message))
-        if chosen > newest:
+        if usable >> chosen & 1 == 0:
             message = text(_MISSING_ISA)
             return call(load(api, abi.CREATE_STATUS), (abi.ERROR_INVALID_ARGUMENT, message))
     store(state, abi.STATE_KERNELS, symbol("srigl_kernels") + chosen * abi.TABLE_SIZE)
@@ -276,7 +298,7 @@ _COMMON_FIELDS = {
     abi.OP_GET_START_VERSION: one,
     abi.OP_GET_END_VERSION: any_version,
 }
-_COMPUTE = (compute.compute_linear, compute.compute_conv, compute.compute_conv)  # by base
+_COMPUTE = (compute.compute_linear, compute.compute_conv, compute.compute_conv) * 2  # by base
 OPERATOR_FIELDS = tuple(
     {
         **_COMMON_FIELDS,

@@ -109,7 +109,7 @@ def lower(
     _check_arguments(model, target, min_speedup, batch_sizes)
     model = unwrapped(model)
     if not isinstance(value_dtype, torch.dtype) or str(value_dtype).removeprefix("torch.") not in NAMES:
-        raise LoweringError(f"value_dtype must be {choice('torch.')}, not {value_dtype!r}")
+        raise LoweringError(f"value_dtype must be {choice(prefix='torch.')}, not {value_dtype!r}")
     if torch.is_inference_mode_enabled():
         raise LoweringError(
             "lower cannot run under torch.inference_mode(), as its result could be used nowhere else; call it "

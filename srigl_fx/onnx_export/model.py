@@ -37,7 +37,7 @@ from srigl_fx.runtime.value_types import VALUE_TYPES
 if TYPE_CHECKING:
     import onnx
 
-_LINEAR, _CONV, _TRANSPOSED = abi.BASES
+_LINEAR, _CONV, _TRANSPOSED = abi.FLOAT_BASES
 _SINGLE_NUMBERS = ("in_features", "flat_size", "group")
 
 
@@ -239,7 +239,7 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
     schema = onnx.defs.OpSchema
     name = abi.operator_name(base, residual, activation)
     types = {"values": "V", "indices": "I", "active": "tensor(int32)"}
-    inputs = (*abi.INPUTS, *(["residual"] if residual else []))
+    inputs = abi.inputs_of(base, residual)
     return Op(
         Opset(abi.DOMAIN, abi.DOMAIN_VERSION),
         name,
@@ -261,6 +261,10 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
     )
 
 
+def _of(base: str, scales: Any) -> str:
+    return base if scales is None else base + abi.EIGHT_BITS
+
+
 def _translate_linear(
     x: Any,
     values: Any,
@@ -272,12 +276,13 @@ def _translate_linear(
     activation: str = "none",
     x_feature_major: bool = False,
     y_feature_major: bool = False,
+    scales: Any = None,
 ) -> Any:
     n, rank = int(bias.shape[0]), len(x.shape)
     rows = list(range(rank))
-    operator = _operator(_LINEAR, residual is not None, activation)
+    operator = _operator(_of(_LINEAR, scales), residual is not None, activation)
     return operator(
-        *(x, values, indices, active, bias, *([] if residual is None else [residual])),
+        *(x, values, indices, active, bias, *(given for given in (scales, residual) if given is not None)),
         in_features=in_features,
         weight_shape=[n, in_features],
         flat_size=n * in_features,
@@ -301,11 +306,12 @@ def _translate_conv(
     activation: str = "none",
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
+    scales: Any = None,
 ) -> Any:
-    operator = _operator(_TRANSPOSED if transposed else _CONV, residual is not None, activation)
+    operator = _operator(_of(_TRANSPOSED if transposed else _CONV, scales), residual is not None, activation)
     extra = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
     return operator(
-        *(x, values, indices, active, bias, *([] if residual is None else [residual])),
+        *(x, values, indices, active, bias, *(given for given in (scales, residual) if given is not None)),
         in_features=math.prod(weight_shape[1:]),
         weight_shape=list(weight_shape),
         flat_size=math.prod(weight_shape),

@@ -68,6 +68,21 @@ def operands(weight: CondensedWeight) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tensor(weight.values), tensor(weight.indices), tensor(weight.active), tensor(weight.bias)
 
 
+def scales_of(weight: CondensedWeight) -> Tensor | None:
+    """The scales of values of eight bits; None for other values."""
+    return None if weight.scales is None else torch.from_numpy(weight.scales)
+
+
+def _exact(weight: CondensedWeight) -> dict[str, Any]:
+    """What the oracle reads: the values, and their scales if they have some."""
+    return {"values": weight.values, "scales": weight.scales}
+
+
+def _sizes(weight: CondensedWeight) -> dict[str, Any]:
+    """What bounds the rounding errors: the absolute values."""
+    return {"values": _absolute(weight.values) * (1 if weight.scales is None else weight.scales[:, None])}
+
+
 def assert_close(y: Tensor, expected: NDArray[Any], size: NDArray[Any], k: int, what: str) -> None:
     """``y`` is the oracle's result up to rounding ``k`` products whose absolute values sum to ``size``."""
     assert y.dtype is torch.float32, what
@@ -100,6 +115,7 @@ def check_linear(
         activation=activation,
         x_feature_major=x_feature_major,
         y_feature_major=y_feature_major,
+        scales=scales_of(weight),
     )
     compare_linear(y, weight, x, residual, activation)
     if y_feature_major:
@@ -110,19 +126,20 @@ def check_linear(
 def compare_linear(y: Tensor, weight: CondensedWeight, x: Tensor, residual: Tensor | None, activation: str) -> None:
     """Compare the result of a linear layer with the oracle."""
 
-    def oracle(convert: Callable[[NDArray[Any]], NDArray[Any]], kind: str) -> NDArray[Any]:
+    def oracle(convert: Callable[[NDArray[Any]], NDArray[Any]], kind: str, given: dict[str, Any]) -> NDArray[Any]:
         return reference.condensed_linear(
             convert(x.detach().numpy()),
-            convert(weight.values),
-            weight.indices,
-            weight.active,
-            convert(weight.bias),
+            indices=weight.indices,
+            active=weight.active,
+            bias=convert(weight.bias),
+            **given,
             residual=None if residual is None else convert(residual.detach().numpy()),
             activation=kind,
         )
 
     with np.errstate(all="ignore"):
-        expected, size = oracle(lambda array: array, activation), oracle(_absolute, "none")
+        expected = oracle(lambda array: array, activation, _exact(weight))
+        size = oracle(_absolute, "none", _sizes(weight))
     what = (
         f"{weight.values.dtype} {weight.out_features} x {weight.in_features}, k {weight.k}, {weight.n_active} active, "
         f"x {tuple(x.shape)} strides {x.stride()}, {activation}"
@@ -255,6 +272,7 @@ def check_conv(
         activation=activation,
         transposed=shape.transposed,
         output_padding=shape.output_padding,
+        scales=scales_of(weight),
     )
     compare_conv(y, shape, weight, x, residual, activation)
     return y
@@ -266,13 +284,13 @@ def compare_conv(
     """Compare the result of a convolution with the oracle."""
     stride, padding, dilation = shape.steps
 
-    def oracle(convert: Callable[[NDArray[Any]], NDArray[Any]], kind: str) -> NDArray[Any]:
+    def oracle(convert: Callable[[NDArray[Any]], NDArray[Any]], kind: str, given: dict[str, Any]) -> NDArray[Any]:
         return reference.condensed_conv(
             convert(x.detach().numpy()),
-            convert(weight.values),
-            weight.indices,
-            weight.active,
-            convert(weight.bias),
+            indices=weight.indices,
+            active=weight.active,
+            bias=convert(weight.bias),
+            **given,
             weight_shape=shape.weight_shape,
             strides=stride,
             pads=padding * 2,
@@ -285,7 +303,8 @@ def compare_conv(
         )
 
     with np.errstate(all="ignore"):
-        expected, size = oracle(lambda array: array, activation), oracle(_absolute, "none")
+        expected = oracle(lambda array: array, activation, _exact(weight))
+        size = oracle(_absolute, "none", _sizes(weight))
     what = f"{shape}, {weight.values.dtype}, k {weight.k}, {weight.n_active} active, x {tuple(x.shape)}, {activation}"
     assert_close(y, expected, size, weight.k, what)
 

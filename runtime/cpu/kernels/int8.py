@@ -1,8 +1,8 @@
 """Eight bits: the inner loops over activations and weights of one byte.
 
 Owns the instructions: rounding of activations, the dot products of 16 rows at a time with inputs that are looked up in
-registers, and the products of a tile of samples. The arithmetic is that of :mod:`srigl_fx.runtime.quantisation`. It must
-not know how tasks are cut.
+registers, and the products of a tile of samples. The arithmetic is that of :mod:`srigl_fx.runtime.quantisation`. It
+must not know how tasks are cut.
 
 A product of four bytes with four others, summed up in an int32 lane, is one instruction where the CPU has VNNI. Others
 multiply the even bytes and the odd ones as 16-bit numbers, of which no product overflows (``vpmaddubsw``, which takes
@@ -17,9 +17,10 @@ from llvmlite import ir
 from srigl_fx.runtime.cpu.kernels import vector as v
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, BYTE_PRODUCTS, ISA
 from srigl_fx.runtime.cpu.kernels.copies import lane_mask, masked_load, transposed
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, BASELINE
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE
 from srigl_fx.runtime.cpu.kernels.panel import QUAD_BYTES, QUAD_VALUES, SLOTS, STEPS
-from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, LANES, address, intrinsic, number, types
+from srigl_fx.runtime.cpu.kernels.plan import LANES
+from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, address, intrinsic, number, types
 
 BYTES: Final = ir.VectorType(I8, SLOTS)
 _HALVES: Final = ir.VectorType(I16, 2 * LANES)
@@ -51,12 +52,26 @@ def _even_and_odd(b: Any, bytes_: Any, signed: bool) -> tuple[Any, Any]:
     return shift(b.shl(halves, eight), eight), shift(halves, eight)
 
 
+def _multiply_quads(b: Any, total: Any, one: Any, other: Any) -> Any:
+    """The instruction, on whole vectors where registers hold them, or else on halves."""
+    parts = 1 if ISA == AVX512 else 2
+    count = LANES // parts
+    kind = ir.VectorType(I32, count)
+    function = v.declared(b, f"llvm.x86.avx512.vpdpbusd.{32 * count}", kind, [kind] * 3)
+    if parts == 1:
+        return b.call(function, [total, one, other])
+    found = []
+    for part in range(parts):
+        picked = ir.Constant(kind, list(range(part * count, (part + 1) * count)))
+        found.append(b.call(function, [b.shuffle_vector(side, side, picked) for side in (total, one, other)]))
+    return b.shuffle_vector(*found, ir.Constant(INTS, list(range(LANES))))
+
+
 def multiply_bytes(b: Any, totals: Sequence[Any], inputs: Sequence[Any], weights: Any) -> list[Any]:
     """``total + sum of four inputs times four weights``, in each int32 lane, for several vectors of unsigned inputs."""
     if BYTE_PRODUCTS:
-        function = v.declared(b, "llvm.x86.avx512.vpdpbusd.512", INTS, [INTS, INTS, INTS])
         given = b.bitcast(weights, INTS)
-        return [b.call(function, [total, b.bitcast(x, INTS), given]) for total, x in zip(totals, inputs, strict=True)]
+        return [_multiply_quads(b, total, b.bitcast(x, INTS), given) for total, x in zip(totals, inputs, strict=True)]
     even, odd = _even_and_odd(b, weights, True)
     results = []
     for total, x in zip(totals, inputs, strict=True):
@@ -85,8 +100,8 @@ def _look_up(b: Any, inputs: Any, index: Any, window: int) -> Any:
 def dot_group(window: int, samples: int) -> Callable[[int, int, int, int, int, int], None]:
     """An intrinsic ``(x, x_row, phase, start, phases, sums)``: the sums of 16 rows for a few samples.
 
-    ``x`` is the first sample, whose bytes are rounded, and ``x_row`` the bytes to the next; ``phase`` is the first phase
-    of a dot panel, ``start`` its window's start (int32), ``sums`` 16 int32 for each sample.
+    ``x`` is the first sample, of rounded bytes, and ``x_row`` the bytes to the next; ``phase`` is the first phase of a
+    dot panel, ``start`` its window's start (int32), ``sums`` 16 int32 for each sample.
 
     Args:
         window: The inputs of a window: 64 or 128 where they are looked up in registers, else up to 256.
@@ -277,7 +292,7 @@ def _round_row(context: Any, x: Any, count: Any, inverse: Any, offset: Any, to: 
     return types.void(address, address, types.float32, address, address), generate
 
 
-# A sample rounded: (x, count, what it is multiplied by, its offset, where to, which has room for the next 16 bytes too).
+# A sample rounded: (x, count, what it is multiplied by, its offset, where to: there is room for the next 16 bytes too).
 round_row: Callable[[int, int, float, int, int], None] = intrinsic(_round_row)
 
 
@@ -302,14 +317,13 @@ def _round_block(context: Any, x: Any, x_row: Any, x_step: Any, inverses: Any, o
 round_block: Callable[[int, int, int, int, int, int, int], None] = intrinsic(_round_block)
 
 
-def _round_columns(context: Any, x: Any, inverses: Any, offsets: Any, to: Any) -> Any:
+def _round_columns(context: Any, x: Any, second: Any, inverses: Any, offsets: Any, to: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, inverses, offsets, to = args
+        x, second, inverses, offsets, to = args
         parts = []
-        for i in range(4):
-            at = number(64 * i)
-            found, scale = (v.load(b, b.add(base, at), v.FLOATS) for base in (x, inverses))
-            parts.append(_rounded(b, found, scale, v.load(b, b.add(offsets, at), INTS)))
+        for i, base in enumerate((x, b.add(x, number(64)), second, b.add(second, number(64)))):
+            found, scale = v.load(b, base, v.FLOATS), v.load(b, b.add(inverses, number(64 * i)), v.FLOATS)
+            parts.append(_rounded(b, found, scale, v.load(b, b.add(offsets, number(64 * i)), INTS)))
         halves = [
             b.shuffle_vector(parts[i], parts[i + 1], ir.Constant(ir.VectorType(I32, 32), list(range(32))))
             for i in (0, 2)
@@ -318,8 +332,8 @@ def _round_columns(context: Any, x: Any, inverses: Any, offsets: Any, to: Any) -
         v.store(b, b.shuffle_vector(*halves, ir.Constant(_PLACES, order)), to, 64)
         return context.get_dummy_value()
 
-    return types.void(*[address] * 4), generate
+    return types.void(*[address] * 5), generate
 
 
-# 64 neighbouring columns of one row, rounded, in the order of a tile's row: (x, inverses, offsets, where to).
-round_columns: Callable[[int, int, int, int], None] = intrinsic(_round_columns)
+# 64 columns of one row, rounded, in the order of a tile's row: (the first 32, the others, inverses, offsets, where to).
+round_columns: Callable[[int, int, int, int, int], None] = intrinsic(_round_columns)

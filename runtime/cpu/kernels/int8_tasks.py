@@ -7,9 +7,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from srigl_fx.runtime.cpu.kernels import job, panel
+from srigl_fx.runtime.cpu.kernels import conv, job, panel
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled
+from srigl_fx.runtime.cpu.kernels.conv_tasks import PIECES_BYTES, fill_taps, store_positions
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats
 from srigl_fx.runtime.cpu.kernels.int8 import (
     TILE_ROW,
@@ -24,9 +25,10 @@ from srigl_fx.runtime.cpu.kernels.int8 import (
 )
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import start_rows, store_as_columns, store_as_rows
-from srigl_fx.runtime.cpu.kernels.panel import LANES, SLOTS
-from srigl_fx.runtime.cpu.kernels.plan import INT8_COLUMNS, MOST_INT8_DOT_SAMPLES
-from srigl_fx.runtime.cpu.kernels.tiles import CACHE_LINE, first_output, start_tile
+from srigl_fx.runtime.cpu.kernels.panel import SLOTS
+from srigl_fx.runtime.cpu.kernels.patches import cut_pieces
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, INT8_COLUMNS, LANES, MOST_INT8_DOT_SAMPLES
+from srigl_fx.runtime.cpu.kernels.tiles import clear_columns, first_output, start_tile
 from srigl_fx.runtime.cpu.kernels.vector import allocate, as_float, floats, ints, release, words
 from srigl_fx.runtime.quantisation import LARGEST_UNSIGNED, LARGEST_VALUE, OFFSET, SMALLEST
 
@@ -205,7 +207,22 @@ def _fill_from_columns(j: Pointer, first: int, columns: int, natural: int, stage
         if columns < INT8_COLUMNS:
             copy_floats(at, staged, columns)
             at = staged
-        round_columns(at, natural, natural + 8 * SLOTS, inputs + f * TILE_ROW)
+        round_columns(at, at + 2 * CACHE_LINE, natural, natural + 8 * SLOTS, inputs + f * TILE_ROW)
+
+
+@compiled
+def _multiply(j: Pointer, g0: int, g1: int, inputs: int, natural: int, sums: int, out: int) -> None:
+    """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``natural`` is what is known of the columns."""
+    outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
+    weight_sums, weight_scales = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
+    quads, scales, offsets = panel.quads(j[job.K]), natural + 4 * SLOTS, natural + 8 * SLOTS
+    for g in range(g0, g1):
+        rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - groups[g * GROUP_WORDS + GROUP_ROW]
+        for r in range(g * LANES, g * LANES + rows):
+            o = int(outputs[r])
+            tile_row(inputs, j[job.PANEL] + r * quads * panel.QUAD_BYTES, quads, sums)
+            to = out + o * INT8_COLUMNS * 4
+            finish_row(sums, offsets, scales, int(weight_sums[r]), weight_scales[r], bias[o], to, 4)
 
 
 def int8_tile_task(j: Pointer, task: int) -> None:
@@ -230,29 +247,104 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         _fill_from_columns(j, first, columns, natural, staged, inputs)
     else:
         _fill_from_rows(j, first, columns, ordered, staged, inputs)
-    outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
-    quads = panel.quads(j[job.K])
-    weight_sums, weight_scales = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
     g0, end = count * part // splits, count * (part + 1) // splits
     o0 = first_output(j, g0)
     while o0 < n:
         g1 = min(end, g0 + _BLOCK_GROUPS)
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         start_tile(j, g0, g1, o0, o1, INT8_COLUMNS, out)
-        for g in range(g0, g1):
-            rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - groups[g * GROUP_WORDS + GROUP_ROW]
-            for lane in range(rows):
-                r = g * LANES + lane
-                o = int(outputs[r])
-                tile_row(inputs, j[job.PANEL] + r * quads * panel.QUAD_BYTES, quads, sums)
-                to = out + o * INT8_COLUMNS * 4
-                known = natural + 8 * SLOTS, natural + 4 * SLOTS
-                finish_row(sums, known[0], known[1], int(weight_sums[r]), weight_scales[r], bias[o], to, 4)
+        _multiply(j, g0, g1, inputs, natural, sums, out)
         if j[job.Y_FEATURE_MAJOR] != 0:
             store_as_columns(j, first, columns, INT8_COLUMNS, o0, o1, out)
         else:
             store_as_rows(j, first, columns, INT8_COLUMNS, o0, o1, out)
         if g1 == end:
+            break
+        g0, o0 = g1, o1
+    release(memory)
+
+
+def int8_scales_task(j: Pointer, sample: int) -> None:
+    """What is known of one sample of a convolution, in X_SCALES: its inverse, scale and offset."""
+    geometry = words(j[job.GEOMETRY])
+    size = geometry[conv.CHANNELS] * geometry[conv.IN_D] * geometry[conv.IN_H] * geometry[conv.IN_W]
+    memory = allocate(_EXTREMES + 4 * CACHE_LINE)
+    if memory == 0:
+        j[job.FAILED] = 1
+        return
+    found = _aligned(memory)
+    numbers = found + _EXTREMES
+    _clear(found)
+    extremes(j[job.X] + sample * size * 4, size, found)
+    _find_scale(found, floats(numbers), floats(numbers + 4), ints(numbers + 8), 0)
+    for i in range(3):
+        ints(j[job.X_SCALES])[3 * sample + i] = ints(numbers)[i]
+    release(memory)
+
+
+@compiled
+def _scales_of_positions(j: Pointer, first: int, columns: int, plane: int, natural: int) -> None:
+    known, inverses, scales, offsets = (
+        j[job.X_SCALES],
+        floats(natural),
+        floats(natural + 4 * SLOTS),
+        natural + 8 * SLOTS,
+    )
+    for c in range(INT8_COLUMNS):
+        inverses[c], scales[c], ints(offsets)[c] = 0.0, 0.0, 0
+        if c < columns:
+            at = known + (first + c) // plane * 12
+            inverses[c], scales[c], ints(offsets)[c] = floats(at)[0], floats(at + 4)[0], ints(at + 8)[0]
+
+
+def int8_conv_tile_task(j: Pointer, task: int) -> None:
+    """A share of the filters for one tile of 64 output positions, counted through all samples.
+
+    What the taps read is gathered as float32, 32 positions at a time, and rounded from there: so whatever geometry the
+    tile kernel of float32 has, this one has too.
+    """
+    splits, count, geometry = j[job.ROW_SPLITS], j[job.PANEL_COUNT], words(j[job.GEOMETRY])
+    tile, part = task // splits, task % splits
+    first = tile * INT8_COLUMNS
+    plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
+    columns = min(INT8_COLUMNS, j[job.BATCH] * plane - first)
+    in_features, n = j[job.IN_FEATURES], j[job.OUT_FEATURES]
+    block_rows, half_bytes = n // geometry[conv.GROUPS], in_features * COLUMNS * 4
+    out_bytes = (n + 1) * INT8_COLUMNS * 4
+    memory = allocate(out_bytes + 20 * CACHE_LINE + in_features * TILE_ROW + 2 * half_bytes + PIECES_BYTES)
+    if memory == 0:
+        j[job.FAILED] = 1
+        return
+    out = _aligned(memory)
+    natural, sums = out + out_bytes, out + out_bytes + 12 * CACHE_LINE
+    inputs = sums + 4 * CACHE_LINE
+    halves = inputs + in_features * TILE_ROW
+    pieces = halves + 2 * half_bytes
+    _scales_of_positions(j, first, columns, plane, natural)
+    rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
+    o0, filled = first_output(j, g0), -1
+    while o0 < n:
+        g1 = g0
+        block = -1 if g0 >= last else int(rows[g0 * LANES]) // block_rows
+        while g1 < min(last, g0 + _BLOCK_GROUPS) and int(rows[g1 * LANES]) // block_rows == block:
+            g1 += 1
+        if block != filled and block >= 0:
+            for half in range(2):
+                start, to = first + half * COLUMNS, halves + half * half_bytes
+                width = min(COLUMNS, columns - half * COLUMNS)
+                if width > 0:
+                    pieces_count = cut_pieces(geometry, start, width, words(pieces))
+                    fill_taps(j, pieces, pieces_count, block, COLUMNS, to)
+                clear_columns(floats(to), in_features, max(0, width), COLUMNS)
+            for f in range(in_features):
+                at = halves + f * COLUMNS * 4
+                round_columns(at, at + half_bytes, natural, natural + 8 * SLOTS, inputs + f * TILE_ROW)
+            filled = block
+        o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
+        start_tile(j, g0, g1, o0, o1, INT8_COLUMNS, out)
+        _multiply(j, g0, g1, inputs, natural, sums, out)
+        store_positions(j, first, columns, INT8_COLUMNS, o0, o1, out)
+        if g1 == last:
             break
         g0, o0 = g1, o1
     release(memory)

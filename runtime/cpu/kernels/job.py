@@ -45,9 +45,10 @@ from typing import Final
     SCALES,  # float32 (N_ACTIVE,): of values of eight bits, what one is worth in its row
     PANEL_SCALES,  # float32 (groups * LANES,): the same by lanes
     PANEL_SUMS,  # int32 (groups * LANES,): the sums of the lanes' values of eight bits
+    X_SCALES,  # float32 (BATCH, 3): of a convolution with values of eight bits; kernels.int8_tasks
     FAILED,  # set to 1 by a task that found no memory
-) = range(39)
-SIZE: Final = 39
+) = range(40)
+SIZE: Final = 40
 
 GROUP_PHASE, GROUP_ROW = 0, 1  # in PANEL_GROUPS: a group's first phase and first active row; one more group ends it
 GROUP_WORDS: Final = 2

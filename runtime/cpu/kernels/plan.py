@@ -21,6 +21,7 @@ DOT_WINDOWS: Final = ((), (256,), (64, 128))  # inputs of a dot panel's window, 
 COLUMNS: Final = 32  # of a full tile
 MOST_INT8_DOT_SAMPLES: Final = 16
 INT8_COLUMNS: Final = 64  # of a tile of bytes
+_MOST_GATHERED_SAMPLES: Final = 4  # of a dot panel of bytes, where they are not looked up in registers
 LANES: Final = 16  # of a vector: rows of a group, and output positions of a convolution, come in as many
 CACHE_LINE: Final = 64  # bytes
 CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
@@ -86,24 +87,47 @@ def linear_kernel(
     return STRIDED if feature_major else ROWS
 
 
-def int8_window(lookup: bool, in_features: int, k: int) -> int:
-    """The window of a dot panel of bytes: what registers hold, where bytes are looked up in them, or a byte can name.
+def int8_window(lookup: bool, kernel: int, in_features: int, k: int) -> int:
+    """The window of a panel of eight bits; 0 where there is none.
 
-    A second register takes longer to look up in, but leaves fewer gaps, which counts where weights are few.
+    That of a dot panel is what registers hold, where bytes are looked up in them, or else what a byte can name. A
+    second register takes longer to look up in, but leaves fewer gaps, which counts where weights are few.
     """
+    if kernel in (ROWS, STRIDED):
+        return 0
+    if kernel == INT8_TILE:
+        return in_features
     if not lookup:
         return 256
     return 128 if 100 * k < 3 * in_features else 64
 
 
-def int8_linear_kernel(in_features: int, batch: int) -> int:
-    """The kernel of a linear layer with values of eight bits: INT8_DOT or INT8_TILE.
+def int8_linear_kernel(lookup: bool, in_features: int, n_active: int, k: int, batch: int, feature_major: bool) -> int:
+    """The kernel of a linear layer with values of eight bits: INT8_DOT or INT8_TILE; any other where there are none.
+
+    Args:
+        lookup: Whether bytes are looked up in registers.
+        in_features: Inputs of the layer.
+        n_active: Its rows that are not ablated.
+        k: The weights that each of them keeps.
+        batch: Samples of the call.
+        feature_major: Whether the input or the output is.
 
     Example:
-        >>> [int8_linear_kernel(768, batch) for batch in (16, 17)] == [INT8_DOT, INT8_TILE]
+        >>> [int8_linear_kernel(True, 768, 768, 77, batch, False) for batch in (16, 17)] == [INT8_DOT, INT8_TILE]
         True
     """
-    return INT8_DOT if batch <= MOST_INT8_DOT_SAMPLES or in_features > _MOST_TILE_INPUTS else INT8_TILE
+    if n_active * k == 0:
+        return STRIDED if feature_major else ROWS
+    most = MOST_INT8_DOT_SAMPLES if lookup else _MOST_GATHERED_SAMPLES
+    if (batch <= most and not feature_major) or in_features > _MOST_TILE_INPUTS:
+        return INT8_DOT
+    return INT8_TILE
+
+
+def int8_conv_kernel(n_active: int, k: int) -> int:
+    """The kernel of a convolution with values of eight bits: INT8_TILE, and where there are none any other."""
+    return ROWS if n_active * k == 0 else INT8_TILE
 
 
 def conv_kernel(in_features: int, n_active: int, k: int, block_rows: int, packed: bool) -> int:

@@ -35,7 +35,7 @@ class Kernel:
     layer: Literal["linear", "convolution", "training"]
     number: int = -1
     computes: str
-    reads: Literal["canonical", "dot panel", "tile panel", "rows in blocks"]
+    reads: Literal["canonical", "dot panel", "tile panel", "int8 dot panel", "int8 tile panel", "rows in blocks"]
     values: tuple[str, ...] = VALUES
     isas: tuple[str, ...] = ISAS
     samples: tuple[int, int | None] = (1, None)
@@ -81,6 +81,26 @@ KERNELS: Final = (
         file="tile.py",
     ),
     Kernel(
+        task="int8_dot_task",
+        layer="linear",
+        number=plan.INT8_DOT,
+        computes="activations rounded to bytes; four products of bytes at once, inputs looked up in vector registers",
+        reads="int8 dot panel",
+        values=("int8",),
+        samples=(1, plan.MOST_INT8_DOT_SAMPLES),
+        file="int8.py",
+    ),
+    Kernel(
+        task="int8_tile_task",
+        layer="linear",
+        number=plan.INT8_TILE,
+        computes="64 samples side by side as bytes: four kept weights at once",
+        reads="int8 tile panel",
+        values=("int8",),
+        feature_major=True,
+        file="int8.py",
+    ),
+    Kernel(
         task="conv_rows_task",
         layer="convolution",
         number=plan.ROWS,
@@ -95,6 +115,15 @@ KERNELS: Final = (
         computes="the tile kernel with 32 output positions in place of samples; padding is never stored",
         reads="tile panel",
         file="tile.py, patches.py",
+    ),
+    Kernel(
+        task="int8_conv_tile_task",
+        layer="convolution",
+        number=plan.INT8_TILE,
+        computes="the tile kernel of bytes with 64 output positions in place of samples",
+        reads="int8 tile panel",
+        values=("int8",),
+        file="int8.py, patches.py",
     ),
     Kernel(
         task="product_task",
@@ -117,9 +146,11 @@ KERNELS: Final = (
 # What the callers of kernels need besides: the plan itself, packing, and the preparation of a convolution.
 HELPERS: Final = (
     *("measure_panel", "fill_panel", "plan_linear", "plan_panel", "phase_size"),
-    *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values"),
+    *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values", "int8_scales_task"),
 )
 TASKS: Final = (*(kernel.task for kernel in KERNELS if kernel.layer != "training"), *HELPERS)
+# What is compiled for each of the targets; all else for the instruction sets that they extend.
+BYTE_TASKS: Final = (*(kernel.task for kernel in KERNELS if kernel.values == ("int8",)), "plan_linear", "plan_panel")
 TORCH_TASKS: Final = (
     "pack_task",
     *(kernel.task for kernel in KERNELS if kernel.layer == "training"),

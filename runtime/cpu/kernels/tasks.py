@@ -8,7 +8,7 @@ tasks write disjoint outputs. A process compiles them for one instruction set.
 from typing import Any, Final
 
 from srigl_fx.runtime.cpu.kernels import job, panel, plan, table
-from srigl_fx.runtime.cpu.kernels.compiled import FASTMATH, ISA, planned
+from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, FASTMATH, ISA, planned
 from srigl_fx.runtime.cpu.kernels.conv_tasks import (
     conv_offsets,
     conv_pack_task,
@@ -16,29 +16,39 @@ from srigl_fx.runtime.cpu.kernels.conv_tasks import (
     conv_rows_task,
     conv_tile_task,
 )
+from srigl_fx.runtime.cpu.kernels.int8_tasks import int8_conv_tile_task, int8_dot_task, int8_scales_task, int8_tile_task
 from srigl_fx.runtime.cpu.kernels.isa import ISAS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import dot_task, rows_task, strided_task, tile_task
 from srigl_fx.runtime.cpu.kernels.values import value_at
 from srigl_fx.runtime.cpu.kernels.vector import floats
+from srigl_fx.runtime.value_types import NUMBERS
 
 __all__ = ["FASTMATH", "TASKS"]
 
 Pointer = Any
 _LEVEL: Final = ISAS.index(ISA)
+_INT8: Final = NUMBERS["int8"]
 _linear_kernel, _window_of = planned(plan.linear_kernel), planned(plan.window_of)
+_int8_linear_kernel, _int8_window = planned(plan.int8_linear_kernel), planned(plan.int8_window)
 
 
 def plan_linear(j: Pointer, packed: int) -> None:
     """Store the kernel that the plan has for a linear call whose weight may be packed, or may not."""
     columns = j[job.X_FEATURE_MAJOR] + j[job.Y_FEATURE_MAJOR] != 0
     sizes = j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K]
-    j[job.KERNEL] = _linear_kernel(_LEVEL, *sizes, j[job.BATCH], columns, packed != 0)
+    if j[job.VALUE_TYPE] == _INT8:
+        j[job.KERNEL] = _int8_linear_kernel(BYTE_LOOKUP, *sizes, j[job.BATCH], columns)
+    else:
+        j[job.KERNEL] = _linear_kernel(_LEVEL, *sizes, j[job.BATCH], columns, packed != 0)
 
 
 def plan_panel(j: Pointer, kernel: int) -> None:
     """Store a kernel and the window of the panel that it reads; 0 where there is none."""
     j[job.KERNEL] = kernel
-    j[job.PANEL_WINDOW] = _window_of(kernel, _LEVEL, j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K])
+    if kernel == plan.INT8_DOT or kernel == plan.INT8_TILE:
+        j[job.PANEL_WINDOW] = _int8_window(BYTE_LOOKUP, kernel, j[job.IN_FEATURES], j[job.K])
+    else:
+        j[job.PANEL_WINDOW] = _window_of(kernel, _LEVEL, j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K])
 
 
 def phase_size(j: Pointer, unused: int) -> None:
@@ -54,9 +64,10 @@ def widen_values(j: Pointer, target: int) -> None:
 
 
 _FUNCTIONS = (
-    *(rows_task, strided_task, dot_task, tile_task, conv_rows_task, conv_tile_task),
+    *(rows_task, strided_task, dot_task, tile_task, int8_dot_task, int8_tile_task),
+    *(conv_rows_task, conv_tile_task, int8_conv_tile_task),
     *(panel.measure_panel, panel.fill_panel, plan_linear, plan_panel, phase_size),
-    *(conv_plan, conv_offsets, conv_pack_task, widen_values),
+    *(conv_plan, conv_offsets, conv_pack_task, widen_values, int8_scales_task),
 )
 TASKS = {function.__name__: function for function in _FUNCTIONS}
 assert tuple(TASKS) == table.TASKS  # the library's tables of symbols are made from those

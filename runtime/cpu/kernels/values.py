@@ -40,7 +40,7 @@ def _float16(values: int, position: int) -> float:
 
 
 def _int8(values: int, position: int) -> float:
-    return np.float32(signed_bytes(values)[position])
+    return np.float32(signed_bytes(values)[position])  # type: ignore[return-value]
 
 
 def _float32_vector(b: Any, at: Any, which: int, native: bool) -> Any:
