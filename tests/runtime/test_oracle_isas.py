@@ -1,6 +1,7 @@
 """Every instruction set passes the oracle tests, and results do not change from run to run.
 
-The oracle tests run in a process for each instruction set, beyond this one's, that SRIGL_FX_ISA can force on this CPU.
+The oracle tests run in a process for each instruction set, beyond this one's, that SRIGL_FX_ISA can force on this CPU;
+those of eight bits for each target, as what extends an instruction set changes the kernels of bytes alone.
 """
 
 import functools
@@ -14,17 +15,21 @@ import pytest
 from kernel_support import digests
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, BASELINE, ISA_VARIABLE, TARGETS, host_isa, host_target, isa_of
 
 TESTS = Path(__file__).parent
 ORACLE_TESTS = ("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_special.py", "test_oracle_onnx.py")
-OTHERS = [isa for isa in ISAS if isa != host_isa()]  # the oracle tests of this process run on the host's
+INT8_TESTS = "test_oracle_int8.py", "test_oracle_int8_special.py"
+OTHERS = [target for target in TARGETS if target != host_target()]  # this process's oracle tests run on the host's
+COMPILED = sorted({BASELINE, AVX2, host_target()})  # what newer targets add takes no other path
 best = pytest.mark.skipif(ISA_VARIABLE in os.environ, reason="another process compares the instruction sets")
 
 
 def run_oracle_tests(isa: str) -> None:
-    files = [str(TESTS / name) for name in ORACLE_TESTS]
+    files = [str(TESTS / name) for name in (*ORACLE_TESTS, *INT8_TESTS)]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    if isa != isa_of(isa) or isa == host_isa():  # its other kernels are those of another process, or of this one
+        command += ["-k", "int8"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
     done = subprocess.run(
         command,
@@ -59,7 +64,7 @@ once = functools.cache(digests_on)
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The parameter, an instruction set; tests are skipped whose CPU lacks it."""
+    """The parameter, a target; tests are skipped whose CPU lacks it."""
     wanted = str(request.param)
     with monkeypatch.context() as patch:
         patch.setenv(ISA_VARIABLE, wanted)
@@ -87,14 +92,14 @@ def test_a_process_for_each(isa: str) -> None:
 
 @best
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("isa", TARGETS, indirect=True)
 def test_the_same_bits_in_every_process(isa: str) -> None:
     assert digests_on(isa) == once(isa)
 
 
 @best
 @pytest.mark.long
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
+@pytest.mark.parametrize("isa", COMPILED, indirect=True)
 def test_code_that_a_process_compiles_gives_the_same_bits(isa: str) -> None:
     """Without the operator library, whose code torch's operators take elsewhere in the tests."""
     assert digests_on(isa, compiled=True) == once(isa)

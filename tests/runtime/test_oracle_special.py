@@ -1,5 +1,6 @@
 """NaN, infinities, huge and denormal numbers in the condensed operators: as the oracle, which reads kept inputs only.
 
+Values of eight bits have another rule, and a file of their own, ``test_oracle_int8_special.py``.
 Run as they are for this CPU's best instruction set, and by ``test_oracle_isas.py`` for each of them.
 """
 
@@ -10,7 +11,6 @@ import pytest
 import torch
 from kernel_support import (
     ACTIVATIONS,
-    DTYPES,
     PATTERNS,
     Convolution,
     check_conv,
@@ -22,8 +22,9 @@ from kernel_support import (
 from torch import Tensor
 
 from srigl_fx.runtime.format import CondensedWeight, ValueDtype
+from srigl_fx.runtime.value_types import FLOATS
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
+dtypes = pytest.mark.parametrize("dtype", FLOATS)
 specials = pytest.mark.parametrize("special", [math.nan, math.inf, -math.inf])
 batches = pytest.mark.parametrize("batch", [1, 5, 16, 24, 70])
 CONVOLUTIONS = {

@@ -1,0 +1,173 @@
+"""Values of eight bits in the condensed operators: whole numbers exactly, in each kernel.
+
+Where scales are powers of two nothing but the last step rounds, and results are compared by ``==``. Each kernel is
+forced on every size, whatever the plan has for it. Run as they are for this CPU's best target, and by
+``test_oracle_isas.py`` for each of them.
+"""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from kernel_support import PATTERNS, SHAPES, Convolution, bits, check_conv, check_linear, condensed
+from kernel_support.whole_numbers import (
+    Array,
+    check_exactly,
+    exactly,
+    run_conv,
+    run_linear,
+    samples_of,
+    whole,
+    whole_samples,
+    without_bias,
+)
+from torch import Tensor
+
+from srigl_fx.runtime import reference
+from srigl_fx.runtime.cpu.kernels import plan
+from srigl_fx.runtime.cpu.threads import torch_threads
+from srigl_fx.runtime.format import CondensedWeight
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN
+
+WIDEST_TILE = 65535
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+@pytest.mark.parametrize("k", [*range(1, 10), 63, 64, 65])
+def test_fan_ins(k: int, int8_kernel: int) -> None:
+    for n, in_features in ((1, k), (19, k), (35, k + 70), (1, 3 * k + 1)):
+        weight = whole(condensed(n, in_features, k, n_active=max(1, n - 2)))
+        for batch in (1, 2, 7, 66):
+            check_exactly(weight, batch)
+
+
+def test_batches(int8_kernel: int) -> None:
+    weight = whole(condensed(21, 150, 9, n_active=18))
+    for batch in (*range(18), *range(30, 35), *range(62, 68), 129):
+        check_exactly(weight, batch)
+
+
+@pytest.mark.parametrize("in_features", [63, 64, 65, 127, 128, 129, 255, 256, 257, 4095, 65535, 65536, 65537])
+def test_inputs(in_features: int, int8_kernel: int) -> None:
+    if int8_kernel == plan.INT8_TILE and in_features > WIDEST_TILE:
+        assert plan.int8_linear_kernel(True, in_features, 17, 5, 33, True) == plan.INT8_DOT
+        return
+    for pattern in ("random", "last", "ends"):
+        weight = whole(condensed(17, in_features, 5, n_active=16, pattern=pattern))
+        for batch in (1, 3):
+            check_exactly(weight, batch)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_masks(pattern: str, int8_kernel: int) -> None:
+    for in_features, k in ((40, 40), (700, 1), (700, 65)):
+        check_exactly(whole(condensed(37, in_features, k, n_active=35, pattern=pattern)), 5)
+
+
+@pytest.mark.parametrize("x_feature_major", [False, True])
+@pytest.mark.parametrize("y_feature_major", [False, True])
+def test_layouts(y_feature_major: bool, x_feature_major: bool) -> None:
+    weight = whole(condensed(37, 70, 9, n_active=33))
+    for batch in (1, 5, 63, 64, 65):
+        steps, scales = whole_samples(batch, 70)
+        x, expected = samples_of(steps, scales), exactly(weight, steps, scales)
+        x = x.t().contiguous().t() if x_feature_major else x
+        np.testing.assert_array_equal(run_linear(weight, x, y_feature_major=y_feature_major).double(), expected)
+
+
+@pytest.mark.parametrize("largest", [127, -127, -128])
+def test_the_largest_sums(largest: int, int8_kernel: int) -> None:
+    """The format has no -128, but an operator that is given one computes with it."""
+    k = WIDEST_TILE if int8_kernel == plan.INT8_TILE else LARGEST_FAN_IN
+    weight = without_bias(whole(condensed(3, k, k, n_active=2)))
+    weight.values[:] = largest
+    steps = np.full((3, k), 255.0)
+    steps[1] = -127
+    steps[2] = np.where(np.arange(k) % 2, 127, -127)
+    weight.scales[:] = 1  # type: ignore[index]
+    y, expected = (
+        run_linear(weight, samples_of(steps, np.ones(3))),
+        exactly(weight, steps, np.ones(3)),
+    )
+    assert (np.abs(expected[0]) > 0.95 * 2**31).sum() == 2
+    np.testing.assert_array_equal(y.numpy(), expected.astype(np.float32))
+
+
+@every_shape
+def test_geometries(shape: Convolution) -> None:
+    for k, n_active in ((1, 1), (3, shape.n - 1), (shape.in_features, shape.n)):
+        weight = whole(shape.condensed(min(k, shape.in_features), n_active=n_active))
+        for batch in (1, 3):
+            steps, scales = whole_samples(batch, shape.channels, *shape.size)
+            sums = _sums(shape, weight, steps)
+            shape_of_y = (-1, shape.n, *[1] * shape.rank)
+            worth = np.ones(shape.n)
+            worth[weight.active] = weight.scales
+            sizes = scales.reshape(-1, *[1] * (shape.rank + 1)) * worth.reshape(shape_of_y)
+            expected = sums * sizes + weight.bias.astype(np.float64).reshape(shape_of_y)
+            x = samples_of(steps, scales)
+            np.testing.assert_array_equal(run_conv(shape, weight, x).double(), expected)
+            residual = 64.0 * torch.randint(-99, 100, expected.shape)
+            y = run_conv(shape, weight, x, residual=residual, activation="relu")
+            np.testing.assert_array_equal(y.double(), np.maximum(expected + residual.numpy(), 0))
+
+
+def _sums(shape: Convolution, weight: CondensedWeight, steps: Array) -> Array:
+    stride, padding, dilation = shape.steps
+    return reference.condensed_conv(
+        steps,
+        weight.values,
+        weight.indices,
+        weight.active,
+        np.zeros(shape.n),
+        weight_shape=shape.weight_shape,
+        strides=stride,
+        pads=padding * 2,
+        dilations=dilation,
+        group=shape.groups,
+        transposed=shape.transposed,
+        output_padding=shape.output_padding or None,
+    )
+
+
+def test_many_channels() -> None:
+    """More filters than a block of them has, and several tiles of positions."""
+    shape = Convolution(n=300, channels=130, kernel=(1, 3), groups=1, padding=(0, 1), size=(5, 29))
+    weight = without_bias(whole(shape.condensed(65, n_active=283)))
+    steps, scales = whole_samples(2, shape.channels, *shape.size)
+    y = run_conv(shape, weight, samples_of(steps, scales))
+    worth = np.ones(300)
+    worth[weight.active] = weight.scales
+    expected = _sums(shape, weight, steps) * scales.reshape(2, 1, 1, 1) * worth.reshape(300, 1, 1)
+    np.testing.assert_array_equal(y.double(), expected)
+
+
+def _some_linear(batch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weight = condensed(300, 500, 60, n_active=277, dtype="int8")
+    x, residual = (torch.randn(batch, size, generator=generator) for size in (500, 300))
+    return check_linear(weight, x, residual=residual, activation="silu")
+
+
+def _some_conv(shape: Convolution) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, shape.channels, *shape.size, generator=generator)
+    return check_conv(shape, shape.condensed(4, n_active=shape.n - 3, dtype="int8"), x, activation="tanh")
+
+
+RUNS: dict[str, Callable[[], Tensor]] = {
+    **{f"linear, {batch}": functools.partial(_some_linear, batch) for batch in (1, 5, 16, 70, 200)},
+    "convolution of few filters": functools.partial(_some_conv, SHAPES["2d tall kernel"]),
+    "convolution in groups": functools.partial(_some_conv, SHAPES["3d strided"]),
+    "convolution of many filters": functools.partial(_some_conv, Convolution(n=200, channels=40, size=(12, 13))),
+}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS)
+def test_the_same_bits_for_any_number_of_threads(run: Callable[[], Tensor]) -> None:
+    alone = bits(run())
+    for threads in (2, 3):
+        with torch_threads(threads):
+            assert bits(run()) == alone
