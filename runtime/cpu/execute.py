@@ -159,7 +159,7 @@ def _raise_if_failed(j: "ctypes.Array[ctypes.c_int64]") -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _geometry(numbers: tuple[int, ...]) -> "tuple[ctypes.Array[ctypes.c_int64], Tensor, int, int]":
-    """The geometry as kernels read it, its taps' offsets, the floats of a packed sample, and its positions.
+    """The geometry as kernels read it, its taps' offsets, the elements of a packed sample, and its positions.
 
     All are shared by threads and never written.
     """
@@ -170,11 +170,8 @@ def _geometry(numbers: tuple[int, ...]) -> "tuple[ctypes.Array[ctypes.c_int64], 
     j = Job()
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     entry("conv_offsets")[0](ctypes.addressof(j), 0)
-    size = geometry[conv.CHANNELS] * math.prod(geometry[conv.PLANES_D : conv.PACKED_W + 1])
-    if not geometry[conv.DIRECT]:
-        size = (size // LANES + 2) * LANES + _SLACK
     rows = (geometry[conv.OUT_D] - 1) * geometry[conv.PACKED_H] + geometry[conv.OUT_H] - 1
-    return geometry, offsets, size, rows * geometry[conv.PACKED_W] + geometry[conv.OUT_W]
+    return geometry, offsets, _packed_size(geometry), rows * geometry[conv.PACKED_W] + geometry[conv.OUT_W]
 
 
 def convolution(
@@ -216,19 +213,23 @@ def convolution(
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.BATCH] = NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
-    if kernel == plan.ROWS:
+    if scales is not None and kernel == plan.INT8_TILE:
+        _run_byte_samples(j, x, size, positions)
+    elif kernel == plan.ROWS:
         _run_samples(j, x, bool(geometry[conv.DIRECT]), size, positions)
     else:
         outputs, thread_count = y.numel() // n, torch.get_num_threads()
-        if scales is not None:
-            known = x.new_empty(x.shape[0], 3)
-            j[job.X_SCALES] = known.data_ptr()
-            threads.run(entry("int8_scales_task"), ctypes.addressof(j), x.shape[0], thread_count)
-        tiles = -(-outputs // _COLUMNS[kernel])
+        tiles = -(-outputs // COLUMNS)
         splits = plan.shares(tiles, n_active // LANES, outputs * n_active * k, thread_count)
         j[job.ROW_SPLITS] = splits
         threads.run(entry(_CONV_TASKS[kernel]), ctypes.addressof(j), tiles * splits, thread_count)
     _raise_if_failed(j)
+
+
+def _packed_size(geometry: "ctypes.Array[ctypes.c_int64]") -> int:
+    """The elements of a packed sample, with those behind it that may be read."""
+    size = geometry[conv.CHANNELS] * math.prod(geometry[conv.PLANES_D : conv.PACKED_W + 1])
+    return (size // LANES + 2) * LANES + _SLACK
 
 
 def _run_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, direct: bool, size: int, positions: int) -> None:
@@ -248,3 +249,23 @@ def _run_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, direct: bool, siz
         splits = plan.shares(samples, j[job.N_ACTIVE] // LANES, samples * work, thread_count)
         j[job.ROW_SPLITS] = splits
         threads.run(entry("conv_rows_task"), address, samples * splits, thread_count)
+
+
+def _run_byte_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, size: int, positions: int) -> None:
+    """The same for values of eight bits: samples are rounded as they are packed."""
+    batch, thread_count = x.shape[0], torch.get_num_threads()
+    chunk = max(1, min(batch, 4 * plan.CHUNK_FLOATS // size))
+    packed, known = x.new_empty(chunk * size, dtype=torch.uint8), x.new_empty(batch, 3)
+    j[job.PACKED], j[job.PACKED_SIZE], j[job.X_SCALES] = packed.data_ptr(), size, known.data_ptr()
+    address, tiles = ctypes.addressof(j), -(-positions // plan.INT8_COLUMNS)
+    threads.run(entry("int8_scales_task"), address, batch, thread_count)
+    for first in range(0, batch, chunk):
+        samples = min(chunk, batch - first)
+        j[job.SAMPLE], j[job.SAMPLES] = first, samples
+        splits = plan.shares(samples, x.shape[1], samples * size, thread_count)
+        j[job.ROW_SPLITS] = splits
+        threads.run(entry("int8_pack_task"), address, samples * splits, thread_count)
+        work = samples * positions * j[job.N_ACTIVE] * j[job.K]
+        splits = plan.shares(samples * tiles, j[job.N_ACTIVE] // LANES, work, thread_count)
+        j[job.ROW_SPLITS] = splits
+        threads.run(entry("int8_conv_task"), address, samples * tiles * splits, thread_count)

@@ -37,8 +37,9 @@ _int8_conv_kernel = planned(plan.int8_conv_kernel)
 _PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _TILE_TASK = (
     abi.TABLE[task] for task in ("plan_linear", "rows_task", "strided_task", "dot_task", "tile_task")
 )
-_INT8_DOT_TASK, _INT8_TILE_TASK, _INT8_CONV_TILE, _INT8_SCALES_TASK = (
-    abi.TABLE[task] for task in ("int8_dot_task", "int8_tile_task", "int8_conv_tile_task", "int8_scales_task")
+_INT8_DOT_TASK, _INT8_TILE_TASK, _INT8_CONV, _INT8_SCALES, _INT8_PACK = (
+    abi.TABLE[task]
+    for task in ("int8_dot_task", "int8_tile_task", "int8_conv_task", "int8_scales_task", "int8_pack_task")
 )
 _CONV_PLAN, _CONV_OFFSETS, _CONV_PACK, _CONV_TILE, _CONV_ROWS, _WIDEN_VALUES = (
     abi.TABLE[task]
@@ -180,20 +181,6 @@ def _run_byte_tiles(node: int, context: int, task: int, j: int, columns: int, wo
     return _run_tasks(node, context, task, tiles * splits, j)
 
 
-@inlined
-def _run_byte_positions(node: int, context: int, j: int, batch: int, positions: int, work: int) -> int:
-    """A convolution with values of eight bits: what is known of each sample, then tiles of its output positions."""
-    scales = _malloc(batch * 12)
-    if scales == 0:
-        return refuse(node, text("not enough memory for the scales of its samples"), 0, 0, 0)
-    _set_field(j, job.X_SCALES, scales)
-    status = _run_tasks(node, context, kernel(node, _INT8_SCALES_TASK), batch, j)
-    if status == 0:
-        status = _run_byte_tiles(node, context, kernel(node, _INT8_CONV_TILE), j, positions, work)
-    _free(scales)
-    return status
-
-
 def compute_linear(node: int, context: int) -> int:
     """KernelComputeV2 of CondensedLinear and those with epilogues."""
     x, weights, tensor, j, data = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS), stack(3)
@@ -285,24 +272,31 @@ def _run_positions(node: int, context: int, j: int, positions: int, work: int) -
 
 
 @inlined
-def _run_samples(node: int, context: int, weights: int, j: int, geometry: int, batch: int) -> int:
-    """Pack and convolve the samples, a chunk at a time, in scratch that all tasks share."""
+def _run_samples(node: int, context: int, weights: int, j: int, geometry: int, batch: int, bytes_panel: int) -> int:
+    """Pack and convolve the samples, a chunk at a time, in scratch that all tasks share.
+
+    ``bytes_panel`` is 0 but for values of eight bits.
+    """
     n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
     channels = load(geometry, abi.WORD * conv.CHANNELS)
-    direct = load(geometry, abi.WORD * conv.DIRECT) != 0
+    direct = load(geometry, abi.WORD * conv.DIRECT) != 0 and bytes_panel == 0
     size, chunk = channels, batch
     for i in range(conv.PLANES_D, conv.PACKED_W + 1):
         if size > _MAX_ELEMENTS // load(geometry, abi.WORD * i):
             return refuse(node, text("the padded input '@' is too large"), text("x"), 0, 0)
         size *= load(geometry, abi.WORD * i)
-    packed_floats = 0
+    packed_bytes, element = 0, 1 if bytes_panel != 0 else 4
     if not direct:
         size = (size // _LANES + 2) * _LANES + _SLACK
-        chunk = max(1, min(batch, _CHUNK_ELEMENTS // size))
-        packed_floats = chunk * size
-    wide = 0 if load(weights, abi.WEIGHTS_VALUE_TYPE) == _FLOAT32 else n_active * k * 4
+        chunk = max(1, min(batch, 4 * _CHUNK_ELEMENTS // (size * element)))
+        packed_bytes = (chunk * size * element + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
+    extra = 0  # of what is known of each sample, or the values as float32
+    if bytes_panel != 0:
+        extra = batch * 12
+    elif load(weights, abi.WEIGHTS_VALUE_TYPE) != _FLOAT32:
+        extra = n_active * k * 4
     offsets_bytes = (load(node, abi.NODE_IN_FEATURES) * abi.WORD + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
-    scratch = _malloc(offsets_bytes + packed_floats * 4 + wide + 2 * _CACHE_LINE)
+    scratch = _malloc(offsets_bytes + packed_bytes + extra + 2 * _CACHE_LINE)
     if scratch == 0:
         return refuse(node, text("not enough memory for the padded input '@'"), text("x"), 0, 0)
     offsets = (scratch + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
@@ -310,27 +304,32 @@ def _run_samples(node: int, context: int, weights: int, j: int, geometry: int, b
     call(kernel(node, _CONV_OFFSETS), (j, 0))
     _set_field(j, job.PACKED, _field(j, job.X) if direct else offsets + offsets_bytes)
     _set_field(j, job.PACKED_SIZE, size)
-    if wide != 0:
-        target = offsets + offsets_bytes + packed_floats * 4
-        call(kernel(node, _WIDEN_VALUES), (j, target))
-        _set_field(j, job.VALUES, target)
     rows = (load(geometry, abi.WORD * conv.OUT_D) - 1) * load(geometry, abi.WORD * conv.PACKED_H)
     rows += load(geometry, abi.WORD * conv.OUT_H) - 1
     positions = rows * load(geometry, abi.WORD * conv.PACKED_W) + load(geometry, abi.WORD * conv.OUT_W)
-    status = first = 0
+    status, first, target, tiles = 0, 0, offsets + offsets_bytes + packed_bytes, 1
+    pack, task, shared = kernel(node, _CONV_PACK), kernel(node, _CONV_ROWS), n_active
+    if bytes_panel != 0:
+        _set_field(j, job.X_SCALES, target)
+        status = _run_tasks(node, context, kernel(node, _INT8_SCALES), batch, j)
+        pack, task, shared = kernel(node, _INT8_PACK), kernel(node, _INT8_CONV), _field(j, job.PANEL_COUNT)
+        tiles = (positions + _INT8_COLUMNS - 1) // _INT8_COLUMNS
+    elif extra != 0:
+        call(kernel(node, _WIDEN_VALUES), (j, target))
+        _set_field(j, job.VALUES, target)
     while status == 0 and first < batch:
         samples = min(chunk, batch - first)
         _set_field(j, job.SAMPLE, first)
         if not direct:
             splits = _shares(channels, size)
             _set_field(j, job.ROW_SPLITS, splits)
-            status = _run_tasks(node, context, kernel(node, _CONV_PACK), samples * splits, j)
+            status = _run_tasks(node, context, pack, samples * splits, j)
         if status == 0:
             splits = 1
-            if samples < _FEW_TILES:
-                splits = min(_shares(n_active, positions * n_active * k), _FEW_TILES // samples)
+            if samples * tiles < _FEW_TILES:
+                splits = min(_shares(shared, positions * n_active * k), _FEW_TILES // (samples * tiles))
             _set_field(j, job.ROW_SPLITS, splits)
-            status = _run_tasks(node, context, kernel(node, _CONV_ROWS), samples * splits, j)
+            status = _run_tasks(node, context, task, samples * tiles * splits, j)
         first += samples
     _free(scratch)
     return status
@@ -414,11 +413,9 @@ def compute_conv(node: int, context: int) -> int:
     store(geometry, abi.WORD * conv.K, k)
     _set_field(j, job.GEOMETRY, geometry)
     call(kernel(node, _CONV_PLAN), (j, 0))
-    if panel == 0:
-        return _run_samples(node, context, weights, j, geometry, batch)
+    if panel == 0 or load(node, abi.NODE_EIGHT_BITS) != 0:
+        return _run_samples(node, context, weights, j, geometry, batch, panel)
     positions = elements // n
-    if load(node, abi.NODE_EIGHT_BITS) != 0:
-        return _run_byte_positions(node, context, j, batch, positions, positions * n_active * k)
     return _run_positions(node, context, j, positions, positions * n_active * k)
 
 

@@ -133,7 +133,7 @@ def _interpret(node: Node, x: Array, blocks: int) -> Array:
             packed = _Guarded((size // LANES + 2) * LANES)
             for block in reversed(range(blocks)):
                 first, last = channels * block // blocks, channels * (block + 1) // blocks
-                kernel.conv_pack(given_x, packed, geometry, sample, first, last)
+                kernel.conv_pack(given_x, packed, geometry, sample, first, last, 0.0)
             assert None not in packed.content
         for block in reversed(range(blocks)):
             first, last = n_active * block // blocks, n_active * (block + 1) // blocks

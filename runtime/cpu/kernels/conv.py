@@ -134,8 +134,10 @@ def conv_tap_offsets(offsets: Pointer, geometry: Pointer) -> None:
                 t += 1
 
 
-def conv_pack(x: Pointer, packed: Pointer, geometry: Pointer, sample: int, first: int, last: int) -> None:
-    """Pack the channels ``first <= c < last`` of one sample, and the zeros after the last one."""
+def conv_pack(
+    x: Pointer, packed: Pointer, geometry: Pointer, sample: int, first: int, last: int, nothing: float
+) -> None:
+    """Pack the channels ``first <= c < last`` of one sample, and what follows the last one: ``nothing``, as padding."""
     channels = geometry[CHANNELS]
     in_d, in_h, in_w = geometry[IN_D], geometry[IN_H], geometry[IN_W]
     stride_d, stride_h, stride_w = geometry[STRIDE_D], geometry[STRIDE_H], geometry[STRIDE_W]
@@ -158,25 +160,32 @@ def conv_pack(x: Pointer, packed: Pointer, geometry: Pointer, sample: int, first
                     w0 = min(packed_w, max(0, (-start_w + stride_w - 1) // stride_w))
                     w1 = max(w0, min(packed_w, (in_w - 1 - start_w) // stride_w + 1))
                     for d in range(packed_d):
+                        # Divisions take as long as copying a row does: there are none where there is no spacing.
                         at_d = d * stride_d + start_d
-                        inside_d = at_d >= 0 and at_d % spacing_d == 0 and at_d // spacing_d < in_d
+                        inside_d = at_d >= 0
+                        if spacing_d > 1:
+                            inside_d, at_d = inside_d and at_d % spacing_d == 0, at_d // spacing_d
+                        inside_d = inside_d and at_d < in_d
                         for h in range(packed_h):
                             at_h = h * stride_h + start_h
-                            if not inside_d or at_h < 0 or at_h % spacing_h != 0 or at_h // spacing_h >= in_h:
+                            inside = inside_d and at_h >= 0
+                            if spacing_h > 1:
+                                inside, at_h = inside and at_h % spacing_h == 0, at_h // spacing_h
+                            if not inside or at_h >= in_h:
                                 for w in range(packed_w):
-                                    packed[to + w] = 0.0
+                                    packed[to + w] = nothing
                             elif spacing_w > 1:
-                                x_row = x_base + (at_d // spacing_d * in_h + at_h // spacing_h) * in_w
+                                x_row = x_base + (at_d * in_h + at_h) * in_w
                                 for w in range(packed_w):
                                     at_w = w * stride_w + start_w
-                                    value = 0.0
+                                    value = nothing
                                     if at_w >= 0 and at_w % spacing_w == 0 and at_w // spacing_w < in_w:
                                         value = x[x_row + at_w // spacing_w]
                                     packed[to + w] = value
                             else:
                                 for w in range(w0):
-                                    packed[to + w] = 0.0
-                                x_row = x_base + (at_d // spacing_d * in_h + at_h // spacing_h) * in_w + start_w
+                                    packed[to + w] = nothing
+                                x_row = x_base + (at_d * in_h + at_h) * in_w + start_w
                                 if stride_w == 1:
                                     # Whole vectors if both ends hold them: what is too much is written over next.
                                     count = (w1 - w0 + LANES - 1) // LANES * LANES
@@ -188,11 +197,11 @@ def conv_pack(x: Pointer, packed: Pointer, geometry: Pointer, sample: int, first
                                     for w in range(w0, w1):
                                         packed[to + w] = x[x_row + w * stride_w]
                                 for w in range(w1, packed_w):
-                                    packed[to + w] = 0.0
+                                    packed[to + w] = nothing
                             to += packed_w
     if last == channels:
         for i in range(to_end, (to_end // LANES + 2) * LANES):
-            packed[i] = 0.0
+            packed[i] = nothing
 
 
 def conv_rows(

@@ -5,6 +5,8 @@ Owns the way of data through them: by tiles of output positions, or where no pan
 
 from typing import Any, Final
 
+import numpy as np
+
 from srigl_fx.runtime.cpu.kernels import conv, job, patches
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
@@ -24,7 +26,7 @@ from srigl_fx.runtime.cpu.kernels.tiles import (
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, shorts, words
 
 Pointer = Any
-PIECES_BYTES: Final = (
+_PIECES_BYTES: Final = (
     patches.MOST_PIECES * patches.PIECE_WORDS + patches.TAP_WORDS
 ) * 8  # bytes: a tile's pieces, and a tap
 
@@ -33,7 +35,7 @@ _conv_offsets, _conv_plan = compiled(conv.conv_tap_offsets), compiled(conv.conv_
 
 
 @compiled
-def fill_taps(j: Pointer, pieces: int, count: int, block: int, width: int, inputs: int) -> None:
+def _fill_taps(j: Pointer, pieces: int, count: int, block: int, width: int, inputs: int) -> None:
     """What all taps of one group of channels read at a tile's positions; ``pieces`` is followed by room for a tap."""
     geometry = words(j[job.GEOMETRY])
     kernel_d, kernel_h, kernel_w = geometry[conv.KERNEL_D], geometry[conv.KERNEL_H], geometry[conv.KERNEL_W]
@@ -47,7 +49,7 @@ def fill_taps(j: Pointer, pieces: int, count: int, block: int, width: int, input
 
 
 @compiled
-def store_positions(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
+def _store_positions(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
     """The outputs ``o0 <= o < o1`` of a tile, which may end in another sample than it starts in."""
     geometry, n = words(j[job.GEOMETRY]), j[job.OUT_FEATURES]
     plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
@@ -84,14 +86,14 @@ def conv_tile_task(j: Pointer, task: int) -> None:
     in_one_plane = position + columns <= plane
     in_place = in_one_plane and columns == width and is_limit(j[job.ACTIVATION])
     y = j[job.Y] + (sample * n * plane + position) * 4 if in_place else 0
-    memory = tile_memory(in_features, n, BLOCK_GROUPS + PIECES_BYTES // 8)
+    memory = tile_memory(in_features, n, BLOCK_GROUPS + _PIECES_BYTES // 8)
     if memory == 0:
         j[job.FAILED] = 1
         return
     out = (memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
     cursors = words(out + (n + 1) * COLUMNS * 4)
     pieces = out + (n + 1) * COLUMNS * 4 + (BLOCK_GROUPS + 1) * 8
-    inputs = out + (n + 1) * COLUMNS * 4 + (BLOCK_GROUPS + PIECES_BYTES // 8 + 8) // 8 * CACHE_LINE
+    inputs = out + (n + 1) * COLUMNS * 4 + (BLOCK_GROUPS + _PIECES_BYTES // 8 + 8) // 8 * CACHE_LINE
     pieces_count = patches.cut_pieces(geometry, first, columns, words(pieces))
     clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
     rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
@@ -106,7 +108,7 @@ def conv_tile_task(j: Pointer, task: int) -> None:
                 at = j[job.X] + ((sample * geometry[conv.CHANNELS] + block * in_features) * plane + position) * 4
                 copy_rows(at, plane * 4, inputs, COLUMNS * 4, in_features)
             else:
-                fill_taps(j, pieces, pieces_count, block, width, inputs)
+                _fill_taps(j, pieces, pieces_count, block, width, inputs)
             if columns < width:
                 clear_columns(floats(inputs), in_features, columns, width)
             filled = block
@@ -116,7 +118,7 @@ def conv_tile_task(j: Pointer, task: int) -> None:
         if y != 0:
             put_rest(j, g0, g1, o0, o1, width, out, y, plane * 4)
         else:
-            store_positions(j, first, columns, width, o0, o1, out)
+            _store_positions(j, first, columns, width, o0, o1, out)
         if g1 == last:
             break
         g0, o0 = g1, o1
@@ -131,7 +133,7 @@ def conv_pack_task(j: Pointer, task: int) -> None:
     channels = geometry[conv.CHANNELS]
     packed = floats(j[job.PACKED] + within * j[job.PACKED_SIZE] * 4)
     first, last = channels * part // splits, channels * (part + 1) // splits
-    _conv_pack(floats(j[job.X]), packed, geometry, j[job.SAMPLE] + within, first, last)
+    _conv_pack(floats(j[job.X]), packed, geometry, j[job.SAMPLE] + within, first, last, np.float32(0))
 
 
 def conv_rows_task(j: Pointer, task: int) -> None:

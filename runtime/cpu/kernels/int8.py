@@ -170,6 +170,29 @@ def _tile_row(context: Any, inputs: Any, weights: Any, quads: Any, sums: Any) ->
 # The 64 sums of one row of weights: (the tile's bytes, the row's first quad, how many, where to put int32 sums). Column
 # 16 v + 4 l + j of the sums is what lies at byte 16 l + 4 v + j of the tile's rows: the order that interleaving leaves.
 tile_row: Callable[[int, int, int, int], None] = intrinsic(_tile_row)
+# The columns that lie in a tile's row, byte after byte.
+_ORDER: Final = [16 * w + 4 * lane + j for lane in range(4) for w in range(4) for j in range(4)]
+
+
+def _gather_rows(context: Any, inputs: Any, offsets: Any, count: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        inputs, offsets, count, to = args
+
+        def one_row(i: Any, carried: Any) -> Any:
+            at = b.add(inputs, v.load(b, b.add(offsets, b.shl(i, number(3))), I64, 8))
+            found = v.load(b, at, BYTES, 1)
+            v.store(b, b.shuffle_vector(found, found, ir.Constant(_PLACES, _ORDER)), b.add(to, b.shl(i, number(6))), 64)
+            return carried
+
+        v.loop(b, count, (), one_row)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 4), generate
+
+
+# 64 neighbouring bytes from each of several places as rows of a tile: (the first place, how far each is from there
+# (int64), how many, where to).
+gather_rows: Callable[[int, int, int, int], None] = intrinsic(_gather_rows)
 
 
 def _finish_row(
@@ -328,8 +351,7 @@ def _round_columns(context: Any, x: Any, second: Any, inverses: Any, offsets: An
             b.shuffle_vector(parts[i], parts[i + 1], ir.Constant(ir.VectorType(I32, 32), list(range(32))))
             for i in (0, 2)
         ]
-        order = [16 * w + 4 * lane + j for lane in range(4) for w in range(4) for j in range(4)]
-        v.store(b, b.shuffle_vector(*halves, ir.Constant(_PLACES, order)), to, 64)
+        v.store(b, b.shuffle_vector(*halves, ir.Constant(_PLACES, _ORDER)), to, 64)
         return context.get_dummy_value()
 
     return types.void(*[address] * 5), generate

@@ -1,4 +1,4 @@
-"""The tasks of layers with values of eight bits. Importing it imports Numba.
+"""The tasks of linear layers with values of eight bits. Importing it imports Numba.
 
 Owns the way of data through them: samples are rounded to eight bits, multiplied, and scaled into finished outputs.
 """
@@ -7,10 +7,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from srigl_fx.runtime.cpu.kernels import conv, job, panel
+from srigl_fx.runtime.cpu.kernels import job, panel
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled
-from srigl_fx.runtime.cpu.kernels.conv_tasks import PIECES_BYTES, fill_taps, store_positions
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats
 from srigl_fx.runtime.cpu.kernels.int8 import (
     TILE_ROW,
@@ -26,23 +25,22 @@ from srigl_fx.runtime.cpu.kernels.int8 import (
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import start_rows, store_as_columns, store_as_rows
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
-from srigl_fx.runtime.cpu.kernels.patches import cut_pieces
-from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, INT8_COLUMNS, LANES, MOST_INT8_DOT_SAMPLES
-from srigl_fx.runtime.cpu.kernels.tiles import clear_columns, first_output, start_tile
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, LANES, MOST_INT8_DOT_SAMPLES
+from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_outputs
 from srigl_fx.runtime.cpu.kernels.vector import allocate, as_float, floats, ints, release, words
 from srigl_fx.runtime.quantisation import LARGEST_UNSIGNED, LARGEST_VALUE, OFFSET, SMALLEST
 
 Pointer = Any
 _INFINITY: Final = 0x7F800000  # the bits of it
 _MINUS_ZERO: Final = 0x80000000
-_EXTREMES: Final = 2 * CACHE_LINE  # bytes of what is found of a sample
-_BLOCK_GROUPS: Final = 16  # groups of rows whose outputs stay in the second-level cache
+EXTREMES: Final = 2 * CACHE_LINE  # bytes of what is found of a sample
+BLOCK_GROUPS: Final = 4  # groups of rows whose outputs stay in the first-level cache
 _LARGEST_VALUE, _LARGEST_UNSIGNED = np.float32(LARGEST_VALUE), np.float32(LARGEST_UNSIGNED)
 _SMALLEST, _NAN, _ZERO = np.float32(SMALLEST), np.float32(np.nan), np.float32(0)
 
 
 @compiled
-def _find_scale(found: int, inverses: Pointer, scales: Pointer, offsets: Pointer, sample: int) -> None:
+def find_scale(found: int, inverses: Pointer, scales: Pointer, offsets: Pointer, sample: int) -> None:
     """Store by what a sample is multiplied before it is rounded, what one is worth afterwards, and its offset."""
     bits = ints(found)
     largest = top = 0
@@ -61,14 +59,16 @@ def _find_scale(found: int, inverses: Pointer, scales: Pointer, offsets: Pointer
 
 
 @compiled
-def _clear(found: int) -> None:
+def clear(found: int) -> None:
+    """Forget what was found of a sample."""
     bits = words(found)
-    for i in range(_EXTREMES // 8):
+    for i in range(EXTREMES // 8):
         bits[i] = 0
 
 
 @compiled
-def _aligned(address: int) -> int:
+def aligned(address: int) -> int:
+    """The first cache line that starts there or later."""
     return (address + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
 
 
@@ -123,7 +123,7 @@ def int8_dot_task(j: Pointer, task: int) -> None:
     if memory == 0:
         j[job.FAILED] = 1
         return
-    sums = _aligned(memory)
+    sums = aligned(memory)
     found, finished, numbers = sums + 8 * CACHE_LINE, sums + 10 * CACHE_LINE, sums + 11 * CACHE_LINE
     inverses, scales, offsets = floats(numbers), floats(numbers + CACHE_LINE), ints(numbers + 2 * CACHE_LINE)
     rounded = sums + 14 * CACHE_LINE
@@ -131,9 +131,9 @@ def int8_dot_task(j: Pointer, task: int) -> None:
         samples = min(batch - first, MOST_INT8_DOT_SAMPLES)
         for s in range(samples):
             x = j[job.X] + (first + s) * in_features * 4
-            _clear(found)
+            clear(found)
             extremes(x, in_features, found)
-            _find_scale(found, inverses, scales, offsets, s)
+            find_scale(found, inverses, scales, offsets, s)
             round_row(x, in_features, inverses[s], int(offsets[s]), rounded + s * x_row)
             start_rows(j, first + s, o0, o1)
         for g in range(g0, g1):
@@ -165,13 +165,13 @@ def _scales_of_rows(j: Pointer, first: int, columns: int, found: int, natural: i
         inverses[c], scales[c], offsets[c] = 0.0, 0.0, 0
     in_features, batch = j[job.IN_FEATURES], j[job.BATCH]
     for c in range(columns):
-        _clear(found)
+        clear(found)
         if j[job.X_FEATURE_MAJOR] != 0:
             for f in range(in_features):
                 extremes(j[job.X] + (f * batch + first + c) * 4, 1, found)
         else:
             extremes(j[job.X] + (first + c) * in_features * 4, in_features, found)
-        _find_scale(found, inverses, scales, offsets, c)
+        find_scale(found, inverses, scales, offsets, c)
     for place in range(INT8_COLUMNS):
         lane, vector, i = place // 16, place // 4 % 4, place % 4
         column = 16 * vector + 4 * lane + i
@@ -211,7 +211,7 @@ def _fill_from_columns(j: Pointer, first: int, columns: int, natural: int, stage
 
 
 @compiled
-def _multiply(j: Pointer, g0: int, g1: int, inputs: int, natural: int, sums: int, out: int) -> None:
+def multiply_tile(j: Pointer, g0: int, g1: int, inputs: int, natural: int, sums: int, out: int) -> None:
     """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``natural`` is what is known of the columns."""
     outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
     weight_sums, weight_scales = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
@@ -231,12 +231,12 @@ def int8_tile_task(j: Pointer, task: int) -> None:
     tile, part = task // splits, task % splits
     first = tile * INT8_COLUMNS
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
-    out_bytes = (n + 1) * INT8_COLUMNS * 4
+    out_bytes = n * INT8_COLUMNS * 4
     memory = allocate(out_bytes + in_features * TILE_ROW + 64 * CACHE_LINE)
     if memory == 0:
         j[job.FAILED] = 1
         return
-    out = _aligned(memory)
+    out = aligned(memory)
     natural = out + out_bytes  # inverses, scales and offsets of 64 columns, then two of them in another order
     ordered, found, sums = natural + 12 * CACHE_LINE, natural + 20 * CACHE_LINE, natural + 22 * CACHE_LINE
     staged, inputs = natural + 26 * CACHE_LINE, natural + 42 * CACHE_LINE
@@ -250,101 +250,16 @@ def int8_tile_task(j: Pointer, task: int) -> None:
     g0, end = count * part // splits, count * (part + 1) // splits
     o0 = first_output(j, g0)
     while o0 < n:
-        g1 = min(end, g0 + _BLOCK_GROUPS)
+        g1 = min(end, g0 + BLOCK_GROUPS)
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
-        start_tile(j, g0, g1, o0, o1, INT8_COLUMNS, out)
-        _multiply(j, g0, g1, inputs, natural, sums, out)
+        block = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
+        start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
+        multiply_tile(j, g0, g1, inputs, natural, sums, block)
         if j[job.Y_FEATURE_MAJOR] != 0:
-            store_as_columns(j, first, columns, INT8_COLUMNS, o0, o1, out)
+            store_as_columns(j, first, columns, INT8_COLUMNS, o0, o1, block)
         else:
-            store_as_rows(j, first, columns, INT8_COLUMNS, o0, o1, out)
+            store_as_rows(j, first, columns, INT8_COLUMNS, o0, o1, block)
         if g1 == end:
-            break
-        g0, o0 = g1, o1
-    release(memory)
-
-
-def int8_scales_task(j: Pointer, sample: int) -> None:
-    """What is known of one sample of a convolution, in X_SCALES: its inverse, scale and offset."""
-    geometry = words(j[job.GEOMETRY])
-    size = geometry[conv.CHANNELS] * geometry[conv.IN_D] * geometry[conv.IN_H] * geometry[conv.IN_W]
-    memory = allocate(_EXTREMES + 4 * CACHE_LINE)
-    if memory == 0:
-        j[job.FAILED] = 1
-        return
-    found = _aligned(memory)
-    numbers = found + _EXTREMES
-    _clear(found)
-    extremes(j[job.X] + sample * size * 4, size, found)
-    _find_scale(found, floats(numbers), floats(numbers + 4), ints(numbers + 8), 0)
-    for i in range(3):
-        ints(j[job.X_SCALES])[3 * sample + i] = ints(numbers)[i]
-    release(memory)
-
-
-@compiled
-def _scales_of_positions(j: Pointer, first: int, columns: int, plane: int, natural: int) -> None:
-    known, inverses, scales, offsets = (
-        j[job.X_SCALES],
-        floats(natural),
-        floats(natural + 4 * SLOTS),
-        natural + 8 * SLOTS,
-    )
-    for c in range(INT8_COLUMNS):
-        inverses[c], scales[c], ints(offsets)[c] = 0.0, 0.0, 0
-        if c < columns:
-            at = known + (first + c) // plane * 12
-            inverses[c], scales[c], ints(offsets)[c] = floats(at)[0], floats(at + 4)[0], ints(at + 8)[0]
-
-
-def int8_conv_tile_task(j: Pointer, task: int) -> None:
-    """A share of the filters for one tile of 64 output positions, counted through all samples.
-
-    What the taps read is gathered as float32, 32 positions at a time, and rounded from there: so whatever geometry the
-    tile kernel of float32 has, this one has too.
-    """
-    splits, count, geometry = j[job.ROW_SPLITS], j[job.PANEL_COUNT], words(j[job.GEOMETRY])
-    tile, part = task // splits, task % splits
-    first = tile * INT8_COLUMNS
-    plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
-    columns = min(INT8_COLUMNS, j[job.BATCH] * plane - first)
-    in_features, n = j[job.IN_FEATURES], j[job.OUT_FEATURES]
-    block_rows, half_bytes = n // geometry[conv.GROUPS], in_features * COLUMNS * 4
-    out_bytes = (n + 1) * INT8_COLUMNS * 4
-    memory = allocate(out_bytes + 20 * CACHE_LINE + in_features * TILE_ROW + 2 * half_bytes + PIECES_BYTES)
-    if memory == 0:
-        j[job.FAILED] = 1
-        return
-    out = _aligned(memory)
-    natural, sums = out + out_bytes, out + out_bytes + 12 * CACHE_LINE
-    inputs = sums + 4 * CACHE_LINE
-    halves = inputs + in_features * TILE_ROW
-    pieces = halves + 2 * half_bytes
-    _scales_of_positions(j, first, columns, plane, natural)
-    rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
-    o0, filled = first_output(j, g0), -1
-    while o0 < n:
-        g1 = g0
-        block = -1 if g0 >= last else int(rows[g0 * LANES]) // block_rows
-        while g1 < min(last, g0 + _BLOCK_GROUPS) and int(rows[g1 * LANES]) // block_rows == block:
-            g1 += 1
-        if block != filled and block >= 0:
-            for half in range(2):
-                start, to = first + half * COLUMNS, halves + half * half_bytes
-                width = min(COLUMNS, columns - half * COLUMNS)
-                if width > 0:
-                    pieces_count = cut_pieces(geometry, start, width, words(pieces))
-                    fill_taps(j, pieces, pieces_count, block, COLUMNS, to)
-                clear_columns(floats(to), in_features, max(0, width), COLUMNS)
-            for f in range(in_features):
-                at = halves + f * COLUMNS * 4
-                round_columns(at, at + half_bytes, natural, natural + 8 * SLOTS, inputs + f * TILE_ROW)
-            filled = block
-        o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
-        start_tile(j, g0, g1, o0, o1, INT8_COLUMNS, out)
-        _multiply(j, g0, g1, inputs, natural, sums, out)
-        store_positions(j, first, columns, INT8_COLUMNS, o0, o1, out)
-        if g1 == last:
             break
         g0, o0 = g1, o1
     release(memory)

@@ -117,13 +117,13 @@ KERNELS: Final = (
         file="tile.py, patches.py",
     ),
     Kernel(
-        task="int8_conv_tile_task",
+        task="int8_conv_task",
         layer="convolution",
         number=plan.INT8_TILE,
-        computes="the tile kernel of bytes with 64 output positions in place of samples",
+        computes="the tile kernel of bytes with 64 output positions in place of samples, from a padded copy",
         reads="int8 tile panel",
         values=("int8",),
-        file="int8.py, patches.py",
+        file="int8.py, conv.py",
     ),
     Kernel(
         task="product_task",
@@ -146,7 +146,7 @@ KERNELS: Final = (
 # What the callers of kernels need besides: the plan itself, packing, and the preparation of a convolution.
 HELPERS: Final = (
     *("measure_panel", "fill_panel", "plan_linear", "plan_panel", "phase_size"),
-    *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values", "int8_scales_task"),
+    *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values", "int8_scales_task", "int8_pack_task"),
 )
 TASKS: Final = (*(kernel.task for kernel in KERNELS if kernel.layer != "training"), *HELPERS)
 # What is compiled for each of the targets; all else for the instruction sets that they extend.

@@ -113,13 +113,19 @@ def _is_whole(j: Pointer, g: int) -> bool:
 
 
 @compiled
-def start_tile(j: Pointer, g0: int, g1: int, first: int, last: int, width: int, out: int) -> None:
+def start_outputs(j: Pointer, g0: int, g1: int, first: int, last: int, width: int, out: int) -> None:
     """Let the outputs ``first <= o < last`` start as their bias, if not all of them are of whole groups."""
     bias = floats(j[job.BIAS])
     if not _are_whole(j, g0, g1, first, last):
         for o in range(first, last):
             fill_floats(out + o * width * 4, bias[o], width // LANES)
-        fill_floats(out + j[job.OUT_FEATURES] * width * 4, 0.0, width // LANES)
+
+
+@compiled
+def start_tile(j: Pointer, g0: int, g1: int, first: int, last: int, width: int, out: int) -> None:
+    """The same, and zeros in the row after the last, for lanes without one."""
+    start_outputs(j, g0, g1, first, last, width, out)
+    fill_floats(out + j[job.OUT_FEATURES] * width * 4, 0.0, width // LANES)
 
 
 @compiled

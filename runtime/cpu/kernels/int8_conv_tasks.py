@@ -1,0 +1,174 @@
+"""The tasks of convolutions with values of eight bits. Importing it imports Numba.
+
+Owns the way of data through them: what is known of each sample, its bytes packed as :mod:`.conv` packs floats, and 64
+neighbouring positions of a packed sample at a time: there, what a tap reads for neighbouring outputs are neighbours,
+whatever the geometry is, and a tile's row is one copy.
+"""
+
+from typing import Any, Final
+
+import numpy as np
+
+from srigl_fx.runtime.cpu.kernels import conv, job
+from srigl_fx.runtime.cpu.kernels.activations import activate_row
+from srigl_fx.runtime.cpu.kernels.compiled import compiled
+from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats
+from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, extremes, gather_rows, round_row
+from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, EXTREMES, aligned, clear, find_scale, multiply_tile
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_outputs
+from srigl_fx.runtime.cpu.kernels.vector import allocate, bytes_, floats, ints, release, words
+
+Pointer = Any
+_KNOWN: Final = 12  # bytes of what is known of a sample: inverse, scale, offset
+_conv_pack = compiled(conv.conv_pack)
+
+
+def int8_scales_task(j: Pointer, sample: int) -> None:
+    """What is known of one sample, in X_SCALES: its inverse, scale and offset."""
+    geometry = words(j[job.GEOMETRY])
+    size = geometry[conv.CHANNELS] * geometry[conv.IN_D] * geometry[conv.IN_H] * geometry[conv.IN_W]
+    memory = allocate(EXTREMES + 4 * CACHE_LINE)
+    if memory == 0:
+        j[job.FAILED] = 1
+        return
+    found = aligned(memory)
+    numbers = found + EXTREMES
+    clear(found)
+    extremes(j[job.X] + sample * size * 4, size, found)
+    find_scale(found, floats(numbers), floats(numbers + 4), ints(numbers + 8), 0)
+    for i in range(3):
+        ints(j[job.X_SCALES])[3 * sample + i] = ints(numbers)[i]
+    release(memory)
+
+
+@compiled
+def _round_rows(j: Pointer, sample: int, c: int, packed: int, spare: int) -> None:
+    """One channel rounded to where it is packed, row by row, where rows are read as they lie.
+
+    Rounding writes up to 16 bytes too many, which are padding, as it takes what is behind a row for zeros: rows that
+    come later write over them. ``spare`` is room for the last row, whose neighbour may be packed at the same time.
+    """
+    geometry, known = words(j[job.GEOMETRY]), j[job.X_SCALES] + sample * _KNOWN
+    inverse, offset = floats(known)[0], int(ints(known + 8)[0])
+    in_d, in_h, in_w = geometry[conv.IN_D], geometry[conv.IN_H], geometry[conv.IN_W]
+    packed_d, packed_h, packed_w = geometry[conv.PACKED_D], geometry[conv.PACKED_H], geometry[conv.PACKED_W]
+    size = packed_d * packed_h * packed_w
+    for i in range(size):
+        bytes_(packed)[i] = offset
+    first = max(0, geometry[conv.PAD_W])
+    count = min(packed_w, in_w + geometry[conv.PAD_W]) - first
+    x = j[job.X] + ((sample * geometry[conv.CHANNELS] + c) * in_d * in_h * in_w + first - geometry[conv.PAD_W]) * 4
+    for d in range(packed_d):
+        at_d = d * geometry[conv.STRIDE_D] - geometry[conv.PAD_D]
+        for h in range(packed_h):
+            at_h = h * geometry[conv.STRIDE_H] - geometry[conv.PAD_H]
+            if count > 0 and at_d >= 0 and at_d < in_d and at_h >= 0 and at_h < in_h:
+                row, to = x + (at_d * in_h + at_h) * in_w * 4, (d * packed_h + h) * packed_w + first
+                exact = count if to + count + 2 * LANES <= size else max(0, size - to - 2 * LANES) // LANES * LANES
+                if exact > 0:
+                    round_row(row, exact, inverse, offset, packed + to)
+                if exact < count:
+                    round_row(row + exact * 4, count - exact, inverse, offset, spare)
+                    for i in range(count - exact):
+                        bytes_(packed + to + exact)[i] = bytes_(spare)[i]
+
+
+def int8_pack_task(j: Pointer, task: int) -> None:
+    """A share of the channels of one sample, rounded and packed as bytes; padding is what zero is rounded to."""
+    splits, geometry = j[job.ROW_SPLITS], words(j[job.GEOMETRY])
+    within, part = task // splits, task % splits
+    channels, sample = geometry[conv.CHANNELS], j[job.SAMPLE] + within
+    plane = geometry[conv.IN_D] * geometry[conv.IN_H] * geometry[conv.IN_W]
+    planes = geometry[conv.PLANES_D] * geometry[conv.PLANES_H] * geometry[conv.PLANES_W]
+    spacing = geometry[conv.SPACING_D] * geometry[conv.SPACING_H] * geometry[conv.SPACING_W]
+    size = planes * geometry[conv.PACKED_D] * geometry[conv.PACKED_H] * geometry[conv.PACKED_W]
+    known = j[job.X_SCALES] + sample * _KNOWN
+    inverse, offset = floats(known)[0], ints(known + 8)[0]
+    # Rounding writes up to 16 bytes too many, and packing reads as many.
+    memory = allocate(plane + 4 * CACHE_LINE)
+    if memory == 0:
+        j[job.FAILED] = 1
+        return
+    packed, rounded = j[job.PACKED] + within * j[job.PACKED_SIZE], aligned(memory)
+    for c in range(channels * part // splits, channels * (part + 1) // splits):
+        if planes * spacing * geometry[conv.STRIDE_W] == 1:
+            _round_rows(j, sample, c, packed + c * size, rounded)
+        else:
+            round_row(j[job.X] + (sample * channels + c) * plane * 4, plane, inverse, int(offset), rounded)
+            _conv_pack(bytes_(rounded - c * plane), bytes_(packed), geometry, 0, c, c + 1, np.uint8(offset))
+    release(memory)
+
+
+@compiled
+def _store(j: Pointer, sample: int, begin: int, end: int, o0: int, o1: int, out: int) -> None:
+    """The outputs ``o0 <= o < o1`` at the positions ``begin <= p < end`` of a packed sample; some are of no output."""
+    geometry, n = words(j[job.GEOMETRY]), j[job.OUT_FEATURES]
+    out_d, out_h, out_w = geometry[conv.OUT_D], geometry[conv.OUT_H], geometry[conv.OUT_W]
+    packed_h, packed_w = geometry[conv.PACKED_H], geometry[conv.PACKED_W]
+    activation, has_residual = j[job.ACTIVATION], j[job.RESIDUAL] != 0
+    if not has_residual:
+        activate_row(floats(out + o0 * INT8_COLUMNS * 4), (o1 - o0) * INT8_COLUMNS, activation)
+    for row in range(begin // packed_w, (end - 1) // packed_w + 1):
+        d, h = row // packed_h, row % packed_h
+        w = max(0, begin - row * packed_w)
+        count = min(out_w, end - row * packed_w) - w
+        if d < out_d and h < out_h and count > 0:
+            for o in range(o0, o1):
+                at = ((((sample * n + o) * out_d + d) * out_h + h) * out_w + w) * 4
+                found = out + (o * INT8_COLUMNS + row * packed_w - begin + w) * 4
+                if has_residual:
+                    add_floats(j[job.RESIDUAL] + at, found, count)
+                    activate_row(floats(found), count, activation)
+                copy_floats(found, j[job.Y] + at, count)
+
+
+@compiled
+def _spread(known: int, natural: int) -> None:
+    """What is known of a sample, as that of each of 64 columns: scales and offsets, behind room for inverses."""
+    scale, offset = floats(known + 4)[0], ints(known + 8)[0]
+    for c in range(INT8_COLUMNS):
+        floats(natural + 4 * INT8_COLUMNS)[c], ints(natural + 8 * INT8_COLUMNS)[c] = scale, offset
+
+
+def int8_conv_task(j: Pointer, task: int) -> None:
+    """A share of the filters for 64 neighbouring positions of a packed sample."""
+    splits, count, geometry = j[job.ROW_SPLITS], j[job.PANEL_COUNT], words(j[job.GEOMETRY])
+    packed_h, packed_w = geometry[conv.PACKED_H], geometry[conv.PACKED_W]
+    last_row = (geometry[conv.OUT_D] - 1) * packed_h + geometry[conv.OUT_H] - 1
+    positions = last_row * packed_w + geometry[conv.OUT_W]
+    tiles = (positions + INT8_COLUMNS - 1) // INT8_COLUMNS
+    within, tile, part = task // splits // tiles, task // splits % tiles, task % splits
+    sample, begin = j[job.SAMPLE] + within, tile * INT8_COLUMNS
+    n, groups = j[job.OUT_FEATURES], geometry[conv.GROUPS]
+    planes = geometry[conv.PLANES_D] * geometry[conv.PLANES_H] * geometry[conv.PLANES_W]
+    block_size = geometry[conv.CHANNELS] // groups * planes * geometry[conv.PACKED_D] * packed_h * packed_w
+    out_bytes, in_features = n * INT8_COLUMNS * 4, j[job.IN_FEATURES]
+    memory = allocate(out_bytes + 17 * CACHE_LINE + in_features * TILE_ROW)
+    if memory == 0:
+        j[job.FAILED] = 1
+        return
+    out, packed = aligned(memory), j[job.PACKED] + within * j[job.PACKED_SIZE] + begin
+    natural, sums, inputs = out + out_bytes, out + out_bytes + 12 * CACHE_LINE, out + out_bytes + 16 * CACHE_LINE
+    _spread(j[job.X_SCALES] + sample * _KNOWN, natural)
+    rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
+    o0, filled = first_output(j, g0), -1
+    while o0 < n:
+        g1 = g0
+        block = -1 if g0 >= last else int(rows[g0 * LANES]) // (n // groups)
+        while g1 < min(last, g0 + BLOCK_GROUPS) and int(rows[g1 * LANES]) // (n // groups) == block:
+            g1 += 1
+        # A filter reads every tenth input or so, but all filters together each input several times, and whole cache
+        # lines are read twice as fast as what lies across two.
+        if block != filled and block >= 0:
+            gather_rows(packed + block * block_size, j[job.OFFSETS], in_features, inputs)
+            filled = block
+        o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
+        to = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
+        start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, to)
+        multiply_tile(j, g0, g1, inputs, natural, sums, to)
+        _store(j, sample, begin, min(positions, begin + INT8_COLUMNS), o0, o1, to)
+        if g1 == last:
+            break
+        g0, o0 = g1, o1
+    release(memory)
