@@ -116,14 +116,14 @@ class AssignBudgets(Pass[Draft]):
             )
 
     @staticmethod
-    def _refuse_named(finding: Finding, match: Match | None) -> None:
+    def _refuse_named(finding: Finding, match: Match[LayerSpec | None] | None) -> None:
         if match is not None and match.spec is not None and match.key in (finding.site.fqn, finding.site.owner):
             raise RuleError(
                 f"the rule {match.key!r} asks for a sparse {finding.site.fqn!r}, which can only stay dense: "
                 f"{finding.reason}; give it the rule None, or none"
             )
 
-    def _by_rule(self, site: WeightSite, match: Match, spec: LayerSpec) -> WeightRecord:
+    def _by_rule(self, site: WeightSite, match: Match[LayerSpec | None], spec: LayerSpec) -> WeightRecord:
         fan_in = site.matrix_shape[1]
         if spec.fan_in is not None and spec.fan_in > fan_in:
             raise RuleError(
@@ -231,7 +231,7 @@ class _Share:
     """A weight that takes part in the distribution, one unit per block."""
 
     site: WeightSite
-    match: Match | None
+    match: Match[LayerSpec | None] | None
     structure: Structure
     dense: bool = False
     too_few: bool = False

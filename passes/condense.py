@@ -34,8 +34,8 @@ class Condense(Pass[Program]):
     and ``y = bias`` for all other rows.
 
     1. "condensed": the node becomes a condensed operator; values, indices and active rows are buffers named after the
-       weight, the values in the program's ``value_dtype``. A layer without bias gets a buffer of zeros. What an even
-       kernel with padding "same" needs on the far side is padded before it.
+       weight, the values in the layer's ``value_dtype``; in int8, their scales are one more. A layer without bias gets
+       a buffer of zeros. What an even kernel with padding "same" needs on the far side is padded before it.
     2. Where a few runs of a matrix's rows keep fan-ins that differ much (the blocks of a packed projection), the node
        becomes one operator a run and their concatenation; else the shorter rows (where inputs were removed) are padded.
     3. "shrunk": the dense operator computes the active rows only; the others are filled with their bias.
@@ -49,7 +49,7 @@ class Condense(Pass[Program]):
         for layer in subject.layers:
             names: set[str] = set()
             for use in layer.uses:
-                names |= rewrite(subject.module, use, layer.weight.fqn, layer.decision, subject.value_dtype)
+                names |= rewrite(subject.module, use, layer.weight.fqn, layer.decision, layer.value_dtype)
             layer.bytes_after = sum(tensor_at(subject.module, name).nbytes for name in names)
         graph.eliminate_dead_code()
         graph.lint()

@@ -30,7 +30,8 @@ class FeatureMajor(Pass[Program]):
        tensors, a condensed linear layer with its output and its residual among them, have all of them feature-major or
        none. The layers that read such a tensor are told so.
     2. Only where it pays: at ``min_samples`` samples or more (the product of the leading sizes), as smaller batches are
-       computed from rows; and only for layers that have a kernel for it, which very wide ones have not.
+       computed from rows; and only for layers that have a kernel for it, which very wide ones have not. Layers with
+       values of eight bits are computed from rows up to :data:`plan.MOST_INT8_DOT_SAMPLES` samples.
     3. Values never depend on it: the operators look at the strides that they are given. What is exported states the
        permutations.
 
@@ -52,13 +53,18 @@ class FeatureMajor(Pass[Program]):
         worth = [
             node
             for node in graph.find_nodes(op="call_function", target=LINEAR)
-            if _samples(node, subject, batch) >= self.min_samples and _has_kernel(node, self.min_samples)
+            if _samples(node, subject, batch) >= self._least(node) and _has_kernel(node, self.min_samples)
         ]
         changed = settle_layouts(graph, worth)
         if changed:
             graph.lint()
             subject.module.recompile()
         return PassResult(subject=subject, changed=changed)
+
+    def _least(self, node: fx.Node) -> int:
+        """The samples from which on a layer's output is made feature-major."""
+        in_eight_bits = arguments(node)["scales"] is not None
+        return max(self.min_samples, plan.MOST_INT8_DOT_SAMPLES + 1) if in_eight_bits else self.min_samples
 
 
 def settle_layouts(graph: fx.Graph, wanted: Iterable[fx.Node]) -> bool:
@@ -125,6 +131,8 @@ def _has_kernel(node: fx.Node, samples: int) -> bool:
     given = arguments(node)
     n_active, k = given["values"].meta["val"].shape
     # The instruction set decides between kernels for rows alone.
+    if given["scales"] is not None:
+        return plan.int8_linear_kernel(True, given["in_features"], n_active, k, samples, True) == plan.INT8_TILE
     return plan.linear_kernel(0, given["in_features"], n_active, k, samples, True, True) == plan.TILE
 
 

@@ -45,28 +45,31 @@ class MatchWeights(Pass[Program]):
         for node in subject.module.graph.find_nodes(op="get_attr"):
             if masked := subject.masked.get(str(node.target)):
                 readers.setdefault(masked.fqn, []).append(node)
-        subject.layers = [MatchedLayer(weight=handle) for handle in sparse_weights(subject.model)]
+        subject.layers = [
+            MatchedLayer(weight=handle, value_dtype=subject.value_dtypes.get(handle.fqn, subject.value_dtype))
+            for handle in sparse_weights(subject.model)
+        ]
         for layer in subject.layers:
             _match(subject, layer, readers.get(layer.weight.fqn, []))
         notes = tuple(Note(where=layer.weight.fqn, reason=layer.reason) for layer in subject.layers if layer.reason)
         return PassResult(subject=subject, changed=bool(subject.layers), notes=notes)
 
     def ensures(self, subject: Program) -> None:
-        """Each weight that was found can be stored in the program's ``value_dtype``.
+        """Each weight that was found can be stored in its layer's ``value_dtype``.
 
         Raises:
             LoweringError: A kept weight is finite, but not in that dtype.
         """
-        if not subject.value_dtype.is_floating_point:
-            return  # scales take any finite weight
         for layer in subject.layers:
-            for use in layer.uses:
+            dtype = layer.value_dtype
+            # Scales take any finite weight.
+            for use in layer.uses if dtype.is_floating_point else ():
                 kept = use.weight[use.mask]
                 # Rule 6; what is infinite without the cast is as the user trained it.
-                if lost := kept[kept.isfinite() & ~kept.to(subject.value_dtype).isfinite()].tolist():
+                if lost := kept[kept.isfinite() & ~kept.to(dtype).isfinite()].tolist():
                     raise LoweringError(
                         f"{layer.weight.fqn} {tuple(layer.weight.weight.shape)} holds {max(lost, key=abs):.5g}, and "
-                        f"{subject.value_dtype} nothing above {torch.finfo(subject.value_dtype).max:.5g}: lower it "
+                        f"{dtype} nothing above {torch.finfo(dtype).max:.5g}: lower it "
                         "with value_dtype=torch.bfloat16 or torch.float32 (a batch norm may have been folded into it)"
                     )
 

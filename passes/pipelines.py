@@ -6,6 +6,7 @@ Owns the order in which the graph passes run. It must not know how a model is ca
 from collections.abc import Sequence
 
 from srigl_fx.passes.base import Pass
+from srigl_fx.passes.check_rounding import CheckRounding
 from srigl_fx.passes.condense import Condense
 from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.fold_batch_norm import FoldBatchNorm
@@ -21,7 +22,14 @@ from srigl_fx.passes.to_linear import ToLinear
 LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants(), ToLinear(), FoldBatchNorm(), RemoveDead())
 """What ``lower`` does to a captured graph before it looks for layers."""
 
-CONDENSING: tuple[Pass[Program], ...] = (MatchWeights(), Select(), Condense(), FuseEpilogues(), FeatureMajor())
+CONDENSING: tuple[Pass[Program], ...] = (
+    MatchWeights(),
+    CheckRounding(),
+    Select(),
+    Condense(),
+    FuseEpilogues(),
+    FeatureMajor(),
+)
 """And from there on. A pass of your own goes anywhere in ``(*LOWERING, *CONDENSING)``."""
 
 
@@ -30,7 +38,7 @@ def whole(passes: Sequence[Pass[Program]]) -> tuple[Pass[Program], ...]:
 
     Example:
         >>> [step.name for step in whole((Normalize(),))]
-        ['Normalize', 'MatchWeights', 'Select', 'Condense', 'FuseEpilogues', 'FeatureMajor']
+        ['Normalize', 'MatchWeights', 'CheckRounding', 'Select', 'Condense', 'FuseEpilogues', 'FeatureMajor']
     """
     condenses = any(isinstance(step, Condense) for step in passes)
     return tuple(passes) if condenses else (*passes, *CONDENSING)

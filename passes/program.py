@@ -6,7 +6,7 @@ another batch size. It must not know how a graph is captured, nor what is decide
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import tolerance
+from srigl_fx.comparison import Limit, limit
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes.promises import kept
 from srigl_fx.passes.removal import Removals
@@ -140,6 +140,10 @@ class MatchedLayer:
         times: Seconds a call, by batch size and by what could be decided; empty where nothing was measured.
         estimates: The same by the cost model; empty where nothing was estimated.
         bytes_after: What the lowered module stores for the weight; filled in by the rewrite.
+        value_dtype: What its values are stored in where it is condensed.
+        snr: The signal-to-noise ratio in dB of its outputs with values of eight bits; None where it is not rounded to
+            these.
+        unrounded: Why it is stored in float32 although eight bits were asked for; "" where it is not so.
     """
 
     weight: SparseWeight
@@ -150,6 +154,9 @@ class MatchedLayer:
     times: Times = field(default_factory=dict)
     estimates: Times = field(default_factory=dict)
     bytes_after: int = 0
+    value_dtype: torch.dtype = torch.float32
+    snr: float | None = None
+    unrounded: str = ""
 
 
 @dataclass
@@ -172,6 +179,7 @@ class Program:
         layers: The mask-managed weights, in the model's order; filled in by a pass.
         removals: What became of dead channels; None before a pass removed them.
         value_dtype: What condensed values are stored in.
+        value_dtypes: The same of single weights, by name; all others have ``value_dtype``.
     """
 
     module: fx.GraphModule
@@ -186,11 +194,12 @@ class Program:
     layers: list[MatchedLayer] = field(default_factory=list)
     removals: Removals | None = None
     value_dtype: torch.dtype = torch.float32
+    value_dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     @property
-    def tolerance(self) -> float:
-        """The largest error of the graph, relative to the largest output, that rounding may have caused so far."""
-        return tolerance(self.value_dtype, sum(layer.decision == "condensed" for layer in self.layers))
+    def limit(self) -> Limit:
+        """How far off the graph's outputs may be: what rounding the layers condensed so far may have caused."""
+        return limit(layer.value_dtype for layer in self.layers if layer.decision == "condensed")
 
     @property
     def dynamic(self) -> bool:

@@ -85,9 +85,10 @@ class Select(Pass[Program]):
             layer.times = costs.measured.get(layer.weight.fqn, {})
             layer.estimates = costs.estimated.get(layer.weight.fqn, {})
             layer.decision, layer.reason = self._decide(layer)
+            also = [layer.unrounded]
             if layer.others and layer.decision != "dense":
-                also = f"also read by {', '.join(sorted(set(layer.others)))}: the dense weight stays too"
-                layer.reason = f"{layer.reason}; {also}" if layer.reason else also
+                also.append(f"also read by {', '.join(sorted(set(layer.others)))}: the dense weight stays too")
+            layer.reason = "; ".join(filter(None, (layer.reason, *also)))
             if layer.reason:
                 notes.append(Note(where=layer.weight.fqn, reason=layer.reason))
         return PassResult(subject=subject, changed=bool(subject.layers), notes=tuple(notes))
@@ -106,6 +107,6 @@ def _sizes(layer: MatchedLayer) -> dict[Decision, int]:
     """About the bytes that the forms store."""
     masks = [use.mask for use in layer.uses]
     return {
-        "condensed": sum(6 * int(mask.sum()) for mask in masks),
+        "condensed": sum((2 + layer.value_dtype.itemsize) * int(mask.sum()) for mask in masks),
         "shrunk": sum(4 * int(mask.any(1).sum()) * mask.shape[1] for mask in masks),
     }

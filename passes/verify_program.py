@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from srigl_fx.comparison import Results, compare
+from srigl_fx.comparison import Limit, Results, compare
 from srigl_fx.errors import PassError
 from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import Program
@@ -27,7 +27,8 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
     Args:
         program: As captured; its model and inputs are what later programs are compared with.
         tolerance: The largest error allowed, relative to the largest value of an output; by default what
-            :attr:`Program.tolerance` says of each program.
+            :attr:`Program.limit` says of each program: as soon as layers of it are rounded to eight bits, the
+            signal-to-noise ratio of the outputs counts.
 
     Returns:
         ``check(name of the pass, program)``.
@@ -49,7 +50,7 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
     runs: dict[int | None, list[Results]] = {size: _results(program.model, program, size) for size in program.sizes}
 
     def check(name: str, subject: Program) -> None:
-        allowed = subject.tolerance if tolerance is None else tolerance
+        allowed = subject.limit if tolerance is None else Limit(tolerance)
         subject.module.recompile()  # a pass that forgot to would be found out only after the next
         wrong = compare(
             program.sizes,
@@ -64,10 +65,7 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
                 f"after the pass {name} the graph gives {wrong.counts[1]} outputs{wrong.place}, the model "
                 f"{wrong.counts[0]}; {_ADVICE}"
             )
-        raise PassError(
-            f"after the pass {name}, {wrong.what}{wrong.place} is off by {wrong.error:.2e} of its largest value "
-            f"(allowed: {allowed:.2e}); {_ADVICE}"
-        )
+        raise PassError(f"after the pass {name}, {wrong.what}{wrong.place} {wrong.off(allowed)} ({allowed}); {_ADVICE}")
 
     return check
 

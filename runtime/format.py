@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, quantise_weights
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, LARGEST_VALUE, quantise_weights
 from srigl_fx.runtime.value_types import VALUE_TYPES
 from srigl_fx.runtime.value_types import ValueDtype as ValueDtype
 
@@ -180,6 +180,8 @@ class CondensedWeight:
             return f"scales have shape {self.scales.shape} for {self.n_active} active rows"
         if not (np.isfinite(self.scales).all() and (self.scales >= 0).all()):
             return "scales must be finite, and none negative"
+        if self.values.size and self.values.min() < -LARGEST_VALUE:
+            return f"values of int8 are -{LARGEST_VALUE} to {LARGEST_VALUE}, not {self.values.min()}"
         if self.k > LARGEST_FAN_IN:
             return f"a fan-in of {self.k} is too large for sums of int32 (largest with int8: {LARGEST_FAN_IN})"
         return ""

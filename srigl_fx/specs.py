@@ -1,4 +1,4 @@
-"""What a user may ask for a layer: :class:`LayerSpec`, and the rules that assign one to a weight, also as plain data.
+"""What a user may ask for a layer: :class:`LayerSpec`, and the rules that assign one to a weight, or anything else.
 
 Owns the meaning and the precedence of rules; it must not know how weights are discovered or masked.
 """
@@ -6,9 +6,9 @@ Owns the meaning and the precedence of rules; it must not know how weights are d
 import difflib
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from torch import nn
 
@@ -102,8 +102,11 @@ class LayerSpec:
         return cls(**{key: value for key, value in data.items() if key != "version"})
 
 
+Asked = TypeVar("Asked")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Match:
+class Match(Generic[Asked]):
     """The rule that applies to a weight.
 
     Attributes:
@@ -113,14 +116,14 @@ class Match:
     """
 
     key: RuleKey
-    spec: LayerSpec | None
+    spec: Asked
     named: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Rule:
+class _Rule(Generic[Asked]):
     key: RuleKey
-    spec: LayerSpec | None
+    spec: Asked
     form: Literal["name", "glob", "type"]
     pattern: str = ""
 
@@ -169,33 +172,29 @@ class AskedRule:
         return cls(key=data["key"], is_type=data["is_type"], spec=None if spec is None else LayerSpec.from_dict(spec))
 
 
-class RuleSet:
-    """The rules of one ``sparsify`` call, in the user's order.
+class Rules(Generic[Asked]):
+    """Rules over names, in the user's order.
 
     Names are those in the model, without or with what torch.compile and data parallelism put in front of them.
     Precedence: the exact name of the parameter or of a module above it (the longest wins), then the first glob that
     matches the parameter's or a module's name, then the first type; ``*`` crosses dots.
 
+    Args:
+        rules: From names, globs or module types to what is asked, as the user wrote it.
+        read: What a rule asks, of its key and value; raises a RuleError where that is nothing.
+
     Example:
-        >>> rules = RuleSet({"head": None, "blocks.*": 0.8, nn.Linear: 0.5})
-        >>> [rules.match((name,), nn.Linear(1, 1)).key for name in ("head.weight", "blocks.0.fc.weight", "fc.weight")]
-        ['head', 'blocks.*', <class 'torch.nn.modules.linear.Linear'>]
+        >>> rules = Rules({"head": 3, "blocks.*": 4, nn.Linear: 5}, lambda key, value: value)
+        >>> [rules.match((name,), nn.Linear(1, 1)).spec for name in ("head.weight", "blocks.0.fc.weight", "fc.weight")]
+        [3, 4, 5]
     """
 
-    def __init__(self, rules: Mapping[RuleKey, "float | LayerSpec | None"] | None) -> None:
-        if rules is not None and not isinstance(rules, Mapping):
-            raise RuleError(
-                f"rules must be a mapping from names, globs or module types to specs, got {type(rules).__name__}"
-            )
-        self._rules = [self._parse(key, value) for key, value in (rules or {}).items()]
+    def __init__(self, rules: Mapping[RuleKey, Any], read: Callable[[object, object], Asked]) -> None:
+        self._rules = [self._parse(key, read(key, value)) for key, value in rules.items()]
         self._used: set[RuleKey] = set()
 
     @staticmethod
-    def _parse(key: object, value: object) -> _Rule:
-        if value is None or isinstance(value, LayerSpec):
-            spec = value
-        else:
-            spec = LayerSpec(sparsity=check_sparsity(value, f"rule {key!r}"))
+    def _parse(key: object, spec: Asked) -> _Rule[Asked]:
         if isinstance(key, type) and issubclass(key, nn.Module):
             return _Rule(key=key, spec=spec, form="type")
         if not isinstance(key, str):
@@ -203,21 +202,7 @@ class RuleSet:
         form: Literal["name", "glob"] = "glob" if any(c in key for c in "*?[") else "name"
         return _Rule(key=key, spec=spec, form=form, pattern=plain(key))
 
-    def asked(self) -> tuple[AskedRule, ...]:
-        """The rules as a recipe keeps them, in the user's order.
-
-        Example:
-            >>> RuleSet({nn.Linear: 0.5}).asked()[0].key
-            'torch.nn.modules.linear.Linear'
-        """
-        return tuple(
-            AskedRule(key=rule.key, spec=rule.spec)
-            if isinstance(rule.key, str)
-            else AskedRule(key=f"{rule.key.__module__}.{rule.key.__qualname__}", is_type=True, spec=rule.spec)
-            for rule in self._rules
-        )
-
-    def match(self, names: Sequence[str], module: nn.Module) -> Match | None:
+    def match(self, names: Sequence[str], module: nn.Module) -> Match[Asked] | None:
         """The rule for a weight with these names (its own and its aliases) on ``module``, or None."""
         # As they are, and without the prefixes of wrappers.
         scopes = {scope for name in names for scope in _scopes(name)}
@@ -262,6 +247,43 @@ class RuleSet:
                 else f"the model; it has {some or 'none'}"
             )
         )
+
+
+class RuleSet(Rules[LayerSpec | None]):
+    """The rules of one ``sparsify`` call.
+
+    Example:
+        >>> rules = RuleSet({"head": None, "blocks.*": 0.8, nn.Linear: 0.5})
+        >>> [rules.match((name,), nn.Linear(1, 1)).key for name in ("head.weight", "blocks.0.fc.weight", "fc.weight")]
+        ['head', 'blocks.*', <class 'torch.nn.modules.linear.Linear'>]
+    """
+
+    def __init__(self, rules: Mapping[RuleKey, "float | LayerSpec | None"] | None) -> None:
+        if rules is not None and not isinstance(rules, Mapping):
+            raise RuleError(
+                f"rules must be a mapping from names, globs or module types to specs, got {type(rules).__name__}"
+            )
+        super().__init__(rules or {}, _spec)
+
+    def asked(self) -> tuple[AskedRule, ...]:
+        """The rules as a recipe keeps them, in the user's order.
+
+        Example:
+            >>> RuleSet({nn.Linear: 0.5}).asked()[0].key
+            'torch.nn.modules.linear.Linear'
+        """
+        return tuple(
+            AskedRule(key=rule.key, spec=rule.spec)
+            if isinstance(rule.key, str)
+            else AskedRule(key=f"{rule.key.__module__}.{rule.key.__qualname__}", is_type=True, spec=rule.spec)
+            for rule in self._rules
+        )
+
+
+def _spec(key: object, value: object) -> LayerSpec | None:
+    if value is None or isinstance(value, LayerSpec):
+        return value
+    return LayerSpec(sparsity=check_sparsity(value, f"rule {key!r}"))
 
 
 def _scopes(name: str) -> list[str]:

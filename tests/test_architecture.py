@@ -40,10 +40,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime": ("masks", *COMMON),
     "runtime.activations": ("errors",),
     "runtime.value_types": (),
-    "runtime.validation": ("errors", "runtime.activations", "runtime.format", "runtime.value_types"),
-    "runtime.format": ("errors", "runtime.value_types"),
-    "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.value_types"),
-    "runtime.reference": ("errors", "runtime.activations"),
+    "runtime.quantisation": (),
+    "runtime.validation": (
+        *("errors", "runtime.activations", "runtime.format", "runtime.quantisation", "runtime.value_types"),
+    ),
+    "runtime.format": ("errors", "runtime.quantisation", "runtime.value_types"),
+    "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.quantisation", "runtime.value_types"),
+    "runtime.reference": ("errors", "runtime.activations", "runtime.quantisation"),
     "lowering": ("comparison", "compatibility", "masks", "nn", "passes", "recipes", "reports", "runtime", *COMMON),
     "onnx_export": (
         "comparison",

@@ -8,7 +8,7 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from srigl_fx.comparison import Results, compare, relative_error
+from srigl_fx.comparison import TOLERANCE, Limit, Results, compare, limit, relative_error, signal_to_noise
 
 NAN, INF = math.nan, math.inf
 
@@ -98,3 +98,53 @@ def test_two_models_are_compared_at_each_batch_size() -> None:
     found = compare([1, 3], lambda size: [results(size)], lambda size, _: [results(min(2, size or 0))])
     assert found.wrong is not None
     assert (found.wrong.size, found.wrong.counts) == (3, (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("expected", "got", "ratio"),
+    [
+        (torch.tensor([3.0, -4.0]), torch.tensor([3.0, -3.5]), 20.0),
+        (torch.tensor([3.0, -4.0]), torch.tensor([3.0, -4.0]), INF),
+        (torch.tensor([3.0, -4.0]), torch.tensor([0.0, 0.0]), 0.0),
+        (torch.tensor([3.0, -4.0]), torch.tensor([-3.0, 4.0]), 20 * math.log10(0.5)),
+        (torch.tensor([0.0, 0.0]), torch.tensor([0.0, 1e-30]), -INF),
+        (torch.tensor([3.0, -4.0]), torch.tensor([3.0, NAN]), -INF),
+        (torch.tensor([3.0, NAN, -4.0, INF]), torch.tensor([3.0, NAN, -3.5, INF]), 20.0),
+        (torch.tensor([3.0, -4.0]), torch.tensor([[3.0, -4.0]]), -INF),
+        (torch.tensor([3 + 4j, 0]), torch.tensor([3 + 3.5j, 0]), 20.0),
+        (torch.tensor([1, 2]), torch.tensor([1, 3]), -INF),
+        (torch.full((3,), 1e30), torch.full((3,), 1.1e30), 20.0),
+        (torch.full((3,), 1e-40), torch.full((3,), 1.1e-40), 20.0),
+        (2.0, 2.2, 20.0),
+        (2, 3, -INF),
+        ("mean", "mean", INF),
+        (None, 1.0, -INF),
+    ],
+)
+def test_signal_to_noise(expected: object, got: object, ratio: float) -> None:
+    assert signal_to_noise(expected, got) == pytest.approx(ratio, abs=1e-3)
+
+
+def test_noise_may_count_in_place_of_errors() -> None:
+    allowed = Limit(snr=20.0)
+    one, other = results(torch.tensor([30.0, -40.0]), total=4.0), results(torch.tensor([30.0, -35.5]), total=4.0)
+    found = compare([1], lambda _: [one], lambda *_: [other], allowed)
+    assert found.snr == pytest.approx(20.915, abs=1e-3)
+    assert found.worst == 4.5 / 40
+    assert found.wrong is None
+    found = compare([1], lambda _: [one], lambda *_: [results(torch.tensor([30.0, -34.0]), total=4.0)], allowed)
+    assert found.wrong is not None
+    assert found.wrong.off(allowed) == "has a signal-to-noise ratio of 18.4 dB"
+    found = compare([1], lambda _: [results(1.0, total=4.0)], lambda *_: [results(1.0)], allowed)
+    assert found.wrong is not None
+    assert (found.wrong.what, found.snr) == ("the buffer total", -INF)
+    assert compare([1], lambda _: [one], lambda *_: [other]).snr is None
+
+
+def test_layers_of_several_dtypes() -> None:
+    bfloat16, float16 = (torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16))
+    assert limit([]) == limit([torch.float32] * 9) == Limit(TOLERANCE, None)
+    assert limit([torch.bfloat16] * 3 + [torch.float32]).error == bfloat16 * math.sqrt(3)
+    mixed = limit([torch.bfloat16, torch.float16, torch.bfloat16])
+    assert mixed.error == pytest.approx(math.sqrt(2 * bfloat16**2 + float16**2))
+    assert limit([torch.int8, torch.float32]).snr == limit([torch.int8] * 5).snr == 20.0

@@ -17,7 +17,7 @@ import srigl_fx.runtime.ops  # noqa: F401 - registers the operator that is probe
 from srigl_fx.runtime.costs.autotune import measure_undisturbed
 from srigl_fx.runtime.costs.cost_model import Kernel, Machine, Work, condensed, dense
 from srigl_fx.runtime.costs.timings import Timings
-from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import ISAS, TARGETS, host_isa, host_target
 
 WHAT = {"operator": "constants of the cost model"}  # what the times of the probes are filed under
 
@@ -73,7 +73,8 @@ def host_machine() -> Machine:
         >>> host_machine().dense_rate >= Machine().dense_rate
         True
     """
-    return Machine(level=ISAS.index(host_isa())).with_threads(torch.get_num_threads())
+    machine = Machine(level=ISAS.index(host_isa()), target=TARGETS.index(host_target()))
+    return machine.with_threads(torch.get_num_threads())
 
 
 def machine_constants(timings: Timings, *, may_measure: bool = True) -> Machine:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import Results, compare
+from srigl_fx.comparison import Comparison, Results, compare
 from srigl_fx.errors import LoweringError, PassError, SriglError
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions, assemble
@@ -31,14 +31,14 @@ from srigl_fx.passes.regions.finder import Region, RegionFinder
 class _Lowered:
     """A region and its graph.
 
-    ``full`` is the report on all weights of the model that lowering it gave, ``error`` the largest relative difference
-    from the sub-module on the recorded inputs; 0 where that was not asked for.
+    ``full`` is the report on all weights of the model that lowering it gave, ``found`` how it compares with the
+    sub-module on the recorded inputs; None where that was not asked for.
     """
 
     region: Region
     graph: LoweredModule
     full: LoweringReport
-    error: float
+    found: Comparison | None
 
 
 def lower_regions(
@@ -78,25 +78,25 @@ def lower_regions(
     kept = lowered("")
     if not kept:
         raise uncapturable(model, attempts)
-    error = _error(finder, kept, args, kwargs)
-    if isinstance(error, str):
+    found = _compared(finder, kept, args, kwargs)
+    if isinstance(found, str):
         waiting, kept = kept, []
         while waiting:
             candidate = waiting.pop(0)
-            alone = _error(finder, [*kept, candidate], args, kwargs)
+            alone = _compared(finder, [*kept, candidate], args, kwargs)
             if isinstance(alone, str):
                 finder.give_up(candidate.region, alone)
                 waiting[:0] = lowered(candidate.region.name)
             else:
                 kept.append(candidate)
-                error = alone
+                found = alone
     if not kept:
         raise uncapturable(model, Capture(None, tuple(finder.failures), attempts.cause))
-    if isinstance(error, str):
-        raise LoweringError(f"the parts of {type(model).__name__} do not make a whole: {error}")
+    if isinstance(found, str):
+        raise LoweringError(f"the parts of {type(model).__name__} do not make a whole: {found}")
     regions = {one.region.name: one.graph for one in kept}
     copied = assemble(model, regions, finder.recording.written)
-    report = _report(finder, kept, copied, error if verify else None)
+    report = _report(finder, kept, copied, found if verify else None)
     return LoweredRegions(
         copied, regions, report, {one.region.name: (one.region.program.args, one.region.program.kwargs) for one in kept}
     )
@@ -140,7 +140,7 @@ def _attempt(
     )
     inputs = [item and {**item, "any_rank": True} for item in graph.inputs] if region.any_rank else graph.inputs
     built = LoweredModule.build(graph, report, inputs)
-    error = 0.0
+    found = None
     if verify:
         inputs_at = partial(region.program.inputs, apart=True)
 
@@ -158,17 +158,16 @@ def _attempt(
             region.program.sizes,
             lambda size: [_results(run_model(region.module, *inputs_at(size)))],
             got,
-            report.tolerance,
+            report.limit,
         )
         if found.wrong is not None:
             raise LoweringError(
-                f"the lowered region {region.name} is off by {found.wrong.error:.2e} of its largest value"
-                f"{found.wrong.place} (allowed: {report.tolerance:.2e}). A module whose outputs depend on more than "
-                "its inputs cannot be verified: pass verify=False if that is so"
+                f"the lowered region {region.name} {found.wrong.off(report.limit)}{found.wrong.place} "
+                f"({report.limit}). A module whose outputs depend on more than its inputs cannot be verified: pass "
+                "verify=False if that is so"
             )
-        error = found.worst
-        built = LoweredModule.build(built, replace(report, max_error=error), inputs)
-    return _Lowered(region, built, graph.report, error)
+        built = LoweredModule.build(built, replace(report, max_error=found.worst, min_snr=found.snr), inputs)
+    return _Lowered(region, built, graph.report, found)
 
 
 def _placed(note: Note, region: str) -> Note:
@@ -176,8 +175,10 @@ def _placed(note: Note, region: str) -> Note:
     return note if note.where.startswith(f"{region}.") else replace(note, where=f"{region}: {note.where}")
 
 
-def _error(finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | str:
-    """The largest relative error of the model with these parts lowered, or what is wrong with its outputs."""
+def _compared(
+    finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Comparison | str:
+    """How the model with these parts lowered compares with the model, or what is wrong with its outputs."""
     copied = assemble(finder.model, {one.region.name: one.graph for one in parts}, finder.recording.written)
     ran: set[nn.Module] = set()
     hooks = [one.graph.register_forward_hook(lambda graph, *_: ran.add(graph)) for one in parts]
@@ -191,13 +192,14 @@ def _error(finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], k
     if any(one.graph not in ran for one in parts):
         return "a copy of the model does not call it: a function inside the model holds on to the original"
     recorded, layers = finder.recording.output, tuple(layer for one in parts for layer in one.graph.report.layers)
-    worst = compare([None], lambda _: [_results(recorded)], lambda *_: [_results(output)]).worst
-    if not worst <= replace(parts[0].full, layers=layers).tolerance:
+    allowed = replace(parts[0].full, layers=layers).limit
+    found = compare([None], lambda _: [_results(recorded)], lambda *_: [_results(output)], allowed)
+    if (wrong := found.wrong) is not None:
         return (
-            f"with its graph in place the outputs are off by {worst:.1e} of the largest value: the code around it "
-            "reads its weights, or the outputs depend on more than the inputs"
+            f"with its graph in place {wrong.what} {wrong.off(allowed)} ({allowed}): the code around it reads its "
+            "weights, or the outputs depend on more than the inputs"
         )
-    return worst
+    return found
 
 
 def _require_dense(model: nn.Module, output: Any) -> None:
@@ -229,11 +231,12 @@ def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
             yield from _leaves(list(getattr(leaf, "__dict__", {}).values()), seen)
 
 
-def _report(finder: RegionFinder, parts: list[_Lowered], copied: nn.Module, error: float | None) -> LoweringReport:
+def _report(finder: RegionFinder, parts: list[_Lowered], copied: nn.Module, whole: Comparison | None) -> LoweringReport:
     reports = [one.graph.report for one in parts]
     full = parts[0].full
     alive = {id(parameter) for parameter in copied.parameters()}
     known = {layer.fqn: layer for layer in full.layers}
+    compared = [one for one in (whole, *(part.found for part in parts)) if one is not None]
     local = sum("module-local" in one.region.program.how for one in parts)
     return LoweringReport(
         layers=tuple(
@@ -242,7 +245,8 @@ def _report(finder: RegionFinder, parts: list[_Lowered], copied: nn.Module, erro
         others=full.others,
         capture=f"{len(parts)} regions ({len(parts) - local} by torch.export, {local} module-local), the rest eager",
         dynamic_batch=all(report.dynamic_batch for report in reports),
-        max_error=None if error is None else max([error, *(one.error for one in parts)]),
+        max_error=max((one.worst for one in compared), default=None),
+        min_snr=min((one.snr for one in compared if one.snr is not None), default=None),
         removals=tuple(removal for report in reports for removal in report.removals),
         notes=tuple(note for report in reports for note in report.notes),
         capture_failures=tuple(finder.failures),

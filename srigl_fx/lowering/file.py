@@ -322,7 +322,13 @@ def condensed_weights(
         operands = node.args[1:5]
         if not all(isinstance(operand, fx.Node) and operand.op == "get_attr" for operand in operands):
             continue
-        values, indices, active, bias = (_array(_tensor(module, str(operand.target)).detach()) for operand in operands)
+        scales = arguments(node)["scales"]
+        if scales is not None and not (isinstance(scales, fx.Node) and scales.op == "get_attr"):
+            continue
+        values, indices, active, bias, *rest = (
+            _array(_tensor(module, str(operand.target)).detach())
+            for operand in (*operands, *([] if scales is None else [scales]))
+        )
         in_features = node.args[5] if isinstance(node.args[5], int) else math.prod(node.args[5][1:])
         yield (
             node,
@@ -333,6 +339,7 @@ def condensed_weights(
                 bias=bias,
                 out_features=int(bias.shape[0]) if bias.ndim else 0,
                 in_features=int(in_features),
+                scales=rest[0] if rest else None,
             ),
         )
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.condense import can_shrink, variants
+from srigl_fx.passes.layer_runs import run_uses
 from srigl_fx.passes.program import Costs, Decision, MatchedLayer, Program, Times, Use, arguments
 from srigl_fx.runtime.costs.autotune import measure_undisturbed
 from srigl_fx.runtime.costs.calibration import checked_constants, host_machine, machine_constants
@@ -51,14 +51,8 @@ def layer_costs(program: Program, batch_sizes: Sequence[int], min_speedup: float
     machine = machine_constants(timings, may_measure=bool(layers) and min_speedup > 0)
     calls: dict[str, _Calls] = {layer.weight.fqn: {} for layer in layers}
     for batch in batch_sizes:
-        recorder = _Recorder(program)
-        recorder.run(*pytree.tree_leaves(program.inputs(batch)), enable_io_processing=False)
-        for layer in layers:
-            forms = _forms(layer)
-            calls[layer.weight.fqn][batch] = [
-                _Call(use, recorder.inputs[use.node], recorder.outputs[use.node], forms, program.value_dtype)
-                for use in layer.uses
-            ]
+        for name, found in _calls(program, batch).items():
+            calls[name][batch] = found
     if min_speedup == 0:
         return Costs(measured={}, estimated=_estimated(calls, machine))
 
@@ -138,20 +132,27 @@ def estimated_costs(program: Program, batch_sizes: Sequence[int], machine: Machi
         batch_sizes: Those to cost at. The program runs at its own: a layer is taken to be used in proportion.
         machine: The constants.
     """
-    own, recorder = program.batch_size, _Recorder(program)
-    recorder.run(*pytree.tree_leaves(program.inputs(own)), enable_io_processing=False)
-    estimated: dict[str, Times] = {}
-    for layer in program.layers:
-        forms = _forms(layer) if layer.uses else []
-        calls = [
-            _Call(use, recorder.inputs[use.node], recorder.outputs[use.node], forms, program.value_dtype)
-            for use in layer.uses
-        ]
-        if calls:
-            estimated[layer.weight.fqn] = {
-                batch: _sum(call.estimated(machine, batch / own) for call in calls) for batch in batch_sizes
-            }
+    own = program.batch_size
+    estimated: dict[str, Times] = {
+        name: {batch: _sum(call.estimated(machine, batch / own) for call in calls) for batch in batch_sizes}
+        for name, calls in _calls(program, own).items()
+    }
     return Costs(measured={}, estimated=estimated)
+
+
+def _calls(program: Program, batch: int) -> "dict[str, list[_Call]]":
+    """The uses of each layer at a batch size, by the weight's name."""
+    met: dict[fx.Node, tuple[Tensor, torch.Size]] = {}
+
+    def seen(use: Use, x: Tensor, y: Tensor) -> None:
+        met[use.node] = x, y.shape
+
+    run_uses(program, seen, batch)
+    return {
+        layer.weight.fqn: [_Call(use, *met[use.node], _forms(layer), layer.value_dtype) for use in layer.uses]
+        for layer in program.layers
+        if layer.uses
+    }
 
 
 def is_clear(estimated: Times) -> bool:
@@ -292,6 +293,7 @@ class _Call:
             columns=max(1, round(self._columns * scale)),
             value_bytes=self._value_dtype.itemsize,
             convolution=geometry is not None,
+            eight_bits=self._value_dtype is torch.int8,
         )
 
     def estimated(self, machine: Machine, scale: float = 1.0) -> dict[Decision, float]:
@@ -340,27 +342,3 @@ _Calls = dict[int, list[_Call]]  # by batch size: a weight may be used several t
 
 def _agree(seconds: Mapping[str, float], others: Mapping[str, float]) -> bool:
     return all(1 / _AGAIN <= one / others[form] <= _AGAIN for form, one in seconds.items() if form in others)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a program's graph and keeps the inputs of the layers' nodes, and the shapes of their outputs."""
-
-    def __init__(self, program: Program) -> None:
-        super().__init__(program.module)
-        self._wanted = {use.node: use.x for layer in program.layers for use in layer.uses}
-        self.inputs: dict[fx.Node, Tensor] = {}
-        self.outputs: dict[fx.Node, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.target is torch.ops.aten.copy_.default:  # a buffer that the model updates: it is the model's own
-            return self.env[n.args[1]]  # type: ignore[index]
-        if n not in self._wanted:
-            return super().run_node(n)
-        self.inputs[n] = self.env[self._wanted[n]]
-        y = super().run_node(n)
-        self.outputs[n] = y.shape
-        return y
-
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return super().run(*args, **kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from srigl_fx.comparison import Comparison
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import FormatError, LoweringError, PassError, SriglError
 from srigl_fx.lowering.by_regions import lower_regions
@@ -21,6 +22,7 @@ from srigl_fx.lowering.inputs import describe_inputs
 from srigl_fx.lowering.layer_costs import estimated_costs, layer_costs
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions
+from srigl_fx.lowering.value_dtypes import ValueDtypes, value_dtypes
 from srigl_fx.lowering.verification import second_check, verify_lowered
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
@@ -35,7 +37,6 @@ from srigl_fx.passes.verify_program import verifier
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.recipes import recipes_of
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
-from srigl_fx.runtime.value_types import NAMES, choice
 
 EXPECTED_BATCHES = (1, 16)  # what a model is served with, where nobody says
 
@@ -48,7 +49,7 @@ def lower(
     target: Literal["cpu"] = "cpu",
     min_speedup: float | Literal["auto"] = 1.0,
     batch_sizes: Sequence[int] | None = None,
-    value_dtype: torch.dtype = torch.float32,
+    value_dtype: ValueDtypes = torch.float32,
     verify: bool | Literal["each pass"] = True,
     passes: Sequence[Pass[Program]] = LOWERING,
     dump: str | os.PathLike[str] | None = None,
@@ -74,13 +75,18 @@ def lower(
             as fast as the other.
         batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
         value_dtype: What condensed weights are stored in: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16``
-            for two bytes less for each. Everything else is float32: activations, biases, sums, dense weights.
+            for two bytes less for each, or ``torch.int8`` for three. Everything else is float32: activations, biases,
+            sums, dense weights; but layers of int8 round their activations to eight bits, too, with one scale for each
+            sample. One that this would change too much on the example inputs (a signal-to-noise ratio below 25 dB)
+            is stored in float32, and its reason says so. For single layers: rules
+            ``{key: dtype}``, read as those of :func:`srigl_fx.sparsify`, or a function of a module's name and the
+            module; what no rule matches is float32.
         verify: Compare with the model on the example inputs, and at another batch size where that is free; with
             "each pass", after every pass. Where the outputs differ in the end, this is done all the same, in a second
             attempt: a pass after which they differ is undone, or named where it does more than improve.
             Errors up to 1e-4 of the largest output pass; with values of 16 bits up to 7.8e-3 (bfloat16) or 9.8e-4
             (float16) times the square root of the number of condensed layers, which is what rounding their weights may
-            cause.
+            cause. With any layer of int8, the signal-to-noise ratio of each output must be at least 20 dB.
         passes: The graph passes. A pass of your own goes anywhere in ``(*LOWERING, *CONDENSING)`` of
             ``srigl_fx.passes.pipelines``; where no pass condenses, those of ``CONDENSING`` follow.
         dump: A folder in which the graph is written before and after each pass, as text, with times and the operators
@@ -98,6 +104,7 @@ def lower(
         PassError: A pass of ``passes`` failed, or is why the outputs differ, and does more than improve.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.
+        RuleError: A rule of ``value_dtype`` is malformed, or matches no weight.
 
     Example:
         >>> import srigl_fx as sx
@@ -108,8 +115,6 @@ def lower(
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
     model = unwrapped(model)
-    if not isinstance(value_dtype, torch.dtype) or str(value_dtype).removeprefix("torch.") not in NAMES:
-        raise LoweringError(f"value_dtype must be {choice(prefix='torch.')}, not {value_dtype!r}")
     if torch.is_inference_mode_enabled():
         raise LoweringError(
             "lower cannot run under torch.inference_mode(), as its result could be used nowhere else; call it "
@@ -125,7 +130,8 @@ def lower(
         _check_parameters(model)
         invariants.check_sound(model)
         folder = None if dump is None else Path(dump)
-        options = _Options(min_speedup, batch_sizes, value_dtype, verify, tuple(passes), folder)
+        dtypes = value_dtypes(model, value_dtype)
+        options = _Options(min_speedup, batch_sizes, dtypes, verify, tuple(passes), folder)
         args, kwargs = normalise_inputs(example_inputs)
         if folder is not None:
             clear(folder)
@@ -141,7 +147,7 @@ class _Options:
 
     min_speedup: float | Literal["auto"]
     batch_sizes: Sequence[int] | None
-    value_dtype: torch.dtype
+    value_dtypes: dict[str, torch.dtype]
     verify: bool | Literal["each pass"]
     passes: tuple[Pass[Program], ...]
     dump: Path | None
@@ -171,19 +177,21 @@ def _lower_program(captured: Program, options: _Options, failures: tuple[Failure
     """Lower a model captured whole; ``failures`` are the attempts to capture it that came before."""
     check = verifier(captured) if options.verify == "each pass" else None
     lowered, program = _run_passes(captured, options, check)
-    error: float | None = None
+    report = replace(lowered.report, capture_failures=failures)
     if options.verify:
         try:
-            error = verify_lowered(program, lowered)
+            found = verify_lowered(program, lowered)
         except LoweringError as wrong:
             if check is not None:
                 raise
-            lowered, error = _without_what_is_wrong(captured, options, wrong)
-    report = replace(lowered.report, capture_failures=failures, max_error=error)
+            lowered, found = _without_what_is_wrong(captured, options, wrong)
+        report = replace(lowered.report, capture_failures=failures, max_error=found.worst, min_snr=found.snr)
     return LoweredModule.build(lowered, report, lowered.inputs)
 
 
-def _without_what_is_wrong(captured: Program, options: _Options, wrong: LoweringError) -> tuple[LoweredModule, float]:
+def _without_what_is_wrong(
+    captured: Program, options: _Options, wrong: LoweringError
+) -> tuple[LoweredModule, Comparison]:
     """Lower once more, without the passes after which the outputs differ.
 
     Raises:
@@ -205,7 +213,7 @@ def _run_passes(
     """Lower one captured graph, which stays as it is; the program is what its passes made of it."""
     _check_batch_sizes(captured, options)
     inputs = describe_inputs(captured)
-    program = replace(captured, value_dtype=options.value_dtype, masked=dict(captured.masked))
+    program = replace(captured, value_dtypes=options.value_dtypes, masked=dict(captured.masked))
     enter_masks(program)
     observe = None if options.dump is None else Dump(options.dump, program)
     finished = run([_settled(step, options) for step in whole(options.passes)], program, check=check, observe=observe)
@@ -299,6 +307,7 @@ def _check_batch_sizes(program: Program, options: _Options) -> None:
 
 def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
     layers = []
+    asked = set(program.value_dtypes.values()) or {program.value_dtype}
     for layer in program.layers:
         weight = layer.weight.weight
         mask = layer.weight.record.site.to_matrix(layer.weight.mask)
@@ -318,6 +327,8 @@ def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
                 bytes_after=layer.bytes_after,
                 seconds=_plain(layer.times),
                 estimates=_plain(layer.estimates),
+                value_dtype=_name(layer.value_dtype),
+                snr=layer.snr,
             )
         )
     return LoweringReport(
@@ -329,8 +340,12 @@ def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
         dynamic_batch=program.dynamic,
         notes=notes,
         removals=() if program.removals is None else (program.removals,),
-        value_dtype=str(program.value_dtype).removeprefix("torch."),
+        value_dtype=_name(*asked) if len(asked) == 1 else "mixed",
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plain(times: Times) -> dict[int, dict[str, float]]:

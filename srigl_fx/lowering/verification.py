@@ -7,17 +7,23 @@ from collections.abc import Callable
 
 import torch
 
-from srigl_fx.comparison import Results, compare
+from srigl_fx.comparison import Comparison, Results, compare
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.passes.base import brief
 from srigl_fx.passes.model_runs import Run, run_steps
-from srigl_fx.passes.program import Program
+from srigl_fx.passes.program import MatchedLayer, Program
 from srigl_fx.passes.verify_program import verifier
 
+_NAMED = 3  # layers that an error names as those with the most noise
 
-def verify_lowered(program: Program, lowered: LoweredModule) -> float:
-    """Compare the lowered module with the model, several calls in a row where that keeps state; the largest error."""
+
+def verify_lowered(program: Program, lowered: LoweredModule) -> Comparison:
+    """Compare the lowered module with the model, several calls in a row where that keeps state.
+
+    Raises:
+        LoweringError: They differ by more than the program's :attr:`~srigl_fx.passes.program.Program.limit`.
+    """
     runs: dict[int | None, list[Run]] = {}
 
     def expected(size: int | None) -> list[Results]:
@@ -33,16 +39,17 @@ def verify_lowered(program: Program, lowered: LoweredModule) -> float:
                 f"{_suspects(program, runs[size][0])}"
             ) from error
 
-    found = compare(program.sizes, expected, got, program.tolerance)
+    allowed = program.limit
+    found = compare(program.sizes, expected, got, allowed)
     if (wrong := found.wrong) is None:
-        return found.worst
+        return found
     if wrong.counts[0] != wrong.counts[1]:
         raise LoweringError(
             f"the lowered model gives {wrong.counts[1]} outputs, the model {wrong.counts[0]}: please report it"
         )
     raise LoweringError(
-        f"{wrong.what} of the lowered model is off by {wrong.error:.2e} of the largest value{wrong.place} "
-        f"(allowed: {program.tolerance:.2e}); {_suspects(program, runs[wrong.size][wrong.call])}"
+        f"{wrong.what} of the lowered model {wrong.off(allowed)}{wrong.place} ({allowed}); "
+        f"{_suspects(program, runs[wrong.size][wrong.call])}"
     )
 
 
@@ -53,11 +60,25 @@ def _suspects(program: Program, run: Run) -> str:
             f"the forward keeps state in {', '.join(run.changed)}, and a graph keeps it in buffers alone: register "
             "what it writes as buffers (register_buffer)"
         )
-    layers = ", ".join(layer.weight.fqn for layer in program.layers if layer.decision != "dense")
-    exact = "" if program.value_dtype is torch.float32 else "; value_dtype=torch.float32 rounds no weights"
+    lowered = [layer for layer in program.layers if layer.decision != "dense"]
+    layers = ", ".join(layer.weight.fqn for layer in lowered)
+    dtypes = {layer.value_dtype for layer in lowered if layer.decision == "condensed"}
+    exact = "; value_dtype=torch.float32 rounds no weights" if dtypes - {torch.float32} else ""
     return (
-        f"lowered layers: {layers}{exact}. A model whose outputs depend on more than its inputs and buffers cannot be "
-        "verified: pass verify=False if that is so"
+        f"lowered layers: {layers}{_noisiest(lowered)}{exact}. A model whose outputs depend on more than its inputs "
+        "and buffers cannot be verified: pass verify=False if that is so"
+    )
+
+
+def _noisiest(layers: list[MatchedLayer]) -> str:
+    """The layers of int8 with the smallest signal-to-noise ratios, which rules may keep in float32."""
+    rounded = [(layer.snr, layer.weight.fqn) for layer in layers if layer.snr is not None and not layer.unrounded]
+    named = ", ".join(f"{name} ({snr:.1f} dB)" for snr, name in sorted(rounded)[:_NAMED])
+    if not named:
+        return ""
+    return (
+        f"; most noise with int8 comes from {named}: give such layers torch.float32 by rules, or more example inputs "
+        "where outputs are few numbers, as all count together"
     )
 
 

@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.recipes import KEY as RECIPE
 from srigl_fx.reports.text_tables import format_bytes, format_table
-from srigl_fx.runtime.ort.abi import DOMAIN, operator_names
+from srigl_fx.runtime.ort.abi import DOMAIN, inputs_of, operator_names
 from srigl_fx.runtime.ort.contents import MARK
 
 if TYPE_CHECKING:
     import onnx
-
-OPERANDS = ("values", "indices", "active", "bias")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class CondensedNode:
         weight_shape: The dense weight's shape, output channels first.
         fan_in: Weights kept by each active neuron.
         active_neurons: Neurons that keep weights.
-        bytes: What its four constants take in the file.
+        bytes: What its constants take in the file.
     """
 
     name: str
@@ -174,7 +172,7 @@ def inspect_file(path: Path) -> FileReport:
     known = operator_names()
     ours = [node for node in all_nodes(model.graph) if node.domain == DOMAIN]
     nodes = tuple(
-        _read_node(node, constants, path, residual=known[node.op_type][1]) for node in ours if node.op_type in known
+        _read_node(node, constants, path, inputs_of(*known[node.op_type][:2])) for node in ours if node.op_type in known
     )
     renamed = tuple(dict.fromkeys(node.op_type for node in ours if node.op_type not in known))
     read = {name for node in ours for name in node.input}
@@ -213,31 +211,34 @@ def all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
 
 
 def _read_node(
-    node: "onnx.NodeProto", constants: "dict[str, onnx.TensorProto]", path: Path, *, residual: bool
+    node: "onnx.NodeProto", constants: "dict[str, onnx.TensorProto]", path: Path, inputs: Sequence[str]
 ) -> CondensedNode:
     where = f"{path}: the {node.op_type} node {node.name!r}"
-    inputs = 1 + len(OPERANDS) + residual
-    if len(node.input) != inputs:
-        raise FormatError(f"{where} has {len(node.input)} inputs instead of {inputs}; export the model anew")
+    if len(node.input) != len(inputs):
+        raise FormatError(f"{where} has {len(node.input)} inputs instead of {len(inputs)}; export the model anew")
     operands = {}
-    for operand, name in zip(OPERANDS, node.input[1:], strict=False):
+    for operand, name in zip(inputs, node.input, strict=True):
+        if operand in ("x", "residual"):
+            continue
         if name not in constants:
             raise FormatError(f"{where} has no constant {operand}; export the model anew")
         operands[operand] = constants[name]
     shape = next((tuple(attribute.ints) for attribute in node.attribute if attribute.name == "weight_shape"), ())
     if len(shape) < 2 or min(shape) < 1:
         raise FormatError(f"{where} has the dense shape {shape}, which no weight has; export the model anew")
-    values, indices, active, bias = (tuple(operands[operand].dims) for operand in OPERANDS)
+    dims = {operand: tuple(tensor.dims) for operand, tensor in operands.items()}
+    values, indices, active, bias = (dims[operand] for operand in ("values", "indices", "active", "bias"))
     fan_in = math.prod(shape[1:])
     if (
         len(values) != 2
         or indices != values
         or active != values[:1]
         or bias != shape[:1]
+        or dims.get("scales", active) != active
         or not (0 <= values[0] <= shape[0] and 0 <= values[1] <= fan_in)
     ):
         raise FormatError(
-            f"{where} stores values {values}, indices {indices}, active {active} and bias {bias}, which do not fit the "
+            f"{where} stores {', '.join(f'{operand} {size}' for operand, size in dims.items())}, which do not fit the "
             f"dense shape {shape}; export the model anew"
         )
     return CondensedNode(

@@ -28,6 +28,8 @@ class ExportReport:
         library_error: Largest difference between PyTorch and ONNX Runtime with the library, over the largest output;
             None where that was not checked.
         fallback_error: The same for an ONNX Runtime without the library.
+        min_snr: The smallest signal-to-noise ratio in dB of these differences, with and without the library; None where
+            that was not checked, or no layer has values of int8.
         notes: What could not be checked, which passes failed and were undone, and which sizes are fixed, each with why.
         inputs: The sizes of the inputs by name: numbers where they are fixed, the names of sizes where they are free.
             Sizes have the same name where they must be the same.
@@ -52,6 +54,7 @@ class ExportReport:
     outputs: dict[str, tuple[int | str, ...]] = field(default_factory=dict)
     state: tuple[str, ...] = ()
     lowering: LoweringReport | None = None
+    min_snr: float | None = None
 
     @property
     def condensed_layers(self) -> int:
@@ -79,7 +82,8 @@ class ExportReport:
             f"({format_bytes(self.sparse_bytes)} instead of {format_bytes(self.dense_bytes)}, {ratio:.3f} of dense)",
             f"batch: {self._batch}; without the library: {'runs densely' if self.fallback else 'does not run'}",
             f"largest relative error: {error(self.library_error)} with the library, "
-            f"{error(self.fallback_error)} without",
+            f"{error(self.fallback_error)} without"
+            + ("" if self.min_snr is None else f"; smallest signal-to-noise ratio {self.min_snr:.1f} dB"),
             f"takes {_listed(self.inputs)}; returns {_listed(self.outputs)}",
             *self._expected,
             *self.notes,

@@ -81,6 +81,7 @@ def lowering_page(plain: Plain, title: str = "Lowering report") -> str:
         place="region",
         landscape=landscape(rows),
         decisions={form: sum(row["status"] == form for row in rows) for form in ("condensed", "shrunk", "dense")},
+        rounded=[layer for layer in plain["layers"] if layer["snr"] is not None],
         measured=measured,
         form_sets={figure["forms"] for _, each in measured for figure in each.values()},
         totals=_latency_totals(plain["layers"]),

@@ -1,5 +1,6 @@
 """Estimated times: hand-computed, and going where they should when the work grows."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from srigl_fx.runtime.costs import calibration
 from srigl_fx.runtime.costs.calibration import fit, host_machine, machine_constants, predicted, probe
 from srigl_fx.runtime.costs.cost_model import Machine, Work, condensed, dense, estimate, kernel_for
 from srigl_fx.runtime.costs.timings import Timings
+from srigl_fx.runtime.cpu.kernels import plan
+from srigl_fx.runtime.cpu.kernels.isa import AVX512_VBMI, TARGETS
 
 # Round numbers, such that every term can be told from the sum.
 SIMPLE = Machine(
@@ -135,3 +138,31 @@ def test_probes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "probe", lambda: pytest.fail("measured again"))
     assert machine_constants(timings) == machine_constants(timings, may_measure=False) == found
     assert found != Machine()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_eight_bits_have_rates_of_their_own_for_each_target(target: str) -> None:
+    machine = replace(Machine(), target=TARGETS.index(target))
+    for columns in (1, 4, 64, 1024):
+        work = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=columns)
+        bytewise = replace(work, value_bytes=1, eight_bits=True)
+        seconds, usual = condensed(bytewise, machine), condensed(work, machine)
+        assert 0.1 * usual < seconds < 10 * usual
+        assert estimate(bytewise, machine) == {"dense": dense(work, machine), "condensed": seconds}
+        if columns == 1024:
+            assert seconds < usual
+    for convolution in (False, True):  # tiles have 64 columns, used or not
+        few, many = (replace(bytewise, columns=columns, convolution=convolution) for columns in (20, 64))
+        assert kernel_for(few, machine) == kernel_for(many, machine) == "tile"
+        moved = 44 * (work.fan_in + work.rows) / machine.move_rate
+        assert condensed(many, machine) - condensed(few, machine) == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_kernel_of_eight_bits_is_the_plans(target: str) -> None:
+    for samples, k in itertools.product((1, 4, 5, 16, 17, 64), (1, 20, 300)):
+        work = Work(rows=64, fan_in=700, active=60, kept=60 * k, columns=samples, value_bytes=1, eight_bits=True)
+        planned = plan.int8_linear_kernel(target == AVX512_VBMI, 700, 60, k, samples, False)
+        assert kernel_for(work, replace(Machine(), target=TARGETS.index(target))) == (
+            "tile" if planned == plan.INT8_TILE else "dot"
+        )

@@ -1,0 +1,71 @@
+"""Which layers can be rounded to eight bits without harm.
+
+Owns :class:`CheckRounding` and its rule. It must not know how a layer is rounded, nor any kernel: it runs the operator
+that the layer would become.
+"""
+
+import torch
+from torch import Tensor
+
+from srigl_fx.comparison import LEAST_LAYER_SNR, signal_to_noise
+from srigl_fx.errors import FormatError
+from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.passes.condense import variants
+from srigl_fx.passes.layer_runs import run_uses
+from srigl_fx.passes.program import MatchedLayer, Program, Use
+
+
+class CheckRounding(Pass[Program]):
+    """Leave in float32 what eight bits would change too much.
+
+    Each layer that is to be stored in int8 is computed in both ways for what the graph hands it on the example inputs,
+    all in float32 before it. With y what it gives in float32, and z in int8, bias included, its signal-to-noise ratio
+    is ``10 log10(sum of y**2 / sum of (y - z)**2)`` in dB, of all samples together.
+
+    1. A layer whose ratio is at least ``least`` keeps its ``value_dtype``, and the report has the ratio. Of a weight
+       that is used several times, the smallest counts.
+    2. Any other gets ``torch.float32``, and its reason says so: what is decided for it later is decided in float32.
+    3. So does a layer that has no form in int8: one with a weight that is not finite, or with a fan-in whose sums are
+       no int32.
+
+    Args:
+        least: The smallest ratio, in dB; ``-math.inf`` rounds every layer that has the form.
+    """
+
+    def __init__(self, least: float = LEAST_LAYER_SNR) -> None:
+        self.least = least
+
+    def run(self, subject: Program) -> PassResult[Program]:
+        """Fill in the ratio of each layer of int8, and take it back where that is too small."""
+        layers = {use.node: layer for layer in subject.layers if layer.value_dtype is torch.int8 for use in layer.uses}
+        if not layers:
+            return PassResult(subject=subject, changed=False)
+
+        def seen(use: Use, x: Tensor, y: Tensor) -> None:
+            layer = layers.get(use.node)
+            if layer is None or layer.unrounded:
+                return
+            try:
+                ((_, rounded),) = variants(use, ["condensed"], torch.int8)
+            except FormatError as error:
+                layer.unrounded = f"stored in float32: {error}"  # rule 3
+                return
+            snr = signal_to_noise(y, rounded(x))
+            layer.snr = snr if layer.snr is None else min(layer.snr, snr)
+
+        run_uses(subject, seen)
+        for layer in layers.values():
+            self._settle(layer)
+        notes = tuple(
+            Note(where=layer.weight.fqn, reason=layer.unrounded) for layer in subject.layers if layer.unrounded
+        )
+        return PassResult(subject=subject, changed=False, notes=notes)
+
+    def _settle(self, layer: MatchedLayer) -> None:
+        if not layer.unrounded and layer.snr is not None and not layer.snr >= self.least:
+            layer.unrounded = (
+                f"stored in float32: with int8 its signal-to-noise ratio is {layer.snr:.1f} dB, and at least "
+                f"{self.least:g} dB are asked for"
+            )
+        if layer.unrounded:
+            layer.value_dtype = torch.float32
