@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SECTIONS = ("ceilings", "linear", "small", "conv", "bf16", "threads", "train", "models")
+SECTIONS = ("ceilings", "linear", "small", "conv", "bf16", "int8", "int8_conv", "threads", "train", "models")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

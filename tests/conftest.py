@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch_shortcuts
 import zoo.cpu_torchvision  # noqa: F401 - for an environment that .ci/install_zoo.py did not prepare
+from kernel_support.int8_kernels import int8_kernel  # noqa: F401 - a fixture
 
 _CACHE = "SRIGL_FX_TEST_CACHE"
 _OBJECTS = "SRIGL_FX_TEST_OBJECTS"  # a folder that lasts, for what is compiled from the same sources each time

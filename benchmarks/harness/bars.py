@@ -13,8 +13,10 @@ from harness.cells import (
     DENSE,
     DENSE_STEP,
     ORT_DENSE,
+    ORT_INT8,
     OURS,
     OURS_BF16,
+    OURS_INT8,
     SPARSE_STEP,
     Cell,
     Record,
@@ -35,6 +37,14 @@ DEEPSPARSE_BAR = 1.5
 CSR_BARS = {1: 4.0, 256: 10.0}  # at 90 %
 CONV_MEAN_BAR, CONV_WORST_BAR, CONV_DEEPSPARSE_BAR = 4.5, 2.5, 1.3
 BF16_BARS = {0.9: 6.0, 0.95: 10.0}  # at batch 1
+# Of ours in int8 over dense int8, and over ours in float32, by batch and sparsity; 4096 -> 4096 at batch 1 is 3.
+INT8_BARS = {
+    0.9: {1: 2.0, 16: 2.2, 64: 3.0, 256: 3.0, 2048: 3.0},
+    0.95: {1: 3.0, 16: 3.5, 64: 5.0, 256: 5.0, 2048: 5.0},
+}
+INT8_WIDE, INT8_WIDE_BAR = "4096 -> 4096", 3.0
+INT8_OVER_OURS_BARS = {1: 1.4, 16: 2.0, 64: 2.8, 256: 2.8, 2048: 2.8}  # at 90 %
+INT8_CONV_BAR = 2.0  # geometric mean over QDQ, by batch
 TRAIN_BAR = 3.0
 THREADS_BAR = 1.7
 
@@ -144,6 +154,32 @@ def _bf16(cells: Cells) -> list[Outcome]:
     return found
 
 
+def _int8(cells: Cells) -> list[Outcome]:
+    found = []
+    for sparsity, targets in INT8_BARS.items():
+        for batch, target in targets.items():
+            bar = f"linear, int8, batch {batch}, {sparsity:.0%}, over {ORT_INT8}"
+            found += _worst(bar, target, _at(cells, sparsity, batch), [ORT_INT8], OURS_INT8)
+    wide = {key: cell for key, cell in _at(cells, 0.9, 1).items() if key[1] == INT8_WIDE}
+    found += _worst(
+        f"linear, int8, {INT8_WIDE}, batch 1, 90%, over {ORT_INT8}", INT8_WIDE_BAR, wide, [ORT_INT8], OURS_INT8
+    )
+    for batch, target in INT8_OVER_OURS_BARS.items():
+        bar = f"linear, int8, batch {batch}, 90%, over ours in float32"
+        found += _worst(bar, target, _at(cells, 0.9, batch), OURS, OURS_INT8)
+    return found
+
+
+def _int8_conv(cells: Cells) -> list[Outcome]:
+    found = []
+    for batch in sorted({key[3] for key in cells}):
+        of_batch = [cell for key, cell in cells.items() if key[3] == batch]
+        ratios = [value for cell in of_batch if not math.isnan(value := ratio(cell, [ORT_INT8], OURS_INT8))]
+        bar, mean = f"convolution, int8, batch {batch}, geometric mean, over {ORT_INT8}", geometric_mean(ratios)
+        found.append(Outcome(bar=bar, target=INT8_CONV_BAR, measured=mean, where=f"{len(ratios)} cells"))
+    return found
+
+
 def _train(cells: Cells) -> list[Outcome]:
     bar = "training step, 95%, batch 256, over the dense step"
     return _worst(bar, TRAIN_BAR, cells, [DENSE_STEP], [SPARSE_STEP])
@@ -164,4 +200,12 @@ def _threads(cells: Cells) -> list[Outcome]:
     return found
 
 
-_JUDGES = (("linear", _linear), ("conv", _conv), ("bf16", _bf16), ("train", _train), ("threads", _threads))
+_JUDGES = (
+    ("linear", _linear),
+    ("conv", _conv),
+    ("bf16", _bf16),
+    ("int8", _int8),
+    ("int8_conv", _int8_conv),
+    ("train", _train),
+    ("threads", _threads),
+)

@@ -11,18 +11,23 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 TORCH_DENSE, ORT_DENSE = "torch dense", "ORT dense"
+OPENVINO_DENSE = "OpenVINO dense"
+ORT_INT8, OPENVINO_INT8 = "ORT dense int8", "OpenVINO dense int8"
 OURS_TORCH, OURS_ORT = "ours in torch", "ours in ORT"
+OURS_TORCH_INT8, OURS_ORT_INT8 = "ours in torch, int8", "ours in ORT, int8"
 OURS_TORCH_BF16, OURS_ORT_BF16 = "ours in torch, bf16", "ours in ORT, bf16"
 DEEPSPARSE, DEEPSPARSE_ORT = "DeepSparse", "ORT dense beside DeepSparse"
 CSR_TORCH, CSR_SCIPY = "torch CSR", "SciPy CSR"
 GATHER, GATHER_EAGER = "gather, torch.compile", "gather, eager"
 DENSE_STEP, SPARSE_STEP = "dense step", "sparse step"
 
-DENSE = (TORCH_DENSE, ORT_DENSE)
+DENSE = (TORCH_DENSE, ORT_DENSE, OPENVINO_DENSE)
+DENSE_INT8 = (ORT_INT8, OPENVINO_INT8)
 OURS = (OURS_TORCH, OURS_ORT)
 OURS_BF16 = (OURS_TORCH_BF16, OURS_ORT_BF16)
-LINEAR = (*DENSE, *OURS, DEEPSPARSE, DEEPSPARSE_ORT, CSR_TORCH, CSR_SCIPY, GATHER)
-CONV = (*DENSE, *OURS, DEEPSPARSE, DEEPSPARSE_ORT)
+OURS_INT8 = (OURS_TORCH_INT8, OURS_ORT_INT8)
+LINEAR = (*DENSE, *DENSE_INT8, *OURS, *OURS_INT8, DEEPSPARSE, DEEPSPARSE_ORT, CSR_TORCH, CSR_SCIPY, GATHER)
+CONV = (*DENSE, *DENSE_INT8, *OURS, *OURS_INT8, DEEPSPARSE, DEEPSPARSE_ORT)
 
 Cell = tuple[str, str, float, int, int]
 
@@ -40,7 +45,8 @@ class Record:
         contender: Its name.
         microseconds: The median of one call; NaN where it did not run.
         note: Why it did not run.
-        bytes: What a call cannot avoid to move: six bytes for each kept weight, the input and the output.
+        bytes: What a call cannot avoid to move: six bytes for each kept weight (four with bf16, three with int8), the
+            input and the output.
         fmas: Multiply-adds with the kept weights alone.
     """
 

@@ -20,17 +20,25 @@ import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
 from harness.cells import (
     CSR_SCIPY,
     CSR_TORCH,
+    DENSE_INT8,
     GATHER,
     GATHER_EAGER,
+    OPENVINO_DENSE,
+    OPENVINO_INT8,
     ORT_DENSE,
+    ORT_INT8,
     OURS_BF16,
+    OURS_INT8,
     OURS_ORT,
     OURS_ORT_BF16,
+    OURS_ORT_INT8,
     OURS_TORCH,
     OURS_TORCH_BF16,
+    OURS_TORCH_INT8,
     TORCH_DENSE,
 )
-from harness.layers import Array, Layer, condensed_onnx, dense_onnx, dense_weight
+from harness.layers import Array, Layer, condensed_onnx, dense_onnx, dense_weight, in_eight_bits
+from harness.quantised import NotAvailableError, dynamic_int8, openvino_call, static_int8
 from harness.timing import fastest
 from srigl_fx.errors import SriglError
 from srigl_fx.runtime import register
@@ -40,6 +48,7 @@ Call = Callable[[], Any]
 
 TOLERANCE = 1e-4  # of the largest output; sums are taken in another order, and DeepSparse's are fp32 too
 BF16_TOLERANCE = 1e-2
+INT8_TOLERANCE = 5e-2
 GATHER_LIMIT = 1e10  # gathered elements: beyond, the formulation takes more than ten seconds a call
 EAGER_LIMIT = 2e8  # the same, where all that is gathered is held in memory
 
@@ -68,6 +77,9 @@ class LayerContenders:
         self.dense = torch.from_numpy(dense_weight(weight, layer))
         self.bias = torch.from_numpy(weight.bias)
         self.operands = [torch.from_numpy(getattr(weight, name)) for name in ("values", "indices", "active", "bias")]
+        self.rounded = in_eight_bits(weight)
+        # Made here, as what is made in inference mode is packed anew at each call.
+        self.scales, self.bytes = torch.from_numpy(self.rounded.scales), torch.from_numpy(self.rounded.values)
         self.dense_model = dense_onnx(layer, weight)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
@@ -81,8 +93,13 @@ class LayerContenders:
         makers: Mapping[str, Callable[[Array], Call]] = {
             TORCH_DENSE: self._torch_dense,
             ORT_DENSE: self._ort_dense,
+            OPENVINO_DENSE: lambda x: openvino_call(self.dense_model, {"x": x}, self.threads),
+            ORT_INT8: self._ort_int8,
+            OPENVINO_INT8: lambda x: openvino_call(static_int8(self.dense_model, {"x": x}), {"x": x}, self.threads),
             OURS_TORCH: self._ours_torch,
             OURS_ORT: self._ours_ort,
+            OURS_TORCH_INT8: self._ours_torch_int8,
+            OURS_ORT_INT8: self._ours_ort_int8,
             OURS_TORCH_BF16: self._ours_torch_bf16,
             OURS_ORT_BF16: self._ours_ort_bf16,
             CSR_TORCH: self._csr_torch,
@@ -95,7 +112,7 @@ class LayerContenders:
             if name in makers and only in (None, name):
                 try:
                     call = makers[name](x)
-                    problem = difference(call(), reference, BF16_TOLERANCE if name in OURS_BF16 else TOLERANCE)
+                    problem = difference(call(), reference, tolerance_of(name))
                 except NotAvailableError as error:
                     missing[name] = str(error)
                     continue
@@ -128,14 +145,28 @@ class LayerContenders:
     def _ours_torch(self, x: Array) -> Call:
         return self._condensed(torch.from_numpy(x), self.operands)
 
-    def _condensed(self, x: Tensor, operands: list[Tensor]) -> Call:
+    def _ort_int8(self, x: Array) -> Call:
+        """As ONNX Runtime's guide says: linear layers with dynamic scales, convolutions with static ones."""
+        if not self.layer.kernel:
+            return self._session_call(ORT_INT8, x, lambda: ort_session(dynamic_int8(self.dense_model), self.threads))
+        session, feeds = ort_session(static_int8(self.dense_model, {"x": x}), self.threads), {"x": x}
+        return lambda: session.run(None, feeds)[0]
+
+    def _ours_torch_int8(self, x: Array) -> Call:
+        return self._condensed(torch.from_numpy(x), [self.bytes, *self.operands[1:]], scales=self.scales)
+
+    def _ours_ort_int8(self, x: Array) -> Call:
+        model = condensed_onnx(self.layer, self.rounded)
+        return self._session_call(OURS_ORT_INT8, x, lambda: ort_session(model, self.threads, library=True))
+
+    def _condensed(self, x: Tensor, operands: list[Tensor], **settings: Tensor) -> Call:
         layer = self.layer
         if layer.kernel:
             geometry = list(layer.weight_shape), [layer.stride] * 2, [layer.padding] * 2, [1, 1], 1
             conv = torch.ops.srigl_fx.condensed_conv.default
-            return lambda: conv(x, *operands, *geometry)
+            return lambda: conv(x, *operands, *geometry, **settings)
         linear, inputs = torch.ops.srigl_fx.condensed_linear.default, layer.inputs
-        return lambda: linear(x, *operands, inputs)
+        return lambda: linear(x, *operands, inputs, **settings)
 
     def _ours_ort(self, x: Array) -> Call:
         make = lambda: ort_session(condensed_onnx(self.layer, self.weight), self.threads, library=True)  # noqa: E731
@@ -215,8 +246,11 @@ def has_compiler() -> bool:
     return any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "g++", "clang++", "c++"))
 
 
-class NotAvailableError(Exception):
-    """Why a contender cannot run here."""
+def tolerance_of(contender: str) -> float:
+    """Of the largest output."""
+    if contender in (*DENSE_INT8, *OURS_INT8):
+        return INT8_TOLERANCE
+    return BF16_TOLERANCE if contender in OURS_BF16 else TOLERANCE
 
 
 def _gather(x: Tensor, indices: Tensor, values: Tensor, bias: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Owns what is computed. It must not know who computes it, nor how long that takes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from srigl_fx.runtime.format import CondensedWeight
 from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION
+from srigl_fx.runtime.quantisation import quantise_weights
 
 Array = NDArray[Any]
 
@@ -76,6 +77,12 @@ def random_weight(layer: Layer, sparsity: float, seed: int = 0) -> CondensedWeig
     return CondensedWeight.from_dense(weight, mask, rng.standard_normal(layer.outputs))
 
 
+def in_eight_bits(weight: CondensedWeight) -> CondensedWeight:
+    """The same weight with int8 values and a scale for each row."""
+    values, scales = quantise_weights(weight.values)
+    return replace(weight, values=values, scales=scales)
+
+
 def random_input(layer: Layer, batch: int, seed: int = 1) -> Array:
     return np.random.default_rng(seed).standard_normal(layer.input_shape(batch), np.float32)
 
@@ -112,8 +119,10 @@ def dense_onnx(layer: Layer, weight: CondensedWeight) -> bytes:
 
 
 def condensed_onnx(layer: Layer, weight: CondensedWeight, *, bf16: bool = False) -> bytes:
-    """The layer as one condensed operator; with ``bf16``, its values are stored as bfloat16."""
+    """The layer as one condensed operator; with ``bf16``, float32 values are stored as bfloat16."""
     arrays = {name: getattr(weight, name) for name in ("values", "indices", "active", "bias")}
+    if weight.scales is not None:
+        arrays["scales"] = weight.scales
     if bf16:
         arrays["values"] = arrays["values"].astype(helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16))
     attributes: dict[str, Any] = {
@@ -128,6 +137,6 @@ def condensed_onnx(layer: Layer, weight: CondensedWeight, *, bf16: bool = False)
             "dilations": [1, 1],
             "group": 1,
         }
-    name = "CondensedConv" if layer.kernel else "CondensedLinear"
+    name = ("CondensedConv" if layer.kernel else "CondensedLinear") + ("" if weight.scales is None else "Int8")
     node = helper.make_node(name, ["x", *arrays], ["y"], domain="srigl_fx", **attributes)
     return _model(layer, node, arrays, OPSET_VERSION, IR_VERSION, ours=True)

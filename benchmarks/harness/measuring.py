@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from harness.cells import DEEPSPARSE, DEEPSPARSE_ORT, OURS_BF16, Record
+from harness.cells import DEEPSPARSE, DEEPSPARSE_ORT, OURS_BF16, OURS_INT8, Record
 from harness.contenders import TOLERANCE, LayerContenders, difference
 from harness.deepsparse_process import PeerError, Worker
 from harness.layers import Array, Layer, random_input, random_weight
@@ -161,7 +161,7 @@ def _records(
             contender=name,
             microseconds=1e6 * times.get(name, float("nan")),
             note=missing.get(name, ""),
-            bytes=(4 if name in OURS_BF16 else 6) * kept + activations,
+            bytes=(4 if name in OURS_BF16 else 3 if name in OURS_INT8 else 6) * kept + activations,
             fmas=kept * batch * layer.positions,
         )
         for name in made.wanted

@@ -18,10 +18,12 @@ from harness.cells import (
     DEEPSPARSE,
     DEEPSPARSE_ORT,
     DENSE,
+    DENSE_INT8,
     GATHER_EAGER,
     LINEAR,
     OURS,
     OURS_BF16,
+    OURS_INT8,
     Cell,
     Record,
     group,
@@ -142,18 +144,32 @@ def small(job: Job) -> list[Record]:
     )
 
 
-def conv(job: Job) -> list[Record]:
-    layers = [
+def convolutions(job: Job) -> list[Layer]:
+    """Those of ResNet-50."""
+    return [
         Layer(inputs=inputs, outputs=outputs, kernel=kernel, size=size, stride=stride)
         for inputs, outputs, kernel, size, stride in (((16, 16, 3, 8, 1),) if job.options.quick else RESNET50)
     ]
-    records = job.measure("conv", layers, (0.9,), (1, 2) if job.options.quick else (1, 16), CONV)
+
+
+def conv(job: Job) -> list[Record]:
+    records = job.measure("conv", convolutions(job), (0.9,), (1, 2) if job.options.quick else (1, 16), CONV)
     plot_speedups(job.path("conv", "png"), records, "Convolutions of ResNet-50, 90% sparse")
     return records
 
 
 def bf16(job: Job) -> list[Record]:
     return job.measure("bf16", job.linear_layers(), SPARSITIES, (1,), (*DENSE, *OURS, *OURS_BF16))
+
+
+def int8(job: Job) -> list[Record]:
+    contenders = (*DENSE, *DENSE_INT8, *OURS, *OURS_INT8)
+    return job.measure("int8", job.linear_layers(), (0.9, 0.95), (1, 16) if job.options.quick else BATCHES, contenders)
+
+
+def int8_conv(job: Job) -> list[Record]:
+    contenders, batches = (*DENSE, *DENSE_INT8, *OURS, *OURS_INT8), (1, 2) if job.options.quick else (1, 16)
+    return job.measure("int8_conv", convolutions(job), (0.9,), batches, contenders)
 
 
 def threads(job: Job) -> list[Record]:
@@ -207,6 +223,8 @@ SECTIONS: dict[str, Callable[[Job], list[Record]]] = {
     "small": small,
     "conv": conv,
     "bf16": bf16,
+    "int8": int8,
+    "int8_conv": int8_conv,
     "threads": threads,
     "train": train,
     "models": models,

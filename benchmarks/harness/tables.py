@@ -8,7 +8,20 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from harness.bars import LINEAR_BARS, Outcome
 from harness.ceilings import Ceilings
-from harness.cells import DEEPSPARSE, DENSE, DENSE_STEP, OURS, OURS_BF16, SPARSE_STEP, Cell, Record, best, group
+from harness.cells import (
+    DEEPSPARSE,
+    DENSE,
+    DENSE_INT8,
+    DENSE_STEP,
+    OURS,
+    OURS_BF16,
+    OURS_INT8,
+    SPARSE_STEP,
+    Cell,
+    Record,
+    best,
+    group,
+)
 
 Limits = Mapping[Cell, tuple[float, str]]  # the microseconds that a cell cannot go below, and what limits it
 
@@ -69,6 +82,7 @@ def cells_table(records: Sequence[Record], limits: Limits) -> str:
         "threads",
         *(f"{name}, µs" for name in names),
         "ours / dense",
+        "ours int8 / dense int8",
         "ours / DeepSparse",
     ]
     if limits:
@@ -79,7 +93,9 @@ def cells_table(records: Sequence[Record], limits: Limits) -> str:
         ours = best(cell, (*OURS, *OURS_BF16, SPARSE_STEP))
         row = [layer, f"{sparsity:.0%}", str(batch), str(threads)]
         row += [microseconds(cell[name].microseconds) if name in cell else "-" for name in names]
-        row += [times_faster(best(cell, (*DENSE, DENSE_STEP)) / ours), times_faster(best(cell, [DEEPSPARSE]) / ours)]
+        row += [times_faster(best(cell, (*DENSE, DENSE_STEP)) / ours)]
+        row += [times_faster(best(cell, DENSE_INT8) / best(cell, OURS_INT8))]
+        row += [times_faster(best(cell, [DEEPSPARSE]) / ours)]
         if key in limits:
             limit, reason = limits[key]
             moved, fmas = min(record.bytes for record in cell.values()), max(record.fmas for record in cell.values())

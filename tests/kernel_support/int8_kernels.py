@@ -1,4 +1,4 @@
-"""What several files of these tests share."""
+"""A fixture for tests of the kernels of eight bits."""
 
 import pytest
 

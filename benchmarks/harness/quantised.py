@@ -1,0 +1,90 @@
+"""Dense models in eight bits, by ONNX Runtime's own tools, and OpenVINO: the rivals of one line and no training.
+
+Owns how they are made and called at their best. It must not know what the models compute.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Feeds = Mapping[str, Array]
+
+
+class NotAvailableError(Exception):
+    """Why a contender cannot run here."""
+
+
+def dynamic_int8(model: bytes) -> bytes:
+    """A model whose matrix products take weights of eight bits, and round their inputs to as many at each call."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    return _rewritten(model, lambda given, made: quantize_dynamic(given, made, weight_type=QuantType.QInt8))
+
+
+def static_int8(model: bytes, feeds: Feeds) -> bytes:
+    """A model with pairs of QuantizeLinear and DequantizeLinear, whose scales are those of one batch (QDQ)."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class OneBatch(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter([dict(feeds)])
+
+        def get_next(self) -> Any:
+            return next(self.batches, None)
+
+    return _rewritten(
+        model,
+        lambda given, made: quantize_static(
+            given,
+            made,
+            OneBatch(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        ),
+    )
+
+
+def _rewritten(model: bytes, rewrite: Callable[[str, str], object]) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="srigl_fx_int8_") as folder:
+        given, prepared, made = (Path(folder, name) for name in ("given.onnx", "prepared.onnx", "made.onnx"))
+        given.write_bytes(model)
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+
+        # What ONNX Runtime asks for first: shapes are inferred, and what can be fused is.
+        quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
+        rewrite(str(prepared), str(made))
+        return made.read_bytes()
+
+
+def openvino_call(model: bytes, feeds: Feeds, threads: int) -> Callable[[], Any]:
+    """A call of OpenVINO on these inputs, compiled for latency; products of float32 stay so.
+
+    Raises:
+        NotAvailableError: OpenVINO is not installed, or refuses the model.
+    """
+    try:
+        import openvino
+    except ImportError as error:
+        raise NotAvailableError("not available: pip install openvino") from error
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": threads,
+        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
+    }
+    core = openvino.Core()
+    try:
+        network = core.read_model(model)
+        # Its sizes are known as they are where others are prepared too: a model of any batch size is slower.
+        network.reshape({name: list(array.shape) for name, array in feeds.items()})
+        request = core.compile_model(network, "CPU", settings).create_infer_request()
+    except RuntimeError as error:
+        raise NotAvailableError(f"not available: {str(error).splitlines()[0]}") from error
+    given = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
+    return lambda: request.infer(given, share_inputs=True, share_outputs=True)[0]
