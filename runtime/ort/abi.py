@@ -153,7 +153,7 @@ def operator_name(base: str, residual: bool, activation: str) -> str:
 
     Args:
         base: One of ``BASES``.
-        residual: Whether it adds a sixth input before the activation.
+        residual: Whether it adds one more input before the activation.
         activation: One of ``SUFFIXES``.
 
     Example:

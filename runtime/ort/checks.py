@@ -18,7 +18,9 @@ _TENSOR_WORDS = abi.TENSOR_WORDS
 _FLOAT32, _INT8 = NUMBERS["float32"], NUMBERS["int8"]
 _WRONG_VALUES = f"input '@' must be {choice(FLOATS)}, not ONNX element type %"
 _NO_BYTES = "input '@' must be int8, not ONNX element type %"
+_TOO_WIDE = "input '@' has % columns, more than the % whose sums are int32"
 _LARGEST_FAN_IN = LARGEST_FAN_IN
+_INFINITY, _MINUS_ZERO = 0x7F800000, -(2**31)  # the bits of float32, as signed numbers
 
 
 def _value_types() -> Any:
@@ -139,11 +141,22 @@ def check_active(node: int, active: int, rows: int) -> int:
 
 
 @linked
+def check_scales(node: int, scales: int, rows: int) -> int:
+    """Refuse a scale that is negative, infinite or NaN."""
+    for row in range(rows):
+        bits = load32(scales, 4 * row)
+        if bits >= _INFINITY or (bits < 0 and bits != _MINUS_ZERO):
+            message = text("input '@' holds a number at position % that is negative or not finite")
+            return refuse(node, message, text("scales"), row, 0)
+    return 0
+
+
+@linked
 def check_weights(node: int, inputs: int, weights: int) -> int:
     """Check the weight inputs against the attributes and each other, and store what a kernel needs at ``weights``.
 
-    ``inputs`` holds the four OrtValues; while a node is created, those not constant are 0 and are left for the run.
-    Contents that were found good when the node was created are recognised by their address.
+    ``inputs`` holds the four OrtValues, and that of the scales; while a node is created, those not constant are 0 and
+    are left for the run. Contents that were found good when the node was created are recognised by their address.
     """
     n, in_features = load(node, abi.NODE_OUT_FEATURES), load(node, abi.NODE_IN_FEATURES)
     tensor = stack(_TENSOR_WORDS)
@@ -248,10 +261,15 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
         if n_active >= 0 and rows != n_active:
             return refuse(node, text("input '@' has % entries, 'indices' has % rows"), text("scales"), rows, n_active)
         if k > _LARGEST_FAN_IN:
-            return refuse(node, text("input '@' has % columns, too many for sums of int32"), text("indices"), k, 0)
+            return refuse(node, text(_TOO_WIDE), text("indices"), k, _LARGEST_FAN_IN)
         status = tensor_data(node, value, weights + abi.WEIGHTS_SCALES)
         if status != 0:
             return status
+        scales = load(weights, abi.WEIGHTS_SCALES)
+        if scales != load(node, abi.NODE_CONSTANT_SCALES):
+            status = check_scales(node, scales, rows)
+            if status != 0:
+                return status
 
     store(weights, abi.WEIGHTS_N_ACTIVE, n_active)
     store(weights, abi.WEIGHTS_K, k)
@@ -261,4 +279,4 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
     return 0
 
 
-FUNCTIONS = (describe, describe_float, is_zero, check_indices, check_active, check_weights)
+FUNCTIONS = (describe, describe_float, is_zero, check_indices, check_active, check_scales, check_weights)

@@ -2,7 +2,8 @@
 
 Owns the function bodies. Each scatters the kept weights into the dense weight and contracts with that; as the dense
 shape comes from attributes and not from ``x``, ONNX Runtime folds all but the last steps into one constant, and what
-runs is a plain Gemm, MatMul, Conv or ConvTranspose with its epilogue. It must not know graphs or sessions.
+runs is a plain Gemm, MatMul, Conv or ConvTranspose with its epilogue; where values have eight bits, between the steps
+that round the samples and those that scale the sums. It must not know graphs or sessions.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -27,8 +28,8 @@ TRANSPOSED_ATTRIBUTES = ("output_padding",)
 _DENSE_WEIGHT = """
     wide_indices = Cast <to: int = 7> (indices)
     wide_active = Cast <to: int = 7> (active)
-    wide_values = Cast <to: int = 1> (values)
     one = Constant <value: tensor = int64[1] {1}> ()
+    {values}
     rows = Unsqueeze (wide_active, one)
     row_size = Constant <value_int: int = @in_features> ()
     row_starts = Mul (rows, row_size)
@@ -42,6 +43,12 @@ _DENSE_WEIGHT = """
     flat_weight = ScatterElements <axis: int = 0, reduction: string = "add"> (zeros, flat_positions, flat_values)
     shape = Constant <value_ints: ints = @weight_shape> ()
     weight = Reshape (flat_weight, shape)
+"""
+_VALUES = "wide_values = Cast <to: int = 1> (values)"
+_SCALED_VALUES = """
+    steps_of_values = Cast <to: int = 1> (values)
+    value_scales = Unsqueeze (scales, one)
+    wide_values = Mul (steps_of_values, value_scales)
 """
 # What follows is chained: {x} is the step before, {y} the step itself.
 _CONTRACTIONS = {
@@ -76,54 +83,74 @@ _CONTRACTIONS = {
 }
 # With values of eight bits: samples are rounded as runtime.quantisation has it, contracted without a bias, and scaled.
 # Sums are float32 here, and exact up to 2**24. A sample that is not finite makes its scale NaN, whatever a host's
-# ReduceMax makes of NaN.
+# ReduceMax makes of NaN. Axes count from the front: ONNX Runtime leaves others of an empty tensor as long as they are.
 _ROUNDED = """
     zero_scalar = Constant <value: tensor = float {{0.0}}> ()
     least = Constant <value: tensor = float {{7.888609052210118e-31}}> ()
     signed_limit = Constant <value: tensor = float {{127.0}}> ()
     unsigned_limit = Constant <value: tensor = float {{255.0}}> ()
-    samples = {flat}
-    sample_axis = Constant <value: tensor = int64[1] {{-1}}> ()
+    samples = {samples}
     magnitudes = Abs (samples)
-    largest = ReduceMax <keepdims: int = 1> (magnitudes, sample_axis)
-    smallest = ReduceMin <keepdims: int = 1> (samples, sample_axis)
+    largest = ReduceMax <keepdims: int = 1> (magnitudes, one)
+    smallest = ReduceMin <keepdims: int = 1> (samples, one)
     is_signed = Less (smallest, zero_scalar)
     limit = Where (is_signed, signed_limit, unsigned_limit)
     is_counted = GreaterOrEqual (largest, least)
-    whole = Div (limit, largest)
-    inverse = Where (is_counted, whole, zero_scalar)
-    step_size = Div (largest, limit)
+    divisor = Where (is_counted, largest, limit)
+    quotient = Div (limit, divisor)
+    inverse = Where (is_counted, quotient, zero_scalar)
+    step_size = Div (divisor, limit)
     finite_scale = Where (is_counted, step_size, zero_scalar)
     nothing = Mul (samples, zero_scalar)
-    poison = ReduceSum <keepdims: int = 1> (nothing, sample_axis)
+    poison = ReduceSum <keepdims: int = 1> (nothing, one)
     sample_scale = Add (finite_scale, poison)
     scaled_samples = Mul (samples, inverse)
     whole_samples = Round (scaled_samples)
-    steps = {back}
-    scale_zeros = ConstantOfShape <value: tensor = float[1] {{0.0}}> (bias_shape)
-    row_scales = ScatterElements <axis: int = 0> (scale_zeros, wide_active, scales)
-"""
-_BIAS_SHAPE = """
     bias_shape = Shape (bias)
-"""
-_LINEAR_SCALED = """
+    no_scales = ConstantOfShape <value: tensor = float[1] {{0.0}}> (bias_shape)
+    row_scales = ScatterElements <axis: int = 0> (no_scales, wide_active, scales)
     factors = Mul (sample_scale, row_scales)
-    scaled_product = Mul (sums, factors)
-    {y} = {sum} (scaled_product, bias)
+    no_rows = ConstantOfShape <value: tensor = bool[1] {{0}}> (bias_shape)
+    active_shape = Shape (active)
+    are_active = ConstantOfShape <value: tensor = bool[1] {{1}}> (active_shape)
+    is_active = ScatterElements <axis: int = 0> (no_rows, wide_active, are_active)
 """
-# (N, n, sizes...) as (N, n, -1), beside (N, 1, 1) and (n, 1).
+_ROWS = """
+    row_length = Reshape (row_size, one)
+    rows_of_x = Concat <axis: int = 0> (minus_one, row_length)
+"""
+_LINEAR_SUMS = """
+    transposed = Transpose <perm: ints = [1, 0]> (weight)
+    sums = MatMul (whole_samples, transposed)
+"""
+_CONV_STEPS = """
+    data_shape = Shape ({x})
+    steps = Reshape (whole_samples, data_shape)
+"""
+# A row that is ablated has its bias alone, be the sample finite or not.
+_LINEAR_SCALED = """
+    products = Mul (sums, factors)
+    kept_products = Where (is_active, products, zero_scalar)
+    rows_of_y = Add (kept_products, bias)
+    leading = Shape <end: int = -1> ({x})
+    y_shape = Concat <axis: int = 0> (leading, bias_shape)
+    {y} = Reshape <allowzero: int = 1> (rows_of_y, y_shape)
+"""
+# (N, n), and (n,), as they are multiplied with (N, n, sizes...).
 _CONV_SCALED = """
-    sums_shape = Shape (sums)
-    rows_shape = Constant <value: tensor = int64[3] {{0, 0, -1}}> ()
-    flat_sums = Reshape (sums, rows_shape)
-    second_axis = Constant <value: tensor = int64[1] {{1}}> ()
-    sample_scales = Unsqueeze (sample_scale, second_axis)
-    column_scales = Unsqueeze (row_scales, second_axis)
-    column_bias = Unsqueeze (bias, second_axis)
-    factors = Mul (sample_scales, column_scales)
-    scaled_product = Mul (flat_sums, factors)
-    biased = Add (scaled_product, column_bias)
-    {y} = Reshape (biased, sums_shape)
+    second = Constant <value: tensor = int64[1] {{2}}> ()
+    end = Constant <value: tensor = int64[1] {{9223372036854775807}}> ()
+    taps = Slice (shape, second, end)
+    ones = Div (taps, taps)
+    both = Constant <value: tensor = int64[2] {{0, 0}}> ()
+    factors_shape = Concat <axis: int = 0> (both, ones)
+    wide_factors = Reshape (factors, factors_shape)
+    rows_shape = Concat <axis: int = 0> (minus_one, ones)
+    wide_is_active = Reshape (is_active, rows_shape)
+    wide_bias = Reshape (bias, rows_shape)
+    products = Mul (sums, wide_factors)
+    kept_products = Where (wide_is_active, products, zero_scalar)
+    {y} = Add (kept_products, wide_bias)
 """
 _ADDITION = """
     {y} = Add ({x}, residual)
@@ -134,23 +161,15 @@ _PERMUTATION = """
 """
 
 
-def _contraction(base: str) -> str:
+def _contraction(base: str, exact: bool) -> str:
     """The steps of an operator from its data to the sum with its bias, as a template."""
-    if not base.endswith(abi.EIGHT_BITS):
-        return _CONTRACTIONS[base]
     of_floats = base.removesuffix(abi.EIGHT_BITS)
-    linear = of_floats == "CondensedLinear"
-    flat, back = ("Identity ({x})", "Identity (whole_samples)") if linear else _FLAT_SAMPLES
-    exact = _CONTRACTIONS[of_floats].replace(", bias)", ")").replace("{x}", "steps")
-    if linear:
-        exact = exact.replace("    {y} = {sum} (product)\n", "").replace("product = ", "sums = ")
-    shape = "" if linear else "    data_shape = Shape ({x})\n"
-    scaled = _LINEAR_SCALED if linear else _CONV_SCALED
-    rounded = _ROUNDED.replace("{flat}", flat).replace("{back}", back)
-    return _BIAS_SHAPE + shape + rounded + exact.replace("{y}", "sums") + scaled
-
-
-_FLAT_SAMPLES = "Flatten <axis: int = 1> ({x})", "Reshape (whole_samples, data_shape)"
+    if of_floats == base or not exact:
+        return _CONTRACTIONS[of_floats]
+    if of_floats == "CondensedLinear":
+        return _ROWS + _ROUNDED.replace("{samples}", "Reshape ({x}, rows_of_x)") + _LINEAR_SUMS + _LINEAR_SCALED
+    sums = _CONTRACTIONS[of_floats].replace("{x}", "steps").replace(", bias)", ")").replace("{y}", "sums")
+    return _ROUNDED.replace("{samples}", "Flatten <axis: int = 1> ({x})") + _CONV_STEPS + sums + _CONV_SCALED
 
 
 def attributes_of(base: str) -> tuple[str, ...]:
@@ -168,7 +187,10 @@ def attributes_of(base: str) -> tuple[str, ...]:
 
 
 def fallback_functions(
-    names: Iterable[str] = abi.OPERATORS, permuted: Mapping[str, Collection[str]] | None = None
+    names: Iterable[str] = abi.OPERATORS,
+    permuted: Mapping[str, Collection[str]] | None = None,
+    *,
+    exact: bool = True,
 ) -> "list[onnx.FunctionProto]":
     """Model-local functions of domain ``srigl_fx`` for opset 18, one for each name.
 
@@ -180,6 +202,8 @@ def fallback_functions(
         permuted: For each operator that some node uses with one, which of ``x_perm`` and ``y_perm`` may be anything but
             the identity. The other functions leave them out: ONNX Runtime would not remove a transposition that changes
             nothing.
+        exact: Whether samples are rounded to eight bits where an operator's values are; else those operators become
+            plain layers of the weights that the values stand for.
 
     Example:
         >>> [(function.domain, function.name) for function in fallback_functions(["CondensedConvAddRelu"])]
@@ -189,7 +213,8 @@ def fallback_functions(
 
     known = abi.operator_names()
     functions = [
-        onnx.parser.parse_function(_function(name, *known[name], (permuted or {}).get(name, ()))) for name in names
+        onnx.parser.parse_function(_function(name, *known[name], (permuted or {}).get(name, ()), exact))
+        for name in names
     ]
     for function in functions:
         for node in function.node:  # messages and profiles of tools name nodes by these
@@ -197,10 +222,10 @@ def fallback_functions(
     return functions
 
 
-def _function(name: str, base: str, residual: bool, activation: str, permuted: Collection[str]) -> str:
+def _function(name: str, base: str, residual: bool, activation: str, permuted: Collection[str], exact: bool) -> str:
     before, after = (_PERMUTATION.format(name=perm) if perm in permuted else "" for perm in LINEAR_ATTRIBUTES)
     # The residual lies as y does.
-    steps = [before, _contraction(base), after, _ADDITION if residual else "", _ACTIVATIONS[activation]]
+    steps = [before, _contraction(base, exact), after, _ADDITION if residual else "", _ACTIVATIONS[activation]]
     steps = [step for step in steps if step]
     results = ["x", *(f"step{i}" for i in range(1, len(steps))), "y"]
     # ONNX Runtime before 1.30 makes MatMul and Add one Gemm, and takes any Transpose in front of it for one that swaps
@@ -210,4 +235,6 @@ def _function(name: str, base: str, residual: bool, activation: str, permuted: C
     inputs = abi.inputs_of(base, residual)
     header = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
     signature = f"{name} <{', '.join(attributes_of(base))}> ({', '.join(inputs)}) => (y)"
-    return f"{header} {signature} {{ {_DENSE_WEIGHT} {body} }}"
+    plain = exact or not base.endswith(abi.EIGHT_BITS)
+    weight = _DENSE_WEIGHT.replace("{values}", _VALUES if plain else _SCALED_VALUES)
+    return f"{header} {signature} {{ {weight} {body} }}"

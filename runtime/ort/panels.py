@@ -1,4 +1,4 @@
-"""The packed weight of a node: made at the first call that wants it, shared by all that follow.
+"""The packed weight of a node: made at the first call that wants it, shared by all that follow where it is constant.
 
 Owns these panels, as functions that Numba compiles ahead of time (words in, one word out). A panel is one allocation
 that starts with a job in which everything is filled in that does not change from call to call. It must not know how a
@@ -62,6 +62,19 @@ def find_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> 
         return 0
     if load(weights, abi.WEIGHTS_SCALES) != load(node, abi.NODE_CONSTANT_SCALES):
         return 0
+    made = make_panel(node, weights, kernel_number, block_rows)
+    if made == 0:
+        return 0
+    before = exchange(place, 0, made)
+    if before != 0:  # another thread was faster
+        _free(made)
+        return before
+    return made
+
+
+@linked
+def make_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> int:
+    """A panel of these weights, the caller's own; 0 where there is no such kernel, or no memory."""
     measured, scratch = stack(_JOB_WORDS), stack(_SCRATCH_WORDS)
     for i in range(_JOB_WORDS):
         store(measured, abi.WORD * i, 0)
@@ -91,11 +104,13 @@ def find_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> 
     store(made, abi.WORD * job.PANEL_SUMS, made + rows_at + 2 * lanes_bytes)
     store(made, abi.WORD * job.PANEL, (made + panel_at) // _CACHE_LINE * _CACHE_LINE)
     call(kernel(node, _FILL_PANEL), (made, scratch))
-    before = exchange(place, 0, made)
-    if before != 0:  # another thread was faster
-        _free(made)
-        return before
     return made
 
 
-FUNCTIONS = (store_weights, find_panel)
+@inlined
+def free_panel(panel: int) -> None:
+    """Give back what :func:`make_panel` made; 0 is nothing."""
+    _free(panel)
+
+
+FUNCTIONS = (store_weights, find_panel, make_panel)

@@ -71,6 +71,7 @@ load32: Callable[[int, int], int] = _loader(_HALF, signed=True)
 load16: Callable[[int, int], int] = _loader(_SHORT)
 load8: Callable[[int, int], int] = _loader(_BYTE)
 store: Callable[[int, int, int], None] = _storer(_WORD)
+store32: Callable[[int, int, int], None] = _storer(_HALF)
 store8: Callable[[int, int, int], None] = _storer(_BYTE)
 
 

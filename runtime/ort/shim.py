@@ -6,7 +6,7 @@ that any number of runs may share it. What may be refused is for ``attributes`` 
 """
 
 from srigl_fx.runtime.cpu.kernels import isa
-from srigl_fx.runtime.ort import abi, attributes, checks, compute, panels, refusals
+from srigl_fx.runtime.ort import abi, attributes, checks, compute, panels, refusals, runs
 from srigl_fx.runtime.ort.attributes import read_attributes
 from srigl_fx.runtime.ort.checks import check_weights
 from srigl_fx.runtime.ort.primitives import (
@@ -265,6 +265,7 @@ FUNCTIONS = (
     *attributes.FUNCTIONS,
     *checks.FUNCTIONS,
     *panels.FUNCTIONS,
+    *runs.FUNCTIONS,
     *compute.FUNCTIONS,
     create,
     destroy,

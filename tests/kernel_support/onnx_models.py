@@ -7,7 +7,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from kernel_support import Convolution, compare_conv, compare_linear
@@ -20,16 +22,27 @@ _ELEMENT_TYPES = {
     "float32": TensorProto.FLOAT,
     "bfloat16": TensorProto.BFLOAT16,
     "float16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
     "uint16": TensorProto.UINT16,
     "int32": TensorProto.INT32,
 }
+
+
+def _arrays(weight: CondensedWeight) -> dict[str, NDArray[Any]]:
+    """A weight's parts, in the order of an operator's inputs."""
+    parts = {"values": weight.values, "indices": weight.indices, "active": weight.active, "bias": weight.bias}
+    return parts if weight.scales is None else parts | {abi.SCALES: weight.scales}
+
+
+def _base(base: str, weight: CondensedWeight) -> str:
+    return base if weight.scales is None else base + abi.EIGHT_BITS
 
 
 def _model(
     name: str, weight: CondensedWeight, attributes: dict[str, Any], ranks: tuple[int, int], *, constant: bool
 ) -> onnx.ModelProto:
     """One operator; its ``ranks`` are those of x and y. The weight is a set of initializers, or of inputs."""
-    arrays = {"values": weight.values, "indices": weight.indices, "active": weight.active, "bias": weight.bias}
+    arrays = _arrays(weight)
     tensors = [
         helper.make_tensor(part, _ELEMENT_TYPES[array.dtype.name], array.shape, array.tobytes(), raw=True)
         for part, array in arrays.items()
@@ -60,9 +73,16 @@ def _model(
 
 
 class Operator:
-    """A session of one operator, by the library or by the fallback that the model carries."""
+    """A session of one operator, by the library or by the fallback that the model carries.
 
-    def __init__(self, model: onnx.ModelProto, *, library: bool, threads: int) -> None:
+    The fallback is run by ONNX Runtime or, with ``reference``, by ONNX's own evaluator.
+    """
+
+    def __init__(self, model: onnx.ModelProto, *, library: bool, threads: int, reference: bool = False) -> None:
+        self.session: Any
+        if reference:
+            self.session = ReferenceEvaluator(model)
+            return
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 4
@@ -92,6 +112,7 @@ class LinearOperator:
         y_feature_major: bool = False,
         threads: int = 1,
         constant: bool = True,
+        reference: bool = False,
     ) -> None:
         usual = list(range(rank))
         self.weight, self.residual, self.activation, self.constant = weight, residual, activation, constant
@@ -100,10 +121,9 @@ class LinearOperator:
             "x_perm": [*usual[1:], 0] if x_feature_major else usual,
             "y_perm": [rank - 1, *usual[:-1]] if y_feature_major else usual,
         }
-        name = abi.operator_name("CondensedLinear", residual, activation)
-        self.run = Operator(
-            _model(name, weight, attributes, (rank, rank), constant=constant), library=library, threads=threads
-        )
+        name = abi.operator_name(_base("CondensedLinear", weight), residual, activation)
+        model = _model(name, weight, attributes, (rank, rank), constant=constant)
+        self.run = Operator(model, library=library, threads=threads, reference=reference)
 
     def check(self, x: Tensor) -> Tensor:
         """Compare with the oracle for ``x`` (..., in_features) and a random residual; return the result."""
@@ -129,6 +149,7 @@ class ConvOperator:
         activation: str = "none",
         threads: int = 1,
         constant: bool = True,
+        reference: bool = False,
     ) -> None:
         stride, padding, dilation = shape.steps
         self.shape, self.weight, self.constant = shape, weight, constant
@@ -142,13 +163,11 @@ class ConvOperator:
         }
         if shape.transposed:
             attributes["output_padding"] = shape.output_padding or (0,) * shape.rank
-        name = abi.operator_name(
-            "CondensedConvTranspose" if shape.transposed else "CondensedConv", residual, activation
-        )
+        base = _base("CondensedConvTranspose" if shape.transposed else "CondensedConv", weight)
+        name = abi.operator_name(base, residual, activation)
         ranks = shape.rank + 2, shape.rank + 2
-        self.run = Operator(
-            _model(name, weight, attributes, ranks, constant=constant), library=library, threads=threads
-        )
+        model = _model(name, weight, attributes, ranks, constant=constant)
+        self.run = Operator(model, library=library, threads=threads, reference=reference)
 
     def check(self, x: Tensor) -> Tensor:
         """Compare with the oracle for ``x`` and a random residual; return the result."""
@@ -159,6 +178,5 @@ class ConvOperator:
 
 
 def weight_inputs(weight: CondensedWeight) -> dict[str, Tensor]:
-    """A weight's parts as inputs of a session; its values must be float32."""
-    parts = {"values": weight.values, "indices": weight.indices, "active": weight.active, "bias": weight.bias}
-    return {name: torch.from_numpy(array) for name, array in parts.items()}
+    """A weight's parts as inputs of a session; its values must be float32 or int8."""
+    return {name: torch.from_numpy(array) for name, array in _arrays(weight).items()}

@@ -15,6 +15,8 @@ CASES: dict[str, tuple[Node, tuple[tuple[int, ...], ...]]] = {
     "linear_full": (linear(k=10, n_active=6), ((3, 10), (64, 10))),
     "linear_all_ablated": (linear(k=0, n_active=0), ((3, 10), (64, 10))),
     "linear_fan_in_0": (linear(k=0), ((3, 10), (64, 10))),
+    "linear_no_sample": (linear(x_rank=3), ((3, 0, 10),)),
+    "conv2d_no_sample": (conv(), ((0, 4, 5, 6),)),
     "linear_wide": (linear(n=300, in_features=768, k=77, n_active=280), ((1, 768), (20, 768), (100, 768))),
     "linear_wide_int32": (
         linear(n=300, in_features=768, k=77, n_active=280, index_type="int32"),
@@ -39,6 +41,7 @@ CASES: dict[str, tuple[Node, tuple[tuple[int, ...], ...]]] = {
     "conv2d_1x1_padded": (conv(kernel=(1, 1), k=2, pads=[1, 1, 1, 1]), ((1, 4, 3, 3),)),
     "conv3d": (conv(kernel=(3, 2, 2), pads=[1, 0, 1, 2, 1, 0], strides=[1, 2, 1]), ((2, 4, 5, 6, 7),)),
 }
+CASES |= {f"{name}_int8": (node.of_eight_bits(), shapes) for name, (node, shapes) in CASES.items()}
 
 
 def sample(name: str, shape: tuple[int, ...]) -> Array:

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from srigl_fx.runtime import reference
+from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, fallback_functions
+from srigl_fx.runtime.quantisation import quantise_weights
 
 Array = NDArray[Any]
 WEIGHTS = ("values", "indices", "active", "bias")
@@ -73,11 +75,18 @@ class Node:
 
     def expected(self, x: Array) -> Array:
         weights = [self.weights[name] for name in WEIGHTS]
-        if self.op == "CondensedLinear":
-            return reference.condensed_linear(x, *weights)
+        scales = self.weights.get(abi.SCALES)
+        if self.op.removesuffix(abi.EIGHT_BITS) == "CondensedLinear":
+            return reference.condensed_linear(x, *weights, scales=scales)
         names = ("weight_shape", "strides", "pads", "dilations", "group")
         given = {name: self.attributes[name] for name in names if name in self.attributes}
-        return reference.condensed_conv(x, *weights, **given)
+        return reference.condensed_conv(x, *weights, scales=scales, **given)
+
+    def of_eight_bits(self) -> "Node":
+        """The operator with values of eight bits, and these weights rounded to them."""
+        values, scales = quantise_weights(self.weights["values"])
+        node = self.with_weights(values=values, scales=scales)
+        return node.replace(op=self.op + abi.EIGHT_BITS, inputs=(*self.inputs, abi.SCALES))
 
 
 def random_weights(

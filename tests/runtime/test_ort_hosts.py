@@ -14,7 +14,7 @@ from ort_support.cases import CASES, tolerance, write_cases
 from ort_support.objects import copy_objects
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, TARGETS, host_isa, host_target
 from srigl_fx.runtime.ort.link import available_linkers, link
 
 # Versions of ONNX Runtime, with the NumPy that each was built for.
@@ -47,13 +47,16 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("isa", ISAS)
-def test_each_instruction_set(library: Path, cases: Path, isa: str) -> None:
-    if ISAS.index(isa) > ISAS.index(host_isa()):
-        result = _serve(library, cases, SRIGL_FX_ISA=isa)
+@pytest.mark.parametrize("target", TARGETS)
+def test_each_instruction_set(library: Path, cases: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    result = _serve(library, cases, SRIGL_FX_ISA=target)
+    monkeypatch.setenv(ISA_VARIABLE, target)
+    try:
+        host_target()
+    except LibraryError:
         assert "names an instruction set that this CPU lacks" in result["failure"]
     else:
-        _assert_right(_serve(library, cases, SRIGL_FX_ISA=isa))
+        _assert_right(result)
 
 
 @pytest.mark.slow

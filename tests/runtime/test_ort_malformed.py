@@ -13,6 +13,8 @@ from onnx import TensorProto, helper
 from ort_support import malformed
 from ort_support.models import WEIGHTS, Array, Node, conv, linear
 
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN
+
 INT64_MAX, INT64_MIN = 2**63 - 1, -(2**63)
 X = {2: (3, 10), 4: (1, 4, 5, 6)}  # what the well-formed nodes take, by rank
 
@@ -53,7 +55,7 @@ def _weight_faults(node: Node) -> dict[str, tuple[Node, str]]:
         "index_wider_than_features": (
             node.with_weights(
                 indices=np.tile(np.arange(limit + 1, dtype=np.uint16), (4, 1)),
-                values=np.ones((4, limit + 1), np.float32),
+                values=np.ones((4, limit + 1), values.dtype),
             ),
             "in_features",
         ),
@@ -84,6 +86,42 @@ def _weight_faults(node: Node) -> dict[str, tuple[Node, str]]:
         "bias_rank_2": (node.with_weights(bias=bias[None]), "'bias'"),
         "bias_rank_0": (node.with_weights(bias=bias[0].reshape(())), "'bias'"),
         "bias_double": (node.with_weights(bias=bias.astype(np.float64)), ""),
+    }
+
+
+def _float_faults(node: Node) -> dict[str, tuple[Node, str]]:
+    """Faults of an operator without scales."""
+    values = node.weights["values"]
+    return {
+        "values_int8": (node.with_weights(values=values.astype(np.int8)), "must be float32, bfloat16 or float16"),
+        "scales": (node.with_weights(scales=np.ones(4, np.float32)).replace(inputs=(*node.inputs, "scales")), ""),
+    }
+
+
+def _scale_faults(node: Node) -> dict[str, tuple[Node, str]]:
+    """Faults of an operator with values of eight bits."""
+    values, scales = node.weights["values"], node.weights["scales"]
+    wide = linear(n=2, in_features=LARGEST_FAN_IN + 9, k=LARGEST_FAN_IN + 1, n_active=1, index_type="int32")
+    number = "'scales' holds a number at position 1 that is negative or not finite"
+    faults = {
+        f"scale_{value}": (node.with_weights(scales=_changed(scales, (1,), value)), number)
+        for value in (-1.0, -1e-45, np.nan, -np.nan, np.inf, -np.inf)
+    }
+    wrong = "'values' must be int8"
+    return faults | {
+        "scales_short": (node.with_weights(scales=scales[:-1].copy()), "'scales' has 3 entries, 'indices' has 4 rows"),
+        "scales_long": (node.with_weights(scales=np.append(scales, scales)), "'scales' has 8 entries"),
+        "scales_empty": (node.with_weights(scales=scales[:0].copy()), "'scales' has 0 entries"),
+        "scales_rank_0": (node.with_weights(scales=scales[0].reshape(())), "'scales' must be (n_active,)"),
+        "scales_rank_2": (node.with_weights(scales=scales[:, None]), "'scales' must be (n_active,)"),
+        "scales_double": (node.with_weights(scales=scales.astype(np.float64)), ""),
+        "scales_half": (node.with_weights(scales=scales.astype(np.float16)), ""),
+        "scales_int8": (node.with_weights(scales=np.ones(4, np.int8)), ""),
+        "values_float32": (node.with_weights(values=values.astype(np.float32)), wrong),
+        "values_float16": (node.with_weights(values=values.astype(np.float16)), wrong),
+        "values_uint8": (node.with_weights(values=values.astype(np.uint8)), wrong),
+        "values_int32": (node.with_weights(values=values.astype(np.int32)), wrong),
+        "fan_in": (wide.of_eight_bits(), f"'indices' has {LARGEST_FAN_IN + 1} columns, more than the {LARGEST_FAN_IN}"),
     }
 
 
@@ -154,15 +192,19 @@ def _conv_faults() -> dict[str, tuple[Node, str]]:
 
 def _graph_faults() -> dict[str, tuple[Node, str]]:
     faults: dict[str, tuple[Node, str]] = {}
-    for op, node in (("linear", linear()), ("conv", conv())):
-        for position, name in enumerate(("x", *WEIGHTS)):
+    nodes = {"linear": linear(), "conv": conv()}
+    nodes |= {f"{op}_int8": node.of_eight_bits() for op, node in nodes.items()}
+    for op, node in nodes.items():
+        for position, name in enumerate(node.inputs):
             absent = list(node.inputs)
             absent[position] = ""
             faults[f"{op}_absent_{name}"] = (node.replace(inputs=absent), "")
             faults[f"{op}_only_{position}_inputs"] = (node.replace(inputs=node.inputs[:position]), "")
-        faults[f"{op}_six_inputs"] = (node.replace(inputs=(*node.inputs, "bias")), "")
-        faults[f"{op}_swapped_inputs"] = (node.replace(inputs=("x", "values", "active", "indices", "bias")), "")
-        faults[f"{op}_bias_for_values"] = (node.replace(inputs=("x", "bias", "indices", "active", "bias")), "'values'")
+        faults[f"{op}_one_input_more"] = (node.replace(inputs=(*node.inputs, "bias")), "")
+        swapped = ("x", "values", "active", "indices", *node.inputs[4:])
+        faults[f"{op}_swapped_inputs"] = (node.replace(inputs=swapped), "")
+        swapped = ("x", "bias", *node.inputs[2:])
+        faults[f"{op}_bias_for_values"] = (node.replace(inputs=swapped), "'values'")
         faults[f"{op}_x_double"] = (node.replace(x_type=TensorProto.DOUBLE), "")
         faults[f"{op}_x_half"] = (node.replace(x_type=TensorProto.FLOAT16), "")
     return faults
@@ -170,9 +212,12 @@ def _graph_faults() -> dict[str, tuple[Node, str]]:
 
 def _cases() -> dict[str, tuple[Node, str, Array]]:
     cases: dict[str, tuple[Node, str, Array]] = {}
+    linear_int8, conv_int8 = linear().of_eight_bits(), conv().of_eight_bits()
     groups = {
-        "linear": {**_weight_faults(linear()), **_attribute_faults(linear())},
-        "conv": {**_weight_faults(conv()), **_attribute_faults(conv()), **_conv_faults()},
+        "linear": {**_weight_faults(linear()), **_float_faults(linear()), **_attribute_faults(linear())},
+        "conv": {**_weight_faults(conv()), **_float_faults(conv()), **_attribute_faults(conv()), **_conv_faults()},
+        "linear_int8": {**_weight_faults(linear_int8), **_scale_faults(linear_int8), **_attribute_faults(linear_int8)},
+        "conv_int8": {**_weight_faults(conv_int8), **_scale_faults(conv_int8)},
         "graph": _graph_faults(),
         # The same contents behind inputs of the graph: only the run can tell.
         "linear_run": {
@@ -184,6 +229,15 @@ def _cases() -> dict[str, tuple[Node, str, Array]]:
             name: (node.replace(not_constant=frozenset({"indices", "active"})), message)
             for name, (node, message) in _weight_faults(conv()).items()
             if name != "index_string"
+        },
+        "linear_int8_run": {
+            name: (node.replace(not_constant=frozenset((*WEIGHTS, "scales"))), message)
+            for name, (node, message) in (_weight_faults(linear_int8) | _scale_faults(linear_int8)).items()
+            if name != "index_string"
+        },
+        "conv_int8_run": {
+            name: (node.replace(not_constant=frozenset({"scales"})), message)
+            for name, (node, message) in _scale_faults(conv_int8).items()
         },
     }
     for group, faults in groups.items():
@@ -241,15 +295,19 @@ def test_every_fault_is_refused_by_name(library: Path, tmp_path: Path) -> None:
         if message and not (message in outcomes[name]["message"] and node.op in outcomes[name]["message"])
     }
     assert not wrong
-    constant_faults = [name for name in cases if name.startswith(("linear-", "conv-")) and "huge_output" not in name]
+    at_load = "linear-", "conv-", "linear_int8-", "conv_int8-"
+    constant_faults = [name for name in cases if name.startswith(at_load) and "huge_output" not in name]
     assert [name for name in constant_faults if outcomes[name]["stage"] != "load"] == []
 
 
 @pytest.mark.slow
 def test_well_formed_twins_are_accepted(library: Path, tmp_path: Path) -> None:
     """What the faults above are one change away from."""
-    for name, node in {"linear": linear(), "conv": conv()}.items():
-        for not_constant in (frozenset(), frozenset(WEIGHTS), frozenset({"indices"}), frozenset({"values", "bias"})):
+    nodes = {"linear": linear(), "conv": conv()}
+    nodes |= {f"{name}_int8": node.of_eight_bits() for name, node in nodes.items()}
+    for name, node in nodes.items():
+        everything = frozenset(node.weights)
+        for not_constant in (frozenset(), everything, frozenset({"indices"}), frozenset({"values", "bias"})):
             case = node.replace(not_constant=not_constant)
             _write(
                 tmp_path,
@@ -260,7 +318,7 @@ def test_well_formed_twins_are_accepted(library: Path, tmp_path: Path) -> None:
     missing_defaults = conv().with_attributes(strides=None, pads=None, dilations=None, group=None)
     _write(tmp_path, "conv_defaults", missing_defaults.model(), {"x": np.ones(X[4], np.float32)})
     outcomes = _try(tmp_path, library)
-    assert len(outcomes) == 9
+    assert len(outcomes) == 17
     assert {name: found["message"] for name, found in outcomes.items() if found["stage"] != "ok"} == {}
 
 
@@ -279,7 +337,7 @@ def _mutate(rng: np.random.Generator, node: Node) -> Node:
             else:
                 node = node.with_attributes(**{name: new})
             continue
-        name = str(rng.choice(WEIGHTS))
+        name = str(rng.choice(list(node.weights)))
         array = node.weights[name].copy()
         kind = rng.integers(4)
         if kind == 0 and array.size:
@@ -297,13 +355,14 @@ def _mutate(rng: np.random.Generator, node: Node) -> Node:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_random_changes_never_crash(library: Path, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_random_changes_never_crash(library: Path, tmp_path: Path, eight_bits: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)
     nodes: dict[str, Node] = {}
     for i in range(600):
         index_type = ("uint16", "int32")[i % 2]
         node = linear(index_type=index_type) if i % 4 < 2 else conv(index_type=index_type, pads=[1, 0, 0, 1])
-        changed = _mutate(rng, node)
+        changed = _mutate(rng, node.of_eight_bits() if eight_bits else node)
         constant = rng.random() < 0.7
         nodes[f"case{i}"] = changed if constant else changed.replace(not_constant=frozenset({"indices", "active"}))
     for name, node in nodes.items():

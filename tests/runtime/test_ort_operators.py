@@ -1,5 +1,6 @@
 """The operators, by library and by fallback, against the NumPy oracle."""
 
+import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,15 +43,30 @@ def test_agrees_with_numpy(library: Path, name: str, by_library: bool) -> None:
         np.testing.assert_allclose(y, expected, rtol=1e-6, atol=tolerance(node))
 
 
-@pytest.mark.parametrize("name", ["linear_wide", "conv2d_wide"])
+@pytest.mark.parametrize("name", ["linear_wide", "conv2d_wide", "linear_wide_int8", "conv2d_wide_int8"])
 @pytest.mark.parametrize("not_constant", [WEIGHTS, ("indices",), ("values", "bias"), ("active",)])
 def test_weights_that_are_not_constant(library: Path, name: str, not_constant: tuple[str, ...]) -> None:
     node, shapes = CASES[name]
     node = node.replace(not_constant=frozenset(not_constant))
-    x = sample(name, shapes[0])
     for by_library in (True, False):
-        (y,) = _session(node, library=by_library).run(None, node.feeds(x))
-        np.testing.assert_allclose(y, node.expected(x), rtol=1e-6, atol=tolerance(node))
+        session = _session(node, library=by_library)
+        for shape in shapes:
+            x = sample(name, shape)
+            (y,) = session.run(None, node.feeds(x))
+            np.testing.assert_allclose(y, node.expected(x), rtol=1e-6, atol=tolerance(node))
+
+
+@pytest.mark.parametrize("name", ["linear_wide_int8", "conv2d_wide_int8"])
+def test_scales_that_are_not_constant(library: Path, name: str) -> None:
+    node, shapes = CASES[name]
+    node = node.replace(not_constant=frozenset({"scales"}))
+    for by_library in (True, False):
+        session = _session(node, library=by_library)
+        for shape, factor in itertools.product(shapes, (1, 2)):
+            changed = node.with_weights(scales=node.weights["scales"] * np.float32(factor))
+            x = sample(name, shape)
+            (y,) = session.run(None, changed.feeds(x))
+            np.testing.assert_allclose(y, changed.expected(x), rtol=1e-6, atol=factor * tolerance(node))
 
 
 @pytest.mark.parametrize("name", [name for name, (_, shapes) in CASES.items() if "1d" not in name])
@@ -60,13 +76,17 @@ def test_fallback_folds_to_the_dense_operator(tmp_path: Path, name: str) -> None
     _session(node, library=False, save_to=file)
     graph = onnx.load(file).graph
     kinds = {item.op_type for item in graph.node}
-    dense = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"} if node.op == "CondensedLinear" else {"Conv", "FusedConv"}
-    assert kinds & dense
+    linear_kinds, conv_kinds = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}, {"Conv", "FusedConv"}
+    assert kinds & (linear_kinds if node.op.startswith("CondensedLinear") else conv_kinds)
     left = {"ScatterElements", "ConstantOfShape", "Cast", "CondensedLinear", "CondensedConv"}
     assert not kinds & (left if node.permuted else left | {"Transpose"})
 
 
-@pytest.mark.parametrize("node", [linear(), conv()], ids=["linear", "conv"])
+@pytest.mark.parametrize(
+    "node",
+    [linear(), conv(), linear().of_eight_bits(), conv().of_eight_bits()],
+    ids=["linear", "conv", "linear_int8", "conv_int8"],
+)
 def test_library_takes_precedence_over_the_fallback(library: Path, tmp_path: Path, node: Node) -> None:
     file = tmp_path / "optimized.onnx"
     _session(node, library=True, save_to=file)
@@ -85,7 +105,7 @@ def test_not_a_number_and_infinity_pass_through(library: Path) -> None:
         assert np.isinf(y[2]).all()
 
 
-@pytest.mark.parametrize("name", ["linear_wide", "conv2d_wide"])
+@pytest.mark.parametrize("name", ["linear_wide", "conv2d_wide", "linear_wide_int8", "conv2d_wide_int8"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_concurrent_runs_of_one_session(library: Path, name: str, threads: int) -> None:
     node, shapes = CASES[name]
@@ -137,6 +157,8 @@ def _conv_nodes(draw: st.DrawFn) -> tuple[Node, tuple[int, ...]]:
         for dilation, taps, before, after in zip(dilations, kernel, pads[:rank], pads[rank:], strict=True)
     ]
     sizes = [size + extra for size, extra in zip(smallest, each(0, 3), strict=True)]
+    if draw(st.booleans()):
+        node = node.of_eight_bits()
     return node, (draw(st.integers(0, 2)), group * group_channels, *sizes)
 
 

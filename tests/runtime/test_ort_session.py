@@ -15,6 +15,7 @@ from srigl_fx.errors import FormatError, LibraryError
 from srigl_fx.runtime.ort import session as session_module
 
 NODE = linear()
+EIGHT_BITS = NODE.of_eight_bits()
 X = sample("session", (3, 10))
 
 
@@ -42,6 +43,28 @@ def _assert_right(session: Any) -> None:
 @pytest.mark.parametrize("kind", [str, Path])
 def test_load(library: Path, model: Path, kind: type) -> None:
     _assert_right(srigl_fx.runtime.load(kind(model)))
+
+
+@pytest.mark.parametrize("fallback", [True, False])
+def test_load_with_values_of_eight_bits(library: Path, tmp_path: Path, fallback: bool) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(EIGHT_BITS.model(fallback=fallback).SerializeToString())
+    (y,) = srigl_fx.runtime.load(path).run(None, {"x": X})
+    np.testing.assert_allclose(y, EIGHT_BITS.expected(X), rtol=1e-6, atol=1e-5)
+
+
+def test_values_of_eight_bits_without_the_library(missing_library: None, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(EIGHT_BITS.model().SerializeToString())
+    (y,) = srigl_fx.runtime.load(path).run(None, {"x": X})
+    np.testing.assert_allclose(y, EIGHT_BITS.expected(X), rtol=1e-6, atol=1e-5)
+
+
+def test_scales_that_the_operator_refuses_are_named(library: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(EIGHT_BITS.with_weights(scales=-EIGHT_BITS.weights["scales"]).model().SerializeToString())
+    with pytest.raises(FormatError, match=r"bad\.onnx.*CondensedLinearInt8 node 'layer'.*'scales' .* negative"):
+        srigl_fx.runtime.load(path)
 
 
 def test_without_the_fallback_the_library_is_what_runs(library: Path, tmp_path: Path) -> None:
