@@ -101,8 +101,9 @@ def merge(
 def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Write a file with dense weights and standard operators alone, for tools that know neither functions nor us.
 
-    The functions in the file, or those that belong there, replace its condensed layers, and ONNX Runtime computes
-    what is constant: outputs stay what they were up to rounding, the file becomes as large as a dense network's.
+    Functions of standard operators replace its condensed layers, and ONNX Runtime computes what is constant: outputs
+    stay what they were up to rounding, the file becomes as large as a dense network's. A layer with values of eight
+    bits becomes one of float32 with the weights that they stand for; its samples are rounded to eight bits no more.
 
     Args:
         source: A file with condensed layers, with or without the functions for a stock ONNX Runtime.
@@ -121,8 +122,12 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
     import onnxruntime
 
     model = _load(Path(source))
-    present = {(function.domain, function.name) for function in model.functions}
-    model.functions.extend(f for f in functions_for(model) if (f.domain, f.name) not in present)
+    scaled = {name for name, (base, *_) in abi.operator_names().items() if base.endswith(abi.EIGHT_BITS)}
+    kept = [f for f in model.functions if f.domain != abi.DOMAIN or f.name not in scaled]
+    present = {(function.domain, function.name) for function in kept}
+    del model.functions[:]
+    model.functions.extend(kept)
+    model.functions.extend(f for f in functions_for(model, exact=False) if (f.domain, f.name) not in present)
     with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".densify-") as folder:
         whole, dense = Path(folder, "whole.onnx"), Path(folder, "dense.onnx")
         onnx.save(model, whole)

@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from export_support import EPILOGUES, MODULES, NETWORK_OPERATORS, captured, inputs_for, network
+from export_support import CASES, EPILOGUES, MODULES, NETWORK_OPERATORS, captured, inputs_for, network
 from lowering_support import mask_by_hand, randomise
 from torch import Tensor, fx, nn
 
@@ -57,27 +57,24 @@ def kinds(path: Path) -> list[str]:
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-QUICK = {("feature-major sequences", "float32"), ("linear", "bfloat16"), ("conv2d", "float16")}
-QUICK |= {("transposed 2d", "float32")}
+QUICK = {("feature-major sequences", torch.float32), ("linear", torch.bfloat16), ("conv2d", torch.float16)}
+QUICK |= {("transposed 2d", torch.float32), ("conv1d", torch.int8)}
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [
-        pytest.param(name, dtype, marks=() if (name, dtype) in QUICK else pytest.mark.slow)
-        for name in MODULES
-        for dtype in DTYPES
-    ],
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id=f"{case[0]}-{case[1]}") for case in CASES],
 )
-def test_every_operator_and_its_function(tmp_path: Path, name: str, dtype: str) -> None:
+def test_every_operator_and_its_function(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     make, shape = MODULES[name]
-    module = make(DTYPES[dtype])
+    module = make(dtype)
     inputs = inputs_for(module, shape, 3)
     model = build_model(captured(module, inputs), inputs, {}, [0, 0])
     model.functions.extend(functions_for(model))
     onnx.checker.check_model(model, full_check=True)
     used = [node.op_type for node in model.graph.node if node.domain == abi.DOMAIN]
     base = "CondensedLinear" if shape else "CondensedConvTranspose" if "transposed" in name else "CondensedConv"
+    base += abi.EIGHT_BITS if dtype is torch.int8 else ""
     assert set(used) == {abi.operator_name(base, *epilogue) for epilogue in EPILOGUES}
     assert sorted(function.name for function in model.functions) == sorted(set(used))
     for node in model.graph.node:

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_support import MODULES, captured, inputs_for, network
+from export_support import CASES, MODULES, captured, inputs_for, network
 
 import srigl_fx as sx
 from srigl_fx.onnx_export.model import build_model, functions_for
@@ -26,8 +26,7 @@ def by_library(model: bytes | str, save_to: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_every_operator(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     """The file without fallback functions, and with them: ONNX Runtime must take the library's operators then, too."""
     make, shape = MODULES[name]

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.recipes import KEY as RECIPE
 from srigl_fx.reports.text_tables import format_bytes, format_table
-from srigl_fx.runtime.ort.abi import DOMAIN, inputs_of, operator_names
+from srigl_fx.runtime.ort.abi import DOMAIN, SCALES, inputs_of, operator_names
 from srigl_fx.runtime.ort.contents import MARK
 
 if TYPE_CHECKING:
     import onnx
+
+_COMPUTED = ("x", "residual")  # the inputs of an operator that are no constants
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +28,12 @@ class CondensedNode:
 
     Attributes:
         name: The weight it comes from.
-        operator: ``CondensedLinear``, ``CondensedConv`` or ``CondensedConvTranspose``, with the epilogue it computes.
+        operator: ``CondensedLinear``, ``CondensedConv`` or ``CondensedConvTranspose``, with ``Int8`` where values have
+            eight bits, and the epilogue it computes.
         weight_shape: The dense weight's shape, output channels first.
         fan_in: Weights kept by each active neuron.
         active_neurons: Neurons that keep weights.
-        bytes: What its constants take in the file.
+        bytes: What its constants take in the file: values, indices, active, bias, and scales if it has some.
     """
 
     name: str
@@ -213,33 +216,33 @@ def all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
 def _read_node(
     node: "onnx.NodeProto", constants: "dict[str, onnx.TensorProto]", path: Path, inputs: Sequence[str]
 ) -> CondensedNode:
+    """What a node says of its layer; ``inputs`` are those that its operator takes."""
     where = f"{path}: the {node.op_type} node {node.name!r}"
     if len(node.input) != len(inputs):
         raise FormatError(f"{where} has {len(node.input)} inputs instead of {len(inputs)}; export the model anew")
     operands = {}
     for operand, name in zip(inputs, node.input, strict=True):
-        if operand in ("x", "residual"):
-            continue
-        if name not in constants:
-            raise FormatError(f"{where} has no constant {operand}; export the model anew")
-        operands[operand] = constants[name]
+        if operand not in _COMPUTED:
+            if name not in constants:
+                raise FormatError(f"{where} has no constant {operand}; export the model anew")
+            operands[operand] = constants[name]
     shape = next((tuple(attribute.ints) for attribute in node.attribute if attribute.name == "weight_shape"), ())
     if len(shape) < 2 or min(shape) < 1:
         raise FormatError(f"{where} has the dense shape {shape}, which no weight has; export the model anew")
-    dims = {operand: tuple(tensor.dims) for operand, tensor in operands.items()}
-    values, indices, active, bias = (dims[operand] for operand in ("values", "indices", "active", "bias"))
-    fan_in = math.prod(shape[1:])
+    stored = {operand: tuple(tensor.dims) for operand, tensor in operands.items()}
+    values, fan_in = stored["values"], math.prod(shape[1:])
     if (
         len(values) != 2
-        or indices != values
-        or active != values[:1]
-        or bias != shape[:1]
-        or dims.get("scales", active) != active
+        or stored["indices"] != values
+        or stored["active"] != values[:1]
+        or stored["bias"] != shape[:1]
+        or stored.get(SCALES, values[:1]) != values[:1]
         or not (0 <= values[0] <= shape[0] and 0 <= values[1] <= fan_in)
     ):
+        *most, last = (f"{operand} {sizes}" for operand, sizes in stored.items())
         raise FormatError(
-            f"{where} stores {', '.join(f'{operand} {size}' for operand, size in dims.items())}, which do not fit the "
-            f"dense shape {shape}; export the model anew"
+            f"{where} stores {', '.join(most)} and {last}, which do not fit the dense shape {shape}; "
+            "export the model anew"
         )
     return CondensedNode(
         name=node.input[1].removesuffix("_values"),

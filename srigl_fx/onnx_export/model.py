@@ -142,8 +142,12 @@ def _keep_state(model: "onnx.ModelProto", state: Mapping[str, Tensor]) -> None:
     entry.value = stream.encode({name: value.numpy() for name, value in state.items()})
 
 
-def functions_for(model: "onnx.ModelProto") -> "list[onnx.FunctionProto]":
+def functions_for(model: "onnx.ModelProto", *, exact: bool = True) -> "list[onnx.FunctionProto]":
     """The fallback functions of the operators that a model uses, in the order of their names.
+
+    Args:
+        model: The model.
+        exact: As for :func:`~srigl_fx.runtime.ort.fallback.fallback_functions`.
 
     Example:
         >>> import onnx.parser
@@ -157,7 +161,7 @@ def functions_for(model: "onnx.ModelProto") -> "list[onnx.FunctionProto]":
         if node.domain == abi.DOMAIN:
             moved = {item.name for item in node.attribute if item.name.endswith("_perm") and _moves(item.ints)}
             permuted.setdefault(node.op_type, set()).update(moved)
-    return fallback_functions(sorted(permuted), permuted)
+    return fallback_functions(sorted(permuted), permuted, exact=exact)
 
 
 def _moves(permutation: Sequence[int]) -> bool:
@@ -250,7 +254,7 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
             inputs=[schema.FormalParameter(item, types.get(item, "tensor(float)")) for item in inputs],
             outputs=[schema.FormalParameter("y", "tensor(float)")],
             type_constraints=[
-                ("V", [row.onnx_type for row in VALUE_TYPES], ""),
+                ("V", [row.onnx_type for row in VALUE_TYPES if row.scaled == base.endswith(abi.EIGHT_BITS)], ""),
                 ("I", ["tensor(uint16)", "tensor(int32)"], ""),
             ],
             attributes=[

@@ -1,5 +1,6 @@
 """Modules that call the condensed operators with every epilogue, and the models that need them."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from lowering_support import mask_by_hand, operands, random_condensed, randomise
 from torch import Tensor, fx, nn
 
 from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.quantisation import quantise_weights
 
 EPILOGUES = [(residual, activation) for residual in (False, True) for activation in abi.SUFFIXES]
 
@@ -19,8 +21,13 @@ class Operands(nn.Module):
 
     def __init__(self, n: int, columns: int, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        values, indices, active, bias = operands(random_condensed(n, columns, max(1, columns // 4), 1))
+        weight = random_condensed(n, columns, max(1, columns // 4), 1)
+        values, indices, active, bias = operands(weight)
+        scales = None
+        if dtype is torch.int8:
+            values, scales = map(torch.from_numpy, quantise_weights(weight.values))
         self.register_buffer("values", values.to(dtype))
+        self.register_buffer("scales", scales)
         self.register_buffer("indices", indices)
         self.register_buffer("active", active)
         self.register_buffer("bias", bias)
@@ -37,7 +44,8 @@ class Linears(nn.Module):
         self.weight, self.feature_major = Operands(10, 10, dtype), feature_major
 
     def forward(self, x: Tensor, residual: Tensor) -> list[Tensor]:
-        linear, outputs = torch.ops.srigl_fx.condensed_linear, []
+        linear = functools.partial(torch.ops.srigl_fx.condensed_linear, scales=self.weight.scales)
+        outputs = []
         for add, activation in EPILOGUES:
             y = x
             if self.feature_major:
@@ -63,7 +71,7 @@ class Convs(nn.Module):
         self.more: dict[str, Any] = {"transposed": transposed, **extra}
 
     def forward(self, x: Tensor, residual: Tensor) -> list[Tensor]:
-        conv = torch.ops.srigl_fx.condensed_conv
+        conv = functools.partial(torch.ops.srigl_fx.condensed_conv, scales=self.weight.scales)
         return [
             conv(
                 *(x, *self.weight(), *self.settings),
@@ -77,7 +85,8 @@ class Convs(nn.Module):
     def inputs(self, batch: int) -> tuple[Tensor, Tensor]:
         """x and a residual of the output's shape."""
         x = torch.randn(batch, 4, *(7, 6, 5)[: len(self.shape) - 2])
-        y = torch.ops.srigl_fx.condensed_conv(x, *self.weight(), *self.settings, **self.more)
+        scales = self.weight.scales
+        y = torch.ops.srigl_fx.condensed_conv(x, *self.weight(), *self.settings, scales=scales, **self.more)
         return x, torch.randn(y.shape)
 
 
@@ -132,6 +141,15 @@ MODULES: dict[str, tuple[Callable[[torch.dtype], nn.Module], Sequence[int]]] = {
     "transposed 2d": (lambda dtype: Convs(2, groups=2, transposed=True, dtype=dtype), ()),
     "transposed 3d": (lambda dtype: Convs(3, transposed=True, dtype=dtype), ()),
 }
+
+
+# Modules and dtypes that go together: between layers in a row, a number may lie between two steps of eight bits.
+CASES = [
+    (name, dtype)
+    for name in MODULES
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+    if dtype is not torch.int8 or "feature-major" not in name
+]
 
 
 def inputs_for(module: nn.Module, shape: Sequence[int], batch: int) -> tuple[Tensor, Tensor]:
