@@ -15,7 +15,6 @@ import pytest
 import torch
 import torch_shortcuts
 import zoo.cpu_torchvision  # noqa: F401 - for an environment that .ci/install_zoo.py did not prepare
-from kernel_support.int8_kernels import int8_kernel  # noqa: F401 - a fixture
 
 _CACHE = "SRIGL_FX_TEST_CACHE"
 _OBJECTS = "SRIGL_FX_TEST_OBJECTS"  # a folder that lasts, for what is compiled from the same sources each time
@@ -81,6 +80,21 @@ def _independent() -> None:
     torch.set_num_threads(1)
     if (dynamo := sys.modules.get("torch._dynamo")) is not None:
         dynamo.reset()
+
+
+@pytest.fixture(params=["int8 dot, where weights are few", "int8 dot, where they are many", "int8 tile"])
+def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every linear layer of eight bits in a test runs in that kernel, whatever the plan has for it."""
+    from srigl_fx.runtime.cpu import execute
+    from srigl_fx.runtime.cpu.kernels import plan
+    from srigl_fx.runtime.cpu.kernels.isa import looks_up_bytes
+
+    kernel = plan.INT8_TILE if request.param == "int8 tile" else plan.INT8_DOT
+    k = 5000 if "many" in request.param else 1
+    window = plan.int8_window(looks_up_bytes(), kernel, 10_000, k)  # that of a tile is all inputs
+    whole = kernel == plan.INT8_TILE
+    monkeypatch.setattr(execute, "_int8_plan", lambda in_features, *_: (kernel, in_features if whole else window))
+    return kernel
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from srigl_fx.runtime.activations import NUMBERS
 from srigl_fx.runtime.cpu import threads
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
-from srigl_fx.runtime.cpu.kernels.isa import AVX512_VBMI, ISAS, host_isa, host_target
+from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa, looks_up_bytes
 from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.table import KERNELS
 from srigl_fx.runtime.cpu.prepared_weights import Job, new_job, pack, panel_of
@@ -27,16 +27,12 @@ _TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "l
 _CONV_TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "convolution"}
 _COLUMNS = {plan.TILE: COLUMNS, plan.INT8_TILE: plan.INT8_COLUMNS}  # of the kernels that compute tiles
 _SLACK = 64  # floats behind a packed sample that may be read
+_looks_up_bytes = functools.cache(looks_up_bytes)
 
 
 @functools.cache
 def _level() -> int:
     return ISAS.index(host_isa())
-
-
-@functools.cache
-def _looks_up_bytes() -> bool:
-    return host_target() == AVX512_VBMI
 
 
 # The rules of the plan are Python here, on the path of every call: asked once for each set of sizes.
@@ -63,9 +59,9 @@ def _conv_plan(in_features: int, n_active: int, k: int, block_rows: int, packed:
     return kernel, plan.window_of(kernel, _level(), in_features, n_active, k)
 
 
-def _may_pack(checked: Checked | None, values: Tensor) -> bool:
+def _may_pack(checked: Checked | None, values: Tensor, scales: Tensor | None = None) -> bool:
     """Whether a packed weight may be kept: torch must count the writes to it."""
-    return checked is not None and not values.is_inference()
+    return checked is not None and not (values.is_inference() or (scales is not None and scales.is_inference()))
 
 
 def _job(
@@ -82,7 +78,7 @@ def _job(
     kernel, window = planned
     if window:
         found = kernel, window, values, indices, active, in_features, bias.shape[0], block_rows, scales
-        if checked is not None and _may_pack(checked, values):
+        if checked is not None and _may_pack(checked, values, scales):
             j = Job.from_buffer_copy(panel_of(checked, *found).template)
         else:  # values of eight bits have no kernel that reads the canonical format
             template, memory = pack(*found)

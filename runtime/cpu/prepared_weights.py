@@ -35,12 +35,15 @@ class Panel:
     memory: tuple[Any, ...]
     nbytes: int
     values: "weakref.ref[Tensor]"
+    scales: "weakref.ref[Tensor] | None"
     content: Tensor | None
     facts: tuple[object, ...]
 
-    def is_of(self, values: Tensor, facts: tuple[object, ...]) -> bool:
+    def is_of(self, values: Tensor, scales: Tensor | None, facts: tuple[object, ...]) -> bool:
         """Whether it was made from these values, not from others that had their memory before, and as they are now."""
         if self.facts != facts or self.values() is not values:
+            return False
+        if scales is not None and (self.scales is None or self.scales() is not scales):
             return False
         if self.content is None:
             return not _can_train(values)
@@ -64,7 +67,7 @@ def panel_of(
     block_rows: int,
     scales: Tensor | None = None,
 ) -> Panel:
-    """The weight packed for a kernel, from memory or anew; the values are no inference tensor.
+    """The weight packed for a kernel, from memory or anew; neither values nor scales are inference tensors.
 
     Packing takes about as long as computing a few samples.
     """
@@ -72,15 +75,16 @@ def panel_of(
     if scales is not None:
         facts += scales._version, scales.data_ptr()
     found = checked.packed.get((kernel, block_rows))
-    if found is None or not found.is_of(values, facts):
+    if found is None or not found.is_of(values, scales, facts):
         with checked.lock:
             found = checked.packed.get((kernel, block_rows))
-            if found is None or not found.is_of(values, facts):
+            if found is None or not found.is_of(values, scales, facts):
                 arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
                 template, memory = pack(kernel, window, *arrays, in_features, out_features, block_rows, scales)
                 nbytes = sum(array.nbytes for array in memory)
                 content = values.detach().clone().contiguous() if _can_train(values) else None
-                found = Panel(template, memory, nbytes, weakref.ref(values), content, facts)
+                of_scales = None if scales is None else weakref.ref(scales)
+                found = Panel(template, memory, nbytes, weakref.ref(values), of_scales, content, facts)
                 checked.packed[kernel, block_rows] = found
     return found
 

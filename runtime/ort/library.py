@@ -53,7 +53,7 @@ def _source_hash() -> str:
 def sources() -> list[Path]:
     """The files that the library is made from; another byte in one of them is another library."""
     runtime = _PACKAGE.parent
-    tables = [runtime / "activations.py", runtime / "value_types.py"]
+    tables = [runtime / name for name in ("activations.py", "quantisation.py", "value_types.py")]
     kernels = sorted((runtime / "cpu" / "kernels").rglob("*.py"))
     assert kernels, "the sources of the kernels are not where the operator library looks for them"
     return [*sorted(_PACKAGE.glob("*.py")), *kernels, *tables]

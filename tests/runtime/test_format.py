@@ -12,6 +12,8 @@ from lowering_support import fan_in_mask, random_condensed
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype, is_padding
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN
+from srigl_fx.runtime.value_types import FLOATS
 
 
 def test_hand_computed() -> None:
@@ -67,7 +69,7 @@ def test_unequal_rows_are_refused() -> None:
         CondensedWeight.from_dense(np.ones((3, 2)), mask)
 
 
-@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_shorter_rows_are_padded(dtype: ValueDtype) -> None:
     mask = np.array([[True, False, True, True], [False] * 4, [False, True, False, False], [True, False, False, True]])
     weight = np.arange(-1.0, 15.0).reshape(4, 4) * mask
@@ -78,6 +80,55 @@ def test_shorter_rows_are_padded(dtype: ValueDtype) -> None:
     back, mask_back = condensed.to_dense()
     assert np.array_equal(back, weight)
     assert np.array_equal(mask_back, mask)
+
+
+def test_rows_of_eight_bits() -> None:
+    mask = np.array([[True, False, True, True], [False] * 4, [False, True, False, False], [True, False, False, True]])
+    weight = np.array([[-1, 9, 1, 2], [9] * 4, [9, -8, 9, 9], [0, 9, 9, 0.0]])
+    condensed = CondensedWeight.from_dense(weight, mask, dtype="int8", pad=True)
+    assert condensed.values.tolist() == [[-64, 64, 127], [-127, 0, 0], [0, 0, 0]]  # 63.5 is rounded to even
+    assert condensed.scales is not None
+    assert condensed.scales.tolist() == [np.float32(2) / np.float32(127), np.float32(8) / np.float32(127), 0]
+    back, mask_back = condensed.to_dense()
+    assert np.array_equal(mask_back, mask)
+    assert np.abs(back - weight * mask).max() <= 2 / 127 / 2 + 1e-7
+    assert condensed.nbytes == 9 * (1 + 2) + 3 * 4 + 4 * 4 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scales": None}, "values of int8, and no others, have scales"),
+        ({"values": np.ones((3, 2), np.float32)}, "values of int8, and no others, have scales"),
+        ({"scales": np.ones(3)}, "scales must be a float32 array, not float64"),
+        ({"scales": [1.0, 1.0, 1.0]}, "scales must be a float32 array, not <class 'list'>"),
+        ({"scales": np.ones(4, np.float32)}, r"scales have shape \(4,\) for 3 active rows"),
+        ({"scales": np.array([1, -1, 1], np.float32)}, "scales must be finite, and none negative"),
+        ({"scales": np.array([1, np.nan, 1], np.float32)}, "scales must be finite, and none negative"),
+        ({"scales": np.array([1, 1, np.inf], np.float32)}, "scales must be finite, and none negative"),
+    ],
+)
+def test_check_names_malformed_scales(change: dict[str, Any], message: str) -> None:
+    dense, mask = random_condensed(4, 6, 2, ablated=1).to_dense()
+    condensed = CondensedWeight.from_dense(dense, mask, dtype="int8")
+    condensed.check()
+    with pytest.raises(FormatError, match=message):
+        dataclasses.replace(condensed, **change).check()
+
+
+def test_sums_of_eight_bits_are_int32() -> None:
+    mask = np.ones((1, LARGEST_FAN_IN + 1), np.bool_)
+    CondensedWeight.from_dense(1.0 * mask[:, 1:], mask[:, 1:], dtype="int8")
+    with pytest.raises(FormatError, match=rf"too large for sums of int32 \(largest with int8: {LARGEST_FAN_IN}\)"):
+        CondensedWeight.from_dense(1.0 * mask, mask, dtype="int8")
+
+
+@pytest.mark.parametrize("special", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_has_no_value_of_eight_bits(special: float) -> None:
+    weight = np.array([[1.0, special, 2.0]])
+    with pytest.raises(FormatError, match="not finite has no value of eight bits; store the values in float32"):
+        CondensedWeight.from_dense(weight, np.ones((1, 3), np.bool_), dtype="int8")
+    CondensedWeight.from_dense(weight, np.array([[True, False, True]]), dtype="int8").check()
 
 
 @pytest.mark.parametrize("mask", [np.ones((2, 3)), np.ones((3, 2), np.bool_), np.ones(6, np.bool_)])
@@ -121,7 +172,7 @@ def test_all_rows_ablated() -> None:
     assert (condensed.n_active, condensed.k) == (0, 0)
 
 
-@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_values_are_rounded_to_the_nearest_as_torch_does(dtype: ValueDtype) -> None:
     mask = fan_in_mask(9, 40, 11, 2)
     weight = np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32) * mask
@@ -146,5 +197,5 @@ def test_a_weight_too_large_for_float16_is_refused() -> None:
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(FormatError, match="float32, bfloat16, float16, not in float64"):
+    with pytest.raises(FormatError, match="float32, bfloat16, float16, int8, not in float64"):
         CondensedWeight.from_dense(np.ones((2, 2)), np.ones((2, 2), np.bool_), dtype="float64")  # type: ignore[arg-type]

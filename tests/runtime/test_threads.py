@@ -16,11 +16,15 @@ torch.manual_seed(0)
 indices = torch.rand(200, 300).argsort(1)[:, :30].sort(1).values.to(torch.uint16)
 values, active, bias = torch.randn(200, 30), torch.arange(200, dtype=torch.int32), torch.randn(200)
 weight = torch.zeros(200, 300).scatter_(1, indices.long(), values)
+scales = values.abs().amax(1) / 127
+rounded = (values / scales[:, None]).round().to(torch.int8)
 
 def check(batch):
     x = torch.randn(batch, 300)
     y = torch.ops.srigl_fx.condensed_linear(x, values, indices, active, bias, 300)
     torch.testing.assert_close(y, x @ weight.T + bias, rtol=1e-5, atol=1e-4)
+    noisy = torch.ops.srigl_fx.condensed_linear(x, rounded, indices, active, bias, 300, scales=scales)
+    torch.testing.assert_close(noisy, y, rtol=0, atol=0.7)
 """
 _PROGRAMS = {
     "none is started at import": """

@@ -73,6 +73,19 @@ def host_isa() -> str:
     return isa_of(host_target())
 
 
+def looks_up_bytes() -> bool:
+    """Whether kernels of bytes look inputs up in registers on this CPU, or where SRIGL_FX_ISA holds it.
+
+    Raises:
+        LibraryError: As :func:`host_target` has it.
+
+    Example:
+        >>> looks_up_bytes() == ("avx512vbmi" in host_target())
+        True
+    """
+    return host_target() == AVX512_VBMI
+
+
 def compiled_target() -> str:
     """The target to compile for: this CPU's, or ahead of time any that SRIGL_FX_COMPILE_FOR names.
 
