@@ -1,5 +1,7 @@
 """Every kernel of the table against torch's dense product: each dtype of values, each instruction set, one thread.
 
+Kernels of bytes are measured on this machine's best target too, where that extends an instruction set.
+
 Run ``python benchmarks/kernels.py``; it prints a Markdown table and writes it to results/kernels.md. A kernel without
 a call here stops the script. The calls are chosen so that the plan takes the kernel: they are no competition among
 kernels, and the layer-by-layer and model figures are other scripts'.
@@ -25,10 +27,11 @@ import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
 from srigl_fx.runtime.cpu import execute
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job
-from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, ISAS, host_isa, host_target, isa_of
 from srigl_fx.runtime.cpu.kernels.table import KERNELS, Kernel
 from srigl_fx.runtime.cpu.prepared_weights import new_job
 from srigl_fx.runtime.cpu.training_products import Pattern, pack
+from srigl_fx.runtime.quantisation import quantise_weights
 
 SPARSITY = 0.9
 WIDE, CONV, FEW = (
@@ -42,6 +45,9 @@ CALLS = {
     "strided_task": (WIDE, 16),
     "dot_task": (WIDE, 1),
     "tile_task": (WIDE, 64),
+    "int8_dot_task": (WIDE, 1),
+    "int8_tile_task": (WIDE, 64),
+    "int8_conv_task": (CONV, 8),
     "conv_rows_task": (FEW, 8),
     "conv_tile_task": (CONV, 8),
     "product_task": (WIDE, 64),
@@ -50,10 +56,15 @@ CALLS = {
 Call = Callable[[], object]
 
 
-def operands(layer: Layer, dtype: str) -> list[Tensor]:
-    weight = random_weight(layer, SPARSITY)
-    values = torch.from_numpy(weight.values).to(getattr(torch, dtype))
-    return [values, *map(torch.from_numpy, (weight.indices, weight.active, weight.bias))]
+def operands(layer: Layer, dtype: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Those that each dtype has, and the scales of int8."""
+    weight, scales = random_weight(layer, SPARSITY), {}
+    if dtype == "int8":
+        rounded, worth = quantise_weights(weight.values)
+        values, scales = torch.from_numpy(rounded), {"scales": torch.from_numpy(worth)}
+    else:
+        values = torch.from_numpy(weight.values).to(getattr(torch, dtype))
+    return [values, *map(torch.from_numpy, (weight.indices, weight.active, weight.bias))], scales
 
 
 def dense_weight(layer: Layer) -> Tensor:
@@ -85,18 +96,19 @@ def call_of(kernel: Kernel, dtype: str) -> tuple[Call, Call]:
         packed_gradient = pack(gradient)
         return lambda: pattern.value_gradient(packed, packed_gradient), lambda: gradient.t() @ x
     with torch.inference_mode(kernel.reads == "canonical" and kernel.layer == "linear"):  # these are not packed
-        weight = [part.clone() for part in operands(layer, dtype)]
+        parts, scales = operands(layer, dtype)
+        weight = [part.clone() for part in parts]
     bias = weight[3]
     if kernel.layer == "convolution":
         numbers: list[Any] = [[1, 1], [layer.padding] * 2, [1, 1]]
         shape = list(layer.weight_shape)
         return (
-            lambda: torch.ops.srigl_fx.condensed_conv(x, *weight, shape, *numbers, 1),
+            lambda: torch.ops.srigl_fx.condensed_conv(x, *weight, shape, *numbers, 1, **scales),
             lambda: torch.nn.functional.conv2d(x, dense, bias, padding=layer.padding),
         )
     condensed = strided(x, weight, layer) if kernel.task == "strided_task" else None
     return (
-        condensed or (lambda: torch.ops.srigl_fx.condensed_linear(x, *weight, layer.inputs)),
+        condensed or (lambda: torch.ops.srigl_fx.condensed_linear(x, *weight, layer.inputs, **scales)),
         lambda: torch.nn.functional.linear(x, dense, bias),
     )
 
@@ -117,7 +129,8 @@ def measure() -> Iterator[dict[str, Any]]:
     """The cells of this process's instruction set."""
     torch.set_num_threads(1)
     for kernel in KERNELS:
-        if host_isa() not in kernel.isas:
+        extended = host_target() not in ISAS  # which the other kernels do not see
+        if host_isa() not in kernel.isas or (extended and kernel.values != ("int8",)):
             continue
         for dtype in kernel.values:
             condensed, dense = call_of(kernel, dtype)
@@ -152,7 +165,9 @@ def main() -> None:
         print(json.dumps(list(measure())))
         return
     cells = {}
-    for isa in ISAS[: ISAS.index(host_isa()) + 1]:
+    targets = list(ISAS[: ISAS.index(host_isa()) + 1])
+    targets += [host_target()] if isa_of(host_target()) != host_target() else []
+    for isa in targets:
         done = subprocess.run(
             [sys.executable, __file__, "--this"],
             env=os.environ | {ISA_VARIABLE: isa},

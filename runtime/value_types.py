@@ -12,6 +12,8 @@ from typing import Any, Final, Literal
 import ml_dtypes
 import numpy as np
 
+from srigl_fx.runtime.quantisation import LARGEST_VALUE
+
 ValueDtype = Literal["float32", "bfloat16", "float16", "int8"]
 
 
@@ -69,6 +71,9 @@ def as_markdown() -> str:
     lines = ["| dtype | bytes a weight | in ONNX files | largest rounding |", "|---|---|---|---|"]
     for row in VALUE_TYPES:
         finfo: Any = ml_dtypes.finfo
-        error = "none" if row.name == "float32" else f"{float(finfo(row.numpy).eps) / 2:.1e}"
+        if row.scaled:
+            error = f"{1 / (2 * LARGEST_VALUE):.1e} of the largest in its row"
+        else:
+            error = "none" if row.name == "float32" else f"{float(finfo(row.numpy).eps) / 2:.1e}"
         lines.append(f"| `{row.name}` | {row.numpy.itemsize} | `{row.onnx_type}` | {error} |")
     return "\n".join(lines)

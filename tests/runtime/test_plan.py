@@ -4,6 +4,7 @@ import ctypes
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ from hypothesis import strategies as st
 from kernel_support import DTYPES, Convolution, assert_close, check_conv, check_linear, condensed, operands
 from kernel_support.onnx_models import LinearOperator
 from kernel_support.tables import with_tables
+from torch import fx
 
+from srigl_fx.passes import feature_major
+from srigl_fx.runtime import value_types
 from srigl_fx.runtime.costs.cost_model import Machine, Work, kernel_for
 from srigl_fx.runtime.cpu import execute, training_products
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job, plan
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512_VBMI, ISAS, TARGETS, host_isa, isa_of, looks_up_bytes
 from srigl_fx.runtime.cpu.kernels.table import KERNELS, Kernel
 from srigl_fx.runtime.cpu.training_products import Pattern, pack
-from srigl_fx.runtime.format import ValueDtype
+from srigl_fx.runtime.format import CondensedWeight, ValueDtype
 from srigl_fx.runtime.ort import library
 
-LEVEL = ISAS.index(host_isa())
+LEVEL, BYTE_LOOKUP = ISAS.index(host_isa()), looks_up_bytes()
 sizes = {
     "in_features": st.one_of(st.integers(1, 300), st.integers(1, 1 << 17)),
     "n_active": st.integers(0, 5000),
@@ -49,14 +53,54 @@ def test_the_library_asks_the_same_plan(
         entry("plan_panel")[0](ctypes.addressof(j), kernel)
         window = plan.window_of(kernel, LEVEL, in_features, n_active, k)
         assert (j[job.KERNEL], j[job.PANEL_WINDOW]) == (kernel, window)
+    j[job.VALUE_TYPE] = value_types.NUMBERS["int8"]
+    entry("plan_linear")[0](ctypes.addressof(j), packed)
+    expected = plan.int8_linear_kernel(BYTE_LOOKUP, in_features, n_active, k, batch, x_columns or y_columns)
+    assert j[job.KERNEL] == expected
+    for kernel in (plan.INT8_DOT, plan.INT8_TILE):
+        entry("plan_panel")[0](ctypes.addressof(j), kernel)
+        window = plan.int8_window(BYTE_LOOKUP, kernel, in_features, k)
+        assert (j[job.KERNEL], j[job.PANEL_WINDOW]) == (kernel, window)
 
 
-@given(**sizes, batch=st.integers(1, 40), level=st.integers(0, 2))
-def test_the_cost_model_asks_it_too(in_features: int, n_active: int, k: int, batch: int, level: int) -> None:
-    kept = n_active * k
+@given(**sizes, batch=st.integers(1, 40), target=st.integers(0, len(TARGETS) - 1))
+def test_the_cost_model_asks_it_too(in_features: int, n_active: int, k: int, batch: int, target: int) -> None:
+    kept, level = n_active * k, ISAS.index(isa_of(TARGETS[target]))
     work = Work(rows=n_active + 1, fan_in=in_features, active=n_active, kept=kept, columns=batch)
+    machine = Machine(level=level, target=target)
     tile = plan.linear_kernel(level, in_features, n_active, k, batch, False, True) == plan.TILE
-    assert kernel_for(work, Machine(level=level)) == ("tile" if tile else "dot")
+    assert kernel_for(work, machine) == ("tile" if tile else "dot")
+    lookup = TARGETS[target] == AVX512_VBMI
+    tile = plan.int8_linear_kernel(lookup, in_features, n_active, k, batch, False) == plan.INT8_TILE
+    assert kernel_for(replace(work, eight_bits=True), machine) == ("tile" if tile else "dot")
+
+
+def _as_a_node(weight: CondensedWeight) -> fx.Node:
+    """A call of the operator in a graph, as the layout pass sees it."""
+    graph = fx.Graph()
+    shown: dict[str, fx.Node] = {}
+    for name, part in zip(("values", "indices", "active", "bias"), operands(weight), strict=True):
+        shown[name] = graph.placeholder(name)
+        shown[name].meta["val"] = part.to("meta")
+    more: dict[str, Any] = {} if weight.scales is None else {"scales": graph.placeholder("scales")}
+    linear = torch.ops.srigl_fx.condensed_linear.default
+    return graph.call_function(linear, (graph.placeholder("x"), *shown.values(), weight.in_features), more)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [1, 20, 300, 65535, 65536, 70_000])
+@pytest.mark.parametrize("n_active", [0, 3])
+def test_the_layout_pass_asks_it_too(n_active: int, in_features: int, dtype: ValueDtype) -> None:
+    """Feature-major tensors are for layers whose kernel reads them as they lie, in torch and in ONNX Runtime."""
+    node = _as_a_node(condensed(4, in_features, 1, n_active=n_active, dtype=dtype))
+    kernel = "int8_tile_task" if dtype == "int8" else "tile_task"
+    number = next(row.number for row in KERNELS if row.task == kernel)
+    for samples in (16, 300):
+        sizes = in_features, n_active, 1, samples, True
+        byte = {plan.int8_linear_kernel(lookup, *sizes) for lookup in (False, True)}
+        floats = {plan.linear_kernel(level, *sizes, True) for level in range(len(ISAS))}
+        (expected,) = byte if dtype == "int8" else floats
+        assert feature_major._has_kernel(node, samples) == (expected == number)
 
 
 @pytest.mark.parametrize("level", range(len(ISAS)))
@@ -69,10 +113,34 @@ def test_every_kernel_has_its_calls(level: int) -> None:
         for feature_major in (False, True)
         for packed in (False, True)
     }
-    assert found == {kernel.number for kernel in KERNELS if kernel.layer == "linear" and ISAS[level] in kernel.isas}
+    assert found == {
+        kernel.number
+        for kernel in KERNELS
+        if kernel.layer == "linear" and ISAS[level] in kernel.isas and kernel.values == value_types.FLOATS
+    }
     for kernel in KERNELS:
         if kernel.reads in ("dot panel", "tile panel"):
             assert bool(plan.window_of(kernel.number, level, 128, 64, 100)) == (ISAS[level] in kernel.isas)
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_every_kernel_of_bytes_has_its_calls(lookup: bool) -> None:
+    """On every target, and none of them runs weight by weight but where there are no weights."""
+    calls = [(f, b, columns) for f in (1, 70_000) for b in (1, 16, 17, 40) for columns in (False, True)]
+    found = {plan.int8_linear_kernel(lookup, f, 64, 1, batch, columns) for f, batch, columns in calls}
+    assert found == {kernel.number for kernel in KERNELS if kernel.layer == "linear" and kernel.values == ("int8",)}
+    assert {plan.int8_linear_kernel(lookup, f, 64, 0, batch, columns) for f, batch, columns in calls} == {
+        plan.ROWS,
+        plan.STRIDED,
+    }
+    assert [plan.int8_conv_kernel(*sizes) for sizes in ((1, 1), (0, 1), (1, 0))] == [
+        plan.INT8_TILE,
+        plan.ROWS,
+        plan.ROWS,
+    ]
+    for kernel in (row for row in KERNELS if row.values == ("int8",)):
+        assert plan.int8_window(lookup, kernel.number, 128, 100) > 0
+        assert kernel.isas == ISAS
 
 
 @pytest.fixture
@@ -119,6 +187,9 @@ CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "rows_task": lambda dtype: _linear(200, 7, dtype, packed=False),
     "dot_task": lambda dtype: _linear(200, 3, dtype),
     "tile_task": lambda dtype: _linear(200, 37, dtype),
+    "int8_dot_task": lambda dtype: _linear(200, 3, dtype),
+    "int8_tile_task": lambda dtype: _linear(200, 37, dtype),
+    "int8_conv_task": lambda dtype: _conv(5, dtype),
     "conv_rows_task": lambda dtype: _conv(5, dtype),
     "conv_tile_task": lambda dtype: _conv(37, dtype),
     "product_task": lambda dtype: _training("product_task"),
@@ -144,7 +215,8 @@ def test_each_kernel_runs_for_each_value_dtype(
     else:
         CALLS[kernel.task](dtype)
         assert kernel.task in ran
-        assert {task for task in ran if task.endswith("_task")} <= {kernel.task, "conv_pack_task", "pack_task"}
+        also = {"conv_pack_task", "pack_task", "int8_pack_task", "int8_scales_task"}
+        assert {task for task in ran if task.endswith("_task")} <= {kernel.task} | also
 
 
 @pytest.mark.usefixtures("library")

@@ -24,7 +24,7 @@ class Kernel:
         number: What the plan calls it, where the plan has it to choose.
         computes: How, in a phrase.
         reads: The form of the weight: the canonical format, or a packed one.
-        values: The dtypes of stored values; sums are float32 always.
+        values: The dtypes of stored values; sums are float32, and of whole numbers int32.
         isas: The instruction sets that have it.
         samples: The fewest and the most samples of a call that takes it; None for any number.
         feature_major: Whether it reads and writes feature-major tensors too.
@@ -171,7 +171,7 @@ def as_markdown() -> str:
         samples = "any" if most is None else f"{least} to {most}"
         isas = "all" if kernel.isas == ISAS else ", ".join(kernel.isas)
         layer = f"{kernel.layer}, also feature-major" if kernel.feature_major else kernel.layer
-        values = "all" if kernel.values == VALUES else ", ".join(kernel.values)
+        values = "floats" if kernel.values == VALUES else ", ".join(kernel.values)
         lines.append(
             f"| {layer} | {samples} | {kernel.computes} | {kernel.reads} | {values} | {isas} | `{kernel.file}` |"
         )
