@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "runtime": ("masks", *COMMON),
     "runtime.activations": ("errors",),
-    "runtime.value_types": (),
+    "runtime.value_types": ("runtime.quantisation",),
     "runtime.quantisation": (),
     "runtime.validation": (
         *("errors", "runtime.activations", "runtime.format", "runtime.quantisation", "runtime.value_types"),

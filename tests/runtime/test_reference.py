@@ -9,7 +9,9 @@ from lowering_support import random_condensed
 
 from srigl_fx.runtime import ops, reference
 from srigl_fx.runtime.dense import FUNCTIONS
-from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
+from srigl_fx.runtime.format import CondensedWeight, ValueDtype
+from srigl_fx.runtime.quantisation import quantise_samples
+from srigl_fx.runtime.value_types import FLOATS
 
 
 @pytest.mark.parametrize("leading", [(), (1,), (0,), (5,), (2, 3)])
@@ -121,7 +123,7 @@ def test_residual_and_activation(activation: str, conv: bool) -> None:
     np.testing.assert_allclose(y, expected.numpy(), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", VALUE_DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_values_of_16_bits_are_taken_exactly(dtype: ValueDtype) -> None:
     plain = random_condensed(7, 11, 4, 2)
     dense, mask = plain.to_dense()
@@ -130,3 +132,44 @@ def test_values_of_16_bits_are_taken_exactly(dtype: ValueDtype) -> None:
     y = reference.condensed_linear(x, weight.values, weight.indices, weight.active, weight.bias)
     rounded = torch.from_numpy(dense).to(getattr(torch, dtype)).double().numpy()
     np.testing.assert_allclose(y, x.astype(np.float64) @ rounded.T + plain.bias, rtol=1e-6, atol=1e-6)
+
+
+def _of_eight_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples as whole numbers in float64, and their scales, each beside what it belongs to."""
+    rounded, scales, offsets = quantise_samples(x.numpy())
+    along = (-1, *[1] * (x.dim() - 1))
+    steps = rounded.astype(np.float64) - offsets.reshape(along)
+    return torch.from_numpy(steps), torch.from_numpy(scales.astype(np.float64)).reshape(along)
+
+
+@pytest.mark.parametrize("leading", [(), (0,), (5,), (2, 3)])
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+def test_linear_of_eight_bits(activation: str, leading: tuple[int, ...]) -> None:
+    dense, mask = random_condensed(7, 11, 4, 2).to_dense()
+    weight = CondensedWeight.from_dense(dense, mask, np.arange(7.0), dtype="int8")
+    x, residual = torch.randn(*leading, 11), torch.randn(*leading, 7)
+    parts = weight.values, weight.indices, weight.active, weight.bias
+    y = reference.condensed_linear(
+        x.numpy(), *parts, scales=weight.scales, residual=residual.numpy(), activation=activation
+    )
+    steps, scales = _of_eight_bits(x.reshape(-1, 11))
+    plain = steps @ torch.from_numpy(weight.to_dense()[0]).double().t() * scales + torch.from_numpy(weight.bias)
+    expected = FUNCTIONS[activation](plain.reshape(*leading, 7) + residual)
+    assert y.dtype == np.float32
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(plain.numpy(), x.reshape(-1, 11).numpy() @ dense.T + weight.bias, atol=0.1)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_conv_of_eight_bits(transposed: bool) -> None:
+    dense, mask = random_condensed(6, 18, 5, ablated=2).to_dense()
+    weight = CondensedWeight.from_dense(dense, mask, np.arange(6.0), dtype="int8")
+    x, shape = torch.randn(3, 4, 6, 7), (6, 2, 3, 3)
+    parts = weight.values, weight.indices, weight.active, weight.bias
+    settings: dict[str, Any] = {"strides": (2, 1), "pads": (1, 0, 1, 0), "group": 2, "transposed": transposed}
+    y = reference.condensed_conv(x.numpy(), *parts, scales=weight.scales, weight_shape=shape, **settings)
+    steps, scales = _of_eight_bits(x)
+    matrix, none = torch.from_numpy(weight.to_dense()[0]).double(), torch.zeros(6, dtype=torch.float64)
+    plain = ops.dense_conv(steps, matrix, none, shape, [2, 1], [1, 0], [1, 1], 2, transposed, [])
+    expected = plain * scales + torch.from_numpy(weight.bias).reshape(6, 1, 1)
+    np.testing.assert_allclose(y, expected.numpy(), rtol=1e-5, atol=1e-6)
