@@ -25,8 +25,8 @@ class CheckRounding(Pass[Program]):
     1. A layer whose ratio is at least ``least`` keeps its ``value_dtype``, and the report has the ratio. Of a weight
        that is used several times, the smallest counts.
     2. Any other gets ``torch.float32``, and its reason says so: what is decided for it later is decided in float32.
-    3. So does a layer that has no form in int8: one with a weight that is not finite, or with a fan-in whose sums are
-       no int32.
+    3. So does a layer that has no form in int8: one with a weight that is not finite, with a fan-in whose sums are
+       no int32, or with filters of more inputs than the kernels count.
 
     Args:
         least: The smallest ratio, in dB; ``-math.inf`` rounds every layer that has the form.
@@ -47,10 +47,10 @@ class CheckRounding(Pass[Program]):
                 return
             try:
                 ((_, rounded),) = variants(use, ["condensed"], torch.int8)
+                snr = signal_to_noise(y, rounded(x))
             except FormatError as error:
                 layer.unrounded = f"stored in float32: {error}"  # rule 3
                 return
-            snr = signal_to_noise(y, rounded(x))
             layer.snr = snr if layer.snr is None else min(layer.snr, snr)
 
         run_uses(subject, seen)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from srigl_fx.errors import FormatError
 from srigl_fx.runtime.cpu import execute
 from srigl_fx.runtime.dense import dense_conv as dense_conv
 from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
+from srigl_fx.runtime.quantisation import LARGEST_FILTER
 from srigl_fx.runtime.validation import check_epilogue, check_weight, conv_shape, linear_shape
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor bias"
@@ -91,6 +93,11 @@ def _condensed_conv(
     shape = conv_shape(op, x, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
     check_epilogue(op, shape, residual, activation)
     in_features = math.prod(weight_shape[1:])
+    if scales is not None and in_features > LARGEST_FILTER:
+        raise FormatError(
+            f"{op}: a filter of {in_features} inputs is too large for values of int8 (largest: {LARGEST_FILTER}); "
+            "store them in float32"
+        )
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
     y = x.new_empty(shape)
     if y.numel():

@@ -22,6 +22,7 @@ LARGEST_UNSIGNED: Final = 255  # of a sample without
 OFFSET: Final = 128  # what is added to numbers that may be negative
 SMALLEST: Final = 2.0**-100  # a largest number below it counts as zero: the quotients of smaller ones are no floats
 LARGEST_FAN_IN: Final = (2**31 - 1) // (LARGEST_UNSIGNED * 128)  # whose sums all are int32, those of -128 too
+LARGEST_FILTER: Final = 1 << 16  # inputs of a filter, kept or not: kernels of eight bits count them in uint16
 
 
 def quantise_weights(values: Array) -> tuple[Array, Array]:

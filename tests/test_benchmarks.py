@@ -28,6 +28,8 @@ def _records(section: str = "linear", batch: int = 1, sparsity: float = 0.9, **t
         "ort": cells.ORT_DENSE,
         "ours": cells.OURS_TORCH,
         "ours_ort": cells.OURS_ORT,
+        "ort_int8": cells.ORT_INT8,
+        "ours_int8": cells.OURS_ORT_INT8,
         "deepsparse": cells.DEEPSPARSE,
         "csr": cells.CSR_TORCH,
         "dense_step": cells.DENSE_STEP,
@@ -148,12 +150,25 @@ def test_training_and_threads() -> None:
     assert torch_.verdict == "missed by 2%"
 
 
+def test_the_bars_of_eight_bits() -> None:
+    bars, tables = _harness("bars"), _harness("tables")
+    times = {"ort": 300.0, "ort_int8": 100.0, "ours": 60.0, "ours_int8": 40.0}
+    over_int8, over_ours = bars.outcomes(_records("int8", 16, **times))
+    assert (over_int8.measured, over_int8.target, over_int8.verdict) == (2.5, 2.2, "met")
+    assert (over_ours.measured, over_ours.target, over_ours.verdict) == (1.5, 2.0, "missed by 25%")
+    row = tables.cells_table(_records("int8", 16, **times), {}).splitlines()[2]
+    assert row.endswith("| 300 | 100 | 60.0 | 40.0 | 5.00x | 2.50x | - |")
+    one = _records("int8_conv", 1, ort_int8=100.0, ours_int8=50.0)
+    (mean,) = bars.outcomes(one)
+    assert (mean.measured, mean.verdict, mean.where) == (pytest.approx(2.0), "met", "1 cells")
+
+
 def test_what_is_not_measured_is_said() -> None:
     bars, tables = _harness("bars"), _harness("tables")
     records = _records(torch=math.nan, ours=10.0)
     assert bars.outcomes(records)[0].verdict == "not measured"
     text = tables.cells_table(records, {})
-    assert text.splitlines()[2] == "| 8 -> 4 | 90% | 1 | 1 | - | 10.0 | - | - |"
+    assert text.splitlines()[2] == "| 8 -> 4 | 90% | 1 | 1 | - | 10.0 | - | - | - |"
     assert text.endswith("- torch dense: not installed")
 
 
@@ -162,7 +177,7 @@ def test_tables_show_the_limit_of_a_cell() -> None:
     records = _records(torch=100.0, ours=10.0)
     limits = {records[0].cell: (4.0, "bytes from L2")}
     row = tables.cells_table(records, limits).splitlines()[2]
-    assert row.endswith("| 10.0x | - | 0.001 | 0.0005 | 4.00 | 2.50x | bytes from L2 |")
+    assert row.endswith("| 10.0x | - | - | 0.001 | 0.0005 | 4.00 | 2.50x | bytes from L2 |")
     assert "| met | worst at 8 -> 4, 90%, batch 1; 1 of 1 met | 2.50x | bytes from L2 |" in tables.bars_table(
         bars.outcomes(records), limits
     )
@@ -272,6 +287,19 @@ def test_a_quick_run_writes_its_files(library: Path, tmp_path: Path, capsys: pyt
     assert str(tmp_path) not in page.splitlines()[2]
     assert "- DeepSparse: no DeepSparse in" in page
     assert "linear, batch 16, 90%, over dense" in (tmp_path / "peers.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.long
+def test_dense_int8_and_ours_are_measured(library: Path, tmp_path: Path) -> None:
+    cells, peers = _harness("cells"), import_module("peers")
+    peers.main(["--quick", "--only", "int8", "int8_conv", "--out", str(tmp_path), f"--peers={tmp_path}"])
+    for section in ("int8", "int8_conv"):
+        found = cells.read_csv(tmp_path / f"peers_{section}.csv")
+        times = {record.contender: record.microseconds for record in found}
+        assert times.keys() == {*cells.DENSE, *cells.DENSE_INT8, *cells.OURS, *cells.OURS_INT8}
+        measured = (cells.ORT_INT8, *cells.OURS_INT8)
+        assert all(times[name] > 0 for name in measured), [record.note for record in found]
+        assert f"over {cells.ORT_INT8}" in (tmp_path / f"peers_{section}.md").read_text(encoding="utf-8")
 
 
 def test_options_that_make_no_sense(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from srigl_fx.runtime.cpu.kernels import conv
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, inlined, linked, load, load8, stack, store, text
 from srigl_fx.runtime.ort.refusals import refuse
+from srigl_fx.runtime.quantisation import LARGEST_FILTER
 
+_LARGEST_FILTER = LARGEST_FILTER  # Numba takes a constant for a literal only under a name of the module's own
 _LIST_CAPACITY = 16  # more than any list attribute of ours may hold
 
 
@@ -154,6 +156,14 @@ def read_attributes(node: int, info: int) -> int:
     if fan_in != in_features:
         return refuse(
             node, text("attribute '@' does not multiply to in_features %"), text("weight_shape"), in_features, 0
+        )
+    if is_conv and in_features > _LARGEST_FILTER and load(node, abi.NODE_EIGHT_BITS) != 0:
+        return refuse(
+            node,
+            text("attribute '@' is %, too much for values of int8"),
+            text("in_features"),
+            in_features,
+            0,
         )
     n = load(shape, 0)
     status = read_int(node, info, text("flat_size"), -1, found)

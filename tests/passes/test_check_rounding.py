@@ -15,7 +15,7 @@ from srigl_fx.passes.check_rounding import CheckRounding
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Program
-from srigl_fx.runtime.quantisation import quantise_samples, quantise_weights
+from srigl_fx.runtime.quantisation import LARGEST_FILTER, quantise_samples, quantise_weights
 
 
 def matched(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.int8) -> Program:
@@ -133,3 +133,15 @@ def test_buffers_that_the_model_writes_stay_as_they_are() -> None:
     assert program.layers[0].snr > LEAST_LAYER_SNR
     assert torch.equal(model.get_buffer("total"), before)
     assert torch.equal(program.module.get_buffer("total"), before)
+
+
+@pytest.mark.parametrize(("inputs", "fits"), [(LARGEST_FILTER, True), (LARGEST_FILTER + 1, False)])
+def test_rule_3_a_filter_of_more_inputs_than_kernels_count(inputs: int, fits: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(inputs, 2, 1))
+    mask_by_hand(model, 0.001)
+    x = torch.randn(1, inputs, 3)
+    (layer,) = run((CheckRounding(),), matched(model, x)).subject.layers
+    assert layer.value_dtype is (torch.int8 if fits else torch.float32)
+    assert fits or "a filter of 65537 inputs is too large for values of int8 (largest: 65536)" in layer.unrounded
+    assert not fits or layer.snr is not None
