@@ -1,7 +1,8 @@
 """What layers cost: measured once, remembered, estimated where that is clear; and lowering that uses it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from srigl_fx.lowering.pipeline import lower
 from srigl_fx.passes.program import Decision, Times
 from srigl_fx.runtime.cache import CACHE_VARIABLE
 from srigl_fx.runtime.costs import autotune
-from srigl_fx.runtime.costs.cost_model import Machine
+from srigl_fx.runtime.costs.calibration import host_machine
+from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME, Machine, Work, estimate
 from srigl_fx.runtime.costs.timings import FILE
 
 
@@ -81,6 +83,40 @@ def test_what_times_depend_on_is_measured_apart(cache: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_measured")
+def test_layers_are_timed_in_the_dtype_that_they_have(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[set[torch.dtype]] = []
+    measure = measuring.measure
+
+    def measured(forms: Mapping[Decision, Callable[[], object]]) -> dict[Decision, float] | None:
+        module = forms["condensed"].func.__self__  # type: ignore[attr-defined]
+        timed.append({held.dtype for held in module.buffers()} & {torch.int8, torch.bfloat16})
+        return measure(forms)
+
+    monkeypatch.setattr(measuring, "measure", measured)
+    report = lowered(value_dtype={"0": torch.int8, "3": torch.bfloat16}).report
+    assert [layer.value_dtype for layer in report.layers] == ["int8", "bfloat16", "float32"]
+    assert [what["values"] for what in kept(cache)[1:]] == ["int8", "bfloat16", "float32"]
+    assert timed == [{torch.int8}, {torch.bfloat16}, set()]
+    assert all(set(layer.seconds[2]) >= {"dense", "condensed"} for layer in report.layers)
+    again = lowered(value_dtype=torch.int8).report
+    assert [what["values"] for what in kept(cache)[4:]] == ["int8", "int8"]
+    assert again.layers[0].seconds == report.layers[0].seconds
+    assert again.layers[1].seconds != report.layers[1].seconds
+
+
+def test_estimates_are_those_of_the_dtype() -> None:
+    work = Work(rows=64, fan_in=64, active=64, kept=64 * 13, columns=2)
+    bytewise = replace(work, value_bytes=1, eight_bits=True)
+    for dtype, expected in ((torch.float32, work), (torch.int8, bytewise)):
+        linear = mask_by_hand(randomise(nn.Sequential(nn.Linear(64, 64))), 0.2).eval()
+        for speedup, machine in ((0.0, None), ("auto", ONNXRUNTIME)):
+            x = torch.randn(2, 64)
+            report = lower(linear, (x,), min_speedup=speedup, batch_sizes=[2], value_dtype=dtype).report  # type: ignore[arg-type]
+            host = machine or host_machine()
+            assert report.layers[0].estimates[2] == pytest.approx(estimate(expected, host))
+
+
 @pytest.mark.usefixtures("all_measured")
 def test_leading_sizes_count_by_their_product(cache: Path) -> None:
     linear = mask_by_hand(randomise(nn.Sequential(nn.Linear(32, 32))), 0.2).eval()

@@ -31,7 +31,7 @@ def value_dtypes(model: nn.Module, asked: ValueDtypes) -> dict[str, torch.dtype]
 
     Example:
         >>> import srigl_fx as sx
-        >>> model = sx.sparsify(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10)), sparsity=0.5)
+        >>> model = sx.sparsify(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 10)), distribution="uniform")
         >>> value_dtypes(model, {nn.Linear: torch.int8, "1": torch.float32})
         {'0.weight': torch.int8, '1.weight': torch.float32}
         >>> value_dtypes(model, lambda name, module: torch.int8 if module.in_features > 32 else torch.float32)
