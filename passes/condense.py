@@ -134,7 +134,7 @@ def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtyp
     outputs = []
     for first, last, weight in pieces:
         stem = name if len(pieces) == 1 else f"{name}_rows{first}_{last}"
-        parts: dict[str, Any] = {"values": _values(weight), "indices": weight.indices, "active": weight.active}
+        parts: dict[str, Any] = {"values": values_of(weight), "indices": weight.indices, "active": weight.active}
         operands = [
             buffers.read(f"{stem}_{part}", held if isinstance(held, Tensor) else torch.from_numpy(held))
             for part, held in parts.items()
@@ -164,8 +164,14 @@ def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtyp
     return outputs[0] if len(outputs) == 1 else graph.call_function(aten.cat.default, (outputs, axis))
 
 
-def _values(weight: CondensedWeight) -> Tensor:
-    """The values as a tensor: torch does not read NumPy arrays of bfloat16."""
+def values_of(weight: CondensedWeight) -> Tensor:
+    """The values as a tensor: torch does not read NumPy arrays of bfloat16.
+
+    Example:
+        >>> one = np.ones((1, 1))
+        >>> values_of(CondensedWeight.from_dense(one, one > 0, dtype="bfloat16")).dtype
+        torch.bfloat16
+    """
     if weight.values.dtype == VALUE_DTYPES["bfloat16"]:
         return torch.from_numpy(weight.values.view(np.uint16)).view(torch.bfloat16)
     return torch.from_numpy(weight.values)

@@ -253,8 +253,17 @@ def test_bench_compares_at_each_setting() -> None:
     assert (times > 0).all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_bench_measures_in_a_dtype(dtype: str) -> None:
+    result = run("bench", "--shape", "64x32", "--sparsity", 0.75, "--batch", 3, "--value-dtype", dtype)
+    assert result.exit_code == 0
+    assert f"values in {dtype}." in result.output
+    assert (np.array(result.output.splitlines()[2].split()[4:], dtype=float) > 0).all()
+
+
 @pytest.mark.parametrize(
-    ("option", "value"), [("--shape", "64"), ("--shape", "0x5"), ("--sparsity", "1.0"), ("--batch", "0")]
+    ("option", "value"),
+    [("--shape", "64"), ("--shape", "0x5"), ("--sparsity", "1.0"), ("--batch", "0"), ("--value-dtype", "int4")],
 )
 def test_bench_refuses_what_makes_no_sense(option: str, value: str) -> None:
     assert_readable_error(run("bench", option, value))

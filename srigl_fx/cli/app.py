@@ -165,10 +165,14 @@ def bench(
     sparsity: Annotated[list[float] | None, typer.Option(help="Fraction removed; may be given several times.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be given several times.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of the dense layer; the condensed one uses one.")] = 1,
+    value_dtype: Annotated[
+        str, typer.Option(help="What the condensed layer stores its values in: float32, bfloat16, float16 or int8.")
+    ] = "float32",
 ) -> None:
     """Time condensed linear layers against dense ones in PyTorch on this machine; shows where they lose, too."""
     from srigl_fx.cli.bench import DEFAULT_SHAPES, compare, parse_shape
 
     with _readable_errors():
         shapes = [parse_shape(text) for text in shape] if shape else list(DEFAULT_SHAPES)
-        typer.echo(compare(shapes, sparsity or [0.8, 0.9, 0.95], batch or [1, 64], threads=threads))
+        sparsities, batches = sparsity or [0.8, 0.9, 0.95], batch or [1, 64]
+        typer.echo(compare(shapes, sparsities, batches, threads=threads, value_dtype=value_dtype))

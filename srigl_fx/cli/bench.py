@@ -6,6 +6,7 @@ Owns the measurement and its table; it must not know the kernels: it calls the p
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from srigl_fx.errors import SriglError
 from srigl_fx.reports.text_tables import format_table
 from srigl_fx.runtime.cpu.threads import torch_threads
+from srigl_fx.runtime.value_types import NAMES, choice
 
 Shape = tuple[int, int]
 DEFAULT_SHAPES: tuple[Shape, ...] = ((768, 768), (768, 3072), (3072, 768), (4096, 4096))
@@ -39,7 +41,14 @@ def parse_shape(text: str) -> Shape:
     return int(parts[0]), int(parts[1])
 
 
-def compare(shapes: Sequence[Shape], sparsities: Sequence[float], batches: Sequence[int], *, threads: int = 1) -> str:
+def compare(
+    shapes: Sequence[Shape],
+    sparsities: Sequence[float],
+    batches: Sequence[int],
+    *,
+    threads: int = 1,
+    value_dtype: str = "float32",
+) -> str:
     """A table of median times, dense and condensed in turns; slower cases are shown like all others.
 
     Args:
@@ -47,9 +56,10 @@ def compare(shapes: Sequence[Shape], sparsities: Sequence[float], batches: Seque
         sparsities: Fractions removed, in [0, 1).
         batches: Rows of the input.
         threads: Threads of the dense layer.
+        value_dtype: What the condensed layer stores its values in; the dense one is float32.
 
     Raises:
-        SriglError: If a sparsity or a batch size is out of range.
+        SriglError: If a sparsity or a batch size is out of range, or there is no such dtype.
 
     Example:
         >>> print(compare([(64, 32)], [0.75], [1]).splitlines()[0].split())
@@ -57,38 +67,44 @@ def compare(shapes: Sequence[Shape], sparsities: Sequence[float], batches: Seque
     """
     if not all(0 <= sparsity < 1 for sparsity in sparsities) or not all(batch >= 1 for batch in batches):
         raise SriglError("a sparsity must lie in [0, 1), such as 0.9, and a batch size must be at least 1")
+    if value_dtype not in NAMES:
+        raise SriglError(f"values are stored in {choice()}, not in {value_dtype!r}")
     rows = []
     with torch_threads(threads), torch.inference_mode():
         for inputs, outputs in shapes:
             for sparsity in sparsities:
                 for batch in batches:
-                    dense, condensed = _measure(inputs, outputs, sparsity, batch)
+                    dense, condensed = _measure(inputs, outputs, sparsity, batch, value_dtype)
                     times = (f"{1e6 * dense:.1f}", f"{1e6 * condensed:.1f}", f"{dense / condensed:.2f}")
                     rows.append((inputs, outputs, f"{sparsity:.0%}", batch, *times))
     headers = ("inputs", "outputs", "sparsity", "batch", "dense us", "condensed us", "dense / condensed")
     note = (
-        f"Median of one call; dense: torch on {threads} thread{'s' * (threads > 1)}; condensed: one thread. "
+        f"Median of one call; dense: torch on {threads} thread{'s' * (threads > 1)}; condensed: one thread, values in "
+        f"{value_dtype}. "
         "Above 1, condensed is faster."
     )
     return format_table(headers, rows, right=range(len(headers))) + "\n" + note
 
 
-def _measure(inputs: int, outputs: int, sparsity: float, batch: int) -> tuple[float, float]:
+def _measure(inputs: int, outputs: int, sparsity: float, batch: int, value_dtype: str) -> tuple[float, float]:
     import srigl_fx.runtime.ops  # noqa: F401 - registers torch.ops.srigl_fx
-    from srigl_fx.runtime.format import CondensedWeight
+    from srigl_fx.passes.condense import values_of
+    from srigl_fx.runtime.format import CondensedWeight, ValueDtype
 
     rng = np.random.default_rng(0)
     fan_in = max(1, round((1 - sparsity) * inputs))
     mask = np.zeros((outputs, inputs), np.bool_)
     np.put_along_axis(mask, rng.random(mask.shape).argpartition(fan_in - 1, axis=1)[:, :fan_in], True, axis=1)
     weight = (rng.standard_normal(mask.shape) * mask).astype(np.float32)
-    condensed = CondensedWeight.from_dense(weight, mask, rng.standard_normal(outputs))
+    dtype = cast("ValueDtype", value_dtype)
+    condensed = CondensedWeight.from_dense(weight, mask, rng.standard_normal(outputs), dtype=dtype)
 
     x, dense, bias = torch.randn(batch, inputs), torch.from_numpy(weight), torch.from_numpy(condensed.bias)
-    operands = [torch.from_numpy(array) for array in (condensed.values, condensed.indices, condensed.active)]
+    operands = [values_of(condensed), *map(torch.from_numpy, (condensed.indices, condensed.active))]
+    scales = None if condensed.scales is None else torch.from_numpy(condensed.scales)
     return _medians(
         lambda: torch.nn.functional.linear(x, dense, bias),
-        lambda: torch.ops.srigl_fx.condensed_linear(x, *operands, bias, inputs),
+        lambda: torch.ops.srigl_fx.condensed_linear(x, *operands, bias, inputs, scales=scales),
     )
 
 
