@@ -244,10 +244,14 @@ def _described(kind: "onnx.TypeProto.Tensor") -> str:
 
 
 def _take_functions(model: "onnx.ModelProto") -> bool:
-    """Take the functions for a stock ONNX Runtime out of a model; return whether there was one for each operator."""
-    called = {node.op_type for node in all_nodes(model.graph) if node.domain == abi.DOMAIN}
-    ours = {function.name for function in model.functions if function.domain == abi.DOMAIN}
-    others = [function for function in model.functions if function.domain != abi.DOMAIN]
+    """Take the functions for a stock ONNX Runtime out of a model; return whether there was one for each operator.
+
+    Those that a tool has renamed stay: they are what computes their layers, densely.
+    """
+    known = abi.operator_names()
+    called = {node.op_type for node in all_nodes(model.graph) if node.domain == abi.DOMAIN} & known.keys()
+    ours = {function.name for function in model.functions if function.domain == abi.DOMAIN} & known.keys()
+    others = [f for f in model.functions if f.domain != abi.DOMAIN or f.name not in known]
     del model.functions[:]
     model.functions.extend(others)
     return ours >= called

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.compose
 import onnxruntime
 import pytest
 import torch
@@ -223,6 +224,35 @@ def test_merged_files_stay_what_they_were(library: Path, tmp_path: Path, second:
         between = torch.from_numpy(outputs(first, library=by_library or not fallback))
         wanted = outputs(tmp_path / "second.onnx", between, library=by_library)
         assert_close(outputs(both, library=by_library), wanted)
+
+
+def test_a_file_is_compared_with_the_model_by_its_noise(library: Path, tmp_path: Path) -> None:
+    report = sx.export_onnx(layer(), tmp_path / "model.onnx", (X,), value_dtype=torch.int8, min_speedup=0)
+    assert report.min_snr is not None
+    assert report.min_snr > 30
+    assert report.library_error is not None
+    assert report.fallback_error is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
+@pytest.mark.parametrize("verb", ["densify", "merge"])
+def test_layers_that_a_tool_has_renamed_are_computed_by_their_functions(
+    tmp_path: Path, verb: str, dtype: torch.dtype
+) -> None:
+    source, prefixed, target = (tmp_path / f"{name}.onnx" for name in ("source", "prefixed", "target"))
+    sx.export_onnx(layer(), source, (X,), value_dtype=dtype, verify=False, min_speedup=0)
+    onnx.save(onnx.compose.add_prefix(onnx.load(source), "p_"), prefixed)
+    wanted = outputs(source, library=False)
+    if verb == "densify":
+        onnx_tools.densify(prefixed, target)
+        assert not inspect_file(target).renamed
+    else:
+        head = export(layer(40, 8, seed=1), tmp_path / "head.onnx", torch.from_numpy(wanted))
+        (given,) = [entry.name for entry in onnx.load(head).graph.input]
+        onnx_tools.merge(prefixed, head, target, {"p_output": given}, prefixes=("", "b_"))
+        assert inspect_file(target).fallback
+        wanted = outputs(head, torch.from_numpy(wanted), library=False)
+    assert_close(outputs(target, library=False), wanted)
 
 
 def test_the_recipe_is_in_the_file(tmp_path: Path) -> None:

@@ -145,6 +145,8 @@ def _keep_state(model: "onnx.ModelProto", state: Mapping[str, Tensor]) -> None:
 def functions_for(model: "onnx.ModelProto", *, exact: bool = True) -> "list[onnx.FunctionProto]":
     """The fallback functions of the operators that a model uses, in the order of their names.
 
+    Names in the operators' domain that are of no operator are those of functions that a tool has renamed.
+
     Args:
         model: The model.
         exact: As for :func:`~srigl_fx.runtime.ort.fallback.fallback_functions`.
@@ -156,9 +158,10 @@ def functions_for(model: "onnx.ModelProto", *, exact: bool = True) -> "list[onnx
         >>> [function.name for function in functions_for(onnx.parser.parse_model(text))]
         ['CondensedLinearRelu']
     """
+    known = abi.operator_names()
     permuted: dict[str, set[str]] = {}
     for node in all_nodes(model.graph):
-        if node.domain == abi.DOMAIN:
+        if node.domain == abi.DOMAIN and node.op_type in known:
             moved = {item.name for item in node.attribute if item.name.endswith("_perm") and _moves(item.ints)}
             permuted.setdefault(node.op_type, set()).update(moved)
     return fallback_functions(sorted(permuted), permuted, exact=exact)
