@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from ort_support import malformed
 from ort_support.models import WEIGHTS, Array, Node, conv, linear
 
-from srigl_fx.runtime.quantisation import LARGEST_FAN_IN
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, LARGEST_FILTER
 
 INT64_MAX, INT64_MIN = 2**63 - 1, -(2**63)
 X = {2: (3, 10), 4: (1, 4, 5, 6)}  # what the well-formed nodes take, by rank
@@ -217,7 +217,14 @@ def _cases() -> dict[str, tuple[Node, str, Array]]:
         "linear": {**_weight_faults(linear()), **_float_faults(linear()), **_attribute_faults(linear())},
         "conv": {**_weight_faults(conv()), **_float_faults(conv()), **_attribute_faults(conv()), **_conv_faults()},
         "linear_int8": {**_weight_faults(linear_int8), **_scale_faults(linear_int8), **_attribute_faults(linear_int8)},
-        "conv_int8": {**_weight_faults(conv_int8), **_scale_faults(conv_int8)},
+        "conv_int8": {
+            **_weight_faults(conv_int8),
+            **_scale_faults(conv_int8),
+            "filter": (
+                conv(channels=LARGEST_FILTER + 1, kernel=(1, 1), index_type="int32").of_eight_bits(),
+                f"'in_features' is {LARGEST_FILTER + 1}, too much for values of int8",
+            ),
+        },
         "graph": _graph_faults(),
         # The same contents behind inputs of the graph: only the run can tell.
         "linear_run": {
