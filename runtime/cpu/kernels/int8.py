@@ -301,7 +301,7 @@ def _round_row(context: Any, x: Any, count: Any, inverse: Any, offset: Any, to: 
 
         def one_vector(i: Any, carried: Any) -> Any:
             found = v.load(b, b.add(x, b.shl(i, number(6))), v.FLOATS)
-            v.store(b, _rounded(b, found, inverses, offsets), b.add(to, b.shl(i, number(4))), 16)
+            v.store(b, _rounded(b, found, inverses, offsets), b.add(to, b.shl(i, number(4))), 1)
             return carried
 
         whole = b.lshr(count, number(4))
@@ -309,13 +309,14 @@ def _round_row(context: Any, x: Any, count: Any, inverse: Any, offset: Any, to: 
         rest = b.and_(count, number(LANES - 1))
         mask = lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
         last = masked_load(b, b.add(x, b.shl(whole, number(6))), mask)
-        v.store(b, _rounded(b, last, inverses, offsets), b.add(to, b.shl(whole, number(4))), 16)
+        v.store(b, _rounded(b, last, inverses, offsets), b.add(to, b.shl(whole, number(4))), 1)
         return context.get_dummy_value()
 
     return types.void(address, address, types.float32, address, address), generate
 
 
-# A sample rounded: (x, count, what it is multiplied by, its offset, where to: there is room for the next 16 bytes too).
+# A sample rounded: (x, count, what it is multiplied by, its offset, where to: at any address, and there is room for the
+# next 16 bytes too).
 round_row: Callable[[int, int, float, int, int], None] = intrinsic(_round_row)
 
 
