@@ -45,6 +45,7 @@ INT8_BARS = {
 INT8_WIDE, INT8_WIDE_BAR = "4096 -> 4096", 3.0
 INT8_OVER_OURS_BARS = {1: 1.4, 16: 2.0, 64: 2.8, 256: 2.8, 2048: 2.8}  # at 90 %
 INT8_CONV_BAR = 2.0  # geometric mean over QDQ, by batch
+INT8_MODEL_BAR, INT8_MODEL_OVER_OURS_BAR = 2.0, 1.6
 TRAIN_BAR = 3.0
 THREADS_BAR = 1.7
 
@@ -180,6 +181,20 @@ def _int8_conv(cells: Cells) -> list[Outcome]:
     return found
 
 
+def _models(cells: Cells) -> list[Outcome]:
+    found = []
+    for key, cell in cells.items():
+        where = f"{key[1]}, batch {key[3]}"
+        for rival, names, target in (
+            (ORT_INT8, (ORT_INT8,), INT8_MODEL_BAR),
+            ("ours in float32", OURS, INT8_MODEL_OVER_OURS_BAR),
+        ):
+            if not math.isnan(measured := ratio(cell, names, OURS_INT8)):
+                bar = f"whole model, int8, over {rival}"
+                found.append(Outcome(bar=bar, target=target, measured=measured, where=where))
+    return found
+
+
 def _train(cells: Cells) -> list[Outcome]:
     bar = "training step, 95%, batch 256, over the dense step"
     return _worst(bar, TRAIN_BAR, cells, [DENSE_STEP], [SPARSE_STEP])
@@ -208,4 +223,5 @@ _JUDGES = (
     ("int8_conv", _int8_conv),
     ("train", _train),
     ("threads", _threads),
+    ("models", _models),
 )

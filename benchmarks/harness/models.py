@@ -1,4 +1,4 @@
-"""Whole networks, 90 % sparse: the dense file in ONNX Runtime, ours in torch and in ONNX Runtime, and DeepSparse.
+"""Whole networks, 90 % sparse: dense files in float32 and int8, ours in torch and in ONNX Runtime, and DeepSparse.
 
 Owns the networks, their files and their contenders. Weights are random, as speed does not depend on them.
 """
@@ -16,16 +16,35 @@ import torch
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from harness.cells import DEEPSPARSE, DEEPSPARSE_ORT, ORT_DENSE, OURS_ORT, OURS_TORCH, Record
+from harness.cells import (
+    DEEPSPARSE,
+    DEEPSPARSE_ORT,
+    DENSE_INT8,
+    OPENVINO_DENSE,
+    OPENVINO_INT8,
+    ORT_DENSE,
+    ORT_INT8,
+    OURS_INT8,
+    OURS_ORT,
+    OURS_ORT_INT8,
+    OURS_TORCH,
+    OURS_TORCH_INT8,
+    Record,
+)
 from harness.contenders import difference, ort_session
 from harness.deepsparse_process import PeerError
 from harness.measuring import Bench, remote_timers
+from harness.quantised import NotAvailableError, dynamic_int8, openvino_call, static_int8
 from harness.timing import Timer, interleaved, timer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SPARSITY = 0.9
 TOLERANCE = 1e-3  # of the largest output, through a whole network
+INT8_TOLERANCE = 0.5  # the same: random weights carry rounding on, which only a trained network damps
+
+
+CONTENDERS = (ORT_DENSE, OPENVINO_DENSE, *DENSE_INT8, OURS_TORCH, OURS_ORT, *OURS_INT8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +52,7 @@ class Network:
     """A network and how its inputs are made."""
 
     build: Callable[[], nn.Module]
+    convolutional: bool = False  # then dense int8 has static scales, as ONNX Runtime's guide says
     inputs: Callable[[int], dict[str, Tensor]]
 
 
@@ -57,12 +77,18 @@ def networks(*, tiny: bool = False) -> dict[str, Network]:
 
     if tiny:
         small = hf.ResNetConfig(embedding_size=16, hidden_sizes=[32, 64], depths=[1, 1], layer_type="basic")
-        return {"ResNet, tiny": Network(build=lambda: hf.ResNetForImageClassification(small), inputs=pictures(32))}
+        return {
+            "ResNet, tiny": Network(
+                build=lambda: hf.ResNetForImageClassification(small), inputs=pictures(32), convolutional=True
+            )
+        }
     classes: dict[str, Any] = {"num_labels": 1000}
     eager: dict[str, Any] = {"attn_implementation": "eager"}  # what the old exporter can say
     return {
         "ResNet-50, 224 px": Network(
-            build=lambda: hf.ResNetForImageClassification(hf.ResNetConfig(**classes)), inputs=pictures(224)
+            build=lambda: hf.ResNetForImageClassification(hf.ResNetConfig(**classes)),
+            inputs=pictures(224),
+            convolutional=True,
         ),
         "ViT-B/16, 224 px": Network(
             build=lambda: hf.ViTForImageClassification(hf.ViTConfig(**classes, **eager)), inputs=pictures(224)
@@ -95,37 +121,44 @@ def _measure(folder: Path, name: str, network: Network, batch: int, bench: Bench
     state = twin.state_dict()
     twin.load_state_dict({key: value for key, value in model.state_dict().items() if key in state})
     args = tuple(inputs.values())
-    dense_file, sparse_file = folder / "dense.onnx", folder / "sparse.onnx"
+    dense_file = folder / "dense.onnx"
     export_dense(twin, args, tuple(inputs), dense_file)
-    lowered = sx.lower(model, args, min_speedup=0, verify=False)
-    sx.export_onnx(lowered, sparse_file, args, verify=False, min_speedup=0)
-    dense, sparse = (
-        ort_session(str(dense_file), bench.threads),
-        ort_session(str(sparse_file), bench.threads, library=True),
-    )
-    arrays = [tensor.numpy() for tensor in args]
-    feeds = {
-        session: {port.name: array for port, array in zip(session.get_inputs(), arrays, strict=True)}
-        for session in (dense, sparse)
-    }
+    given = {name: tensor.numpy() for name, tensor in inputs.items()}
+    dense, made = dense_file.read_bytes(), {}
+    made[ORT_DENSE] = _session_call(dense_file, args, bench.threads)
+    missing: dict[str, str] = {}
+    rounded = static_int8(dense, given) if network.convolutional else dynamic_int8(dense)
+    rounded_file = folder / "dense_int8.onnx"
+    rounded_file.write_bytes(rounded)
+    made[ORT_INT8] = _session_call(rounded_file, args, bench.threads)
+    for contender, source in ((OPENVINO_DENSE, dense), (OPENVINO_INT8, rounded)):
+        try:
+            made[contender] = openvino_call(source, given, bench.threads)
+        except NotAvailableError as error:
+            missing[contender] = str(error)
+    for in_torch, in_ort, dtype in (
+        (OURS_TORCH, OURS_ORT, torch.float32),
+        (OURS_TORCH_INT8, OURS_ORT_INT8, torch.int8),
+    ):
+        file = folder / f"sparse_{dtype.itemsize}.onnx"
+        lowered = sx.lower(model, args, min_speedup=0, verify=False, value_dtype=dtype)
+        sx.export_onnx(lowered, file, args, verify=False, min_speedup=0)
+        made[in_torch] = lambda lowered=lowered: lowered(*args)
+        made[in_ort] = _session_call(file, args, bench.threads, library=True)
     with torch.inference_mode():
         expected = twin(*args)
-        calls: dict[str, Callable[[], Any]] = {
-            ORT_DENSE: lambda: dense.run(None, feeds[dense])[0],
-            OURS_TORCH: lambda: lowered(*args),
-            OURS_ORT: lambda: sparse.run(None, feeds[sparse])[0],
-        }
-        missing: dict[str, str] = {}
+        calls = {name: made[name] for name in CONTENDERS if name in made}
         timers: dict[str, Timer] = {}
         for contender, call in calls.items():
-            problem = difference(call(), expected, TOLERANCE)
+            eight_bits = contender in (*DENSE_INT8, *OURS_INT8)
+            problem = difference(call(), expected, INT8_TOLERANCE if eight_bits else TOLERANCE)
             if problem:
                 missing[contender] = f"wrong: {problem}"
             else:
                 timers[contender] = timer(call)
         remote = (DEEPSPARSE, DEEPSPARSE_ORT)
         try:
-            timers |= remote_timers(remote, bench, dense_file, feeds[dense], expected, TOLERANCE)
+            timers |= remote_timers(remote, bench, dense_file, given, expected, TOLERANCE)
         except PeerError as error:
             missing |= dict.fromkeys(remote, str(error))
         times = interleaved(timers, seconds=10 * bench.effort.seconds, rounds=bench.effort.rounds)
@@ -140,8 +173,14 @@ def _measure(folder: Path, name: str, network: Network, batch: int, bench: Bench
             microseconds=1e6 * times.get(contender, float("nan")),
             note=missing.get(contender, ""),
         )
-        for contender in (*calls, *remote)
+        for contender in (*CONTENDERS, *remote)
     ]
+
+
+def _session_call(path: Path, args: tuple[Tensor, ...], threads: int, *, library: bool = False) -> Callable[[], Any]:
+    session = ort_session(str(path), threads, library=library)
+    feeds = {port.name: tensor.numpy() for port, tensor in zip(session.get_inputs(), args, strict=True)}
+    return lambda: session.run(None, feeds)[0]
 
 
 def export_dense(model: nn.Module, args: tuple[Tensor, ...], names: tuple[str, ...], path: Path) -> None:
