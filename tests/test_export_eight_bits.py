@@ -25,6 +25,8 @@ from srigl_fx.runtime import reference
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.contents import condensed_calls
 
+pytestmark = pytest.mark.slow
+
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
 
 
@@ -84,7 +86,6 @@ def test_a_file_gives_what_the_reference_does(library: Path, exported: Path) -> 
             assert_close(outputs(exported, x, library=by_library), expected(exported, x))
 
 
-@pytest.mark.slow
 def test_a_network_of_every_kind_of_layer(library: Path, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 4, 4)
     lowered = sx.lower(network(), (x,), min_speedup=0, value_dtype=torch.int8, verify=False)
@@ -189,7 +190,6 @@ def test_a_densified_file_has_the_weights_that_the_values_stand_for(tmp_path: Pa
     assert not inspect_file(tmp_path / "dense.onnx").nodes
 
 
-@pytest.mark.slow
 def test_a_densified_network(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 4, 4)
     model = network()
