@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx.comparison import signal_to_noise
 from srigl_fx.errors import LoweringError, RuleError
+from srigl_fx.lowering.lowered import LoweringReport
 from srigl_fx.lowering.pipeline import lower
 
 
@@ -145,3 +146,14 @@ def test_float16_refuses_a_large_weight_of_its_layer_alone() -> None:
     assert dtypes({"blocks": torch.float16}, model) == ("float32", "float16", "float16", "float32")
     with pytest.raises(LoweringError, match=r"head\.weight \(5, 16\) holds 1e\+05"):
         dtypes({"head": torch.float16}, model)
+
+
+def test_reports_from_before_layers_had_dtypes_have_one_for_all() -> None:
+    report = lower(network(), (X,), min_speedup=0, value_dtype=torch.bfloat16).report
+    plain = report.as_dict()
+    del plain["min_snr"]
+    for layer in (*plain["layers"], *plain["others"]):
+        del layer["value_dtype"], layer["snr"]
+    again = LoweringReport.from_dict(plain)
+    assert again.layers == report.layers
+    assert again.tolerance == report.tolerance == 2 * torch.finfo(torch.bfloat16).eps
