@@ -158,7 +158,7 @@ def _some_conv(shape: Convolution) -> Tensor:
 
 
 RUNS: dict[str, Callable[[], Tensor]] = {
-    **{f"linear, {batch}": functools.partial(_some_linear, batch) for batch in (1, 5, 16, 70, 200)},
+    **{f"linear, {batch}": functools.partial(_some_linear, batch) for batch in (1, 5, 16, 70, 130)},
     "convolution of few filters": functools.partial(_some_conv, SHAPES["2d tall kernel"]),
     "convolution in groups": functools.partial(_some_conv, SHAPES["3d strided"]),
     "convolution of many filters": functools.partial(_some_conv, Convolution(n=200, channels=40, size=(12, 13))),
