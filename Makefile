@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_output
 WORKERS ?= 2
+# Few tests at a time, or one worker has long ones left when the other has none.
+SHARED := -n $(WORKERS) --maxschedchunk 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -22,13 +24,13 @@ demo: $(READY_demo) ## Train, lower, export and serve real networks; writes to $
 	$(BIN)/srigl-fx demo --out $(OUT)
 
 test: $(READY_test) ## The tests that take about six seconds each at most: twelve minutes together
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not long"
+	$(BIN)/python -m pytest $(SHARED) -m "not long"
 
 test-all: $(READY_test) ## All tests, those of whole models, of whole runs and of other instruction sets included
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest $(SHARED)
 
 fast: $(READY_test) ## The tests that take a quarter of a second each at most: three minutes together
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 lint: $(READY_test) ## Style, with ruff
 	$(BIN)/ruff check .
@@ -42,7 +44,7 @@ wheel-test: $(READY_test) ## Build the wheel and run the fast tests against it, 
 
 extras-test: $(READY_test) ## The tests that need what no other target installs: tools around ONNX, optimizers, pages
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,onnx-tools,optimizers]'
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_onnx_tools.py tests/train/test_optimizer_libraries.py
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_onnx_tools.py tests/test_benchmarks.py tests/train/test_optimizer_libraries.py
 
 tables: $(READY_test) ## Write the tables of docs/kernels.md anew, from those of the code
 	$(BIN)/python tests/kernel_support/tables.py

@@ -111,8 +111,9 @@ def _save(
             folder.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)  # or a crash could leave it beside other weights than its own
         except OSError as error:
+            where = error.filename or folder
             raise CheckpointError(
-                f"{folder} cannot be written ({error.strerror or error}): give a folder, or the name of a new one"
+                f"{where} cannot be written ({error.strerror or error}): give a folder, or the name of a new one"
             ) from error
     saver(folder, state_dict=masks.strip(state), **options)
     if main:
