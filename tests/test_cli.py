@@ -253,6 +253,7 @@ def test_bench_compares_at_each_setting() -> None:
     assert (times > 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_bench_measures_in_a_dtype(dtype: str) -> None:
     result = run("bench", "--shape", "64x32", "--sparsity", 0.75, "--batch", 3, "--value-dtype", dtype)

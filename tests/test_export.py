@@ -69,6 +69,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path,
 Exported = tuple[nn.Module, Path, ExportReport]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_the_file_gives_what_the_model_gives(exported: Exported, batch: int) -> None:
     model, path, _ = exported

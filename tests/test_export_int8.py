@@ -105,6 +105,7 @@ def test_both_hosts_give_what_torch_gives(name: str, tmp_path: Path) -> None:
                 assert signal_to_noise(model(x), torch.from_numpy(y)) > 25
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_in_the_file(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)
@@ -194,6 +195,7 @@ def test_a_file_that_computes_something_else_is_an_error(tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["no scales", "scales of another size"])
 def test_a_damaged_file_is_refused(change: str, tmp_path: Path) -> None:
     model, inputs = made("linear")

@@ -227,6 +227,7 @@ def test_eight_threads(case: Lowered) -> None:
     assert max(worst) < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("density", "ablated"), [(1.0, 0), (0.05, 0), (0.3, 32), (0.3, 33)], ids=["full", "one", "one row", "none"]
 )

@@ -267,6 +267,7 @@ class Masked(Pass[Program]):
         return PassResult(subject=subject, changed=False, notes=(Note(where="here", reason=said),))
 
 
+@pytest.mark.slow
 def test_a_pass_in_front_sees_the_masks() -> None:
     report = sx.lower(model(), (X,), min_speedup=0, passes=(Masked(), *LOWERING)).report
     (note,) = [note for note in report.notes if note.by == "Masked"]

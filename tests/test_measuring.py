@@ -105,6 +105,7 @@ def test_layers_are_timed_in_the_dtype_that_they_have(cache: Path, monkeypatch: 
     assert again.layers[1].seconds != report.layers[1].seconds
 
 
+@pytest.mark.slow
 def test_estimates_are_those_of_the_dtype() -> None:
     work = Work(rows=64, fan_in=64, active=64, kept=64 * 13, columns=2)
     bytewise = replace(work, value_bytes=1, eight_bits=True)
@@ -117,6 +118,7 @@ def test_estimates_are_those_of_the_dtype() -> None:
             assert report.layers[0].estimates[2] == pytest.approx(estimate(expected, host))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("all_measured")
 def test_leading_sizes_count_by_their_product(cache: Path) -> None:
     linear = mask_by_hand(randomise(nn.Sequential(nn.Linear(32, 32))), 0.2).eval()

@@ -149,6 +149,7 @@ def assert_each_node_is_the_reference(lowered: fx.GraphModule, *inputs: Tensor) 
     assert _Checked.compared == len(list(condensed_nodes(lowered.graph)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("verify", [True, "each pass"])
 @pytest.mark.parametrize("name", FORMS)
@@ -207,6 +208,7 @@ def test_the_report_has_the_ratio_of_each_layer_and_of_the_outputs() -> None:
     assert LoweringReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
+@pytest.mark.slow
 def test_bytes_are_those_of_the_buffers() -> None:
     model, x = pair()
     full = lower(model, (x,), min_speedup=0).report
@@ -215,6 +217,7 @@ def test_bytes_are_those_of_the_buffers() -> None:
         assert before.bytes_after - layer.bytes_after == 3 * layer.kept - 4 * layer.active
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv2d", "packed projection", "state", "transposed"])
 def test_copied_saved_and_compiled(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)
@@ -232,6 +235,7 @@ def test_copied_saved_and_compiled(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(compiled(x), expected)
 
 
+@pytest.mark.slow
 def test_torch_export_takes_it(tmp_path: Path) -> None:
     model, inputs = made("sequences")
     x = inputs(3)
@@ -317,6 +321,7 @@ class Branches(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_regions() -> None:
     model = mask_by_hand(randomise(Branches()), 0.3).eval()
     lowered: Any = lower(model, (torch.ones(2, 32),), min_speedup=0, value_dtype=torch.int8)
@@ -332,6 +337,7 @@ def test_regions() -> None:
         assert signal_to_noise(model(x), lowered(x)) > 30
 
 
+@pytest.mark.slow
 def test_neighbours_are_feature_major_from_where_they_are_computed_so() -> None:
     layers = (nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 56))
     model = mask_by_hand(randomise(nn.Sequential(*layers)), 0.3).eval()
@@ -343,6 +349,7 @@ def test_neighbours_are_feature_major_from_where_they_are_computed_so() -> None:
             assert_each_node_is_the_reference(lowered, torch.randn(samples, 48))
 
 
+@pytest.mark.slow
 def test_a_model_of_both_kinds_of_layers_may_be_feature_major_between_them() -> None:
     layers = (nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 56), nn.ReLU(), nn.Linear(56, 8))
     model = mask_by_hand(randomise(nn.Sequential(*layers)), 0.3).eval()
@@ -375,6 +382,7 @@ def outlier() -> nn.Module:
     return mask_by_hand(model, 0.9).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [True, "each pass"])
 def test_a_layer_with_too_much_noise_stays_in_float32_and_says_why(verify: Any) -> None:
     model, x = outlier(), torch.randn(6, 64)
@@ -396,6 +404,7 @@ def test_a_layer_with_too_much_noise_stays_in_float32_and_says_why(verify: Any) 
         assert signal_to_noise(model(x), lowered(x)) > 30
 
 
+@pytest.mark.slow
 def test_a_layer_in_float32_may_stay_dense_too() -> None:
     report = lowered_in_eight_bits(outlier(), torch.randn(6, 64), min_speedup=1e9).report
     assert {layer.decision for layer in report.layers} == {"dense"}
@@ -415,6 +424,7 @@ def test_a_weight_that_is_not_finite_stays_in_float32() -> None:
     assert report.layers[1].snr is None
 
 
+@pytest.mark.slow
 def test_outputs_with_too_much_noise_are_an_error() -> None:
     class Near(nn.Module):
         """The difference of what a layer gives for two inputs that are nearly equal."""
@@ -472,6 +482,7 @@ def test_samples_that_are_not_finite_stay_apart() -> None:
         torch.testing.assert_close(y[rest], lowered(x[rest]))
 
 
+@pytest.mark.slow
 def test_a_batch_of_none() -> None:
     model, inputs = made("linear")
     lowered = lowered_in_eight_bits(model, inputs(2))

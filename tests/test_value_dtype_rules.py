@@ -41,6 +41,7 @@ def dtypes(asked: Any, model: nn.Module | None = None, **options: Any) -> tuple[
     return tuple(layer.value_dtype for layer in report.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
@@ -57,6 +58,7 @@ def test_rules(asked: Any, found: tuple[str, ...]) -> None:
     assert dtypes(asked, verify="each pass") == found
 
 
+@pytest.mark.slow
 def test_rules_read_as_those_of_sparsify() -> None:
     keys: tuple[Any, ...] = ("blocks.*", "head", nn.Linear, "blocks.2", "*.weight")
     model = sx.sparsify(randomise(Network()), rules={key: 0.1 * (i + 5) for i, key in enumerate(keys)}, strict=True)
@@ -67,6 +69,7 @@ def test_rules_read_as_those_of_sparsify() -> None:
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_function_is_asked_with_each_modules_name_and_the_module() -> None:
     seen: dict[str, str] = {}
 
@@ -78,6 +81,7 @@ def test_a_function_is_asked_with_each_modules_name_and_the_module() -> None:
     assert seen == {"stem": "Conv2d", "blocks.0": "Linear", "blocks.2": "Linear", "head": "Linear"}
 
 
+@pytest.mark.slow
 def test_mixed_layers_are_reported_and_verified_together() -> None:
     model = network()
     lowered: Any = lower(model, (X,), min_speedup=0, value_dtype={"": torch.int8, "head": torch.bfloat16})
@@ -95,12 +99,14 @@ def test_mixed_layers_are_reported_and_verified_together() -> None:
         assert signal_to_noise(model(X), lowered(X)) > 30
 
 
+@pytest.mark.slow
 def test_halves_alone_are_verified_by_their_errors() -> None:
     report = lower(network(), (X,), min_speedup=0, value_dtype={"head": torch.bfloat16}).report
     assert report.min_snr is None
     assert report.tolerance == torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.slow
 def test_rules_may_name_weights_without_masks() -> None:
     model = mask_by_hand(randomise(Network()), 0.4, skip=("head",)).eval()
     with pytest.raises(RuleError, match="matches no weight of"):
@@ -131,6 +137,7 @@ def test_what_is_refused(asked: Any, error: type[Exception], said: str) -> None:
         lower(network(), (X,), value_dtype=asked)
 
 
+@pytest.mark.slow
 def test_prefixes_of_wrappers_do_not_matter() -> None:
     model: Any = network()
     compiled = torch.compile(model, backend="eager")
@@ -138,6 +145,7 @@ def test_prefixes_of_wrappers_do_not_matter() -> None:
     assert [layer.value_dtype for layer in report.layers] == ["float32", "float32", "float32", "int8"]
 
 
+@pytest.mark.slow
 def test_float16_refuses_a_large_weight_of_its_layer_alone() -> None:
     model = network()
     with torch.no_grad():
@@ -148,6 +156,7 @@ def test_float16_refuses_a_large_weight_of_its_layer_alone() -> None:
         dtypes({"head": torch.float16}, model)
 
 
+@pytest.mark.slow
 def test_reports_from_before_layers_had_dtypes_have_one_for_all() -> None:
     report = lower(network(), (X,), min_speedup=0, value_dtype=torch.bfloat16).report
     plain = report.as_dict()

@@ -17,16 +17,14 @@ from zoo.table import TABLE
 PACKAGES = ("torchvision", "timm", "transformers")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 NEEDS = {"torchvision": PACKAGES[:1], "timm": PACKAGES[:2], "transformers": PACKAGES[2:]}
-BY_HAND = {name for name, entry in ZOO.items() if entry.family == "by hand"}
-# How long the way takes, at most: about a second, six seconds, and for all others longer.
-QUICK = BY_HAND - {"nasty_gru", "nasty_lstm", "nasty_numpy_op", "nasty_tenc", "nasty_transformer"}
-QUICK |= {"tv_alexnetish_flatten", "hf_bert", "hf_resnet"}
+# How long the way takes, at most: a second, six seconds, and for all others longer.
+QUICK = {"nasty_tied", "nasty_varargs", "nasty_nested_seq", "nasty_groups", "nasty_fused_qkv"}
 SLOW = {
-    *("tv_resnet18", "tv_vit", "tv_densenet"),
+    *("tv_alexnetish_flatten", "tv_resnet18", "tv_vit", "tv_densenet"),
     *("timm_beit_base_patch16_224", "timm_deit_tiny_distilled_patch16_224", "timm_mixer"),
-    *("hf_bert_mlm_tied", "hf_distilbert", "hf_bloom", "hf_gemma", "hf_llama", "hf_vit"),
-    *("nasty_gru", "nasty_lstm", "nasty_numpy_op"),
-}
+    *("hf_bert", "hf_bert_mlm_tied", "hf_distilbert", "hf_bloom", "hf_gemma", "hf_llama", "hf_resnet", "hf_vit"),
+    *(name for name, entry in ZOO.items() if entry.family == "by hand"),
+} - {*QUICK, "nasty_tenc", "nasty_transformer"}
 MODELS = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow if name in SLOW else pytest.mark.long)
     for name in ZOO

@@ -302,6 +302,7 @@ def test_a_checkpoint_without_the_state_is_refused(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_other_namespace(tmp_path: Path) -> None:
     other = pytest.importorskip("pytorch_lightning")
 

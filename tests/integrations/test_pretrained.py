@@ -255,6 +255,7 @@ def test_a_dense_folder_and_a_dense_model_are_refused(tmp_path: Path) -> None:
         from_pretrained(transformers.AutoModelForCausalLM, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["cut", "empty", "other", "newer", "no recipe", "newer recipe", "a mask less"])
 def test_damaged_masks_are_refused(what: str, tmp_path: Path) -> None:
     save_pretrained(sx.sparsify(_gpt2(), sparsity=0.8), tmp_path)
@@ -322,6 +323,7 @@ def test_options_that_would_lose_the_masks_are_refused(tmp_path: Path) -> None:
         from_pretrained(transformers.AutoModelForCausalLM, tmp_path, output_loading_info=True)
 
 
+@pytest.mark.slow
 def test_weights_in_the_file_are_those_of_the_model_without_masks(tmp_path: Path) -> None:
     model = sx.sparsify(_bert(), sparsity=0.8)
     expected = sx.finalize(copy.deepcopy(model)).state_dict()

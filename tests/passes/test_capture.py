@@ -22,6 +22,7 @@ def outputs(program: Any, *args: Any, **kwargs: Any) -> Any:
         return program.module(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_the_leading_dimension_is_free(batch: int) -> None:
     model = randomise(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))).eval()
@@ -219,6 +220,7 @@ class FixedSecond(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_what_can_be_free_is_free_where_not_everything_can() -> None:
     model = randomise(FixedSecond()).eval()
     table = torch.randn(3)
@@ -230,6 +232,7 @@ def test_what_can_be_free_is_free_where_not_everything_can() -> None:
     torch.testing.assert_close(outputs(done.program, x, table), model(x, table))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2])
 def test_a_batch_that_cannot_be_free_is_captured_as_it_was_given(batch: int) -> None:
     class Splits(nn.Module):
@@ -438,6 +441,7 @@ def test_other_batches_are_not_tried_twice_where_they_are_tied() -> None:
         assert seen == tried
 
 
+@pytest.mark.slow
 def test_wrappers_are_taken_off() -> None:
     model = nn.Linear(3, 2).eval()
     compiled: Any = torch.compile(model, backend="eager")

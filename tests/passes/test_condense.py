@@ -177,6 +177,7 @@ class Products(nn.Module):
         return torch.mm(y, self.third_weight)
 
 
+@pytest.mark.slow
 def test_products_with_a_matrix_on_the_right() -> None:
     model = sx.sparsify(randomise(Products()), sparsity=0.5)
     program = condensed(model, torch.randn(2, 3, 6))

@@ -338,6 +338,7 @@ def test_a_lowered_model_with_ablated_channels_gives_what_the_masked_one_does(na
     assert lowered.report.removals[0].weights[0].rows_removed >= gone
 
 
+@pytest.mark.slow
 def test_pixel_shuffle_loses_whole_channels() -> None:
     first = nn.Conv2d(3, 8, 1, bias=False)
     model = masked(Net(lambda x: F.pixel_shuffle(x, 2), first, nn.Conv2d(2, 5, 1)), {"a.weight": [4, 5, 6, 7]})

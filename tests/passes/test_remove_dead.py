@@ -173,6 +173,7 @@ def test_a_residual_channel_goes_if_all_its_writers_are_dead() -> None:
     assert shapes(program, "linear") == [(4, 5), (4, 5), (4, 4)]
 
 
+@pytest.mark.slow
 def test_a_residual_channel_with_a_live_writer_stays_with_the_reason() -> None:
     net = Net(residual, a=nn.Linear(5, 6), b=nn.Linear(5, 6), c=nn.Linear(6, 4))
     model = masked(net, {"layers.a.weight": [1]})
@@ -248,6 +249,7 @@ def test_select_stack_unbind_and_index() -> None:
     assert entry(program, "c").columns_removed in (0, 2)
 
 
+@pytest.mark.slow
 def test_flatten_to_linear() -> None:
     net = Net(
         lambda m, x: m["b"](F.max_pool2d(F.gelu(m["a"](x)), 2).flatten(1)), a=nn.Conv2d(3, 6, 3), b=nn.Linear(24, 4)

@@ -177,6 +177,7 @@ def test_experts_handed_to_a_child() -> None:
     assert train_some(Stack(), *inputs) == ["up", "down"]
 
 
+@pytest.mark.slow
 def test_hugging_face_experts() -> None:
     transformers = pytest.importorskip("transformers")
     common: dict[str, Any] = {

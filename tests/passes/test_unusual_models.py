@@ -39,6 +39,7 @@ def _reasons(model: nn.Module) -> dict[str, str]:
     return {name: record.reason for name, _, record in all_records(model)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [True, False])
 @pytest.mark.parametrize("scaled", [True, False])
 def test_complex_weights_stay_dense(scaled: bool, examples: bool) -> None:

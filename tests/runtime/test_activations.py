@@ -72,6 +72,7 @@ def test_matches_torch(computed: dict[str, Any], name: str) -> None:
     np.testing.assert_allclose(y[~ordinary], limit[~ordinary], rtol=2e-7, atol=1e-30)
 
 
+@pytest.mark.slow
 def test_loops_are_vectorised_without_calls(computed: dict[str, Any]) -> None:
     assembly = str(computed["assembly"])
     vector = "%xmm" if computed["isa"] == ISAS[0] else "%ymm"

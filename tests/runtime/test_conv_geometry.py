@@ -217,6 +217,7 @@ def test_far_apart_taps_need_little_memory(library: Path) -> None:
     assert _run(node, np.ones((1, 2**10, 1, 1, 1), np.float32)).shape == (1, 1, 1, 1, 1)
 
 
+@pytest.mark.slow
 def test_scratch_beyond_memory_is_refused(library: Path, tmp_path: Path) -> None:
     pytest.importorskip("resource")
     node = conv(n=1, channels=1, kernel=(256, 256, 256), k=1, n_active=1, pads=[128] * 6, index_type="int32")

@@ -272,6 +272,7 @@ class _Net(torch.nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_with_dynamic_batch(strict: bool) -> None:
     net = _Net()

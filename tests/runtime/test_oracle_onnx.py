@@ -122,6 +122,7 @@ def test_conv_shapes(shape: Convolution, by_library: bool, dtype: ValueDtype) ->
             operator.check(shape.input(batch))
 
 
+@pytest.mark.slow
 @every_shape
 @pytest.mark.parametrize("dtypes_in_turn", [FLOATS, ("int8",)], ids=["floats", "int8"])
 def test_conv_epilogues(dtypes_in_turn: Sequence[ValueDtype], shape: Convolution, by_library: bool) -> None:

@@ -341,6 +341,7 @@ def test_the_engine_dies_with_the_optimizer() -> None:
     train(model, optimizer, batches(2), lambda: verify(model, optimizer))
 
 
+@pytest.mark.slow
 def test_compiled_models_train_without_recompiling() -> None:
     counter = CompileCounterWithBackend("aot_eager")
     model = mlp()

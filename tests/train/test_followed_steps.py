@@ -340,6 +340,7 @@ def test_a_step_that_calls_its_base_class_counts_once() -> None:
     _assert_same(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_step_that_failed_is_not_taken_for_one_that_runs(kept: bool) -> None:
     """Also where the error is kept, and the frames of the failed step with it."""
@@ -360,6 +361,7 @@ def test_a_step_that_failed_is_not_taken_for_one_that_runs(kept: bool) -> None:
     assert (trainer.steps, trainer.last_update) == (7, 6)
 
 
+@pytest.mark.slow
 def test_steps_with_a_closure_inside_one_another_count_once() -> None:
     model = mlp()
     optimizer = _used_before(_classes())(model.parameters(), lr=0.05, momentum=0.9)

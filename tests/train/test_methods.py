@@ -388,6 +388,7 @@ def test_a_gradient_that_is_not_captured_cannot_be_used(use: Callable[[Tensor], 
     _run_rule("growth", lambda layer: replace(layer, budget=1).weight, needs_gradient=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_gradual_pruning_is_checked_as_well(structure: Structure) -> None:
     class Odd(GMP):

@@ -253,6 +253,7 @@ def test_every_optimizer_of_torch_is_known_as_it_is_found(kind: Any) -> None:
     assert probe(optimizer, group, (6, 5)).fresh == pytest.approx(optimizer_state._KNOWN[kind](group))
 
 
+@pytest.mark.slow
 def test_looking_draws_no_random_numbers() -> None:
     torch.manual_seed(1)
     random.seed(1)

@@ -306,6 +306,7 @@ class Shaken(Optimizer):
                 parameter.sub_(self.defaults["lr"] * parameter.grad / scale)
 
 
+@pytest.mark.slow
 def test_noise_inside_a_step(caplog: pytest.LogCaptureFixture) -> None:
     """Equal to masks by hand where state off them begins anew after each step: the noise there depends on it."""
     model = mlp()

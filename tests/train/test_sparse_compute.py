@@ -135,6 +135,7 @@ def test_equals_masked_dense_training_without_a_constant_fan_in() -> None:
     )
 
 
+@pytest.mark.slow
 def test_equals_masked_dense_training_with_fixed_masks_and_micro_batches() -> None:
     assert_equal_training(mlp, OPTIMIZERS["SGD with momentum"], Static, (200, 70), micro_batches=2)
     assert_equal_training(mlp, OPTIMIZERS["SGD with momentum"], srigl, (200, 70), micro_batches=2)

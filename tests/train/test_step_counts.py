@@ -68,6 +68,7 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_grown_weight_steps_as_a_parameter_of_its_own(name: str) -> None:
     make, make_young = OPTIMIZERS[name]
@@ -292,6 +293,7 @@ def test_in_a_compiled_step(name: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["AdamW", "NAdam, L2"])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_run_resumes_exactly(tmp_path: Path, name: str, sparse: bool) -> None:

@@ -48,6 +48,7 @@ def test_the_table_in_the_documentation_names_every_treatment(checkout: Path) ->
                 assert f"| {case} | {norm} | {treatment} |" in page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["plain vit", "vit", "cnn", "gpt"])
 def test_the_layers_that_the_experiment_protects_are_those_that_the_library_finds(task: str) -> None:
     module = import_module("ablation_protection")

@@ -90,6 +90,7 @@ STEPS: dict[str, Step] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["linear", "conv", "transposed", "matmul"])
 @given(
     steps=st.lists(st.sampled_from(sorted(STEPS)), max_size=4),
