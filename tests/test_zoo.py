@@ -20,9 +20,9 @@ NEEDS = {"torchvision": PACKAGES[:1], "timm": PACKAGES[:2], "transformers": PACK
 # How long the way takes, at most: a second, six seconds, and for all others longer.
 QUICK = {"nasty_tied", "nasty_varargs", "nasty_nested_seq", "nasty_groups", "nasty_fused_qkv"}
 SLOW = {
-    *("tv_alexnetish_flatten", "tv_resnet18", "tv_vit", "tv_densenet"),
+    *("tv_alexnetish_flatten", "tv_vit"),
     *("timm_beit_base_patch16_224", "timm_deit_tiny_distilled_patch16_224", "timm_mixer"),
-    *("hf_bert", "hf_bert_mlm_tied", "hf_distilbert", "hf_bloom", "hf_gemma", "hf_llama", "hf_resnet", "hf_vit"),
+    *("hf_bert", "hf_distilbert", "hf_bloom", "hf_llama", "hf_resnet", "hf_vit"),
     *(name for name, entry in ZOO.items() if entry.family == "by hand"),
 } - {*QUICK, "nasty_tenc", "nasty_transformer"}
 MODELS = [

@@ -91,7 +91,7 @@ def test_a_process_for_each(isa: str) -> None:
 
 
 @best
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("isa", TARGETS, indirect=True)
 def test_the_same_bits_in_every_process(isa: str) -> None:
     assert digests_on(isa) == once(isa)

@@ -46,7 +46,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_instruction_set(library: Path, cases: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
     result = _serve(library, cases, SRIGL_FX_ISA=target)
