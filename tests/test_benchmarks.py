@@ -184,6 +184,18 @@ def test_tables_show_the_limit_of_a_cell() -> None:
     )
 
 
+def test_limits_are_those_of_the_processor_that_ran_the_part(tmp_path: Path) -> None:
+    run, ceilings = _harness("run"), _harness("ceilings")
+    records = _records(torch=100.0, ours=10.0)
+    ceilings.write_ceilings(tmp_path / "peers_ceilings.csv", ceilings.measure_ceilings(0.002, 1 << 20))
+    for processor, known in (("One (family 1, model 2)", 1), ("Other (family 1, model 2)", 0)):
+        (tmp_path / "peers_ceilings.md").write_text("# Peers: ceilings\n\n`made`\n\nOne (family 1, model 2), avx2\n")
+        run.write_page(tmp_path / "peers_linear.md", "linear", records, f"{processor}, avx2", "made")
+        assert len(run.limits(records, tmp_path)) == known
+        run.write_bars(tmp_path / "peers.md", tmp_path)
+        assert f"- linear: `made`; {processor}\n" in (tmp_path / "peers.md").read_text(encoding="utf-8")
+
+
 def test_records_survive_their_file(tmp_path: Path) -> None:
     cells = _harness("cells")
     records = _records(torch=1.25, ours=math.nan)

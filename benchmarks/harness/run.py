@@ -258,14 +258,19 @@ def run(options: argparse.Namespace) -> None:
                 write_page(job.path(section, "md"), section, records, about, options.command)
                 if found := outcomes(records):
                     print(bars_table(found, limits(records, options.out)), flush=True)
-    write_bars(options.out / "peers.md", options.out, machine)
+    write_bars(options.out / "peers.md", options.out)
 
 
 def limits(records: Sequence[Record], folder: Path) -> dict[Cell, tuple[float, str]]:
-    """By the ceilings measured last, the microseconds of each cell, and what limits it; for one thread."""
+    """By the ceilings measured last, the microseconds of each cell, and what limits it; for one thread.
+
+    Parts that another processor ran have none.
+    """
     measured = folder / "peers_ceilings.csv"
     if not measured.exists():
         return {}
+    processor = _processor(folder, "ceilings")
+    records = [record for record in records if _processor(folder, record.section) == processor]
     machine, found = read_ceilings(measured), {}
     for key, cell in group(records).items():
         fmas = max(record.fmas for record in cell.values())
@@ -277,29 +282,39 @@ def limits(records: Sequence[Record], folder: Path) -> dict[Cell, tuple[float, s
 
 def write_page(path: Path, section: str, records: Sequence[Record], machine: str, command: str) -> None:
     """The page of a part: the command that made it, the machine, the bars, and every cell."""
-    known, found = limits(records, path.parent), outcomes(records)
     text = [f"# Peers: {section}", "", f"`{command}`", "", machine, ""]
+    path.write_text("\n".join(text), encoding="utf-8")  # which says on what it ran
+    known, found = limits(records, path.parent), outcomes(records)
     if found:
         text += ["## Bars", "", bars_table(found, known), ""]
     text += ["## Every cell", "", cells_table(records, known), ""]
     path.write_text("\n".join(text), encoding="utf-8")
 
 
-def write_bars(path: Path, folder: Path, machine: str) -> None:
+def write_bars(path: Path, folder: Path) -> None:
     """The table of all bars, from every part that the folder holds."""
     records = read_all(folder)
     if found := outcomes(records):
         table = bars_table(found, limits(records, folder))
-        made = [f"- {section}: {line}" for section in SECTIONS if (line := _command(folder, section))]
-        text = ["# Peers: bars", "", "The commands, part by part:", "", *made, "", machine, "", table, ""]
+        made = [
+            f"- {section}: {line}; {_processor(folder, section)}"
+            for section in SECTIONS
+            if (line := _line(folder, section, 2))
+        ]
+        text = ["# Peers: bars", "", "The commands, and what they ran on, part by part:", "", *made, "", table, ""]
         path.write_text("\n".join(text), encoding="utf-8")
 
 
-def _command(folder: Path, section: str) -> str:
-    """The command that made the page of a part, or "" where there is none."""
+def _line(folder: Path, section: str, number: int) -> str:
+    """A line of the page of a part, or "" where there is none: the command that made it (2), the machine (4)."""
     page = folder / f"peers_{section}.md"
     lines = page.read_text(encoding="utf-8").splitlines() if page.exists() else []
-    return next((line for line in lines if line.startswith("`")), "")
+    return lines[number] if len(lines) > number else ""
+
+
+def _processor(folder: Path, section: str) -> str:
+    """The processor that a part ran on."""
+    return _line(folder, section, 4).partition("), ")[0] + ")"
 
 
 def read_all(folder: Path) -> list[Record]:
