@@ -185,8 +185,8 @@ def test_tables_show_the_limit_of_a_cell() -> None:
 
 
 def test_limits_are_those_of_the_processor_that_ran_the_part(tmp_path: Path) -> None:
-    run, ceilings = _harness("run"), _harness("ceilings")
-    records = _records(torch=100.0, ours=10.0)
+    run, ceilings, records = _harness("run"), _harness("ceilings"), _records(torch=100.0, ours=10.0)
+    _harness("cells").write_csv(tmp_path / "peers_linear.csv", records)
     ceilings.write_ceilings(tmp_path / "peers_ceilings.csv", ceilings.measure_ceilings(0.002, 1 << 20))
     for processor, known in (("One (family 1, model 2)", 1), ("Other (family 1, model 2)", 0)):
         (tmp_path / "peers_ceilings.md").write_text("# Peers: ceilings\n\n`made`\n\nOne (family 1, model 2), avx2\n")
