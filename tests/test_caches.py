@@ -61,7 +61,7 @@ def tensors(cache: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("make", "use_cache"),
     [
-        pytest.param(llama, True, marks=pytest.mark.slow),
+        pytest.param(llama, True, marks=pytest.mark.long),
         pytest.param(llama, False, marks=pytest.mark.long),
         pytest.param(gpt2, True, marks=pytest.mark.long),
         pytest.param(gpt2, False, marks=pytest.mark.long),

@@ -22,7 +22,7 @@ QUICK = {"nasty_tied", "nasty_varargs", "nasty_nested_seq", "nasty_groups", "nas
 SLOW = {
     *("tv_alexnetish_flatten", "tv_vit"),
     *("timm_beit_base_patch16_224", "timm_deit_tiny_distilled_patch16_224", "timm_mixer"),
-    *("hf_bert", "hf_distilbert", "hf_bloom", "hf_llama", "hf_resnet", "hf_vit"),
+    *("hf_bert", "hf_distilbert", "hf_bloom", "hf_resnet", "hf_vit"),
     *(name for name, entry in ZOO.items() if entry.family == "by hand"),
 } - {*QUICK, "nasty_tenc", "nasty_transformer"}
 MODELS = [
