@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from lowering_support import mask_by_hand, randomise
+from lowering_support import Total, mask_by_hand, randomise
 from onnx import numpy_helper
 from torch import Tensor, nn
 from zoo.entry import images
@@ -35,19 +35,6 @@ class Attention(nn.Module):
         x = x + self.attention(x, x, x, need_weights=False)[0]
         y: Tensor = self.mlp(x) + x
         return y
-
-
-class Total(nn.Module):
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(17, 9)
-        self.register_buffer("total", torch.zeros(9))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.total += self.fc(x).sum(0)
-        return self.total.clone()
 
 
 def convolutions() -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lowering_support import mask_by_hand, randomise
+from lowering_support import Branches, mask_by_hand, randomise
 from torch import Tensor, nn
 
 import srigl_fx as sx
@@ -129,19 +129,6 @@ def test_exported(dtype: torch.dtype, tmp_path: Path) -> None:
     assert full.sparse_bytes - report.sparse_bytes == 2 * values
     assert report.fallback_error is not None
     assert report.fallback_error <= TOLERANCE
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
-        self.second = nn.Linear(32, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            x = self.first(x)
-        y: Tensor = self.second(x)
-        return y
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from lowering_support import mask_by_hand, randomise
+from lowering_support import Branches, Total, mask_by_hand, randomise
 from torch import Tensor, fx, nn
 
 import srigl_fx as sx
@@ -54,21 +54,6 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.second(torch.nn.functional.gelu(self.first(x))) + x)
-
-
-class Total(nn.Module):
-    """Keeps a running sum of what its layer gives."""
-
-    total: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(17, 9)
-        self.register_buffer("total", torch.zeros(9))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.total += self.fc(x).sum(0)
-        return self.total.clone()
 
 
 def stack(*layers: nn.Module) -> Callable[[], nn.Module]:
@@ -306,19 +291,6 @@ def test_zero_scales_are_taken(tmp_path: Path) -> None:
     with torch.no_grad():
         assert torch.equal(again(x), lowered(x))
         assert torch.equal(again(x)[:, 3], model[2].bias[3].expand(2))  # type: ignore[index]
-
-
-class Branches(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
-        self.second = nn.Linear(32, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.sum() > 0:
-            x = self.first(x)
-        y: Tensor = self.second(x)
-        return y
 
 
 @pytest.mark.slow

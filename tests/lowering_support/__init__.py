@@ -114,3 +114,33 @@ def mask_by_hand(
             records[attr] = WeightRecord(site=site, structure=structure)
         set_records(module, records)
     return model
+
+
+class Total(nn.Module):
+    """Keeps a running sum of what its layer gives."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(17, 9)
+        self.register_buffer("total", torch.zeros(9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.total += self.fc(x).sum(0)
+        return self.total.clone()
+
+
+class Branches(nn.Module):
+    """Is not one graph: what it computes depends on a value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+        self.second = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = self.first(x)
+        y: Tensor = self.second(x)
+        return y

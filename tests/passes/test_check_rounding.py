@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from lowering_support import mask_by_hand, randomise
+from lowering_support import Total, mask_by_hand, randomise
 from torch import Tensor, nn
 
 from srigl_fx.comparison import LEAST_LAYER_SNR
@@ -114,18 +114,6 @@ def test_an_input_that_is_infinite_makes_noise_of_what_it_does_not_meet() -> Non
 
 
 def test_buffers_that_the_model_writes_stay_as_they_are() -> None:
-    class Total(nn.Module):
-        total: Tensor
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc = nn.Linear(17, 9)
-            self.register_buffer("total", torch.zeros(9))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.total += self.fc(x).sum(0)
-            return self.total.clone()
-
     model = mask_by_hand(randomise(Total()), 0.4)
     before = model.get_buffer("total").clone()
     program = run((CheckRounding(),), matched(model, torch.randn(3, 17))).subject
