@@ -225,9 +225,9 @@ def _attention(name: str, at: _Arguments) -> list[Operand]:
 
 def _recurrent(name: str, at: _Arguments) -> list[Operand]:
     gates = GATES[name.removesuffix("_cell")] if not name.endswith("tanh_cell") else ()
-    weights = (
-        at.args[2:4] if name.endswith("_cell") else next((a for a in at.args[2:] if isinstance(a, list | tuple)), ())
-    )
+    # A layer's weights are the last sequence: before them stands its state, which of an LSTM is one of two tensors.
+    sequences = (a for a in reversed(at.args[2:]) if isinstance(a, list | tuple))
+    weights = at.args[2:4] if name.endswith("_cell") else next(sequences, ())
     return [Operand(value=value, roles="ni", kind="rnn_gates", blocks=gates, ablatable=False) for value in weights]
 
 
