@@ -14,10 +14,10 @@ Rules:
     3. A stretch of the parameter that no factor covers is one that the view selects from (an expert of a stack): an
        axis with the role ``b``, as if it were matched with a batch.
     4. A lookup is no contraction: rows are selected, and none of the axes that are left is a neuron's.
-    5. Where nothing is summed over, the weight scales its input, and there is no fan-in.
+    5. Where nothing is summed over, or only an axis of size 1, the weight scales its input, and there is no fan-in.
     6. Neighbouring axes of one role are one axis, unless the parameter itself has a border there.
-    7. Axes of size 1 are not seen in strides: they are inputs if nothing else is, else neurons if nothing else is; else
-       the first one is a stack of one, and others are neurons.
+    7. Axes of size 1 are not seen in strides: they are neurons if nothing else is; else one in front is a stack of one,
+       and others are neurons.
     8. Axes with the role ``b`` are neurons too, ahead of the others; each place along them is a block of its own.
     9. Where no axis is a neuron's (a product of vectors, element by element in the batch), those with ``b`` are.
 """
@@ -162,9 +162,8 @@ def _merged(axes: list[tuple[int, int, str]], shape: tuple[int, ...]) -> list[tu
     # Rule 7.
     for position, length in enumerate(shape):
         if length == 1:
-            roles = {role for _, role in merged}
-            role = "i" if roles and "i" not in roles else "n" if not roles & {"n"} else "b" if position == 0 else "n"
-            merged.insert(min(position, len(merged)), (1, role))
+            stacked = position == 0 and any(role == "n" for _, role in merged)
+            merged.insert(min(position, len(merged)), (1, "b" if stacked else "n"))
     return merged
 
 
