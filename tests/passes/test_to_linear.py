@@ -37,7 +37,7 @@ def program_of(make: Make, x: Tensor, weight: Tensor = WEIGHT, mask: Tensor = MA
 
 
 def rewritten(program: Program) -> list[str]:
-    """The operators after the pass; they compute what those before did, and every masked tensor is zero off its mask."""
+    """The operators after the pass, which compute what those before did; weights are zero off their masks."""
     expected = program.module(*program.args)
     result = run((ToLinear(),), program)
     module = result.subject.module
