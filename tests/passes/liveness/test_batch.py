@@ -1,51 +1,15 @@
 """What may change with the batch size: each rule, asked of one operator on values whose batch axes are symbolic."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from liveness_support import Batched
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from srigl_fx.passes.fake_values import fake_result
 from srigl_fx.passes.liveness.batch import batch_axes, depends_on_batch_size, regrouped_axes, sample_axes
 
 aten = torch.ops.aten
-
-
-class Batched:
-    """A graph whose values have a size B that is free: ``x`` is (B, 4, 6), and so are all others made on demand."""
-
-    def __init__(self) -> None:
-        self.mode = FakeTensorMode(shape_env=ShapeEnv(specialize_zero_one=False, duck_shape=False))
-        self.graph = fx.Graph()
-        self.batch: Any = None
-        self.x = self.input(5, 4, 6)
-        self.size = self.call(aten.sym_size.int, self.x, 0)
-
-    def input(self, *sizes: int, axis: int | None = 0, dtype: torch.dtype = torch.float32) -> fx.Node:
-        """An input that is B long along ``axis``, whatever its size there is."""
-        kinds = [DimDynamic.STATIC if dim != axis else DimDynamic.DYNAMIC for dim in range(len(sizes))]
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
-        node = self.graph.placeholder(f"input{len(self.graph.nodes)}")
-        node.meta["val"] = self.mode.from_tensor(torch.ones(sizes, dtype=dtype), symbolic_context=context)
-        return node
-
-    def call(self, operator: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(operator, args, kwargs)
-        (given, named) = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
-        node.meta["val"] = fake_result(self.mode, operator, given, named)
-        return node
-
-    def merged(self) -> fx.Node:
-        """x with samples and channels along one axis: (4 B, 6)."""
-        return self.call(aten.reshape.default, self.x, [-1, 6])
-
-    def samples_last(self) -> fx.Node:
-        """x as (4, 6, B)."""
-        return self.call(aten.permute.default, self.x, [1, 2, 0])
 
 
 Make = Callable[[Batched], fx.Node]
