@@ -126,10 +126,8 @@ def _computes_with_size(row: Operator, given: dict[str, Any]) -> bool:
 
 
 def _sums_over_batch(equation: str, tensors: list[fx.Node]) -> bool:
-    """Rule 3."""
-    inputs, arrow, result = equation.replace(" ", "").partition("->")
-    if not arrow:  # which letters are left is not worked out: it may sum over any
-        return True
+    """Rule 3; without an arrow, which letters are left is not worked out: it may sum over any."""
+    inputs, _, result = equation.replace(" ", "").partition("->")
     for term, tensor in zip(inputs.split(","), tensors, strict=True):
         before, _, behind = term.partition("...")
         labels = dict(enumerate(before))
