@@ -19,6 +19,7 @@ import srigl_fx as sx
 from claims import data, models
 
 Batch = tuple[Tensor, Tensor]
+TEST_BATCH = 128
 Trainer = Literal["Static", "SET", "RigL", "SRigL"]
 
 
@@ -196,9 +197,24 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, key: Key) -> Non
         sx.SRigL(model, optimizer, total_steps=steps, update_every=every, ablation=ablation, protect="output")
 
 
-def execute(key: Key) -> dict[str, object]:
-    """Train and test one network; the columns of a row by name."""
-    task, method = TASKS[key.task], METHODS[key.method]
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves: the network, which weights were part of it at some time, and how long training took.
+
+    Attributes:
+        model: The network, in training mode, masks in place.
+        explored: For each mask, what was kept by it at any step that was looked at.
+        cpu_seconds: Processor time of the training loop.
+    """
+
+    model: nn.Module
+    explored: Mapping[str, Tensor]
+    cpu_seconds: float
+
+
+def train(key: Key) -> Trained:
+    """Train one network."""
+    task = TASKS[key.task]
     split = task.split()
     torch.manual_seed(key.seed)
     model = task.build()
@@ -221,11 +237,16 @@ def execute(key: Key) -> dict[str, object]:
         if step % task.update_every == 0:
             for name, mask in sx.masks.named_masks(model):
                 explored[name] |= mask
-    seconds = time.process_time() - started
+    return Trained(model, explored, time.process_time() - started)
+
+
+def execute(key: Key) -> dict[str, object]:
+    """Train and test one network; the columns of a row by name."""
+    task, method, trained = TASKS[key.task], METHODS[key.method], train(key)
     return {
-        "score": round(evaluate(model, split, task), 4),
-        "train_cpu_seconds": round(seconds, 2),
-        **topology(model, task, method, explored),
+        "score": round(evaluate(trained.model, task.split(), task), 4),
+        "train_cpu_seconds": round(trained.cpu_seconds, 2),
+        **topology(trained.model, task, method, trained.explored),
     }
 
 
@@ -233,10 +254,13 @@ def execute(key: Key) -> dict[str, object]:
 def evaluate(model: nn.Module, split: data.Split, task: Task) -> float:
     """Accuracy in percent on the test images, or bits per character of the test text."""
     model.eval()
-    logits = torch.cat([model(part) for part in torch.split(split.test_x, 128)])
-    if task.bits:
-        return float(functional.cross_entropy(logits, split.test_y)) / math.log(2)
-    return 100 * float((logits.argmax(dim=1) == split.test_y).float().mean())
+    logits = torch.cat([model(part) for part in torch.split(split.test_x, TEST_BATCH)])
+    return bits(logits, split) if task.bits else 100 * float((logits.argmax(dim=1) == split.test_y).float().mean())
+
+
+def bits(logits: Tensor, split: data.Split) -> float:
+    """Cross-entropy in bits, a prediction, of the logits (N, classes, ...) of the test data."""
+    return float(functional.cross_entropy(logits, split.test_y)) / math.log(2)
 
 
 def topology(model: nn.Module, task: Task, method: Method, explored: Mapping[str, Tensor]) -> dict[str, object]:
