@@ -159,7 +159,10 @@ def append(path: Path, key: Key, row: Row) -> None:
 def parts(found: Rows) -> dict[str, str]:
     """The tables by the names of their places on the page."""
     settings = [(task, sparsity) for task in runs.TASKS for sparsity in sorted({key.sparsity for key in found})]
+    planned = {key.run for key in plan(runs.TASKS, SPARSITIES)}
+    done = planned & {key.run for key in found}
     return {
+        "progress": f"{len(done)} of {len(planned)} networks are in; the script trains those that are missing.",
         "accuracy": table(
             (
                 *("network", "sparsity", "values", "score", "lost", "bits lost", "predictions that change, %"),
