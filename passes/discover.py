@@ -217,7 +217,9 @@ class _Evidence:
         if reason:
             return Finding(site=site, owner=holder, reason=reason, reached=reached)
         reason = _unsuitable(site)
-        return Finding(site=site, owner=holder, reason=reason, compensated=bool(reason), transforms=transforms)
+        # Of an empty one there is nothing to make up for.
+        compensated = bool(reason) and parameter.numel() > 0
+        return Finding(site=site, owner=holder, reason=reason, compensated=compensated, transforms=transforms)
 
     def _why_dense(
         self,

@@ -165,6 +165,19 @@ def test_depthwise_convolutions_stay_dense_and_grouped_ones_do_not() -> None:
     assert found["2.weight"].reason == ""
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_an_empty_weight_stays_dense_and_is_not_made_up_for() -> None:
+    model = nn.ModuleList([nn.Linear(8, 16), nn.Linear(0, 3), nn.Conv2d(4, 4, 3, groups=4)])
+    found = {name: (finding.reason, finding.compensated) for name, finding in discover(model).items()}
+    assert found == {
+        "0.weight": ("", False),
+        "1.weight": ("an empty weight of shape (3, 0)", False),
+        "2.weight": ("depthwise convolution: its fan-in is the kernel alone", True),
+    }
+    sx.sparsify(model, sparsity=0.5, distribution="uniform")
+    assert [name for name, _ in sx.masks.named_masks(model)] == ["0.weight"]
+
+
 def test_looking_changes_nothing() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
