@@ -45,11 +45,11 @@ def matched(program: Program) -> MatchedLayer:
     return layer
 
 
-def linear(structure: Structure = "constant_fan_in") -> nn.Module:
+def linear(structure: Structure = "constant_fan_in") -> Any:
     return mask_by_hand(randomise(nn.Linear(6, 4)), 0.5, structure=structure)
 
 
-def conv(module: nn.Module) -> nn.Module:
+def conv(module: nn.Module) -> Any:
     return mask_by_hand(randomise(module), 0.5)
 
 
@@ -201,7 +201,7 @@ def test_a_weight_that_is_read_under_two_names_has_both_uses() -> None:
     graph = program.module.graph
     program.module.register_buffer("turned", model.weight.detach().clone())
     program.masked["turned"] = program.masked["weight"]
-    (out,) = graph.find_nodes(op="output")
+    out: Any = next(iter(graph.find_nodes(op="output")))
     with graph.inserting_before(out):
         turned = graph.get_attr("turned")
         (x,) = graph.find_nodes(op="placeholder")

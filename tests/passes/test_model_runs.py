@@ -222,4 +222,4 @@ def test_a_run_that_looks_at_layers_writes_no_buffer() -> None:
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(1))
     assert seen == [False]
-    assert not bool(program.module.state.any())
+    assert not bool(program.module.get_buffer("state").any())

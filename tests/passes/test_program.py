@@ -128,8 +128,9 @@ def test_masks_are_entered_by_parameter_and_what_is_entered_stays() -> None:
     program, _ = linear_program()
     (handle,) = sparse_weights(program.model)
     assert program.masked["weight"].mask is handle.mask
-    program.module.tied = program.module.weight
-    program.module.bare = nn.Parameter(program.module.weight.detach().clone())
+    module: Any = program.module
+    module.tied = module.weight
+    module.bare = nn.Parameter(module.weight.detach().clone())
     kept = MaskedTensor(fqn="mine", mask=handle.mask)
     program.masked = {"weight": kept}
     with program.module.graph.inserting_before(next(iter(program.module.graph.nodes))):
@@ -157,21 +158,20 @@ def test_what_is_done_to_a_copy_leaves_the_original() -> None:
     use.node.replace_input_with(use.x, use.node.all_input_nodes[1])
     assert program.layers[0].others == ["aten.t"]
     assert program.layers[0].uses[0].node is node
-    assert (list(program.masked), program.folded, node.args[0].name) == (["weight"], {}, "x")
+    assert (list(program.masked), program.folded, node.all_input_nodes[0].name) == (["weight"], {}, "x")
 
 
 def test_the_graph_of_a_branch_is_copied_too() -> None:
     branch = fx.GraphModule(nn.Module(), fx.Graph())
     branch.graph.output(branch.graph.placeholder("y"))
     program, _ = linear_program()
-    program.module.add_submodule("branches", nn.Module())
-    program.module.branches.first = branch
+    program.module.add_submodule("branches.first", branch)
     with program.module.graph.inserting_before(next(iter(program.module.graph.nodes))):
         program.module.graph.get_attr("branches.first")
     copied = program.copy().module.get_submodule("branches.first")
     assert isinstance(copied, fx.GraphModule)
     assert copied.graph is not branch.graph
-    assert program.module.branches.first is branch
+    assert program.module.get_submodule("branches.first") is branch
 
 
 def test_new_buffers_take_no_name_that_is_taken() -> None:

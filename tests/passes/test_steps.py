@@ -48,9 +48,9 @@ def test_numbers_that_are_read_count_once() -> None:
     b = Builder()
     x = b.input(torch.ones(3))
     two = [b.constant(torch.ones(3)), b.constant(torch.ones(2, 3))]
-    b.module.register_buffer("again", b.module.c)
+    b.module.register_buffer("again", b.module.get_buffer("c"))
     again = b.module.graph.get_attr("again")
-    again.meta["val"] = b.module.c
+    again.meta["val"] = b.module.get_buffer("c")
     b.constant(torch.ones(100))  # nobody reads it
     y = b.call(aten.add.Tensor, b.call(aten.add.Tensor, x, two[0]), again)
     assert _size(b.finish(b.call(aten.add.Tensor, y, two[1]))) == 9
@@ -102,7 +102,7 @@ def test_a_removal_that_went_wrong_is_told_with_the_node(weight: Tensor, fixed: 
 
 
 def test_ablated_rows_that_stay_are_noted_with_their_reasons() -> None:
-    sizes = {"rows": 8, "rows_removed": 0, "columns": 4, "columns_removed": 0}
+    sizes: dict[str, Any] = {"rows": 8, "rows_removed": 0, "columns": 4, "columns_removed": 0}
     entries = [
         Removal(fqn="a", ablated=5, kept={"one": 2, "other": 1}, **sizes),
         Removal(fqn="b", ablated=3, **sizes),

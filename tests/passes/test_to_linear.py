@@ -42,7 +42,7 @@ def rewritten(program: Program) -> list[str]:
     result = run((ToLinear(),), program)
     module = result.subject.module
     torch.testing.assert_close(module(*program.args), expected, rtol=1e-5, atol=1e-5)
-    nodes = [node for node in module.graph.nodes if node.op == "call_function"]
+    nodes: list[Any] = [node for node in module.graph.nodes if node.op == "call_function"]
     for node in nodes:
         if node.target is aten.linear.default:
             masked = result.subject.masked[str(node.args[1].target)]

@@ -157,13 +157,13 @@ def test_a_buffer_that_is_written_is_live_under_all_its_names() -> None:
     b = Builder()
     x = b.input(torch.ones(3))
     state = b.constant(torch.zeros(3), "state")
-    b.module.register_buffer("same", b.module.state)
+    b.module.register_buffer("same", b.module.get_buffer("state"))
     again = b.module.graph.get_attr("same")
-    again.meta["val"] = b.module.state
+    again.meta["val"] = b.module.get_buffer("state")
     other = b.constant(torch.zeros(3), "other")
     read, untouched = b.call(aten.add.Tensor, again, 1), b.call(aten.add.Tensor, other, 1)
     write = b.module.graph.call_function(aten.copy_.default, (state, x))
     write.meta["val"] = torch.ones(3)
     found = constants(b.finish(read, untouched, write)).known
     assert set(found) == {untouched}
-    assert not bool(b.module.state.any())
+    assert not bool(b.module.get_buffer("state").any())
