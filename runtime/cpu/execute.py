@@ -18,7 +18,7 @@ from srigl_fx.runtime.cpu import threads
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
 from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa, looks_up_bytes
-from srigl_fx.runtime.cpu.kernels.plan import COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.table import KERNELS
 from srigl_fx.runtime.cpu.prepared_weights import Job, new_job, pack, panel_of
 from srigl_fx.runtime.validation import Checked
@@ -142,10 +142,29 @@ def linear(
     thread_count = torch.get_num_threads()
     tiles = -(-batch // _COLUMNS[kernel]) if kernel in _COLUMNS else 1
     splits = plan.shares(tiles, n_active // LANES, batch * n_active * k, thread_count)
+    if scales is not None and splits > 1:
+        _round_samples(j, x, planned, thread_count)
     j[job.ROW_SPLITS] = splits
     threads.run(entry(_TASKS[kernel]), ctypes.addressof(j), tiles * splits, thread_count)
     _raise_if_failed(j)
     return y
+
+
+def _round_samples(j: Job, x: Tensor, planned: tuple[int, int], thread_count: int) -> None:
+    """Round all samples of a linear layer once, for tasks that share them; the job keeps what they are rounded to."""
+    kernel, window = planned
+    batch, in_features, columns = j[job.BATCH], j[job.IN_FEATURES], j[job.X_FEATURE_MAJOR]
+    blocks = plan.int8_known_blocks(batch)
+    known = x.new_zeros(blocks * plan.KNOWN_BYTES, dtype=torch.uint8)
+    rounded = x.new_empty(plan.int8_rounded_bytes(kernel, in_features, window, batch) + CACHE_LINE, dtype=torch.uint8)
+    j[job.X_SCALES], j[job.PACKED] = known.data_ptr(), -(-rounded.data_ptr() // CACHE_LINE) * CACHE_LINE
+    j.rounded = known, rounded  # type: ignore[attr-defined] # as long as the job lives
+    address, few = ctypes.addressof(j), batch * in_features < plan.MOST_INLINE
+    team = 1 if few else thread_count
+    threads.run(entry("int8_scales_task"), address, -(-batch // LANES) if columns else batch, team)
+    shares = 1 if few or kernel == plan.INT8_DOT else max(1, thread_count // blocks)
+    j[job.ROW_SPLITS] = shares
+    threads.run(entry("int8_fill_task"), address, (batch if kernel == plan.INT8_DOT else blocks) * shares, team)
 
 
 def _raise_if_failed(j: "ctypes.Array[ctypes.c_int64]") -> None:
@@ -251,7 +270,8 @@ def _run_byte_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, size: int, p
     """The same for values of eight bits: samples are rounded as they are packed."""
     batch, thread_count = x.shape[0], torch.get_num_threads()
     chunk = max(1, min(batch, 4 * plan.CHUNK_FLOATS // size))
-    packed, known = x.new_empty(chunk * size, dtype=torch.uint8), x.new_empty(batch, 3)
+    packed = x.new_empty(chunk * size, dtype=torch.uint8)
+    known = x.new_empty(plan.int8_known_blocks(batch) * plan.KNOWN_BYTES, dtype=torch.uint8)
     j[job.PACKED], j[job.PACKED_SIZE], j[job.X_SCALES] = packed.data_ptr(), size, known.data_ptr()
     address, tiles = ctypes.addressof(j), -(-positions // plan.INT8_COLUMNS)
     threads.run(entry("int8_scales_task"), address, batch, thread_count)

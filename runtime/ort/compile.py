@@ -22,7 +22,7 @@ from srigl_fx.runtime.ort import abi
 
 SHIM = "shim"
 OBJECTS = (*TARGETS, SHIM)
-_TIMEOUT = 300.0  # seconds for one object
+_TIMEOUT = 1800  # seconds; one part takes about 90 of one idle core, and cores may be few and busy
 
 
 def _kernel_symbol(name: str, target: str) -> str:

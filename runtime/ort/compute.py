@@ -35,8 +35,8 @@ _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _NO_PANEL = "not enough memory for its packed weight"
 _conv_kernel, _int8_conv_kernel = planned(plan.conv_kernel), planned(plan.int8_conv_kernel)
 
-_PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _INT8_TILE_TASK, _CONV_PLAN = (
-    abi.TABLE[task] for task in ("plan_linear", "rows_task", "strided_task", "dot_task", "int8_tile_task", "conv_plan")
+_PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _CONV_PLAN = (
+    abi.TABLE[task] for task in ("plan_linear", "rows_task", "strided_task", "dot_task", "conv_plan")
 )
 
 
@@ -121,7 +121,7 @@ def _run_linear(node: int, context: int, number: int, j: int, batch: int) -> int
     if number == _TILE:
         return run_tiles(node, context, j, batch, work)
     if number == _INT8_TILE:
-        return run_byte_tiles(node, context, kernel(node, _INT8_TILE_TASK), j, batch, work)
+        return run_byte_tiles(node, context, j, batch, work)
     if number == _INT8_DOT:
         return run_byte_rows(node, context, j, batch, work)
     if number == _STRIDED:

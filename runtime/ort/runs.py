@@ -16,17 +16,22 @@ from srigl_fx.runtime.value_types import NUMBERS
 # Numba takes a constant for a literal only under a name of the module's own.
 _MAX_TASKS = plan.MOST_TASKS
 _TASK_GROUPS = 4  # of rows, at least: a task reads all of its tile
-_FEW_TILES = 4  # of a convolution: fewer of them share their rows out, each filling its inputs anew
+_FEW_TILES = 4  # fewer of them share their rows out; those of a convolution fill their inputs anew for each share
 _CACHE_LINE, _COLUMNS, _LANES, _INT8_COLUMNS = plan.CACHE_LINE, plan.COLUMNS, plan.LANES, plan.INT8_COLUMNS
-_FLOAT32 = NUMBERS["float32"]
+_FLOAT32, _INT8_TILE = NUMBERS["float32"], plan.INT8_TILE
 _CHUNK_ELEMENTS = plan.CHUNK_FLOATS
 _SLACK = 64  # floats behind a packed sample that may be read
 MAX_ELEMENTS = 1 << 48  # of a tensor; more than any machine holds, few enough to count in bytes
 
 _malloc, _free = external("malloc", 1), external("free", 1)
 _shares = planned(plan.shares_for_any)
-_TILE_TASK, _INT8_DOT_TASK, _INT8_CONV, _INT8_SCALES, _INT8_PACK = (
-    abi.TABLE[task] for task in ("tile_task", "int8_dot_task", "int8_conv_task", "int8_scales_task", "int8_pack_task")
+_rounded_bytes, _known_blocks = planned(plan.int8_rounded_bytes), planned(plan.int8_known_blocks)
+_KNOWN_BYTES, _MOST_INLINE = plan.KNOWN_BYTES, plan.MOST_INLINE
+_TILE_TASK, _INT8_DOT_TASK, _INT8_TILE_TASK, _INT8_CONV = (
+    abi.TABLE[task] for task in ("tile_task", "int8_dot_task", "int8_tile_task", "int8_conv_task")
+)
+_INT8_SCALES, _INT8_PACK, _INT8_FILL = (
+    abi.TABLE[task] for task in ("int8_scales_task", "int8_pack_task", "int8_fill_task")
 )
 _CONV_OFFSETS, _CONV_PACK, _CONV_TILE, _CONV_ROWS, _WIDEN_VALUES = (
     abi.TABLE[task] for task in ("conv_offsets", "conv_pack_task", "conv_tile_task", "conv_rows_task", "widen_values")
@@ -75,6 +80,53 @@ def transpose_floats(source: int, target: int, rows: int, columns: int) -> int:
     return 0
 
 
+@linked
+def _round_samples(node: int, context: int, j: int, batch: int) -> int:
+    """Round all samples of a linear layer once, for tasks that share them: to PACKED, where there is room."""
+    in_features = load(node, abi.NODE_IN_FEATURES)
+    scales, fills, splits = kernel(node, _INT8_SCALES), kernel(node, _INT8_FILL), 1
+    tasks = (batch + _LANES - 1) // _LANES if field(j, job.X_FEATURE_MAJOR) != 0 else batch
+    shares = batch
+    if field(j, job.KERNEL) == _INT8_TILE:
+        shares = _known_blocks(batch)
+        splits = max(1, _FEW_TILES // shares)
+    set_field(j, job.ROW_SPLITS, splits)
+    shares *= splits
+    if batch * in_features < _MOST_INLINE:  # takes less time than other threads take to start
+        for task in range(tasks):
+            call(scales, (j, task))
+        for task in range(shares):
+            call(fills, (j, task))
+        return run_tasks(node, context, fills, 0, j)  # whether they found memory
+    status = run_tasks(node, context, scales, tasks, j)
+    return run_tasks(node, context, fills, shares, j) if status == 0 else status
+
+
+@inlined
+def _run_rounded(node: int, context: int, task: int, tiles: int, splits: int, j: int, batch: int) -> int:
+    """Tasks of a linear layer of eight bits, ``splits`` for each tile of samples."""
+    memory, status, known = 0, 0, _known_blocks(batch) * _KNOWN_BYTES
+    if splits > 1:
+        rounded = _rounded_bytes(
+            field(j, job.KERNEL), load(node, abi.NODE_IN_FEATURES), field(j, job.PANEL_WINDOW), batch
+        )
+        memory = _malloc(known + rounded + _CACHE_LINE)
+    if memory == 0:
+        splits = 1
+    else:
+        start = (memory + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
+        for i in range(known // abi.WORD):
+            store(start, abi.WORD * i, 0)
+        set_field(j, job.X_SCALES, start)
+        set_field(j, job.PACKED, start + known)
+        status = _round_samples(node, context, j, batch)
+    if status == 0:
+        set_field(j, job.ROW_SPLITS, splits)
+        status = run_tasks(node, context, task, tiles * splits, j)
+    _free(memory)
+    return status
+
+
 @inlined
 def run_byte_rows(node: int, context: int, j: int, batch: int, work: int) -> int:
     """The dot panel of eight bits, which reads and writes rows: tensors that lie by columns are copied."""
@@ -93,7 +145,8 @@ def run_byte_rows(node: int, context: int, j: int, batch: int, work: int) -> int
         if field(j, job.RESIDUAL) != 0:
             transpose_floats(field(j, job.RESIDUAL), rows + 4 * batch * n, n, batch)
             set_field(j, job.RESIDUAL, rows + 4 * batch * n)
-    status = run_rows(node, context, kernel(node, _INT8_DOT_TASK), field(j, job.PANEL_COUNT), j, work)
+    splits = _shares(field(j, job.PANEL_COUNT), work)
+    status = _run_rounded(node, context, kernel(node, _INT8_DOT_TASK), 1, splits, j, batch)
     if status == 0 and rows != 0:
         transpose_floats(rows, y, batch, n)
     _free(memory)
@@ -126,14 +179,12 @@ def run_tiles(node: int, context: int, j: int, batch: int, work: int) -> int:
 
 
 @inlined
-def run_byte_tiles(node: int, context: int, task: int, j: int, columns: int, work: int) -> int:
-    """Tiles of bytes, of samples or of a convolution's output positions."""
-    tiles = (columns + _INT8_COLUMNS - 1) // _INT8_COLUMNS
-    splits = 1
+def run_byte_tiles(node: int, context: int, j: int, batch: int, work: int) -> int:
+    """Tiles of 64 samples as bytes."""
+    tiles, splits = _known_blocks(batch), 1
     if tiles < _FEW_TILES:
         splits = min(_shares(field(j, job.PANEL_COUNT), work), _FEW_TILES // tiles)
-    set_field(j, job.ROW_SPLITS, splits)
-    return run_tasks(node, context, task, tiles * splits, j)
+    return _run_rounded(node, context, kernel(node, _INT8_TILE_TASK), tiles, splits, j, batch)
 
 
 @inlined
@@ -168,7 +219,7 @@ def run_samples(node: int, context: int, weights: int, j: int, geometry: int, ba
         packed_bytes = (chunk * size * element + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
     extra = 0  # of what is known of each sample, or the values as float32
     if bytes_panel != 0:
-        extra = batch * 12
+        extra = _known_blocks(batch) * _KNOWN_BYTES
     elif load(weights, abi.WEIGHTS_VALUE_TYPE) != _FLOAT32:
         extra = n_active * k * 4
     offsets_bytes = (load(node, abi.NODE_IN_FEATURES) * abi.WORD + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE
@@ -211,4 +262,4 @@ def run_samples(node: int, context: int, weights: int, j: int, geometry: int, ba
     return status
 
 
-FUNCTIONS = (transpose_floats,)
+FUNCTIONS = (transpose_floats, _round_samples)

@@ -144,11 +144,13 @@ def test_many_channels() -> None:
     np.testing.assert_array_equal(y.double(), expected)
 
 
-def _some_linear(batch: int) -> Tensor:
+def _some_linear(batch: int, columns: bool = False) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     weight = condensed(300, 500, 60, n_active=277, dtype="int8")
     x, residual = (torch.randn(batch, size, generator=generator) for size in (500, 300))
-    return check_linear(weight, x, residual=residual, activation="silu")
+    if columns:
+        x = x.t().contiguous().t()
+    return check_linear(weight, x, residual=residual, activation="silu", x_feature_major=columns)
 
 
 def _some_conv(shape: Convolution) -> Tensor:
@@ -158,7 +160,8 @@ def _some_conv(shape: Convolution) -> Tensor:
 
 
 RUNS: dict[str, Callable[[], Tensor]] = {
-    **{f"linear, {batch}": functools.partial(_some_linear, batch) for batch in (1, 5, 16, 70, 130)},
+    **{f"linear, {batch}": functools.partial(_some_linear, batch) for batch in (1, 5, 16, 70, 130, 150)},
+    **{f"feature-major, {batch}": functools.partial(_some_linear, batch, True) for batch in (16, 70, 150)},
     "convolution of few filters": functools.partial(_some_conv, SHAPES["2d tall kernel"]),
     "convolution in groups": functools.partial(_some_conv, SHAPES["3d strided"]),
     "convolution of many filters": functools.partial(_some_conv, Convolution(n=200, channels=40, size=(12, 13))),

@@ -58,6 +58,19 @@ def test_every_layout(x_feature_major: bool, y_feature_major: bool, host: dict[s
         operator.check(torch.randn(*sizes, 60))
 
 
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("x_feature_major", [False, True])
+@pytest.mark.parametrize("y_feature_major", [False, True])
+def test_tasks_that_share_samples(y_feature_major: bool, x_feature_major: bool) -> None:
+    """There is work for several tasks, which read samples that were rounded once, on one thread or on all."""
+    weight = condensed(300, 500, 60, n_active=277, dtype="int8")
+    operator = LinearOperator(
+        weight, library=True, residual=True, x_feature_major=x_feature_major, y_feature_major=y_feature_major
+    )
+    for batch in (9, 16, 17, 64, 70, 129, 150):
+        operator.check(torch.randn(batch, 500))
+
+
 @pytest.mark.parametrize("batch", [1, 5, 17, 64])
 def test_samples_with_and_without_signs(batch: int, host: dict[str, Any]) -> None:
     operator = LinearOperator(condensed(37, 60, 10, n_active=31, dtype="int8"), **host)

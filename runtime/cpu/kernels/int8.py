@@ -251,19 +251,21 @@ def _finish_lanes(
 finish_lanes: Callable[[int, int, float, int, int, int], None] = intrinsic(_finish_lanes)
 
 
+def _seen(b: Any, bits: Any, found: Sequence[Any]) -> list[Any]:
+    """The larger of the bits of floats and those found before: without the sign, and with it."""
+
+    def larger(one: Any, other: Any) -> Any:
+        return b.select(b.icmp_unsigned(">", one, other), one, other)
+
+    return [larger(b.and_(bits, v.lanes(0x7FFFFFFF)), found[0]), larger(bits, found[1])]
+
+
 def _extremes(context: Any, x: Any, count: Any, to: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         x, count, to = args
-        magnitude = v.lanes(0x7FFFFFFF)
-
-        def larger(one: Any, other: Any) -> Any:
-            return b.select(b.icmp_unsigned(">", one, other), one, other)
-
-        def seen(bits: Any, found: Sequence[Any]) -> list[Any]:
-            return [larger(b.and_(bits, magnitude), found[0]), larger(bits, found[1])]
 
         def one_vector(i: Any, found: Any) -> Any:
-            return seen(v.load(b, b.add(x, b.shl(i, number(6))), INTS), found)
+            return _seen(b, v.load(b, b.add(x, b.shl(i, number(6))), INTS), found)
 
         whole = b.lshr(count, number(4))
         before = [v.load(b, b.add(to, number(64 * i)), INTS) for i in range(2)]
@@ -271,7 +273,7 @@ def _extremes(context: Any, x: Any, count: Any, to: Any) -> Any:
         rest = b.and_(count, number(LANES - 1))
         mask = lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
         last = b.bitcast(masked_load(b, b.add(x, b.shl(whole, number(6))), mask), INTS)
-        for i, value in enumerate(seen(last, found)):
+        for i, value in enumerate(_seen(b, last, found)):
             v.store(b, value, b.add(to, number(64 * i)))
         return context.get_dummy_value()
 
@@ -282,6 +284,25 @@ def _extremes(context: Any, x: Any, count: Any, to: Any) -> Any:
 # hold what was found before). Among all lanes the former is the largest magnitude, and at least that of infinity where
 # something is not finite; the latter is above 0x80000000 where something is negative.
 extremes: Callable[[int, int, int], None] = intrinsic(_extremes)
+
+
+def _column_extremes(context: Any, x: Any, x_row: Any, rows: Any, columns: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, x_row, rows, columns, to = args
+        mask = lane_mask(b, b.sub(b.shl(number(1), columns), number(1)))
+
+        def one_row(i: Any, found: Any) -> Any:
+            return _seen(b, b.bitcast(masked_load(b, b.add(x, b.mul(i, x_row)), mask), INTS), found)
+
+        for i, value in enumerate(v.loop(b, rows, [_NOTHING] * 2, one_row)):
+            v.store(b, value, b.add(to, number(64 * i)))
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 5), generate
+
+
+# The same over each of up to 16 columns: (the first row, bytes to the next, rows, columns, where to put 2 x 16 uint32).
+column_extremes: Callable[[int, int, int, int, int], None] = intrinsic(_column_extremes)
 
 
 def _rounded(b: Any, x: Any, inverses: Any, offsets: Any) -> Any:

@@ -1,11 +1,11 @@
 """The tasks of convolutions with values of eight bits. Importing it imports Numba.
 
-Owns the way of data through them: what is known of each sample, its bytes packed as :mod:`.conv` packs floats, and 64
+Owns the way of data through them: a sample's bytes packed as :mod:`.conv` packs floats, and 64
 neighbouring positions of a packed sample at a time: there, what a tap reads for neighbouring outputs are neighbours,
 whatever the geometry is, and a tile's row is one copy.
 """
 
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 
@@ -13,33 +13,15 @@ from srigl_fx.runtime.cpu.kernels import conv, job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, extremes, gather_rows, round_row
-from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, EXTREMES, aligned, clear, find_scale, multiply_tile
-from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, gather_rows, round_row
+from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES, aligned, known_of
+from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, multiply_tile
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_outputs
 from srigl_fx.runtime.cpu.kernels.vector import allocate, bytes_, floats, ints, release, words
 
 Pointer = Any
-_KNOWN: Final = 12  # bytes of what is known of a sample: inverse, scale, offset
 _conv_pack = compiled(conv.conv_pack)
-
-
-def int8_scales_task(j: Pointer, sample: int) -> None:
-    """What is known of one sample, in X_SCALES: its inverse, scale and offset."""
-    geometry = words(j[job.GEOMETRY])
-    size = geometry[conv.CHANNELS] * geometry[conv.IN_D] * geometry[conv.IN_H] * geometry[conv.IN_W]
-    memory = allocate(EXTREMES + 4 * CACHE_LINE)
-    if memory == 0:
-        j[job.FAILED] = 1
-        return
-    found = aligned(memory)
-    numbers = found + EXTREMES
-    clear(found)
-    extremes(j[job.X] + sample * size * 4, size, found)
-    find_scale(found, floats(numbers), floats(numbers + 4), ints(numbers + 8), 0)
-    for i in range(3):
-        ints(j[job.X_SCALES])[3 * sample + i] = ints(numbers)[i]
-    release(memory)
 
 
 @compiled
@@ -49,8 +31,8 @@ def _round_rows(j: Pointer, sample: int, c: int, packed: int, spare: int) -> Non
     Rounding writes up to 16 bytes too many, which are padding, as it takes what is behind a row for zeros: rows that
     come later write over them. ``spare`` is room for the last row, whose neighbour may be packed at the same time.
     """
-    geometry, known = words(j[job.GEOMETRY]), j[job.X_SCALES] + sample * _KNOWN
-    inverse, offset = floats(known)[0], int(ints(known + 8)[0])
+    geometry, known = words(j[job.GEOMETRY]), known_of(j, sample)
+    inverse, offset = floats(known)[0], int(ints(known + OFFSETS)[0])
     in_d, in_h, in_w = geometry[conv.IN_D], geometry[conv.IN_H], geometry[conv.IN_W]
     packed_d, packed_h, packed_w = geometry[conv.PACKED_D], geometry[conv.PACKED_H], geometry[conv.PACKED_W]
     size = packed_d * packed_h * packed_w
@@ -83,8 +65,8 @@ def int8_pack_task(j: Pointer, task: int) -> None:
     planes = geometry[conv.PLANES_D] * geometry[conv.PLANES_H] * geometry[conv.PLANES_W]
     spacing = geometry[conv.SPACING_D] * geometry[conv.SPACING_H] * geometry[conv.SPACING_W]
     size = planes * geometry[conv.PACKED_D] * geometry[conv.PACKED_H] * geometry[conv.PACKED_W]
-    known = j[job.X_SCALES] + sample * _KNOWN
-    inverse, offset = floats(known)[0], ints(known + 8)[0]
+    known = known_of(j, sample)
+    inverse, offset = floats(known)[0], ints(known + OFFSETS)[0]
     # Rounding writes up to 16 bytes too many, and packing reads as many.
     memory = allocate(plane + 4 * CACHE_LINE)
     if memory == 0:
@@ -124,11 +106,11 @@ def _store(j: Pointer, sample: int, begin: int, end: int, o0: int, o1: int, out:
 
 
 @compiled
-def _spread(known: int, natural: int) -> None:
-    """What is known of a sample, as that of each of 64 columns: scales and offsets, behind room for inverses."""
-    scale, offset = floats(known + 4)[0], ints(known + 8)[0]
+def _spread(of_sample: int, known: int) -> None:
+    """What is known of a sample, as that of each of 64 columns: scales and offsets."""
+    scale, offset = floats(of_sample + SCALES)[0], ints(of_sample + OFFSETS)[0]
     for c in range(INT8_COLUMNS):
-        floats(natural + 4 * INT8_COLUMNS)[c], ints(natural + 8 * INT8_COLUMNS)[c] = scale, offset
+        floats(known + SCALES)[c], ints(known + OFFSETS)[c] = scale, offset
 
 
 def int8_conv_task(j: Pointer, task: int) -> None:
@@ -144,13 +126,14 @@ def int8_conv_task(j: Pointer, task: int) -> None:
     planes = geometry[conv.PLANES_D] * geometry[conv.PLANES_H] * geometry[conv.PLANES_W]
     block_size = geometry[conv.CHANNELS] // groups * planes * geometry[conv.PACKED_D] * packed_h * packed_w
     out_bytes, in_features = n * INT8_COLUMNS * 4, j[job.IN_FEATURES]
-    memory = allocate(out_bytes + 17 * CACHE_LINE + in_features * TILE_ROW)
+    memory = allocate(out_bytes + KNOWN_BYTES + 5 * CACHE_LINE + in_features * TILE_ROW)
     if memory == 0:
         j[job.FAILED] = 1
         return
     out, packed = aligned(memory), j[job.PACKED] + within * j[job.PACKED_SIZE] + begin
-    natural, sums, inputs = out + out_bytes, out + out_bytes + 12 * CACHE_LINE, out + out_bytes + 16 * CACHE_LINE
-    _spread(j[job.X_SCALES] + sample * _KNOWN, natural)
+    known, sums = out + out_bytes, out + out_bytes + KNOWN_BYTES
+    inputs = sums + 4 * CACHE_LINE
+    _spread(known_of(j, sample), known)
     rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
     o0, filled = first_output(j, g0), -1
     while o0 < n:
@@ -166,7 +149,7 @@ def int8_conv_task(j: Pointer, task: int) -> None:
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         to = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
         start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, to)
-        multiply_tile(j, g0, g1, inputs, natural, sums, to)
+        multiply_tile(j, g0, g1, inputs, known, sums, to)
         _store(j, sample, begin, min(positions, begin + INT8_COLUMNS), o0, o1, to)
         if g1 == last:
             break

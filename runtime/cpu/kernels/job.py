@@ -40,12 +40,12 @@ from typing import Final
     OFFSETS,  # int64: where a packed sample's taps start
     SAMPLE,  # the first sample whose packed form is at PACKED
     SAMPLES,  # and how many there are
-    PACKED,
+    PACKED,  # packed samples; of linear layers rounded ones, or 0 where each task rounds them
     PACKED_SIZE,  # elements of one: floats, or bytes for values of eight bits
     SCALES,  # float32 (N_ACTIVE,): of values of eight bits, what one is worth in its row
     PANEL_SCALES,  # float32 (groups * LANES,): the same by lanes
     PANEL_SUMS,  # int32 (groups * LANES,): the sums of the lanes' values of eight bits
-    X_SCALES,  # float32 (BATCH, 3): of a convolution with values of eight bits; kernels.int8_conv_tasks
+    X_SCALES,  # what is known of the samples, with values of eight bits: kernels.int8_samples
     FAILED,  # set to 1 by a task that found no memory
 ) = range(40)
 SIZE: Final = 40

@@ -21,6 +21,7 @@ DOT_WINDOWS: Final = ((), (256,), (64, 128))  # inputs of a dot panel's window, 
 COLUMNS: Final = 32  # of a full tile
 MOST_INT8_DOT_SAMPLES: Final = 16
 INT8_COLUMNS: Final = 64  # of a tile of bytes
+KNOWN_BYTES: Final = 3 * 4 * INT8_COLUMNS  # of what is known of 64 samples: kernels.int8_samples
 _MOST_GATHERED_SAMPLES: Final = 4  # of a dot panel of bytes, where they are not looked up in registers
 LANES: Final = 16  # of a vector: rows of a group, and output positions of a convolution, come in as many
 CACHE_LINE: Final = 64  # bytes
@@ -28,6 +29,7 @@ CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, abou
 _MOST_TILE_INPUTS: Final = 65535  # a tile's indices are uint16, and one of them names a row of zeros
 _IN_CACHE: Final = 300_000  # kept weights that a second-level cache holds
 _TASK_WORK: Final = 1 << 16  # multiply-adds that are worth a task
+MOST_INLINE: Final = 1 << 16  # numbers that are rounded in less time than other threads take to start
 MOST_TASKS: Final = 16  # where it is not known how many threads there are
 
 
@@ -123,6 +125,23 @@ def int8_linear_kernel(lookup: bool, in_features: int, n_active: int, k: int, ba
     if (batch <= most and not feature_major) or in_features > _MOST_TILE_INPUTS:
         return INT8_DOT
     return INT8_TILE
+
+
+def int8_row_bytes(in_features: int, window: int) -> int:
+    """The bytes of a rounded sample that a dot panel reads; a window may reach beyond its end, and rounding does."""
+    return (max(in_features, window) + 2 * CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+
+
+def int8_rounded_bytes(kernel: int, in_features: int, window: int, batch: int) -> int:
+    """The bytes of all samples of a call, rounded as the kernel reads them."""
+    if kernel == INT8_DOT:
+        return batch * int8_row_bytes(in_features, window)
+    return int8_known_blocks(batch) * in_features * INT8_COLUMNS
+
+
+def int8_known_blocks(batch: int) -> int:
+    """The blocks of what is known of samples; also the tiles of bytes that hold them."""
+    return (batch + INT8_COLUMNS - 1) // INT8_COLUMNS
 
 
 def int8_conv_kernel(n_active: int, k: int) -> int:
