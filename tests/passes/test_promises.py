@@ -5,13 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from lowering_support import mask_by_hand, randomise
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import PassError
 from srigl_fx.passes import Pass, PassResult
 from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.passes.program import Program, tensor_at
+from srigl_fx.passes.promises import kept
 
 aten = torch.ops.aten
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -105,6 +106,125 @@ def test_what_a_pass_writes_to_the_model_is_taken_back(write: Callable[[Tensor],
     refused(Writes(write), r"ValueError: it wrote to 0\.weight, which is the model's own")
     refused(Writes(write, "1.running_mean"), r"ValueError: it wrote to 1\.running_mean, ")
     refused(Writes(write, raises=True), "ZeroDivisionError: half-way")
+
+
+def one_row(tensor: Tensor) -> None:
+    """Writes to the old memory, too."""
+    tensor.data = tensor.data[:1]
+    tensor.data.fill_(7.0)
+
+
+def in_float64(tensor: Tensor) -> None:
+    tensor.data = tensor.data.double()
+
+
+def moved(tensor: Tensor) -> None:
+    tensor.data = tensor.data.clone()
+
+
+def transposed(tensor: Tensor) -> None:
+    tensor.data = tensor.data.t()
+
+
+def not_trained(tensor: Tensor) -> None:
+    tensor.requires_grad_(not tensor.requires_grad)
+
+
+def without_grad(tensor: Tensor) -> None:
+    tensor.grad = None
+
+
+def with_grad(tensor: Tensor) -> None:
+    tensor.grad = torch.zeros_like(tensor)
+
+
+def grad_of_zeros(tensor: Tensor) -> None:
+    assert tensor.grad is not None
+    tensor.grad.zero_()
+
+
+def computed(tensor: Tensor) -> None:
+    """In place, from what requires a gradient; itself it does not."""
+    tensor.mul_(torch.tensor(2.0, requires_grad=True))
+
+
+class Shared(nn.Linear):
+    """Parameters that share memory, one with a sparse gradient, and a bias of ones, which equals parts of itself."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 3)
+        self.rows = nn.Embedding(4, 3, sparse=True)
+        self.part = nn.Parameter(self.weight.detach()[1:])
+        self.register_buffer("buffer", torch.ones(2, 3))
+        nn.init.ones_(self.bias)
+
+    def forward(self, x: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x) + self.rows(which), self.part * self.buffer
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "written"),
+    [
+        (multiply, "part", "weight, part"),
+        (one_row, "weight", "weight"),
+        (one_row, "part", "weight, part"),
+        (one_row, "bias", "bias"),
+        (in_float64, "weight", "weight"),
+        (moved, "part", "part"),
+        (transposed, "weight", "weight"),
+        (computed, "buffer", "buffer, buffer.requires_grad"),
+        (not_trained, "weight", "weight.requires_grad"),
+        (not_trained, "buffer", "buffer.requires_grad"),
+        (with_grad, "bias", "bias.grad"),
+        (without_grad, "weight", "weight.grad"),
+        (grad_of_zeros, "weight", "weight.grad"),
+        (grad_of_zeros, "rows.weight", "rows.weight.grad"),
+    ],
+)
+def test_all_that_a_pass_can_change_of_a_tensor_is_taken_back(
+    change: Callable[[Tensor], None], name: str, written: str
+) -> None:
+    model = Shared()
+    (model.weight.sum() + model.rows(torch.tensor([1, 1, 2])).sum()).backward()  # type: ignore[no-untyped-call]
+    module = fx.symbolic_trace(model)
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def state() -> dict[str, tuple[object, ...]]:
+        return {
+            key: (
+                *(one.data_ptr(), one.dtype, one.shape, one.stride(), one.tolist(), one.is_leaf, one.requires_grad),
+                *(id(one.grad), None if one.grad is None else one.grad.to_dense().tolist()),
+            )
+            for key, one in tensors.items()
+        }
+
+    def changed(*, raises: bool) -> None:
+        with kept(module):
+            change(tensors[name])
+            if raises:
+                raise ZeroDivisionError("half-way")
+
+    before = state()
+    with pytest.raises(ValueError, match=r"^it wrote to ") as caught:
+        changed(raises=False)
+    named = str(caught.value).removeprefix("it wrote to ").partition(", which is the model's own")[0]
+    assert sorted(named.split(", ")) == sorted(written.split(", "))
+    assert state() == before
+    with pytest.raises(ZeroDivisionError, match="half-way"):
+        changed(raises=True)
+    assert state() == before
+
+
+class CutsParameters(Pass[Program]):
+    def run(self, subject: Program) -> PassResult[Program]:
+        for parameter in subject.module.parameters():
+            parameter.data = parameter.data[:1]
+        return PassResult(subject=subject, changed=True)
+
+
+@pytest.mark.slow
+def test_parameters_that_a_pass_cuts_are_whole_again() -> None:
+    refused(CutsParameters(), r"ValueError: it wrote to (\d\.(weight|bias), ){6}which is the model's own")
 
 
 @pytest.mark.slow
