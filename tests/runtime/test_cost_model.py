@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from srigl_fx.runtime.costs import calibration
-from srigl_fx.runtime.costs.calibration import fit, host_machine, machine_constants, predicted, probe
+from srigl_fx.runtime.costs.calibration import fit, host_machine, machine_constants, predicted
 from srigl_fx.runtime.costs.cost_model import Machine, Work, condensed, dense, estimate, kernel_for
 from srigl_fx.runtime.costs.timings import Timings
 from srigl_fx.runtime.cpu.kernels import plan
@@ -127,12 +127,10 @@ def test_noise_gives_no_absurd_constants() -> None:
     assert all(value < 1e-3 for value in predicted(found).values())
 
 
-@pytest.mark.slow
 def test_probes_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = Timings(None)
     assert machine_constants(timings, may_measure=False) == host_machine()
-    measured = probe()
-    assert set(measured) == set(predicted(Machine()))
+    measured = {name: 1.5 * seconds for name, seconds in predicted(Machine()).items()}
     monkeypatch.setattr(calibration, "probe", lambda: measured)
     found = machine_constants(timings)
     monkeypatch.setattr(calibration, "probe", lambda: pytest.fail("measured again"))
@@ -156,6 +154,15 @@ def test_eight_bits_have_rates_of_their_own_for_each_target(target: str) -> None
         assert kernel_for(few, machine) == kernel_for(many, machine) == "tile"
         moved = 44 * (work.fan_in + work.rows) / machine.move_rate
         assert condensed(many, machine) - condensed(few, machine) == pytest.approx(moved)
+
+
+def test_samples_share_what_is_looked_up() -> None:
+    """On a processor of the Zen 4 generation 16 samples took about half as long as in float32, a tile of 64 a third."""
+    machine = replace(Machine(), target=TARGETS.index(AVX512_VBMI))
+    work = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=16)
+    bytewise = replace(work, value_bytes=1, eight_bits=True)
+    assert kernel_for(bytewise, machine) == "dot"
+    assert 1.5 < condensed(work, machine) / condensed(bytewise, machine) < 3
 
 
 @pytest.mark.parametrize("target", TARGETS)
