@@ -114,15 +114,13 @@ def load(
         The ``extra`` that was saved, empty where there was none.
 
     Raises:
-        CheckpointError: The file is damaged, foreign, or does not fit.
-        StructureError: It is of another sparsity or structure.
-        TrainerError: Its trainer's state does not fit ``trainer``.
-            In each case model, optimizer and trainer are as they were.
+        CheckpointError: The file is damaged or foreign, or it does not fit: it is of another model, sparsity,
+            structure, optimizer or method. Model, optimizer and trainer are as they were.
     """
     contents = read(path)
     try:
         saved, masked, extra = contents["model"], contents["layout"], contents["extra"]
-        if not all(isinstance(part, dict) for part in (saved, masked, extra)):
+        if not all(isinstance(part, dict) for part in (saved, masked, extra, *masked.values())):
             raise CheckpointError("its parts are not what they should be")
         own = _check_model(model, saved, masked)
         _check_masks(model, own, pruning=trainer is None or trainer.prunes_from_dense)
@@ -132,10 +130,8 @@ def load(
             if contents["trainer"] is None:
                 raise CheckpointError("it was saved without a trainer: load it without, or start anew from the model")
             trainer.check_state_dict(contents["trainer"])
-    except CheckpointError as error:
+    except SriglError as error:
         raise CheckpointError(f"{path} does not fit: {error}") from error
-    except SriglError:
-        raise
     except Exception as error:
         # A file whose checksum is right may still hold anything.
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}): load another one") from error

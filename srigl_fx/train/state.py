@@ -14,6 +14,7 @@ from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import SparseWeight, plain, sparse_weights
 
 STATE_VERSION = 1
+_AS_SAVED = "build the model as that of the saved run, and sparsify it with the same arguments"
 
 _log = logging.getLogger(__name__)
 
@@ -149,10 +150,11 @@ def check_layout(saved: dict[str, dict[str, Any]], live: dict[str, dict[str, Any
     """
     if saved.keys() != live.keys():
         differing = sorted(saved.keys() ^ live.keys())
-        raise TrainerError(f"the state is of another model: only one of the two masks {', '.join(differing[:5])}")
-    for name, layout in live.items():
-        if saved[name] != layout:
-            raise StructureError(
-                f"{name}: saved with {saved[name]}, but the model has {layout}: sparsify it with the arguments of the "
-                "saved run"
-            )
+        raise TrainerError(
+            "the state is of another model, or of one that was sparsified in another way: only one of the two masks "
+            f"{', '.join(differing[:5])}: {_AS_SAVED}"
+        )
+    if others := [name for name in live if saved[name] != live[name]]:
+        # One layer of another size moves the budgets of all: it is the one to name.
+        name = min(others, key=lambda name: saved[name].get("shape") == live[name]["shape"])
+        raise StructureError(f"{name}: saved with {saved[name]}, but the model has {live[name]}: {_AS_SAVED}")
