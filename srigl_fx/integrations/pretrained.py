@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from srigl_fx import masks
-from srigl_fx.errors import CheckpointError, RecipeError, SriglError
+from srigl_fx.errors import CheckpointError, InvariantError, RecipeError, SriglError
 from srigl_fx.integrations.attachment import extra
 from srigl_fx.masks.records import plain, sparse_weights
 from srigl_fx.masks.shards import is_sharded
@@ -145,8 +145,8 @@ def from_pretrained(
         The model, in eval mode as transformers gives it.
 
     Raises:
-        CheckpointError: There are no masks in the folder, or they are damaged or not of these weights. Or the options
-            ask for a model that is spread over processes.
+        CheckpointError: There are no masks in the folder, or they are damaged or not of these weights; or the recipe
+            is not that of the model that was saved. Or the options ask for a model that is spread over processes.
     """
     if options.get("output_loading_info"):
         raise CheckpointError("output_loading_info is not supported here: call the class's own from_pretrained for it")
@@ -175,6 +175,14 @@ def from_pretrained(
             }
             restore(model.get_submodule(part), one, own, pruning=pruning, example_inputs=example_inputs)
     except (SriglError, AttributeError) as error:
+        if recipe is not None:
+            # What is advised where masks break an invariant is for models that train.
+            broken = isinstance(error.__cause__, InvariantError)
+            differs = "the masks there keep other numbers of weights than it decided" if broken else error
+            raise CheckpointError(
+                f"the recipe is not that of the model that was saved in {folder}: {differs}. Pass recipe="
+                "srigl_fx.recipe(model) of that very model"
+            ) from error
         raise CheckpointError(
             f"the masks in {path or folder} are not of the model that {folder} holds: {error}. Save both at once, with "
             "srigl_fx.integrations.transformers.save_pretrained"
