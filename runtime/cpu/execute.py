@@ -150,7 +150,7 @@ def linear(
     return y
 
 
-def _round_samples(j: Job, x: Tensor, planned: tuple[int, int], thread_count: int) -> None:
+def _round_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, planned: tuple[int, int], thread_count: int) -> None:
     """Round all samples of a linear layer once, for tasks that share them; the job keeps what they are rounded to."""
     kernel, window = planned
     batch, in_features, columns = j[job.BATCH], j[job.IN_FEATURES], j[job.X_FEATURE_MAJOR]

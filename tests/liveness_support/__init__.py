@@ -26,7 +26,7 @@ class Batched:
     def input(self, *sizes: int, axis: int | None = 0, dtype: torch.dtype = torch.float32) -> fx.Node:
         """An input that is B long along ``axis``, whatever its size there is."""
         kinds = [DimDynamic.STATIC if dim != axis else DimDynamic.DYNAMIC for dim in range(len(sizes))]
-        context = StatelessSymbolicContext(dynamic_sizes=kinds)
+        context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(dynamic_sizes=kinds)
         node = self.graph.placeholder(f"input{len(self.inputs)}")
         self.inputs.append(torch.ones(sizes, dtype=dtype))
         node.meta["val"] = self.mode.from_tensor(self.inputs[-1], symbolic_context=context)

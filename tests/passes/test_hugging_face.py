@@ -1,5 +1,6 @@
 """Caches of transformers, told from other objects by what they carry: here of classes that only say they are theirs."""
 
+import importlib
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -9,7 +10,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.passes import hugging_face
 from srigl_fx.passes.hugging_face import register_caches, untold
 
 
@@ -139,7 +139,7 @@ def test_caches_are_registered_with_all_that_is_offered(monkeypatch: pytest.Monk
         "transformers.integrations.executorch": {},  # another release: it lacks the function
         "transformers.exporters.exporter_dynamo": {"register_cache_pytrees_for_model": lambda *a: called.append(a)},
     }
-    monkeypatch.setattr(hugging_face.importlib, "import_module", lambda name: SimpleNamespace(**offers[name]))
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(**offers[name]))
     assert not register_caches(model, [torch.ones(1), "text"])
     assert called == []
     assert register_caches(model, [1, DerivedCache()])

@@ -68,12 +68,17 @@ ROLES: dict[str, tuple[Call, list[tuple[Any, str]]]] = {
 }
 
 
+def contraction(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Operand]:
+    """The operands of what contracts something."""
+    found = operands(name, args, kwargs)
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize("name", ROLES)
 def test_roles_of_operands(name: str) -> None:
-    (operation, args, kwargs), expected = ROLES[name]
-    found = operands(operation, args, kwargs)
-    assert found is not None
-    assert [(each.value, each.roles) for each in found] == expected
+    call, expected = ROLES[name]
+    assert [(each.value, each.roles) for each in contraction(*call)] == expected
 
 
 def test_of_a_product_either_operand_may_be_the_weight() -> None:
@@ -98,11 +103,9 @@ def test_of_a_product_either_operand_may_be_the_weight() -> None:
 )
 def test_axes_that_tensordot_sums_over(dims: Any, contracted: list[tuple[int, ...]]) -> None:
     for args, kwargs in ((("a", "b", dims), {}), ((), {"a": "a", "other": "b", "dims": dims})):
-        found = operands("tensordot", args, kwargs)
-        assert found is not None
+        found = contraction("tensordot", args, kwargs)
         assert [(each.value, each.contracted) for each in found] == [*zip("ab", contracted, strict=False)]
-    default = operands("tensordot", ("a", "b"), {})
-    assert default is not None
+    default = contraction("tensordot", ("a", "b"), {})
     assert [each.contracted for each in default] == [(-2, -1), (0, 1)]
 
 
@@ -122,14 +125,13 @@ def test_axes_that_tensordot_sums_over(dims: Any, contracted: list[tuple[int, ..
     ],
 )
 def test_weights_of_recurrent_layers(name: str, args: tuple[Any, ...], values: list[str], gates: Any) -> None:
-    found = operands(name, args, {})
-    assert found is not None
+    found = contraction(name, args, {})
     assert [each.value for each in found] == values
     assert all((each.blocks, each.kind, each.ablatable) == (gates, "rnn_gates", False) for each in found)
 
 
 def test_what_else_is_said_of_operands() -> None:
-    packed, out, *separate = operands(*ROLES["packed attention"][0]) or ()
+    packed, out, *separate = contraction(*ROLES["packed attention"][0])
     assert (packed.kind, packed.blocks, packed.ablatable) == ("attention_in", QKV, False)
     assert (out.kind, out.blocks, out.ablatable) == ("linear", (), True)
     assert [(each.kind, each.ablatable) for each in separate] == [("linear", False)] * 3
@@ -139,10 +141,10 @@ def test_what_else_is_said_of_operands() -> None:
         (("x", "w"), {"groups": 2}, 2),
         (("x", "w"), {"groups": "known later"}, 0),
     ):
-        (conv,) = operands("conv2d", args, kwargs) or ()
+        (conv,) = contraction("conv2d", args, kwargs)
         assert (conv.kind, conv.groups) == ("conv2d", groups)
-    assert [each.kind for each in operands("linear", ("x", "w"), {}) or ()] == ["linear"]
-    assert [each.kind for each in operands("_grouped_mm", ("x", "w"), {}) or ()] == ["stack"]
+    assert [each.kind for each in contraction("linear", ("x", "w"), {})] == ["linear"]
+    assert [each.kind for each in contraction("_grouped_mm", ("x", "w"), {})] == ["stack"]
     for name in ("relu", "add", "embedding", "bilinear", ""):
         assert operands(name, ("x", "w"), {}) is None
 

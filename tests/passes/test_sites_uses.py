@@ -19,8 +19,15 @@ from srigl_fx.passes.sites.weight_uses import (
     uses_in,
 )
 
+
+def whole(parameter: nn.Parameter) -> Views:
+    value = initial(parameter)
+    assert isinstance(value, Views)
+    return value
+
+
 WEIGHT, OTHER = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6, 4))
-W, V = initial(WEIGHT), initial(OTHER)
+W, V = whole(WEIGHT), whole(OTHER)
 BOTH = frozenset({id(WEIGHT), id(OTHER)})
 CONSTANT, X = initial(torch.ones(4)), Data(2)
 MADE = Derived(frozenset({id(WEIGHT)}), alone=True)
@@ -90,7 +97,9 @@ def test_rule_2_what_keeps_zeros_where_they_are_is_the_weight(name: str, args: t
 def test_rule_1_weights_that_are_stacked_or_joined_by_name() -> None:
     joined, _ = step("concatenate", tensors=[W, V], dim=1)
     assert joined == Views((*W.views, *V.views))
-    for args, kwargs, dim in ((([W, V],), {}, 0), (([W, V], 2), {}, 2), (([W, V],), {"dim": 1}, 1)):
+    calls: list[tuple[tuple[Any, ...], dict[str, Any], int]]
+    calls = [(([W, V],), {}, 0), (([W, V], 2), {}, 2), (([W, V],), {"dim": 1}, 1)]
+    for args, kwargs, dim in calls:
         stacked, _ = step("stack", *args, **kwargs)
         assert [view.shape for view in stacked.views] == [tuple(torch.empty(6, 4).unsqueeze(dim).shape)] * 2
 
@@ -219,7 +228,7 @@ def uses(build: Callable[[fx.Graph, fx.Node, fx.Node], Any]) -> list[tuple[str, 
     x, w = graph.placeholder("x"), graph.get_attr("w")
     graph.output(build(graph, x, w))
     found = uses_in(graph, lambda name: {"w": WEIGHT, "scale": torch.ones(4)}[name])
-    return [(use.kind, use.node and use.node.name) for use in found.get(id(WEIGHT), [])]
+    return [(use.kind, use.node.name if use.node else None) for use in found.get(id(WEIGHT), [])]
 
 
 def test_attributes_of_a_weight_in_a_graph() -> None:

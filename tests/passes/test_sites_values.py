@@ -228,11 +228,11 @@ def test_a_look_at_values_leaves_random_numbers_and_gradients_alone() -> None:
 
 
 def _per_row(w: Tensor) -> Tensor:
-    return w / w.norm(dim=1, keepdim=True)
+    return w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
 
 
 def _per_column(w: Tensor) -> Tensor:
-    return w / w.norm(dim=0, keepdim=True)
+    return w / torch.linalg.vector_norm(w, dim=0, keepdim=True)
 
 
 def test_rule_2_where_a_neuron_of_zeros_is_looked_for() -> None:

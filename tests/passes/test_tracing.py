@@ -142,16 +142,26 @@ def test_another_forward_is_around_that_of_the_very_object() -> None:
     assert "forward" in vars(model)  # the model keeps it
 
 
+class Total(nn.Module):
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.ones(2))
+
+
 class Counting(nn.Module):
     """Assigns to its buffers; ``how`` says what."""
+
+    total: Tensor
+    other: Tensor
 
     def __init__(self, how: Callable[["Counting", Tensor], Tensor]) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros(2))
         self.register_buffer("other", torch.full((2,), 10.0))
         self.register_buffer("nothing", None)
-        self.inner = nn.Module()
-        self.inner.register_buffer("total", torch.ones(2))
+        self.inner = Total()
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
@@ -245,8 +255,8 @@ def test_rule_6_views_become_reshapes() -> None:
     module = fx.GraphModule(nn.Module(), graph)
     tracing._reshape_views(module)
     module.recompile()
-    x = torch.arange(6.0).reshape(2, 3)
-    assert torch.equal(module(x), x.t().reshape(6))  # no view could be that
+    value = torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(module(value), value.t().reshape(6))  # no view could be that
 
 
 class Experts(nn.Module):
@@ -265,7 +275,7 @@ class Experts(nn.Module):
 
 def test_rule_1_experts_multiply_batches_for_a_while() -> None:
     half = nn.Module()
-    half.get_experts_implementation = lambda: "other"  # type: ignore[assignment]
+    half.get_experts_implementation = lambda: "other"
     model = nn.ModuleList([Experts(), nn.ModuleList([Experts(ValueError("fixed")), half]), Experts(RuntimeError("no"))])
     found = [module for module in model.modules() if isinstance(module, Experts)]
     with plain_experts(model):

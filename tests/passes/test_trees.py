@@ -44,7 +44,7 @@ TENSORS = [torch.zeros(1), torch.ones(1)]
         (None, True),
         ((1, [2], {"x": 3}), True),
         (OrderedDict(x=1), True),
-        (defaultdict(list, x=1), True),
+        (defaultdict(int, x=1), True),
         (deque([1]), True),
         (Pair(1, 2), True),
         (torch.Size([1, 2]), True),
