@@ -78,7 +78,9 @@ def test_what_becomes_of_layers_is_kept() -> None:
     model = sx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), sparsity=0.5, rules={"1": None}).eval()
     lowering = sx.lower(model, (torch.randn(4, 16),), min_speedup=0, value_dtype=torch.int8).report
     (ratio, dtype, reason), dense = forms.layers(lowering).values()
-    assert (ratio, dtype, reason) == (round(lowering.layers[0].snr, 2), "int8", "")
+    snr = lowering.layers[0].snr
+    assert snr is not None
+    assert (ratio, dtype, reason) == (round(snr, 2), "int8", "")
     assert dense == (None, "dense", "the rule '1' leaves it dense")
 
 

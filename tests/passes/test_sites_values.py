@@ -228,11 +228,13 @@ def test_a_look_at_values_leaves_random_numbers_and_gradients_alone() -> None:
 
 
 def _per_row(w: Tensor) -> Tensor:
-    return w / torch.linalg.vector_norm(w, dim=1, keepdim=True)
+    norms: Tensor = w.norm(dim=1, keepdim=True)
+    return w / norms
 
 
 def _per_column(w: Tensor) -> Tensor:
-    return w / torch.linalg.vector_norm(w, dim=0, keepdim=True)
+    norms: Tensor = w.norm(dim=0, keepdim=True)
+    return w / norms
 
 
 def test_rule_2_where_a_neuron_of_zeros_is_looked_for() -> None:
