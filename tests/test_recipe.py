@@ -304,6 +304,7 @@ def _edited(**changes: Any) -> dict[str, Any]:
         (_edited(weights__0__structure=None), "stays dense, but has budgets"),
         (_edited(weights__0__structure={}), "damaged|structure"),
         (_edited(weights__0__reason=None), "reason"),
+        (_edited(weights__0__reason="x"), "is sparse, but has a reason why it stays dense: 'x'"),
         (_edited(weights__0__feeds_output=2), "feeds_output"),
     ],
 )

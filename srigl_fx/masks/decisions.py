@@ -128,6 +128,8 @@ class WeightDecision:
             return f"ablation thresholds must be null or finite and at least 0, not {self.ablation!r:.80}"
         if self.structure is None:
             return "it stays dense, but has budgets" if self.budgets or self.ablation else ""
+        if self.reason:
+            return f"it is sparse, but has a reason why it stays dense: {self.reason!r:.80}"
         if self.structure not in get_args(Structure):
             return f"the structure must be one of {get_args(Structure)}, not {self.structure!r:.80}"
         if not len(self.rows) == len(self.budgets) == len(self.ablation) > 0:
