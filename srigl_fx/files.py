@@ -18,7 +18,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     If the block raises, ``path`` is what it was, and nothing is left beside it.
 
     Raises:
-        OSError: It cannot be written or moved.
+        OSError: It cannot be written or moved, or :func:`check_replaceable` refuses it.
 
     Example:
         >>> import tempfile
@@ -29,14 +29,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         ['file']
     """
     target = Path(path)
-    if not target.name:  # "." and "/", to which no part could be a neighbour
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    check_replaceable(target)
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
         yield part
         move_durably(part, target)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_replaceable(target: Path) -> None:
+    """Require that a file can take this name: its folder exists, and nothing but a regular file is lost by it.
+
+    Raises:
+        OSError: It cannot; ``strerror`` says why.
+
+    Example:
+        >>> check_replaceable(Path("no folder", "file"))
+        Traceback (most recent call last):
+        FileNotFoundError: [Errno 2] there is no folder 'no folder': 'no folder/file'
+    """
+    if target.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder", str(target))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {str(target.parent)!r}", str(target))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, which no file may replace", str(target))
 
 
 def move_durably(source: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import ExportError, FormatError, RecipeError
-from srigl_fx.files import replacing
+from srigl_fx.files import check_replaceable, replacing
 from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import all_nodes
 from srigl_fx.onnx_export.model import functions_for
@@ -278,7 +278,11 @@ def _merge_imports(model: "onnx.ModelProto") -> None:
 
 
 def _write(model: "onnx.ModelProto", path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ExportError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    try:
+        check_replaceable(path)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {path}: {error.strerror}; give the path of a file in a folder that exists"
+        ) from error
     with replacing(path) as part:
         part.write_bytes(model.SerializeToString())

@@ -1,6 +1,7 @@
 """``export_onnx``: what is in the file, how it is checked, and what a failure leaves behind."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,10 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
         sx.export_onnx(sparse(), tmp_path / "absent" / "model.onnx", (X,), min_speedup=0)
     with pytest.raises(ExportError, match="it is a folder"):
         sx.export_onnx(sparse(), tmp_path, (X,), min_speedup=0)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ExportError, match="it is a device, a pipe or a socket"):
+        sx.export_onnx(sparse(), tmp_path / "pipe", (X,), min_speedup=0)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.slow

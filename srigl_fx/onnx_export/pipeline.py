@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import Comparison
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError
-from srigl_fx.files import replacing
+from srigl_fx.files import check_replaceable, replacing
 from srigl_fx.lowering.inputs import arranged
 from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.lowering.pipeline import lower
@@ -105,9 +105,12 @@ def export_onnx(
             "export_onnx cannot run under torch.inference_mode(); call it outside, or under torch.no_grad()"
         )
     target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        problem = "it is a folder" if target.is_dir() else f"there is no folder {target.parent}; create it first"
-        raise ExportError(f"cannot write {target}: {problem}")
+    try:
+        check_replaceable(target)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {target}: {error.strerror}; give the path of a file in a folder that exists"
+        ) from error
     if state not in ("inputs", "error"):
         raise ExportError(f'state must be "inputs" or "error", not {state!r}')
     if not isinstance(dynamic_batch, bool):

@@ -57,18 +57,20 @@ def write(path: str | os.PathLike[str], value: Mapping[str, Any]) -> None:
         ...     read(f"{folder}/state.safetensors")
         {'step': 7, 'betas': (0.9, 0.999), 'weight': tensor([1., 1.])}
     """
-    target = Path(path)
-    if not target.name:
-        raise CheckpointError(f"{os.fspath(path)!r} cannot be written: it is a folder; give the path of a file")
     encoder = _Encoder()
     tree = json.dumps({name: encoder.encode(item, name) for name, item in value.items()}, allow_nan=False)
     metadata = {_FORMAT: VERSION, _TREE: tree, _DIGEST: _digest(tree, encoder.tensors)}
     try:
-        with replacing(target) as part:
-            safetensors.torch.save_file(encoder.tensors, part, metadata)
+        with replacing(path) as part:
+            part.touch()
+            mode = part.stat().st_mode
+            safetensors.torch.save_file(encoder.tensors, part, metadata)  # in a file of its own, closed to all others
+            part.chmod(mode)
     except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
         raise CheckpointError(
-            f"{target} cannot be written ({error}): does its folder exist, with space left?"
+            f"{os.fspath(path)!r} cannot be written: {why}; give the path of a file in a folder that exists, with "
+            "space left"
         ) from error
 
 

@@ -178,8 +178,11 @@ def test_extra_comes_back(tmp_path: Path, extra: Any) -> None:
 
 
 def test_saving_into_a_missing_folder_or_a_folder_is_an_error(tmp_path: Path) -> None:
-    for path in (tmp_path / "none" / "last", tmp_path):
-        with pytest.raises(CheckpointError, match="cannot be written"):
+    for path, why in (
+        (tmp_path / "none" / "last", f"there is no folder '{tmp_path}/none'"),
+        (tmp_path, "it is a folder"),
+    ):
+        with pytest.raises(CheckpointError, match=f"^'{path}' cannot be written: {why}; give the path of a file"):
             save(path, model=mlp())
     assert not list(tmp_path.iterdir())
     for nameless in (".", ""):
@@ -187,6 +190,24 @@ def test_saving_into_a_missing_folder_or_a_folder_is_an_error(tmp_path: Path) ->
             save(nameless, model=mlp())
     with pytest.raises(CheckpointError, match="pass trainer="):
         save(tmp_path / "last", model=mlp(), include_gradients=True)
+
+
+def test_a_checkpoint_does_not_take_the_place_of_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match=r"pipe' cannot be written: it is a device, a pipe or a socket"):
+        save(tmp_path / "pipe", model=mlp())
+    assert (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_others_may_read_a_checkpoint_as_any_new_file(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        save(tmp_path / "last", model=mlp())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "last").stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 @pytest.fixture(scope="module")
