@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, fx, nn
 
-from srigl_fx.errors import InvariantError
+from srigl_fx.errors import InvariantError, SriglError
 from srigl_fx.masks.presence import parameter_on, why_missing
 
 Kind = Literal[
@@ -305,7 +305,12 @@ def all_records(model: nn.Module) -> Iterator[tuple[str, nn.Module, WeightRecord
 
     The FQN is the one ``model.named_parameters()`` would give now, also where ``model`` wraps the sparsified one. Of a
     weight that was left dense and is not there any more, there is nothing to tell.
+
+    Raises:
+        SriglError: ``model`` is no module.
     """
+    if not isinstance(model, nn.Module):
+        raise SriglError(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     for prefix, module in model.named_modules():
         for name, record in records_on(module).items():
             path, _, _ = name.rpartition(".")

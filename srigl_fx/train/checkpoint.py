@@ -184,9 +184,9 @@ def _live(model: nn.Module) -> "OrderedDict[str, Any]":
 
 def _check_model(model: nn.Module, saved: dict[str, Any], masked: dict[str, Any]) -> "OrderedDict[str, Any]":
     """Require that the saved state is one of ``model``, or of its dense self; return it under the model's names."""
+    have = layout(model)
     live = _live(model)
     names = {plain(name): name for name in live}
-    have = layout(model)
     if masked and not have:
         raise CheckpointError(
             "it is of a sparse model and this one is dense: sparsify it first, with the arguments of the saved run, "

@@ -14,7 +14,7 @@ from torch.nn.utils import prune as torch_prune
 from torch.optim import swa_utils
 
 import srigl_fx as sx
-from srigl_fx.errors import CheckpointError, InvariantError, SparsifyError
+from srigl_fx.errors import CheckpointError, InvariantError, SparsifyError, SriglError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.train import checkpoint, checkpoint_file
 
@@ -421,3 +421,22 @@ def test_averaged_masks_are_a_union_and_not_taken_for_masks(
     sx.verify(average)
     for name, mask in sx.masks.named_masks(average):
         assert torch.equal(average.get_parameter(name), before[name] * mask)
+
+
+@pytest.mark.parametrize("verb", [sx.summary, sx.verify, sx.recipe, sx.finalize, sx.masks.apply])
+@pytest.mark.parametrize("model", [None, 3])
+def test_what_is_no_model_is_told_so(verb: Callable[[Any], object], model: Any) -> None:
+    with pytest.raises(SriglError, match=f"^the model must be a torch.nn.Module, got {type(model).__name__}$"):
+        verb(model)
+
+
+def test_a_checkpoint_of_no_model_is_told_so(tmp_path: Path) -> None:
+    nothing: Any = None
+    with pytest.raises(SriglError, match=r"^the model must be a torch\.nn\.Module, got NoneType$"):
+        checkpoint.save(tmp_path / "last", model=nothing)
+    assert not list(tmp_path.iterdir())
+    checkpoint.save(tmp_path / "last", model=nn.Linear(3, 2))
+    with pytest.raises(
+        CheckpointError, match=r"last does not fit: the model must be a torch\.nn\.Module, got NoneType"
+    ):
+        checkpoint.load(tmp_path / "last", model=nothing)
