@@ -146,7 +146,8 @@ def from_pretrained(
 
     Raises:
         CheckpointError: There are no masks in the folder, or they are damaged or not of these weights; or the recipe
-            is not that of the model that was saved. Or the options ask for a model that is spread over processes.
+            is not that of the model that was saved. There is no such folder or model, or ``cls`` loads none. Or the
+            options ask for a model that is spread over processes.
     """
     if options.get("output_loading_info"):
         raise CheckpointError("output_loading_info is not supported here: call the class's own from_pretrained for it")
@@ -155,8 +156,19 @@ def from_pretrained(
             f"{', '.join(spread)} would spread the weights over processes before the masks are on them: leave "
             f"{'it' if len(spread) == 1 else 'them'} out, and call fully_shard(model) on what from_pretrained returns"
         )
+    if not callable(getattr(cls, "from_pretrained", None)):
+        raise CheckpointError(
+            f"{getattr(cls, '__name__', cls)} has no from_pretrained: give the model's class in transformers, or an "
+            "auto class, AutoModelForCausalLM say"
+        )
     where = {name: options[name] for name in _WHERE if options.get(name) is not None}
-    path = cached_file(folder, MASKS_FILE, _raise_exceptions_for_missing_entries=False, **where)
+    try:
+        path = cached_file(folder, MASKS_FILE, _raise_exceptions_for_missing_entries=False, **where)
+    except OSError as error:  # of a folder that exists, it asks no hub
+        raise CheckpointError(
+            f"there is no folder {folder}, and no model of that name on the hub can be read ({error}): give the folder "
+            "that save_pretrained wrote"
+        ) from error
     if path is None:
         found, saved, pruning = _among_weights(folder, recipe, where)
     else:

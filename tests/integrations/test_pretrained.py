@@ -265,6 +265,13 @@ def test_the_recipe_of_another_model_is_refused_as_such(tmp_path: Path) -> None:
             from_pretrained(transformers.AutoModelForSequenceClassification, tmp_path, recipe=recipe)
 
 
+def test_a_folder_that_is_not_there_and_a_class_that_loads_nothing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=f"^there is no folder {tmp_path / 'none'}, and no model of that name"):
+        from_pretrained(transformers.AutoModelForCausalLM, tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"^Linear has no from_pretrained: give the model's class"):
+        from_pretrained(nn.Linear, tmp_path)
+
+
 def test_a_dense_folder_and_a_dense_model_are_refused(tmp_path: Path) -> None:
     model = _gpt2()
     with pytest.raises(CheckpointError, match="has no masks"):
