@@ -63,7 +63,7 @@ class Health:
 
 
 def examine(*, renew: bool = False) -> Health:
-    """Look at this machine; takes about half a minute where the operator library must be built first.
+    """Look at this machine; takes some four minutes where the operator library must be built first.
 
     Args:
         renew: Forget all times measured on this processor, and measure the constants of the cost model anew; some ten
