@@ -7,6 +7,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import networkx as nx
 import pytest
 
 from srigl_fx.passes.operators import OPERATORS
+from srigl_fx.passes.pipelines import CONDENSING, LOWERING
 
 VERBS = ("sparsification", "lowering.pipeline", "onnx_export.pipeline", "onnx_tools")
 FACE = ("cli", "demo")  # with the package's __init__, the only ones that see everything
@@ -246,13 +248,16 @@ def test_modules_of_the_package_need_no_import_of_their_own() -> None:
 
 def _named_files(page: str) -> set[str]:
     """The files that a page names: with their folder in its text, below it in the list of all files."""
-    text, _, listed = page.partition("## Every file")
+    text = page.partition("## Every file")[0]
     named = {name for name in re.findall(r"`([\w/]+/\w+\.py)`", text) if not name.startswith("tests/")}
+    return named.union(_listed_files(page))
+
+
+def _listed_files(page: str) -> Iterator[str]:
     folder = ""
-    for line in listed.partition("```text")[2].splitlines():
+    for line in page.partition("## Every file")[2].partition("```text")[2].splitlines():
         folder = line if line.endswith("/") else folder
-        named |= {folder + name for name in re.findall(r"\b\w+\.py\b", line)}
-    return named
+        yield from (folder + name for name in re.findall(r"\b\w+\.py\b", line))
 
 
 def test_the_page_names_every_file_and_no_other(checkout: Path) -> None:
@@ -261,6 +266,18 @@ def test_the_page_names_every_file_and_no_other(checkout: Path) -> None:
     assert _named_files(page) == {name for name in files if not name.endswith("/__init__.py")}
     listed = _named_files("## Every file" + page.partition("## Every file")[2])
     assert _named_files(page) == listed, "the text names a file that the list lacks"
+
+
+def test_the_page_lists_every_file_once(checkout: Path) -> None:
+    page = (checkout / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [name for name, count in Counter(_listed_files(page)).items() if count > 1] == []
+
+
+def test_the_picture_shows_the_passes_of_lower_in_their_order(checkout: Path) -> None:
+    page = (checkout / "docs" / "architecture.md").read_text(encoding="utf-8")
+    picture = page.partition("```text")[2].partition("```")[0].replace("-", " ")
+    passes = [re.sub(r"\B(?=[A-Z])", " ", step.name).lower() for step in (*LOWERING, *CONDENSING)]
+    assert re.search(r"\b.*\b".join(passes), picture, re.DOTALL), passes
 
 
 def test_files_are_found_in_text_and_list() -> None:
