@@ -24,6 +24,7 @@ from srigl_fx.runtime.costs.calibration import (
     WHAT,
     believable,
     checked_constants,
+    host_machine,
     machine_constants,
     predicted,
     probe,
@@ -175,7 +176,7 @@ def test_what_no_machine_can_do_is_neither_used_nor_kept(
 ) -> None:
     machine = simulated(0)
     timings.put(WHAT, stored)
-    assert machine_constants(timings, may_measure=False) == Machine()
+    assert machine_constants(timings, may_measure=False) == host_machine()
     found = machine_constants(timings)
     again = timings.get(WHAT)
     assert again is not None
