@@ -73,6 +73,7 @@ def test_every_form_of_a_network_gives_its_outputs(form: str, library: Path) -> 
     assert math.isnan(share) if lowering is None else 0.2 < share < 1
 
 
+@pytest.mark.slow
 def test_what_becomes_of_layers_is_kept() -> None:
     forms = import_module("harness.forms")
     model = sx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), sparsity=0.5, rules={"1": None}).eval()
