@@ -17,6 +17,7 @@ from srigl_fx.comparison import Comparison, Results, compare
 from srigl_fx.errors import LoweringError, PassError, SriglError
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions, assemble
+from srigl_fx.lowering.verification import CapturedGraphError
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes import trees
 from srigl_fx.passes.base import Note, brief
@@ -112,12 +113,12 @@ def _lower_one(
         except LoweringError as wrong:
             try:
                 return _attempt(region, lower_one, each_pass=True, verify=verify)
-            except PassError:
+            except (PassError, CapturedGraphError):
                 raise
             except SriglError:
                 raise wrong from None
-    except PassError as error:
-        raise PassError(f"in the region {region.name}: {error}") from error
+    except (PassError, CapturedGraphError) as error:
+        raise type(error)(f"in the region {region.name}: {error}") from error
 
 
 def _attempt(

@@ -23,7 +23,7 @@ from srigl_fx.lowering.layer_costs import estimated_costs, layer_costs
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions
 from srigl_fx.lowering.value_dtypes import ValueDtypes, value_dtypes
-from srigl_fx.lowering.verification import second_check, verify_lowered
+from srigl_fx.lowering.verification import CapturedGraphError, checked, second_check, verify_lowered
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
 from srigl_fx.passes.base import Note, Pass, run
@@ -33,7 +33,6 @@ from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.pipelines import LOWERING, whole
 from srigl_fx.passes.program import Costs, Program, Times, enter_masks
 from srigl_fx.passes.select import Select
-from srigl_fx.passes.verify_program import verifier
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.recipes import recipes_of
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
@@ -165,7 +164,7 @@ def _lower_parts(
         batch = program.batch_size if program.dynamic else None
         sizes = options.batch_sizes if leading and batch == leading[0] else None
         own, always = replace(program, model=part), options.verify == "each pass"
-        check = second_check(own) if each_pass else verifier(own) if always else None
+        check = second_check(own) if each_pass else checked(own) if always else None
         name = next(name for name, module in model.named_modules() if module is part)
         folder = options.dump / (name or "model") if options.dump is not None else None
         return _run_passes(program, replace(options, batch_sizes=sizes, dump=folder), check)[0]
@@ -175,7 +174,7 @@ def _lower_parts(
 
 def _lower_program(captured: Program, options: _Options, failures: tuple[Failure, ...]) -> LoweredModule:
     """Lower a model captured whole; ``failures`` are the attempts to capture it that came before."""
-    check = verifier(captured) if options.verify == "each pass" else None
+    check = checked(captured) if options.verify == "each pass" else None
     lowered, program = _run_passes(captured, options, check)
     report = replace(lowered.report, capture_failures=failures)
     if options.verify:
@@ -196,12 +195,13 @@ def _without_what_is_wrong(
 
     Raises:
         PassError: Such a pass does more than improve; it is named.
+        CapturedGraphError: The outputs differ before any pass.
         LoweringError: ``wrong``, where it is no pass that makes the outputs differ.
     """
     try:
         lowered, program = _run_passes(captured, options, second_check(captured))
         return lowered, verify_lowered(program, lowered)
-    except PassError:
+    except (PassError, CapturedGraphError):
         raise
     except SriglError:
         raise wrong from None
