@@ -243,7 +243,7 @@ class Program:
     @contextmanager
     def promised(self) -> Iterator[Callable[["Program"], None]]:
         """Watch over a pass that gets this program, as :func:`srigl_fx.passes.promises.kept` does."""
-        with kept(self.module, [masked.mask for masked in self.masked.values()]) as check:
+        with kept(self.module, [(masked.fqn, masked.mask) for masked in self.masked.values()]) as check:
             yield lambda program: check(program.module)
 
     @property

@@ -17,12 +17,14 @@ from torch import Tensor, fx
 
 
 @contextmanager
-def kept(module: fx.GraphModule, masks: Iterable[Tensor] = ()) -> Iterator[Callable[[fx.GraphModule], None]]:
+def kept(
+    module: fx.GraphModule, masks: Iterable[tuple[str, Tensor]] = ()
+) -> Iterator[Callable[[fx.GraphModule], None]]:
     """Watch over a pass on ``module`` that runs inside; what is given is to be called with the module it made.
 
     Args:
         module: What the pass gets.
-        masks: More tensors that are not to be written to, besides those of the module.
+        masks: More tensors that are not to be written to, besides those of the module, each behind its weight's name.
 
     Raises:
         ValueError: A promise is not kept, and nothing else was raised; what was written is taken back in each case.
@@ -48,13 +50,18 @@ def kept(module: fx.GraphModule, masks: Iterable[Tensor] = ()) -> Iterator[Calla
                 "and dtype"
             )
 
-    named = [*module.named_parameters(), *module.named_buffers(), *(("a mask", mask) for mask in masks)]
+    named = [
+        *module.named_parameters(),
+        *module.named_buffers(),
+        *((f"the mask of {weight}", mask) for weight, mask in masks),
+    ]
     tensors = {id(tensor): (name, tensor) for name, tensor in reversed(named)}  # the first name of each
     saved = [_Saved.of(name, tensor) for name, tensor in tensors.values()]
     try:
         yield check
     finally:
-        written = [name for one in saved for name in one.changes()]
+        # A weight has a mask for each form that the graph has of it.
+        written = list(dict.fromkeys(name for one in saved for name in one.changes()))
         if written:
             for one in saved:
                 one.restore()
