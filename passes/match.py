@@ -39,6 +39,18 @@ class MatchWeights(Pass[Program]):
     6. A weight that the values' dtype cannot hold is an error.
     """
 
+    def requires(self, subject: Program) -> None:
+        """No layer was rewritten so far: the graph has no node left that could be matched with its weight.
+
+        Raises:
+            LoweringError: A pass before has rewritten some; the message names them.
+        """
+        if done := [layer.weight.fqn for layer in subject.layers if layer.decision != "dense"]:
+            raise LoweringError(
+                f"layers are matched before they are rewritten, and {', '.join(done)} are rewritten already: give "
+                "passes one MatchWeights, in front of Condense"
+            )
+
     def run(self, subject: Program) -> PassResult[Program]:
         """Fill in ``subject.layers``."""
         readers: dict[str, list[fx.Node]] = {}

@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 from srigl_fx.errors import LoweringError
 from srigl_fx.masks.records import Kind, Structure, set_records, sparse_weights
 from srigl_fx.passes.base import run
+from srigl_fx.passes.condense import Condense
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.program import Geometry, MatchedLayer, Program, Use, enter_masks
+from srigl_fx.passes.select import Select
 
 aten = torch.ops.aten
 Make = Callable[[fx.Graph, fx.Node, fx.Node], Any]
@@ -242,6 +244,16 @@ def test_rule_6_does_not_ask_of_what_is_pruned() -> None:
     program = program_of(model, (2, 6), reading(aten.linear.default))
     program.value_dtype = torch.float16
     assert matched(program).value_dtype is torch.float16
+
+
+def test_layers_that_are_rewritten_already_are_refused() -> None:
+    program = program_of(linear(), (2, 6), reading(aten.linear.default))
+    with pytest.raises(
+        LoweringError, match=r"and weight are rewritten already: give passes one MatchWeights, in front"
+    ):
+        run((MatchWeights(), Select(), Condense(), MatchWeights()), program)
+    layer = matched(run((MatchWeights(),), program).subject)  # nothing is rewritten by then
+    assert len(layer.uses) == 1
 
 
 @pytest.mark.parametrize("groups", [1, 2])
