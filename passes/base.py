@@ -188,7 +188,7 @@ def _check_result(result: object, subject: object) -> None:
         )
     if not isinstance(result.changed, bool):
         raise TypeError(f"its PassResult says changed={result.changed!r}, which is neither True nor False")
-    if not isinstance(result.notes, list | tuple) or not all(isinstance(note, Note) for note in result.notes):
+    if not isinstance(result.notes, tuple) or not all(isinstance(note, Note) for note in result.notes):
         raise TypeError(
             f"the notes of its PassResult are no tuple of Note(where=..., reason=...), but {result.notes!r}"
         )

@@ -122,7 +122,7 @@ def lower(
     if verify not in (True, False, "each pass"):
         raise LoweringError(f'verify must be True, False or "each pass", not {verify!r}')
     if not isinstance(passes, Sequence) or not all(isinstance(step, Pass) for step in passes):
-        raise LoweringError(f"passes must be a tuple of graph passes, as (*LOWERING, MyPass()), not {passes!r}")
+        raise LoweringError(f"passes must be a tuple or list of graph passes, as (*LOWERING, MyPass()), not {passes!r}")
     if not isinstance(dump, str | os.PathLike | None) or dump == "":
         raise LoweringError(f"dump must be the path of a folder, not {dump!r}")
     with EXPORT_LOCK:

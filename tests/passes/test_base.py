@@ -106,6 +106,7 @@ class Returns(Pass[list[str]]):
         (PassResult(subject="graph", changed=True), "of the type str, not the list that run was given"),
         (PassResult(subject=[], changed="yes"), "changed='yes', which is neither True nor False"),  # type: ignore[arg-type]
         (PassResult(subject=[], changed=True, notes=("hello",)), "but .'hello',."),  # type: ignore[arg-type]
+        (PassResult(subject=[], changed=True, notes=[Note(where="a", reason="b")]), "but .Note.*."),  # type: ignore[arg-type]
         (PassResult(subject=[], changed=True, notes="hello"), "but 'hello'"),  # type: ignore[arg-type]
         (PassResult(subject=[], changed=True, notes=None), "but None"),  # type: ignore[arg-type]
     ],
