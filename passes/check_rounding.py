@@ -4,6 +4,9 @@ Owns :class:`CheckRounding` and its rule. It must not know how a layer is rounde
 that the layer would become.
 """
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -22,6 +25,8 @@ class CheckRounding(Pass[Program]):
     all in float32 before it. With y what it gives in float32, and z in int8, bias included, its signal-to-noise ratio
     is ``10 log10(sum of y**2 / sum of (y - z)**2)`` in dB, of all samples together.
 
+    0. A layer whose inputs have given scales is computed with these and with scales found at each call. Where the
+       ratio with given ones is below ``least``, the layer loses them, and a note says so.
     1. A layer whose ratio is at least ``least`` keeps its ``value_dtype``, and the report has the ratio. Of a weight
        that is used several times, the smallest counts.
     2. Any other gets ``torch.float32``, and its reason says so: what is decided for it later is decided in float32.
@@ -41,25 +46,36 @@ class CheckRounding(Pass[Program]):
         if not layers:
             return PassResult(subject=subject, changed=False)
 
+        ratios: dict[tuple[str, bool], float] = {}  # the smallest of each layer, with given scales and without
+
         def seen(use: Use, x: Tensor, y: Tensor) -> None:
             layer = layers.get(use.node)
             if layer is None or layer.unrounded:
                 return
             try:
-                ((_, rounded),) = variants(use, ["condensed"], torch.int8)
-                snr = signal_to_noise(y, rounded(x))
+                for form in {use, _finding_scales(use)}:
+                    ((_, rounded),) = variants(form, ["condensed"], torch.int8)
+                    key = layer.weight.fqn, form.x_scale is not None
+                    ratios[key] = min(ratios.get(key, math.inf), signal_to_noise(y, rounded(x)))
             except FormatError as error:
                 layer.unrounded = f"stored in float32: {error}"  # rule 3
-                return
-            layer.snr = snr if layer.snr is None else min(layer.snr, snr)
 
         run_uses(subject, seen)
-        for layer in layers.values():
+        notes = []
+        for layer in {layer.weight.fqn: layer for layer in layers.values()}.values():
+            given = ratios.get((layer.weight.fqn, True))
+            if given is not None and not given >= self.least:
+                layer.uses = [_finding_scales(use) for use in layer.uses]
+                reason = (
+                    f"scales are found at each call: with given ones its signal-to-noise ratio is {given:.1f} dB, and "
+                    f"at least {self.least:g} dB are asked for"
+                )
+                notes.append(Note(where=layer.weight.fqn, reason=reason))
+            if not layer.unrounded:
+                layer.snr = ratios.get((layer.weight.fqn, layer.calibrated))
             self._settle(layer)
-        notes = tuple(
-            Note(where=layer.weight.fqn, reason=layer.unrounded) for layer in subject.layers if layer.unrounded
-        )
-        return PassResult(subject=subject, changed=False, notes=notes)
+        notes += [Note(where=layer.weight.fqn, reason=layer.unrounded) for layer in subject.layers if layer.unrounded]
+        return PassResult(subject=subject, changed=False, notes=tuple(notes))
 
     def _settle(self, layer: MatchedLayer) -> None:
         if not layer.unrounded and layer.snr is not None and not layer.snr >= self.least:
@@ -69,3 +85,7 @@ class CheckRounding(Pass[Program]):
             )
         if layer.unrounded:
             layer.value_dtype = torch.float32
+
+
+def _finding_scales(use: Use) -> Use:
+    return use if use.x_scale is None else replace(use, x_scale=None, x_offset=0)

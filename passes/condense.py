@@ -34,8 +34,9 @@ class Condense(Pass[Program]):
     and ``y = bias`` for all other rows.
 
     1. "condensed": the node becomes a condensed operator; values, indices and active rows are buffers named after the
-       weight, the values in the layer's ``value_dtype``; in int8, their scales are one more. A layer without bias gets
-       a buffer of zeros. What an even kernel with padding "same" needs on the far side is padded before it.
+       weight, the values in the layer's ``value_dtype``; in int8, their scales are one more, and the scale that may be
+       given for the input is an argument. A layer without bias gets a buffer of zeros. What an even kernel with padding
+       "same" needs on the far side is padded before it.
     2. Where a few runs of a matrix's rows keep fan-ins that differ much (the blocks of a packed projection), the node
        becomes one operator a run and their concatenation; else the shorter rows (where inputs were removed) are padded.
     3. "shrunk": the dense operator computes the active rows only; the others are filled with their bias.
@@ -149,6 +150,8 @@ def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtyp
         more: dict[str, Any] = {}
         if weight.scales is not None:
             more["scales"] = buffers.read(f"{stem}_scales", torch.from_numpy(weight.scales))
+            if use.x_scale is not None:
+                more |= {"x_scale": use.x_scale, "x_offset": use.x_offset}
         if geometry is None:
             operator = torch.ops.srigl_fx.condensed_linear.default
             outputs.append(graph.call_function(operator, (x, *operands, use.mask.shape[1]), more))

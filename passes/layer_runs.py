@@ -10,10 +10,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from srigl_fx.passes.example_inputs import Inputs
 from srigl_fx.passes.program import Program, Use
 
 
-def run_uses(program: Program, seen: Callable[[Use, Tensor, Tensor], None], batch: int | None = None) -> None:
+def run_uses(
+    program: Program,
+    seen: Callable[[Use, Tensor, Tensor], None],
+    batch: int | None = None,
+    inputs: Inputs | None = None,
+) -> None:
     """Run the graph of a matched program on its example inputs, and show each use with its input and its output.
 
     Buffers that the model writes are as they were afterwards, and so is the random state.
@@ -22,10 +28,11 @@ def run_uses(program: Program, seen: Callable[[Use, Tensor, Tensor], None], batc
         program: Its layers are known, and not rewritten yet.
         seen: Called with a use, what the graph hands it, and what it gives.
         batch: The batch size; by default that of the example inputs.
+        inputs: Others than the example inputs.
     """
-    inputs = pytree.tree_leaves(program.inputs(program.batch_size if batch is None else batch))
+    given = program.inputs(program.batch_size if batch is None else batch) if inputs is None else inputs
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        _Runner(program, seen).run(*inputs, enable_io_processing=False)
+        _Runner(program, seen).run(*pytree.tree_leaves(given), enable_io_processing=False)
 
 
 class _Runner(fx.Interpreter):

@@ -6,6 +6,7 @@ Owns the order in which the graph passes run. It must not know how a model is ca
 from collections.abc import Sequence
 
 from srigl_fx.passes.base import Pass
+from srigl_fx.passes.calibrate import Calibrate
 from srigl_fx.passes.check_rounding import CheckRounding
 from srigl_fx.passes.condense import Condense
 from srigl_fx.passes.feature_major import FeatureMajor
@@ -24,6 +25,7 @@ LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants(), ToLinear(),
 
 CONDENSING: tuple[Pass[Program], ...] = (
     MatchWeights(),
+    Calibrate(),
     CheckRounding(),
     Select(),
     Condense(),
@@ -37,8 +39,8 @@ def whole(passes: Sequence[Pass[Program]]) -> tuple[Pass[Program], ...]:
     """``passes``, with :data:`CONDENSING` behind them where they do not condense.
 
     Example:
-        >>> [step.name for step in whole((Normalize(),))]
-        ['Normalize', 'MatchWeights', 'CheckRounding', 'Select', 'Condense', 'FuseEpilogues', 'FeatureMajor']
+        >>> [step.name for step in whole((Normalize(),))][:5]
+        ['Normalize', 'MatchWeights', 'Calibrate', 'CheckRounding', 'Select']
     """
     condenses = any(isinstance(step, Condense) for step in passes)
     return tuple(passes) if condenses else (*passes, *CONDENSING)

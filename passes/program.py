@@ -106,6 +106,9 @@ class Use:
         weight: (n, F) matrix view of the tensor.
         mask: bool (n, F).
         geometry: The settings of a convolution; None of a linear layer.
+        x_scale: With values of eight bits, the scale that its input is rounded with; None where each sample has its
+            own, found at each call.
+        x_offset: What belongs to it: 0 or 128.
     """
 
     node: fx.Node
@@ -113,6 +116,8 @@ class Use:
     weight: Tensor
     mask: Tensor
     geometry: Geometry | None = None
+    x_scale: float | None = None
+    x_offset: int = 0
 
     @property
     def x(self) -> fx.Node:
@@ -157,6 +162,11 @@ class MatchedLayer:
     value_dtype: torch.dtype = torch.float32
     snr: float | None = None
     unrounded: str = ""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the scales of its inputs are given."""
+        return any(use.x_scale is not None for use in self.uses)
 
 
 @dataclass

@@ -41,7 +41,7 @@ def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """
     _refuse_second_derivatives("condensed_linear")
     x, values, indices, active, bias, residual = ctx.saved_tensors
-    in_features, activation, _, _, scales = ctx.settings
+    in_features, activation, _, _, scales, *_ = ctx.settings
     _refuse_eight_bits("condensed_linear", scales)
     wanted = ctx.needs_input_grad
     if activation != "none":
@@ -63,10 +63,7 @@ def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_bias,
         None,
         of_residual,
-        None,
-        None,
-        None,
-        None,
+        *(None,) * 6,
     )
 
 
@@ -78,7 +75,7 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """
     _refuse_second_derivatives("condensed_conv")
     x, values, indices, active, bias, residual = ctx.saved_tensors
-    weight_shape, stride, padding, dilation, groups, activation, transposed, output_padding, scales = ctx.settings
+    weight_shape, stride, padding, dilation, groups, activation, transposed, output_padding, scales, *_ = ctx.settings
     _refuse_eight_bits("condensed_conv", scales)
     columns = math.prod(weight_shape[1:])
     dense, positions = expand(values.float(), indices, active, bias.shape[0], columns)
@@ -93,7 +90,7 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         grad_values = grads[1].reshape(-1)[positions].masked_fill(is_padding(positions), 0).to(values.dtype)
     grad_residual = None if residual is None else grads[3]
-    return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, None, None, None, None
+    return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, *(None,) * 6
 
 
 def _refuse_eight_bits(op: str, scales: Tensor | None) -> None:

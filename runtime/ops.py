@@ -22,20 +22,21 @@ from srigl_fx.runtime.dense import dense_conv as dense_conv
 from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
 from srigl_fx.runtime.quantisation import LARGEST_FILTER
-from srigl_fx.runtime.validation import check_epilogue, check_weight, conv_shape, linear_shape
+from srigl_fx.runtime.validation import check_epilogue, check_given, check_weight, conv_shape, linear_shape
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor bias"
+_GIVEN = "float? x_scale=None, int x_offset=0"  # with values of int8: how x is rounded, rather than by what it holds
 
 _library: Any = torch.library.Library("srigl_fx", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     f"condensed_linear(Tensor x, {_WEIGHT}, int in_features, Tensor? residual=None, str activation='none', "
-    "bool x_feature_major=False, bool y_feature_major=False, Tensor? scales=None) -> Tensor",
+    f"bool x_feature_major=False, bool y_feature_major=False, Tensor? scales=None, {_GIVEN}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     f"condensed_conv(Tensor x, {_WEIGHT}, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
     "int groups, Tensor? residual=None, str activation='none', bool transposed=False, int[]? output_padding=None, "
-    "Tensor? scales=None) -> Tensor",
+    f"Tensor? scales=None, {_GIVEN}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -62,13 +63,16 @@ def _condensed_linear(
     x_feature_major: bool = False,
     y_feature_major: bool = False,
     scales: Tensor | None = None,
+    x_scale: float | None = None,
+    x_offset: int = 0,
 ) -> Tensor:
     op = "condensed_linear"
     _refuse_forward_mode(op)
     check_epilogue(op, linear_shape(op, x, bias, in_features), residual, activation)
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
-    weight = _contiguous(values, indices, active, bias)
-    return execute.linear(checked, x, weight, in_features, residual, activation, y_feature_major, scales)
+    check_given(op, scales, x_scale, x_offset)
+    weight, given = _contiguous(values, indices, active, bias), (x_scale, x_offset)
+    return execute.linear(checked, x, weight, in_features, residual, activation, y_feature_major, scales, given)
 
 
 def _condensed_conv(
@@ -87,6 +91,8 @@ def _condensed_conv(
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
     scales: Tensor | None = None,
+    x_scale: float | None = None,
+    x_offset: int = 0,
 ) -> Tensor:
     op = "condensed_conv"
     _refuse_forward_mode(op)
@@ -99,12 +105,13 @@ def _condensed_conv(
             "store them in float32"
         )
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
+    check_given(op, scales, x_scale, x_offset)
     y = x.new_empty(shape)
     if y.numel():
         residual = None if residual is None else residual.contiguous()
         operands = x.contiguous(), *_contiguous(values, indices, active, bias)
         settings = weight_shape, stride, padding, dilation, groups, transposed
-        execute.convolution(checked, operands, *settings, y, residual, activation, scales)
+        execute.convolution(checked, operands, *settings, y, residual, activation, scales, (x_scale, x_offset))
     return y
 
 
@@ -132,6 +139,8 @@ def _fake_linear(
     x_feature_major: bool = False,
     y_feature_major: bool = False,
     scales: Tensor | None = None,
+    x_scale: float | None = None,
+    x_offset: int = 0,
 ) -> Tensor:
     shape = linear_shape("condensed_linear", x, bias, in_features)
     check_epilogue("condensed_linear", shape, residual, activation)
@@ -156,6 +165,8 @@ def _fake_conv(
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
     scales: Tensor | None = None,
+    x_scale: float | None = None,
+    x_offset: int = 0,
 ) -> Tensor:
     op = "condensed_conv"
     shape = conv_shape(op, x, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)

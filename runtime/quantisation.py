@@ -8,6 +8,9 @@ Activations are rounded anew at each call, with one scale for each sample: where
 0 ... 255, else to -127 ... 127, which is stored as 1 ... 255 with 128 for zero (the sample's offset). Sums of products
 are whole numbers and exact. A sample whose largest number is below 2**-100 counts as zeros. In a sample that holds a
 NaN or an infinity no number is known: every output that has weights is NaN.
+
+Or they are rounded with a given scale and offset, the same for all samples and calls. What is beyond 0 ... 255 is
+clipped then, infinities too, and a NaN becomes zero.
 """
 
 import math
@@ -73,6 +76,60 @@ def quantise_samples(x: Array) -> tuple[Array, Array, Array]:
         scales = np.where(finite, np.where(counted, largest / limits, 0), np.nan).astype(np.float32)
         steps = np.rint(np.where(finite[:, None], flat, 0) * inverses[:, None])
     return (steps + offsets[:, None]).astype(np.uint8).reshape(x.shape), scales, offsets
+
+
+def given_scale(largest: float, negative: bool) -> tuple[float, int]:
+    """The scale and the offset of a tensor whose numbers are known: to round it as :func:`quantise_samples` does.
+
+    Args:
+        largest: The largest magnitude in it; at least 2**-100, and finite.
+        negative: Whether anything in it is negative.
+
+    Returns:
+        The scale, a float32, and the offset.
+
+    Example:
+        >>> given_scale(255.0, False), given_scale(254.0, True)
+        ((1.0, 0), (2.0, 128))
+    """
+    limit = LARGEST_VALUE if negative else LARGEST_UNSIGNED
+    return float(np.float32(largest) / np.float32(limit)), OFFSET if negative else 0
+
+
+def given_problem(scale: float, offset: int) -> str:
+    """What is wrong with a given scale and its offset; "" where nothing is.
+
+    Example:
+        >>> given_problem(0.1, 128), given_problem(0.0, 0)
+        ('', 'scale must be a finite number of at least 2**-100, not 0.0')
+    """
+    if not SMALLEST <= scale <= float(np.finfo(np.float32).max):
+        return f"scale must be a finite number of at least 2**-100, not {scale}"
+    return "" if offset in (0, OFFSET) else f"offset must be 0 or {OFFSET}, not {offset}"
+
+
+def round_with(x: Array, scale: float, offset: int) -> Array:
+    """Round activations to eight bits with a given scale.
+
+    Each becomes the whole number nearest to ``x * (1 / scale)``, of two the even one, plus the offset, clipped to
+    0 ... 255.
+
+    Args:
+        x: float32, of any shape.
+        scale: What one step is worth; at least 2**-100.
+        offset: 0 or 128.
+
+    Returns:
+        uint8 like ``x``. What ``x`` was is about ``scale * (rounded - offset)``, if it was within reach. A NaN counts
+        as zero.
+
+    Example:
+        >>> round_with(np.array([-9, 0.25, 0.75, 2, np.inf, np.nan], np.float32), 0.5, 128).tolist()
+        [110, 128, 130, 132, 255, 128]
+    """
+    with np.errstate(over="ignore"):
+        steps = np.rint(x * (np.float32(1) / np.float32(scale)))
+    return (np.where(np.isnan(steps), 0, steps) + np.float32(offset)).clip(0, 255).astype(np.uint8)
 
 
 def sums(rounded: Array, offsets: Array, weight: Array) -> Array:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from srigl_fx.runtime.activations import ACTIVATIONS
-from srigl_fx.runtime.quantisation import quantise_samples
+from srigl_fx.runtime.quantisation import quantise_samples, round_with
 
 Array = NDArray[Any]
 
@@ -25,6 +25,8 @@ def condensed_linear(
     bias: Array,
     *,
     scales: Array | None = None,
+    x_scale: float | None = None,
+    x_offset: int = 0,
     residual: Array | None = None,
     activation: str = "none",
     accumulate: DTypeLike = np.float64,
@@ -33,8 +35,8 @@ def condensed_linear(
 
     ``y[..., active] = sum_j values[:, j] * x[..., indices[:, j]] + bias``, the bias alone in every other column; then
     the residual is added and the activation applied, in every column. An index that repeats the one before it is
-    padding, and adds nothing. With ``scales``, the samples are rounded to eight bits before they are multiplied:
-    :mod:`srigl_fx.runtime.quantisation`.
+    padding, and adds nothing. With ``scales``, the samples are rounded to eight bits before they are multiplied, each
+    with a scale of its own or all with ``x_scale``: :mod:`srigl_fx.runtime.quantisation`.
 
     Args:
         x: float32 (..., in_features).
@@ -43,6 +45,8 @@ def condensed_linear(
         active: Integers (n_active,).
         bias: float32 (n,).
         scales: float32 (n_active,), or None.
+        x_scale: The scale to round all samples with, or None.
+        x_offset: What belongs to it: 0 or 128.
         residual: float32 (..., n), or None.
         activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
         accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
@@ -59,7 +63,9 @@ def condensed_linear(
     if scales is not None:
         rows = x.reshape(-1, x.shape[-1])
         y = _of_eight_bits(
-            rows, active, bias, scales, lambda steps, none: condensed_linear(steps, values, indices, active, none)
+            *_rounded(rows, x_scale, x_offset),
+            *(active, bias, scales),
+            lambda steps, none: condensed_linear(steps, values, indices, active, none),
         )
         y = y.reshape(*x.shape[:-1], bias.shape[0])
         return _finish(y, residual, activation).astype(x.dtype)
@@ -70,14 +76,28 @@ def condensed_linear(
     return _finish(y, residual, activation).astype(x.dtype)
 
 
-def _of_eight_bits(x: Array, active: Array, bias: Array, scales: Array, sums: Callable[[Array, Array], Array]) -> Array:
+def _rounded(x: Array, scale: float | None, offset: int) -> tuple[Array, Array, Array]:
+    """Samples as bytes, their scales and their offsets: found here, or given."""
+    if scale is None:
+        return quantise_samples(x)
+    return round_with(x, scale, offset), np.full(len(x), scale, np.float32), np.full(len(x), offset, np.int32)
+
+
+def _of_eight_bits(
+    rounded: Array,
+    of_samples: Array,
+    offsets: Array,
+    active: Array,
+    bias: Array,
+    scales: Array,
+    sums: Callable[[Array, Array], Array],
+) -> Array:
     """``scale * sum + bias`` in float64; ``sums`` gives the sums of whole numbers, and takes a bias, which is zero."""
-    rounded, of_samples, offsets = quantise_samples(x)
-    shape = (-1, *([1] * (x.ndim - 1)))
+    shape = (-1, *([1] * (rounded.ndim - 1)))
     exact = sums(rounded.astype(np.float64) - offsets.reshape(shape), np.zeros(bias.shape))
     # The product of both scales is rounded to float32, as kernels have it; it may be too small for one.
     factors = of_samples[:, None] * scales.astype(np.float32)
-    along = (1, -1, *([1] * (x.ndim - 2)))
+    along = (1, -1, *([1] * (rounded.ndim - 2)))
     y = np.broadcast_to(bias.astype(np.float64).reshape(along), exact.shape).copy()
     y[:, active.astype(np.int64)] += exact[:, active.astype(np.int64)] * factors.reshape(*factors.shape, *along[2:])
     return y
@@ -110,6 +130,8 @@ def condensed_conv(
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
     scales: Array | None = None,
+    x_scale: float | None = None,
+    x_offset: int = 0,
     residual: Array | None = None,
     activation: str = "none",
     accumulate: DTypeLike = np.float64,
@@ -131,6 +153,8 @@ def condensed_conv(
         transposed: Whether each input is spread over the outputs that the kernel reaches from it.
         output_padding: What a transposed convolution's output has more, after every dimension; none by default.
         scales: float32 (n_active,) with values of int8, or None, as for :func:`condensed_linear`.
+        x_scale: As for :func:`condensed_linear`.
+        x_offset: As for :func:`condensed_linear`.
         residual: float32 of the output's shape, or None.
         activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
         accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
@@ -151,7 +175,7 @@ def condensed_conv(
             geometry |= {"transposed": transposed, "output_padding": output_padding, "weight_shape": weight_shape}
             return condensed_conv(steps, values, indices, active, none, **geometry)
 
-        y = _of_eight_bits(x, active, bias, scales, sums)
+        y = _of_eight_bits(*_rounded(x, x_scale, x_offset), active, bias, scales, sums)
         return _finish(y, residual, activation).astype(x.dtype)
     rank = x.ndim - 2
     strides = strides or (1,) * rank

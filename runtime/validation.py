@@ -18,7 +18,7 @@ from srigl_fx.errors import FormatError
 from srigl_fx.runtime import value_types
 from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.format import range_problem
-from srigl_fx.runtime.quantisation import LARGEST_FAN_IN
+from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, given_problem
 
 _LARGEST: Final = 1 << 31  # so that no product of sizes overflows
 # The dtypes of values, and their numbers.
@@ -105,6 +105,16 @@ def conv_shape(
             f"{op}: kernel {tuple(kernel)} and padding {tuple(padding)} leave no output of {tuple(x.shape)}"
         )
     return (x.shape[0], n, *out)
+
+
+def check_given(op: str, scales: Tensor | None, scale: float | None, offset: int) -> None:
+    """Raise a FormatError unless samples are rounded with no given scale, or with one that rounds, in eight bits."""
+    if scale is None:
+        return
+    if scales is None:
+        raise FormatError(f"{op}: only samples of a weight of int8 are rounded; got an x_scale without scales")
+    if problem := given_problem(scale, offset):
+        raise FormatError(f"{op}: x_{problem}")
 
 
 class Checked:

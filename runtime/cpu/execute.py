@@ -8,6 +8,7 @@ or differentiated.
 import ctypes
 import functools
 import math
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -23,10 +24,12 @@ from srigl_fx.runtime.cpu.kernels.table import KERNELS
 from srigl_fx.runtime.cpu.prepared_weights import Job, new_job, pack, panel_of
 from srigl_fx.runtime.validation import Checked
 
+Given = tuple[float | None, int]  # the scale that samples are rounded with, if it is given, and its offset
 _TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "linear"}
 _CONV_TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "convolution"}
 _COLUMNS = {plan.TILE: COLUMNS, plan.INT8_TILE: plan.INT8_COLUMNS}  # of the kernels that compute tiles
 _SLACK = 64  # floats behind a packed sample that may be read
+_FLOAT, _FLOAT_BITS = struct.Struct("f"), struct.Struct("I")
 _looks_up_bytes = functools.cache(looks_up_bytes)
 
 
@@ -91,6 +94,12 @@ def _job(
     return j
 
 
+def _set_given(j: "ctypes.Array[ctypes.c_int64]", given: Given) -> None:
+    scale, offset = given
+    if scale is not None:
+        j[job.X_SCALE], j[job.X_OFFSET] = _FLOAT_BITS.unpack(_FLOAT.pack(scale))[0], offset
+
+
 def linear(
     checked: Checked | None,
     x: Tensor,
@@ -100,6 +109,7 @@ def linear(
     activation: str,
     y_feature_major: bool,
     scales: Tensor | None = None,
+    given: Given = (None, 0),
 ) -> Tensor:
     """The outputs (..., n) of samples (..., in_features), with the memory of (n, ...) if so asked.
 
@@ -114,6 +124,7 @@ def linear(
         activation: The activation's name.
         y_feature_major: Whether the output's transposed is to be contiguous.
         scales: Of the rows, with values of eight bits.
+        given: The scale to round ``x`` with, and its offset.
     """
     values, n = weight[0], weight[3].shape[0]
     shape = (*x.shape[:-1], n)
@@ -126,7 +137,7 @@ def linear(
         planned = kernel, _ = _linear_plan(in_features, *values.shape, batch, columns, _may_pack(checked, values))
     if kernel == plan.STRIDED or (columns and kernel == plan.INT8_DOT):
         # It is plain and slow, for hosts where an operator cannot ask for other layouts; here copies are at hand.
-        y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False, scales)
+        y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False, scales, given)
         return y.movedim(-1, 0).contiguous().movedim(0, -1) if y_feature_major else y
     x = x.movedim(-1, 0) if x_columns else x.contiguous()
     y = x.new_empty((n, *shape[:-1])).movedim(0, -1) if y_feature_major else x.new_empty(shape)
@@ -135,6 +146,7 @@ def linear(
     if residual is not None:
         residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
     j = _job(checked, planned, (x, *weight), in_features, n, y, scales)
+    _set_given(j, given)
     j[job.BATCH], j[job.ACTIVATION] = batch, NUMBERS[activation]
     j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
@@ -202,6 +214,7 @@ def convolution(
     residual: Tensor | None,
     activation: str,
     scales: Tensor | None = None,
+    given: Given = (None, 0),
 ) -> None:
     """Compute ``y``, which has elements, over one to three axes; operands, residual and ``y`` are contiguous."""
     x, values, indices, active, bias = operands
@@ -225,6 +238,7 @@ def convolution(
     if kernel == plan.ROWS:
         values = values.float()
     j = _job(checked, planned, (x, values, indices, active, bias), in_features, block_rows, y, scales)
+    _set_given(j, given)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.BATCH] = NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()

@@ -5,13 +5,19 @@ one word out, an ``OrtStatus*``, 0 where all is well. A model file is untrusted:
 multiplied. It must not know inputs, or how results are computed.
 """
 
+import numpy as np
+
 from srigl_fx.runtime.cpu.kernels import conv
 from srigl_fx.runtime.ort import abi
-from srigl_fx.runtime.ort.primitives import call, inlined, linked, load, load8, stack, store, text
+from srigl_fx.runtime.ort.primitives import call, inlined, linked, load, load8, load32, stack, store, text
 from srigl_fx.runtime.ort.refusals import refuse
-from srigl_fx.runtime.quantisation import LARGEST_FILTER
+from srigl_fx.runtime.quantisation import LARGEST_FILTER, OFFSET, SMALLEST
 
-_LARGEST_FILTER = LARGEST_FILTER  # Numba takes a constant for a literal only under a name of the module's own
+_LARGEST_FILTER, _OFFSET = (
+    LARGEST_FILTER,
+    OFFSET,
+)  # Numba takes a constant for a literal only under a name of the module's own
+_SMALLEST, _INFINITY = (int(np.float32(number).view(np.int32)) for number in (SMALLEST, np.inf))  # as bits
 _LIST_CAPACITY = 16  # more than any list attribute of ours may hold
 
 
@@ -40,6 +46,28 @@ def read_int(node: int, info: int, name: int, default: int, out: int) -> int:
         return refuse(node, text("attribute '@' is missing"), name, 0, 0)
     store(out, 0, default)
     return 0
+
+
+@linked
+def read_given(node: int, info: int) -> int:
+    """Store the scale and the offset with which samples are rounded; 0 where there is none, as in older files."""
+    api, found, name = load(node, abi.NODE_API), stack(1), text("x_scale")
+    store(found, 0, 0)
+    status = call(load(api, abi.KERNEL_INFO_GET_ATTRIBUTE_FLOAT), (info, name, found))
+    if status != 0:
+        missing = _is_missing(api, status)
+        call(load(api, abi.RELEASE_STATUS), (status,))
+        if not missing:
+            return refuse(node, text("attribute '@' must be a float"), name, 0, 0)
+    bits = load32(found, 0)
+    if bits != 0 and (bits < _SMALLEST or bits >= _INFINITY):
+        return refuse(node, text("attribute '@' must be 0 or a finite number of at least 2**-100"), name, 0, 0)
+    store(node, abi.NODE_X_SCALE, bits)
+    status = read_int(node, info, text("x_offset"), 0, node + abi.NODE_X_OFFSET)
+    offset = load(node, abi.NODE_X_OFFSET)
+    if status == 0 and offset != 0 and offset != _OFFSET:
+        return refuse(node, text("attribute '@' is %, expected 0 or %"), text("x_offset"), offset, _OFFSET)
+    return status
 
 
 @linked
@@ -175,6 +203,10 @@ def read_attributes(node: int, info: int) -> int:
         )
     store(node, abi.NODE_IN_FEATURES, in_features)
     store(node, abi.NODE_OUT_FEATURES, n)
+    if load(node, abi.NODE_EIGHT_BITS) != 0:
+        status = read_given(node, info)
+        if status != 0:
+            return status
     if is_conv:
         store(node, abi.NODE_SPATIAL_RANK, rank - 2)
         return read_geometry(node, info, shape, rank - 2)
@@ -208,4 +240,4 @@ def read_layout(node: int, info: int, name: int, first: int, out: int) -> int:
     return 0
 
 
-FUNCTIONS = (read_int, read_ints, read_steps, read_geometry, read_layout, read_attributes)
+FUNCTIONS = (read_int, read_given, read_ints, read_steps, read_geometry, read_layout, read_attributes)

@@ -49,6 +49,8 @@ def _start_job(node: int, panel: int, weights: int, j: int) -> None:
         store_weights(node, weights, j)
     set_field(j, job.BIAS, load(weights, abi.WEIGHTS_BIAS))
     set_field(j, job.ACTIVATION, load(node, abi.NODE_ACTIVATION))
+    set_field(j, job.X_SCALE, load(node, abi.NODE_X_SCALE))
+    set_field(j, job.X_OFFSET, load(node, abi.NODE_X_OFFSET))
 
 
 @inlined

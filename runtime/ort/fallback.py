@@ -21,6 +21,7 @@ WEIGHT_ATTRIBUTES = ("in_features", "weight_shape", "flat_size")
 LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
+GIVEN_ATTRIBUTES = ("x_scale", "x_offset")  # of operators with values of eight bits; a scale of 0 is none
 
 # Every constant is a tensor that states its type: graph tools take value_float, and a fill value left out, for double.
 # Flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
@@ -103,9 +104,8 @@ _ROUNDED = """
     finite_scale = Where (is_counted, step_size, zero_scalar)
     nothing = Mul (samples, zero_scalar)
     poison = ReduceSum <keepdims: int = 1> (nothing, one)
-    sample_scale = Add (finite_scale, poison)
-    scaled_samples = Mul (samples, inverse)
-    whole_samples = Round (scaled_samples)
+    found_scale = Add (finite_scale, poison)
+    {given}
     bias_shape = Shape (bias)
     no_scales = ConstantOfShape <value: tensor = float[1] {{0.0}}> (bias_shape)
     row_scales = ScatterElements <axis: int = 0> (no_scales, wide_active, scales)
@@ -114,6 +114,34 @@ _ROUNDED = """
     active_shape = Shape (active)
     are_active = ConstantOfShape <value: tensor = bool[1] {{1}}> (active_shape)
     is_active = ScatterElements <axis: int = 0> (no_rows, wide_active, are_active)
+"""
+_FOUND = """
+    sample_scale = Identity (found_scale)
+    scaled_samples = Mul (samples, inverse)
+    whole_samples = Round (scaled_samples)
+"""
+# For operators of which some node has a scale given: where it has none, what is found has all numbers within reach.
+_GIVEN = """
+    given_scale = Constant <value_float: float = @x_scale> ()
+    given_offset = Constant <value_int: int = @x_offset> ()
+    is_given = Greater (given_scale, zero_scalar)
+    one_scalar = Constant <value: tensor = float {{1.0}}> ()
+    given_divisor = Where (is_given, given_scale, one_scalar)
+    given_inverse = Div (one_scalar, given_divisor)
+    factor = Where (is_given, given_inverse, inverse)
+    sample_scale = Where (is_given, given_scale, found_scale)
+    scaled_samples = Mul (samples, factor)
+    some_samples = Round (scaled_samples)
+    is_nan = IsNaN (some_samples)
+    all_samples = Where (is_nan, zero_scalar, some_samples)
+    own_offset = Constant <value: tensor = float {{128.0}}> ()
+    found_offset = Where (is_signed, own_offset, zero_scalar)
+    wide_offset = Cast <to: int = 1> (given_offset)
+    offset = Where (is_given, wide_offset, found_offset)
+    lowest = Neg (offset)
+    highest = Add (lowest, unsigned_limit)
+    high_samples = Max (all_samples, lowest)
+    whole_samples = Min (high_samples, highest)
 """
 _ROWS = """
     row_length = Reshape (row_size, one)
@@ -161,34 +189,36 @@ _PERMUTATION = """
 """
 
 
-def _contraction(base: str, exact: bool) -> str:
+def _contraction(base: str, exact: bool, given: bool) -> str:
     """The steps of an operator from its data to the sum with its bias, as a template."""
+    rounded = _ROUNDED.replace("{given}", _GIVEN if given else _FOUND)
     of_floats = base.removesuffix(abi.EIGHT_BITS)
     if of_floats == base or not exact:
         return _CONTRACTIONS[of_floats]
     if of_floats == "CondensedLinear":
-        return _ROWS + _ROUNDED.replace("{samples}", "Reshape ({x}, rows_of_x)") + _LINEAR_SUMS + _LINEAR_SCALED
+        return _ROWS + rounded.replace("{samples}", "Reshape ({x}, rows_of_x)") + _LINEAR_SUMS + _LINEAR_SCALED
     sums = _CONTRACTIONS[of_floats].replace("{x}", "steps").replace(", bias)", ")").replace("{y}", "sums")
-    return _ROUNDED.replace("{samples}", "Flatten <axis: int = 1> ({x})") + _CONV_STEPS + sums + _CONV_SCALED
+    return rounded.replace("{samples}", "Flatten <axis: int = 1> ({x})") + _CONV_STEPS + sums + _CONV_SCALED
 
 
 def attributes_of(base: str) -> tuple[str, ...]:
-    """The attributes of the operators with this base name, all of them mandatory.
+    """The attributes of the operators with this base name, which nodes of an exported file have all of.
 
     Example:
         >>> attributes_of("CondensedLinear")
         ('in_features', 'weight_shape', 'flat_size', 'x_perm', 'y_perm')
     """
+    given = GIVEN_ATTRIBUTES if base.endswith(abi.EIGHT_BITS) else ()
     base = base.removesuffix(abi.EIGHT_BITS)
     if base == "CondensedLinear":
-        return WEIGHT_ATTRIBUTES + LINEAR_ATTRIBUTES
+        return WEIGHT_ATTRIBUTES + LINEAR_ATTRIBUTES + given
     transposed = TRANSPOSED_ATTRIBUTES if base == "CondensedConvTranspose" else ()
-    return WEIGHT_ATTRIBUTES + CONV_ATTRIBUTES + transposed
+    return WEIGHT_ATTRIBUTES + CONV_ATTRIBUTES + transposed + given
 
 
 def fallback_functions(
     names: Iterable[str] = abi.OPERATORS,
-    permuted: Mapping[str, Collection[str]] | None = None,
+    used: Mapping[str, Collection[str]] | None = None,
     *,
     exact: bool = True,
 ) -> "list[onnx.FunctionProto]":
@@ -199,9 +229,9 @@ def fallback_functions(
 
     Args:
         names: The operators that the model uses, as :func:`srigl_fx.runtime.ort.abi.operator_names` lists them.
-        permuted: For each operator that some node uses with one, which of ``x_perm`` and ``y_perm`` may be anything but
-            the identity. The other functions leave them out: ONNX Runtime would not remove a transposition that changes
-            nothing.
+        used: For each operator, which of ``x_perm`` and ``y_perm`` may be anything but the identity in some node, and
+            ``x_scale`` if that may be anything but 0. The other functions leave out what that would ask for: ONNX
+            Runtime would not remove a transposition that changes nothing.
         exact: Whether samples are rounded to eight bits where an operator's values are; else those operators become
             plain layers of the weights that the values stand for.
 
@@ -213,8 +243,7 @@ def fallback_functions(
 
     known = abi.operator_names()
     functions = [
-        onnx.parser.parse_function(_function(name, *known[name], (permuted or {}).get(name, ()), exact))
-        for name in names
+        onnx.parser.parse_function(_function(name, *known[name], (used or {}).get(name, ()), exact)) for name in names
     ]
     for function in functions:
         for node in function.node:  # messages and profiles of tools name nodes by these
@@ -222,15 +251,21 @@ def fallback_functions(
     return functions
 
 
-def _function(name: str, base: str, residual: bool, activation: str, permuted: Collection[str], exact: bool) -> str:
-    before, after = (_PERMUTATION.format(name=perm) if perm in permuted else "" for perm in LINEAR_ATTRIBUTES)
+def _function(name: str, base: str, residual: bool, activation: str, used: Collection[str], exact: bool) -> str:
+    before, after = (_PERMUTATION.format(name=perm) if perm in used else "" for perm in LINEAR_ATTRIBUTES)
     # The residual lies as y does.
-    steps = [before, _contraction(base, exact), after, _ADDITION if residual else "", _ACTIVATIONS[activation]]
+    steps = [
+        before,
+        _contraction(base, exact, "x_scale" in used),
+        after,
+        _ADDITION if residual else "",
+        _ACTIVATIONS[activation],
+    ]
     steps = [step for step in steps if step]
     results = ["x", *(f"step{i}" for i in range(1, len(steps))), "y"]
     # ONNX Runtime before 1.30 makes MatMul and Add one Gemm, and takes any Transpose in front of it for one that swaps
     # rows and columns, even where a node's permutation changes nothing. It leaves a Sum as it is.
-    total = "Sum" if "x_perm" in permuted else "Add"
+    total = "Sum" if "x_perm" in used else "Add"
     body = "".join(step.format(x=results[i], y=results[i + 1], sum=total) for i, step in enumerate(steps))
     inputs = abi.inputs_of(base, residual)
     header = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'

@@ -27,6 +27,7 @@ from srigl_fx.passes.condensed_nodes import condensed_nodes, settled_padding
 from srigl_fx.passes.program import arguments
 from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight
+from srigl_fx.runtime.quantisation import given_problem
 
 Value = TypeVar("Value")
 
@@ -354,8 +355,11 @@ def _array(tensor: Tensor) -> "np.ndarray[Any, Any]":
 def _check_condensed(module: fx.GraphModule) -> None:
     for node in condensed_nodes(module.graph):
         try:
-            if (activation := arguments(node)["activation"]) not in NAMES:
+            given = arguments(node)
+            if (activation := given["activation"]) not in NAMES:
                 raise ValueError(f"a condensed operator with the activation {activation!r}")
+            if given["x_scale"] is not None and (problem := given_problem(given["x_scale"], given["x_offset"])):
+                raise ValueError(f"its {problem}")
             weight = next(iter(condensed_weights(module, [node])), None)
             problem = "" if weight is None else weight[1].problem()
         except Exception as error:

@@ -17,6 +17,7 @@ from srigl_fx.comparison import Comparison
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import FormatError, LoweringError, PassError, SriglError
 from srigl_fx.lowering.by_regions import lower_regions
+from srigl_fx.lowering.calibration_inputs import Calibration, calibration_inputs, check_calibration
 from srigl_fx.lowering.dump import Dump, clear
 from srigl_fx.lowering.inputs import describe_inputs
 from srigl_fx.lowering.layer_costs import estimated_costs, layer_costs
@@ -27,8 +28,9 @@ from srigl_fx.lowering.verification import CapturedGraphError, checked, second_c
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
 from srigl_fx.passes.base import Note, Pass, run
+from srigl_fx.passes.calibrate import Calibrate
 from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole, uncapturable
-from srigl_fx.passes.example_inputs import normalise_inputs
+from srigl_fx.passes.example_inputs import Inputs, normalise_inputs
 from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.pipelines import LOWERING, whole
 from srigl_fx.passes.program import Costs, Program, Times, enter_masks
@@ -49,6 +51,7 @@ def lower(
     min_speedup: float | Literal["auto"] = 1.0,
     batch_sizes: Sequence[int] | None = None,
     value_dtype: ValueDtypes = torch.float32,
+    calibration: Calibration | None = None,
     verify: bool | Literal["each pass"] = True,
     passes: Sequence[Pass[Program]] = LOWERING,
     dump: str | os.PathLike[str] | None = None,
@@ -80,6 +83,11 @@ def lower(
             is stored in float32, and its reason says so. For single layers: rules
             ``{key: dtype}``, read as those of :func:`srigl_fx.sparsify`, or a function of a module's name and the
             module; what no rule matches is float32.
+        calibration: For layers of int8, an iterable of inputs of the model: tensors, tuples of arguments, or (args,
+            kwargs), all of which are held in memory. Each layer then rounds its activations with one scale for all
+            samples, that of the largest magnitude which these inputs make of them; larger ones are clipped later on.
+            Where that changes a layer too much on the example inputs, its scales are found at each call after all, and
+            a note of the report says so.
         verify: Compare with the model on the example inputs, and at another batch size where that is free; with
             "each pass", after every pass. Where the outputs differ in the end, this is done all the same, in a second
             attempt: a pass after which they differ is undone, or named where it does more than improve.
@@ -99,7 +107,8 @@ def lower(
 
     Raises:
         LoweringError: Nothing to lower, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold,
-            outputs beyond the tolerance, or a ``dump`` that cannot be written.
+            outputs beyond the tolerance, or a ``dump`` that cannot be written. Or no ``calibration`` inputs, such as
+            the model does not take, some that are not finite, or any for a model that is not one graph.
         PassError: A pass of ``passes`` failed, or is why the outputs differ, and does more than improve.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.
@@ -130,13 +139,25 @@ def lower(
         invariants.check_sound(model)
         folder = None if dump is None else Path(dump)
         dtypes = value_dtypes(model, value_dtype)
-        options = _Options(min_speedup, batch_sizes, dtypes, verify, tuple(passes), folder)
+        batches = calibration_inputs(calibration)
+        if batches and torch.int8 not in dtypes.values():
+            raise LoweringError(
+                "calibration is for layers whose activations are rounded, and none is to be stored in int8: pass "
+                "value_dtype=torch.int8, or leave calibration out"
+            )
+        options = _Options(min_speedup, batch_sizes, dtypes, batches, verify, tuple(passes), folder)
         args, kwargs = normalise_inputs(example_inputs)
         if folder is not None:
             clear(folder)
         attempts = capture_whole(model, args, kwargs)
         if attempts.program is not None:
+            check_calibration(attempts.program, batches)
             return _lower_program(attempts.program, options, attempts.failures)
+        if batches:
+            raise LoweringError(
+                "a model that is not one graph cannot be calibrated as one: lower it without calibration, or its parts "
+                f"with it; what broke: {'; '.join(map(str, attempts.failures[:1]))}"
+            )
         return _lower_parts(model, args, kwargs, attempts, options)
 
 
@@ -147,6 +168,7 @@ class _Options:
     min_speedup: float | Literal["auto"]
     batch_sizes: Sequence[int] | None
     value_dtypes: dict[str, torch.dtype]
+    calibration: tuple[Inputs, ...]
     verify: bool | Literal["each pass"]
     passes: tuple[Pass[Program], ...]
     dump: Path | None
@@ -227,6 +249,8 @@ def _settled(step: Pass[Program], options: _Options) -> Pass[Program]:
     if isinstance(step, Select) and step.costs is None:
         min_speedup = 1.0 if options.min_speedup == "auto" else options.min_speedup
         return Select(lambda program: _costs(program, options), min_speedup)
+    if isinstance(step, Calibrate) and not step.batches:
+        return Calibrate(options.calibration)
     if isinstance(step, FeatureMajor) and step.batch is None and options.batch_sizes:
         return FeatureMajor(min(options.batch_sizes), step.min_samples)
     return step
@@ -329,6 +353,7 @@ def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
                 estimates=_plain(layer.estimates),
                 value_dtype=_name(layer.value_dtype),
                 snr=layer.snr,
+                calibrated=layer.calibrated and layer.value_dtype is torch.int8,
             )
         )
     return LoweringReport(

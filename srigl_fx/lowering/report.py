@@ -41,6 +41,8 @@ class LayerReport:
         value_dtype: What its values are stored in where it is condensed.
         snr: The signal-to-noise ratio in dB that its outputs have with values of int8, on the example inputs; None
             where these were not asked for. Where it is too small, ``value_dtype`` and ``reason`` say so.
+        calibrated: Whether its activations are rounded with scales that calibration gave, not with those found at each
+            call.
         region: The sub-modules whose graphs read it, by name, where the model is not one graph; "" where it is, or
             where none does.
     """
@@ -60,6 +62,7 @@ class LayerReport:
     region: str = ""
     value_dtype: str = "float32"
     snr: float | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -271,7 +274,7 @@ class LoweringReport:
 def _values_of(layer: LayerReport) -> tuple[str, str]:
     """What a layer's values are stored in, and its signal-to-noise ratio, as the table has them."""
     return (
-        layer.value_dtype if layer.decision == "condensed" else "",
+        f"{layer.value_dtype}{', calibrated' if layer.calibrated else ''}" if layer.decision == "condensed" else "",
         "" if layer.snr is None else f"{layer.snr:.1f} dB",
     )
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import onnx
 
 _LINEAR, _CONV, _TRANSPOSED = abi.FLOAT_BASES
-_SINGLE_NUMBERS = ("in_features", "flat_size", "group")
+_SINGLE_NUMBERS = ("in_features", "flat_size", "group", "x_offset")
 
 
 def build_model(
@@ -159,12 +159,13 @@ def functions_for(model: "onnx.ModelProto", *, exact: bool = True) -> "list[onnx
         ['CondensedLinearRelu']
     """
     known = abi.operator_names()
-    permuted: dict[str, set[str]] = {}
+    used: dict[str, set[str]] = {}
     for node in all_nodes(model.graph):
         if node.domain == abi.DOMAIN and node.op_type in known:
-            moved = {item.name for item in node.attribute if item.name.endswith("_perm") and _moves(item.ints)}
-            permuted.setdefault(node.op_type, set()).update(moved)
-    return fallback_functions(sorted(permuted), permuted, exact=exact)
+            asked = {item.name for item in node.attribute if item.name.endswith("_perm") and _moves(item.ints)}
+            asked |= {item.name for item in node.attribute if item.name == "x_scale" and item.f}
+            used.setdefault(node.op_type, set()).update(asked)
+    return fallback_functions(sorted(used), used, exact=exact)
 
 
 def _moves(permutation: Sequence[int]) -> bool:
@@ -260,12 +261,20 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
                 ("V", [row.onnx_type for row in VALUE_TYPES if row.scaled == base.endswith(abi.EIGHT_BITS)], ""),
                 ("I", ["tensor(uint16)", "tensor(int32)"], ""),
             ],
-            attributes=[
-                schema.Attribute(item, schema.AttrType.INT if item in _SINGLE_NUMBERS else schema.AttrType.INTS, "")
-                for item in attributes_of(base)
-            ],
+            attributes=[schema.Attribute(item, _attribute_type(item, schema), "") for item in attributes_of(base)],
         ),
     )
+
+
+def _attribute_type(name: str, schema: Any) -> Any:
+    if name == "x_scale":
+        return schema.AttrType.FLOAT
+    return schema.AttrType.INT if name in _SINGLE_NUMBERS else schema.AttrType.INTS
+
+
+def _given(scales: Any, scale: float | None, offset: int) -> dict[str, Any]:
+    """The attributes that say how samples are rounded, of operators with values of eight bits."""
+    return {} if scales is None else {"x_scale": float(scale or 0), "x_offset": int(offset)}
 
 
 def _of(base: str, scales: Any) -> str:
@@ -284,6 +293,8 @@ def _translate_linear(
     x_feature_major: bool = False,
     y_feature_major: bool = False,
     scales: Any = None,
+    x_scale: float | None = None,
+    x_offset: int = 0,
 ) -> Any:
     n, rank = int(bias.shape[0]), len(x.shape)
     rows = list(range(rank))
@@ -295,6 +306,7 @@ def _translate_linear(
         flat_size=n * in_features,
         x_perm=[*rows[1:], 0] if x_feature_major else rows,
         y_perm=[rank - 1, *rows[:-1]] if y_feature_major else rows,
+        **_given(scales, x_scale, x_offset),
     )
 
 
@@ -314,6 +326,8 @@ def _translate_conv(
     transposed: bool = False,
     output_padding: Sequence[int] | None = None,
     scales: Any = None,
+    x_scale: float | None = None,
+    x_offset: int = 0,
 ) -> Any:
     operator = _operator(_of(_TRANSPOSED if transposed else _CONV, scales), residual is not None, activation)
     extra = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
@@ -327,6 +341,7 @@ def _translate_conv(
         dilations=list(dilation),
         group=groups,
         **extra,
+        **_given(scales, x_scale, x_offset),
     )
 
 

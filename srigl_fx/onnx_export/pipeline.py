@@ -19,6 +19,7 @@ from srigl_fx.comparison import Comparison
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError
 from srigl_fx.files import check_replaceable, replacing
+from srigl_fx.lowering.calibration_inputs import Calibration
 from srigl_fx.lowering.inputs import arranged
 from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.lowering.pipeline import lower
@@ -52,6 +53,7 @@ def export_onnx(
     fallback: bool = True,
     min_speedup: float | Literal["auto"] = "auto",
     value_dtype: ValueDtypes = torch.float32,
+    calibration: Calibration | None = None,
     verify: bool = True,
     state: Literal["inputs", "error"] = "inputs",
 ) -> ExportReport:
@@ -74,6 +76,7 @@ def export_onnx(
         min_speedup: As for :func:`srigl_fx.lower`. "auto" leaves dense what the cost model expects to lose in ONNX
             Runtime at batch 1 or 16, the same layers on every machine; 0 condenses every layer that has an operator.
         value_dtype: As for :func:`srigl_fx.lower`; what is lowered already keeps its own.
+        calibration: As for :func:`srigl_fx.lower`, likewise.
         verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one;
             of a model that keeps state, in several calls. Errors up to 1e-4 of the largest value pass, or, with layers
             of int8, a signal-to-noise ratio of at least 30 dB: what differs in the last bit may be rounded apart.
@@ -119,7 +122,8 @@ def export_onnx(
     model = unwrapped(model)
     lowered = model
     if not isinstance(lowered, LoweredModule | LoweredRegions):
-        lowered = lower(model, example_inputs, min_speedup=min_speedup, value_dtype=value_dtype, verify=verify)
+        options: dict[str, Any] = {"value_dtype": value_dtype, "calibration": calibration, "verify": verify}
+        lowered = lower(model, example_inputs, min_speedup=min_speedup, **options)
     if isinstance(lowered, LoweredRegions):
         raise _not_one_graph(lowered)
     names = tuple(writes(lowered.graph))

@@ -24,7 +24,7 @@ CASES: dict[str, tuple[Node, tuple[tuple[int, ...], ...]]] = {
     ),
     # Some other node of its operator permutes; a fallback that swapped rows and columns here would have 10 of each.
     "linear_permuted_elsewhere": (
-        linear().with_attributes(x_perm=[0, 1], y_perm=[0, 1]).replace(permuted=("x_perm", "y_perm")),
+        linear().with_attributes(x_perm=[0, 1], y_perm=[0, 1]).replace(used=("x_perm", "y_perm")),
         ((10, 10), (7, 10), (0, 10)),
     ),
     "conv1d": (conv(kernel=(3,), strides=[2], pads=[1, 0], dilations=[2]), ((2, 4, 9), (0, 4, 9))),
@@ -41,7 +41,18 @@ CASES: dict[str, tuple[Node, tuple[tuple[int, ...], ...]]] = {
     "conv2d_1x1_padded": (conv(kernel=(1, 1), k=2, pads=[1, 1, 1, 1]), ((1, 4, 3, 3),)),
     "conv3d": (conv(kernel=(3, 2, 2), pads=[1, 0, 1, 2, 1, 0], strides=[1, 2, 1]), ((2, 4, 5, 6, 7),)),
 }
-CASES |= {f"{name}_int8": (node.of_eight_bits(), shapes) for name, (node, shapes) in CASES.items()}
+_GIVEN = {  # samples of normal numbers, of which a few are out of reach
+    f"{name}_int8_given": (CASES[name][0].rounding_with(scale, offset), CASES[name][1])
+    for name, scale, offset in (
+        ("linear", 2 / 127, 128),
+        ("linear_3d", 2 / 255, 0),
+        ("linear_wide", 3 / 127, 128),
+        ("conv1d", 2 / 255, 0),
+        ("conv2d_grouped", 2 / 127, 128),
+        ("conv2d_wide", 3 / 127, 128),
+    )
+}
+CASES |= {f"{name}_int8": (node.of_eight_bits(), shapes) for name, (node, shapes) in CASES.items()} | _GIVEN
 
 
 def sample(name: str, shape: tuple[int, ...]) -> Array:

@@ -30,7 +30,7 @@ class Node:
     inputs: Sequence[str] = ("x", *WEIGHTS)
     x_type: int = TensorProto.FLOAT
     not_constant: frozenset[str] = field(default_factory=frozenset)
-    permuted: Sequence[str] = ()  # which of its attributes a node of its operator may use to permute x or y
+    used: Sequence[str] = ()  # which of its optional attributes a node of its operator may use
 
     def replace(self, **changes: Any) -> "Node":
         return dataclasses.replace(self, **changes)
@@ -67,7 +67,7 @@ class Node:
             graph,
             opset_imports=[helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid("srigl_fx", 1)],
             ir_version=IR_VERSION,
-            functions=fallback_functions(permuted={self.op: self.permuted}) if fallback else [],
+            functions=fallback_functions(used={self.op: self.used}) if fallback else [],
         )
 
     def feeds(self, x: Array) -> dict[str, Array]:
@@ -75,18 +75,23 @@ class Node:
 
     def expected(self, x: Array) -> Array:
         weights = [self.weights[name] for name in WEIGHTS]
-        scales = self.weights.get(abi.SCALES)
+        eight_bits = {"scales": self.weights.get(abi.SCALES), "x_scale": self.attributes.get("x_scale") or None}
+        eight_bits |= {"x_offset": self.attributes.get("x_offset", 0)}
         if self.op.removesuffix(abi.EIGHT_BITS) == "CondensedLinear":
-            return reference.condensed_linear(x, *weights, scales=scales)
+            return reference.condensed_linear(x, *weights, **eight_bits)
         names = ("weight_shape", "strides", "pads", "dilations", "group")
         given = {name: self.attributes[name] for name in names if name in self.attributes}
-        return reference.condensed_conv(x, *weights, scales=scales, **given)
+        return reference.condensed_conv(x, *weights, **eight_bits, **given)
 
     def of_eight_bits(self) -> "Node":
         """The operator with values of eight bits, and these weights rounded to them."""
         values, scales = quantise_weights(self.weights["values"])
         node = self.with_weights(values=values, scales=scales)
         return node.replace(op=self.op + abi.EIGHT_BITS, inputs=(*self.inputs, abi.SCALES))
+
+    def rounding_with(self, scale: float, offset: int) -> "Node":
+        """The operator with values of eight bits, and samples rounded with a given scale."""
+        return self.of_eight_bits().with_attributes(x_scale=scale, x_offset=offset).replace(used=("x_scale",))
 
 
 def random_weights(

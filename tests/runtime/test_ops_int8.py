@@ -67,6 +67,33 @@ def test_dtypes_that_are_refused() -> None:
     _refused("values must be float32, bfloat16, float16 or int8", values=torch.ones(4, 4, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"x_scale": 0.0}, r"x_scale must be a finite number of at least 2\*\*-100, not 0\.0"),
+        ({"x_scale": -1.0}, "not -1.0"),
+        ({"x_scale": float("inf")}, "not inf"),
+        ({"x_scale": float("nan")}, "not nan"),
+        ({"x_scale": 1e-31}, "not 1e-31"),
+        ({"x_scale": 1e39}, r"not 1e\+39"),
+        ({"x_scale": 1.0, "x_offset": 1}, "x_offset must be 0 or 128, not 1"),
+    ],
+)
+def test_given_scales_that_are_refused(given: dict[str, Any], message: str) -> None:
+    _refused(message, **given)
+    filters = IMAGE.condensed(4, dtype="int8")
+    with pytest.raises(FormatError, match=message):
+        run_conv(IMAGE, filters, torch.randn(2, 4, 9, 8), **given)
+
+
+def test_a_given_scale_is_for_values_of_eight_bits() -> None:
+    weight = condensed(5, 9, 4)
+    with pytest.raises(
+        FormatError, match="only samples of a weight of int8 are rounded; got an x_scale without scales"
+    ):
+        linear(torch.randn(2, 9), *operands(weight), 9, x_scale=0.5)
+
+
 def test_sums_that_int32_does_not_hold_are_refused() -> None:
     k = LARGEST_FAN_IN + 1
     values, indices = torch.ones(1, k, dtype=torch.int8), torch.arange(k, dtype=torch.int32)[None]
@@ -81,6 +108,7 @@ def test_gradients_are_refused_in_words() -> None:
     filters = shape.condensed(4, dtype="int8")
     for y in (
         run_linear(weight, torch.randn(2, 9, requires_grad=True)),
+        run_linear(weight, torch.randn(2, 9, requires_grad=True), x_scale=0.02, x_offset=128),
         run_conv(shape, filters, torch.randn(2, 4, 9, 8, requires_grad=True)),
         linear(
             torch.randn(2, 9), *operands(weight)[:3], torch.zeros(5, requires_grad=True), 9, scales=scales_of(weight)
@@ -100,7 +128,8 @@ def test_opcheck() -> None:
         (linear.default, (torch.randn(3, 18), *operands(weight), 18), weight),
         (conv.default, (torch.randn(2, 4, 9, 8), *operands(filters), *GEOMETRY), filters),
     ):
-        torch.library.opcheck(op, given, {"scales": scales_of(one)}, test_utils=utilities)
+        for more in ({}, {"x_scale": 0.02, "x_offset": 128}):
+            torch.library.opcheck(op, given, {"scales": scales_of(one), **more}, test_utils=utilities)
 
 
 def test_meta_tensors() -> None:

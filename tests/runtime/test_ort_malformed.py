@@ -1,6 +1,7 @@
 """Model files are untrusted: whatever is in them ends in a Python exception, never in a crash."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -210,6 +211,22 @@ def _graph_faults() -> dict[str, tuple[Node, str]]:
     return faults
 
 
+def _given_faults(node: Node) -> dict[str, tuple[Node, str]]:
+    """What is wrong with the scale that samples are rounded with."""
+    wrong = "'x_scale' must be 0 or a finite number of at least 2**-100"
+    faults = {
+        f"scale_{value}": (node.with_attributes(x_scale=value), wrong)
+        for value in (-1.0, -0.0, math.inf, -math.inf, math.nan, 1e-31, 1e-45)
+    }
+    return faults | {
+        "scale_int": (node.with_attributes(x_scale=1), "attribute 'x_scale' must be a float"),
+        "scale_list": (node.with_attributes(x_scale=[1]), "attribute 'x_scale' must be a float"),
+        "offset_1": (node.with_attributes(x_scale=1.0, x_offset=1), "attribute 'x_offset' is 1, expected 0 or 128"),
+        "offset_negative": (node.with_attributes(x_scale=1.0, x_offset=-(2**63)), "attribute 'x_offset' is -92233"),
+        "offset_float": (node.with_attributes(x_offset=1.0), "attribute 'x_offset' must be an int"),
+    }
+
+
 def _cases() -> dict[str, tuple[Node, str, Array]]:
     cases: dict[str, tuple[Node, str, Array]] = {}
     linear_int8, conv_int8 = linear().of_eight_bits(), conv().of_eight_bits()
@@ -225,6 +242,8 @@ def _cases() -> dict[str, tuple[Node, str, Array]]:
                 f"'in_features' is {LARGEST_FILTER + 1}, too much for values of int8",
             ),
         },
+        "linear_int8_given": _given_faults(linear_int8),
+        "conv_int8_given": _given_faults(conv_int8),
         "graph": _graph_faults(),
         # The same contents behind inputs of the graph: only the run can tell.
         "linear_run": {

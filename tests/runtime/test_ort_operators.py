@@ -79,7 +79,7 @@ def test_fallback_folds_to_the_dense_operator(tmp_path: Path, name: str) -> None
     linear_kinds, conv_kinds = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}, {"Conv", "FusedConv"}
     assert kinds & (linear_kinds if node.op.startswith("CondensedLinear") else conv_kinds)
     left = {"ScatterElements", "ConstantOfShape", "Cast", "CondensedLinear", "CondensedConv"}
-    assert not kinds & (left if node.permuted else left | {"Transpose"})
+    assert not kinds & (left if node.used else left | {"Transpose"})
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,11 @@ from srigl_fx.runtime import reference
 from srigl_fx.runtime.quantisation import (
     LARGEST_FAN_IN,
     SMALLEST,
+    given_problem,
+    given_scale,
     quantise_samples,
     quantise_weights,
+    round_with,
     sums,
 )
 
@@ -123,6 +126,36 @@ def test_what_is_not_finite_leaves_nothing_known(row: list[float], special: floa
     for neighbour in (0, 2):
         for mine, theirs in zip((rounded, scales, offsets), alone, strict=True):
             assert np.array_equal(mine[neighbour], theirs[0])
+
+
+@given(row=rows, scale=st.floats(2.0**-20, 2.0**20, width=32), offset=st.sampled_from([0, 128]))
+def test_a_given_scale(row: list[float], scale: float, offset: int) -> None:
+    rounded = round_with(array(row), scale, offset)
+    inverse = float32(1 / Fraction(scale))
+    for x, step in zip(row, rounded[0].tolist(), strict=True):
+        product = Fraction(x) * inverse
+        whole = round(float32(product)) if abs(product) < 1000 else math.copysign(1000, x)
+        assert step == min(max(whole + offset, 0), 255)
+
+
+@given(row=rows)
+def test_the_scale_of_a_sample_is_the_one_to_give(row: list[float]) -> None:
+    _, (scale,), (offset,) = quantise_samples(array(row))
+    if scale:
+        assert given_scale(max(map(abs, row)), min(row) < 0) == (float(scale), offset)
+
+
+@pytest.mark.parametrize(("offset", "expected"), [(0, [0, 0, 255, 0, 0, 255]), (128, [128, 0, 255, 128, 126, 255])])
+def test_a_given_scale_clips_and_a_nan_is_zero(offset: int, expected: list[int]) -> None:
+    x = np.array([math.nan, -math.inf, math.inf, -0.0, -1.25, 3e38], np.float32)
+    assert round_with(x, 0.5, offset).tolist() == expected
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf, 1e-31, 1e39])
+def test_scales_that_do_not_round(scale: float) -> None:
+    assert given_problem(scale, 0) == f"scale must be a finite number of at least 2**-100, not {scale}"
+    assert given_problem(SMALLEST, 1) == "offset must be 0 or 128, not 1"
+    assert given_problem(SMALLEST, 0) == given_problem(3e38, 128) == ""
 
 
 @given(row=rows)

@@ -21,6 +21,7 @@ from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE
 from srigl_fx.runtime.cpu.kernels.panel import QUAD_BYTES, QUAD_VALUES, SLOTS, STEPS
 from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, address, intrinsic, number, types
+from srigl_fx.runtime.quantisation import LARGEST_UNSIGNED
 
 BYTES: Final = ir.VectorType(I8, SLOTS)
 _HALVES: Final = ir.VectorType(I16, 2 * LANES)
@@ -306,11 +307,17 @@ column_extremes: Callable[[int, int, int, int, int], None] = intrinsic(_column_e
 
 
 def _rounded(b: Any, x: Any, inverses: Any, offsets: Any) -> Any:
-    """16 floats as bytes: to the nearest whole number, ties to even, plus the offset."""
+    """16 floats as bytes: to the nearest whole number, ties to even, plus the offset, within 0 ... 255; NaN as zero."""
     # One instruction. Adding 1.5 * 2**23 would do the same, but where it is fused with the product, which then is not
     # rounded, a number in some ten thousands differs between instruction sets.
     function = v.declared(b, "llvm.lrint.v16i32.v16f32", INTS, [v.FLOATS])
-    return b.trunc(b.add(b.call(function, [b.fmul(x, inverses)]), offsets), ir.VectorType(I8, LANES))
+    steps = b.fmul(x, inverses)
+    # Within reach before they are converted, as a conversion out of range means nothing.
+    steps = b.select(b.fcmp_ordered("ord", steps, steps), steps, v.ZERO)
+    least, most = (b.sitofp(b.sub(v.lanes(limit), offsets), v.FLOATS) for limit in (0, LARGEST_UNSIGNED))
+    steps = b.select(b.fcmp_ordered("<", steps, least), least, steps)
+    steps = b.select(b.fcmp_ordered(">", steps, most), most, steps)
+    return b.trunc(b.add(b.call(function, [steps]), offsets), ir.VectorType(I8, LANES))
 
 
 def _round_row(context: Any, x: Any, count: Any, inverse: Any, offset: Any, to: Any) -> Any:

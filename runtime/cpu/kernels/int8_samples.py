@@ -26,7 +26,7 @@ FILL_LINES: Final = 26  # cache lines of scratch for :func:`fill_tile`
 _INFINITY: Final = 0x7F800000  # the bits of it
 _MINUS_ZERO: Final = 0x80000000
 _LARGEST_VALUE, _LARGEST_UNSIGNED = np.float32(LARGEST_VALUE), np.float32(LARGEST_UNSIGNED)
-_SMALLEST, _NAN, _ZERO = np.float32(SMALLEST), np.float32(np.nan), np.float32(0)
+_SMALLEST, _NAN, _ZERO, _ONE = np.float32(SMALLEST), np.float32(np.nan), np.float32(0), np.float32(1)
 _row_bytes = planned(plan.int8_row_bytes)
 
 
@@ -64,7 +64,14 @@ def _put_known(largest: int, top: int, known: int) -> None:
 
 
 @compiled
-def measure_sample(x: int, size: int, known: int, found: int) -> None:
+def _put_given(j: Pointer, known: int) -> None:
+    """Store the scale that is given for all samples."""
+    scale = as_float(j[job.X_SCALE])
+    floats(known)[0], floats(known + SCALES)[0], ints(known + OFFSETS)[0] = _ONE / scale, scale, j[job.X_OFFSET]
+
+
+@compiled
+def _measure_sample(x: int, size: int, known: int, found: int) -> None:
     """Store what is known of the sample of ``size`` floats at ``x``; ``found`` is two cache lines of scratch."""
     _clear(found)
     extremes(x, size, found)
@@ -87,13 +94,16 @@ def _measure_columns(j: Pointer, first: int, columns: int, known: int, found: in
 @compiled
 def measure_samples(j: Pointer, first: int, columns: int, known: int, found: int) -> None:
     """Store what is known of samples ``first ...`` of a linear layer."""
-    if j[job.X_FEATURE_MAJOR] != 0:
+    if j[job.X_SCALE] != 0:
+        for c in range(columns):
+            _put_given(j, known + 4 * c)
+    elif j[job.X_FEATURE_MAJOR] != 0:
         for c in range(0, columns, LANES):
             _measure_columns(j, first + c, min(LANES, columns - c), known + 4 * c, found)
     else:
         row_bytes = j[job.IN_FEATURES] * 4
         for c in range(columns):
-            measure_sample(j[job.X] + (first + c) * row_bytes, j[job.IN_FEATURES], known + 4 * c, found)
+            _measure_sample(j[job.X] + (first + c) * row_bytes, j[job.IN_FEATURES], known + 4 * c, found)
 
 
 def int8_scales_task(j: Pointer, task: int) -> None:
@@ -103,10 +113,12 @@ def int8_scales_task(j: Pointer, task: int) -> None:
         j[job.FAILED] = 1
         return
     found = aligned(memory)
-    if j[job.GEOMETRY] != 0:
+    if j[job.GEOMETRY] != 0 and j[job.X_SCALE] != 0:
+        _put_given(j, known_of(j, task))
+    elif j[job.GEOMETRY] != 0:
         geometry = words(j[job.GEOMETRY])
         size = geometry[conv.CHANNELS] * geometry[conv.IN_D] * geometry[conv.IN_H] * geometry[conv.IN_W]
-        measure_sample(j[job.X] + task * size * 4, size, known_of(j, task), found)
+        _measure_sample(j[job.X] + task * size * 4, size, known_of(j, task), found)
     elif j[job.X_FEATURE_MAJOR] != 0:
         first = task * LANES
         measure_samples(j, first, min(LANES, j[job.BATCH] - first), known_of(j, first), found)

@@ -46,9 +46,11 @@ from typing import Final
     PANEL_SCALES,  # float32 (groups * LANES,): the same by lanes
     PANEL_SUMS,  # int32 (groups * LANES,): the sums of the lanes' values of eight bits
     X_SCALES,  # what is known of the samples, with values of eight bits: kernels.int8_samples
+    X_SCALE,  # the bits of the float32 with which all samples are rounded; 0 where each has a scale of its own
+    X_OFFSET,  # and what belongs to that: 0 or 128
     FAILED,  # set to 1 by a task that found no memory
-) = range(40)
-SIZE: Final = 40
+) = range(42)
+SIZE: Final = 42
 
 GROUP_PHASE, GROUP_ROW = 0, 1  # in PANEL_GROUPS: a group's first phase and first active row; one more group ends it
 GROUP_WORDS: Final = 2

@@ -1,0 +1,87 @@
+"""What ``calibration`` holds: inputs of the model, each of the form of the example inputs.
+
+Owns the checks of these inputs. It must not know what is found with them.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from srigl_fx.errors import CaptureError, LoweringError
+from srigl_fx.passes.example_inputs import Inputs, describe, normalise_inputs
+from srigl_fx.passes.program import Program
+
+Calibration = Iterable[Any]
+
+
+def calibration_inputs(calibration: Calibration | None) -> tuple[Inputs, ...]:
+    """The inputs as (args, kwargs), all of them: an iterable may give them only once.
+
+    Args:
+        calibration: Of tensors, each the model's one argument; of tuples of arguments; or of (args, kwargs).
+
+    Raises:
+        LoweringError: It is no such iterable, or empty.
+
+    Example:
+        >>> calibration_inputs([torch.ones(2), ((), {"x": 3})])
+        (((tensor([1., 1.]),), {}), ((), {'x': 3}))
+    """
+    if calibration is None:
+        return ()
+    if isinstance(calibration, Tensor | str | dict) or not isinstance(calibration, Iterable):
+        raise LoweringError(
+            f"calibration must be an iterable of inputs, not {type(calibration).__name__}: pass [(x,)] for one tensor"
+        )
+    found = []
+    for i, item in enumerate(calibration):
+        try:
+            found.append(normalise_inputs((item,) if isinstance(item, Tensor) else item))
+        except CaptureError as error:
+            raise LoweringError(f"calibration input {i}: {error}") from error
+    if not found:
+        raise LoweringError("calibration is empty: give at least one input, or leave it out")
+    return tuple(found)
+
+
+def check_calibration(program: Program, batches: Iterable[Inputs]) -> None:
+    """Require that the captured graph takes each of the inputs.
+
+    Raises:
+        LoweringError: One differs from the example inputs in more than numbers and the batch, is empty, or holds a
+            number that is not finite.
+    """
+    examples, expected = pytree.tree_flatten((program.args, program.kwargs))
+    for i, (args, kwargs) in enumerate(batches):
+        leaves, form = pytree.tree_flatten((args, kwargs))
+        fits = form == expected and all(
+            _fits(leaf, example, batched)
+            for leaf, example, batched in zip(leaves, examples, program.batched, strict=True)
+        )
+        if not fits or not _agree(program, leaves):
+            raise LoweringError(
+                f"calibration input {i} is {describe(args, kwargs)}, and the graph takes what the example inputs are, "
+                f"{describe(program.args, program.kwargs)}, with {'any' if program.dynamic else 'the same'} batch size"
+            )
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and not leaf.numel():
+                raise LoweringError(f"calibration input {i} is empty: {describe(args, kwargs)}")
+            if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
+                raise LoweringError(f"calibration input {i} holds a number that is not finite; leave that input out")
+
+
+def _agree(program: Program, leaves: list[Any]) -> bool:
+    """Whether batches that the graph ties to each other are equal."""
+    ties = program.ties or (0,) * len(leaves)
+    batches = [(tie, leaf.shape[0]) for tie, leaf, own in zip(ties, leaves, program.batched, strict=True) if own]
+    return len(set(batches)) == len({tie for tie, _ in batches})
+
+
+def _fits(leaf: Any, example: Any, batched: bool) -> bool:
+    """Whether a graph that was captured with ``example`` takes ``leaf``."""
+    if not isinstance(example, Tensor) or not isinstance(leaf, Tensor):
+        return type(leaf) is type(example) and bool(leaf == example)
+    first = 1 if batched else 0
+    return leaf.dtype is example.dtype and leaf.dim() == example.dim() and leaf.shape[first:] == example.shape[first:]
