@@ -15,6 +15,7 @@ from srigl_fx.runtime.format import is_padding
 
 LINEAR = torch.ops.srigl_fx.condensed_linear.default
 CONV = torch.ops.srigl_fx.condensed_conv.default
+ROUND = torch.ops.srigl_fx.round_samples.default
 
 
 def is_condensed(node: fx.Node) -> bool:

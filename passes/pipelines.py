@@ -17,6 +17,7 @@ from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.remove_dead import RemoveDead
+from srigl_fx.passes.round_once import RoundOnce
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.to_linear import ToLinear
 
@@ -31,6 +32,7 @@ CONDENSING: tuple[Pass[Program], ...] = (
     Condense(),
     FuseEpilogues(),
     FeatureMajor(),
+    RoundOnce(),
 )
 """And from there on. A pass of your own goes anywhere in ``(*LOWERING, *CONDENSING)``."""
 

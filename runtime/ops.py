@@ -22,7 +22,14 @@ from srigl_fx.runtime.dense import dense_conv as dense_conv
 from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
 from srigl_fx.runtime.quantisation import LARGEST_FILTER
-from srigl_fx.runtime.validation import check_epilogue, check_given, check_weight, conv_shape, linear_shape
+from srigl_fx.runtime.validation import (
+    check_epilogue,
+    check_given,
+    check_rounding,
+    check_weight,
+    conv_shape,
+    linear_shape,
+)
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor bias"
 _GIVEN = "float? x_scale=None, int x_offset=0"  # with values of int8: how x is rounded, rather than by what it holds
@@ -39,6 +46,8 @@ _library.define(
     f"Tensor? scales=None, {_GIVEN}) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+_library.define("round_samples(Tensor x, float scale, int offset) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _refuse_forward_mode(op: str) -> None:
@@ -68,7 +77,7 @@ def _condensed_linear(
 ) -> Tensor:
     op = "condensed_linear"
     _refuse_forward_mode(op)
-    check_epilogue(op, linear_shape(op, x, bias, in_features), residual, activation)
+    check_epilogue(op, linear_shape(op, x, bias, in_features, x_scale), residual, activation)
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
     check_given(op, scales, x_scale, x_offset)
     weight, given = _contiguous(values, indices, active, bias), (x_scale, x_offset)
@@ -96,7 +105,8 @@ def _condensed_conv(
 ) -> Tensor:
     op = "condensed_conv"
     _refuse_forward_mode(op)
-    shape = conv_shape(op, x, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
+    geometry = weight_shape, stride, padding, dilation, groups, transposed, output_padding
+    shape = conv_shape(op, x, bias, *geometry, x_scale)
     check_epilogue(op, shape, residual, activation)
     in_features = math.prod(weight_shape[1:])
     if scales is not None and in_features > LARGEST_FILTER:
@@ -106,7 +116,7 @@ def _condensed_conv(
         )
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
     check_given(op, scales, x_scale, x_offset)
-    y = x.new_empty(shape)
+    y = x.new_empty(shape, dtype=torch.float32)
     if y.numel():
         residual = None if residual is None else residual.contiguous()
         operands = x.contiguous(), *_contiguous(values, indices, active, bias)
@@ -142,11 +152,11 @@ def _fake_linear(
     x_scale: float | None = None,
     x_offset: int = 0,
 ) -> Tensor:
-    shape = linear_shape("condensed_linear", x, bias, in_features)
+    shape = linear_shape("condensed_linear", x, bias, in_features, x_scale)
     check_epilogue("condensed_linear", shape, residual, activation)
     if not y_feature_major:
-        return x.new_empty(shape)
-    return x.new_empty((shape[-1], *shape[:-1])).movedim(0, -1)
+        return x.new_empty(shape, dtype=torch.float32)
+    return x.new_empty((shape[-1], *shape[:-1]), dtype=torch.float32).movedim(0, -1)
 
 
 def _fake_conv(
@@ -169,12 +179,32 @@ def _fake_conv(
     x_offset: int = 0,
 ) -> Tensor:
     op = "condensed_conv"
-    shape = conv_shape(op, x, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
+    geometry = weight_shape, stride, padding, dilation, groups, transposed, output_padding
+    shape = conv_shape(op, x, bias, *geometry, x_scale)
     check_epilogue(op, shape, residual, activation)
-    return x.new_empty(shape)
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
+    check_rounding("round_samples", x, scale, offset)
+    return execute.round_samples(x, scale, offset)
+
+
+def _fake_round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
+    return torch.empty_like(x, dtype=torch.uint8)
+
+
+def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+    raise FormatError(
+        "round_samples: activations that are rounded to eight bits have no gradient: lower the model with "
+        "value_dtype=torch.float32 to train it"
+    )
 
 
 torch.library.register_fake("srigl_fx::condensed_linear", _fake_linear, lib=_library)
 torch.library.register_fake("srigl_fx::condensed_conv", _fake_conv, lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_linear", linear_backward, setup_context=save, lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_conv", conv_backward, setup_context=save, lib=_library)
+_library.impl("round_samples", _round_samples, "CPU")
+torch.library.register_fake("srigl_fx::round_samples", _fake_round_samples, lib=_library)
+torch.library.register_autograd("srigl_fx::round_samples", _no_gradient, lib=_library)

@@ -39,7 +39,7 @@ def condensed_linear(
     with a scale of its own or all with ``x_scale``: :mod:`srigl_fx.runtime.quantisation`.
 
     Args:
-        x: float32 (..., in_features).
+        x: float32 (..., in_features); with an ``x_scale`` also uint8, which is rounded already.
         values: float32, bfloat16, float16 or, with ``scales``, int8 (n_active, k).
         indices: Integers (n_active, k).
         active: Integers (n_active,).
@@ -49,7 +49,7 @@ def condensed_linear(
         x_offset: What belongs to it: 0 or 128.
         residual: float32 (..., n), or None.
         activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
-        accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
+        accumulate: The dtype sums are formed in; the result has ``x``'s dtype, or float32 with ``scales``.
 
     Returns:
         (..., n).
@@ -68,7 +68,7 @@ def condensed_linear(
             lambda steps, none: condensed_linear(steps, values, indices, active, none),
         )
         y = y.reshape(*x.shape[:-1], bias.shape[0])
-        return _finish(y, residual, activation).astype(x.dtype)
+        return _finish(y, residual, activation).astype(np.float32)
     y = np.broadcast_to(bias.astype(accumulate), (*x.shape[:-1], bias.shape[0])).copy()
     gathered = x.astype(accumulate)[..., indices.astype(np.int64)]
     products = np.where(_kept(indices), gathered * values.astype(accumulate), 0)
@@ -80,7 +80,8 @@ def _rounded(x: Array, scale: float | None, offset: int) -> tuple[Array, Array, 
     """Samples as bytes, their scales and their offsets: found here, or given."""
     if scale is None:
         return quantise_samples(x)
-    return round_with(x, scale, offset), np.full(len(x), scale, np.float32), np.full(len(x), offset, np.int32)
+    rounded = x if x.dtype == np.uint8 else round_with(x, scale, offset)
+    return rounded, np.full(len(x), scale, np.float32), np.full(len(x), offset, np.int32)
 
 
 def _of_eight_bits(
@@ -139,7 +140,7 @@ def condensed_conv(
     """The condensed convolution for any number of spatial dimensions, with the attributes of ONNX's convolutions.
 
     Args:
-        x: float32 (N, C, spatial...).
+        x: float32 (N, C, spatial...); with an ``x_scale`` also uint8, which is rounded already.
         values: float32, bfloat16 or float16 (n_active, k).
         indices: (n_active, k), each a flat tap into C / group * prod(kernel).
         active: (n_active,) filters that are not ablated.
@@ -157,7 +158,7 @@ def condensed_conv(
         x_offset: As for :func:`condensed_linear`.
         residual: float32 of the output's shape, or None.
         activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
-        accumulate: The dtype sums are formed in; the result has ``x``'s dtype.
+        accumulate: The dtype sums are formed in; the result has ``x``'s dtype, or float32 with ``scales``.
 
     Returns:
         (N, n, spatial...).
@@ -176,7 +177,7 @@ def condensed_conv(
             return condensed_conv(steps, values, indices, active, none, **geometry)
 
         y = _of_eight_bits(*_rounded(x, x_scale, x_offset), active, bias, scales, sums)
-        return _finish(y, residual, activation).astype(x.dtype)
+        return _finish(y, residual, activation).astype(np.float32)
     rank = x.ndim - 2
     strides = strides or (1,) * rank
     dilations = dilations or (1,) * rank

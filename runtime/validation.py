@@ -26,7 +26,11 @@ NUMBERS: Final = {getattr(torch, name): number for name, number in value_types.N
 _INDICES: Final = (torch.uint16, torch.int32)
 
 
-def _check_input(op: str, x: Tensor) -> None:
+def _check_input(op: str, x: Tensor, x_scale: float | None) -> None:
+    if x.dtype is torch.uint8 and x_scale is not None:
+        return
+    if x.dtype is torch.uint8:
+        raise FormatError(f"{op}: x is uint8, rounded with a scale that is not given; pass it as x_scale")
     if x.dtype is not torch.float32:
         raise FormatError(f"{op}: x must be float32, not {x.dtype}; call it with x.float(), outside torch.autocast")
 
@@ -42,9 +46,9 @@ def check_epilogue(op: str, shape: Sequence[int], residual: Tensor | None, activ
         )
 
 
-def linear_shape(op: str, x: Tensor, bias: Tensor, in_features: int) -> tuple[int, ...]:
+def linear_shape(op: str, x: Tensor, bias: Tensor, in_features: int, x_scale: float | None = None) -> tuple[int, ...]:
     """Validate the data; return the output's shape. Sizes may be symbolic."""
-    _check_input(op, x)
+    _check_input(op, x, x_scale)
     if not x.dim() or x.shape[-1] != in_features:
         raise FormatError(f"{op}: x must be (..., {in_features}), not {tuple(x.shape)}")
     return (*x.shape[:-1], bias.shape[0])
@@ -61,9 +65,10 @@ def conv_shape(
     groups: int,
     transposed: bool,
     output_padding: Sequence[int] | None,
+    x_scale: float | None = None,
 ) -> tuple[int, ...]:
     """Validate the geometry; return the output's shape. Sizes may be symbolic."""
-    _check_input(op, x)
+    _check_input(op, x, x_scale)
     rank = len(weight_shape) - 2
     if rank not in (1, 2, 3) or min(weight_shape) < 1 or x.dim() != rank + 2:
         raise FormatError(
@@ -115,6 +120,14 @@ def check_given(op: str, scales: Tensor | None, scale: float | None, offset: int
         raise FormatError(f"{op}: only samples of a weight of int8 are rounded; got an x_scale without scales")
     if problem := given_problem(scale, offset):
         raise FormatError(f"{op}: x_{problem}")
+
+
+def check_rounding(op: str, x: Tensor, scale: float, offset: int) -> None:
+    """Raise a FormatError unless this can be rounded so."""
+    if x.dtype is not torch.float32:
+        raise FormatError(f"{op}: x must be float32, not {x.dtype}")
+    if problem := given_problem(scale, offset):
+        raise FormatError(f"{op}: {problem}")
 
 
 class Checked:

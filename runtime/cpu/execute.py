@@ -94,10 +94,29 @@ def _job(
     return j
 
 
-def _set_given(j: "ctypes.Array[ctypes.c_int64]", given: Given) -> None:
+def _set_given(j: "ctypes.Array[ctypes.c_int64]", given: Given, x: Tensor) -> None:
     scale, offset = given
     if scale is not None:
         j[job.X_SCALE], j[job.X_OFFSET] = _FLOAT_BITS.unpack(_FLOAT.pack(scale))[0], offset
+        j[job.X_BYTES] = x.dtype is torch.uint8
+
+
+def round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
+    """``x`` as bytes, that lie as it does, or in rows where it has gaps."""
+    y = torch.empty_like(x, dtype=torch.uint8)
+    if y.stride() != x.stride():
+        x = x.contiguous()
+        y = torch.empty_like(x, dtype=torch.uint8)
+    if not y.numel():
+        return y
+    j = Job()
+    _set_given(j, (scale, offset), x)
+    j[job.X], j[job.Y], j[job.BATCH] = x.data_ptr(), y.data_ptr(), y.numel()
+    thread_count = torch.get_num_threads()
+    j[job.ROW_SPLITS] = splits = 1 if y.numel() < plan.MOST_INLINE else thread_count
+    threads.run(entry("int8_round_task"), ctypes.addressof(j), splits, thread_count)
+    _raise_if_failed(j)
+    return y
 
 
 def linear(
@@ -140,13 +159,15 @@ def linear(
         y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False, scales, given)
         return y.movedim(-1, 0).contiguous().movedim(0, -1) if y_feature_major else y
     x = x.movedim(-1, 0) if x_columns else x.contiguous()
-    y = x.new_empty((n, *shape[:-1])).movedim(0, -1) if y_feature_major else x.new_empty(shape)
+    kept = (n, *shape[:-1]) if y_feature_major else shape
+    y = x.new_empty(kept, dtype=torch.float32)
+    y = y.movedim(0, -1) if y_feature_major else y
     if not y.numel():
         return y
     if residual is not None:
         residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
     j = _job(checked, planned, (x, *weight), in_features, n, y, scales)
-    _set_given(j, given)
+    _set_given(j, given, x)
     j[job.BATCH], j[job.ACTIVATION] = batch, NUMBERS[activation]
     j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
@@ -238,7 +259,7 @@ def convolution(
     if kernel == plan.ROWS:
         values = values.float()
     j = _job(checked, planned, (x, values, indices, active, bias), in_features, block_rows, y, scales)
-    _set_given(j, given)
+    _set_given(j, given, x)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.BATCH] = NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()

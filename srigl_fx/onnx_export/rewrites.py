@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
-from srigl_fx.passes.condensed_nodes import set_arguments, settled_padding
+from srigl_fx.passes.condensed_nodes import ROUND, set_arguments, settled_padding
 from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import arguments, new_buffer, tensor_at
 
@@ -41,6 +41,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     7. Output padding of a transposed convolution that is its stride or more, which ONNX Runtime does not take, becomes
        zeros after its data: each of them makes the output longer by a stride.
     8. Batch normalisation that is training becomes sums and products: ``torch.onnx`` takes it for one that is not.
+    9. Samples that are rounded once for several condensed operators are rounded by each of them.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -72,6 +73,9 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
                 node.replace_input_with(
                     given, graph.call_function(aten._to_copy.default, (given,), {"dtype": _dtype(node)})
                 )
+        elif node.target is ROUND:
+            node.replace_all_uses_with(arguments(node)["x"])
+            graph.erase_node(node)
         elif _may_extend(node) and arguments(node).get("transposed", True):
             _extend(graph, node)
         elif node.target is aten.instance_norm.default and arguments(node)["use_input_stats"]:

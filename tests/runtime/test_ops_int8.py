@@ -94,6 +94,20 @@ def test_a_given_scale_is_for_values_of_eight_bits() -> None:
         linear(torch.randn(2, 9), *operands(weight), 9, x_scale=0.5)
 
 
+def test_bytes_that_are_refused() -> None:
+    weight, x = condensed(5, 9, 4, dtype="int8"), torch.zeros(2, 9, dtype=torch.uint8)
+    with pytest.raises(FormatError, match="x is uint8, rounded with a scale that is not given; pass it as x_scale"):
+        run_linear(weight, x)
+    with pytest.raises(FormatError, match=r"x must be float32, not torch\.int8"):
+        run_linear(weight, x.to(torch.int8), x_scale=0.5)
+    with pytest.raises(FormatError, match=r"round_samples: x must be float32, not torch\.uint8"):
+        torch.ops.srigl_fx.round_samples(x, 0.5, 0)
+    with pytest.raises(FormatError, match="round_samples: scale must be a finite number"):
+        torch.ops.srigl_fx.round_samples(torch.ones(2), 0.0, 0)
+    with pytest.raises(FormatError, match="round_samples: offset must be 0 or 128, not 5"):
+        torch.ops.srigl_fx.round_samples(torch.ones(2), 1.0, 5)
+
+
 def test_sums_that_int32_does_not_hold_are_refused() -> None:
     k = LARGEST_FAN_IN + 1
     values, indices = torch.ones(1, k, dtype=torch.int8), torch.arange(k, dtype=torch.int32)[None]
@@ -130,6 +144,8 @@ def test_opcheck() -> None:
     ):
         for more in ({}, {"x_scale": 0.02, "x_offset": 128}):
             torch.library.opcheck(op, given, {"scales": scales_of(one), **more}, test_utils=utilities)
+    rounding = torch.ops.srigl_fx.round_samples.default
+    torch.library.opcheck(rounding, (torch.randn(3, 18), 0.02, 128), test_utils=utilities)
 
 
 def test_meta_tensors() -> None:

@@ -142,3 +142,65 @@ def test_what_is_found_may_be_given(int8_kernel: int) -> None:
         given = run_linear(weight, x[row : row + 1], x_scale=scale, x_offset=offset)
         assert bits(given) == bits(y[row])
         np.testing.assert_array_equal(round_with(x[row].numpy(), scale, offset), rounded[row])
+
+
+def rounded(x: Tensor, scale: float, offset: int) -> Tensor:
+    y: Tensor = torch.ops.srigl_fx.round_samples(x, scale, offset)
+    return y
+
+
+@offsets
+@pytest.mark.parametrize("size", [*range(1, 18), 31, 32, 33, 63, 64, 65, 4097, 70_001])
+def test_rounding_alone(size: int, offset: int) -> None:
+    for threads in (1, 3):
+        with torch_threads(threads):
+            x = awkward(size)
+            np.testing.assert_array_equal(rounded(x, 0.5, offset), round_with(x.numpy(), 0.5, offset))
+
+
+def test_what_is_rounded_lies_as_it_did() -> None:
+    x = torch.randn(3, 5, 7)
+    for y in (x, x.permute(2, 0, 1), x.permute(2, 0, 1)[:, ::2], x[:, :, 3], x.mT, x[:0], x[0, 0, 0]):
+        found = rounded(y, 0.02, 128)
+        np.testing.assert_array_equal(found, round_with(y.numpy(), 0.02, 128))
+        assert (found.stride() == y.stride()) or not y.numel() or y.stride() != torch.empty_like(y).stride()
+
+
+@offsets
+def test_samples_that_are_rounded_already(offset: int, int8_kernel: int) -> None:
+    """Bit for bit what the layer gives that rounds them itself."""
+    for n, in_features, k in ((1, 1, 1), (37, 70, 9), (35, 129, 65)):
+        weight = condensed(n, in_features, k, dtype="int8")
+        for batch in (1, 2, 16, 17, 63, 64, 130):
+            x = awkward(batch, in_features)
+            expected = run_linear(weight, x, x_scale=0.3, x_offset=offset)
+            y = run_linear(weight, rounded(x, 0.3, offset), x_scale=0.3, x_offset=offset)
+            assert y.dtype is torch.float32
+            assert bits(y) == bits(expected)
+
+
+@offsets
+@pytest.mark.parametrize("y_feature_major", [False, True])
+def test_feature_major_samples_that_are_rounded_already(y_feature_major: bool, offset: int) -> None:
+    weight = condensed(300, 70, 9, n_active=233, dtype="int8")
+    given = {"x_scale": 0.3, "x_offset": offset, "y_feature_major": y_feature_major}
+    for threads in (1, 3):
+        with torch_threads(threads):
+            for batch in (1, 5, 63, 64, 130):
+                x = awkward(batch, 70).t().contiguous().t()
+                steps = rounded(x, 0.3, offset)
+                assert steps.stride() == x.stride()
+                assert bits(run_linear(weight, steps, **given)) == bits(run_linear(weight, x, **given))
+
+
+@offsets
+@pytest.mark.parametrize("name", ["1d strided", "2d groups", "2d pointwise", "3d", "2d transposed, strided"])
+def test_convolutions_of_what_is_rounded_already(name: str, offset: int) -> None:
+    shape = SHAPES[name]
+    weight = shape.condensed(3, n_active=shape.n - 1, dtype="int8")
+    given = {"x_scale": 0.3, "x_offset": offset}
+    for batch in (1, 3):
+        x = awkward(batch, shape.channels, *shape.size)
+        assert bits(run_conv(shape, weight, rounded(x, 0.3, offset), **given)) == bits(
+            run_conv(shape, weight, x, **given)
+        )

@@ -369,6 +369,26 @@ def _round_block(context: Any, x: Any, x_row: Any, x_step: Any, inverses: Any, o
 round_block: Callable[[int, int, int, int, int, int, int], None] = intrinsic(_round_block)
 
 
+def _byte_block(context: Any, x: Any, x_row: Any, x_step: Any, to: Any, rows: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, x_row, x_step, to, rows = args
+        kind, found = ir.VectorType(I8, LANES), []
+        for i in range(LANES):
+            at = b.add(x, b.add(b.mul(x_step, number(i // 4)), b.mul(x_row, number(i % 4))))
+            found.append(b.bitcast(b.zext(v.load(b, at, kind, 1), INTS), v.FLOATS))
+        for i, row in enumerate(transposed(b, found)):
+            with b.if_then(b.icmp_signed(">", rows, number(i))):
+                v.store(b, b.trunc(b.bitcast(row, INTS), kind), b.add(to, number(TILE_ROW * i)), 16)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 5), generate
+
+
+# The same of samples that are bytes already: (the first sample's features, bytes to the next of four samples, bytes to
+# the next four, where to, rows).
+byte_block: Callable[[int, int, int, int, int], None] = intrinsic(_byte_block)
+
+
 def _round_columns(context: Any, x: Any, second: Any, inverses: Any, offsets: Any, to: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
         x, second, inverses, offsets, to = args
@@ -388,3 +408,17 @@ def _round_columns(context: Any, x: Any, second: Any, inverses: Any, offsets: An
 
 # 64 columns of one row, rounded, in the order of a tile's row: (the first 32, the others, inverses, offsets, where to).
 round_columns: Callable[[int, int, int, int, int], None] = intrinsic(_round_columns)
+
+
+def _byte_columns(context: Any, x: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, to = args
+        found = v.load(b, x, BYTES, 1)
+        v.store(b, b.shuffle_vector(found, found, ir.Constant(_PLACES, _ORDER)), to, 64)
+        return context.get_dummy_value()
+
+    return types.void(address, address), generate
+
+
+# The same of 64 bytes: (where they are, where to).
+byte_columns: Callable[[int, int], None] = intrinsic(_byte_columns)

@@ -13,8 +13,8 @@ from srigl_fx.runtime.cpu.kernels import conv, job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, gather_rows, round_row
-from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES, aligned, known_of
+from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, gather_rows
+from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES, aligned, known_of, take_row
 from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, multiply_tile
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_outputs
@@ -32,7 +32,7 @@ def _round_rows(j: Pointer, sample: int, c: int, packed: int, spare: int) -> Non
     come later write over them. ``spare`` is room for the last row, whose neighbour may be packed at the same time.
     """
     geometry, known = words(j[job.GEOMETRY]), known_of(j, sample)
-    inverse, offset = floats(known)[0], int(ints(known + OFFSETS)[0])
+    offset = ints(known + OFFSETS)[0]
     in_d, in_h, in_w = geometry[conv.IN_D], geometry[conv.IN_H], geometry[conv.IN_W]
     packed_d, packed_h, packed_w = geometry[conv.PACKED_D], geometry[conv.PACKED_H], geometry[conv.PACKED_W]
     size = packed_d * packed_h * packed_w
@@ -40,18 +40,18 @@ def _round_rows(j: Pointer, sample: int, c: int, packed: int, spare: int) -> Non
         bytes_(packed)[i] = offset
     first = max(0, geometry[conv.PAD_W])
     count = min(packed_w, in_w + geometry[conv.PAD_W]) - first
-    x = j[job.X] + ((sample * geometry[conv.CHANNELS] + c) * in_d * in_h * in_w + first - geometry[conv.PAD_W]) * 4
+    x = (sample * geometry[conv.CHANNELS] + c) * in_d * in_h * in_w + first - geometry[conv.PAD_W]
     for d in range(packed_d):
         at_d = d * geometry[conv.STRIDE_D] - geometry[conv.PAD_D]
         for h in range(packed_h):
             at_h = h * geometry[conv.STRIDE_H] - geometry[conv.PAD_H]
             if count > 0 and at_d >= 0 and at_d < in_d and at_h >= 0 and at_h < in_h:
-                row, to = x + (at_d * in_h + at_h) * in_w * 4, (d * packed_h + h) * packed_w + first
+                row, to = x + (at_d * in_h + at_h) * in_w, (d * packed_h + h) * packed_w + first
                 exact = count if to + count + 2 * LANES <= size else max(0, size - to - 2 * LANES) // LANES * LANES
                 if exact > 0:
-                    round_row(row, exact, inverse, offset, packed + to)
+                    take_row(j, row, exact, known, packed + to)
                 if exact < count:
-                    round_row(row + exact * 4, count - exact, inverse, offset, spare)
+                    take_row(j, row + exact, count - exact, known, spare)
                     for i in range(count - exact):
                         bytes_(packed + to + exact)[i] = bytes_(spare)[i]
 
@@ -66,7 +66,7 @@ def int8_pack_task(j: Pointer, task: int) -> None:
     spacing = geometry[conv.SPACING_D] * geometry[conv.SPACING_H] * geometry[conv.SPACING_W]
     size = planes * geometry[conv.PACKED_D] * geometry[conv.PACKED_H] * geometry[conv.PACKED_W]
     known = known_of(j, sample)
-    inverse, offset = floats(known)[0], ints(known + OFFSETS)[0]
+    offset = ints(known + OFFSETS)[0]
     # Rounding writes up to 16 bytes too many, and packing reads as many.
     memory = allocate(plane + 4 * CACHE_LINE)
     if memory == 0:
@@ -77,7 +77,7 @@ def int8_pack_task(j: Pointer, task: int) -> None:
         if planes * spacing * geometry[conv.STRIDE_W] == 1:
             _round_rows(j, sample, c, packed + c * size, rounded)
         else:
-            round_row(j[job.X] + (sample * channels + c) * plane * 4, plane, inverse, int(offset), rounded)
+            take_row(j, (sample * channels + c) * plane, plane, known, rounded)
             _conv_pack(bytes_(rounded - c * plane), bytes_(packed), geometry, 0, c, c + 1, np.uint8(offset))
     release(memory)
 

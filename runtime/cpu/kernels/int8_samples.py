@@ -14,9 +14,18 @@ import numpy as np
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
 from srigl_fx.runtime.cpu.kernels.compiled import compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, column_extremes, extremes, round_block, round_columns, round_row
+from srigl_fx.runtime.cpu.kernels.int8 import (
+    TILE_ROW,
+    byte_block,
+    byte_columns,
+    column_extremes,
+    extremes,
+    round_block,
+    round_columns,
+    round_row,
+)
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, INT8_DOT, KNOWN_BYTES, LANES
-from srigl_fx.runtime.cpu.kernels.vector import allocate, as_float, floats, ints, release, words
+from srigl_fx.runtime.cpu.kernels.vector import allocate, as_float, bytes_, floats, ints, release, words
 from srigl_fx.runtime.quantisation import LARGEST_UNSIGNED, LARGEST_VALUE, OFFSET, SMALLEST
 
 Pointer = Any
@@ -128,16 +137,32 @@ def int8_scales_task(j: Pointer, task: int) -> None:
 
 
 @compiled
+def _copy_bytes(source: int, to: int, count: int) -> None:
+    for i in range(count):
+        bytes_(to)[i] = bytes_(source)[i]
+
+
+@compiled
+def take_row(j: Pointer, first: int, count: int, known: int, to: int) -> None:
+    """Elements ``first ...`` of x as bytes; there is room for 16 more of them."""
+    if j[job.X_BYTES] != 0:
+        _copy_bytes(j[job.X] + first, to, count)
+    else:
+        round_row(j[job.X] + first * 4, count, floats(known)[0], int(ints(known + OFFSETS)[0]), to)
+
+
+@compiled
 def round_sample(j: Pointer, sample: int, known: int, to: int) -> None:
     """A sample of a linear layer as a row of bytes."""
-    x = j[job.X] + sample * j[job.IN_FEATURES] * 4
-    round_row(x, j[job.IN_FEATURES], floats(known)[0], int(ints(known + OFFSETS)[0]), to)
+    take_row(j, sample * j[job.IN_FEATURES], j[job.IN_FEATURES], known, to)
 
 
 @compiled
 def _fill_from_rows(j: Pointer, first: int, columns: int, f0: int, f1: int, known: int, scratch: int, to: int) -> None:
     in_features, ordered, staged = j[job.IN_FEATURES], scratch, scratch + 8 * CACHE_LINE
-    x_row = in_features * 4
+    of_bytes = j[job.X_BYTES] != 0
+    size = 1 if of_bytes else 4
+    x_row = in_features * size
     for place in range(INT8_COLUMNS):  # what is known in the order of a tile's rows
         column = 16 * (place // 4 % 4) + 4 * (place // 16) + place % 4
         floats(ordered)[place], ints(ordered + 4 * INT8_COLUMNS)[place] = 0.0, 0
@@ -149,17 +174,22 @@ def _fill_from_rows(j: Pointer, first: int, columns: int, f0: int, f1: int, know
     for f in range(f0, f1, LANES):
         features = min(LANES, f1 - f)
         for lane in range(4):
-            at = j[job.X] + (first + 4 * lane) * x_row + f * 4
+            at, row, step = j[job.X] + (first + 4 * lane) * x_row + f * size, x_row, 16 * x_row
             inverses, offsets = ordered + lane * CACHE_LINE, ordered + 4 * INT8_COLUMNS + lane * CACHE_LINE
             target = to + f * TILE_ROW + lane * LANES
-            if features == LANES and columns == INT8_COLUMNS:
-                round_block(at, x_row, 16 * x_row, inverses, offsets, target, features)
-            else:
+            if features < LANES or columns < INT8_COLUMNS:
                 for place in range(LANES):
                     sample = 16 * (place // 4) + 4 * lane + place % 4
-                    if sample < columns:
-                        copy_floats(j[job.X] + (first + sample) * x_row + f * 4, staged + place * CACHE_LINE, features)
-                round_block(staged, CACHE_LINE, 4 * CACHE_LINE, inverses, offsets, target, features)
+                    source = j[job.X] + (first + sample) * x_row + f * size
+                    if sample < columns and of_bytes:
+                        _copy_bytes(source, staged + place * CACHE_LINE, features)
+                    elif sample < columns:
+                        copy_floats(source, staged + place * CACHE_LINE, features)
+                at, row, step = staged, CACHE_LINE, 4 * CACHE_LINE
+            if of_bytes:
+                byte_block(at, row, step, target, features)
+            else:
+                round_block(at, row, step, inverses, offsets, target, features)
 
 
 @compiled
@@ -169,11 +199,19 @@ def _fill_from_columns(
     for i in range(INT8_COLUMNS):
         floats(staged)[i] = 0.0
     for f in range(f0, f1):
-        at = j[job.X] + (f * j[job.BATCH] + first) * 4
-        if columns < INT8_COLUMNS:
-            copy_floats(at, staged, columns)
-            at = staged
-        round_columns(at, at + 2 * CACHE_LINE, known, known + OFFSETS, to + f * TILE_ROW)
+        at = f * j[job.BATCH] + first
+        if j[job.X_BYTES] != 0:
+            at += j[job.X]
+            if columns < INT8_COLUMNS:
+                _copy_bytes(at, staged, columns)
+                at = staged
+            byte_columns(at, to + f * TILE_ROW)
+        else:
+            at = j[job.X] + at * 4
+            if columns < INT8_COLUMNS:
+                copy_floats(at, staged, columns)
+                at = staged
+            round_columns(at, at + 2 * CACHE_LINE, known, known + OFFSETS, to + f * TILE_ROW)
 
 
 @compiled
@@ -203,4 +241,25 @@ def int8_fill_task(j: Pointer, task: int) -> None:
     to = j[job.PACKED] + tile * in_features * TILE_ROW
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
     fill_tile(j, first, columns, f0, f1, known_of(j, first), aligned(memory), to)
+    release(memory)
+
+
+def int8_round_task(j: Pointer, task: int) -> None:
+    """A share of BATCH floats, rounded with the scale that is given, as as many bytes at Y."""
+    splits, count = j[job.ROW_SPLITS], j[job.BATCH]
+    blocks = (count + CACHE_LINE - 1) // CACHE_LINE
+    first, last = blocks * task // splits * CACHE_LINE, min(count, blocks * (task + 1) // splits * CACHE_LINE)
+    memory = allocate(KNOWN_BYTES + 2 * CACHE_LINE)
+    if memory == 0:
+        j[job.FAILED] = 1
+        return
+    known = aligned(memory)
+    spare = known + KNOWN_BYTES
+    _put_given(j, known)
+    # Rounding writes 16 bytes too many, where another task may have written before.
+    exact = max(0, last - first - LANES) // LANES * LANES
+    if exact > 0:
+        take_row(j, first, exact, known, j[job.Y] + first)
+    take_row(j, first + exact, last - first - exact, known, spare)
+    _copy_bytes(spare, j[job.Y] + first + exact, last - first - exact)
     release(memory)

@@ -147,7 +147,7 @@ KERNELS: Final = (
 HELPERS: Final = (
     *("measure_panel", "fill_panel", "plan_linear", "plan_panel", "phase_size"),
     *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values"),
-    *("int8_scales_task", "int8_pack_task", "int8_fill_task"),
+    *("int8_scales_task", "int8_pack_task", "int8_fill_task", "int8_round_task"),
 )
 TASKS: Final = (*(kernel.task for kernel in KERNELS if kernel.layer != "training"), *HELPERS)
 # What is compiled for each of the targets; all else for the instruction sets that they extend.
