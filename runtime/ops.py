@@ -1,4 +1,4 @@
-"""The condensed operators of torch: ``torch.ops.srigl_fx.condensed_linear`` and ``condensed_conv``.
+"""The operators of torch: ``torch.ops.srigl_fx.condensed_linear``, ``condensed_conv`` and ``round_samples``.
 
 Owns schemas, the fake kernels (shapes for torch.compile and torch.export), and which code a device has. It must not
 know graphs or models, nor how anything is computed.
@@ -186,6 +186,7 @@ def _fake_conv(
 
 
 def _round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
+    _refuse_forward_mode("round_samples")
     check_rounding("round_samples", x, scale, offset)
     return execute.round_samples(x, scale, offset)
 
@@ -194,17 +195,9 @@ def _fake_round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8)
 
 
-def _no_gradient(ctx: Any, grad: Tensor) -> tuple[None, ...]:
-    raise FormatError(
-        "round_samples: activations that are rounded to eight bits have no gradient: lower the model with "
-        "value_dtype=torch.float32 to train it"
-    )
-
-
 torch.library.register_fake("srigl_fx::condensed_linear", _fake_linear, lib=_library)
 torch.library.register_fake("srigl_fx::condensed_conv", _fake_conv, lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_linear", linear_backward, setup_context=save, lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_conv", conv_backward, setup_context=save, lib=_library)
 _library.impl("round_samples", _round_samples, "CPU")
 torch.library.register_fake("srigl_fx::round_samples", _fake_round_samples, lib=_library)
-torch.library.register_autograd("srigl_fx::round_samples", _no_gradient, lib=_library)

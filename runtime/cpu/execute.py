@@ -102,11 +102,10 @@ def _set_given(j: "ctypes.Array[ctypes.c_int64]", given: Given, x: Tensor) -> No
 
 
 def round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
-    """``x`` as bytes, that lie as it does, or in rows where it has gaps."""
+    """``x`` as bytes, which lie as ``torch.empty_like`` has them."""
     y = torch.empty_like(x, dtype=torch.uint8)
-    if y.stride() != x.stride():
-        x = x.contiguous()
-        y = torch.empty_like(x, dtype=torch.uint8)
+    if y.stride() != x.stride():  # as x has gaps
+        x = torch.empty_like(x).copy_(x)
     if not y.numel():
         return y
     j = Job()

@@ -13,10 +13,8 @@ from srigl_fx.runtime.ort.primitives import call, inlined, linked, load, load8, 
 from srigl_fx.runtime.ort.refusals import refuse
 from srigl_fx.runtime.quantisation import LARGEST_FILTER, OFFSET, SMALLEST
 
-_LARGEST_FILTER, _OFFSET = (
-    LARGEST_FILTER,
-    OFFSET,
-)  # Numba takes a constant for a literal only under a name of the module's own
+# Numba takes a constant for a literal only under a name of the module's own.
+_LARGEST_FILTER, _OFFSET = LARGEST_FILTER, OFFSET
 _SMALLEST, _INFINITY = (int(np.float32(number).view(np.int32)) for number in (SMALLEST, np.inf))  # as bits
 _LIST_CAPACITY = 16  # more than any list attribute of ours may hold
 
