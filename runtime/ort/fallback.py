@@ -21,7 +21,8 @@ WEIGHT_ATTRIBUTES = ("in_features", "weight_shape", "flat_size")
 LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
-GIVEN_ATTRIBUTES = ("x_scale", "x_offset")  # of operators with values of eight bits; a scale of 0 is none
+# Of operators with values of eight bits, with what they are where a node of an older file has none: a scale of 0 is none.
+GIVEN_ATTRIBUTES = {"x_scale": "x_scale: float = 0.0", "x_offset": "x_offset: int = 0"}
 
 # Every constant is a tensor that states its type: graph tools take value_float, and a fill value left out, for double.
 # Flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
@@ -208,7 +209,7 @@ def attributes_of(base: str) -> tuple[str, ...]:
         >>> attributes_of("CondensedLinear")
         ('in_features', 'weight_shape', 'flat_size', 'x_perm', 'y_perm')
     """
-    given = GIVEN_ATTRIBUTES if base.endswith(abi.EIGHT_BITS) else ()
+    given = tuple(GIVEN_ATTRIBUTES) if base.endswith(abi.EIGHT_BITS) else ()
     base = base.removesuffix(abi.EIGHT_BITS)
     if base == "CondensedLinear":
         return WEIGHT_ATTRIBUTES + LINEAR_ATTRIBUTES + given
@@ -269,7 +270,8 @@ def _function(name: str, base: str, residual: bool, activation: str, used: Colle
     body = "".join(step.format(x=results[i], y=results[i + 1], sum=total) for i, step in enumerate(steps))
     inputs = abi.inputs_of(base, residual)
     header = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
-    signature = f"{name} <{', '.join(attributes_of(base))}> ({', '.join(inputs)}) => (y)"
+    attributes = ", ".join(GIVEN_ATTRIBUTES.get(item, item) for item in attributes_of(base))
+    signature = f"{name} <{attributes}> ({', '.join(inputs)}) => (y)"
     plain = exact or not base.endswith(abi.EIGHT_BITS)
     weight = _DENSE_WEIGHT.replace("{values}", _VALUES if plain else _SCALED_VALUES)
     return f"{header} {signature} {{ {weight} {body} }}"
