@@ -21,7 +21,7 @@ WEIGHT_ATTRIBUTES = ("in_features", "weight_shape", "flat_size")
 LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
-# Of operators with values of eight bits, with what they are where a node of an older file has none: a scale of 0 is none.
+# Of operators with values of eight bits, with what nodes of older files have in their place: a scale of 0 is none.
 GIVEN_ATTRIBUTES = {"x_scale": "x_scale: float = 0.0", "x_offset": "x_offset: int = 0"}
 
 # Every constant is a tensor that states its type: graph tools take value_float, and a fill value left out, for double.
