@@ -75,7 +75,8 @@ class Node:
 
     def expected(self, x: Array) -> Array:
         weights = [self.weights[name] for name in WEIGHTS]
-        eight_bits = {"scales": self.weights.get(abi.SCALES), "x_scale": self.attributes.get("x_scale") or None}
+        eight_bits: dict[str, Any] = {"scales": self.weights.get(abi.SCALES)}
+        eight_bits |= {"x_scale": self.attributes.get("x_scale") or None}
         eight_bits |= {"x_offset": self.attributes.get("x_offset", 0)}
         if self.op.removesuffix(abi.EIGHT_BITS) == "CondensedLinear":
             return reference.condensed_linear(x, *weights, **eight_bits)
