@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "sparsification": ("compatibility", "masks", "nn", "passes", "recipes", "train", *COMMON),
     "passes": (
         *("masks", "nn", "comparison", *COMMON),
-        *("runtime.activations", "runtime.format", "runtime.cpu.kernels.plan", "runtime.ops"),
+        *("runtime.activations", "runtime.format", "runtime.quantisation", "runtime.cpu.kernels.plan", "runtime.ops"),
     ),
     "runtime": ("masks", *COMMON),
     "runtime.activations": ("errors",),
