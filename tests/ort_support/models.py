@@ -82,7 +82,7 @@ class Node:
             return reference.condensed_linear(x, *weights, **eight_bits)
         names = ("weight_shape", "strides", "pads", "dilations", "group")
         given = {name: self.attributes[name] for name in names if name in self.attributes}
-        return reference.condensed_conv(x, *weights, **eight_bits, **given)
+        return reference.condensed_conv(x, *weights, **given | eight_bits)
 
     def of_eight_bits(self) -> "Node":
         """The operator with values of eight bits, and these weights rounded to them."""
