@@ -26,6 +26,7 @@ def calibration_inputs(calibration: Calibration | None) -> tuple[Inputs, ...]:
         LoweringError: It is no such iterable, or empty.
 
     Example:
+        >>> import torch
         >>> calibration_inputs([torch.ones(2), ((), {"x": 3})])
         (((tensor([1., 1.]),), {}), ((), {'x': 3}))
     """
