@@ -250,13 +250,8 @@ def test_a_folder_of_the_plain_call_needs_the_recipe(tmp_path: Path) -> None:
 def test_the_recipe_of_another_model_is_refused_as_such(tmp_path: Path) -> None:
     sx.sparsify(_bert(), sparsity=0.8).save_pretrained(tmp_path)
     others: list[tuple[dict[str, Any], str]] = [
-        ({"sparsity": 0.7}, "the masks there keep other numbers of weights than it decided"),
         ({"sparsity": 0.85}, "the masks there keep other numbers of weights than it decided"),
         ({"sparsity": 0.95}, r".*'classifier\.weight' has no mask"),
-        (
-            {"sparsity": 0.8, "rules": {"*.pooler.dense": None}},
-            r".*there is a mask for 'bert\.pooler\.dense\.weight'.*",
-        ),
     ]
     for arguments, differs in others:
         recipe = sx.recipe(sx.sparsify(_bert(), **arguments))
