@@ -40,7 +40,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     "a module's state_dict": ("_metadata",),
     "a pruning hook": ("_tensor_name",),
     "a storage": ("_cdata",),
-    "a tensor": ("_backward_hooks", "_post_accumulate_grad_hooks", "_version"),
+    "a tensor": ("_backward_hooks", "_indices", "_post_accumulate_grad_hooks", "_values", "_version"),
     "an operator": ("_schema",),
     "an optimizer": ("_optimizer_step_post_hooks",),
     "torch.ops.aten": (
