@@ -53,6 +53,8 @@ class Stubborn(Breaks):
 class Branches(nn.Module):
     """A model of two graphs."""
 
+    second: nn.Module
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = (nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12)) for _ in range(2))
@@ -158,8 +160,9 @@ def test_no_pass_is_named_where_the_graph_differs_as_captured(
 ) -> None:
     model: nn.Module = make()
     if in_parts:
-        model = Branches()
-        model.second = make()
+        parts = Branches()
+        parts.second = make()
+        model = parts
     model = mask_by_hand(randomise(model), 0.4).eval()
     region = "in the region second: " if in_parts else ""
     with pytest.raises(LoweringError, match=rf"^{region}output 0 of the graph as captured is off by .*; .*{why}"):
