@@ -17,6 +17,8 @@ regions is known in each.
    types and ranks. Sizes that differ from call to call must be free in the graph; the leading one may be.
 6. A module that writes into buffers, or holds a TorchScript module, is not tried: a part of a model must not write
    where the rest of it may read, and export cannot look into TorchScript.
+7. Nor is one whose outputs change from call to call with what it keeps in other attributes (a counter, a cache): a
+   graph would give those of the first call for ever.
 """
 
 from collections import Counter
@@ -31,6 +33,7 @@ from srigl_fx.errors import CaptureError
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.capture import Failure, capture_region
 from srigl_fx.passes.capture_checks import class_name
+from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.regions.module_local import module_local
 from srigl_fx.passes.regions.recording import ModuleCall, Recording, record
@@ -137,6 +140,10 @@ class RegionFinder:
                 raise CaptureError(f"it writes into {', '.join(written)}")
             if any(isinstance(child, torch.jit.ScriptModule) for child in module.modules()):
                 raise CaptureError("a module inside it is compiled by TorchScript")
+            # Rule 7.
+            kept = [attribute for attribute in self.recording.changed if _within(attribute, name)]
+            if kept and _changes_its_outputs(module, example):
+                raise CaptureError(f"its outputs depend on what it keeps in {', '.join(kept)}")
         except CaptureError as error:
             self._fail(name, module, str(error))
             return None
@@ -164,6 +171,18 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _within(name: str, part: str) -> bool:
     return not part or name == part or name.startswith(part + ".")
+
+
+def _changes_its_outputs(module: nn.Module, call: ModuleCall) -> bool:
+    """Whether calls in a row on the same inputs give different outputs."""
+    first, *others = (run.results.outputs for run in run_steps(module, *call.inputs))
+    return any(not _equal(one, other) for outputs in others for one, other in zip(first, outputs, strict=True))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one.nan_to_num(), other.nan_to_num())
+    return bool(one == other)
 
 
 def _merge(calls: list[ModuleCall]) -> tuple[ModuleCall, dict[int, frozenset[int]], dict[int, frozenset[int]]]:

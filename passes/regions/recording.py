@@ -51,11 +51,13 @@ class Recording:
     Attributes:
         output: What the model returned.
         written: The names of the buffers it wrote into.
+        changed: The names of other attributes that it changed.
         calls: The distinct calls of each module that was called, in order.
     """
 
     output: Any = None
     written: frozenset[str] = frozenset()
+    changed: tuple[str, ...] = ()
     calls: dict[nn.Module, list[ModuleCall]] = field(default_factory=dict)
 
 
@@ -98,7 +100,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
                 handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
                 handles.append(module.register_forward_hook(after))
         run = run_steps(model, args, kwargs, 1)[0]
-        recording.output, recording.written = run.output, frozenset(run.written)
+        recording.output, recording.written, recording.changed = run.output, frozenset(run.written), run.changed
     finally:
         for handle in handles:
             handle.remove()

@@ -187,6 +187,29 @@ def test_foreign_objects_and_writes_are_refused() -> None:
     assert search.failures[0].error.startswith("it writes into child.count")
 
 
+class Counts(nn.Module):
+    """Counts its calls; its outputs depend on that, or not."""
+
+    def __init__(self, *, matters: bool) -> None:
+        super().__init__()
+        self.fc, self.calls, self.matters = nn.Linear(6, 6), 0, matters
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y: Tensor = self.fc(x) * (self.calls if self.matters else 1)
+        return y
+
+
+@pytest.mark.parametrize("matters", [True, False])
+def test_what_a_part_keeps_matters_where_its_outputs_change(matters: bool) -> None:
+    """A graph would give the outputs of the first call for ever."""
+    search = finder(Calls(Counts(matters=matters)), [(torch.randn(2, 6),)])
+    assert [region.name for region in search.below("")] == ["child.fc" if matters else "child"]
+    problems = ["its outputs depend on what it keeps in child.calls"] if matters else []
+    assert [failure.error for failure in search.failures] == problems
+    assert search.model.child.calls == 0  # type: ignore[union-attr]
+
+
 def test_a_recording_keeps_distinct_calls_and_changes_nothing() -> None:
     model = Calls(nn.Linear(3, 2)).eval()
     hooks = (dict(model.child._forward_hooks), dict(model.child._forward_pre_hooks))
