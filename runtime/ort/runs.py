@@ -139,6 +139,7 @@ def run_byte_rows(node: int, context: int, j: int, batch: int, work: int) -> int
     if field(j, job.X_FEATURE_MAJOR) != 0:
         transpose_floats(field(j, job.X), memory, in_features, batch)
         set_field(j, job.X, memory)
+        set_field(j, job.X_FEATURE_MAJOR, 0)
     if field(j, job.Y_FEATURE_MAJOR) != 0:
         rows = memory + 4 * batch * in_features
         set_field(j, job.Y, rows)
