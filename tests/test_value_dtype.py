@@ -189,7 +189,7 @@ def test_errors_beyond_rounding_are_found() -> None:
             return y
 
     model = mask_by_hand(randomise(Drifts()), 0.3).eval()
-    with pytest.raises(LoweringError, match=r"allowed: 7\.81e-03.*value_dtype=torch\.float32 rounds no weights"):
+    with pytest.raises(LoweringError, match=r"graph as captured is off by .*no pass has run yet"):
         lower(model, (torch.randn(2, 64),), min_speedup=0, value_dtype=torch.bfloat16)
 
 

@@ -438,7 +438,7 @@ def test_other_faults_are_found_among_the_noise() -> None:
             return y
 
     model = mask_by_hand(randomise(Drifts()), 0.3).eval()
-    with pytest.raises(LoweringError, match="signal-to-noise ratio of"):
+    with pytest.raises(LoweringError, match=r"graph as captured is off by .*no pass has run yet"):
         lowered_in_eight_bits(model, torch.randn(2, 64))
 
 
