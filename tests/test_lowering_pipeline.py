@@ -303,7 +303,7 @@ class Pair(Parts):
 
 
 def test_a_pipeline_without_its_end_is_not_completed_twice() -> None:
-    lowered = sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, *CONDENSING[:3], Condense()))
+    lowered = sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, *CONDENSING[:4], Condense()))
     assert [layer.decision for layer in lowered.report.layers] == ["condensed", "condensed"]
     assert "aten.relu" in lowered.code  # type: ignore[operator]
 
