@@ -39,8 +39,8 @@ class Look(Pass[Program]):
     [
         ((Look(), *LOWERING), "0"),
         ((*LOWERING, Look()), "0"),
-        ((*LOWERING, *CONDENSING[:3], Look(), *CONDENSING[3:]), "0"),
-        ((*LOWERING, *CONDENSING[:4], Look(), *CONDENSING[4:]), "2"),
+        ((*LOWERING, *CONDENSING[:4], Look(), *CONDENSING[4:]), "0"),
+        ((*LOWERING, *CONDENSING[:5], Look(), *CONDENSING[5:]), "2"),
         ((*LOWERING, *CONDENSING, Look()), "2"),
     ],
     ids=["in front", "before layers are matched", "before they are condensed", "behind that", "at the end"],
@@ -256,7 +256,7 @@ class Parts(nn.Module):
 @pytest.mark.slow
 def test_each_part_of_a_model_has_a_folder(tmp_path: Path) -> None:
     sx.lower(Parts().eval(), (X,), min_speedup=0, dump=tmp_path)
-    assert "condensed_linear" in (tmp_path / "first" / "09 Condense.txt").read_text()
+    assert "condensed_linear" in (tmp_path / "first" / "10 Condense.txt").read_text()
 
 
 class Masked(Pass[Program]):
