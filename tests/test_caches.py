@@ -145,7 +145,7 @@ def test_a_file_takes_and_returns_the_tensors_of_a_cache(tmp_path: Path) -> None
         lowered(IDS, **{CACHE: transformers.DynamicCache()})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_takes_a_cache_in_the_place_of_its_tensors(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, cache = sparse(llama()), filled()

@@ -88,7 +88,7 @@ class _Vocoder(nn.Module):
         return torch.istft(spectrum * gain, 32, 8, window=self.window, length=x.shape[1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("verify", [True, False])
 def test_what_is_made_into_no_onnx_is_refused_by_the_name_of_its_module(verify: bool, tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(OrderedDict(vocoder=_Vocoder())), sparsity=0.5).eval()

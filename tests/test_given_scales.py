@@ -154,6 +154,7 @@ class Two(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_keyword_arguments() -> None:
     model = mask_by_hand(randomise(Two()), 0.4).eval()
 

@@ -84,6 +84,7 @@ def test_a_recipe_says_what_was_asked_and_what_was_decided() -> None:
     assert "the rule '4' leaves it dense" in str(recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch.compile
 def test_a_recipe_rides_with_the_masks_until_finalize() -> None:
     model = sx.sparsify(_build(), sparsity=0.75)

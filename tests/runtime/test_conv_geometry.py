@@ -175,7 +175,7 @@ def test_torch_operator(case: tuple[Node, Array]) -> None:
     _compare(y.numpy(), node, x)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @given(case=_convolutions(), threads=st.sampled_from([1, 3]))
 @settings(max_examples=100, **_SETTINGS)
 def test_onnxruntime_operator(library: Path, case: tuple[Node, Array], threads: int) -> None:

@@ -247,6 +247,7 @@ def test_only_the_wanted_gradients() -> None:
     torch.testing.assert_close(bias.grad, torch.full((7,), 2.0))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, as it compares
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:

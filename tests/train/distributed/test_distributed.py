@@ -102,7 +102,7 @@ def test_two_processes(two: Outcomes, scenario: str) -> None:
     assert two[scenario] == ["ok"] * 2, "\n".join(two[scenario])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", FOUR)
 def test_four_processes(four: Outcomes, scenario: str) -> None:
     assert four[scenario] == ["ok"] * 4, "\n".join(four[scenario])
