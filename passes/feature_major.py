@@ -31,7 +31,7 @@ class FeatureMajor(Pass[Program]):
        none. The layers that read such a tensor are told so.
     2. Only where it pays: at ``min_samples`` samples or more (the product of the leading sizes), as smaller batches are
        computed from rows; and only for layers that have a kernel for it, which very wide ones have not. Layers with
-       values of eight bits are computed from rows up to :data:`plan.MOST_INT8_DOT_SAMPLES` samples.
+       values of eight bits measure each sample, which is faster where it is a row.
     3. Values never depend on it: the operators look at the strides that they are given. What is exported states the
        permutations.
 
@@ -53,18 +53,13 @@ class FeatureMajor(Pass[Program]):
         worth = [
             node
             for node in graph.find_nodes(op="call_function", target=LINEAR)
-            if _samples(node, subject, batch) >= self._least(node) and _has_kernel(node, self.min_samples)
+            if _samples(node, subject, batch) >= self.min_samples and _has_kernel(node, self.min_samples)
         ]
         changed = settle_layouts(graph, worth)
         if changed:
             graph.lint()
             subject.module.recompile()
         return PassResult(subject=subject, changed=changed)
-
-    def _least(self, node: fx.Node) -> int:
-        """The samples from which on a layer's output is made feature-major."""
-        in_eight_bits = arguments(node)["scales"] is not None
-        return max(self.min_samples, plan.MOST_INT8_DOT_SAMPLES + 1) if in_eight_bits else self.min_samples
 
 
 def settle_layouts(graph: fx.Graph, wanted: Iterable[fx.Node]) -> bool:
@@ -127,12 +122,12 @@ def _reads_as_data(linear: fx.Node, node: fx.Node) -> bool:
 
 
 def _has_kernel(node: fx.Node, samples: int) -> bool:
-    """Whether a layer's feature-major tensors are computed as they lie."""
+    """Whether a layer's feature-major tensors are computed as they lie, as fast as rows."""
     given = arguments(node)
     n_active, k = given["values"].meta["val"].shape
-    # The instruction set decides between kernels for rows alone.
     if given["scales"] is not None:
-        return plan.int8_linear_kernel(True, given["in_features"], n_active, k, samples, True) == plan.INT8_TILE
+        return False
+    # The instruction set decides between kernels for rows alone.
     return plan.linear_kernel(0, given["in_features"], n_active, k, samples, True, True) == plan.TILE
 
 

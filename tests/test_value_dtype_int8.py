@@ -310,13 +310,15 @@ def test_regions() -> None:
 
 
 @pytest.mark.slow
-def test_neighbours_are_feature_major_from_where_they_are_computed_so() -> None:
+def test_neighbours_have_rows_between_them() -> None:
+    """Whichever kernels compute them: a sample is measured as a row, and 130 are two tiles and two samples."""
     layers = (nn.Linear(48, 40), nn.ReLU(), nn.Linear(40, 56))
     model = mask_by_hand(randomise(nn.Sequential(*layers)), 0.3).eval()
-    for batch, between in ((16, False), (17, True)):
+    for batch in (16, 130):
         lowered = lowered_in_eight_bits(model, torch.randn(batch, 48))
         first, second = condensed_nodes(lowered.graph)
-        assert (arguments(first)["y_feature_major"], arguments(second)["x_feature_major"]) == (between, between)
+        assert not arguments(first)["y_feature_major"]
+        assert not arguments(second)["x_feature_major"]
         for samples in (1, 5, 17, 64, 130):
             assert_each_node_is_the_reference(lowered, torch.randn(samples, 48))
 

@@ -182,6 +182,12 @@ def condensed(work: Work, machine: Machine) -> float:
     lanes, again = plan.LANES, 1.0
     if work.eight_bits:
         target = TARGETS[machine.target]
+        if not work.convolution:
+            kernel = plan.INT8_TILE if kernel_for(work, machine) == "tile" else plan.INT8_DOT
+            first = plan.int8_linear_samples(target == AVX512_VBMI, kernel, work.columns, False)
+            if first < work.columns:
+                parts = [condensed(replace(work, columns=part), machine) for part in (first, work.columns - first)]
+                return sum(parts) - machine.condensed_call
         dot, tile = _EIGHT_BITS[target]
         again = _FURTHER if target == AVX512_VBMI else 1.0
         machine = replace(machine, dot_rate=dot * machine.dot_rate, tile_rate=tile * machine.tile_rate)

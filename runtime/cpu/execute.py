@@ -165,21 +165,35 @@ def linear(
         return y
     if residual is not None:
         residual = residual.movedim(-1, 0).contiguous() if y_feature_major else residual.contiguous()
-    j = _job(checked, planned, (x, *weight), in_features, n, y, scales)
-    _set_given(j, given, x)
-    j[job.BATCH], j[job.ACTIVATION] = batch, NUMBERS[activation]
-    j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
-    j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
-    n_active, k = values.shape
+    first, samples = 0, batch
+    while True:
+        j = _job(checked, planned, (x, *weight), in_features, n, y, scales)
+        _set_given(j, given, x)
+        if scales is not None:
+            samples = plan.int8_linear_samples(_looks_up_bytes(), planned[0], batch - first, columns)
+        j[job.BATCH], j[job.ACTIVATION] = samples, NUMBERS[activation]
+        j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
+        j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr() + first * n * 4
+        j[job.X] += first * in_features * x.element_size()
+        j[job.Y] += first * n * 4
+        _run_linear(j, planned, x)
+        first += samples
+        if first == batch:
+            return y
+        planned = _int8_plan(in_features, *values.shape, batch - first, columns)
+
+
+def _run_linear(j: "ctypes.Array[ctypes.c_int64]", planned: tuple[int, int], x: Tensor) -> None:
+    """Run a kernel on the samples of a job."""
+    kernel, batch, n_active = planned[0], j[job.BATCH], j[job.N_ACTIVE]
     thread_count = torch.get_num_threads()
     tiles = -(-batch // _COLUMNS[kernel]) if kernel in _COLUMNS else 1
-    splits = plan.shares(tiles, n_active // LANES, batch * n_active * k, thread_count)
-    if scales is not None and splits > 1:
+    splits = plan.shares(tiles, n_active // LANES, batch * n_active * j[job.K], thread_count)
+    if kernel in (plan.INT8_DOT, plan.INT8_TILE) and splits > 1:
         _round_samples(j, x, planned, thread_count)
     j[job.ROW_SPLITS] = splits
     threads.run(entry(_TASKS[kernel]), ctypes.addressof(j), tiles * splits, thread_count)
     _raise_if_failed(j)
-    return y
 
 
 def _round_samples(j: "ctypes.Array[ctypes.c_int64]", x: Tensor, planned: tuple[int, int], thread_count: int) -> None:

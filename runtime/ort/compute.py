@@ -29,6 +29,7 @@ from srigl_fx.runtime.ort.runs import (
 _TENSOR_WORDS, _WEIGHTS_WORDS, _JOB_WORDS = abi.TENSOR_WORDS, abi.WEIGHTS_WORDS, job.SIZE
 _GEOMETRY_WORDS = conv.GEOMETRY_SIZE
 _MAX_ELEMENTS = MAX_ELEMENTS
+_FLOAT_BYTES = 4
 _DOT, _TILE, _STRIDED = plan.DOT, plan.TILE, plan.STRIDED
 _INT8_DOT, _INT8_TILE = plan.INT8_DOT, plan.INT8_TILE
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
@@ -181,24 +182,32 @@ def compute_linear(node: int, context: int) -> int:
     status = _output(node, context, shape, rank, load(x, 0), data)
     if status != 0 or batch == 0:
         return status
-    _start_job(node, 0, weights, j)
-    _set_call(j, data, batch, x_columns, y_columns)
-    call(kernel(node, _PLAN_LINEAR), (j, 1))
-    number, panel, made = field(j, job.KERNEL), 0, 0
-    if number in (_DOT, _TILE, _INT8_DOT, _INT8_TILE):
-        panel = find_panel(node, weights, number, n)
-        if panel == 0 and load(node, abi.NODE_EIGHT_BITS) != 0:
-            panel = made = make_panel(node, weights, number, n)
-            if made == 0:
-                return refuse(node, text(_NO_PANEL), 0, 0, 0)
-        if panel == 0:  # weights that are not constant, or no memory
-            call(kernel(node, _PLAN_LINEAR), (j, 0))
-            number = field(j, job.KERNEL)
-        else:
-            _start_job(node, panel, weights, j)
-            _set_call(j, data, batch, x_columns, y_columns)
-    status = _run_linear(node, context, number, j, batch)
-    free_panel(made)
+    first = 0
+    while status == 0 and first < batch:
+        _start_job(node, 0, weights, j)
+        _set_call(j, data, batch - first, x_columns, y_columns)
+        call(kernel(node, _PLAN_LINEAR), (j, 1))
+        number, samples, panel, made = field(j, job.KERNEL), field(j, job.SAMPLES), 0, 0
+        if number in (_DOT, _TILE, _INT8_DOT, _INT8_TILE):
+            panel = find_panel(node, weights, number, n)
+            if panel == 0 and load(node, abi.NODE_EIGHT_BITS) != 0:
+                panel = made = make_panel(node, weights, number, n)
+                if made == 0:
+                    return refuse(node, text(_NO_PANEL), 0, 0, 0)
+            if panel == 0:  # weights that are not constant, or no memory
+                call(kernel(node, _PLAN_LINEAR), (j, 0))
+                number = field(j, job.KERNEL)
+            else:
+                _start_job(node, panel, weights, j)
+        _set_call(j, data, samples, x_columns, y_columns)
+        status = _run_linear(node, context, number, j, samples)
+        free_panel(made)
+        # Only rows are computed in several parts.
+        store(data, 0, load(data, 0) + samples * in_features * _FLOAT_BYTES)
+        store(data, abi.WORD, load(data, abi.WORD) + samples * n * _FLOAT_BYTES)
+        if load(data, 2 * abi.WORD) != 0:
+            store(data, 2 * abi.WORD, load(data, 2 * abi.WORD) + samples * n * _FLOAT_BYTES)
+        first += samples
     return status
 
 

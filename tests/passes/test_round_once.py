@@ -118,8 +118,8 @@ def test_readers_of_a_feature_major_tensor() -> None:
             return y
 
     model = mask_by_hand(randomise(Wide()), 0.4).eval()
-    x = torch.randn(40, 48)
-    lowered = lowered_with(model, x, calibration=[x])
+    x, dtypes = torch.randn(40, 48), {"": torch.int8, "first": torch.float32}
+    lowered = lowered_with(model, x, value_dtype=dtypes, calibration=[x])
     (rounded,) = roundings(lowered)
     linears = list(lowered.graph.find_nodes(op="call_function", target=LINEAR))
     assert [arguments(node)["x_feature_major"] for node in linears] == [False, True, True]

@@ -150,9 +150,9 @@ def test_eight_bits_have_rates_of_their_own_for_each_target(target: str) -> None
         if columns == 1024:
             assert seconds < usual
     for convolution in (False, True):  # tiles have 64 columns, used or not
-        few, many = (replace(bytewise, columns=columns, convolution=convolution) for columns in (20, 64))
+        few, many = (replace(bytewise, columns=columns, convolution=convolution) for columns in (50, 64))
         assert kernel_for(few, machine) == kernel_for(many, machine) == "tile"
-        moved = 44 * (work.fan_in + work.rows) / machine.move_rate
+        moved = 14 * (work.fan_in + work.rows) / machine.move_rate
         assert condensed(many, machine) - condensed(few, machine) == pytest.approx(moved)
 
 
@@ -163,6 +163,14 @@ def test_samples_share_what_is_looked_up() -> None:
     bytewise = replace(work, value_bytes=1, eight_bits=True)
     assert kernel_for(bytewise, machine) == "dot"
     assert 1.5 < condensed(work, machine) / condensed(bytewise, machine) < 3
+
+
+def test_samples_behind_the_last_whole_tile_cost_what_they_do_alone() -> None:
+    machine = replace(Machine(), target=TARGETS.index(AVX512_VBMI), condensed_call=1e-3)
+    work = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=192, value_bytes=1, eight_bits=True)
+    whole, few, both = (condensed(replace(work, columns=columns), machine) for columns in (192, 5, 197))
+    assert both == pytest.approx(whole + few - 1e-3)
+    assert condensed(replace(work, columns=197, convolution=True), machine) > both  # whose tiles are never split
 
 
 @pytest.mark.parametrize("target", TARGETS)

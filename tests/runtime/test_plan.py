@@ -1,6 +1,7 @@
 """One plan of what runs where: torch, ONNX Runtime and the cost model ask it, and its table lists every kernel."""
 
 import ctypes
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,7 +39,7 @@ sizes = {
 
 
 @settings(deadline=None)  # the first call compiles
-@given(**sizes, batch=st.integers(0, 40), x_columns=st.booleans(), y_columns=st.booleans(), packed=st.booleans())
+@given(**sizes, batch=st.integers(0, 200), x_columns=st.booleans(), y_columns=st.booleans(), packed=st.booleans())
 def test_the_library_asks_the_same_plan(
     in_features: int, n_active: int, k: int, batch: int, x_columns: bool, y_columns: bool, packed: bool
 ) -> None:
@@ -57,6 +58,7 @@ def test_the_library_asks_the_same_plan(
     entry("plan_linear")[0](ctypes.addressof(j), packed)
     expected = plan.int8_linear_kernel(BYTE_LOOKUP, in_features, n_active, k, batch, x_columns or y_columns)
     assert j[job.KERNEL] == expected
+    assert j[job.SAMPLES] == plan.int8_linear_samples(BYTE_LOOKUP, expected, batch, x_columns or y_columns)
     for kernel in (plan.INT8_DOT, plan.INT8_TILE):
         entry("plan_panel")[0](ctypes.addressof(j), kernel)
         window = plan.int8_window(BYTE_LOOKUP, kernel, in_features, k)
@@ -91,16 +93,32 @@ def _as_a_node(weight: CondensedWeight) -> fx.Node:
 @pytest.mark.parametrize("in_features", [1, 20, 300, 65535, 65536, 70_000])
 @pytest.mark.parametrize("n_active", [0, 3])
 def test_the_layout_pass_asks_it_too(n_active: int, in_features: int, dtype: ValueDtype) -> None:
-    """Feature-major tensors are for layers whose kernel reads them as they lie, in torch and in ONNX Runtime."""
+    """Feature-major tensors are for layers whose kernel reads them as they lie, in torch and in ONNX Runtime.
+
+    One of eight bits reads them too, but measures rows faster.
+    """
     node = _as_a_node(condensed(4, in_features, 1, n_active=n_active, dtype=dtype))
-    kernel = "int8_tile_task" if dtype == "int8" else "tile_task"
-    number = next(row.number for row in KERNELS if row.task == kernel)
     for samples in (16, 300):
-        sizes = in_features, n_active, 1, samples, True
-        byte = {plan.int8_linear_kernel(lookup, *sizes) for lookup in (False, True)}
-        floats = {plan.linear_kernel(level, *sizes, True) for level in range(len(ISAS))}
-        (expected,) = byte if dtype == "int8" else floats
-        assert feature_major._has_kernel(node, samples) == (expected == number)
+        (expected,) = {
+            plan.linear_kernel(level, in_features, n_active, 1, samples, True, True) for level in range(len(ISAS))
+        }
+        assert feature_major._has_kernel(node, samples) == (expected == plan.TILE and dtype != "int8")
+
+
+@pytest.mark.parametrize("lookup", [False, True])
+def test_few_samples_behind_the_last_whole_tile_are_a_call_of_their_own(lookup: bool) -> None:
+    """All samples are computed, each once, and no kernel but the tile leaves any to another."""
+    most = plan.MOST_INT8_DOT_SAMPLES if lookup else 4
+    for batch, columns in itertools.product(range(1, 300), (False, True)):
+        kernel = plan.int8_linear_kernel(lookup, 768, 768, 77, batch, columns)
+        first = plan.int8_linear_samples(lookup, kernel, batch, columns)
+        rest = batch % plan.INT8_COLUMNS
+        if columns or batch < plan.INT8_COLUMNS or not 0 < rest <= most:
+            assert first == batch
+        else:
+            assert (kernel, first) == (plan.INT8_TILE, batch - rest)
+            assert plan.int8_linear_kernel(lookup, 768, 768, 77, rest, columns) == plan.INT8_DOT
+            assert plan.int8_linear_samples(lookup, plan.INT8_DOT, rest, columns) == rest
 
 
 @pytest.mark.parametrize("level", range(len(ISAS)))
@@ -126,7 +144,7 @@ def test_every_kernel_has_its_calls(level: int) -> None:
 @pytest.mark.parametrize("lookup", [False, True])
 def test_every_kernel_of_bytes_has_its_calls(lookup: bool) -> None:
     """On every target, and none of them runs weight by weight but where there are no weights."""
-    calls = [(f, b, columns) for f in (1, 70_000) for b in (1, 16, 17, 40) for columns in (False, True)]
+    calls = [(f, b, columns) for f in (1, 70_000) for b in (1, 16, 17, 48, 49) for columns in (False, True)]
     found = {plan.int8_linear_kernel(lookup, f, 64, 1, batch, columns) for f, batch, columns in calls}
     assert found == {kernel.number for kernel in KERNELS if kernel.layer == "linear" and kernel.values == ("int8",)}
     assert {plan.int8_linear_kernel(lookup, f, 64, 0, batch, columns) for f, batch, columns in calls} == {
@@ -188,7 +206,7 @@ CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "dot_task": lambda dtype: _linear(200, 3, dtype),
     "tile_task": lambda dtype: _linear(200, 37, dtype),
     "int8_dot_task": lambda dtype: _linear(200, 3, dtype),
-    "int8_tile_task": lambda dtype: _linear(200, 37, dtype),
+    "int8_tile_task": lambda dtype: _linear(200, 64, dtype),
     "int8_conv_task": lambda dtype: _conv(5, dtype),
     "conv_rows_task": lambda dtype: _conv(5, dtype),
     "conv_tile_task": lambda dtype: _conv(37, dtype),
@@ -229,7 +247,7 @@ def test_torch_and_onnxruntime_give_the_same_bits(in_features: int, dtype: Value
     """
     weight = condensed(70, in_features, 17, n_active=66, dtype=dtype)
     operator = LinearOperator(weight, library=True)
-    for batch in (1, 2, 3, 5, 6, 16, 17, 40):
+    for batch in (1, 2, 3, 5, 6, 16, 17, 40, 66, 131):
         x = torch.randn(batch, in_features)
         assert torch.equal(check_linear(weight, x), operator.check(x)), batch
 

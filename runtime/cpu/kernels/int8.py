@@ -27,6 +27,7 @@ BYTES: Final = ir.VectorType(I8, SLOTS)
 _HALVES: Final = ir.VectorType(I16, 2 * LANES)
 _PLACES: Final = ir.VectorType(I32, SLOTS)
 _NOTHING: Final = ir.Constant(INTS, [0] * LANES)
+_UNKNOWN: Final = ir.Constant(INTS, ir.Undefined)
 TILE_ROW: Final = SLOTS  # bytes of a row of a tile: its columns
 
 
@@ -98,20 +99,38 @@ def _look_up(b: Any, inputs: Any, index: Any, window: int) -> Any:
     return found
 
 
-def dot_group(window: int, samples: int) -> Callable[[int, int, int, int, int, int], None]:
-    """An intrinsic ``(x, x_row, phase, start, phases, sums)``: the sums of 16 rows for a few samples.
+def dot_group(window: int, samples: int) -> Callable[[int, int, int, int, int, int, int, int, int, int, int], None]:
+    """An intrinsic that adds what 16 rows are for a few samples to the outputs of these.
 
+    Its arguments are ``(x, x_row, phase, start, phases, offsets, scales, weight_sums, weight_scales, to, to_row)``.
     ``x`` is the first sample, of rounded bytes, and ``x_row`` the bytes to the next; ``phase`` is the first phase of a
-    dot panel, ``start`` its window's start (int32), ``sums`` 16 int32 for each sample.
+    dot panel, ``start`` its window's start (int32). The samples' ``offsets`` (int32) and ``scales`` are neighbours, as
+    are the rows' sums and scales; ``to`` are 16 outputs of the first sample, and ``to_row`` the bytes to the next's.
 
     Args:
         window: The inputs of a window: 64 or 128 where they are looked up in registers, else up to 256.
         samples: How many.
     """
+    # A sum must wait four cycles for the one before it. Many samples keep the processor busy meanwhile; of one or two,
+    # the even phases and the odd ones have sums of their own.
+    chains = 2 if samples <= 2 and BYTE_LOOKUP else 1
 
-    def dot(context: Any, x: Any, x_row: Any, phase: Any, start: Any, phases: Any, sums: Any) -> Any:
+    def dot(
+        context: Any,
+        x: Any,
+        x_row: Any,
+        phase: Any,
+        start: Any,
+        phases: Any,
+        offsets: Any,
+        scales: Any,
+        weight_sums: Any,
+        weight_scales: Any,
+        to: Any,
+        to_row: Any,
+    ) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            x, x_row, phase, start, phases, sums = args
+            x, x_row, phase, start, phases, offsets, scales, weight_sums, weight_scales, to, to_row = args
             rows = [b.add(x, b.mul(x_row, number(sample))) for sample in range(samples)]
 
             def one_phase(i: Any, totals: Any) -> Any:
@@ -121,11 +140,31 @@ def dot_group(window: int, samples: int) -> Callable[[int, int, int, int, int, i
                 found = [_look_up(b, b.add(row, first), index, window) for row in rows]
                 return multiply_bytes(b, totals, found, weights)
 
-            for sample, total in enumerate(v.loop(b, phases, [_NOTHING] * samples, one_phase)):
-                v.store(b, total, b.add(sums, number(64 * sample)))
+            def one_of_each(i: Any, totals: Any) -> Any:
+                found = []
+                for chain in range(chains):
+                    place = b.add(b.mul(i, number(chains)), number(chain))
+                    found += one_phase(place, totals[chain * samples : (chain + 1) * samples])
+                return found
+
+            each = b.lshr(phases, number(chains - 1))
+            totals = v.loop(b, each, [_NOTHING] * samples * chains, one_of_each)
+            if chains == 2:
+                totals = [b.add(*pair) for pair in zip(totals[:samples], totals[samples:], strict=True)]
+                done = b.shl(each, number(1))
+                totals = v.loop(b, b.sub(phases, done), totals, lambda i, found: one_phase(b.add(i, done), found))
+            sums, factors = v.load(b, weight_sums, INTS), v.load(b, weight_scales, v.FLOATS)
+            for sample, total in enumerate(totals):
+                at = number(4 * sample)
+                single = b.insert_element(_UNKNOWN, v.load(b, b.add(offsets, at), I32), ir.Constant(I32, 0))
+                offset = b.shuffle_vector(single, _UNKNOWN, v.lanes(0))
+                exact = b.sitofp(b.sub(total, b.mul(offset, sums)), v.FLOATS)
+                step = b.fmul(v.broadcast(b, v.load(b, b.add(scales, at), v.F32)), factors)
+                place = b.add(to, b.mul(to_row, number(sample)))
+                v.store(b, v.multiply_add(b, exact, step, v.load(b, place, v.FLOATS)), place)
             return context.get_dummy_value()
 
-        return types.void(*[address] * 6), generate
+        return types.void(*[address] * 11), generate
 
     return intrinsic(dot)  # type: ignore[no-any-return]
 
@@ -230,26 +269,6 @@ def _finish_row(
 # Sums of a row of weights as outputs: (sums, offsets and scales of their columns, the sum of the row's weights, their
 # scale, the bias, where to, vectors of 16).
 finish_row: Callable[[int, int, int, int, float, float, int, int], None] = intrinsic(_finish_row)
-
-
-def _finish_lanes(
-    context: Any, sums: Any, offset: Any, scale: Any, weight_sums: Any, weight_scales: Any, to: Any
-) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        sums, offset, scale, weight_sums, weight_scales, to = args
-        nothing = ir.Constant(INTS, ir.Undefined)
-        one = b.insert_element(nothing, b.trunc(offset, I32), ir.Constant(I32, 0))
-        taken = b.mul(b.shuffle_vector(one, nothing, v.lanes(0)), v.load(b, weight_sums, INTS))
-        exact = b.sitofp(b.sub(v.load(b, sums, INTS), taken), v.FLOATS)
-        step = b.fmul(v.broadcast(b, scale), v.load(b, weight_scales, v.FLOATS))
-        v.store(b, b.fmul(exact, step), to)
-        return context.get_dummy_value()
-
-    return types.void(address, address, types.float32, *[address] * 3), generate
-
-
-# The same for 16 rows of one sample: (sums, the sample's offset and scale, the rows' sums and scales, where to).
-finish_lanes: Callable[[int, int, float, int, int, int], None] = intrinsic(_finish_lanes)
 
 
 def _seen(b: Any, bits: Any, found: Sequence[Any]) -> list[Any]:

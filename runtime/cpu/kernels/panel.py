@@ -25,7 +25,7 @@ import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import INT8_TILE, LANES, TILE
+from srigl_fx.runtime.cpu.kernels.plan import INT8_DOT, INT8_STEP, INT8_TILE, LANES, TILE
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
 from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, signed_bytes, words
 
@@ -123,6 +123,10 @@ def _window_start(j: Pointer, row: int, rows: int, cursors: Pointer) -> int:
     for lane in range(rows):
         start = min(start, _next_index(j, row, lane, cursors))
     if start != _NONE:
+        # Bytes that lie across two cache lines take twice as long to read, half of which this spares them; windows of
+        # 64 inputs then leave a tenth more gaps.
+        if j[job.KERNEL] == INT8_DOT and j[job.PANEL_WINDOW] <= 2 * SLOTS:
+            start = start // INT8_STEP * INT8_STEP
         start = max(0, min(start, j[job.IN_FEATURES] - j[job.PANEL_WINDOW]))
     return start
 

@@ -19,8 +19,9 @@ MOST_DOT_SAMPLES: Final = 5  # up to so many, looking inputs up for each beats l
 LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
 DOT_WINDOWS: Final = ((), (256,), (64, 128))  # inputs of a dot panel's window, by instruction set
 COLUMNS: Final = 32  # of a full tile
-MOST_INT8_DOT_SAMPLES: Final = 16
-INT8_COLUMNS: Final = 64  # of a tile of bytes
+INT8_COLUMNS: Final = 64  # of a tile of bytes, and samples that a part of a dot panel of bytes is read for
+MOST_INT8_DOT_SAMPLES: Final = 48  # from a dot panel of bytes; more take less time as a tile, used or not
+INT8_STEP: Final = 32  # of which the windows of a dot panel of bytes start at a multiple
 KNOWN_BYTES: Final = 3 * 4 * INT8_COLUMNS  # of what is known of 64 samples: kernels.int8_samples
 _MOST_GATHERED_SAMPLES: Final = 4  # of a dot panel of bytes, where they are not looked up in registers
 LANES: Final = 16  # of a vector: rows of a group, and output positions of a convolution, come in as many
@@ -107,6 +108,8 @@ def int8_window(lookup: bool, kernel: int, in_features: int, k: int) -> int:
 def int8_linear_kernel(lookup: bool, in_features: int, n_active: int, k: int, batch: int, feature_major: bool) -> int:
     """The kernel of a linear layer with values of eight bits: INT8_DOT or INT8_TILE; any other where there are none.
 
+    It is that of the first samples of a call: :func:`int8_linear_samples` says of how many.
+
     Args:
         lookup: Whether bytes are looked up in registers.
         in_features: Inputs of the layer.
@@ -116,7 +119,7 @@ def int8_linear_kernel(lookup: bool, in_features: int, n_active: int, k: int, ba
         feature_major: Whether the input or the output is.
 
     Example:
-        >>> [int8_linear_kernel(True, 768, 768, 77, batch, False) for batch in (16, 17)] == [INT8_DOT, INT8_TILE]
+        >>> [int8_linear_kernel(True, 768, 768, 77, batch, False) for batch in (48, 49)] == [INT8_DOT, INT8_TILE]
         True
     """
     if n_active * k == 0:
@@ -125,6 +128,21 @@ def int8_linear_kernel(lookup: bool, in_features: int, n_active: int, k: int, ba
     if (batch <= most and not feature_major) or in_features > _MOST_TILE_INPUTS:
         return INT8_DOT
     return INT8_TILE
+
+
+def int8_linear_samples(lookup: bool, kernel: int, batch: int, feature_major: bool) -> int:
+    """Of how many samples of a call the plan's kernel is; those that are left are like a call of their own.
+
+    A tile of which few columns are used takes as long as a full one.
+
+    Example:
+        >>> int8_linear_samples(True, INT8_TILE, 197, False), int8_linear_samples(True, INT8_TILE, 127, False)
+        (192, 127)
+    """
+    rest, most = batch % INT8_COLUMNS, MOST_INT8_DOT_SAMPLES if lookup else _MOST_GATHERED_SAMPLES
+    if kernel == INT8_TILE and not feature_major and rest <= most and rest < batch:
+        return batch - rest
+    return batch
 
 
 def int8_row_bytes(in_features: int, window: int) -> int:

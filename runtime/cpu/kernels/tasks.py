@@ -32,14 +32,17 @@ _LEVEL: Final = ISAS.index(ISA)
 _INT8: Final = NUMBERS["int8"]
 _linear_kernel, _window_of = planned(plan.linear_kernel), planned(plan.window_of)
 _int8_linear_kernel, _int8_window = planned(plan.int8_linear_kernel), planned(plan.int8_window)
+_int8_linear_samples = planned(plan.int8_linear_samples)
 
 
 def plan_linear(j: Pointer, packed: int) -> None:
-    """Store the kernel that the plan has for a linear call whose weight may be packed, or may not."""
+    """Store the kernel that the plan has for a linear call whose weight may be packed, or may not, and its samples."""
     columns = j[job.X_FEATURE_MAJOR] + j[job.Y_FEATURE_MAJOR] != 0
     sizes = j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K]
+    j[job.SAMPLES] = j[job.BATCH]
     if j[job.VALUE_TYPE] == _INT8:
         j[job.KERNEL] = _int8_linear_kernel(BYTE_LOOKUP, *sizes, j[job.BATCH], columns)
+        j[job.SAMPLES] = _int8_linear_samples(BYTE_LOOKUP, j[job.KERNEL], j[job.BATCH], columns)
     else:
         j[job.KERNEL] = _linear_kernel(_LEVEL, *sizes, j[job.BATCH], columns, packed != 0)
 
