@@ -180,36 +180,65 @@ def _interleave(b: Any, one: Any, other: Any, size: int, high: bool) -> Any:
     return b.shuffle_vector(one, other, ir.Constant(_PLACES, picked))
 
 
-def _tile_row(context: Any, inputs: Any, weights: Any, quads: Any, sums: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        inputs, weights, quads, sums = args
+def _tile_row(added: bool) -> Callable[[int, int, int, int, int, int, float, float, int, float, float, int], None]:
+    def tile_row(
+        context: Any,
+        inputs: Any,
+        weights: Any,
+        quads: Any,
+        offsets: Any,
+        scales: Any,
+        weight_sum: Any,
+        weight_scale: Any,
+        bias: Any,
+        residual: Any,
+        low: Any,
+        high: Any,
+        to: Any,
+    ) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            inputs, weights, quads, offsets, scales, weight_sum, weight_scale, bias, residual, low, high, to = args
 
-        def one_quad(i: Any, totals: Any) -> Any:
-            at = b.add(weights, b.mul(i, number(QUAD_BYTES)))
-            rows = []
-            for step in range(STEPS):
-                index = b.zext(v.load(b, b.add(at, number(2 * step)), I16, 2), I64)
-                rows.append(v.load(b, b.add(inputs, b.shl(index, number(6))), BYTES, 64))
-            low, high = (_interleave(b, rows[0], rows[1], 1, half) for half in (False, True))
-            low_2, high_2 = (_interleave(b, rows[2], rows[3], 1, half) for half in (False, True))
-            four = [_interleave(b, low, low_2, 2, half) for half in (False, True)]
-            four += [_interleave(b, high, high_2, 2, half) for half in (False, True)]
-            single = b.insert_element(
-                ir.Constant(INTS, ir.Undefined), v.load(b, b.add(at, number(QUAD_VALUES)), I32), ir.Constant(I32, 0)
-            )
-            every = b.shuffle_vector(single, ir.Constant(INTS, ir.Undefined), v.lanes(0))
-            return multiply_bytes(b, totals, four, b.bitcast(every, BYTES))
+            def in_every_lane(whole: Any) -> Any:
+                return b.shuffle_vector(b.insert_element(_UNKNOWN, whole, ir.Constant(I32, 0)), _UNKNOWN, v.lanes(0))
 
-        for i, total in enumerate(v.loop(b, quads, [_NOTHING] * 4, one_quad)):
-            v.store(b, total, b.add(sums, number(64 * i)), 64)
-        return context.get_dummy_value()
+            def one_quad(i: Any, totals: Any) -> Any:
+                at = b.add(weights, b.mul(i, number(QUAD_BYTES)))
+                rows = []
+                for step in range(STEPS):
+                    index = b.zext(v.load(b, b.add(at, number(2 * step)), I16, 2), I64)
+                    rows.append(v.load(b, b.add(inputs, b.shl(index, number(6))), BYTES, 64))
+                low, high = (_interleave(b, rows[0], rows[1], 1, half) for half in (False, True))
+                low_2, high_2 = (_interleave(b, rows[2], rows[3], 1, half) for half in (False, True))
+                four = [_interleave(b, low, low_2, 2, half) for half in (False, True)]
+                four += [_interleave(b, high, high_2, 2, half) for half in (False, True)]
+                every = in_every_lane(v.load(b, b.add(at, number(QUAD_VALUES)), I32))
+                return multiply_bytes(b, totals, four, b.bitcast(every, BYTES))
 
-    return types.void(*[address] * 4), generate
+            whole = in_every_lane(b.trunc(weight_sum, I32))
+            factor, start, least, most = (v.broadcast(b, one) for one in (weight_scale, bias, low, high))
+            for i, total in enumerate(v.loop(b, quads, [_NOTHING] * 4, one_quad)):
+                at = number(64 * i)
+                exact = b.sub(total, b.mul(v.load(b, b.add(offsets, at), INTS), whole))
+                step = b.fmul(v.load(b, b.add(scales, at), v.FLOATS), factor)
+                y = v.multiply_add(b, b.sitofp(exact, v.FLOATS), step, start)
+                if added:
+                    y = b.fadd(y, v.load(b, b.add(residual, at), v.FLOATS))
+                y = b.select(b.fcmp_ordered("<", y, least), least, y)  # a NaN stays one
+                v.store(b, b.select(b.fcmp_ordered(">", y, most), most, y), b.add(to, at))
+            return context.get_dummy_value()
+
+        single = types.float32
+        return types.void(*[address] * 6, single, single, address, single, single, address), generate
+
+    return intrinsic(tile_row)  # type: ignore[no-any-return]
 
 
-# The 64 sums of one row of weights: (the tile's bytes, the row's first quad, how many, where to put int32 sums). Column
-# 16 v + 4 l + j of the sums is what lies at byte 16 l + 4 v + j of the tile's rows: the order that interleaving leaves.
-tile_row: Callable[[int, int, int, int], None] = intrinsic(_tile_row)
+# The 64 outputs of one row of weights: (the tile's bytes, the row's first quad, how many, offsets and scales of the
+# columns, the sum of the row's weights, their scale, the bias, the residual, the least and the most that an output may
+# be, where to put them). Sum 16 v + 4 l + j is of what lies at byte 16 l + 4 v + j of the tile's rows: the order that
+# interleaving leaves. The first reads no residual.
+tile_row, tile_row_added = (_tile_row(added) for added in (False, True))
 # The columns that lie in a tile's row, byte after byte.
 _ORDER: Final = [16 * w + 4 * lane + j for lane in range(4) for w in range(4) for j in range(4)]
 
@@ -233,42 +262,6 @@ def _gather_rows(context: Any, inputs: Any, offsets: Any, count: Any, to: Any) -
 # 64 neighbouring bytes from each of several places as rows of a tile: (the first place, how far each is from there
 # (int64), how many, where to).
 gather_rows: Callable[[int, int, int, int], None] = intrinsic(_gather_rows)
-
-
-def _finish_row(
-    context: Any,
-    sums: Any,
-    offsets: Any,
-    scales: Any,
-    weight_sum: Any,
-    weight_scale: Any,
-    bias: Any,
-    to: Any,
-    vectors: Any,
-) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        sums, offsets, scales, weight_sum, weight_scale, bias, to, vectors = args
-        nothing = ir.Constant(INTS, ir.Undefined)
-        total = b.insert_element(nothing, b.trunc(weight_sum, I32), ir.Constant(I32, 0))
-        whole = b.shuffle_vector(total, nothing, v.lanes(0))
-        scale, start = v.broadcast(b, weight_scale), v.broadcast(b, bias)
-
-        def one_vector(i: Any, carried: Any) -> Any:
-            at = b.shl(i, number(6))
-            exact = b.sub(v.load(b, b.add(sums, at), INTS), b.mul(v.load(b, b.add(offsets, at), INTS), whole))
-            step = b.fmul(v.load(b, b.add(scales, at), v.FLOATS), scale)
-            v.store(b, v.multiply_add(b, b.sitofp(exact, v.FLOATS), step, start), b.add(to, at))
-            return carried
-
-        v.loop(b, vectors, (), one_vector)
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 4, types.float32, types.float32, address, address), generate
-
-
-# Sums of a row of weights as outputs: (sums, offsets and scales of their columns, the sum of the row's weights, their
-# scale, the bias, where to, vectors of 16).
-finish_row: Callable[[int, int, int, int, float, float, int, int], None] = intrinsic(_finish_row)
 
 
 def _seen(b: Any, bits: Any, found: Sequence[Any]) -> list[Any]:

@@ -16,8 +16,9 @@ from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats
 from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, gather_rows
 from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES, aligned, known_of, take_row
 from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, multiply_tile
+from srigl_fx.runtime.cpu.kernels.job import GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
-from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_outputs
+from srigl_fx.runtime.cpu.kernels.tiles import first_output, is_limit, start_outputs
 from srigl_fx.runtime.cpu.kernels.vector import allocate, bytes_, floats, ints, release, words
 
 Pointer = Any
@@ -126,15 +127,19 @@ def int8_conv_task(j: Pointer, task: int) -> None:
     planes = geometry[conv.PLANES_D] * geometry[conv.PLANES_H] * geometry[conv.PLANES_W]
     block_size = geometry[conv.CHANNELS] // groups * planes * geometry[conv.PACKED_D] * packed_h * packed_w
     out_bytes, in_features = n * INT8_COLUMNS * 4, j[job.IN_FEATURES]
-    memory = allocate(out_bytes + KNOWN_BYTES + 5 * CACHE_LINE + in_features * TILE_ROW)
+    memory = allocate(out_bytes + KNOWN_BYTES + CACHE_LINE + in_features * TILE_ROW)
     if memory == 0:
         j[job.FAILED] = 1
         return
     out, packed = aligned(memory), j[job.PACKED] + within * j[job.PACKED_SIZE] + begin
-    known, sums = out + out_bytes, out + out_bytes + KNOWN_BYTES
-    inputs = sums + 4 * CACHE_LINE
+    known, inputs = out + out_bytes, out + out_bytes + KNOWN_BYTES
     _spread(known_of(j, sample), known)
+    group_words = words(j[job.PANEL_GROUPS])
     rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
+    # Where positions are outputs, one for one, those of a full tile are neighbours in y, and finished there.
+    plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
+    in_place = positions == plane and begin + INT8_COLUMNS <= plane and is_limit(j[job.ACTIVATION])
+    y, y_row = (j[job.Y] + (sample * n * plane + begin) * 4, plane * 4) if in_place else (0, 0)
     o0, filled = first_output(j, g0), -1
     while o0 < n:
         g1 = g0
@@ -148,9 +153,15 @@ def int8_conv_task(j: Pointer, task: int) -> None:
             filled = block
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         to = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
-        start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, to)
-        multiply_tile(j, g0, g1, inputs, known, sums, to)
-        _store(j, sample, begin, min(positions, begin + INT8_COLUMNS), o0, o1, to)
+        if (
+            in_place
+            and o1 - o0 == group_words[g1 * GROUP_WORDS + GROUP_ROW] - group_words[g0 * GROUP_WORDS + GROUP_ROW]
+        ):
+            multiply_tile(j, g0, g1, inputs, known, to, y, y_row)
+        else:
+            start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, to)
+            multiply_tile(j, g0, g1, inputs, known, to, 0, 0)
+            _store(j, sample, begin, min(positions, begin + INT8_COLUMNS), o0, o1, to)
         if g1 == last:
             break
         g0, o0 = g1, o1

@@ -6,11 +6,13 @@ outputs.
 
 from typing import Any, Final
 
+import numpy as np
+
 from srigl_fx.runtime.cpu.kernels import job, panel, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, dot_group, finish_row, tile_row
+from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, dot_group, tile_row, tile_row_added
 from srigl_fx.runtime.cpu.kernels.int8_samples import (
     FILL_LINES,
     OFFSETS,
@@ -25,13 +27,15 @@ from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import store_as_columns, store_as_rows
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
-from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_outputs
+from srigl_fx.runtime.cpu.kernels.tiles import first_output, least, most, start_outputs
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, words
 
 Pointer = Any
+TILE_FLOATS: Final = 4 * INT8_COLUMNS  # bytes of a row of outputs of a tile
 BLOCK_GROUPS: Final = 4  # groups of rows whose outputs stay in the first-level cache
 _DOT_GROUPS: Final = 16  # the same of a dot panel
 _PART_BYTES: Final = 1 << 19  # of a panel, which stay in a second-level cache
+_INFINITY: Final = np.float32(np.inf)
 _row_bytes = planned(plan.int8_row_bytes)
 
 
@@ -226,18 +230,28 @@ def int8_dot_task(j: Pointer, task: int) -> None:
 
 
 @compiled
-def multiply_tile(j: Pointer, g0: int, g1: int, inputs: int, known: int, sums: int, out: int) -> None:
-    """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``known`` is what is known of the columns."""
+def multiply_tile(j: Pointer, g0: int, g1: int, inputs: int, known: int, out: int, y: int, y_row: int) -> None:
+    """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``known`` is what is known of the columns.
+
+    If ``y`` is not 0, finished outputs are stored there instead, in rows ``y_row`` bytes apart; the activation must be
+    one that :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then.
+    """
     outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
-    weight_sums, weight_scales = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
+    sums, factors = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
     quads, scales, offsets = panel.quads(j[job.K]), known + SCALES, known + OFFSETS
+    low, high = (least(j[job.ACTIVATION]), most(j[job.ACTIVATION])) if y != 0 else (-_INFINITY, _INFINITY)
+    residual = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
     for g in range(g0, g1):
         rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - groups[g * GROUP_WORDS + GROUP_ROW]
         for r in range(g * LANES, g * LANES + rows):
             o = int(outputs[r])
-            tile_row(inputs, j[job.PANEL] + r * quads * panel.QUAD_BYTES, quads, sums)
-            to = out + o * INT8_COLUMNS * 4
-            finish_row(sums, offsets, scales, int(weight_sums[r]), weight_scales[r], bias[o], to, 4)
+            to = y + o * y_row if y != 0 else out + o * TILE_FLOATS
+            first, total, factor, start = j[job.PANEL] + r * quads * panel.QUAD_BYTES, int(sums[r]), factors[r], bias[o]
+            if residual != 0:
+                added = residual + o * y_row
+                tile_row_added(inputs, first, quads, offsets, scales, total, factor, start, added, low, high, to)
+            else:
+                tile_row(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to)
 
 
 def int8_tile_task(j: Pointer, task: int) -> None:
@@ -248,16 +262,15 @@ def int8_tile_task(j: Pointer, task: int) -> None:
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
     out_bytes, shared = n * INT8_COLUMNS * 4, j[job.PACKED] != 0
     memory = allocate(
-        out_bytes + KNOWN_BYTES + (7 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
+        out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
     )
     if memory == 0:
         j[job.FAILED] = 1
         return
     out = aligned(memory)
-    sums = out + out_bytes
     known, inputs = known_of(j, first), j[job.PACKED] + tile * in_features * TILE_ROW
     if not shared:
-        known, scratch = sums + 4 * CACHE_LINE, sums + 4 * CACHE_LINE + KNOWN_BYTES
+        known, scratch = out + out_bytes, out + out_bytes + KNOWN_BYTES
         inputs = scratch + FILL_LINES * CACHE_LINE
         for i in range(KNOWN_BYTES // 4):
             ints(known)[i] = 0
@@ -270,7 +283,7 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         block = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
         start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
-        multiply_tile(j, g0, g1, inputs, known, sums, block)
+        multiply_tile(j, g0, g1, inputs, known, block, 0, 0)
         if j[job.Y_FEATURE_MAJOR] != 0:
             store_as_columns(j, first, columns, INT8_COLUMNS, o0, o1, block)
         else:

@@ -171,7 +171,7 @@ def _limit(end: int) -> Any:
     return chosen
 
 
-_least, _most = _limit(0), _limit(1)
+least, most = _limit(0), _limit(1)  # of an activation's number
 
 
 @compiled
@@ -194,7 +194,7 @@ def multiply(
     """
     groups, starts, at = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), j[job.PANEL]
     unit = tile_unit(in_features)
-    low, high = _least(j[job.ACTIVATION]), _most(j[job.ACTIVATION])
+    low, high = least(j[job.ACTIVATION]), most(j[job.ACTIVATION])
     added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
     # Few enough inputs for a first-level cache, enough for twenty weights a row before its sums are put away.
     step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K]))
@@ -213,19 +213,19 @@ def multiply(
                 following = cursors[g + 1 - g0] if g + 1 < g1 else cursors[0]
                 whole = _is_whole(j, g)
                 bias = j[job.BIAS] if whole and first == groups[g * GROUP_WORDS + GROUP_PHASE] else 0
-                to, row, residual, least, most = out, width * 4, 0, -_INFINITY, _INFINITY
+                to, row, residual, lowest, highest = out, width * 4, 0, -_INFINITY, _INFINITY
                 if whole and y != 0 and last == end:
-                    to, row, residual, least, most = y, y_row, added, low, high
+                    to, row, residual, lowest, highest = y, y_row, added, low, high
                 phases, rows = last - first, j[job.PANEL_ROWS] + g * LANES * 4
                 if unit == TILE_UNIT and width == COLUMNS:
-                    _add_32(at, first, phases, inputs, rows, bias, out, to, row, residual, least, most, following)
+                    _add_32(at, first, phases, inputs, rows, bias, out, to, row, residual, lowest, highest, following)
                 elif unit == TILE_UNIT:
-                    _add_16(at, first, phases, inputs, rows, bias, out, to, row, residual, least, most, following)
+                    _add_16(at, first, phases, inputs, rows, bias, out, to, row, residual, lowest, highest, following)
                 elif width == COLUMNS:
                     _add_32_of_many(
-                        at, first, phases, inputs, rows, bias, out, to, row, residual, least, most, following
+                        at, first, phases, inputs, rows, bias, out, to, row, residual, lowest, highest, following
                     )
                 else:
                     _add_16_of_many(
-                        at, first, phases, inputs, rows, bias, out, to, row, residual, least, most, following
+                        at, first, phases, inputs, rows, bias, out, to, row, residual, lowest, highest, following
                     )
