@@ -52,7 +52,7 @@ class Network:
     """A network and how its inputs are made."""
 
     build: Callable[[], nn.Module]
-    convolutional: bool = False  # then dense int8 has static scales, as ONNX Runtime's guide says
+    convolutional: bool = False  # then int8 has static scales: dense, as ONNX Runtime's guide says, and ours
     inputs: Callable[[int], dict[str, Tensor]]
 
 
@@ -141,7 +141,9 @@ def _measure(folder: Path, name: str, network: Network, batch: int, bench: Bench
         (OURS_TORCH_INT8, OURS_ORT_INT8, torch.int8),
     ):
         file = folder / f"sparse_{dtype.itemsize}.onnx"
-        lowered = sx.lower(model, args, min_speedup=0, verify=False, value_dtype=dtype)
+        # As its rival's, the scales of a convolutional network are those of one batch.
+        calibration = [args] if network.convolutional and dtype is torch.int8 else None
+        lowered = sx.lower(model, args, min_speedup=0, verify=False, value_dtype=dtype, calibration=calibration)
         sx.export_onnx(lowered, file, args, verify=False, min_speedup=0)
         made[in_torch] = lambda lowered=lowered: lowered(*args)
         made[in_ort] = _session_call(file, args, bench.threads, library=True)

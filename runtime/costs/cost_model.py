@@ -39,7 +39,7 @@ _EIGHT_BITS = {
     AVX_VNNI: (1.3, 2.5),
     AVX512: (0.55, 1.6),
     AVX512_VNNI: (0.55, 2.8),
-    AVX512_VBMI: (3.0, 2.8),
+    AVX512_VBMI: (2.6, 2.7),
 }
 _FURTHER = 0.25  # of the time of the first: samples whose bytes are looked up by indices that are there already
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from kernel_support import PATTERNS, SHAPES, Convolution, bits, check_conv, check_linear, condensed
 from kernel_support.whole_numbers import (
     Array,
@@ -100,18 +102,53 @@ def test_geometries(shape: Convolution) -> None:
     for k, n_active in ((1, 1), (3, shape.n - 1), (shape.in_features, shape.n)):
         weight = whole(shape.condensed(min(k, shape.in_features), n_active=n_active))
         for batch in (1, 3):
-            steps, scales = whole_samples(batch, shape.channels, *shape.size)
-            sums = _sums(shape, weight, steps)
-            shape_of_y = (-1, shape.n, *[1] * shape.rank)
-            worth = np.ones(shape.n)
-            worth[weight.active] = weight.scales
-            sizes = scales.reshape(-1, *[1] * (shape.rank + 1)) * worth.reshape(shape_of_y)
-            expected = sums * sizes + weight.bias.astype(np.float64).reshape(shape_of_y)
-            x = samples_of(steps, scales)
-            np.testing.assert_array_equal(run_conv(shape, weight, x).double(), expected)
-            residual = 64.0 * torch.randint(-99, 100, expected.shape)
-            y = run_conv(shape, weight, x, residual=residual, activation="relu")
-            np.testing.assert_array_equal(y.double(), np.maximum(expected + residual.numpy(), 0))
+            _check_geometry(shape, weight, batch)
+
+
+def _check_geometry(shape: Convolution, weight: CondensedWeight, batch: int) -> None:
+    steps, scales = whole_samples(batch, shape.channels, *shape.size)
+    sums = _sums(shape, weight, steps)
+    shape_of_y = (-1, shape.n, *[1] * shape.rank)
+    worth = np.ones(shape.n)
+    worth[weight.active] = weight.scales
+    sizes = scales.reshape(-1, *[1] * (shape.rank + 1)) * worth.reshape(shape_of_y)
+    expected = sums * sizes + weight.bias.astype(np.float64).reshape(shape_of_y)
+    x = samples_of(steps, scales)
+    np.testing.assert_array_equal(run_conv(shape, weight, x).double(), expected)
+    residual = 64.0 * torch.randint(-99, 100, expected.shape)
+    y = run_conv(shape, weight, x, residual=residual, activation="relu")
+    np.testing.assert_array_equal(y.double(), np.maximum(expected + residual.numpy(), 0))
+
+
+@st.composite
+def _any_geometry(draw: st.DrawFn) -> Convolution:
+    rank, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+    largest = (140, 40, 9)[rank - 1]
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(rank))
+
+    shape = Convolution(
+        n=groups * draw(st.integers(1, 20)),
+        channels=groups * draw(st.integers(1, 3)),
+        groups=groups,
+        kernel=each(1, 3),
+        stride=each(1, 3),
+        padding=each(0, 3),
+        dilation=each(1, 2),
+        size=each(1, largest),
+    )
+    assume(min(shape.output_size) > 0)
+    return shape
+
+
+@pytest.mark.slow
+@given(shape=_any_geometry(), batch=st.integers(1, 3), kept=st.floats(0, 1), active=st.floats(0, 1))
+@settings(max_examples=150, deadline=None)
+def test_any_geometry(shape: Convolution, batch: int, kept: float, active: float) -> None:
+    """Rows and planes end anywhere in a vector, and columns that no tap reads may follow."""
+    k, n_active = max(1, round(kept * shape.in_features)), max(1, round(active * shape.n))
+    _check_geometry(shape, whole(shape.condensed(k, n_active=n_active)), batch)
 
 
 def _sums(shape: Convolution, weight: CondensedWeight, steps: Array) -> Array:

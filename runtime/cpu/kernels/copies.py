@@ -115,12 +115,12 @@ def _copy_lanes(stride: int) -> Callable[[int, int, int, int, int, int, int, int
             def two_sources(i: Any, at: Any) -> Any:
                 prefetch(b, b.add(at[0], AHEAD))
                 both = b.or_(found(b, at[0], first_masks), found(b, at[1], second_masks))
-                _masked_store(b, b.bitcast(both, FLOATS), at[2], kept)
+                masked_store(b, b.bitcast(both, FLOATS), at[2], kept)
                 return b.add(at[0], source_row), b.add(at[1], source_row), b.add(at[2], target_row)
 
             def one_source(i: Any, at: Any) -> Any:
                 prefetch(b, b.add(at[0], AHEAD))
-                _masked_store(b, b.bitcast(found(b, at[0], first_masks), FLOATS), at[1], kept)
+                masked_store(b, b.bitcast(found(b, at[0], first_masks), FLOATS), at[1], kept)
                 return b.add(at[0], source_row), b.add(at[1], target_row)
 
             with b.if_else(b.icmp_signed("==", read_second, number(0))) as (alone, together):
@@ -160,7 +160,8 @@ def _copy_rows(context: Any, source: Any, source_row: Any, target: Any, target_r
 copy_rows: Callable[[int, int, int, int, int], None] = intrinsic(_copy_rows)
 
 
-def _masked_store(b: Any, value: Any, where: Any, mask: Any) -> None:
+def masked_store(b: Any, value: Any, where: Any, mask: Any) -> None:
+    """Write the lanes that a mask names."""
     arguments = [FLOATS, FLOATS.as_pointer(), I32, mask.type]
     function = declared(b, "llvm.masked.store.v16f32.p0", ir.VoidType(), arguments)
     b.call(function, [value, b.inttoptr(where, FLOATS.as_pointer()), ir.Constant(I32, 4), mask])
@@ -200,7 +201,7 @@ def _copy_spread_lanes(
         def one_row(i: Any, at: Any) -> Any:
             addresses = b.inttoptr(b.add(everywhere(at[0]), offsets), pointers)
             found = b.call(gather_floats, [addresses, ir.Constant(I32, 4), mask, ZERO])
-            _masked_store(b, found, at[1], kept)
+            masked_store(b, found, at[1], kept)
             return b.add(at[0], source_row), b.add(at[1], target_row)
 
         loop(b, rows, (source, target), one_row)
@@ -237,7 +238,7 @@ def _move_floats(add: bool) -> Callable[[int, int, int], None]:
                 at = b.shl(whole, number(6))
                 to = b.add(target, at)
                 mask = lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
-                _masked_store(b, result(b.add(source, at), to, lambda where: masked_load(b, where, mask)), to, mask)
+                masked_store(b, result(b.add(source, at), to, lambda where: masked_load(b, where, mask)), to, mask)
             return context.get_dummy_value()
 
         return types.void(*[address] * 3), generate

@@ -16,7 +16,7 @@ from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, BYTE_PRODUCTS, ISA
-from srigl_fx.runtime.cpu.kernels.copies import lane_mask, masked_load, transposed
+from srigl_fx.runtime.cpu.kernels.copies import lane_mask, masked_load, masked_store, transposed
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE
 from srigl_fx.runtime.cpu.kernels.panel import QUAD_BYTES, QUAD_VALUES, SLOTS, STEPS
 from srigl_fx.runtime.cpu.kernels.plan import LANES
@@ -180,7 +180,9 @@ def _interleave(b: Any, one: Any, other: Any, size: int, high: bool) -> Any:
     return b.shuffle_vector(one, other, ir.Constant(_PLACES, picked))
 
 
-def _tile_row(added: bool) -> Callable[[int, int, int, int, int, int, float, float, int, float, float, int], None]:
+def _tile_row(
+    added: bool, partial: bool
+) -> Callable[[int, int, int, int, int, int, float, float, int, float, float, int, int], None]:
     def tile_row(
         context: Any,
         inputs: Any,
@@ -195,9 +197,11 @@ def _tile_row(added: bool) -> Callable[[int, int, int, int, int, int, float, flo
         low: Any,
         high: Any,
         to: Any,
+        columns: Any,
     ) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            inputs, weights, quads, offsets, scales, weight_sum, weight_scale, bias, residual, low, high, to = args
+            inputs, weights, quads, offsets, scales, weight_sum, weight_scale, bias, residual, low, high, to = args[:12]
+            used = b.sub(b.shl(number(1), args[12]), number(1))
 
             def in_every_lane(whole: Any) -> Any:
                 return b.shuffle_vector(b.insert_element(_UNKNOWN, whole, ir.Constant(I32, 0)), _UNKNOWN, v.lanes(0))
@@ -219,26 +223,35 @@ def _tile_row(added: bool) -> Callable[[int, int, int, int, int, int, float, flo
             factor, start, least, most = (v.broadcast(b, one) for one in (weight_scale, bias, low, high))
             for i, total in enumerate(v.loop(b, quads, [_NOTHING] * 4, one_quad)):
                 at = number(64 * i)
+                mask = lane_mask(b, b.lshr(used, number(LANES * i)))
                 exact = b.sub(total, b.mul(v.load(b, b.add(offsets, at), INTS), whole))
                 step = b.fmul(v.load(b, b.add(scales, at), v.FLOATS), factor)
                 y = v.multiply_add(b, b.sitofp(exact, v.FLOATS), step, start)
                 if added:
-                    y = b.fadd(y, v.load(b, b.add(residual, at), v.FLOATS))
+                    from_ = b.add(residual, at)
+                    y = b.fadd(y, masked_load(b, from_, mask) if partial else v.load(b, from_, v.FLOATS))
                 y = b.select(b.fcmp_ordered("<", y, least), least, y)  # a NaN stays one
-                v.store(b, b.select(b.fcmp_ordered(">", y, most), most, y), b.add(to, at))
+                y = b.select(b.fcmp_ordered(">", y, most), most, y)
+                if partial:
+                    masked_store(b, y, b.add(to, at), mask)
+                else:
+                    v.store(b, y, b.add(to, at))
             return context.get_dummy_value()
 
         single = types.float32
-        return types.void(*[address] * 6, single, single, address, single, single, address), generate
+        return types.void(*[address] * 6, single, single, address, single, single, address, address), generate
 
     return intrinsic(tile_row)  # type: ignore[no-any-return]
 
 
 # The 64 outputs of one row of weights: (the tile's bytes, the row's first quad, how many, offsets and scales of the
 # columns, the sum of the row's weights, their scale, the bias, the residual, the least and the most that an output may
-# be, where to put them). Sum 16 v + 4 l + j is of what lies at byte 16 l + 4 v + j of the tile's rows: the order that
-# interleaving leaves. The first reads no residual.
-tile_row, tile_row_added = (_tile_row(added) for added in (False, True))
+# be, where to put them, how many columns are used). Sum 16 v + 4 l + j is of what lies at byte 16 l + 4 v + j of the
+# tile's rows: the order that interleaving leaves. Two read no residual, and two touch no column that is not used.
+tile_row, tile_row_added, part_row, part_row_added = (
+    _tile_row(added, partial) for partial in (False, True) for added in (False, True)
+)
+MASKED: Final = ISA == AVX512  # whether it costs next to nothing to leave columns out
 # The columns that lie in a tile's row, byte after byte.
 _ORDER: Final = [16 * w + 4 * lane + j for lane in range(4) for w in range(4) for j in range(4)]
 
@@ -262,6 +275,25 @@ def _gather_rows(context: Any, inputs: Any, offsets: Any, count: Any, to: Any) -
 # 64 neighbouring bytes from each of several places as rows of a tile: (the first place, how far each is from there
 # (int64), how many, where to).
 gather_rows: Callable[[int, int, int, int], None] = intrinsic(_gather_rows)
+
+
+def _every_second(context: Any, source: Any, count: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, count, to = args
+
+        def one_vector(i: Any, carried: Any) -> Any:
+            pairs = v.load(b, b.add(source, b.shl(i, number(5))), v.SHORTS, 1)
+            v.store(b, b.trunc(pairs, ir.VectorType(I8, LANES)), b.add(to, b.shl(i, number(4))), 1)
+            return carried
+
+        v.loop(b, b.lshr(b.add(count, number(LANES - 1)), number(4)), (), one_vector)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 3), generate
+
+
+# Every second byte: (the first, how many, where to). It reads and writes whole vectors of 16.
+every_second: Callable[[int, int, int], None] = intrinsic(_every_second)
 
 
 def _seen(b: Any, bits: Any, found: Sequence[Any]) -> list[Any]:

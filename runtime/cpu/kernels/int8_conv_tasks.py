@@ -13,7 +13,7 @@ from srigl_fx.runtime.cpu.kernels import conv, job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, gather_rows
+from srigl_fx.runtime.cpu.kernels.int8 import MASKED, TILE_ROW, every_second, gather_rows
 from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES, aligned, known_of, take_row
 from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, multiply_tile
 from srigl_fx.runtime.cpu.kernels.job import GROUP_ROW, GROUP_WORDS
@@ -57,6 +57,43 @@ def _round_rows(j: Pointer, sample: int, c: int, packed: int, spare: int) -> Non
                         bytes_(packed + to + exact)[i] = bytes_(spare)[i]
 
 
+@compiled
+def _pack_every_second(geometry: Pointer, rounded: int, packed: int, offset: int) -> None:
+    """Pack one channel of rounded columns of which every second is a neighbour, as :func:`.conv.conv_pack` does.
+
+    Whole vectors are copied, and what is too much is written over: by the padding behind a row, by the next row.
+    """
+    in_d, in_h, in_w = geometry[conv.IN_D], geometry[conv.IN_H], geometry[conv.IN_W]
+    packed_d, packed_h, packed_w = geometry[conv.PACKED_D], geometry[conv.PACKED_H], geometry[conv.PACKED_W]
+    planes_d, planes_h, planes_w = geometry[conv.PLANES_D], geometry[conv.PLANES_H], geometry[conv.PLANES_W]
+    to, end = packed, packed + planes_d * planes_h * planes_w * packed_d * packed_h * packed_w
+    for plane_d in range(planes_d):
+        for plane_h in range(planes_h):
+            for plane_w in range(planes_w):
+                start = plane_w * geometry[conv.PLANE_STEP_W] - geometry[conv.PAD_W]
+                first = min(packed_w, max(0, (1 - start) // 2))  # the first column that lies in x, and the last and one
+                last = max(first, min(packed_w, (in_w - 1 - start) // 2 + 1))
+                for d in range(packed_d):
+                    at_d = plane_d * geometry[conv.PLANE_STEP_D] - geometry[conv.PAD_D] + d * geometry[conv.STRIDE_D]
+                    for h in range(packed_h):
+                        at_h = (
+                            plane_h * geometry[conv.PLANE_STEP_H] - geometry[conv.PAD_H] + h * geometry[conv.STRIDE_H]
+                        )
+                        copied = first
+                        if at_d >= 0 and at_d < in_d and at_h >= 0 and at_h < in_h:
+                            copied, source = last, rounded + (at_d * in_h + at_h) * in_w + 2 * first + start
+                            if to + last + LANES <= end:
+                                every_second(source, last - first, to + first)
+                            else:
+                                for w in range(last - first):
+                                    bytes_(to + first)[w] = bytes_(source)[2 * w]
+                        for w in range(first):
+                            bytes_(to)[w] = offset
+                        for w in range(copied, packed_w):
+                            bytes_(to)[w] = offset
+                        to += packed_w
+
+
 def int8_pack_task(j: Pointer, task: int) -> None:
     """A share of the channels of one sample, rounded and packed as bytes; padding is what zero is rounded to."""
     splits, geometry = j[job.ROW_SPLITS], words(j[job.GEOMETRY])
@@ -79,7 +116,10 @@ def int8_pack_task(j: Pointer, task: int) -> None:
             _round_rows(j, sample, c, packed + c * size, rounded)
         else:
             take_row(j, (sample * channels + c) * plane, plane, known, rounded)
-            _conv_pack(bytes_(rounded - c * plane), bytes_(packed), geometry, 0, c, c + 1, np.uint8(offset))
+            if spacing == 1 and geometry[conv.STRIDE_W] == 2:
+                _pack_every_second(geometry, rounded, packed + c * size, offset)
+            else:
+                _conv_pack(bytes_(rounded - c * plane), bytes_(packed), geometry, 0, c, c + 1, np.uint8(offset))
     release(memory)
 
 
@@ -136,9 +176,12 @@ def int8_conv_task(j: Pointer, task: int) -> None:
     _spread(known_of(j, sample), known)
     group_words = words(j[job.PANEL_GROUPS])
     rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
-    # Where positions are outputs, one for one, those of a full tile are neighbours in y, and finished there.
-    plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
-    in_place = positions == plane and begin + INT8_COLUMNS <= plane and is_limit(j[job.ACTIVATION])
+    # Where positions are outputs, one for one, those of a tile are neighbours in y, and finished there.
+    plane, columns = (
+        geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W],
+        min(INT8_COLUMNS, positions - begin),
+    )
+    in_place = positions == plane and (MASKED or columns == INT8_COLUMNS) and is_limit(j[job.ACTIVATION])
     y, y_row = (j[job.Y] + (sample * n * plane + begin) * 4, plane * 4) if in_place else (0, 0)
     o0, filled = first_output(j, g0), -1
     while o0 < n:
@@ -157,11 +200,11 @@ def int8_conv_task(j: Pointer, task: int) -> None:
             in_place
             and o1 - o0 == group_words[g1 * GROUP_WORDS + GROUP_ROW] - group_words[g0 * GROUP_WORDS + GROUP_ROW]
         ):
-            multiply_tile(j, g0, g1, inputs, known, to, y, y_row)
+            multiply_tile(j, g0, g1, inputs, known, columns, to, y, y_row)
         else:
             start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, to)
-            multiply_tile(j, g0, g1, inputs, known, to, 0, 0)
-            _store(j, sample, begin, min(positions, begin + INT8_COLUMNS), o0, o1, to)
+            multiply_tile(j, g0, g1, inputs, known, columns, to, 0, 0)
+            _store(j, sample, begin, begin + columns, o0, o1, to)
         if g1 == last:
             break
         g0, o0 = g1, o1

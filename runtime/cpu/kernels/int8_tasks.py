@@ -12,7 +12,7 @@ from srigl_fx.runtime.cpu.kernels import job, panel, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, dot_group, tile_row, tile_row_added
+from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, dot_group, part_row, part_row_added, tile_row, tile_row_added
 from srigl_fx.runtime.cpu.kernels.int8_samples import (
     FILL_LINES,
     OFFSETS,
@@ -230,11 +230,13 @@ def int8_dot_task(j: Pointer, task: int) -> None:
 
 
 @compiled
-def multiply_tile(j: Pointer, g0: int, g1: int, inputs: int, known: int, out: int, y: int, y_row: int) -> None:
+def multiply_tile(
+    j: Pointer, g0: int, g1: int, inputs: int, known: int, columns: int, out: int, y: int, y_row: int
+) -> None:
     """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``known`` is what is known of the columns.
 
-    If ``y`` is not 0, finished outputs are stored there instead, in rows ``y_row`` bytes apart; the activation must be
-    one that :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then.
+    If ``y`` is not 0, the finished outputs of the first ``columns`` are stored there instead, in rows ``y_row`` bytes
+    apart; the activation must be one that :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then.
     """
     outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
     sums, factors = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
@@ -247,11 +249,19 @@ def multiply_tile(j: Pointer, g0: int, g1: int, inputs: int, known: int, out: in
             o = int(outputs[r])
             to = y + o * y_row if y != 0 else out + o * TILE_FLOATS
             first, total, factor, start = j[job.PANEL] + r * quads * panel.QUAD_BYTES, int(sums[r]), factors[r], bias[o]
-            if residual != 0:
-                added = residual + o * y_row
-                tile_row_added(inputs, first, quads, offsets, scales, total, factor, start, added, low, high, to)
+            added = residual + o * y_row
+            if y == 0 or (columns == INT8_COLUMNS and residual == 0):
+                tile_row(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns)
+            elif columns == INT8_COLUMNS:
+                tile_row_added(
+                    inputs, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns
+                )
+            elif residual == 0:
+                part_row(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns)
             else:
-                tile_row(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to)
+                part_row_added(
+                    inputs, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns
+                )
 
 
 def int8_tile_task(j: Pointer, task: int) -> None:
@@ -283,7 +293,7 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         block = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
         start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
-        multiply_tile(j, g0, g1, inputs, known, block, 0, 0)
+        multiply_tile(j, g0, g1, inputs, known, columns, block, 0, 0)
         if j[job.Y_FEATURE_MAJOR] != 0:
             store_as_columns(j, first, columns, INT8_COLUMNS, o0, o1, block)
         else:
