@@ -124,13 +124,16 @@ def int8_pack_task(j: Pointer, task: int) -> None:
 
 
 @compiled
-def _store(j: Pointer, sample: int, begin: int, end: int, o0: int, o1: int, out: int) -> None:
-    """The outputs ``o0 <= o < o1`` at the positions ``begin <= p < end`` of a packed sample; some are of no output."""
+def _store(j: Pointer, sample: int, begin: int, end: int, o0: int, o1: int, limited: bool, out: int) -> None:
+    """The outputs ``o0 <= o < o1`` at the positions ``begin <= p < end`` of a packed sample; some are of no output.
+
+    ``limited`` is whether the activation has been applied.
+    """
     geometry, n = words(j[job.GEOMETRY]), j[job.OUT_FEATURES]
     out_d, out_h, out_w = geometry[conv.OUT_D], geometry[conv.OUT_H], geometry[conv.OUT_W]
     packed_h, packed_w = geometry[conv.PACKED_H], geometry[conv.PACKED_W]
     activation, has_residual = j[job.ACTIVATION], j[job.RESIDUAL] != 0
-    if not has_residual:
+    if not has_residual and not limited:
         activate_row(floats(out + o0 * INT8_COLUMNS * 4), (o1 - o0) * INT8_COLUMNS, activation)
     for row in range(begin // packed_w, (end - 1) // packed_w + 1):
         d, h = row // packed_h, row % packed_h
@@ -196,15 +199,16 @@ def int8_conv_task(j: Pointer, task: int) -> None:
             filled = block
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         to = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
-        if (
-            in_place
-            and o1 - o0 == group_words[g1 * GROUP_WORDS + GROUP_ROW] - group_words[g0 * GROUP_WORDS + GROUP_ROW]
-        ):
-            multiply_tile(j, g0, g1, inputs, known, columns, to, y, y_row)
+        multiplied = group_words[g1 * GROUP_WORDS + GROUP_ROW] - group_words[g0 * GROUP_WORDS + GROUP_ROW]
+        whole = o1 - o0 == multiplied
+        if in_place and whole:
+            multiply_tile(j, g0, g1, inputs, known, columns, True, to, y, y_row)
         else:
+            # Rows that are ablated are not multiplied: those of their block are limited when they are stored.
+            limited = whole and j[job.RESIDUAL] == 0 and is_limit(j[job.ACTIVATION])
             start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, to)
-            multiply_tile(j, g0, g1, inputs, known, columns, to, 0, 0)
-            _store(j, sample, begin, begin + columns, o0, o1, to)
+            multiply_tile(j, g0, g1, inputs, known, columns, limited, to, 0, 0)
+            _store(j, sample, begin, begin + columns, o0, o1, limited, to)
         if g1 == last:
             break
         g0, o0 = g1, o1

@@ -231,17 +231,18 @@ def int8_dot_task(j: Pointer, task: int) -> None:
 
 @compiled
 def multiply_tile(
-    j: Pointer, g0: int, g1: int, inputs: int, known: int, columns: int, out: int, y: int, y_row: int
+    j: Pointer, g0: int, g1: int, inputs: int, known: int, columns: int, limited: bool, out: int, y: int, y_row: int
 ) -> None:
     """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``known`` is what is known of the columns.
 
-    If ``y`` is not 0, the finished outputs of the first ``columns`` are stored there instead, in rows ``y_row`` bytes
-    apart; the activation must be one that :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then.
+    If ``y`` is not 0, the outputs of the first ``columns`` are stored there instead, in rows ``y_row`` bytes apart,
+    with the residual added. ``limited`` is whether the activation, which must be one that
+    :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then, is applied.
     """
     outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
     sums, factors = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
     quads, scales, offsets = panel.quads(j[job.K]), known + SCALES, known + OFFSETS
-    low, high = (least(j[job.ACTIVATION]), most(j[job.ACTIVATION])) if y != 0 else (-_INFINITY, _INFINITY)
+    low, high = (least(j[job.ACTIVATION]), most(j[job.ACTIVATION])) if limited else (-_INFINITY, _INFINITY)
     residual = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
     for g in range(g0, g1):
         rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - groups[g * GROUP_WORDS + GROUP_ROW]
@@ -293,7 +294,7 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         block = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
         start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
-        multiply_tile(j, g0, g1, inputs, known, columns, block, 0, 0)
+        multiply_tile(j, g0, g1, inputs, known, columns, False, block, 0, 0)
         if j[job.Y_FEATURE_MAJOR] != 0:
             store_as_columns(j, first, columns, INT8_COLUMNS, o0, o1, block)
         else:
