@@ -174,6 +174,15 @@ def test_another_seed_is_the_same_structure_with_other_masks() -> None:
         assert not torch.equal(one, other), name
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch.compile
+def test_what_wraps_a_model_changes_no_mask() -> None:
+    model = sx.sparsify(_build(), mask_init="random", weight_init="kaiming", seed=3)
+    again = _build()
+    sx.sparsify(torch.compile(again), recipe=sx.recipe(model))  # type: ignore[arg-type]
+    _same(model, again)
+
+
 def test_what_says_how_the_first_masks_are_made_can_be_replaced() -> None:
     recipe = sx.recipe(sx.sparsify(_build(), sparsity=0.75))
     random = sx.sparsify(_build(), recipe=replace(recipe, mask_init="random", weight_init="kaiming", seed=3))
