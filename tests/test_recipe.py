@@ -156,7 +156,7 @@ def test_a_table_that_has_grown_is_as_large_in_the_recipe() -> None:
 def test_what_lower_returned_has_its_recipe_elsewhere() -> None:
     lowered = sx.lower(sx.sparsify(Twins()).eval(), (torch.ones(2, 32),), min_speedup=0)
     with pytest.raises(RecipeError, match=r"What srigl_fx\.lower returned has that of its model as \.recipe"):
-        sx.recipe(lowered)  # type: ignore[arg-type]
+        sx.recipe(lowered)
 
 
 def test_released_weights_are_released_in_the_recipe_too() -> None:
@@ -179,7 +179,7 @@ def test_another_seed_is_the_same_structure_with_other_masks() -> None:
 def test_what_wraps_a_model_changes_no_mask() -> None:
     model = sx.sparsify(_build(), mask_init="random", weight_init="kaiming", seed=3)
     again = _build()
-    sx.sparsify(torch.compile(again), recipe=sx.recipe(model))  # type: ignore[arg-type]
+    sx.sparsify(torch.compile(again), recipe=sx.recipe(model))  # type: ignore[type-var]
     _same(model, again)
 
 
