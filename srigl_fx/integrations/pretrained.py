@@ -253,9 +253,8 @@ def _among_weights(
 ) -> tuple[dict[str, Recipe], dict[str, Tensor], bool]:
     """The masks that the model's own ``save_pretrained`` put among the weights of a folder."""
     saved: dict[str, Tensor] = {}
-    if not where:
-        for file in sorted(Path(folder).glob("model*.safetensors")):
-            saved |= _masks_in(file)
+    for file in sorted(Path(folder, where.get("subfolder", "")).glob("model*.safetensors")):
+        saved |= _masks_in(file)
     if not saved:
         raise CheckpointError(
             f"{folder} holds no {MASKS_FILE}, and no masks among its weights: it is of a dense model, or incomplete. "

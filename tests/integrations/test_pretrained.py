@@ -186,6 +186,14 @@ def test_a_model_that_was_changed_after_it_was_made_sparse_survives(make: Callab
 
 
 @pytest.mark.slow
+def test_a_folder_of_the_plain_call_may_be_in_another(tmp_path: Path) -> None:
+    model = sx.sparsify(_bert(), sparsity=0.8)
+    model.save_pretrained(tmp_path / "inner")
+    where = {"subfolder": "inner", "local_files_only": True, "recipe": sx.recipe(model)}
+    _same(model, from_pretrained(transformers.AutoModelForSequenceClassification, tmp_path, **where))
+
+
+@pytest.mark.slow
 def test_another_class_than_was_saved_is_told_so(tmp_path: Path) -> None:
     save_pretrained(sx.sparsify(_bert(), sparsity=0.8), tmp_path)
     with pytest.raises(CheckpointError, match=r"not of the BertModel that .* Load the class that was saved"):
