@@ -192,6 +192,9 @@ def _check_result(result: object, subject: object) -> None:
         raise TypeError(
             f"the notes of its PassResult are no tuple of Note(where=..., reason=...), but {result.notes!r}"
         )
+    for note in result.notes:
+        if not isinstance(note.where, str) or not isinstance(note.reason, str):
+            raise TypeError(f"where and reason of a Note must be texts, as node.name is one, not {note!r}")
 
 
 def _of_library(step: Pass[Subject]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from srigl_fx.masks.initialisation import initialise
-from srigl_fx.masks.records import WeightRecord
+from srigl_fx.masks.records import WeightRecord, plain
 from srigl_fx.masks.structures import MaskInit, initial_mask
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.draft import Draft
@@ -43,7 +43,8 @@ class DrawMasks(Pass[Draft]):
 
     @torch.no_grad()
     def _draw(self, fqn: str, parameter: nn.Parameter, record: WeightRecord) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{fqn}".encode()))  # it reads 32 bits
+        name = plain(fqn)  # the one that a recipe has: what wraps the model changes no mask
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{name}".encode()))  # it reads 32 bits
         matrix = record.site.to_matrix(parameter.detach())
         masks, values = [], []
         assert record.structure is not None

@@ -9,6 +9,8 @@ Rules:
     3. What the recipe makes sparse can be made sparse: a weight that can only stay dense here does not fit.
     4. Everything that does not fit is named in one error, before anything is written.
     5. Whether a weight feeds an output is what the recipe says, where nobody looked this time.
+    6. Of a model that became another after it was made sparse, a recipe does not name all weights: one that has a new
+       head, or a part that was made sparse by a call of its own. Where that is allowed, such a weight is left alone.
 """
 
 from collections.abc import Iterator
@@ -25,19 +27,26 @@ _NAMED = 5  # weights that one error names
 
 @dataclass(frozen=True, kw_only=True)
 class FollowRecipe(Pass[Draft]):
-    """Fill ``draft.records`` with a recipe's decisions (rules 1-5 of the module)."""
+    """Fill ``draft.records`` with a recipe's decisions (rules 1-6 of the module).
+
+    Attributes:
+        decisions: Those of the recipe.
+        may_have_more: Whether the model may have weights that the recipe does not name.
+    """
 
     decisions: tuple[WeightDecision, ...]
+    may_have_more: bool = False
 
     def run(self, subject: Draft) -> PassResult[Draft]:
         """Match decisions and findings by name."""
         left = {decision.name: decision for decision in self.decisions}
         problems: list[str] = []
         for finding in subject.findings:
-            names = [plain(name) for name in (finding.site.fqn, *finding.site.aliases)]
-            known = next((name for name in names if name in left), None)
+            given = finding.site.fqn, *finding.site.aliases
+            names = [plain(name) for name in given]
+            known = next((name for name in (*given, *names) if name in left), None)
             if known is None:
-                problems.append(f"{names[0]!r} is not in the recipe")
+                problems += [] if self.may_have_more else [f"{names[0]!r} is not in the recipe"]  # rule 6
                 continue
             decision = left.pop(known)
             problems += [f"{names[0]!r} {what}" for what in _misfits(finding, decision)]
@@ -49,6 +58,7 @@ class FollowRecipe(Pass[Draft]):
                 f"the recipe does not fit this {type(subject.model).__name__}: {'; '.join(problems[:_NAMED])}{more}. "
                 "Give it the model that it was made of, or sparsify this one by arguments"
             )
+        subject.findings = [finding for finding in subject.findings if finding.site.fqn in subject.records]
         notes = [Note(where=fqn, reason=record.reason) for fqn, record in subject.records.items() if record.reason]
         return PassResult(subject=subject, changed=False, notes=tuple(notes))
 

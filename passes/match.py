@@ -40,15 +40,16 @@ class MatchWeights(Pass[Program]):
     """
 
     def requires(self, subject: Program) -> None:
-        """No layer was rewritten so far: the graph has no node left that could be matched with its weight.
+        """No layer is decided so far: of one that was rewritten, the graph has no node left that could be matched.
 
         Raises:
-            LoweringError: A pass before has rewritten some; the message names them.
+            LoweringError: A pass before has decided some; the message names them.
         """
         if done := [layer.weight.fqn for layer in subject.layers if layer.decision != "dense"]:
             raise LoweringError(
-                f"layers are matched before they are rewritten, and {', '.join(done)} are rewritten already: give "
-                "passes one MatchWeights, in front of Condense"
+                f"layers are matched once, before it is decided what they become, and {', '.join(done)} are decided "
+                "already: give passes one MatchWeights, in front of Condense; where they have no Condense, all of "
+                "CONDENSING follows"
             )
 
     def run(self, subject: Program) -> PassResult[Program]:

@@ -66,14 +66,14 @@ class Select(Pass[Program]):
     Args:
         costs: What gives the times of the program's layers, measured and estimated; by default there are none, and
             ``lower`` puts its own there.
-        min_speedup: How much faster than dense a form must be.
+        min_speedup: How much faster than dense a form must be; by default 0, and ``lower`` puts its own there.
     """
 
     only_improves = True
 
-    def __init__(self, costs: Callable[[Program], Costs] | None = None, min_speedup: float = 0.0) -> None:
+    def __init__(self, costs: Callable[[Program], Costs] | None = None, min_speedup: float | None = None) -> None:
         self.costs = costs
-        self._min_speedup = min_speedup
+        self.min_speedup = min_speedup
 
     def run(self, subject: Program) -> PassResult[Program]:
         """Fill in decision, reason, times and estimates of each layer."""
@@ -94,11 +94,11 @@ class Select(Pass[Program]):
         return PassResult(subject=subject, changed=bool(subject.layers), notes=tuple(notes))
 
     def _decide(self, layer: MatchedLayer) -> tuple[Decision, str]:
-        sizes = _sizes(layer)
+        sizes, least = _sizes(layer), self.min_speedup or 0.0
         if layer.times:  # rule 2
-            return decide(layer.times, self._min_speedup, sizes)
-        if layer.estimates and self._min_speedup > 0:  # rule 3
-            decision, reason = decide(layer.estimates, self._min_speedup, sizes)
+            return decide(layer.times, least, sizes)
+        if layer.estimates and least > 0:  # rule 3
+            decision, reason = decide(layer.estimates, least, sizes)
             return decision, f"estimated: {reason}"
         return "condensed", ""  # rule 4
 

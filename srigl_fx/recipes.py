@@ -21,7 +21,8 @@ from srigl_fx.files import replacing
 from srigl_fx.masks.decisions import WeightDecision
 from srigl_fx.masks.distributions import DISTRIBUTIONS
 from srigl_fx.masks.initialisation import WeightInit
-from srigl_fx.masks.records import Structure, all_records, plain
+from srigl_fx.masks.presence import parameter_on
+from srigl_fx.masks.records import Structure, WeightRecord, all_records, plain
 from srigl_fx.masks.structures import MaskInit
 from srigl_fx.reports.text_tables import format_table
 from srigl_fx.specs import AskedRule as AskedRule
@@ -266,7 +267,8 @@ def recipe(model: nn.Module) -> Recipe:
             f"({', '.join(map(repr, found))}): ask for the recipe of each part"
         )
     raise RecipeError(
-        f"this {type(model).__name__} has no recipe: it was not sparsified, or unpickled from a release that kept none"
+        f"this {type(model).__name__} has no recipe: it was not sparsified, or unpickled from a release that kept "
+        "none. What srigl_fx.lower returned has that of its model as .recipe"
     )
 
 
@@ -284,14 +286,28 @@ def recipes_of(model: nn.Module) -> dict[str, Recipe]:
     """
     asked: dict[str, Recipe] = {}
     decided: dict[str, list[WeightDecision]] = {}
-    for fqn, _, record in all_records(model):
+    found = list(all_records(model))
+    # A child may be called "module", and its weights like those beside it but for that.
+    name_of = plain if len({plain(fqn) for fqn, _, _ in found}) == len(found) else str
+    for fqn, owner, record in found:
         if not isinstance(record.asked, Recipe):
             continue
-        live, given = plain(fqn), plain(record.site.fqn)
+        live, given = name_of(fqn), name_of(record.site.fqn)
         part = live.removesuffix(given).removesuffix(".") if _ends_with(live, given) else ""
         asked.setdefault(part, record.asked)
-        decided.setdefault(part, []).append(WeightDecision.of(live.removeprefix(f"{part}." if part else ""), record))
+        name = live.removeprefix(f"{part}." if part else "")
+        decided.setdefault(part, []).append(WeightDecision.of(name, _as_it_is(record, owner)))
     return {part: replace(asked[part], weights=tuple(weights)) for part, weights in decided.items()}
+
+
+def _as_it_is(record: WeightRecord, owner: nn.Module) -> WeightRecord:
+    """A record with the shape that its weight has by now, where that stays dense: an embedding table may have grown."""
+    parameter = parameter_on(owner, record.site.attr)
+    # Where processes share out all weights in one, each of them has no shape of its own.
+    if record.sparse or parameter is None or parameter.dim() < 2 or parameter.shape == record.site.shape:
+        return record
+    site = replace(record.site, shape=tuple(parameter.shape), view=(), neuron_axes=(), input_axes=(), blocks=())
+    return replace(record, site=site)
 
 
 def parts_of(found: Mapping[str, Recipe]) -> str:

@@ -34,7 +34,8 @@ def restore(
     """Make a dense model sparse again, in place, and return the same object; its weights are not changed.
 
     Args:
-        model: A model that holds the weights which were saved, zero off the masks.
+        model: A model that holds the weights which were saved, zero off the masks. It may have weights that the recipe
+            does not name: those are left alone.
         recipe: The recipe of the model that was saved.
         masks: Its masks by the weights' names, as :func:`srigl_fx.masks.named_masks` gives them.
         pruning: Whether the masks may keep more than their budgets, as they do while a model is pruned gradually.
@@ -60,7 +61,7 @@ def restore(
     draft = Draft(model, asked=replace(recipe, weights=()))
     steps = (
         Discover(example_inputs),
-        FollowRecipe(decisions=recipe.weights),
+        FollowRecipe(decisions=recipe.weights, may_have_more=True),
         GivenMasks(masks=masks, pruning=pruning),
         InsertMasks(),
     )

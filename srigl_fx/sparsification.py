@@ -121,7 +121,8 @@ def sparsify(
     if recipe is not None:
         if not isinstance(recipe, Recipe):
             raise RecipeError(
-                f"recipe must be a srigl_fx.Recipe, as srigl_fx.recipe(model) gives it, not {recipe!r:.80}"
+                "recipe must be a srigl_fx.Recipe, as srigl_fx.recipe(model) and srigl_fx.Recipe.load(path) give it, "
+                f"not {recipe!r:.80}"
             )
         mask_init, weight_init, seed = recipe.mask_init, recipe.weight_init, recipe.seed
     _check_arguments(model, sparsity, distribution, structure, mask_init, weight_init)

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx.errors import LoweringError, PassError
 from srigl_fx.passes.base import Note, Pass, PassResult
+from srigl_fx.passes.calibrate import Calibrate
 from srigl_fx.passes.condense import Condense
 from srigl_fx.passes.condensed_nodes import condensed_nodes
+from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.pipelines import CONDENSING, LOWERING
 from srigl_fx.passes.program import Program
+from srigl_fx.passes.select import Select
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -257,6 +260,57 @@ class Parts(nn.Module):
 def test_each_part_of_a_model_has_a_folder(tmp_path: Path) -> None:
     sx.lower(Parts().eval(), (X,), min_speedup=0, dump=tmp_path)
     assert "condensed_linear" in (tmp_path / "first" / "10 Condense.txt").read_text()
+
+
+def _instead_of(kind: type[Pass[Program]], step: Pass[Program]) -> tuple[Pass[Program], ...]:
+    return tuple(step if type(own) is kind else own for own in (*LOWERING, *CONDENSING))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Calibrate, Select, FeatureMajor])
+def test_a_class_made_of_one_of_the_librarys_runs_in_its_place(kind: Any) -> None:
+    class Own(kind):  # type: ignore[misc]
+        def run(self, subject: Program) -> PassResult[Program]:
+            result = super().run(subject)
+            return PassResult(subject=result.subject, changed=True, notes=(Note(where="here", reason="mine"),))
+
+    own = Own()
+    before = dict(vars(own))
+    options: dict[str, Any] = {"min_speedup": 0, "batch_sizes": (2,), "passes": _instead_of(kind, own)}
+    if kind is Calibrate:
+        options |= {"value_dtype": torch.int8, "calibration": [X]}
+    report = sx.lower(model(), (X,), **options).report
+    assert [note.by for note in report.notes if note.reason == "mine"] == ["Own"]
+    assert vars(own) == before
+    assert kind is not Calibrate or all(layer.calibrated for layer in report.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("least", "decision"), [(1e9, "dense"), (0, "condensed")])
+def test_a_speedup_of_its_own_counts_before_that_of_the_call(least: float, decision: str) -> None:
+    passes = _instead_of(Select, Select(min_speedup=least))
+    report = sx.lower(model(), (X,), min_speedup=1e9 - least, passes=passes).report
+    assert [layer.decision for layer in report.layers] == [decision] * 2
+
+
+@pytest.mark.slow
+def test_a_part_may_have_a_name_that_no_folder_has(tmp_path: Path) -> None:
+    class Named(Parts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({"a/b": self.first, str(tmp_path / "elsewhere"): self.last})
+            del self.first, self.last
+
+        def forward(self, x: Tensor) -> Any:
+            first, last = self.parts.values()
+            y = first(x)
+            return last(y) if float(y.sum()) > 0 else y
+
+    sx.lower(Named().eval(), (X,), min_speedup=0, dump=tmp_path / "dump")
+    assert (tmp_path / "dump" / "parts.a_b" / "10 Condense.txt").exists()
+    sx.lower(model(), (X,), min_speedup=0, dump=tmp_path / "dump")
+    assert not [path.name for path in (tmp_path / "dump").iterdir() if path.is_dir()]
+    assert [path.name for path in tmp_path.iterdir()] == ["dump"]
 
 
 class Masked(Pass[Program]):

@@ -115,6 +115,50 @@ def test_parts_have_recipes_of_their_own() -> None:
     assert sx.recipe(nn.ModuleDict({"x": parts["a"]})).weights[0].name == "0.weight"
 
 
+class Twins(nn.Module):
+    """Has weights whose names differ by what a wrapper puts in front alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.module = nn.Linear(32, 32), nn.ModuleDict({"fc": nn.Linear(32, 64)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.module["fc"](self.fc(x))
+        return y
+
+
+@pytest.mark.slow
+def test_a_child_may_be_called_as_a_wrapper_calls_its_model() -> None:
+    model = sx.sparsify(Twins(), sparsity=0.5).eval()
+    recipe = sx.recipe(model)
+    assert [(weight.name, weight.shape) for weight in recipe.weights] == [
+        ("fc.weight", (32, 32)),
+        ("module.fc.weight", (64, 32)),
+    ]
+    again = sx.sparsify(Twins(), recipe=recipe)
+    assert sx.recipe(again) == recipe
+    assert [row.kept for row in sx.summary(again).rows] == [row.kept for row in sx.summary(model).rows]
+    assert sx.lower(model, (torch.ones(2, 32),), min_speedup=0).recipe == recipe
+
+
+def test_a_table_that_has_grown_is_as_large_in_the_recipe() -> None:
+    def build(words: int) -> nn.Sequential:
+        return nn.Sequential(nn.Embedding(words, 32), nn.Linear(32, 32))
+
+    grown = sx.sparsify(build(40), sparsity=0.5)
+    grown[0].weight = nn.Parameter(torch.randn(56, 32))
+    recipe = sx.recipe(grown)
+    assert [weight.shape for weight in recipe.weights] == [(56, 32), (32, 32)]
+    assert sx.recipe(sx.sparsify(build(56), recipe=recipe)) == recipe
+
+
+@pytest.mark.slow
+def test_what_lower_returned_has_its_recipe_elsewhere() -> None:
+    lowered = sx.lower(sx.sparsify(Twins()).eval(), (torch.ones(2, 32),), min_speedup=0)
+    with pytest.raises(RecipeError, match=r"What srigl_fx\.lower returned has that of its model as \.recipe"):
+        sx.recipe(lowered)
+
+
 def test_released_weights_are_released_in_the_recipe_too() -> None:
     model = sx.sparsify(_build(), sparsity=0.75)
     sx.masks.release(model, ["2.weight"])
@@ -128,6 +172,15 @@ def test_another_seed_is_the_same_structure_with_other_masks() -> None:
     for (name, one), (_, other) in zip(sx.masks.named_masks(first), sx.masks.named_masks(second), strict=True):
         assert one.sum() == other.sum()
         assert not torch.equal(one, other), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch.compile
+def test_what_wraps_a_model_changes_no_mask() -> None:
+    model = sx.sparsify(_build(), mask_init="random", weight_init="kaiming", seed=3)
+    again = _build()
+    sx.sparsify(torch.compile(again), recipe=sx.recipe(model))  # type: ignore[type-var]
+    _same(model, again)
 
 
 def test_what_says_how_the_first_masks_are_made_can_be_replaced() -> None:

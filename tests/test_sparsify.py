@@ -242,6 +242,11 @@ def test_a_report_of_a_plain_model_says_what_to_do() -> None:
         sx.summary(mlp(8, 8))
 
 
+def test_a_model_without_values_has_a_repr() -> None:
+    model = sx.sparsify(nn.Sequential(nn.Linear(64, 32)), sparsity=0.5).to("meta")
+    assert "SparseLinear(in_features=64, out_features=32, bias=True, masked)" in repr(model)
+
+
 def test_hugging_face_conv1d() -> None:
     transformers = pytest.importorskip("transformers.pytorch_utils", reason="the transformers extra is not installed")
     model = nn.Sequential(transformers.Conv1D(96, 32))

@@ -149,6 +149,8 @@ def from_pretrained(
             is not that of the model that was saved. There is no such folder or model, or ``cls`` loads none. Or the
             options ask for a model that is spread over processes.
     """
+    if not isinstance(recipe, Recipe | None):
+        raise CheckpointError(f"recipe must be a Recipe, as srigl_fx.Recipe.load(path) gives it, not {recipe!r:.80}")
     if options.get("output_loading_info"):
         raise CheckpointError("output_loading_info is not supported here: call the class's own from_pretrained for it")
     if spread := [name for name in _SPREADING if options.get(name) is not None]:
@@ -177,13 +179,13 @@ def from_pretrained(
             raise CheckpointError(f"{path} holds the recipe already: leave recipe= out")
     model = cls.from_pretrained(folder, **options)
     try:
-        for part, one in found.items():
+        for part, one in sorted(found.items(), key=lambda item: len(item[0])):  # a whole before the parts inside it
             prefix = f"{part}." if part else ""
-            others = tuple(f"{other}." for other in found if other != part and other)
+            inside = tuple(f"{other}." for other in found if other != part and other.startswith(prefix))
             own = {
                 name.removeprefix(prefix): mask
                 for name, mask in saved.items()
-                if name.startswith(prefix) and not (not part and name.startswith(others))
+                if name.startswith(prefix) and not name.startswith(inside)
             }
             restore(model.get_submodule(part), one, own, pruning=pruning, example_inputs=example_inputs)
     except (SriglError, AttributeError) as error:
@@ -196,7 +198,8 @@ def from_pretrained(
                 "srigl_fx.recipe(model) of that very model"
             ) from error
         raise CheckpointError(
-            f"the masks in {path or folder} are not of the model that {folder} holds: {error}. Save both at once, with "
+            f"the masks in {path or folder} are not of the {type(model).__name__} that {folder} holds: {error}. Load "
+            "the class that was saved, which config.json there names; save weights and masks at once, with "
             "srigl_fx.integrations.transformers.save_pretrained"
         ) from error
     masks.verify(model)
@@ -250,9 +253,8 @@ def _among_weights(
 ) -> tuple[dict[str, Recipe], dict[str, Tensor], bool]:
     """The masks that the model's own ``save_pretrained`` put among the weights of a folder."""
     saved: dict[str, Tensor] = {}
-    if not where:
-        for file in sorted(Path(folder).glob("model*.safetensors")):
-            saved |= _masks_in(file)
+    for file in sorted(Path(folder, where.get("subfolder", "")).glob("model*.safetensors")):
+        saved |= _masks_in(file)
     if not saved:
         raise CheckpointError(
             f"{folder} holds no {MASKS_FILE}, and no masks among its weights: it is of a dense model, or incomplete. "

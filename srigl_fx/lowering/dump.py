@@ -95,6 +95,16 @@ def clear(folder: Path) -> None:
                 place.rmdir()
 
 
+def folder_of_part(folder: Path, name: str) -> Path:
+    """The folder in ``folder`` for a part of a model: its name, without what no name of a folder may have.
+
+    Example:
+        >>> folder_of_part(Path("dump"), "parts.a/b").name
+        'parts.a_b'
+    """
+    return folder / (_NO_NAME.sub("_", name) or "model")
+
+
 def _files_of_dump(folder: Path) -> list[Path]:
     """The files that a :class:`Dump` left in ``folder``; the table is the last."""
     table, captured = folder / _file_name(_TABLE), folder / _file_name(_CAPTURED)

@@ -3,6 +3,7 @@
 Owns the verbs, the checks before and the verification after. It must not know how any single step works.
 """
 
+import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from srigl_fx.compatibility import noted
 from srigl_fx.errors import FormatError, LoweringError, PassError, SriglError
 from srigl_fx.lowering.by_regions import lower_regions
 from srigl_fx.lowering.calibration_inputs import Calibration, calibration_inputs, check_calibration
-from srigl_fx.lowering.dump import Dump, clear
+from srigl_fx.lowering.dump import Dump, clear, folder_of_part
 from srigl_fx.lowering.inputs import describe_inputs
 from srigl_fx.lowering.layer_costs import estimated_costs, layer_costs
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
@@ -188,7 +189,7 @@ def _lower_parts(
         own, always = replace(program, model=part), options.verify == "each pass"
         check = second_check(own) if each_pass else checked(own) if always else None
         name = next(name for name, module in model.named_modules() if module is part)
-        folder = options.dump / (name or "model") if options.dump is not None else None
+        folder = folder_of_part(options.dump, name) if options.dump is not None else None
         return _run_passes(program, replace(options, batch_sizes=sizes, dump=folder), check)[0]
 
     return lower_regions(model, args, kwargs, attempts, lower_one, verify=bool(options.verify))
@@ -245,15 +246,20 @@ def _run_passes(
 
 
 def _settled(step: Pass[Program], options: _Options) -> Pass[Program]:
-    """A pass with what the call of ``lower`` has for it; one that was made with something of its own keeps that."""
-    if isinstance(step, Select) and step.costs is None:
-        min_speedup = 1.0 if options.min_speedup == "auto" else options.min_speedup
-        return Select(lambda program: _costs(program, options), min_speedup)
-    if isinstance(step, Calibrate) and not step.batches:
-        return Calibrate(options.calibration)
-    if isinstance(step, FeatureMajor) and step.batch is None and options.batch_sizes:
-        return FeatureMajor(min(options.batch_sizes), step.min_samples)
-    return step
+    """A pass with what the call of ``lower`` has for it: a copy of its own class, which keeps what it was made with."""
+    if not isinstance(step, Select | Calibrate | FeatureMajor):
+        return step
+    settled = copy.copy(step)
+    if isinstance(settled, Select):
+        asked = options.min_speedup if settled.min_speedup is None else settled.min_speedup
+        settled.min_speedup = 1.0 if asked == "auto" else asked
+        if settled.costs is None:
+            settled.costs = lambda program: _costs(program, replace(options, min_speedup=asked))
+    elif isinstance(settled, Calibrate) and not settled.batches:
+        settled.batches = options.calibration
+    elif isinstance(settled, FeatureMajor) and settled.batch is None and options.batch_sizes:
+        settled.batch = min(options.batch_sizes)
+    return settled
 
 
 @noted

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, get_args
 
 from srigl_fx.errors import RecipeError
-from srigl_fx.masks.records import Structure, WeightRecord, plain
+from srigl_fx.masks.records import Structure, WeightRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ class WeightDecision:
     def of(cls, name: str, record: WeightRecord) -> "WeightDecision":
         """What a record says, for the weight of this name."""
         return cls(
-            name=plain(name),
+            name=name,
             shape=record.site.shape,
             rows=tuple(block.rows for block in record.site.blocks),
             structure=record.structure,

@@ -114,10 +114,13 @@ class SparseModule:
 
 
 def describe(module: nn.Module, attr: str, record: WeightRecord) -> str:
-    """A few words on one masked weight, for a repr."""
-    counts = record.site.to_matrix(getattr(module, attr + MASK_SUFFIX)).sum(1)
-    active = int((counts > 0).sum())
+    """A few words on one masked weight, for a repr; of one on the meta device there is little to tell."""
+    mask = getattr(module, attr + MASK_SUFFIX)
     name = "" if attr == "weight" else f"{attr} "
+    if mask.is_meta:
+        return f"{name}masked"
+    counts = record.site.to_matrix(mask).sum(1)
+    active = int((counts > 0).sum())
     return f"{name}fan_in={int(counts.max())}/{record.site.matrix_shape[1]}, active={active}/{len(counts)}"
 
 

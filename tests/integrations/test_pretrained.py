@@ -12,6 +12,7 @@ from torch import nn
 
 import srigl_fx as sx
 from srigl_fx.errors import CheckpointError
+from srigl_fx.recipes import recipes_of
 from srigl_fx.train import GMP, checkpoint_file
 
 pytest.importorskip("accelerate", reason="the extra [transformers] is not installed")
@@ -144,6 +145,59 @@ def test_a_part_of_the_model_and_two_parts(tmp_path: Path) -> None:
     again = from_pretrained(transformers.AutoModelForSequenceClassification, tmp_path / "two")
     _same(model, again)
     assert sx.recipe(again.bert.pooler) == sx.recipe(model.bert.pooler)
+
+
+def _of_more_words() -> Any:
+    model = sx.sparsify(_bert(), sparsity=0.8)
+    model.resize_token_embeddings(56)
+    return model
+
+
+def _with_a_new_head(sparsity: float | None) -> Any:
+    model = sx.sparsify(_bert(), sparsity=0.8)
+    head = nn.Linear(32, 5)
+    model.classifier, model.config.num_labels, model.num_labels = head, 5, 5
+    if sparsity is not None:
+        sx.sparsify(head, sparsity=sparsity)
+    return model
+
+
+def _with_parts_inside_a_part() -> Any:
+    model = _bert()
+    sx.sparsify(model.bert.encoder, sparsity=0.8)
+    model.bert.encoder.layer[0].output.dense = nn.Linear(64, 32)
+    sx.sparsify(model.bert.encoder.layer[0].output, sparsity=0.5)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [_of_more_words, lambda: _with_a_new_head(None), lambda: _with_a_new_head(0.5), _with_parts_inside_a_part],
+    ids=["more words", "a new dense head", "a new sparse head", "a part inside a part"],
+)
+def test_a_model_that_was_changed_after_it_was_made_sparse_survives(make: Callable[[], Any], tmp_path: Path) -> None:
+    model = make()
+    save_pretrained(model, tmp_path)
+    again = from_pretrained(transformers.AutoModelForSequenceClassification, tmp_path)
+    _same(model, again)
+    assert recipes_of(again) == recipes_of(model)
+    sx.verify(again)
+
+
+@pytest.mark.slow
+def test_a_folder_of_the_plain_call_may_be_in_another(tmp_path: Path) -> None:
+    model = sx.sparsify(_bert(), sparsity=0.8)
+    model.save_pretrained(tmp_path / "inner")
+    where = {"subfolder": "inner", "local_files_only": True, "recipe": sx.recipe(model)}
+    _same(model, from_pretrained(transformers.AutoModelForSequenceClassification, tmp_path, **where))
+
+
+@pytest.mark.slow
+def test_another_class_than_was_saved_is_told_so(tmp_path: Path) -> None:
+    save_pretrained(sx.sparsify(_bert(), sparsity=0.8), tmp_path)
+    with pytest.raises(CheckpointError, match=r"not of the BertModel that .* Load the class that was saved"):
+        from_pretrained(transformers.AutoModel, tmp_path)
 
 
 @pytest.mark.slow

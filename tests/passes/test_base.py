@@ -109,6 +109,13 @@ class Returns(Pass[list[str]]):
         (PassResult(subject=[], changed=True, notes=[Note(where="a", reason="b")]), "but .Note.*."),  # type: ignore[arg-type]
         (PassResult(subject=[], changed=True, notes="hello"), "but 'hello'"),  # type: ignore[arg-type]
         (PassResult(subject=[], changed=True, notes=None), "but None"),  # type: ignore[arg-type]
+        *(
+            (
+                PassResult(subject=[], changed=True, notes=(Note(where="a", reason="b"), note)),
+                "must be texts, as node.name is one, not Note.*",
+            )
+            for note in (Note(where=3, reason="b"), Note(where="a", reason=None))  # type: ignore[arg-type]
+        ),
     ],
 )
 def test_a_pass_that_returns_something_else_is_named(result: Any, problem: str) -> None:

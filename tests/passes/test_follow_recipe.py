@@ -1,5 +1,6 @@
 """A recipe's decisions, matched with findings by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,15 @@ def test_rule_4_all_that_does_not_fit_is_in_one_error(count: int, more: str) -> 
 def test_rule_5_who_looked_this_time_knows_better(seen: bool | None, decided: bool | None, decision: Any) -> None:
     records = follow([finding("a.w", feeds_output=seen)], decision("a.w", feeds_output=decided))
     assert records["a.w"].site.feeds_output is (decided if seen is None else seen)
+
+
+def test_rule_6_what_the_recipe_does_not_name_may_be_left_alone() -> None:
+    draft = Draft(nn.Module(), findings=[finding("new.weight"), finding("fc.weight")])
+    follows = FollowRecipe(decisions=(sparse("fc.weight"),), may_have_more=True)
+    draft = follows.run(draft).subject
+    assert [*draft.records] == [found.site.fqn for found in draft.findings] == ["fc.weight"]
+    with pytest.raises(RecipeError, match=r"fit this Module: the model has no 'gone\.weight'"):
+        replace(follows, decisions=(sparse("fc.weight"), sparse("gone.weight"))).run(draft)
 
 
 def test_a_recipe_that_makes_nothing_sparse_is_none() -> None:

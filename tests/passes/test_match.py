@@ -248,9 +248,7 @@ def test_rule_6_does_not_ask_of_what_is_pruned() -> None:
 
 def test_layers_that_are_rewritten_already_are_refused() -> None:
     program = program_of(linear(), (2, 6), reading(aten.linear.default))
-    with pytest.raises(
-        LoweringError, match=r"and weight are rewritten already: give passes one MatchWeights, in front"
-    ):
+    with pytest.raises(LoweringError, match=r"and weight are decided already: give passes one MatchWeights, in front"):
         run((MatchWeights(), Select(), Condense(), MatchWeights()), program)
     layer = matched(run((MatchWeights(),), program).subject)  # nothing is rewritten by then
     assert len(layer.uses) == 1
