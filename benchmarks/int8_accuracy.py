@@ -3,7 +3,7 @@
 Trains them with SRigL as ``examples/reproduce_claims.py`` does, lowers each in float32, bfloat16 and int8, and compares
 these on the test data. The same weights stored densely and quantised by ONNX Runtime are there for scale. Run
 ``python benchmarks/int8_accuracy.py`` (about ten minutes of one core, needs scikit-learn). It can be stopped and
-started again at will: each finished row of results/int8_accuracy.csv stays, and ``docs/quantised.md`` shows the tables.
+started again at will: each finished network stays in results/int8_accuracy.csv; ``docs/quantised.md`` shows the tables.
 ``--table-only`` makes them from the rows there are, and the table of speeds from what ``peers.py`` wrote.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
-from harness import forms, guide
+from harness import forms, guide, losses, tables
 from torch import Tensor
 
 from srigl_fx.comparison import signal_to_noise
@@ -30,8 +30,8 @@ from claims import analysis, report, rows, runs  # noqa: E402 - a package of the
 OUT = ROOT / "benchmarks" / "results" / "int8_accuracy.csv"
 PAGE = ROOT / "docs" / "quantised.md"
 SPARSITIES = (0.9,)
-LIMITS = {"accuracy": 0.2, "bits": 0.01}  # what is no loss: percentage points, bits per character or image
 REFERENCE = "float32"
+CALIBRATION = 512  # training samples that scales are taken from where these are given
 COLUMNS = (
     *("task", "sparsity", "seed", "steps", "form"),
     *("score", "bits", "changed", "snr", "bytes_share", "layers"),
@@ -100,7 +100,9 @@ def execute(keys: Sequence[Key]) -> Iterator[tuple[Key, Row]]:
     task = runs.TASKS[first.task]
     split = task.split()
     model = runs.train(first.run).model.eval()
-    examples = split.train_x[: runs.TEST_BATCH] if split.train_x.is_floating_point() else _windows(split.train_x)
+    texts = not split.train_x.is_floating_point()
+    examples = _windows(split.train_x, runs.TEST_BATCH) if texts else split.train_x[: runs.TEST_BATCH]
+    seen = _windows(split.train_x, CALIBRATION) if texts else split.train_x[-CALIBRATION:]
     parts = torch.split(split.test_x, runs.TEST_BATCH)
 
     def measured(outputs: forms.Outputs) -> Tensor:
@@ -109,7 +111,9 @@ def execute(keys: Sequence[Key]) -> Iterator[tuple[Key, Row]]:
 
     expected = measured(model)
     for key in keys:
-        outputs, lowering = forms.form(key.form, model, (examples,), convolutional=key.task == "cnn")
+        outputs, lowering = forms.form(
+            key.form, model, (examples,), calibration=[(seen,)], convolutional=key.task == "cnn"
+        )
         logits = measured(outputs)
         bits = runs.bits(logits, split)
         accuracy = 100 * float((logits.argmax(dim=1) == split.test_y).float().mean())
@@ -126,9 +130,9 @@ def execute(keys: Sequence[Key]) -> Iterator[tuple[Key, Row]]:
         )
 
 
-def _windows(text: Tensor) -> Tensor:
-    """As many windows of the training text as a test batch has, evenly spread."""
-    starts = torch.linspace(0, len(text) - runs.data.CONTEXT, runs.TEST_BATCH).long()
+def _windows(text: Tensor, count: int) -> Tensor:
+    """So many windows of the training text, evenly spread."""
+    starts = torch.linspace(0, len(text) - runs.data.CONTEXT, count).long()
     return text[starts[:, None] + torch.arange(runs.data.CONTEXT)].long()
 
 
@@ -150,6 +154,22 @@ def _parsed(line: dict[str, str]) -> tuple[Key, Row]:
     return key, Row(*numbers, {name: tuple(found) for name, found in json.loads(line["layers"]).items()})
 
 
+def _forget(path: Path, keys: Sequence[Key]) -> None:
+    """Take the rows of a network that is trained again out of the file: on another machine it becomes another one."""
+    found = read(path)
+    others = {key: row for key, row in found.items() if key not in keys}
+    if len(others) == len(found):
+        return
+    made = path.with_suffix(".part")
+    made.unlink(missing_ok=True)
+    for key, row in others.items():
+        append(made, key, row)
+    if others:
+        made.replace(path)
+    else:
+        path.unlink()
+
+
 def append(path: Path, key: Key, row: Row) -> None:
     """Write a finished row in one piece, and see it on the disk; a line cut off before is removed."""
     values = dict(zip(COLUMNS, (*astuple(key), *astuple(row)), strict=True))
@@ -159,33 +179,34 @@ def append(path: Path, key: Key, row: Row) -> None:
 def parts(found: Rows) -> dict[str, str]:
     """The tables by the names of their places on the page."""
     settings = [(task, sparsity) for task in runs.TASKS for sparsity in sorted({key.sparsity for key in found})]
-    planned = {key.run for key in plan(runs.TASKS, SPARSITIES)}
-    done = planned & {key.run for key in found}
+    keys = plan(runs.TASKS, SPARSITIES)
+    planned = {key.run for key in keys}
+    done = planned - {key.run for key in keys if key not in found}
     return {
         "progress": f"{len(done)} of {len(planned)} networks are in; the script trains those that are missing.",
-        "accuracy": table(
+        "accuracy": tables.markdown(
             (
                 *("network", "sparsity", "values", "score", "lost", "bits lost", "predictions that change, %"),
                 *("outputs, dB", "bytes of layers", "seeds", "within the limit"),
             ),
             [line for setting in settings for form in forms.TITLES if (line := _scores(found, *setting, form))],
         ),
-        "rounding": table(
+        "rounding": tables.markdown(
             ("network", "sparsity", "weights in int8", "smallest, dB", "median, dB", "largest, dB", "not in int8"),
             [line for setting in settings if (line := _rounding(found, *setting))],
         ),
-        "same_numbers": table(
+        "same_numbers": tables.markdown(
             ("network", "sparsity", "float32", "int8 in PyTorch", "int8 in ONNX Runtime"),
             [line for setting in settings if (line := _same_numbers(found, *setting))],
         ),
-        "speeds": table(
+        "speeds": tables.markdown(
             (
                 *("layer", "sparsity", "batch", "int8 / ours in float32", "int8 / dense int8", "int8 / dense float32"),
                 "bfloat16 / ours in float32",
             ),
             guide.speeds(OUT.parent),
         ),
-        "instruction_sets": table(("instruction set", "1 sample", "full tiles"), guide.instruction_sets()),
+        "instruction_sets": tables.markdown(("instruction set", "1 sample", "full tiles"), guide.instruction_sets()),
     }
 
 
@@ -203,7 +224,7 @@ def _scores(found: Rows, name: str, sparsity: float, form: str) -> list[str]:
     if not these or form == forms.IN_ORT:
         return []
     pairs = [(these[seed], base[seed]) for seed in sorted(these.keys() & base)]
-    sign, digits = (1, 4) if task.bits else (-1, 2)
+    sign, digits, limit = (1, 4, losses.LIMITS["bits"]) if task.bits else (-1, 2, losses.LIMITS["accuracy"])
     lost = analysis.estimate([sign * (one.score - other.score) for one, other in pairs])
     bits = analysis.estimate([one.bits - other.bits for one, other in pairs])
     shares = {row.bytes_share for row in these.values()}
@@ -225,24 +246,8 @@ def _scores(found: Rows, name: str, sparsity: float, form: str) -> list[str]:
         ),
         "" if any(map(math.isnan, shares)) else f"{100 * statistics.fmean(shares):.1f} %",
         str(len(these)),
-        "" if form == REFERENCE or lost is None else verdict(lost, LIMITS["bits" if task.bits else "accuracy"]),
+        "" if form == REFERENCE or lost is None else losses.verdict(lost.mean, lost.half_width, limit),
     ]
-
-
-def verdict(lost: analysis.Estimate, limit: float) -> str:
-    """Whether the whole interval of a loss is within the limit.
-
-    Example:
-        >>> verdict(analysis.Estimate(0.05, 0.1, 5), 0.2), verdict(analysis.Estimate(0.15, 0.1, 5), 0.2)
-        ('yes', 'the seeds do not tell')
-        >>> verdict(analysis.Estimate(0.5, 0.1, 5), 0.2), verdict(analysis.Estimate(0.0, math.nan, 1), 0.2)
-        ('no', 'one seed')
-    """
-    if lost.count == 1:
-        return "one seed"
-    if lost.mean + lost.half_width <= limit:
-        return "yes"
-    return "no" if lost.mean - lost.half_width > limit else "the seeds do not tell"
 
 
 def _rounding(found: Rows, name: str, sparsity: float) -> list[str]:
@@ -278,14 +283,7 @@ def _same_numbers(found: Rows, name: str, sparsity: float) -> list[str]:
 
 
 def _number(estimate: analysis.Estimate | None, digits: int) -> str:
-    if estimate is None:
-        return ""
-    mean = f"{round(estimate.mean, digits) + 0.0:.{digits}f}"  # no minus before zero
-    return mean + (f" ± {estimate.half_width:.{digits}f}" if estimate.count > 1 else "")
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
+    return "" if estimate is None else losses.number(estimate.mean, estimate.half_width, digits)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -302,13 +300,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     torch.set_num_threads(1)
+    networks: dict[runs.Key, list[Key]] = {}
+    for key in plan(options.tasks, options.sparsities, options.seeds, options.steps_scale):
+        networks.setdefault(key.run, []).append(key)
     done = read(options.out)
-    planned = plan(options.tasks, options.sparsities, options.seeds, options.steps_scale)
-    missing: dict[runs.Key, list[Key]] = {}
-    for key in planned:
-        if key not in done and not options.table_only:
-            missing.setdefault(key.run, []).append(key)
-    for keys in tqdm(missing.values(), unit="run", disable=options.table_only):
+    missing = [] if options.table_only else [keys for keys in networks.values() if not done.keys() >= {*keys}]
+    for keys in tqdm(missing, unit="network", disable=options.table_only):
+        _forget(options.out, keys)
         for key, row in execute(keys):
             append(options.out, key, row)
     made = parts(read(options.out))

@@ -6,7 +6,7 @@ networks, or what their outputs mean.
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnxruntime
@@ -19,20 +19,28 @@ from srigl_fx.lowering.report import LoweringReport
 from srigl_fx.runtime import register
 
 Outputs = Callable[..., Tensor]
-# The ratio in dB of a weight that was to be int8, None where there is none; "int8" or what it is instead; why.
+# The ratio in dB of a weight that was to be int8, None where there is none; "int8", the same with the inputs' scale
+# given, or what it is instead; why.
 Layers = dict[str, tuple[float | None, str, str]]
+GIVEN = "int8, given scale"
 
 LOWERED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-IN_ORT, DENSE_INT8 = "int8_ort", "dense_int8"
+GIVEN_SCALES, IN_ORT, DENSE_INT8 = "int8_given", "int8_ort", "dense_int8"
 TITLES = {
     **{name: name for name in LOWERED},
+    GIVEN_SCALES: "int8, given scales",
     IN_ORT: "int8, in ONNX Runtime",
     DENSE_INT8: "dense int8 of ONNX Runtime",
 }
 
 
 def form(
-    name: str, model: nn.Module, args: tuple[Tensor, ...], *, convolutional: bool = False
+    name: str,
+    model: nn.Module,
+    args: tuple[Tensor, ...],
+    *,
+    calibration: Sequence[tuple[Tensor, ...]] = (),
+    convolutional: bool = False,
 ) -> tuple[Outputs, LoweringReport | None]:
     """A network in one form, and what lowering says of it, if it was lowered.
 
@@ -40,12 +48,20 @@ def form(
         name: One of :data:`TITLES`.
         model: With masks, in eval mode.
         args: Example inputs, whose leading size is free.
+        calibration: Inputs that the scales are taken from where these are given.
         convolutional: Whether dense int8 has static scales, from the examples, as ONNX Runtime's guide says.
     """
     if name == DENSE_INT8:
         return _dense_int8(model, args, convolutional=convolutional), None
     # Nothing is verified: the caller compares outputs, of more inputs than these.
-    lowered = sx.lower(model, args, min_speedup=0, verify=False, value_dtype=LOWERED.get(name, torch.int8))
+    lowered = sx.lower(
+        model,
+        args,
+        min_speedup=0,
+        verify=False,
+        value_dtype=LOWERED.get(name, torch.int8),
+        calibration=calibration if name == GIVEN_SCALES else None,
+    )
     if name != IN_ORT:
         return lowered, lowered.report
     with tempfile.TemporaryDirectory(prefix="srigl_fx_forms_") as folder:
@@ -96,7 +112,7 @@ def layers(lowering: LoweringReport) -> Layers:
     return {
         layer.fqn: (
             None if layer.snr is None else round(layer.snr, 2),
-            layer.value_dtype if layer.decision == "condensed" else "dense",
+            GIVEN if layer.calibrated else layer.value_dtype if layer.decision == "condensed" else "dense",
             layer.reason,
         )
         for layer in (*lowering.layers, *lowering.others)
