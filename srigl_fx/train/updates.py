@@ -90,15 +90,12 @@ def srigl_update(
         return mask.clone()
     frozen = torch.zeros(rows, dtype=torch.bool, device=mask.device) if frozen_rows is None else frozen_rows
     active = ~frozen
+    sizes, shared = pooled(weight, groups, mask, finite=False), groups.any(mask)
     # A weight that is exactly zero has nothing to keep: it competes by its gradient, like an inactive one.
-    keep = top(_magnitudes(weight, mask, groups), _kept_count(groups.any(mask), drop_fraction), least=1)
+    keep = top(_magnitudes(sizes, shared), _kept_count(shared, drop_fraction), least=1)
     kept = _count(keep)
     if threshold := _ablation_threshold(ablation, ablation_mode, budget // rows):
-        own = (
-            keep
-            if groups.single
-            else top(Scores(weight, mask, finite=False), _kept_count(mask, drop_fraction), least=1)
-        )
+        own = keep if groups.single else top(_magnitudes(weight, mask), _kept_count(mask, drop_fraction), least=1)
         slopes = Scores(grad, active[:, None].expand_as(mask) if frozen.any() else None)
         counts = counts_of_rows(top(slopes, _count(mask) - _count(own)).logical_or_(own)).masked_fill(frozen, -1)
         survivors = min(rows, max(budget // fan_in + 1, min_neurons or 0))
@@ -106,15 +103,17 @@ def srigl_update(
     new_fan_in = min(fan_in, budget // max(1, int(active.sum())))
 
     if not active.all():
-        keep = top(_magnitudes(weight, mask & active[:, None], groups), kept, least=1)
+        survived = mask & active[:, None]
+        sizes = pooled(weight, groups, survived, finite=False)
+        keep = top(_magnitudes(sizes, groups.any(survived)), kept, least=1)
     held = counts_of_rows(keep)
     if int(held.max()) > new_fan_in:
         # A neuron that came back lowers the fan-in of all: a row may hold too many, and loses its smallest.
-        keep = top_of_rows(_magnitudes(weight, groups.expand(keep, active), groups), held.clamp(max=new_fan_in))
-        held = held.clamp(max=new_fan_in)
-    slopes = Scores(pooled(grad, groups, active[:, None].expand_as(mask)), ~keep)
-    wanted = (new_fan_in - held) * groups.any(active[:, None])[:, 0]
-    return groups.expand(top_of_rows(slopes, wanted).logical_or_(keep), active)
+        held.clamp_(max=new_fan_in)
+        keep = top_of_rows(_magnitudes(sizes, keep), held)
+    growth = Scores(pooled(grad, groups, active[:, None].expand_as(mask)), ~keep)
+    missing = (new_fan_in - held) * groups.any(active[:, None])[:, 0]
+    return groups.expand(top_of_rows(growth, missing).logical_or_(keep), active)
 
 
 @torch.no_grad()
@@ -152,13 +151,13 @@ def rigl_update(
         [[1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
     """
     groups = _check(weight, mask, drop_fraction, grad, groups=groups)
-    held, sizes = groups.any(mask), pooled(weight, groups, mask, finite=False)
+    sizes, shared = pooled(weight, groups, mask, finite=False), groups.any(mask)
     slopes = pooled(grad, groups)
-    new = torch.empty_like(held)
+    new = torch.empty_like(shared)
     for some in groups.alike():
-        kept = _kept_count(held[some], drop_fraction)
-        keep = top(Scores(sizes[some], held[some], finite=False), kept)
-        new[some] = top(Scores(slopes[some], ~keep), _count(held[some]) - kept).logical_or_(keep)
+        kept = _kept_count(shared[some], drop_fraction)
+        keep = top(_magnitudes(sizes[some], shared[some]), kept)
+        new[some] = top(Scores(slopes[some], ~keep), _count(shared[some]) - kept).logical_or_(keep)
     return groups.expand(new)
 
 
@@ -274,15 +273,14 @@ def gmp_update(
     """
     groups = _check(weight, mask, 0.0, groups=groups)
     rows = len(mask)
+    sizes, shared = pooled(weight, groups, mask, finite=False), groups.any(mask)
     if structure == "constant_fan_in":
         if count < rows:
             raise StructureError(f"{count} weights give {rows} neurons a fan-in of 0: reduce the sparsity")
-        fan_ins = counts_of_rows(groups.any(mask)).clamp(max=count // rows)
-        return groups.expand(top_of_rows(_magnitudes(weight, mask, groups), fan_ins))
-    held, sizes = groups.any(mask), pooled(weight, groups, mask, finite=False)
-    new = torch.empty_like(held)
+        return groups.expand(top_of_rows(_magnitudes(sizes, shared), counts_of_rows(shared).clamp(max=count // rows)))
+    new = torch.empty_like(shared)
     for some, inputs in groups.shares(count):
-        new[some] = top(Scores(sizes[some], held[some], finite=False), inputs)
+        new[some] = top(_magnitudes(sizes[some], shared[some]), inputs)
     return groups.expand(new)
 
 
@@ -367,9 +365,9 @@ def _check(
     return groups
 
 
-def _magnitudes(weight: Tensor, mask: Tensor, groups: RowGroups) -> Scores:
-    """|w| of active weights, for each group of rows; infinite ones, unlike gradients, are the largest."""
-    return Scores(pooled(weight, groups, mask, finite=False), groups.any(mask), finite=False)
+def _magnitudes(weight: Tensor, mask: Tensor) -> Scores:
+    """|w| of active weights; infinite ones, unlike gradients, are the largest."""
+    return Scores(weight, mask, finite=False)
 
 
 def _count(mask: Tensor) -> int:

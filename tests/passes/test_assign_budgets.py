@@ -28,6 +28,7 @@ def assign(draft: Draft, sparsity: float = 0.75, **options: Any) -> PassResult[D
         "distribution": "uniform",
         "filter_fn": None,
         "structure": "constant_fan_in",
+        "group_size": 1,
         "strict": False,
     }
     rules: Mapping[Any, Any] = options.pop("rules", {})
