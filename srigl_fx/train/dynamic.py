@@ -221,7 +221,10 @@ class DynamicTrainer(Trainer):
             if dense is not None:
                 live["gradient"] = layer.gradient
             versions = {what: tensor._version for what, tensor in live.items()}
-            new.append(self.new_mask(layer))
+            try:
+                new.append(self.new_mask(layer))
+            except StructureError as error:  # the rule knows matrices, and not whose they are
+                raise StructureError(f"{layer.name}: {error}") from error
             if written := [what for what, tensor in live.items() if tensor._version != versions[what]]:
                 raise TrainerError(
                     f"{type(self).__name__} wrote to layer.{written[0]} of {layer.name}, which is for reading only: "

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from train_support.literal_groups import alike, groups_of, inputs_of
 
@@ -43,11 +43,13 @@ def test_groups_by_hand(groups: RowGroups, expected: list[list[int]]) -> None:
     assert groups.sizes.tolist() == [len(rows) for rows in expected]
 
 
+@settings(deadline=None)
 @given(row_groups())
 def test_groups_end_where_they_are_full_and_where_a_section_ends(groups: RowGroups) -> None:
     assert rows_of(groups) == groups_of(groups.rows, groups.size, groups.section, groups.start)
 
 
+@settings(deadline=None)
 @given(row_groups(), st.integers(1, 5), st.integers(0, 999))
 def test_rows_become_groups_and_groups_rows(groups: RowGroups, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -70,6 +72,7 @@ def test_sums_are_taken_in_the_order_of_the_rows() -> None:
     assert RowGroups(rows=4, size=4).sum(values.flip(0)).tolist() == [[0.0]]
 
 
+@settings(deadline=None)
 @given(row_groups(), st.integers(1, 9), st.data())
 def test_shares_of_a_budget(groups: RowGroups, columns: int, data: st.DataObject) -> None:
     budget = data.draw(st.integers(0, groups.rows * columns))
@@ -85,6 +88,7 @@ def test_shares_of_a_budget(groups: RowGroups, columns: int, data: st.DataObject
     assert (groups.size > 1) | (kept == budget)
 
 
+@settings(deadline=None)
 @given(row_groups(), st.integers(0, 999), st.data())
 def test_a_row_that_differs_is_found_and_named(groups: RowGroups, seed: int, data: st.DataObject) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -163,6 +163,27 @@ def test_rule_4_a_fan_in_of_exactly_one_is_none_of_0() -> None:
     assert records(site("a", (16, 4)))["a"].budgets == (16,)
 
 
+@pytest.mark.parametrize(("budget", "sparse"), [(31, False), (32, True)])
+def test_rule_4_an_unstructured_weight_keeps_an_input_of_a_group_at_least(budget: int, sparse: bool) -> None:
+    """Of 32 of 40 rows it has four fifths of the budget, and the rest of 8 rows a fifth: 6 weights, and no input."""
+    decided = records(
+        site("a", (40, 16)),
+        site("b", (40, 16)),
+        distribution={"a": (budget * 5 / 4) / 640, "b": 0.5},
+        structure="unstructured",
+        group_size=32,
+    )
+    assert decided["a"].sparse == sparse
+    assert decided["b"].group_size == 32
+
+
+def test_rule_2_a_rule_gives_a_weight_its_group_size() -> None:
+    rules = {"a": LayerSpec(sparsity=0.5, group_size=8), "b": LayerSpec(group_size=1), "c": LayerSpec(ablation=0.1)}
+    decided = records(site("a"), site("b"), site("c"), site("d"), rules=rules, group_size=4)
+    assert [decided[name].group_size for name in "abcd"] == [8, 1, 4, 4]
+    assert decided["a"].row_groups(decided["a"].site.blocks[0]).index.tolist() == [0] * 8
+
+
 def test_rule_4_one_block_that_is_too_small_makes_the_weight_dense() -> None:
     decided = records(
         site("a", (4, 8), blocks=halves(4)),
@@ -279,7 +300,13 @@ def test_it_is_an_error_if_nothing_becomes_sparse(count: int, message: str) -> N
     findings = [Finding(site=site(f"s{i}"), owner=nn.Linear(1, 1), reason="why") for i in range(count)]
     draft = assign(found(*findings)).subject
     ensures: Callable[[Draft], None] = AssignBudgets(
-        sparsity=0.5, distribution="erk", rules=RuleSet({}), filter_fn=None, structure="unstructured", strict=False
+        sparsity=0.5,
+        distribution="erk",
+        rules=RuleSet({}),
+        filter_fn=None,
+        structure="unstructured",
+        group_size=1,
+        strict=False,
     ).ensures
     with pytest.raises(SparsifyError, match=f"nothing to sparsify in this Sequential: .*{message}"):
         ensures(draft)

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from train_support import SmallNet, batches, mask_copies, mlp, same, through_a_file, train
 
 import srigl_fx as sx
-from srigl_fx.errors import CheckpointError, InvariantError, RecipeError, RuleError, StructureError
+from srigl_fx.errors import CheckpointError, InvariantError, RecipeError, RuleError, SparsifyError, StructureError
 from srigl_fx.masks import verify
 from srigl_fx.masks.records import Structure, sparse_weights
 from srigl_fx.masks.row_groups import GROUP_SIZES
+from srigl_fx.restoration import restore
 from srigl_fx.train import GMP, SET, SNFS, RigL, SRigL, Static, checkpoint
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.dynamic import Layer
@@ -129,6 +130,7 @@ def test_rows_by_themselves_are_what_there_was_before(method: str, structure: St
     assert not torch.equal(plain["0.weight_mask"], run(group_size=2)["0.weight_mask"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "structure"), CASES)
 def test_a_resumed_run_ends_in_the_same_bits(method: str, structure: Structure, tmp_path: Path) -> None:
     data, path = list(batches(24)), tmp_path / "last.safetensors"
@@ -208,7 +210,7 @@ def test_a_broken_group_is_found_and_named(tmp_path: Path) -> None:
         checkpoint.save(tmp_path / "last.safetensors", model=model, optimizer=optimizer)
     attach("RigL", model, optimizer, update_every=1)
     before = mask_copies(model)
-    with pytest.raises(StructureError, match="the mask's rows 4-7 share their inputs"):
+    with pytest.raises(StructureError, match=r"0\.weight: the mask's rows 4-7 share their inputs"):
         train(model, optimizer, batches(1))
     assert same(mask_copies(model), before)
 
@@ -272,19 +274,29 @@ def test_a_group_may_be_all_rows_of_a_layer() -> None:
     verify(model)
 
 
-def test_an_unstructured_layer_that_could_keep_no_input_stays_dense() -> None:
-    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 64))
-    sx.sparsify(model, distribution={"0": 0.1, "1": 0.5}, structure="unstructured", group_size=16)
-    assert [row.reason.split(":")[0] for row in sx.recipe(model).weights] == ["too small", ""]
-    verify(model)
-
-
 def test_initial_masks_keep_the_inputs_with_the_largest_sums() -> None:
     model = nn.Sequential(nn.Linear(24, 32))
     sums = model[0].weight.detach().double().abs().reshape(8, 4, 24).sum(dim=1)
     sx.sparsify(model, sparsity=0.75, distribution="uniform", group_size=4)
     chosen = sums.argsort(dim=1, descending=True)[:, :6].sort().values
     assert torch.equal(model[0].weight_mask[::4].nonzero()[:, 1].reshape(8, 6), chosen)
+
+
+def test_saved_masks_are_restored_where_they_are_of_such_groups() -> None:
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(24, 32))
+
+    for size, fits in ((4, True), (8, True), (1, False)):
+        model = sx.sparsify(build(), sparsity=0.75, distribution="uniform", group_size=size)
+        recipe = sx.recipe(sx.sparsify(build(), sparsity=0.75, distribution="uniform", group_size=4))
+        masks = {name: mask.clone() for name, mask in sx.masks.named_masks(model)}
+        dense = sx.finalize(model)
+        if fits:
+            assert sparse_weights(restore(dense, recipe, masks))[0].record.group_size == 4
+        else:
+            with pytest.raises(SparsifyError, match=r"0\.weight: rows 0-3 share their inputs \(group_size=4\)"):
+                restore(dense, recipe, masks)
 
 
 def test_a_released_weight_is_still_sound() -> None:
