@@ -111,7 +111,7 @@ class RowGroups:
             >>> RowGroups(rows=8, size=4).alike()
             [slice(None, None, None)]
         """
-        found = self.sizes.unique().flip(0)
+        found = sorted(set(self.sizes.tolist()), reverse=True)
         return [slice(None)] if len(found) == 1 else [(self.sizes == size).nonzero()[:, 0] for size in found]
 
     def shares(self, budget: int) -> list[tuple[slice | Tensor, int]]:
