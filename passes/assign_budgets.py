@@ -10,7 +10,8 @@ Rules:
        others make up for them.
     4. A budget is an integer: ``B = floor(N * density)`` for each block of ``N`` weights. A constant fan-in is
        ``k = B // n``; where it would be 0 the weight stays dense, or the call fails where a rule named the weight or
-       ``strict`` is set.
+       ``strict`` is set. So it is where an unstructured weight would keep nothing, as one does whose budget is smaller
+       than a group of rows that share their inputs.
     5. A density of 1 (ERK gives it to small layers) means dense, unless a sparsity of 0 was asked for.
 
 With N[l] for the weights of layer l, d[l] for its density and S for the asked sparsity, every distribution that
@@ -49,6 +50,7 @@ class AssignBudgets(Pass[Draft]):
     rules: RuleSet
     filter_fn: Callable[[str, nn.Module], bool] | None
     structure: Structure
+    group_size: int
     strict: bool
 
     def run(self, subject: Draft) -> PassResult[Draft]:
@@ -72,14 +74,11 @@ class AssignBudgets(Pass[Draft]):
                 self._refuse_named(finding, match)
                 records[site.fqn] = dense_record(site, finding.reason)
                 if finding.compensated:  # rule 3: others make up for it
-                    shared.append(_Share(site=site, match=match, structure=self.structure, dense=True))
+                    shared.append(self._share(site, match, dense=True))
             elif match is not None and match.spec is not None and match.spec.names_a_density:  # rule 2
                 records[site.fqn] = self._by_rule(site, match, match.spec)
             else:  # rule 3
-                structure = (
-                    match.spec.structure if match is not None and match.spec is not None else None
-                ) or self.structure
-                shared.append(_Share(site=site, match=match, structure=structure))
+                shared.append(self._share(site, match))
         for share, record in self._share_out(shared):
             records.setdefault(share.site.fqn, record)
         subject.records = {fqn: records[fqn] for fqn in matches}
@@ -123,6 +122,17 @@ class AssignBudgets(Pass[Draft]):
                 f"{finding.reason}; give it the rule None, or none"
             )
 
+    def _share(self, site: WeightSite, match: Match[LayerSpec | None] | None, *, dense: bool = False) -> "_Share":
+        """A weight with what its rule, or else the call, asks for."""
+        spec = match.spec if match is not None and match.spec is not None else LayerSpec()
+        return _Share(
+            site=site,
+            match=match,
+            structure=spec.structure or self.structure,
+            group_size=spec.group_size or self.group_size,
+            dense=dense,
+        )
+
     def _by_rule(self, site: WeightSite, match: Match[LayerSpec | None], spec: LayerSpec) -> WeightRecord:
         fan_in = site.matrix_shape[1]
         if spec.fan_in is not None and spec.fan_in > fan_in:
@@ -130,7 +140,7 @@ class AssignBudgets(Pass[Draft]):
                 f"the rule {match.key!r} asks for a fan-in of {spec.fan_in}, but {site.fqn!r} of shape {site.shape} "
                 f"has {fan_in} inputs per neuron; ask for at most {fan_in}"
             )
-        share = _Share(site=site, match=match, structure=spec.structure or self.structure)
+        share = self._share(site, match)
         if spec.fan_in is not None:  # rule 4: B = n k, by definition
             return share.sparse(tuple(block.rows * spec.fan_in for block in site.blocks))
         budgets = share.budgets([1.0 - (spec.sparsity or 0.0)] * len(site.blocks))
@@ -233,6 +243,7 @@ class _Share:
     site: WeightSite
     match: Match[LayerSpec | None] | None
     structure: Structure
+    group_size: int
     dense: bool = False
     too_few: bool = False
 
@@ -253,14 +264,19 @@ class _Share:
 
     def too_small(self, budgets: tuple[int, ...]) -> bool:
         """Whether a block would have a fan-in of 0 (constant fan-in), or keep nothing (unstructured)."""
-        constant = self.structure == "constant_fan_in"
-        return any(
-            kept < (block.rows if constant else 1) for block, kept in zip(self.site.blocks, budgets, strict=True)
-        )
+        blocks = zip(self.site.blocks, budgets, strict=True)
+        if self.structure == "constant_fan_in":
+            return any(kept < block.rows for block, kept in blocks)
+        record = self.sparse(budgets)
+        return any(not any(inputs for _, inputs in record.row_groups(block).shares(kept)) for block, kept in blocks)
 
     def sparse(self, budgets: tuple[int, ...]) -> WeightRecord:
         """The record that makes the weight sparse with these budgets."""
         ablation = self.match.spec.ablation if self.match is not None and self.match.spec is not None else None
         return WeightRecord(
-            site=self.site, structure=self.structure, budgets=budgets, ablation=(ablation,) * len(self.site.blocks)
+            site=self.site,
+            structure=self.structure,
+            budgets=budgets,
+            ablation=(ablation,) * len(self.site.blocks),
+            group_size=self.group_size,
         )

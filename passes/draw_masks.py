@@ -4,7 +4,8 @@ Owns the order of the two: mask first, then initialisation by the sparse fan-in.
 
 Rules:
     1. Each block of a weight draws its own mask within its own budget, from a generator seeded by the call's seed and
-       the weight's name, so a weight's mask does not depend on the others.
+       the weight's name, so a weight's mask does not depend on the others. Rows of a block that share their inputs are
+       drawn as one.
     2. Values off the mask are exactly zero.
     3. Where masks start full, to be pruned in training, the record says so.
 """
@@ -51,7 +52,12 @@ class DrawMasks(Pass[Draft]):
         for block, budget in zip(record.site.blocks, record.budgets, strict=True):
             rows = matrix[block.start : block.stop]
             mask = initial_mask(
-                rows, structure=record.structure, budget=budget, init=self.mask_init, generator=generator
+                rows,
+                structure=record.structure,
+                budget=budget,
+                init=self.mask_init,
+                generator=generator,
+                groups=record.row_groups(block),
             )
             masks.append(mask)
             values.append(initialise(rows, mask, self.weight_init, generator))

@@ -87,4 +87,10 @@ def _record(finding: Finding, decision: WeightDecision) -> WeightRecord:
         site = replace(site, feeds_output=decision.feeds_output)
     if decision.structure is None:
         return dense_record(site, decision.reason)
-    return WeightRecord(site=site, structure=decision.structure, budgets=decision.budgets, ablation=decision.ablation)
+    return WeightRecord(
+        site=site,
+        structure=decision.structure,
+        budgets=decision.budgets,
+        ablation=decision.ablation,
+        group_size=decision.group_size,
+    )

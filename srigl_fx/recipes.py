@@ -19,16 +19,16 @@ from torch import nn
 from srigl_fx.errors import RecipeError, RuleError
 from srigl_fx.files import replacing
 from srigl_fx.masks.decisions import WeightDecision
-from srigl_fx.masks.distributions import DISTRIBUTIONS
+from srigl_fx.masks.distributions import DISTRIBUTIONS, is_distribution
 from srigl_fx.masks.initialisation import WeightInit
 from srigl_fx.masks.presence import parameter_on
 from srigl_fx.masks.records import Structure, WeightRecord, all_records, plain
 from srigl_fx.masks.structures import MaskInit
 from srigl_fx.reports.text_tables import format_table
 from srigl_fx.specs import AskedRule as AskedRule
-from srigl_fx.specs import RuleSet, check_sparsity
+from srigl_fx.specs import RuleSet, check_group_size, check_sparsity
 
-VERSION = 1
+VERSION = 2
 REPLACEABLE = ("mask_init", "weight_init", "seed")  # what sparsify takes from a recipe beside the decisions
 _FORMAT = "srigl_fx.recipe"
 
@@ -46,6 +46,7 @@ class Recipe:
         distribution: Its name, or (name, density) pairs where the call gave a mapping.
         rules: The rules, in their order.
         structure: The mask structure asked for.
+        group_size: How many neighbouring rows were to share their inputs.
         mask_init: How the first masks were chosen.
         weight_init: How the kept weights started.
         strict: Whether the call was strict.
@@ -78,6 +79,7 @@ class Recipe:
     distribution: str | tuple[tuple[str, float], ...] = "erk"
     rules: tuple[AskedRule, ...] = ()
     structure: Structure = "constant_fan_in"
+    group_size: int = 1
     mask_init: MaskInit = "magnitude"
     weight_init: WeightInit = "keep"
     strict: bool = False
@@ -90,12 +92,13 @@ class Recipe:
     def __post_init__(self) -> None:
         try:
             check_sparsity(self.sparsity, "Recipe")
+            check_group_size(self.group_size, "Recipe")
         except RuleError as error:
             raise RecipeError(str(error)) from error
         for name, choices in (("structure", Structure), ("mask_init", MaskInit), ("weight_init", WeightInit)):
             if (value := getattr(self, name)) not in get_args(choices):
                 raise RecipeError(f"Recipe: {name} must be one of {get_args(choices)}, not {value!r:.80}")
-        if not _is_distribution(self.distribution):
+        if not is_distribution(self.distribution):
             raise RecipeError(
                 f"Recipe: distribution must be one of {sorted(DISTRIBUTIONS)} or pairs of names and densities, not "
                 f"{self.distribution!r:.80}"
@@ -136,7 +139,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Any) -> "Recipe":
-        """The recipe that :meth:`to_dict` described.
+        """The recipe that :meth:`to_dict` described, in this version or an earlier one.
 
         Raises:
             RecipeError: ``data`` is no recipe, of a newer version, or damaged.
@@ -152,7 +155,8 @@ class Recipe:
             raise RecipeError(
                 f"the recipe is of version {version!r:.80}, but this srigl_fx reads versions up to {VERSION}: update it"
             )
-        known = set(_saved())
+        absent = {"group_size": 1} if version == 1 else {}  # rows did not share their inputs then
+        known = set(_saved()) - absent.keys()
         given = data.keys() - {"format", "version"}
         if given != known:
             odd = [
@@ -166,7 +170,7 @@ class Recipe:
             read = {
                 "distribution": tuple(spread.items()) if isinstance(spread, Mapping) else spread,
                 "rules": tuple(map(AskedRule.from_dict, rules)),
-                "weights": tuple(map(WeightDecision.from_dict, weights)),
+                "weights": tuple(WeightDecision.from_dict({**one, **absent} if absent else one) for one in weights),
             }
             return cls(**{**{name: data[name] for name in known}, **read})
         except Exception as error:
@@ -216,7 +220,8 @@ class Recipe:
     def __str__(self) -> str:
         spread = self.distribution if isinstance(self.distribution, str) else "given by name"
         asked = [
-            f"sparsity {self.sparsity:g}, distribution {spread}, {self.structure}, masks by {self.mask_init}",
+            f"sparsity {self.sparsity:g}, distribution {spread}, {_shared(self.structure, self.group_size)}",
+            f"masks by {self.mask_init}",
             f"weights {self.weight_init}, seed {self.seed}",
         ]
         asked += [f"{len(self.rules)} rule{'' if len(self.rules) == 1 else 's'}"] if self.rules else []
@@ -226,7 +231,7 @@ class Recipe:
             (
                 weight.name,
                 "x".join(map(str, weight.shape)),
-                weight.structure or "dense",
+                _shared(weight.structure, weight.group_size) if weight.structure else "dense",
                 weight.budget,
                 "" if weight.fan_in is None else weight.fan_in,
                 f"{weight.density:.3g}",
@@ -393,23 +398,14 @@ def asked_for(*, rules: RuleSet, distribution: str | Mapping[str, float], filter
     )
 
 
+def _shared(structure: Structure, group_size: int) -> str:
+    """A structure in words."""
+    return structure if group_size == 1 else f"{structure}, groups of {group_size}"
+
+
 def _saved() -> list[str]:
     """The fields of a recipe that are written to files."""
     return [one.name for one in fields(Recipe) if not one.name.startswith("_")]
-
-
-def _is_distribution(value: object) -> bool:
-    if isinstance(value, str):
-        return value in DISTRIBUTIONS
-    return isinstance(value, tuple) and all(
-        isinstance(pair, tuple)
-        and len(pair) == 2
-        and isinstance(pair[0], str)
-        and isinstance(pair[1], int | float)
-        and not isinstance(pair[1], bool)
-        and 0.0 < pair[1] <= 1.0
-        for pair in value
-    )
 
 
 def _ends_with(live: str, given: str) -> bool:

@@ -26,7 +26,7 @@ from srigl_fx.passes.draw_masks import DrawMasks, WeightInit
 from srigl_fx.passes.follow_recipe import FollowRecipe
 from srigl_fx.passes.insert_masks import InsertMasks, restore_graph
 from srigl_fx.recipes import REPLACEABLE, Recipe, asked_for
-from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_sparsity
+from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_group_size, check_sparsity
 
 Model = TypeVar("Model", bound=nn.Module)
 P = ParamSpec("P")
@@ -63,6 +63,7 @@ def sparsify(
     rules: Mapping[RuleKey, "float | LayerSpec | None"] | None = None,
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     structure: Structure = "constant_fan_in",
+    group_size: int = 1,
     mask_init: MaskInit = "magnitude",
     weight_init: WeightInit = "keep",
     example_inputs: Any = None,
@@ -89,6 +90,10 @@ def sparsify(
             that over a type.
         filter_fn: Asked first, with a module's name and the module: False leaves its weights dense.
         structure: ``"constant_fan_in"`` (every neuron keeps equally many weights) or ``"unstructured"``.
+        group_size: Neighbouring neurons that share their inputs, each with weights of its own: 1 (none do), 2, 4, 8, 16
+            or 32. They are counted within a convolution's group, a projection of an attention, a gate or an expert; the
+            last group there has what is left. With ``"unstructured"`` only the groups differ in their fan-in. All
+            methods keep it so; an ablated neuron leaves its group as it is.
         mask_init: Keep the largest weights (``"magnitude"``), ``"random"`` ones, or all for now (``"dense"``), to be
             pruned gradually down to the budgets by :class:`srigl_fx.GMP`.
         weight_init: How kept weights start: ``"keep"`` their values, or drawn anew for the sparse fan-in by
@@ -125,7 +130,7 @@ def sparsify(
                 f"not {recipe!r:.80}"
             )
         mask_init, weight_init, seed = recipe.mask_init, recipe.weight_init, recipe.seed
-    _check_arguments(model, sparsity, distribution, structure, mask_init, weight_init)
+    _check_arguments(model, sparsity, distribution, structure, group_size, mask_init, weight_init)
     distributed.check_unwrapped(model, "sparsify")
     if filter_fn is not None and not callable(filter_fn):
         raise SparsifyError(f"filter_fn must be a function of a module's name and the module, got {filter_fn!r}")
@@ -138,6 +143,7 @@ def sparsify(
         rules=ruleset,
         filter_fn=filter_fn,
         structure=structure,
+        group_size=group_size,
         strict=strict,
     )
     steps = (
@@ -155,6 +161,7 @@ def sparsify(
             distribution=distribution,
             rules=ruleset,
             structure=structure,
+            group_size=group_size,
             mask_init=mask_init,
             weight_init=weight_init,
             strict=bool(strict),
@@ -230,7 +237,13 @@ def _check_replaceable(model: nn.Module) -> None:
 
 
 def _check_arguments(
-    model: object, sparsity: object, distribution: object, structure: object, mask_init: object, weight_init: object
+    model: object,
+    sparsity: object,
+    distribution: object,
+    structure: object,
+    group_size: object,
+    mask_init: object,
+    weight_init: object,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise SparsifyError(f"sparsify takes a torch.nn.Module, got {type(model).__name__}")
@@ -244,6 +257,7 @@ def _check_arguments(
         raise SparsifyError(f"distribution must be one of {sorted(DISTRIBUTIONS)} or a mapping, got {distribution!r}")
     if structure not in get_args(Structure):
         raise StructureError(f"structure must be one of {get_args(Structure)}, got {structure!r}")
+    check_group_size(group_size, "sparsify")
     for name, value, choices in (
         ("mask_init", mask_init, get_args(MaskInit)),
         ("weight_init", weight_init, get_args(WeightInit)),

@@ -14,6 +14,7 @@ from torch import nn
 
 from srigl_fx.errors import RecipeError, RuleError
 from srigl_fx.masks.records import Structure, plain
+from srigl_fx.masks.row_groups import GROUP_SIZES
 
 RuleKey = str | type[nn.Module]
 
@@ -32,6 +33,20 @@ def check_sparsity(sparsity: object, where: str) -> float:
     return float(sparsity)
 
 
+def check_group_size(size: object, where: str) -> int:
+    """Return ``size`` as one of the numbers of rows that can share their inputs.
+
+    Raises:
+        RuleError: If it is none of them; ``where`` says whose it is.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or size not in GROUP_SIZES:
+        raise RuleError(
+            f"{where}: group_size is the number of neighbouring rows that share their inputs and must be one of "
+            f"{GROUP_SIZES}, got {size!r:.80}; 1 leaves each row by itself"
+        )
+    return size
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """What a rule asks for a layer; a field left None follows the call's defaults.
@@ -41,13 +56,14 @@ class LayerSpec:
         fan_in: Weights kept per neuron, instead of a sparsity.
         ablation: The SRigL ablation threshold of this layer, in the trainer's ``ablation_mode``; 0 turns it off.
         structure: ``"constant_fan_in"`` or ``"unstructured"``.
+        group_size: Neighbouring rows that share their inputs: 1, 2, 4, 8, 16 or 32.
 
     Raises:
         RuleError: If a value is out of range, or both ``sparsity`` and ``fan_in`` are given.
 
     Example:
         >>> LayerSpec(fan_in=64, ablation=0.0)
-        LayerSpec(sparsity=None, fan_in=64, ablation=0.0, structure=None)
+        LayerSpec(sparsity=None, fan_in=64, ablation=0.0, structure=None, group_size=None)
         >>> LayerSpec.from_dict(LayerSpec(sparsity=0.5).to_dict()).sparsity
         0.5
     """
@@ -56,8 +72,9 @@ class LayerSpec:
     fan_in: int | None = None
     ablation: float | None = None
     structure: Structure | None = None
+    group_size: int | None = None
 
-    VERSION = 1
+    VERSION = 2
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
@@ -77,6 +94,8 @@ class LayerSpec:
             raise RuleError(f"LayerSpec: structure must be one of {get_args(Structure)}, got {self.structure!r}")
         if self.fan_in is not None and self.structure == "unstructured":
             raise RuleError("LayerSpec: fan_in needs the structure 'constant_fan_in'")
+        if self.group_size is not None:
+            check_group_size(self.group_size, "LayerSpec")
 
     @property
     def names_a_density(self) -> bool:
@@ -89,15 +108,17 @@ class LayerSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerSpec":
-        """The spec that :meth:`to_dict` described.
+        """The spec that :meth:`to_dict` described; version 1 had no group size.
 
         Raises:
             RuleError: If the version or a field is unknown.
         """
-        known = {field.name for field in fields(cls)}
-        if data.get("version") != cls.VERSION or not set(data) - {"version"} <= known:
+        version = data.get("version")
+        known = {field.name for field in fields(cls)} - ({"group_size"} if version == 1 else set())
+        if version not in (1, cls.VERSION) or not set(data) - {"version"} <= known:
             raise RuleError(
-                f"LayerSpec.from_dict: not a version-{cls.VERSION} spec with fields {sorted(known)}: {dict(data)!r}"
+                f"LayerSpec.from_dict: no spec of a version up to {cls.VERSION} with fields {sorted(known)}: "
+                f"{dict(data)!r}"
             )
         return cls(**{key: value for key, value in data.items() if key != "version"})
 

@@ -37,6 +37,7 @@ CALLS: dict[str, dict[str, Any]] = {
     "plain": {"sparsity": 0.75},
     "random": {"sparsity": 0.6, "mask_init": "random", "weight_init": "kaiming", "seed": 5},
     "unstructured": {"structure": "unstructured", "distribution": "uniform"},
+    "groups": {"group_size": 4, "mask_init": "random", "rules": {"4": sx.LayerSpec(group_size=8)}},
     "dense start": {"mask_init": "dense"},
     "rules": {
         "rules": {"4": None, "2": sx.LayerSpec(fan_in=7, ablation=0.25), nn.Conv2d: 0.5},
@@ -196,6 +197,7 @@ def test_what_says_how_the_first_masks_are_made_can_be_replaced() -> None:
         {"sparsity": 0.5},
         {"distribution": "uniform"},
         {"structure": "unstructured"},
+        {"group_size": 2},
         {"rules": ()},
         {"strict": True},
         {"filtered": True},
@@ -285,6 +287,7 @@ def test_all_that_does_not_fit_is_named_in_one_error() -> None:
         {"filter_fn": None, "seed": 0},
         {"distribution": "erk"},
         {"structure": "constant_fan_in"},
+        {"group_size": 1},
         {"mask_init": "magnitude", "weight_init": "keep"},
         {"strict": False},
     ],
@@ -319,7 +322,7 @@ def _edited(**changes: Any) -> dict[str, Any]:
         ([], "no recipe of srigl_fx"),
         (None, "no recipe of srigl_fx"),
         ({"format": "other"}, "no recipe of srigl_fx"),
-        (_edited(version=2), "version 2, but this srigl_fx reads versions up to 1: update it"),
+        (_edited(version=3), "version 3, but this srigl_fx reads versions up to 2: update it"),
         (_edited(version=True), "version True"),
         (_edited(version="1"), "version '1'"),
         (_edited(version=0), "version 0"),
@@ -338,7 +341,13 @@ def _edited(**changes: Any) -> dict[str, Any]:
         (_edited(distribution={"0": 1.5}), "distribution must be one of"),
         (_edited(rules={"4": 0.5}), "must be lists"),
         (_edited(rules=[3]), "rule 3 is malformed"),
-        (_edited(rules__0__spec={"version": 2}), "version"),
+        (_edited(rules__0__spec={"version": 3}), "version"),
+        (_edited(group_size=3), "group_size is the number"),
+        (_edited(group_size=True), "group_size is the number"),
+        (_edited(group_size=[2]), "group_size is the number"),
+        (_edited(weights__0__group_size=3), "the group size must be one of"),
+        (_edited(weights__0__group_size=2.0), "the group size must be one of"),
+        (_edited(version=1), "'group_size' is unknown"),
         (_edited(rules__0__spec=7), "damaged"),
         (_edited(rules__0__key=7), "malformed"),
         (_edited(weights={}), "must be lists"),
@@ -369,6 +378,23 @@ def test_damaged_data_is_refused(data: Any, words: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(data))
     with pytest.raises(RecipeError, match=f"(?s)recipe.json: .*({words})"):
         sx.Recipe.load(path)
+
+
+def test_a_recipe_of_version_1_is_one_without_groups() -> None:
+    recipe = sx.recipe(sx.sparsify(_build(), sparsity=0.75, rules={"4": sx.LayerSpec(sparsity=0.5)}))
+    data = _edited(version=1)
+    data["rules"][0]["spec"]["version"] = 1
+    for place in (data, data["rules"][0]["spec"], *data["weights"]):
+        del place["group_size"]
+    assert sx.Recipe.from_dict(data) == recipe
+    with pytest.raises(RecipeError, match="must have the fields"):
+        sx.Recipe.from_dict({**data, "version": 2, "group_size": 1})
+    del data["weights"][0]["budgets"]
+    with pytest.raises(RecipeError, match="must have the fields"):
+        sx.Recipe.from_dict(data)
+    data["weights"] = [3]
+    with pytest.raises(RecipeError, match="damaged"):
+        sx.Recipe.from_dict(data)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"pickle"])

@@ -78,6 +78,8 @@ def test_rules_must_be_a_mapping() -> None:
         {"ablation": float("nan")},
         {"structure": "blocked"},
         {"fan_in": 3, "structure": "unstructured"},
+        {"group_size": 3},
+        {"group_size": True},
     ],
 )
 def test_contradictory_specs_are_refused(arguments: dict[str, object]) -> None:
@@ -88,10 +90,17 @@ def test_contradictory_specs_are_refused(arguments: dict[str, object]) -> None:
 def test_a_spec_round_trips_as_plain_data() -> None:
     spec = LayerSpec(sparsity=0.5, ablation=0.2)
     assert LayerSpec.from_dict(spec.to_dict()) == spec
+    assert LayerSpec.from_dict(LayerSpec(group_size=4).to_dict()) == LayerSpec(group_size=4)
     with pytest.raises(RuleError, match="version"):
-        LayerSpec.from_dict({"version": 2})
+        LayerSpec.from_dict({"version": 3})
     with pytest.raises(RuleError, match="fields"):
         LayerSpec.from_dict({"version": 1, "sparcity": 0.5})
+
+
+def test_a_spec_of_version_1_has_no_group_size() -> None:
+    assert LayerSpec.from_dict({"version": 1, "fan_in": 3}) == LayerSpec(fan_in=3)
+    with pytest.raises(RuleError, match="fields"):
+        LayerSpec.from_dict({"version": 1, "group_size": 4})
 
 
 def test_unused_rules_are_named() -> None:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from srigl_fx.errors import RecipeError
 from srigl_fx.masks.records import Structure, WeightRecord
+from srigl_fx.masks.row_groups import GROUP_SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,7 @@ class WeightDecision:
         reason: Why it stays dense ("" where it is sparse).
         budgets: For each block, the number of weights it may keep; empty where the weight stays dense.
         ablation: For each block, its own ablation threshold from a rule; None means the trainer's.
+        group_size: Neighbouring rows of a block that share their inputs; 1 leaves each row by itself.
         feeds_output: Whether it was seen to feed an output; None where nobody looked.
 
     Raises:
@@ -46,6 +48,7 @@ class WeightDecision:
     reason: str = ""
     budgets: tuple[int, ...] = ()
     ablation: tuple[float | None, ...] = ()
+    group_size: int = 1
     feeds_output: bool | None = None
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class WeightDecision:
             reason=record.reason,
             budgets=record.budgets,
             ablation=record.ablation,
+            group_size=record.group_size,
             feeds_output=record.site.feeds_output,
         )
 
@@ -126,6 +130,8 @@ class WeightDecision:
             return f"feeds_output must be true, false or null, not {self.feeds_output!r:.80}"
         if not isinstance(self.ablation, tuple) or not all(one is None or _is_threshold(one) for one in self.ablation):
             return f"ablation thresholds must be null or finite and at least 0, not {self.ablation!r:.80}"
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            return f"the group size must be one of {GROUP_SIZES}, not {self.group_size!r:.80}"
         if self.structure is None:
             return "it stays dense, but has budgets" if self.budgets or self.ablation else ""
         if self.reason:

@@ -114,6 +114,26 @@ DISTRIBUTIONS: dict[str, Callable[..., dict[str, float]]] = {
 """The distributions by the names that ``sparsify`` takes."""
 
 
+def is_distribution(value: object) -> bool:
+    """Whether this is the name of a distribution, or pairs of names and densities in (0, 1].
+
+    Example:
+        >>> is_distribution("erk"), is_distribution((("fc", 0.5),)), is_distribution((("fc", 1.5),))
+        (True, True, False)
+    """
+    if isinstance(value, str):
+        return value in DISTRIBUTIONS
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and isinstance(pair[0], str)
+        and isinstance(pair[1], int | float)
+        and not isinstance(pair[1], bool)
+        and 0.0 < pair[1] <= 1.0
+        for pair in value
+    )
+
+
 def _sizes(shapes: Shapes, sparsity: float, dense: Collection[str]) -> dict[str, int]:
     """The number of weights of each layer, after checking the arguments all distributions share."""
     if not 0.0 <= sparsity < 1.0:

@@ -45,6 +45,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     3. No block of rows keeps more weights than its budget, unless gradual pruning is still on its way there.
     4. With constant fan-in, every active neuron of a block has the same fan-in, ``budget // active`` or the full one,
        and enough neurons are active to hold the budget. While gradual pruning is on its way, every neuron is active.
+       Of rows that share their inputs (:mod:`srigl_fx.masks.row_groups`), whatever the structure, all active ones keep
+       the same.
     5. The optimizer holds every weight that trains (not asked where parameters are sharded: a forward may have left
        whole ones in their place). State that belongs to single weights
        (:mod:`srigl_fx.masks.optimizer_state`) is off the mask what it is for a new weight: zero, of most optimizers.
@@ -287,6 +289,8 @@ def _check_state(handle: SparseWeight, optimizer: Optimizer, held: Tensor) -> No
 def _check_block(handle: SparseWeight, block: Block, budget: int, mask: Tensor) -> None:
     """Rules 3 and 4 for one block of a weight's rows."""
     where = f"{handle.fqn} (rows {block.start}-{block.stop - 1}, {block.name})" if block.name else handle.fqn
+    if fault := handle.record.row_groups(block).fault(mask):
+        raise InvariantError(f"{where}: {fault}{_AVERAGED}")
     counts = mask.sum(dim=1)
     kept = int(counts.sum())
     if handle.record.dense_start and kept > budget:

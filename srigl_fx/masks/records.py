@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from srigl_fx.errors import InvariantError, SriglError
 from srigl_fx.masks.presence import parameter_on, why_missing
+from srigl_fx.masks.row_groups import RowGroups
 
 Kind = Literal[
     "linear",  # (out, in)
@@ -163,6 +164,7 @@ class WeightRecord:
         reason: Why it stays dense ("" where it is sparse).
         budgets: For each block, the number of weights it may keep.
         ablation: For each block, its own ablation threshold from a rule; None means the trainer's.
+        group_size: Neighbouring rows of a block that share their inputs; 1 leaves each row by itself.
         dense_start: Whether the mask starts full and may exceed the budget until gradual pruning has reached it.
         asked: The recipe of the call that decided it, without decisions (:mod:`srigl_fx.recipes`); None where there
             is none. Nothing here looks into it.
@@ -173,6 +175,7 @@ class WeightRecord:
     reason: str = ""
     budgets: tuple[int, ...] = ()
     ablation: tuple[float | None, ...] = ()
+    group_size: int = 1
     dense_start: bool = False
     asked: object | None = field(default=None, compare=False, repr=False)
 
@@ -180,6 +183,18 @@ class WeightRecord:
     def sparse(self) -> bool:
         """Whether the weight is mask-managed."""
         return self.structure is not None
+
+    def row_groups(self, block: Block) -> RowGroups:
+        """The rows of one of its blocks that share their inputs; those of one convolution group at most.
+
+        Example:
+            >>> site = WeightSite(owner="", attr="weight", kind="conv2d", shape=(6, 4, 3, 3), groups=2)
+            >>> record = WeightRecord(site=site, structure="constant_fan_in", budgets=(60,), group_size=2)
+            >>> record.row_groups(site.blocks[0]).index.tolist()
+            [0, 0, 1, 2, 2, 3]
+        """
+        section = self.site.matrix_shape[0] // self.site.groups
+        return RowGroups(rows=block.rows, size=self.group_size, section=section, start=block.start)
 
 
 @dataclass(frozen=True)

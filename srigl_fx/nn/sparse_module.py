@@ -121,7 +121,8 @@ def describe(module: nn.Module, attr: str, record: WeightRecord) -> str:
         return f"{name}masked"
     counts = record.site.to_matrix(mask).sum(1)
     active = int((counts > 0).sum())
-    return f"{name}fan_in={int(counts.max())}/{record.site.matrix_shape[1]}, active={active}/{len(counts)}"
+    shared = f", group_size={record.group_size}" if record.group_size > 1 else ""
+    return f"{name}fan_in={int(counts.max())}/{record.site.matrix_shape[1]}, active={active}/{len(counts)}{shared}"
 
 
 def project_loaded(module: nn.Module, state_dict: dict[str, Any], prefix: str, errors: list[str]) -> None:

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import StructureError, TrainerError
 from srigl_fx.masks.records import SparseWeight, Structure, sparse_weights
+from srigl_fx.masks.row_groups import RowGroups
 from srigl_fx.train.arguments import TrainerOptions
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.selection import counts_of_rows
@@ -61,6 +62,11 @@ class Layer:
         block = self.handle.record.site.blocks[self.index].name
         return f"{self.handle.key}:{block}" if block else self.handle.key
 
+    @property
+    def groups(self) -> RowGroups:
+        """Which rows share their inputs: those that are not empty keep the same ones after every update."""
+        return self.handle.record.row_groups(self.handle.record.site.blocks[self.index])
+
     def generator(self, seed: int) -> torch.Generator:
         """A generator on the CPU whose draws depend on ``seed``, the step and the layer's name alone."""
         return torch.Generator().manual_seed(zlib.crc32(f"{seed}:{self.step}:{self.name}".encode()))
@@ -85,8 +91,9 @@ class DynamicTrainer(Trainer):
 
     A subclass overrides :meth:`growth`: a score for each weight, whose magnitude decides what grows. On a constant
     fan-in model growth is ranked within each row, so that the fan-in stays constant; on an unstructured one over the
-    layer. A class attribute ``needs_gradient = False`` says that the score does without the dense gradient, which is
-    then not captured. What a method returns is checked at every update: a TrainerError or a StructureError names the
+    layer. Rows that share their inputs (``sparsify(group_size=...)``) are ranked as one, by the mean of their scores'
+    magnitudes. A class attribute ``needs_gradient = False`` says that the score does without the dense gradient, which
+    is then not captured. What a method returns is checked at every update: a TrainerError or a StructureError names the
     method and the layer.
 
     Args:
@@ -145,7 +152,8 @@ class DynamicTrainer(Trainer):
         """The bool mask (n, F) after this update; override it for a method that does not drop and grow.
 
         It keeps at least one weight and at most ``layer.budget``; with a constant fan-in each of its ``active`` rows
-        that are not empty has ``min(F, layer.budget // active)``. The layer's tensors are for reading only.
+        that are not empty has ``min(F, layer.budget // active)``. Of the rows of one of ``layer.groups``, those that
+        are not empty are equal. The layer's tensors are for reading only.
         """
         scores = self.growth(layer)
         self._check_scores(layer, scores)
@@ -156,6 +164,7 @@ class DynamicTrainer(Trainer):
             budget=layer.budget,
             drop_fraction=layer.drop_fraction,
             structure=layer.structure,
+            groups=layer.groups,
         )
 
     def drop_fraction_at(self, step: int) -> float:
@@ -212,7 +221,10 @@ class DynamicTrainer(Trainer):
             if dense is not None:
                 live["gradient"] = layer.gradient
             versions = {what: tensor._version for what, tensor in live.items()}
-            new.append(self.new_mask(layer))
+            try:
+                new.append(self.new_mask(layer))
+            except StructureError as error:  # the rule knows matrices, and not whose they are
+                raise StructureError(f"{layer.name}: {error}") from error
             if written := [what for what, tensor in live.items() if tensor._version != versions[what]]:
                 raise TrainerError(
                     f"{type(self).__name__} wrote to layer.{written[0]} of {layer.name}, which is for reading only: "
@@ -249,6 +261,8 @@ class DynamicTrainer(Trainer):
             raise TrainerError(f"{what} a {type(new).__name__}, but must return a bool tensor")
         if (new.dtype, new.shape, new.device) != (torch.bool, layer.mask.shape, layer.mask.device):
             raise TrainerError(f"{what} a {new.dtype} {_place(new)}, but must return a torch.bool {_place(layer.mask)}")
+        if fault := layer.groups.fault(new):
+            raise StructureError(f"{what} a mask whose {fault}")
         counts = counts_of_rows(new)
         active, kept, least, most = torch.stack([counts.count_nonzero(), counts.sum(), *counts.aminmax()]).tolist()
         constant, inputs = layer.structure == "constant_fan_in", new.shape[1]

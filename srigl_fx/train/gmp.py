@@ -26,8 +26,8 @@ class GMP(DynamicTrainer):
     All masks are opened when the trainer attaches. Every ``update_every`` optimizer steps each layer keeps its largest
     weights, fewer and fewer along a cubic schedule; at the last update below ``stop_at`` of all steps each has exactly
     what its budget allows. With an unstructured model weights are ranked over the layer, with a constant fan-in one
-    within each row, so that all rows have the same fan-in throughout. Nothing grows again, and no dense gradient is
-    captured.
+    within each row, so that all rows have the same fan-in throughout. Rows that share their inputs are pruned together.
+    Nothing grows again, and no dense gradient is captured.
 
     ``sparsify(model, mask_init="dense", ...)`` keeps the weights to start from, of a new or a trained model; otherwise
     those it removed start at zero. That holds for a model which GMP has pruned before, too: a second trainer opens its
@@ -85,7 +85,7 @@ class GMP(DynamicTrainer):
         size = layer.mask.numel()
         sparsity = cubic_sparsity(layer.step, final=1 - layer.budget / size, end=self._last)
         count = max(layer.budget, count_at(size, 1 - sparsity))
-        return gmp_update(layer.weight, layer.mask, count=count, structure=layer.structure)
+        return gmp_update(layer.weight, layer.mask, count=count, structure=layer.structure, groups=layer.groups)
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
         """Also whether the state has a mask for each weight."""

@@ -1,7 +1,8 @@
 """Selecting the highest scores of a matrix, by a level instead of a sort.
 
-Owns the two selections that every update rule is made of: over a whole layer, and row by row. It must not know what
-the scores mean. Ties go to the lowest flat index, so that every device and every process selects the same entries.
+Owns the two selections that every update rule is made of, over a whole layer and row by row, and what becomes one
+score where rows are selected for together. It must not know what the scores mean. Ties go to the lowest flat index, so
+that every device and every process selects the same entries.
 
 Scores are magnitudes, and magnitudes compare like the integers that their bits spell. They are computed from the
 values a few rows at a time, so that they stay in the cache and no second copy of a layer is ever made.
@@ -12,6 +13,8 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
+
+from srigl_fx.masks.row_groups import RowGroups
 
 # The integer type of each element size in bytes.
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -64,6 +67,42 @@ class Scores:
         if among is not None:
             bits |= among.to(bits.dtype) - 1
         return bits
+
+
+def pooled(values: Tensor, groups: RowGroups, among: Tensor | None = None, *, finite: bool = True) -> Tensor:
+    """The values of groups of rows (m, F), by whose magnitudes their inputs are ranked.
+
+    Of the rows i of group p that have any entry that may be chosen (c[p] of them), it is the mean magnitude::
+
+        P[p, j] = sum of |values[i, j]| where among[i, j], over the rows i of p, / c[p]
+
+    That ranks the inputs of one group, and those of groups with as many such rows, as the sum does. A group with fewer
+    of them, a rest or one that has lost rows, is not the weaker for it. Rows by themselves keep their values.
+
+    Args:
+        values: Matrix (n, F) of any floating-point type; NaN counts as 0.
+        groups: Which rows are selected for together.
+        among: Bool (n, F), True where an entry may be chosen; everywhere if not given.
+        finite: Whether infinite values count as 0, too.
+
+    Returns:
+        Float64, at least 0; ``values`` itself where each row is by itself.
+
+    Example:
+        >>> values = torch.tensor([[-2.0, 1.0], [4.0, torch.nan], [9.0, 9.0]])
+        >>> pooled(values, RowGroups(rows=3, size=4), values != 9).tolist()
+        [[3.0, 0.5]]
+    """
+    if groups.single:
+        return values
+    sizes = values.abs().nan_to_num_(nan=0.0, posinf=0.0 if finite else torch.inf)
+    rows = groups.sizes.to(values.device)[:, None]
+    if among is not None:
+        sizes.masked_fill_(~among, 0.0)
+        rows = groups.sum(among.any(dim=1, keepdim=True)).clamp_(min=1.0)
+    mean = groups.sum(sizes).div_(rows)
+    # A sum of large numbers may overflow, and must not count as one that was infinite from the start.
+    return mean.clamp_(max=torch.finfo(mean.dtype).max) if finite else mean
 
 
 def top(scores: Scores, count: int, *, least: int = 0) -> Tensor:

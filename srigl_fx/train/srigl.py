@@ -27,7 +27,8 @@ class SRigL(DynamicTrainer):
 
     Every ``update_every`` optimizer steps, until ``stop_at`` of all steps, each layer drops its smallest weights,
     ablates neurons with too few salient ones and grows connections with the largest gradients, so that all active
-    neurons have the same fan-in.
+    neurons have the same fan-in. Neurons that share their inputs (``sparsify(group_size=...)``) drop and grow them
+    together, and are ablated one by one; :func:`~srigl_fx.train.updates.srigl_update` has the rule.
 
     Args:
         model: A model sparsified with ``structure="constant_fan_in"``.
@@ -157,6 +158,7 @@ class SRigL(DynamicTrainer):
             ablation_mode=self.ablation_mode,
             min_neurons=self.min_neurons,
             frozen_rows=~layer.mask.any(dim=1) if self.permanent_ablation and ablation else None,
+            groups=layer.groups,
         )
 
     def _threshold(self, handle: SparseWeight, index: int) -> float | None:

@@ -22,6 +22,8 @@ _log = logging.getLogger(__name__)
 def layout(model: nn.Module, weights: Iterable[SparseWeight] | None = None) -> dict[str, dict[str, Any]]:
     """What must agree between a saved run and the one that resumes it.
 
+    Rows by themselves are not mentioned: runs that were saved before rows could share their inputs go on.
+
     Args:
         model: A sparsified model.
         weights: Its masked weights, where they have been looked up.
@@ -31,6 +33,7 @@ def layout(model: nn.Module, weights: Iterable[SparseWeight] | None = None) -> d
             "shape": list(handle.record.site.shape),
             "structure": handle.record.structure,
             "budgets": list(handle.record.budgets),
+            **({"group_size": handle.record.group_size} if handle.record.group_size > 1 else {}),
         }
         for handle in (sparse_weights(model) if weights is None else weights)
     }
@@ -143,7 +146,7 @@ def check_layout(saved: dict[str, dict[str, Any]], live: dict[str, dict[str, Any
 
     Raises:
         TrainerError: They mask different weights.
-        StructureError: One of them has another shape, structure or budget.
+        StructureError: One of them has another shape, structure, budget or group size.
 
     Example:
         >>> check_layout({}, layout(nn.Linear(3, 2)))

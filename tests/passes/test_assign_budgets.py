@@ -28,6 +28,7 @@ def assign(draft: Draft, sparsity: float = 0.75, **options: Any) -> PassResult[D
         "distribution": "uniform",
         "filter_fn": None,
         "structure": "constant_fan_in",
+        "group_size": 1,
         "strict": False,
     }
     rules: Mapping[Any, Any] = options.pop("rules", {})
@@ -118,6 +119,13 @@ def test_rule_2_what_a_rule_does_not_say_is_as_the_call_says() -> None:
     assert [decided[name].structure for name in "abc"] == ["constant_fan_in", "unstructured", "constant_fan_in"]
 
 
+def test_rule_2_a_rule_gives_a_weight_its_group_size() -> None:
+    rules = {"a": LayerSpec(sparsity=0.5, group_size=8), "b": LayerSpec(group_size=1), "c": LayerSpec(ablation=0.1)}
+    decided = records(site("a"), site("b"), site("c"), site("d"), rules=rules, group_size=4)
+    assert [decided[name].group_size for name in "abcd"] == [8, 1, 4, 4]
+    assert decided["a"].row_groups(decided["a"].site.blocks[0]).index.tolist() == [0] * 8
+
+
 def test_rule_3_others_make_up_for_what_can_only_stay_dense() -> None:
     """Of 64 + 192 weights a quarter is kept, 64 and so those of d alone; of 192, and more in a, some are left."""
     decided = records(dense, site("a", (16, 16)))
@@ -160,6 +168,20 @@ def test_rule_4_what_becomes_too_small_by_making_up_for_others_is_found_too() ->
 
 def test_rule_4_a_fan_in_of_exactly_one_is_none_of_0() -> None:
     assert records(site("a", (16, 4)))["a"].budgets == (16,)
+
+
+@pytest.mark.parametrize(("budget", "sparse"), [(38, False), (40, True)])
+def test_rule_4_an_unstructured_weight_keeps_an_input_of_a_group_at_least(budget: int, sparse: bool) -> None:
+    """Of 38 weights, a group of 32 rows has 30 and the rest of 8 rows 7: no input for either. Of 40 each has one."""
+    decided = records(
+        site("a", (40, 16)),
+        site("b", (40, 16)),
+        distribution={"a": budget / 640, "b": 0.5},
+        structure="unstructured",
+        group_size=32,
+    )
+    assert decided["a"].sparse == sparse
+    assert decided["b"].group_size == 32
 
 
 def test_rule_4_one_block_that_is_too_small_makes_the_weight_dense() -> None:
@@ -278,7 +300,13 @@ def test_it_is_an_error_if_nothing_becomes_sparse(count: int, message: str) -> N
     findings = [Finding(site=site(f"s{i}"), owner=nn.Linear(1, 1), reason="why") for i in range(count)]
     draft = assign(found(*findings)).subject
     ensures: Callable[[Draft], None] = AssignBudgets(
-        sparsity=0.5, distribution="erk", rules=RuleSet({}), filter_fn=None, structure="unstructured", strict=False
+        sparsity=0.5,
+        distribution="erk",
+        rules=RuleSet({}),
+        filter_fn=None,
+        structure="unstructured",
+        group_size=1,
+        strict=False,
     ).ensures
     with pytest.raises(SparsifyError, match=f"nothing to sparsify in this Sequential: .*{message}"):
         ensures(draft)

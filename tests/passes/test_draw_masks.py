@@ -1,5 +1,6 @@
 """Masks and first values of drafted weights, block by block."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,14 @@ def test_rule_1_blocks_of_one_weight_draw_apart() -> None:
     blocks = (Block(name="a", start=0, stop=4), Block(name="b", start=4, stop=8))
     mask = drawn(draft(record("x", (16, 16), blocks=blocks))).masks["x.weight"]
     assert not torch.equal(mask[:4], mask[4:])
+
+
+def test_rule_1_rows_that_share_their_inputs_are_drawn_as_one() -> None:
+    blocks = (Block(name="a", start=0, stop=3), Block(name="b", start=3, stop=8))
+    where = record("x", (12, 20), blocks=blocks, shape=(8, 16))
+    mask = drawn(draft(replace(where, group_size=2))).masks["x.weight"]
+    assert [torch.equal(mask[row], mask[row + 1]) for row in range(7)] == [True, False, False, True, False, True, False]
+    assert mask.sum(1).tolist() == [4] * 8
 
 
 def test_rule_2_values_are_kept_on_the_mask_and_zero_off_it() -> None:

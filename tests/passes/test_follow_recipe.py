@@ -35,9 +35,10 @@ def follow(findings: list[Finding], *decisions: WeightDecision) -> dict[str, Wei
 
 
 def test_a_weight_gets_what_was_decided_for_it() -> None:
-    records = follow([finding("a.w"), finding("b.w")], dense("b.w"), sparse("a.w"))
+    records = follow([finding("a.w"), finding("b.w")], dense("b.w"), sparse("a.w", group_size=4))
     one, other = records["a.w"], records["b.w"]
     assert (one.structure, one.budgets, one.ablation, one.reason) == ("constant_fan_in", (32,), (0.1,), "")
+    assert one.group_size == 4
     assert (other.structure, other.budgets, other.reason) == (None, (), "so it was decided")
 
 

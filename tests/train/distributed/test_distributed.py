@@ -29,6 +29,7 @@ ANY_NUMBER = ("methods", "communication", *WRONG, "sharded_tools")
 TWO = (
     *ANY_NUMBER,
     "like_one_process",
+    "shared_inputs",
     "opposite_gradients",
     "unused",
     "one_layer_at_a_time",

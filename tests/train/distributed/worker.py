@@ -203,6 +203,28 @@ def like_one_process_in_short() -> None:
     compare_with_one_process([case for case in CASES if case[1:] == ({}, 1, None, True)])
 
 
+def shared_inputs() -> None:
+    """Neurons that share their inputs, too: 33 in groups of four and a rest, spread over the processes as they fall."""
+    steps = data(6)
+    for name, method in METHODS.items():
+        structure = "unstructured" if name in ("RigL", "GMP") else "constant_fan_in"
+        options: dict[str, Any] = {"structure": structure, "mask_init": "random", "group_size": 4}
+        single = sparse_net(**options)
+        single_optimizer = SGD(single.parameters(), lr=0.05, momentum=0.9)
+        alone(partial(method, single, single_optimizer, **EVERY_TWO))
+        start = digest(single)
+        run(single, single_optimizer, steps, share=lambda batch: batch)
+        sx.verify(single, single_optimizer)
+        for wrap in (DistributedDataParallel, shard):
+            model = wrap(sparse_net(**options))
+            optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+            method(model, optimizer, **EVERY_TWO)
+            run(model, optimizer, steps)
+            sx.verify(model, optimizer)
+            assert_equal_models(model, single)
+        assert (digest(single) == start) == (name == "Static"), name
+
+
 def counted_steps() -> None:
     """Weights that grow make steps of their own age, also after a save of what the processes have in parts."""
     data_of_steps = data(11)
