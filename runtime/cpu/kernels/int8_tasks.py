@@ -35,7 +35,7 @@ TILE_FLOATS: Final = 4 * INT8_COLUMNS  # bytes of a row of outputs of a tile
 BLOCK_GROUPS: Final = 4  # groups of rows whose outputs stay in the first-level cache
 _DOT_GROUPS: Final = 16  # the same of a dot panel
 _PART_BYTES: Final = 1 << 19  # of a panel, which stay in a second-level cache
-_INFINITY: Final = np.float32(np.inf)
+_INFINITY: Final[Any] = np.float32(np.inf)
 _row_bytes = planned(plan.int8_row_bytes)
 
 
