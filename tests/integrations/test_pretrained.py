@@ -189,7 +189,7 @@ def test_a_model_that_was_changed_after_it_was_made_sparse_survives(make: Callab
 def test_a_folder_of_the_plain_call_may_be_in_another(tmp_path: Path) -> None:
     model = sx.sparsify(_bert(), sparsity=0.8)
     model.save_pretrained(tmp_path / "inner")
-    where = {"subfolder": "inner", "local_files_only": True, "recipe": sx.recipe(model)}
+    where: dict[str, Any] = {"subfolder": "inner", "local_files_only": True, "recipe": sx.recipe(model)}
     _same(model, from_pretrained(transformers.AutoModelForSequenceClassification, tmp_path, **where))
 
 
