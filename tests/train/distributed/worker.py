@@ -446,6 +446,10 @@ def other_models() -> None:
     message = raised(TrainerError, lambda: Static(model, SGD(model.parameters(), lr=0.1)))
     assert "the weight first.weight is" in message, message
     assert "on rank 1" in message
+    model = sparse_net(group_size=4 if rank else 1)
+    message = raised(TrainerError, lambda: Static(model, SGD(model.parameters(), lr=0.1)))
+    assert "the weight first.weight is" in message, message
+    assert "'group_size': 4" in message, message
     model = sparse_net()
     every = 3 if rank else 2
     message = raised(
