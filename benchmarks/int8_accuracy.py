@@ -90,7 +90,7 @@ def plan(tasks: Iterable[str], sparsities: Iterable[float], seeds: int | None = 
         for name in tasks
         if seed < runs.TASKS[name].seeds
         for form in forms.TITLES
-        if form != forms.IN_ORT or seed == 0
+        if form != forms.CAREFUL and (form != forms.IN_ORT or seed == 0)
     ]
 
 

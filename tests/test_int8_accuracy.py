@@ -76,6 +76,27 @@ def test_every_form_of_a_network_gives_its_outputs(form: str, library: Path) -> 
 
 
 @pytest.mark.slow
+def test_the_careful_form_leaves_noisy_layers_in_float32() -> None:
+    forms = import_module("harness.forms")
+    torch.manual_seed(0)
+    model = sx.sparsify(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 16)), sparsity=0.5).eval()
+    with torch.no_grad():
+        model[0].weight[:, 0] = 0
+        examples = torch.randn(8, 32)
+        examples[:, 0] = 7  # nobody reads the largest number of each sample, which its scale is made from
+    found = {form: forms.layers(forms.form(form, model, (examples,))[1]) for form in ("int8", "int8_careful")}
+    ratio, dtype, _ = found["int8"]["0.weight"]
+    assert 25 < ratio < forms.CAREFUL_SNR
+    assert dtype == "int8"
+    _, dtype, reason = found["int8_careful"]["0.weight"]
+    assert dtype == "float32"
+    assert "at least 36 dB are asked for" in reason
+    ratio, dtype, _ = found["int8_careful"]["2.weight"]
+    assert ratio > forms.CAREFUL_SNR
+    assert dtype == "int8"
+
+
+@pytest.mark.slow
 def test_what_becomes_of_layers_is_kept() -> None:
     forms = import_module("harness.forms")
     model = sx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 4)), sparsity=0.5, rules={"1": None}).eval()

@@ -17,7 +17,7 @@ from torch.nn import functional
 import srigl_fx as sx
 from srigl_fx.train import detach_from
 
-LENGTH = 64  # tokens of a text; longer ones are cut off
+LENGTH = 32  # tokens of a text; longer ones are cut off
 DAMPING = 0.01  # of the mean variance of a layer's inputs, for the least squares
 LEARNING_RATE = 5e-4
 WARM_UP = 0.1  # of the steps

@@ -77,9 +77,9 @@ def parts(found: Rows, planned: Collection[Key]) -> dict[str, str]:
     found = {key: found[key] for key in planned if key in found}
     settings = list(dict.fromkeys((key.sparsity, key.form) for key in planned))
     encoders = {key.encoder for key in planned if key.sparsity != DENSE}
-    done = encoders & {key.encoder for key in found}
+    done = encoders - {key.encoder for key in planned if key not in found}
     return {
-        "encoder_progress": f"{len(done)} of {len(encoders)} sparse encoders are in.",
+        "encoder_progress": f"{len(done)} of {len(encoders)} sparse encoders are in with all forms.",
         "encoder_found": tables.markdown(
             (
                 *("weights", "values", "recall, %", "points lost", "within 0.2 points"),

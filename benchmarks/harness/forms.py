@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from harness.quantised import dynamic_int8, static_int8
 from srigl_fx.lowering.report import LoweringReport
+from srigl_fx.passes.check_rounding import CheckRounding
+from srigl_fx.passes.pipelines import LOWERING
 from srigl_fx.runtime import register
 
 Outputs = Callable[..., Tensor]
@@ -25,13 +27,17 @@ Layers = dict[str, tuple[float | None, str, str]]
 GIVEN = "int8, given scale"
 
 LOWERED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-GIVEN_SCALES, IN_ORT, DENSE_INT8 = "int8_given", "int8_ort", "dense_int8"
+GIVEN_SCALES, CAREFUL, IN_ORT, DENSE_INT8 = "int8_given", "int8_careful", "int8_ort", "dense_int8"
+CAREFUL_SNR = 36.0  # in dB: what a layer must have in int8 to be so in the careful form
 TITLES = {
     **{name: name for name in LOWERED},
     GIVEN_SCALES: "int8, given scales",
+    CAREFUL: f"int8, layers below {CAREFUL_SNR:g} dB in float32",
     IN_ORT: "int8, in ONNX Runtime",
     DENSE_INT8: "dense int8 of ONNX Runtime",
 }
+
+_CAREFULLY = tuple(CheckRounding(CAREFUL_SNR) if isinstance(step, CheckRounding) else step for step in LOWERING)
 
 
 def form(
@@ -61,6 +67,7 @@ def form(
         verify=False,
         value_dtype=LOWERED.get(name, torch.int8),
         calibration=calibration if name == GIVEN_SCALES else None,
+        passes=_CAREFULLY if name == CAREFUL else LOWERING,
     )
     if name != IN_ORT:
         return lowered, lowered.report
