@@ -301,7 +301,9 @@ def test_measures_of_retrieval_by_loops() -> None:
     assert retrieval.common(*tensors, 4) == pytest.approx(np.mean(shares))
     ranks = [found.flatten().argsort().argsort() for found in (one[:, :3] * (1 - np.eye(13, 3)), other[:, :3])]
     distinct = torch.from_numpy(ranks[0].reshape(13, 3).astype(np.float32)), tensors[1][:, :3]
-    assert retrieval.rank_correlation(*distinct) == pytest.approx(float(np.atleast_2d(np.corrcoef(np.stack(ranks)))[0, 1]))
+    assert retrieval.rank_correlation(*distinct) == pytest.approx(
+        float(np.atleast_2d(np.corrcoef(np.stack(ranks)))[0, 1])
+    )
 
 
 def test_a_row_is_measured_by_hand() -> None:
