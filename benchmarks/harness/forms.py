@@ -17,7 +17,7 @@ import srigl_fx as sx
 from harness.quantised import dynamic_int8, static_int8
 from srigl_fx.lowering.report import LoweringReport
 from srigl_fx.passes.check_rounding import CheckRounding
-from srigl_fx.passes.pipelines import LOWERING
+from srigl_fx.passes.pipelines import CONDENSING, LOWERING
 from srigl_fx.runtime import register
 
 Outputs = Callable[..., Tensor]
@@ -37,7 +37,9 @@ TITLES = {
     DENSE_INT8: "dense int8 of ONNX Runtime",
 }
 
-_CAREFULLY = tuple(CheckRounding(CAREFUL_SNR) if isinstance(step, CheckRounding) else step for step in LOWERING)
+_CAREFULLY = tuple(
+    CheckRounding(CAREFUL_SNR) if isinstance(step, CheckRounding) else step for step in (*LOWERING, *CONDENSING)
+)
 
 
 def form(
