@@ -113,7 +113,8 @@ def srigl_update(
         keep = top_of_rows(_magnitudes(sizes, keep), held)
     growth = Scores(pooled(grad, groups, active[:, None].expand_as(mask)), ~keep)
     missing = (new_fan_in - held) * groups.any(active[:, None])[:, 0]
-    return groups.expand(top_of_rows(growth, missing).logical_or_(keep), active)
+    new = top_of_rows(growth, missing).logical_or_(keep)
+    return new if groups.single else groups.expand(new, active)  # a row by itself that is not active has none in it
 
 
 @torch.no_grad()
