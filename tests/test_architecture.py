@@ -239,6 +239,7 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_modules_of_the_package_need_no_import_of_their_own() -> None:
     names = ("masks", "train", "passes", "runtime", "errors", "onnx_tools")
     code = f"import srigl_fx as sx; print(all(getattr(sx, n).__name__ == 'srigl_fx.' + n for n in {names}))"

@@ -103,6 +103,7 @@ def assert_same(model: nn.Module, lowered: Callable[[Tensor], Tensor], x: Tensor
 Lowered = tuple[nn.Module, LoweredModule, tuple[int, ...]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 1, 2, 3, 24, 67])
 def test_same_outputs_at_any_batch(case: Lowered, batch: int) -> None:
     model, lowered, shape = case

@@ -43,6 +43,7 @@ def lowered_alike(model: nn.Module, *inputs: Tensor, others: tuple[Tensor, ...] 
     return lowered
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize(
     "settings",
@@ -66,6 +67,7 @@ def test_convolutions(rank: int, settings: dict[str, Any]) -> None:
     assert not {torch.ops.aten.unsqueeze.default, torch.ops.aten.squeeze.dim} & {n.target for n in lowered.graph.nodes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize(
     "settings",

@@ -160,6 +160,7 @@ ONE_OF_FOUR = [False, True, False, False]
         (lambda h: h[-1] + torch.arange(h.shape[0])[:1].clamp(max=0), [False] * 4, 0.0),
     ],
 )
+@pytest.mark.slow
 def test_what_is_constant_by_hand(function: Any, fixed: list[bool], value: float) -> None:
     found, values = known_in(Function(function), torch.randn(2, 3))
     assert (found or [False] * len(fixed)) == fixed

@@ -35,6 +35,7 @@ def agrees(model: nn.Module, program: Program, *args: Tensor) -> None:
         torch.testing.assert_close(program.module(*args), model(*args), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(

@@ -304,6 +304,7 @@ def test_groups_of_a_shuffle_may_lose_different_places(name: str, dead: list[int
         assert relative_error(model, result.subject, batch) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVS)
 def test_dead_channels_go_through_it(name: str) -> None:
     between, read, gone = CONVS[name]

@@ -12,6 +12,7 @@ from srigl_fx.runtime.validation import check_weight
 LIMITS = {0.9: 0.3, 0.95: 0.2, 0.99: 0.1}  # sparsity -> of the dense bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sparsity", LIMITS)
 @pytest.mark.parametrize(("n", "in_features"), [(768, 3072), (3072, 768), (1024, 1024), (512, 4608)])

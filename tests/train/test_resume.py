@@ -244,6 +244,7 @@ def _resumes(tmp_path: Path, method: str, optimizer: str, micro: int, **options:
     assert same(at_cut, mask_copies(whole.model)) is (method == "static")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_resumes_at_every_point(tmp_path: Path, method: str, point: str) -> None:
