@@ -25,6 +25,7 @@ from srigl_fx.runtime.cache import CACHE_VARIABLE
 from srigl_fx.runtime.costs.calibration import WHAT, believable, predicted
 from srigl_fx.runtime.costs.cost_model import Machine
 from srigl_fx.runtime.costs.timings import Timings
+from srigl_fx.runtime.cpu import prepared_weights
 from srigl_fx.runtime.ort.library import library_status
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
@@ -249,8 +250,9 @@ def test_bench_compares_at_each_setting() -> None:
     assert result.exit_code == 0
     rows = [line.split() for line in result.output.splitlines()[2:4]]
     assert [row[:4] for row in rows] == [["64", "32", "75%", "1"], ["64", "32", "75%", "3"]]
-    times = np.array([row[4:] for row in rows], dtype=float)
-    assert (times > 0).all()
+    dense, int8, condensed, gain, gain_int8 = np.array([row[4:] for row in rows], dtype=float).T
+    assert np.allclose(gain, dense / condensed, rtol=0.05, atol=0.01)
+    assert np.allclose(gain_int8, int8 / condensed, rtol=0.05, atol=0.01)
 
 
 @pytest.mark.slow
@@ -260,6 +262,16 @@ def test_bench_measures_in_a_dtype(dtype: str) -> None:
     assert result.exit_code == 0
     assert f"values in {dtype}." in result.output
     assert (np.array(result.output.splitlines()[2].split()[4:], dtype=float) > 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_bench_measures_weights_that_are_packed_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[object] = []
+    pack = prepared_weights.pack
+    monkeypatch.setattr(prepared_weights, "pack", lambda *given: packed.append(given) or pack(*given))
+    assert run("bench", "--shape", "128x64", "--sparsity", 0.75, "--batch", 2, "--value-dtype", dtype).exit_code == 0
+    assert len(packed) == 1
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,9 @@ from harness.cells import (
     TORCH_DENSE,
 )
 from harness.layers import Array, Layer, condensed_onnx, dense_onnx, dense_weight, in_eight_bits
-from harness.quantised import NotAvailableError, dynamic_int8, openvino_call, static_int8
+from harness.openvino_calls import NotAvailableError, openvino_call
 from harness.timing import fastest
+from srigl_fx.demo.dense_int8 import dynamic_int8, static_int8
 from srigl_fx.errors import SriglError
 from srigl_fx.runtime import register
 from srigl_fx.runtime.format import CondensedWeight

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from harness.quantised import dynamic_int8, static_int8
+from srigl_fx.demo.dense_int8 import dynamic_int8, static_int8
 from srigl_fx.lowering.report import LoweringReport
 from srigl_fx.passes.check_rounding import CheckRounding
 from srigl_fx.passes.pipelines import CONDENSING, LOWERING

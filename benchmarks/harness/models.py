@@ -34,8 +34,9 @@ from harness.cells import (
 from harness.contenders import difference, ort_session
 from harness.deepsparse_process import PeerError
 from harness.measuring import Bench, remote_timers
-from harness.quantised import NotAvailableError, dynamic_int8, openvino_call, static_int8
+from harness.openvino_calls import NotAvailableError, openvino_call
 from harness.timing import Timer, interleaved, timer
+from srigl_fx.demo.dense_int8 import dynamic_int8, static_int8
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -164,12 +164,12 @@ def bench(
     ] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="Fraction removed; may be given several times.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be given several times.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of the dense layer; the condensed one uses one.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each of them.")] = 1,
     value_dtype: Annotated[
         str, typer.Option(help="What the condensed layer stores its values in: float32, bfloat16, float16 or int8.")
     ] = "float32",
 ) -> None:
-    """Time condensed linear layers against dense ones in PyTorch on this machine; shows where they lose, too."""
+    """Time condensed linear layers against dense ones and dense int8 on this machine; shows where they lose, too."""
     from srigl_fx.cli.bench import DEFAULT_SHAPES, compare, parse_shape
 
     with _readable_errors():

@@ -1,4 +1,4 @@
-"""Condensed against dense linear layers in PyTorch, on this machine.
+"""Condensed against dense linear layers, in float32 and in int8, on this machine.
 
 Owns the measurement and its table; it must not know the kernels: it calls the public operator.
 """
@@ -6,11 +6,10 @@ Owns the measurement and its table; it must not know the kernels: it calls the p
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from srigl_fx.errors import SriglError
 from srigl_fx.reports.text_tables import format_table
@@ -19,7 +18,7 @@ from srigl_fx.runtime.value_types import NAMES, choice
 
 Shape = tuple[int, int]
 DEFAULT_SHAPES: tuple[Shape, ...] = ((768, 768), (768, 3072), (3072, 768), (4096, 4096))
-SECONDS = 0.25  # for each comparison
+SECONDS = 0.4  # for each comparison
 LARGEST = 2**15  # inputs or outputs; a dense layer of that size takes 4 GiB
 
 
@@ -51,43 +50,53 @@ def compare(
 ) -> str:
     """A table of median times, dense and condensed in turns; slower cases are shown like all others.
 
+    Dense is PyTorch or ONNX Runtime, whichever is faster in the cell; dense int8 is what ONNX Runtime's
+    ``quantize_dynamic`` makes of the layer, which takes no training either.
+
     Args:
         shapes: Layers as (inputs, outputs).
         sparsities: Fractions removed, in [0, 1).
         batches: Rows of the input.
-        threads: Threads of the dense layer.
-        value_dtype: What the condensed layer stores its values in; the dense one is float32.
+        threads: Of each of them.
+        value_dtype: What the condensed layer stores its values in.
 
     Raises:
         SriglError: If a sparsity or a batch size is out of range, or there is no such dtype.
 
     Example:
-        >>> print(compare([(64, 32)], [0.75], [1]).splitlines()[0].split())
-        ['inputs', 'outputs', 'sparsity', 'batch', 'dense', 'us', 'condensed', 'us', 'dense', '/', 'condensed']
+        >>> print(compare([(64, 32)], [0.75], [1]).splitlines()[0].split()[4:11])
+        ['dense', 'us', 'dense', 'int8', 'us', 'condensed', 'us']
     """
     if not all(0 <= sparsity < 1 for sparsity in sparsities) or not all(batch >= 1 for batch in batches):
         raise SriglError("a sparsity must lie in [0, 1), such as 0.9, and a batch size must be at least 1")
     if value_dtype not in NAMES:
         raise SriglError(f"values are stored in {choice()}, not in {value_dtype!r}")
     rows = []
-    with torch_threads(threads), torch.inference_mode():
+    # Not in inference mode: PyTorch counts no writes to what is made in it, so that a weight is packed at each call.
+    with torch_threads(threads), torch.no_grad():
         for inputs, outputs in shapes:
             for sparsity in sparsities:
                 for batch in batches:
-                    dense, condensed = _measure(inputs, outputs, sparsity, batch, value_dtype)
-                    times = (f"{1e6 * dense:.1f}", f"{1e6 * condensed:.1f}", f"{dense / condensed:.2f}")
-                    rows.append((inputs, outputs, f"{sparsity:.0%}", batch, *times))
-    headers = ("inputs", "outputs", "sparsity", "batch", "dense us", "condensed us", "dense / condensed")
+                    times = _measure(inputs, outputs, sparsity, batch, value_dtype, threads)
+                    dense, int8, condensed = min(times["torch"], times["onnxruntime"]), times["int8"], times["ours"]
+                    shown = (*(f"{1e6 * time:.1f}" for time in (dense, int8, condensed)),)
+                    gains = f"{dense / condensed:.2f}", f"{int8 / condensed:.2f}"
+                    rows.append((inputs, outputs, f"{sparsity:.0%}", batch, *shown, *gains))
+    measured = ("dense us", "dense int8 us", "condensed us", "dense / condensed", "dense int8 / condensed")
+    headers = ("inputs", "outputs", "sparsity", "batch", *measured)
     note = (
-        f"Median of one call; dense: torch on {threads} thread{'s' * (threads > 1)}; condensed: one thread, values in "
-        f"{value_dtype}. "
-        "Above 1, condensed is faster."
+        f"Median of one call, {threads} thread{'s' * (threads > 1)}. Dense: the faster of PyTorch and ONNX Runtime; "
+        "dense int8: ONNX Runtime's quantize_dynamic.\n"
+        f"Condensed: in PyTorch, values in {value_dtype}. Above 1, condensed is faster."
     )
     return format_table(headers, rows, right=range(len(headers))) + "\n" + note
 
 
-def _measure(inputs: int, outputs: int, sparsity: float, batch: int, value_dtype: str) -> tuple[float, float]:
+def _measure(
+    inputs: int, outputs: int, sparsity: float, batch: int, value_dtype: str, threads: int
+) -> dict[str, float]:
     import srigl_fx.runtime.ops  # noqa: F401 - registers torch.ops.srigl_fx
+    from srigl_fx.demo.dense_int8 import dynamic_int8
     from srigl_fx.passes.condense import values_of
     from srigl_fx.runtime.format import CondensedWeight, ValueDtype
 
@@ -102,21 +111,54 @@ def _measure(inputs: int, outputs: int, sparsity: float, batch: int, value_dtype
     x, dense, bias = torch.randn(batch, inputs), torch.from_numpy(weight), torch.from_numpy(condensed.bias)
     operands = [values_of(condensed), *map(torch.from_numpy, (condensed.indices, condensed.active))]
     scales = None if condensed.scales is None else torch.from_numpy(condensed.scales)
+    model, feeds = _dense_onnx(weight, condensed.bias), {"x": x.numpy()}
+    whole, int8 = (_session(content, threads) for content in (model, dynamic_int8(model)))
     return _medians(
-        lambda: torch.nn.functional.linear(x, dense, bias),
-        lambda: torch.ops.srigl_fx.condensed_linear(x, *operands, bias, inputs, scales=scales),
+        {
+            "torch": lambda: torch.nn.functional.linear(x, dense, bias),
+            "onnxruntime": lambda: whole.run(None, feeds),
+            "int8": lambda: int8.run(None, feeds),
+            "ours": lambda: torch.ops.srigl_fx.condensed_linear(x, *operands, bias, inputs, scales=scales),
+        }
     )
 
 
-def _medians(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[float, float]:
-    """Median seconds of a call of each, in turns of a few calls, so that a busy moment hits both alike."""
-    times: tuple[list[float], list[float]] = ([], [])
+def _dense_onnx(weight: np.ndarray, bias: np.ndarray) -> bytes:
+    from onnx import TensorProto, helper, numpy_helper
+
+    outputs, inputs = weight.shape
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "weight"], ["sum"]), helper.make_node("Add", ["sum", "bias"], ["y"])],
+        "dense",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", outputs])],
+        [
+            numpy_helper.from_array(np.ascontiguousarray(weight.T), "weight"),
+            numpy_helper.from_array(bias, "bias"),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+def _session(model: bytes, threads: int) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def _medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Median seconds of a call of each, in turns of a few calls, so that a busy moment hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times[0]) < 20:
-        for call, measured in zip((first, second), times, strict=True):
+    while time.perf_counter() < end or len(times["ours"]) < 20:
+        for name, call in calls.items():
             call()
             for _ in range(5):
                 started = time.perf_counter()
                 call()
-                measured.append(time.perf_counter() - started)
-    return statistics.median(times[0]), statistics.median(times[1])
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(measured) for name, measured in times.items()}

@@ -31,6 +31,8 @@ WIDE_SPARSITY = 0.9
 class Row:
     """One line of the table and of the CSV file; latencies are medians of one call, batch 1, one thread.
 
+    What ends in ``_int8`` is of the same network in int8, without further training.
+
     Attributes:
         network: The task's name.
         training: The method.
@@ -40,9 +42,13 @@ class Row:
         kept_weights: Fraction of the weights kept, dense layers included.
         active_neurons: Neurons of the sparse layers that kept at least one weight.
         neurons: All neurons of the layers that are sparse.
+        score_int8: The same of the file in int8.
         file_bytes: The ONNX file.
+        file_bytes_int8: The one in int8.
         dense_us: The dense network's file.
+        dense_us_int8: The dense network's file in int8, by ONNX Runtime's own tools.
         sparse_us: This run's file; None for a dense run.
+        sparse_us_int8: This run's file in int8; None for a dense run.
         max_difference: The largest absolute difference between PyTorch and ONNX Runtime over the test set.
         train_seconds: How long training took.
     """
@@ -52,12 +58,16 @@ class Row:
     sparsity: float
     metric: str
     score: float
+    score_int8: float
     kept_weights: float
     active_neurons: int
     neurons: int
     file_bytes: int
+    file_bytes_int8: int
     dense_us: float
+    dense_us_int8: float
     sparse_us: float | None
+    sparse_us_int8: float | None
     max_difference: float
     train_seconds: float
 
@@ -101,9 +111,9 @@ def run_demo(out: Path, *, quick: bool = False) -> int:
     print(_what_next(out, wide, time.perf_counter() - started))
 
     single = by_threads[1]
-    if single["sparse"] >= single["dense"]:
+    if single[SPARSE] >= single[DENSE]:
         print(
-            f"\nThe wide network's sparse file took {single['sparse']:.0f} us, its dense twin {single['dense']:.0f} us:"
+            f"\nThe wide network's sparse file took {single[SPARSE]:.0f} us, its dense twin {single[DENSE]:.0f} us:"
             " it should be faster.\nRun srigl-fx doctor: without the operator library the file's fallback runs, which "
             "is dense.",
             file=sys.stderr,
@@ -125,38 +135,59 @@ def _train_all(task: Task, quick: bool) -> list[Run]:
     return runs
 
 
+DENSE, DENSE_INT8, SPARSE, SPARSE_INT8 = "dense", "dense int8", "sparse", "sparse int8"  # columns of the table
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A run's two files."""
+
+    whole: Served
+    int8: Served
+
+
+def _serve_pair(run: Run, out: Path) -> _Pair:
+    return _Pair(serve.serve(run, out), serve.serve(run, out, eight_bits=True))
+
+
 def _serve_task(runs: Sequence[Run], out: Path) -> list[Row]:
     """Serve the dense run and its sparse siblings, and time each sibling in turns with the dense one."""
-    dense, *others = (
-        serve.serve(run, out) for run in tqdm(runs, desc=f"{runs[0].task.name:>4} exporting", unit="file")
-    )
-    sample = dense.run.split.test_x[:1].numpy()
+    dense, *others = (_serve_pair(run, out) for run in tqdm(runs, desc=f"{runs[0].task.name:>4} exporting", unit="run"))
+    sample = dense.whole.run.split.test_x[:1].numpy()
     rows = []
     for served in others:
-        latency = serve.latencies_us({"dense": dense.session, "sparse": served.session}, sample, seconds=0.6)
-        rows.append(_row(served, latency["dense"], latency["sparse"]))
-    alone = serve.latencies_us({"dense": dense.session}, sample, seconds=0.3)["dense"]
-    return [_row(dense, alone, None, neurons=rows[0].neurons), *rows]
+        sessions = _sessions(dense, served, threads=1)
+        rows.append(_row(served, serve.latencies_us(sessions, sample, seconds=0.8)))
+    alone = serve.latencies_us(_sessions(dense, None, threads=1), sample, seconds=0.4)
+    return [_row(dense, alone, neurons=rows[0].neurons), *rows]
 
 
 def _serve_wide(run: Run, out: Path) -> tuple[list[Row], dict[int, dict[str, float]]]:
     """Serve the wide network and its dense twin: the same weights, with the zeros written in."""
-    served = serve.serve(run, out)
+    served = _serve_pair(run, out)
     twin = sx.finalize(copy.deepcopy(run.model))
-    dense = serve.serve(Run(run.task, "dense", 0.0, twin, run.split, run.seconds), out)
+    dense = _serve_pair(Run(run.task, "dense", 0.0, twin, run.split, run.seconds), out)
     sample = run.split.test_x[:1].numpy()
-    by_threads = {}
-    for threads in sorted({1, os.cpu_count() or 1}):
-        sessions = {
-            "dense": serve.load(dense.path, threads=threads),
-            "sparse": serve.load(served.path, threads=threads),
-        }
-        by_threads[threads] = serve.latencies_us(sessions, sample, seconds=1.5)
-    sparse_row = _row(served, by_threads[1]["dense"], by_threads[1]["sparse"])
-    return [_row(dense, by_threads[1]["dense"], None, neurons=sparse_row.neurons), sparse_row], by_threads
+    by_threads = {
+        threads: serve.latencies_us(_sessions(dense, served, threads=threads), sample, seconds=2)
+        for threads in sorted({1, os.cpu_count() or 1})
+    }
+    sparse_row = _row(served, by_threads[1])
+    alone = {name: by_threads[1][name] for name in (DENSE, DENSE_INT8)}
+    return [_row(dense, alone, neurons=sparse_row.neurons), sparse_row], by_threads
 
 
-def _row(served: Served, dense_us: float, sparse_us: float | None, *, neurons: int | None = None) -> Row:
+def _sessions(dense: _Pair, sparse: _Pair | None, *, threads: int) -> dict[str, ort.InferenceSession]:
+    files = {DENSE: dense.whole, DENSE_INT8: dense.int8}
+    if sparse is not None:
+        files |= {SPARSE: sparse.whole, SPARSE_INT8: sparse.int8}
+    if threads == 1:
+        return {name: served.session for name, served in files.items()}
+    return {name: serve.load(served.path, threads=threads) for name, served in files.items()}
+
+
+def _row(pair: _Pair, latency_us: Mapping[str, float], *, neurons: int | None = None) -> Row:
+    served = pair.whole
     run = served.run
     kept, active = 1.0, neurons or 0
     if run.method != "dense":
@@ -171,12 +202,16 @@ def _row(served: Served, dense_us: float, sparse_us: float | None, *, neurons: i
         sparsity=run.sparsity,
         metric="accuracy" if run.split.test_y.dim() == 1 else "mean squared error",
         score=served.score,
+        score_int8=pair.int8.score,
         kept_weights=kept,
         active_neurons=active,
         neurons=neurons or 0,
         file_bytes=served.file_bytes,
-        dense_us=dense_us,
-        sparse_us=sparse_us,
+        file_bytes_int8=pair.int8.file_bytes,
+        dense_us=latency_us[DENSE],
+        dense_us_int8=latency_us[DENSE_INT8],
+        sparse_us=latency_us.get(SPARSE),
+        sparse_us_int8=latency_us.get(SPARSE_INT8),
         max_difference=served.max_difference,
         train_seconds=run.seconds,
     )
@@ -184,18 +219,20 @@ def _row(served: Served, dense_us: float, sparse_us: float | None, *, neurons: i
 
 def _table(rows: Sequence[Row]) -> str:
     score = "test error" if rows[0].metric == "mean squared error" else "accuracy"
-    headers = ("network", "training", score, "kept", "active", "file", "dense", "sparse", "PyTorch-ORT")
+    times = (DENSE, DENSE_INT8, SPARSE, SPARSE_INT8)
+    headers = ("network", "training", score, "in int8", "kept", "active", "file", "in int8", *times)
     cells = [
         (
             row.network,
             row.training + (f" {row.sparsity:.0%}" if row.sparsity else ""),
-            f"{row.score:.2%}" if row.metric == "accuracy" else f"{row.score:.4f}",
+            *(f"{one:.2%}" if row.metric == "accuracy" else f"{one:.4f}" for one in (row.score, row.score_int8)),
             f"{row.kept_weights:.1%}",
             f"{row.active_neurons}/{row.neurons}",
-            f"{row.file_bytes / 1024:,.0f} KiB",
-            f"{row.dense_us:,.0f} us",
-            "" if row.sparse_us is None else f"{row.sparse_us:,.0f} us",
-            f"{row.max_difference:.0e}",
+            *(f"{size / 1024:,.0f} KiB" for size in (row.file_bytes, row.file_bytes_int8)),
+            *(
+                "" if time is None else f"{time:,.0f} us"
+                for time in (row.dense_us, row.dense_us_int8, row.sparse_us, row.sparse_us_int8)
+            ),
         )
         for row in rows
     ]
@@ -205,9 +242,11 @@ def _table(rows: Sequence[Row]) -> str:
 def _explanation(rows: Sequence[Row]) -> str:
     """How the table was measured, and which of its rows did not gain."""
     text = (
-        "   Accuracy, latency and the largest difference between PyTorch and ONNX Runtime come from the ONNX files.\n"
-        "   Latency: median of one call, batch 1, one thread, dense and sparse in turns. Active: neurons of the "
-        "sparse\n   layers; which layers are too small to be sparse depends on the sparsity.\n"
+        "   Accuracy and latency come from the ONNX files; ONNX Runtime's outputs in float32 are PyTorch's to "
+        f"{max(row.max_difference for row in rows):.0e}.\n"
+        "   Latency: median of one call, batch 1, one thread, all in turns. In int8: without further training, the "
+        "dense\n   ones by ONNX Runtime's own tools. Active: neurons of the sparse layers; which layers are too small\n"
+        "   to be sparse depends on the sparsity.\n"
         f"   ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}, {_cpu()}."
     )
     if any(row.sparse_us is not None and row.sparse_us > row.dense_us for row in rows):
@@ -220,10 +259,13 @@ def _explanation(rows: Sequence[Row]) -> str:
 
 
 def _speedup(threads: int, latency_us: Mapping[str, float]) -> str:
-    dense, sparse = latency_us["dense"], latency_us["sparse"]
+    dense, sparse = min(latency_us[DENSE], latency_us[DENSE_INT8]), min(latency_us[SPARSE], latency_us[SPARSE_INT8])
+    times = ", ".join(f"{name} {time / 1000:.2f} ms" for name, time in latency_us.items())
     return (
-        f"   {threads} thread{'s' * (threads > 1)}: dense {dense / 1000:.2f} ms, sparse {sparse / 1000:.2f} ms: "
-        f"{dense / sparse:.1f} times as fast"
+        f"   {threads} thread{'s' * (threads > 1)}: {times}.\n"
+        f"   Sparse is {latency_us[DENSE] / latency_us[SPARSE]:.1f} times as fast as dense in float32, "
+        f"{latency_us[DENSE_INT8] / latency_us[SPARSE_INT8]:.1f} times in int8; the faster of the sparse ones "
+        f"{dense / sparse:.1f} times as the faster of the dense ones."
     )
 
 
@@ -250,6 +292,6 @@ def _what_next(out: Path, wide: Run, seconds: float) -> str:
         f"\nDone in {seconds:.0f} seconds. What to look at next, in {out}:\n"
         "   topology.png   fan-in and active neurons by layer over training (a flat line: no neuron was ablated)\n"
         "   results.csv    the tables above, unrounded (results.txt: as printed)\n"
-        f"   *.onnx         the networks; try: srigl-fx inspect {out / wide.file_name}\n"
+        f"   *.onnx         the networks; try: srigl-fx inspect {out / wide.file_name()}\n"
         "The code that trained them: srigl_fx/demo/train.py. For a model of your own: examples/quickstart.py."
     )

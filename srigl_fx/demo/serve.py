@@ -13,19 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from torch import nn
 
 import srigl_fx as sx
+from srigl_fx.demo.dense_int8 import dynamic_int8, static_int8
 from srigl_fx.demo.train import Run
 
 BLOCK = 10  # calls of one session in a row before the other has its turn
+CALIBRATION = 64  # training samples that given scales are taken from
 
 
 @dataclass(frozen=True)
 class Served:
-    """A run's file, its session and how the two compare with PyTorch."""
+    """A run's file in float32 or int8, its session and how the two compare with the network in PyTorch."""
 
     run: Run
     path: Path
@@ -64,19 +67,46 @@ def export_dense(model: nn.Module, path: Path, inputs: torch.Tensor) -> None:
         )
 
 
-def serve(run: Run, folder: Path, *, threads: int = 1) -> Served:
-    """Export ``run`` into ``folder``, load the file in ONNX Runtime and answer the whole test set with it."""
-    path = folder / run.file_name
+def serve(run: Run, folder: Path, *, eight_bits: bool = False) -> Served:
+    """Export ``run`` into ``folder``, load the file in ONNX Runtime and answer the whole test set with it.
+
+    Args:
+        run: A trained network, dense or sparse.
+        folder: Where the file is written.
+        eight_bits: Whether in int8, without further training: a dense one by ONNX Runtime's own tools.
+    """
+    path = folder / run.file_name(eight_bits=eight_bits)
     inputs = run.split.test_x
+    calibration = run.split.train_x[:CALIBRATION] if run.task.convolutional else None
     if run.method == "dense":
         export_dense(run.model, path, inputs)
+        if eight_bits:
+            path.write_bytes(_dense_int8(path.read_bytes(), calibration))
+    elif eight_bits:
+        given = None if calibration is None else [calibration]
+        sx.export_onnx(
+            run.model, path, (inputs[:CALIBRATION],), min_speedup=0, value_dtype=torch.int8, calibration=given
+        )
     else:
         sx.export_onnx(run.model, path, (inputs[:2],), min_speedup=0)
-    session = load(path, threads=threads)
+    session = load(path, threads=1)
     with torch.no_grad():
         expected = run.model(inputs).numpy()
     outputs = answer(session, inputs.numpy())
     return Served(run, path, session, outputs, float(np.abs(outputs - expected).max()))
+
+
+def _dense_int8(model: bytes, calibration: torch.Tensor | None) -> bytes:
+    """In eight bits, with given scales if there are samples to take them from.
+
+    PyTorch's exporter notes the shapes of weights, which ONNX Runtime's tools transpose, and then refuse.
+    """
+    proto = onnx.load_from_string(model)
+    del proto.graph.value_info[:]
+    model = proto.SerializeToString()
+    if calibration is None:
+        return dynamic_int8(model)
+    return static_int8(model, {proto.graph.input[0].name: calibration.numpy()})
 
 
 def load(path: Path, *, threads: int) -> ort.InferenceSession:

@@ -39,6 +39,8 @@ class Task:
         update_every: Optimizer steps between two topology updates of SRigL.
         ablation: SRigL's ablation threshold; the paper takes 0.3 for convolutional networks, 0.95 for transformers.
         threads: Threads to train with; in small networks several would mostly wait for one another.
+        convolutional: Whether int8 has given scales, as ONNX Runtime's guide says of such networks; else each call
+            finds its own.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Task:
     update_every: int
     ablation: float
     threads: int
+    convolutional: bool = False
 
 
 TASKS = (
@@ -80,6 +83,7 @@ TASKS = (
         update_every=15,
         ablation=0.3,
         threads=1,
+        convolutional=True,
     ),
 )
 WIDE = Task(
@@ -125,11 +129,10 @@ class Run:
         """What people read: the method and its sparsity."""
         return METHOD_NAMES[self.method] + (f" {self.sparsity:.0%}" if self.method != "dense" else "")
 
-    @property
-    def file_name(self) -> str:
-        """The ONNX file's name."""
-        suffix = f"_{round(100 * self.sparsity)}" if self.method != "dense" else ""
-        return f"{self.task.name}_{self.method}{suffix}.onnx"
+    def file_name(self, *, eight_bits: bool = False) -> str:
+        """The name of the ONNX file in float32, or in int8."""
+        sparsity = f"_{round(100 * self.sparsity)}" if self.method != "dense" else ""
+        return f"{self.task.name}_{self.method}{sparsity}{'_int8' * eight_bits}.onnx"
 
 
 def prepare(model: nn.Module, method: Method, sparsity: float, task: Task, steps: int) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 import torch
@@ -93,6 +94,22 @@ def test_serving_measures_what_was_trained(short_run: train.Run, tmp_path: Path)
     assert 1 < latency["only"] < 1e6
 
 
+@pytest.mark.slow
+def test_a_run_is_served_in_eight_bits(short_run: train.Run, tmp_path: Path) -> None:
+    """The convolutional network with given scales, which is what its task says, and the other without."""
+    whole = serve.serve(short_run, tmp_path)
+    served = serve.serve(short_run, tmp_path, eight_bits=True)
+    assert served.path == tmp_path / "vit_srigl_90_int8.onnx"
+    assert served.file_bytes < 0.9 * whole.file_bytes  # the rest is the embedding, and nodes
+    assert 1e-4 < served.max_difference < 0.1 * float(np.abs(whole.outputs).max())
+    cnn = train.TASKS[1]
+    dense = train.Run(cnn, "dense", 0.0, cnn.build().eval(), short_run.split, 0.0)
+    served = serve.serve(dense, tmp_path, eight_bits=True)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in onnx.load(served.path).graph.node}
+    assert served.file_bytes < 0.4 * serve.serve(dense, tmp_path).file_bytes
+    assert served.max_difference < 0.2 * float(np.abs(served.outputs).max())
+
+
 @pytest.mark.long
 def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
@@ -109,13 +126,18 @@ def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for (network, training, _), row in by_training.items():
         assert float(row["max_difference"]) < 1e-3
         dense = by_training[network, "dense", "0.0"]
+        assert float(row["dense_us_int8"]) > 0
+        assert (row["sparse_us_int8"] == "") == (training == "dense")
+        assert int(row["file_bytes_int8"]) < int(row["file_bytes"])
+        if row["metric"] == "accuracy":
+            assert abs(float(row["score_int8"]) - float(row["score"])) < 0.03
         if training != "dense":
             assert int(row["file_bytes"]) < 0.5 * int(dense["file_bytes"])
             assert float(row["kept_weights"]) < 0.15
     assert (out / "topology.png").stat().st_size > 10_000
 
     files = sorted(out.glob("*.onnx"))
-    assert len(files) == 12
+    assert len(files) == 24
     split = data.digits()
     stock = ort.InferenceSession(out / "cnn_srigl_90.onnx")  # without the library: the fallback inside the file
     with_library = sx.runtime.load(out / "cnn_srigl_90.onnx")

@@ -1,6 +1,6 @@
-"""Dense models in eight bits, by ONNX Runtime's own tools, and OpenVINO: the rivals of one line and no training.
+"""Dense ONNX models in eight bits, by ONNX Runtime's own tools: what a sparse model has to beat.
 
-Owns how they are made and called at their best. It must not know what the models compute.
+Owns how these tools are called at their best; the benchmarks ask it, too. It must not know what the models compute.
 """
 
 import tempfile
@@ -8,17 +8,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.runtime.cpu.kernels.isa import host_target
 
-Array = NDArray[Any]
-Feeds = Mapping[str, Array]
-
-
-class NotAvailableError(Exception):
-    """Why a contender cannot run here."""
+Feeds = Mapping[str, NDArray[Any]]
 
 
 def dynamic_int8(model: bytes, *, signed_weights: bool | None = None) -> bytes:
@@ -26,6 +20,10 @@ def dynamic_int8(model: bytes, *, signed_weights: bool | None = None) -> bytes:
 
     Signed weights are faster, and the usual choice where the processor has VNNI. Without it some of their sums are cut
     off, by an eighth of the largest output in a small layer, those of unsigned ones nowhere.
+
+    Args:
+        model: The bytes of an ONNX file.
+        signed_weights: Or unsigned ones; None for what suits this processor.
     """
     if signed_weights is None:
         signed_weights = "vnni" in host_target()
@@ -39,6 +37,10 @@ def static_int8(model: bytes, feeds: Feeds) -> bytes:
     """A model with pairs of QuantizeLinear and DequantizeLinear, whose scales are those of one batch (QDQ).
 
     Where the processor has no VNNI weights have seven bits, as ONNX Runtime's guide says: sums would be cut off.
+
+    Args:
+        model: The bytes of an ONNX file.
+        feeds: The batch, by the model's inputs.
     """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
@@ -74,30 +76,3 @@ def _rewritten(model: bytes, rewrite: Callable[[str, str], object]) -> bytes:
         quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
         rewrite(str(prepared), str(made))
         return made.read_bytes()
-
-
-def openvino_call(model: bytes, feeds: Feeds, threads: int) -> Callable[[], Any]:
-    """A call of OpenVINO on these inputs, compiled for latency; products of float32 stay so.
-
-    Raises:
-        NotAvailableError: OpenVINO is not installed, or refuses the model.
-    """
-    try:
-        import openvino
-    except ImportError as error:
-        raise NotAvailableError("not available: pip install openvino") from error
-    settings = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": threads,
-        "INFERENCE_PRECISION_HINT": "f32",  # else bfloat16 where the processor has it
-    }
-    core = openvino.Core()
-    try:
-        network = core.read_model(model)
-        # Its sizes are known as they are where others are prepared too: a model of any batch size is slower.
-        network.reshape({name: list(array.shape) for name, array in feeds.items()})
-        request = core.compile_model(network, "CPU", settings).create_infer_request()
-    except RuntimeError as error:
-        raise NotAvailableError(f"not available: {str(error).splitlines()[0]}") from error
-    given = {name: np.ascontiguousarray(array) for name, array in feeds.items()}
-    return lambda: request.infer(given, share_inputs=True, share_outputs=True)[0]
