@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from srigl_fx import passes as passes
     from srigl_fx import runtime as runtime
     from srigl_fx import train as train
+    from srigl_fx.adoption import adopt as adopt
     from srigl_fx.errors import SriglError as SriglError
     from srigl_fx.lowering.pipeline import load_lowered as load_lowered
     from srigl_fx.lowering.pipeline import lower as lower
@@ -39,6 +40,7 @@ check_torch()
 _NAMES = {
     "sparsify": "srigl_fx.sparsification",
     "finalize": "srigl_fx.sparsification",
+    "adopt": "srigl_fx.adoption",
     "SRigL": "srigl_fx.train.srigl",
     "RigL": "srigl_fx.train.rigl",
     "SET": "srigl_fx.train.set",
@@ -59,6 +61,7 @@ _MODULES = ("masks", "train", "passes", "runtime", "onnx_tools", "errors")
 
 __all__ = [  # noqa: RUF022 - in the order a user meets them
     "sparsify",
+    "adopt",
     "SRigL",
     "RigL",
     "SET",

@@ -17,7 +17,7 @@ import pytest
 from srigl_fx.passes.operators import OPERATORS
 from srigl_fx.passes.pipelines import CONDENSING, LOWERING
 
-VERBS = ("sparsification", "lowering.pipeline", "onnx_export.pipeline", "onnx_tools")
+VERBS = ("sparsification", "adoption", "lowering.pipeline", "onnx_export.pipeline", "onnx_tools")
 FACE = ("cli", "demo")  # with the package's __init__, the only ones that see everything
 COMMON = ("errors", "files", "reports.text_tables", "specs")
 
@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "recipes": ("masks", *COMMON),
     "restoration": ("masks", "passes", "recipes", "train", *COMMON),
     "integrations": ("masks", "nn", "recipes", "restoration", "train", *COMMON),
+    "adoption": ("compatibility", "masks", "passes", "recipes", "train", *COMMON),
     "sparsification": ("compatibility", "masks", "nn", "passes", "recipes", "train", *COMMON),
     "passes": (
         *("masks", "nn", "comparison", *COMMON),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -267,9 +268,14 @@ def test_bench_measures_in_a_dtype(dtype: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_bench_measures_weights_that_are_packed_once(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    packed: list[object] = []
+    packed: list[int] = []
     pack = prepared_weights.pack
-    monkeypatch.setattr(prepared_weights, "pack", lambda *given: packed.append(given) or pack(*given))
+
+    def counted(*given: Any) -> Any:
+        packed.append(given[0])
+        return pack(*given)
+
+    monkeypatch.setattr(prepared_weights, "pack", counted)
     assert run("bench", "--shape", "128x64", "--sparsity", 0.75, "--batch", 2, "--value-dtype", dtype).exit_code == 0
     assert len(packed) == 1
 

@@ -245,11 +245,17 @@ def test_rows_that_lost_inputs_are_padded() -> None:
     assert np.array_equal(padded.to_dense()[1], mask)
 
 
-def test_unstructured_stays_dense() -> None:
-    model = mask_by_hand(randomise(nn.Sequential(nn.Linear(8, 8))), 0.4, structure="unstructured")
-    program = condensed(model, torch.randn(2, 8))
-    assert program.layers[0].reason == "unstructured masks have no condensed form"
-    assert program.layers[0].bytes_after == program.layers[0].weight.weight.nbytes
+def test_unstructured_rows_are_padded() -> None:
+    model: Any = mask_by_hand(randomise(nn.Sequential(nn.Linear(32, 24))), 0.15, structure="unstructured")
+    x = torch.randn(3, 32)
+    program = condensed(model, x)
+    (layer,) = program.layers
+    mask = model[0].weight_mask
+    assert len({*mask.sum(1).tolist()}) > 1
+    assert (layer.decision, layer.reason) == ("condensed", "")
+    longest, active = int(mask.sum(1).max()), int(mask.any(1).sum())
+    assert layer.bytes_after == active * (longest * 6 + 4)  # the bias is the model's own
+    torch.testing.assert_close(program.module(x), model(x))
 
 
 def test_a_name_that_the_model_uses_is_not_overwritten() -> None:

@@ -184,10 +184,27 @@ def test_rule_4_the_parts_of_fused_operators_are_told_as_such() -> None:
         assert "(aten.mul.Tensor)" in reason
 
 
-def test_rule_5_an_unstructured_weight_has_no_use_but_an_other_reader() -> None:
-    layer = matched(program_of(linear("unstructured"), (2, 6), reading(aten.linear.default)))
-    assert (layer.uses, layer.others) == ([], ["aten.linear"])
-    assert layer.reason == "unstructured masks have no condensed form"
+def test_rule_5_an_unstructured_weight_is_a_use_like_any_other() -> None:
+    model: Any = mask_by_hand(randomise(nn.Linear(32, 8)), 0.2, structure="unstructured")
+    assert len({*model.weight_mask.sum(1).tolist()}) > 1
+    layer = matched(program_of(model, (2, 32), reading(aten.linear.default)))
+    (use,) = layer.uses
+    assert (use.target, layer.others, layer.reason) == ("weight", [], "")
+
+
+@pytest.mark.parametrize(("longest", "fits"), [(3, True), (4, False)])
+def test_rule_5_rows_that_differ_too_much_have_no_use_but_an_other_reader(longest: int, fits: bool) -> None:
+    """The dense weight takes 4 * 6 * 4 bytes; the padded one 4 * longest * (4 + 2)."""
+    model = linear("unstructured")
+    model.weight_mask[:] = torch.arange(6) < torch.tensor([longest, 1, 1, 1])[:, None]
+    layer = matched(program_of(model, (2, 6), reading(aten.linear.default)))
+    if fits:
+        assert (len(layer.uses), layer.others, layer.reason) == (1, [], "")
+    else:
+        assert (layer.uses, layer.others) == ([], ["aten.linear"])
+        assert layer.reason == (
+            "its rows keep 1 to 4 of 6 weights: padded to the longest, they take as many bytes as the dense weight"
+        )
 
 
 @pytest.mark.parametrize("folded", [{}, {"weight": "it only meets constants"}], ids=["gone", "folded"])
