@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from srigl_fx.lowering.pipeline import load_lowered as load_lowered
     from srigl_fx.lowering.pipeline import lower as lower
     from srigl_fx.masks.invariants import verify as verify
+    from srigl_fx.onnx_condensing.pipeline import condense_onnx as condense_onnx
     from srigl_fx.onnx_export.pipeline import export_onnx as export_onnx
     from srigl_fx.recipes import Recipe as Recipe
     from srigl_fx.recipes import recipe as recipe
@@ -52,6 +53,7 @@ _NAMES = {
     "lower": "srigl_fx.lowering.pipeline",
     "load_lowered": "srigl_fx.lowering.pipeline",
     "export_onnx": "srigl_fx.onnx_export.pipeline",
+    "condense_onnx": "srigl_fx.onnx_condensing.pipeline",
     "LayerSpec": "srigl_fx.specs",
     "Recipe": "srigl_fx.recipes",
     "recipe": "srigl_fx.recipes",
@@ -74,6 +76,7 @@ __all__ = [  # noqa: RUF022 - in the order a user meets them
     "lower",
     "load_lowered",
     "export_onnx",
+    "condense_onnx",
     "LayerSpec",
     "Recipe",
     "recipe",

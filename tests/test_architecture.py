@@ -17,7 +17,14 @@ import pytest
 from srigl_fx.passes.operators import OPERATORS
 from srigl_fx.passes.pipelines import CONDENSING, LOWERING
 
-VERBS = ("sparsification", "adoption", "lowering.pipeline", "onnx_export.pipeline", "onnx_tools")
+VERBS = (
+    "sparsification",
+    "adoption",
+    "lowering.pipeline",
+    "onnx_condensing.pipeline",
+    "onnx_export.pipeline",
+    "onnx_tools",
+)
 FACE = ("cli", "demo")  # with the package's __init__, the only ones that see everything
 COMMON = ("errors", "files", "reports.text_tables", "specs")
 
@@ -60,6 +67,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "runtime.ops",
         "runtime.ort",
         "runtime.value_types",
+        *COMMON,
+    ),
+    "onnx_condensing": (
+        *("onnx_export", "reports", "runtime.activations", "runtime.costs.cost_model", "runtime.format", "runtime.ort"),
         *COMMON,
     ),
     "onnx_tools": ("onnx_export", "recipes", "runtime.ort", *COMMON),

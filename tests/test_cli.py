@@ -245,6 +245,25 @@ def test_doctor_shows_and_renews_the_stored_constants(tmp_path: Path, monkeypatc
     assert len(Timings.open()) == 1
 
 
+def test_condense_takes_a_file_that_is_sparse_already(tmp_path: Path) -> None:
+    weight = np.zeros((64, 96), np.float32)
+    weight[::8] = 1.5
+    graph = "g (float[n,64] x, float[64,96] w) => (float[n,96] y) { y = MatMul (x, w) }"
+    model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 18]> {graph}')
+    del model.graph.input[1]
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(model, tmp_path / "a.onnx")
+    result = run("condense", tmp_path / "a.onnx", tmp_path / "b.onnx", "--min-speedup", 0)
+    assert result.exit_code == 0
+    assert "1 of 1 layers condensed" in result.output
+    assert len(inspect_file(tmp_path / "b.onnx").nodes) == 1
+    assert_readable_error(run("condense", tmp_path / "c.onnx", tmp_path / "d.onnx"), "cannot read")
+    assert_readable_error(
+        run("condense", tmp_path / "a.onnx", tmp_path / "d.onnx", "--min-speedup", "fast"), "auto or a"
+    )
+    assert_readable_error(run("condense", tmp_path / "a.onnx", tmp_path / "d.onnx", "--min-sparsity", 0.99), "87.5%")
+
+
 @pytest.mark.slow
 def test_bench_compares_at_each_setting() -> None:
     result = run("bench", "--shape", "64x32", "--sparsity", 0.75, "--batch", 1, "--batch", 3)

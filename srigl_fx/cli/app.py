@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -119,6 +119,29 @@ def densify(
     with _readable_errors():
         densify_file(file, output)
         typer.echo(output)
+
+
+@app.command()
+def condense(
+    file: Annotated[Path, typer.Argument(help="An ONNX file whose weights hold zeros.")],
+    output: Annotated[Path, typer.Argument(help="The file to write.")],
+    min_sparsity: Annotated[
+        float, typer.Option(help="The least fraction of zeros of a weight that is condensed.")
+    ] = 0.5,
+    min_speedup: Annotated[
+        str, typer.Option(help="How much faster a layer must be expected to be; auto, or a number, 0 for all layers.")
+    ] = "auto",
+    verify: Annotated[bool, typer.Option(help="Compare with the source in ONNX Runtime, on random inputs.")] = True,
+) -> None:
+    """Condense the layers of an ONNX file that something else made sparse."""
+    from srigl_fx.onnx_condensing.pipeline import condense_onnx
+
+    with _readable_errors():
+        try:
+            least: Any = min_speedup if min_speedup == "auto" else float(min_speedup)
+        except ValueError as error:
+            raise SriglError(f"--min-speedup takes auto or a number, not {min_speedup!r}") from error
+        typer.echo(str(condense_onnx(file, output, min_sparsity=min_sparsity, min_speedup=least, verify=verify)))
 
 
 @app.command()

@@ -1,0 +1,234 @@
+"""``condense_onnx``: from an ONNX file whose weights hold zeros to one whose layers are condensed.
+
+Owns the verb: the order of its steps, what is decided for each layer, and the file on disk. It must not know how a
+layer is found or rewritten, nor models of PyTorch.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_fx.errors import ExportError, FormatError
+from srigl_fx.files import check_replaceable, replacing
+from srigl_fx.onnx_condensing.match import Contraction, contractions, positions
+from srigl_fx.onnx_condensing.report import CondensingReport, CondensingRow
+from srigl_fx.onnx_condensing.rewrite import condense
+from srigl_fx.onnx_condensing.trial import check
+from srigl_fx.onnx_export.file import all_nodes
+from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME, Work, estimate
+from srigl_fx.runtime.format import CondensedWeight, index_dtype
+from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.ort.contents import MARK
+from srigl_fx.runtime.ort.fallback import OPSET_VERSION
+
+if TYPE_CHECKING:
+    import onnx
+    import onnx_ir as ir
+
+_BATCHES = (1, 16)  # at which a layer must gain
+_LEAST_IR_VERSION = 8  # of files with functions
+
+
+def condense_onnx(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    min_sparsity: float = 0.5,
+    min_speedup: float | Literal["auto"] = "auto",
+    fallback: bool = True,
+    verify: bool = True,
+    example_inputs: Mapping[str, NDArray[Any]] | None = None,
+) -> CondensingReport:
+    """Condense the layers of an ONNX file whose weights hold enough zeros, whoever made it.
+
+    ``MatMul``, ``Gemm`` and ``Conv`` with constant weights become condensed nodes, as
+    :func:`srigl_fx.export_onnx` writes them, with the bias, the addition and the activation that follow. Batch
+    normalisation is folded into what it follows, and weights that are transposed or dequantised are seen through. Files
+    of older opsets are brought to opset 18 first, by ``onnx.version_converter``.
+
+    Args:
+        source: The file, which may keep its tensors beside it.
+        path: The file to write; it appears whole or not at all.
+        min_sparsity: A weight counts as sparse if at least this fraction of it is zero, in (0, 1).
+        min_speedup: "auto" leaves dense what the cost model expects to lose in ONNX Runtime at batch 1 or 16, as
+            :func:`srigl_fx.export_onnx` does; a number is the ratio that is expected at least, and 0 condenses all.
+        fallback: Put the functions for a stock ONNX Runtime into the file.
+        verify: Compare with what ONNX Runtime makes of the source, with and without the operator library.
+        example_inputs: Arrays by the names of the model's inputs to compare with; by default random ones, of small
+            sizes where they are free, ones for integers.
+
+    Returns:
+        A report; ``str()`` is a table.
+
+    Raises:
+        FormatError: The source cannot be read, or is no ONNX file.
+        ExportError: Nothing in it can be condensed (the message says why), an argument is out of range, ONNX cannot
+            bring it to opset 18, or the outputs differ.
+
+    An existing file at ``path`` is left alone in each case.
+
+    Example:
+        >>> condense_onnx("missing.onnx", "condensed.onnx")
+        Traceback (most recent call last):
+        srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
+    """
+    target = Path(path)
+    if isinstance(min_sparsity, bool) or not isinstance(min_sparsity, int | float) or not 0 < min_sparsity < 1:
+        raise ExportError(f"min_sparsity must lie between 0 and 1, such as 0.5, got {min_sparsity!r}")
+    if min_speedup != "auto" and (not isinstance(min_speedup, int | float) or not min_speedup >= 0):
+        raise ExportError(f'min_speedup must be "auto" or a number of at least 0, not {min_speedup!r}')
+    model = _prepared(Path(source))
+    try:
+        check_replaceable(target)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {target}: {error.strerror}; give the path of a file in a folder that exists"
+        ) from error
+    least = 1.0 if min_speedup == "auto" else float(min_speedup)
+    rows = [_settle(model.graph, one, min_sparsity, least) for one in contractions(model.graph)]
+    if not any(row.condensed for row in rows):
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8]) or "it has no MatMul, Gemm or Conv"
+        more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""
+        raise ExportError(f"nothing in {source} can be condensed: {reasons}{more}")
+    proto = _finished(model, fallback=fallback)
+    with replacing(target) as part:
+        part.write_bytes(proto.SerializeToString())
+        errors = check(Path(source), part, example_inputs, fallback=fallback) if verify else {}
+    return CondensingReport(
+        path=target,
+        bytes=target.stat().st_size,
+        rows=tuple(rows),
+        library_error=errors.get("library"),
+        fallback_error=errors.get("fallback"),
+    )
+
+
+def _prepared(source: Path) -> "ir.Model":
+    """The model at opset 18 or later, with batch normalisation folded and the shapes of its values inferred."""
+    import onnx
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+    from onnxscript.rewriter import rewrite
+    from onnxscript.rewriter.rules import common as rules
+
+    try:
+        proto = onnx.load(source)
+    except OSError as error:
+        raise FormatError(f"cannot read {source}: {error.strerror or error}") from error
+    except Exception as error:  # protobuf's and those of onnx have no base class
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{source} is no ONNX file: {problem}") from error
+    opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 0)
+    if not proto.HasField("graph") or not opset:
+        raise FormatError(f"{source} is no ONNX file: it has no graph of ONNX's operators")
+    if opset < OPSET_VERSION:
+        try:
+            proto = onnx.version_converter.convert_version(proto, OPSET_VERSION)
+        except Exception as error:  # RuntimeErrors and others, by operator
+            problem = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ExportError(
+                f"onnx.version_converter cannot bring {source} from opset {opset} to {OPSET_VERSION}: {problem}; "
+                "export the model anew at that opset"
+            ) from error
+    try:
+        model = ir.from_proto(proto)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        rewrite(
+            model,
+            [
+                rules.dropout_inference_rule,
+                rules.fuse_batchnorm_into_conv_rule,
+                rules.fuse_batchnorm_into_gemm_rule,
+            ],
+        )
+        common.IdentityEliminationPass()(model)
+        common.ShapeInferencePass()(model)
+    except Exception as error:  # of a graph that is none
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"the graph of {source} cannot be followed: {problem}") from error
+    return model
+
+
+def _settle(graph: "ir.Graph", one: Contraction, min_sparsity: float, least: float) -> CondensingRow:
+    """Decide a layer, and condense it if that is what is decided."""
+    kept = one.matrix != 0
+    share = 1 - float(kept.mean()) if kept.size else 0.0
+    reason = one.refused
+    if share < min_sparsity:
+        reason = f"{share:.1%} of it is zero, and min_sparsity is {min_sparsity:.0%}"
+    elif not kept.any():
+        reason = "all of it is zero"
+    elif not np.isfinite(one.matrix).all():
+        reason = "it holds numbers that are not finite"
+    reason = reason or _too_uneven(kept) or _too_slow(one, kept, least)
+    if not reason:
+        weight = CondensedWeight.from_dense(one.matrix, kept, one.bias, pad=True)
+        condense(graph, one, weight)
+    return CondensingRow(
+        name=one.weight,
+        operator=one.node.op_type,
+        shape=one.weight_shape,
+        sparsity=share,
+        condensed=not reason,
+        reason=reason,
+    )
+
+
+def _too_uneven(kept: NDArray[np.bool_]) -> str:
+    counts = kept.sum(axis=1)
+    counts = counts[counts > 0]
+    stored = len(counts) * int(counts.max()) * (4 + index_dtype(kept.shape[1]).itemsize)
+    if counts.min() == counts.max() or stored < 4 * kept.size:
+        return ""
+    return (
+        f"its rows keep {counts.min()} to {counts.max()} of {kept.shape[1]} weights: padded to the longest, they take "
+        "as many bytes as the dense weight"
+    )
+
+
+def _too_slow(one: Contraction, kept: NDArray[np.bool_], least: float) -> str:
+    for batch in _BATCHES if least > 0 else ():
+        work = Work(
+            rows=len(kept),
+            fan_in=kept.shape[1],
+            active=int(kept.any(axis=1).sum()),
+            kept=int(kept.sum()),
+            columns=max(1, positions(one, batch)),
+            convolution=one.convolution is not None,
+        )
+        seconds = estimate(work, ONNXRUNTIME)
+        if seconds["dense"] < least * seconds["condensed"]:
+            speedup = seconds["dense"] / seconds["condensed"]
+            return f"estimated: condensed is {speedup:.2f} times as fast as dense at batch {batch}"
+    return ""
+
+
+def _finished(model: "ir.Model", *, fallback: bool) -> "onnx.ModelProto":
+    """The model as a file holds it: without what nobody reads, with the fallback."""
+    import onnx_ir as ir
+    from onnx_ir.passes import common
+
+    from srigl_fx.onnx_export.model import functions_for
+
+    common.RemoveUnusedNodesPass()(model)
+    model.opset_imports[abi.DOMAIN] = abi.DOMAIN_VERSION
+    model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
+    proto = ir.to_proto(model)
+    proto.metadata_props.add(key=MARK[0], value=MARK[1])
+    if fallback:
+        functions = functions_for(proto)
+        for function in functions:
+            # A function whose operators are of another version than the model's is refused by ONNX Runtime.
+            function.opset_import[0].version = model.opset_imports[""]
+        proto.functions.extend(functions)
+    assert any(node.domain == abi.DOMAIN for node in all_nodes(proto.graph))
+    if proto.ByteSize() > 2**31 - 1:
+        raise ExportError(
+            f"the condensed model takes {math.ceil(proto.ByteSize() / 2**20)} MiB, more than one file holds (2 GiB)"
+        )
+    return proto

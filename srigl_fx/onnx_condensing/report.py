@@ -1,0 +1,75 @@
+"""What condensing a file did: one row for each layer with a constant weight."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from srigl_fx.reports.text_tables import format_bytes, format_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondensingRow:
+    """One layer.
+
+    Attributes:
+        name: Its weight, as the file calls it.
+        operator: ``MatMul``, ``Gemm`` or ``Conv``.
+        shape: The weight's shape, outputs first.
+        sparsity: The fraction of it that is zero.
+        condensed: Whether it is condensed now.
+        reason: Why it is not.
+    """
+
+    name: str
+    operator: str
+    shape: tuple[int, ...]
+    sparsity: float
+    condensed: bool
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CondensingReport:
+    """What was written; ``str()`` is a table.
+
+    Attributes:
+        path: The file.
+        bytes: Its size.
+        rows: Its layers, in the order of the graph.
+        library_error: The largest difference from the source, over the largest output, with the operator library; None
+            where that was not checked.
+        fallback_error: The same without it.
+    """
+
+    path: Path
+    bytes: int
+    rows: tuple[CondensingRow, ...]
+    library_error: float | None
+    fallback_error: float | None
+
+    @property
+    def condensed_layers(self) -> int:
+        """How many nodes are condensed."""
+        return sum(row.condensed for row in self.rows)
+
+    def __str__(self) -> str:
+        headers = ("weight", "operator", "shape", "zeros", "form", "why dense")
+        cells = [
+            (
+                row.name,
+                row.operator,
+                "x".join(map(str, row.shape)),
+                f"{row.sparsity:.1%}",
+                "condensed" if row.condensed else "dense",
+                row.reason,
+            )
+            for row in self.rows
+        ]
+        errors = {"the operator library": self.library_error, "the fallback": self.fallback_error}
+        checked = ", ".join(f"{error:.1e} with {host}" for host, error in errors.items() if error is not None)
+        return "\n".join(
+            (
+                format_table(headers, cells, right=(3,)),
+                f"{self.condensed_layers} of {len(self.rows)} layers condensed; {self.path} takes "
+                f"{format_bytes(self.bytes)}; largest relative difference {checked or 'not checked'}",
+            )
+        )

@@ -1,0 +1,113 @@
+"""Whether a condensed file gives in ONNX Runtime what its source does.
+
+Owns the inputs that both are given and how far results may lie apart; it must not know how files are made.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_fx.errors import ExportError, LibraryError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Array = NDArray[Any]
+TOLERANCE = 1e-4  # of the largest output: sums are taken in another order
+_FREE = (2, 16)  # the first size and further ones, where they are free
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
+
+
+def check(
+    source: Path, condensed: Path, example_inputs: Mapping[str, Array] | None, *, fallback: bool
+) -> dict[str, float]:
+    """The largest relative error of a condensed file, with the library and without.
+
+    Raises:
+        ExportError: One of the two does not run, or outputs differ by more than 1e-4 of the largest.
+    """
+    reference = _session(source, "the source", library=False)
+    feeds = _feeds(reference, example_inputs)
+    expected = _run(reference, feeds, "the source")
+    errors = {}
+    for host in ("library", "fallback") if fallback else ("library",):
+        try:
+            session = _session(condensed, f"the condensed file ({host})", library=host == "library")
+        except LibraryError:
+            continue
+        got = _run(session, feeds, f"the condensed file ({host})")
+        errors[host] = max((_error(*pair) for pair in zip(expected, got, strict=True)), default=0.0)
+        if not errors[host] <= TOLERANCE:
+            raise ExportError(
+                f"the condensed file ({host}) is off by {errors[host]:.1e} of the largest output (allowed: "
+                f"{TOLERANCE:.0e}). Give example_inputs that are like the model's own, or verify=False"
+            )
+    return errors
+
+
+def _session(path: Path, what: str, *, library: bool) -> "onnxruntime.InferenceSession":
+    import onnxruntime
+
+    from srigl_fx.runtime.ort.session import register
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is wrong is raised
+    # What the file says is computed: further optimizations round the samples of weights that are dequantised.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    if library:
+        register(options)
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        raise ExportError(f"ONNX Runtime cannot open {what}: {error}") from error
+
+
+def _run(session: "onnxruntime.InferenceSession", feeds: Mapping[str, Array], what: str) -> list[Array]:
+    try:
+        outputs: list[Array] = session.run(None, dict(feeds))
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime cannot run {what} on {', '.join(f'{name} {array.shape}' for name, array in feeds.items())}: "
+            f"{error}; give example_inputs, by the names of the model's inputs, or verify=False"
+        ) from error
+    return outputs
+
+
+def _feeds(session: "onnxruntime.InferenceSession", given: Mapping[str, Array] | None) -> dict[str, Array]:
+    """Arrays for every input: those that are given, else random ones."""
+    rng = np.random.default_rng(0)
+    feeds: dict[str, Array] = {}
+    for entry in session.get_inputs():
+        if given is not None and entry.name in given:
+            feeds[entry.name] = np.asarray(given[entry.name])
+            continue
+        if given is not None or entry.type not in _DTYPES:
+            raise ExportError(
+                f"there is no example of the input {entry.name!r}, {entry.type} {entry.shape}: give example_inputs"
+            )
+        shape = [size if isinstance(size, int) else _FREE[min(axis, 1)] for axis, size in enumerate(entry.shape)]
+        dtype = np.dtype(_DTYPES[entry.type])
+        random = rng.standard_normal(shape) if dtype.kind == "f" else np.ones(shape)
+        feeds[entry.name] = random.astype(dtype)
+    return feeds
+
+
+def _error(expected: Array, got: Array) -> float:
+    if expected.shape != got.shape:
+        return float("inf")
+    if not np.issubdtype(expected.dtype, np.floating) or not expected.size:
+        return 0.0 if np.array_equal(expected, got) else float("inf")
+    largest = float(np.abs(expected).max())
+    return float(np.abs(got - expected).max()) / (largest or 1.0)

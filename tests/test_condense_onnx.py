@@ -1,0 +1,285 @@
+"""ONNX files that are sparse already: ``condense_onnx``, on files as exporters and quantisers write them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from srigl_fx.errors import ExportError, FormatError
+from srigl_fx.onnx_condensing.pipeline import condense_onnx
+from srigl_fx.runtime import load
+from srigl_fx.runtime.ort.abi import DOMAIN
+
+Array = NDArray[Any]
+
+
+def pruned(*shape: int, density: float = 0.1, even: bool = True, seed: int = 0) -> Array:
+    """A weight (n, ...) of which each row keeps as many entries, or any entries of the whole are kept."""
+    rng = np.random.default_rng(seed)
+    matrix = rng.standard_normal((shape[0], int(np.prod(shape[1:])))).astype(np.float32)
+    scores = rng.random(matrix.shape) if even else rng.random(matrix.size)
+    least = np.quantile(scores, 1 - density, axis=-1, keepdims=True)
+    return np.where((scores >= least).reshape(matrix.shape), matrix, 0).astype(np.float32).reshape(shape)
+
+
+def write(
+    path: Path,
+    nodes: Sequence[onnx.NodeProto],
+    arrays: dict[str, Array],
+    x: Sequence[int | str | None],
+    y: Sequence[int | str | None],
+    *,
+    opset: int = 18,
+    inputs: Sequence[Any] = (),
+) -> Path:
+    """A file of a graph from x to y."""
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x), *inputs],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, y)],
+        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7 if opset < 15 else 9)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+def condensed_nodes(path: Path) -> list[str]:
+    return [node.op_type for node in onnx.load(path).graph.node if node.domain == DOMAIN]
+
+
+def assert_same(source: Path, condensed: Path, *inputs: Array) -> None:
+    """With the library, and on a stock ONNX Runtime."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # further ones round samples
+    paths, providers = (source, condensed), ["CPUExecutionProvider"]
+    stock = [ort.InferenceSession(str(path), options, providers=providers) for path in paths]
+    for session in (stock[1], load(condensed)):
+        for x in inputs:
+            expected, got = (one.run(None, {"x": x})[0] for one in (stock[0], session))
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def random(*shape: int) -> Array:
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_gemm(tmp_path: Path, transposed: int, even: bool) -> None:
+    weight = pruned(96, 64, even=even)
+    arrays = {"w": weight if transposed else np.ascontiguousarray(weight.T), "b": random(96)}
+    nodes = [helper.make_node("Gemm", ["x", "w", "b"], ["y"], transB=transposed, alpha=0.5, beta=2.0)]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 96])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == ["CondensedLinear"]
+    assert_same(source, report.path, random(1, 64), random(7, 64))
+    assert report.library_error is not None
+    assert "1 of 1 layers condensed" in str(report)
+    assert {one.name for one in onnx.load(report.path).graph.initializer} == {
+        "w_values",
+        "w_indices",
+        "w_active",
+        "w_bias",
+    }
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+def test_matmul_takes_bias_residual_and_activation(tmp_path: Path, rank: int) -> None:
+    leading: tuple[int | str, ...] = ("n", 5, "m")[: rank - 1]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Add", ["b", "p"], ["q"]),
+        helper.make_node("Add", ["q", "x"], ["r"]),
+        helper.make_node("Relu", ["r"], ["y"]),
+    ]
+    arrays = {"w": np.ascontiguousarray(pruned(48, 48).T), "b": random(48)}
+    source = write(tmp_path / "a.onnx", nodes, arrays, [*leading, 48], [*leading, 48])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == ["CondensedLinearAddRelu"]
+    assert len(onnx.load(report.path).graph.node) == 1
+    assert_same(source, report.path, random(*[2, 5, 3][: rank - 1], 48))
+
+
+@pytest.mark.parametrize("opset", [11, 13, 14, 17, 18, 20])
+def test_a_residual_block_of_any_opset(tmp_path: Path, opset: int) -> None:
+    """Convolution, batch normalisation that is folded, and an addition, as ResNets have them."""
+    arrays = {
+        "w1": pruned(24, 24, 3, 3),
+        "w2": pruned(24, 24, 1, 1),
+        "b2": random(24),
+        **{name: random(24) for name in ("scale", "shift", "mean")},
+        "var": np.abs(random(24)) + 0.5,
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w1"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("BatchNormalization", ["c", "scale", "shift", "mean", "var"], ["d"], epsilon=1e-5),
+        helper.make_node("Relu", ["d"], ["e"]),
+        helper.make_node("Conv", ["e", "w2", "b2"], ["f"]),
+        helper.make_node("Add", ["f", "x"], ["g"]),
+        helper.make_node("Relu", ["g"], ["y"]),
+    ]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 24, 9, 9], ["n", 24, 9, 9], opset=opset)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == ["CondensedConvRelu", "CondensedConvAddRelu"]
+    assert_same(source, report.path, random(1, 24, 9, 9), random(3, 24, 9, 9))
+    onnx.checker.check_model(onnx.load(report.path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((32, 16, 5), {"strides": [2], "pads": [2, 2]}),
+        ((32, 8, 3, 3), {"group": 2, "dilations": [2, 1]}),
+        ((32, 6, 3, 1, 2), {"pads": [1, 0, 1, 1, 0, 1]}),
+    ],
+)
+def test_convolutions_over_one_to_three_axes(tmp_path: Path, shape: tuple[int, ...], settings: dict[str, Any]) -> None:
+    channels = shape[1] * settings.get("group", 1)
+    sizes = [11, 7, 6][: len(shape) - 2]
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], **settings)]
+    source = write(tmp_path / "a.onnx", nodes, {"w": pruned(*shape)}, [2, channels, *sizes], [None] * len(shape))
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == ["CondensedConv"]
+    assert_same(source, report.path, random(2, channels, *sizes))
+
+
+def test_weights_are_seen_through_transpositions_casts_and_dequantisation(tmp_path: Path) -> None:
+    """As a quantiser leaves them: int8 with a scale a row; and a half-precision one that is cast."""
+    steps = np.clip(np.round(40 * pruned(64, 48)), -127, 127).astype(np.int8)
+    arrays: dict[str, Array] = {
+        "w8": steps,
+        "s": np.abs(random(64)) / 40 + 0.01,
+        "zero": np.zeros(64, np.int8),
+        "w16": pruned(32, 64, seed=3).astype(np.float16),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w8", "s", "zero"], ["w"], axis=0),
+        helper.make_node("Transpose", ["w"], ["wt"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "wt"], ["h"]),
+        helper.make_node("Tanh", ["h"], ["t"]),
+        helper.make_node("Cast", ["w16"], ["v"], to=TensorProto.FLOAT),
+        helper.make_node("Gemm", ["t", "v"], ["y"], transB=1),
+    ]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 48], ["n", 32], opset=13)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == ["CondensedLinearTanh", "CondensedLinear"]
+    assert [row.name for row in report.rows] == ["w8", "w16"]
+    assert_same(source, report.path, random(5, 48))
+
+
+def test_nodes_that_share_a_weight_share_what_is_condensed(tmp_path: Path) -> None:
+    arrays = {"w": np.ascontiguousarray(pruned(48, 48).T), "b": random(48)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Relu", ["p"], ["q"]),
+        helper.make_node("MatMul", ["q", "w"], ["r"]),
+        helper.make_node("Gemm", ["r", "w", "b"], ["y"], transB=1),  # the same numbers, the other way round
+    ]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 48], ["n", 48])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    model = onnx.load(report.path)
+    assert [node.op_type for node in model.graph.node] == ["CondensedLinearRelu", "CondensedLinear", "CondensedLinear"]
+    first, second, third = (list(node.input[1:]) for node in model.graph.node)
+    assert first == second != third
+    assert len(model.graph.initializer) == 8
+    assert_same(source, report.path, random(3, 48))
+
+
+def test_a_value_that_others_read_stays(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Relu", ["p"], ["q"]),
+        helper.make_node("Add", ["p", "q"], ["y"]),
+    ]
+    source = write(tmp_path / "a.onnx", nodes, {"w": pruned(40, 40)}, ["n", 40], ["n", 40])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert [node.op_type for node in onnx.load(report.path).graph.node] == ["CondensedLinear", "Relu", "Add"]
+    assert_same(source, report.path, random(4, 40))
+
+
+def test_tensors_beside_the_file(tmp_path: Path) -> None:
+    source = write(
+        tmp_path / "a.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        {"w": np.ascontiguousarray(pruned(128, 96).T)},
+        ["n", 96],
+        ["n", 128],
+    )
+    model = onnx.load(source)
+    onnx.save(model, source, save_as_external_data=True, location="a.data", size_threshold=0)
+    assert (tmp_path / "a.data").exists()
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert report.bytes < 0.5 * (tmp_path / "a.data").stat().st_size
+    assert_same(source, report.path, random(4, 96))
+
+
+def test_what_stays_dense_says_why(tmp_path: Path) -> None:
+    uneven = np.zeros((64, 64), np.float32)
+    uneven[:, 0], uneven[3] = 1, 1
+    arrays = {
+        "few": pruned(64, 64, density=0.8),
+        "uneven": uneven,
+        "gone": np.zeros((64, 64), np.float32),
+        "good": pruned(64, 64),
+    }
+    nodes = [
+        helper.make_node("Gemm", [before, name], [after], transB=1)
+        for before, name, after in zip(["x", "a", "b", "c"], arrays, ["a", "b", "c", "y"], strict=True)
+    ]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 64])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert {row.name: row.reason.split(":")[0] for row in report.rows} == {
+        "few": "20.3% of it is zero, and min_sparsity is 50%",
+        "uneven": "its rows keep 1 to 64 of 64 weights",
+        "gone": "all of it is zero",
+        "good": "",
+    }
+    assert condense_onnx(source, tmp_path / "c.onnx", min_sparsity=0.1, min_speedup=0).condensed_layers == 2
+    with pytest.raises(ExportError, match=r"good: estimated: condensed is 1\.\d+ times as fast as dense at batch 1"):
+        condense_onnx(source, tmp_path / "d.onnx", min_speedup=50)
+    assert not (tmp_path / "d.onnx").exists()
+
+
+def test_what_is_no_sparse_file_is_refused_and_leaves_the_target_alone(tmp_path: Path) -> None:
+    target = tmp_path / "b.onnx"
+    target.write_bytes(b"before")
+    with pytest.raises(FormatError, match=r"cannot read .*none\.onnx: No such file"):
+        condense_onnx(tmp_path / "none.onnx", target)
+    (tmp_path / "text.onnx").write_bytes(b"\x08\x96\x01 not a model at all")
+    with pytest.raises(FormatError, match=r"text\.onnx is no ONNX file"):
+        condense_onnx(tmp_path / "text.onnx", target)
+    source = write(
+        tmp_path / "a.onnx", [helper.make_node("Gemm", ["x", "w"], ["y"])], {"w": random(8, 8)}, ["n", 8], ["n", 8]
+    )
+    with pytest.raises(ExportError, match=r"nothing in .*a\.onnx can be condensed: w: 0\.0% of it is zero"):
+        condense_onnx(source, target)
+    with pytest.raises(ExportError, match="min_sparsity must lie between 0 and 1"):
+        condense_onnx(source, target, min_sparsity=1.0)
+    with pytest.raises(ExportError, match='min_speedup must be "auto" or a number'):
+        condense_onnx(source, target, min_speedup=-1)
+    assert target.read_bytes() == b"before"
+
+
+def test_inputs_to_compare_with_can_be_given(tmp_path: Path) -> None:
+    """Tokens must be within the vocabulary; ones are, and so are those that the caller knows."""
+    arrays = {"table": random(11, 32), "w": np.ascontiguousarray(pruned(64, 32).T)}
+    nodes = [helper.make_node("Gather", ["table", "ids"], ["e"]), helper.make_node("MatMul", ["e", "w"], ["f"])]
+    nodes.append(helper.make_node("Mul", ["f", "x"], ["y"]))
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "length"])
+    source = write(tmp_path / "a.onnx", nodes, arrays, [1], ["n", "length", 64], inputs=[ids])
+    assert condense_onnx(source, tmp_path / "b.onnx", min_speedup=0).condensed_layers == 1
+    given = {"ids": np.array([[3, 10, 0]]), "x": np.ones(1, np.float32)}
+    assert condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, example_inputs=given).library_error is not None
+    with pytest.raises(ExportError, match="there is no example of the input 'ids'"):
+        condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, example_inputs={"x": given["x"]})
+    with pytest.raises(ExportError, match="ONNX Runtime cannot run the source on"):
+        condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, example_inputs=given | {"ids": np.array([[99]])})
