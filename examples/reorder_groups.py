@@ -68,7 +68,21 @@ def prune(model: nn.Module, key: Key) -> dict[str, object]:
         group_size=key.group_size,
     )
     kept = sum(float(p.detach().abs().sum()) for p in _sparse(pruned, task.dense))
+    measure_again(pruned, split.train_x)
     return {"kept": round(kept / whole, 4), "score": round(runs.evaluate(pruned, split, task), 4)}
+
+
+@torch.no_grad()
+def measure_again(model: nn.Module, images: torch.Tensor) -> None:
+    """Give batch normalisations the statistics of the pruned network; those of the whole one hide what is left."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    if norms:
+        for part in torch.split(images, runs.TEST_BATCH):
+            model(part)
 
 
 def _sparse(model: nn.Module, dense: Sequence[str]) -> list[nn.Parameter]:
