@@ -13,6 +13,8 @@ Rules:
        ``strict`` is set. So it is where an unstructured weight would keep nothing, as one does whose budget is smaller
        than a group of rows that share their inputs.
     5. A density of 1 (ERK gives it to small layers) means dense, unless a sparsity of 0 was asked for.
+    6. A weight whose inputs are no whole blocks of the width that is asked for stays dense, and others make up for it;
+       where a rule named it or ``strict`` is set, the call fails.
 
 With N[l] for the weights of layer l, d[l] for its density and S for the asked sparsity, every distribution that
 compensates has sum of d[l] N[l] = (1 - S) sum of N[l], where d[l] = 1 for the dense ones::
@@ -43,7 +45,7 @@ Distribution = Literal["erk", "uniform", "uniform_rigl"] | Mapping[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class AssignBudgets(Pass[Draft]):
-    """Fill ``draft.records`` with a decision for every finding (rules 1-5 of the module)."""
+    """Fill ``draft.records`` with a decision for every finding (rules 1-6 of the module)."""
 
     sparsity: float
     distribution: Distribution
@@ -51,6 +53,7 @@ class AssignBudgets(Pass[Draft]):
     filter_fn: Callable[[str, nn.Module], bool] | None
     structure: Structure
     group_size: int
+    block_width: int
     strict: bool
 
     def run(self, subject: Draft) -> PassResult[Draft]:
@@ -75,6 +78,9 @@ class AssignBudgets(Pass[Draft]):
                 records[site.fqn] = dense_record(site, finding.reason)
                 if finding.compensated:  # rule 3: others make up for it
                     shared.append(self._share(site, match, dense=True))
+            elif odd := self._odd(site, match):  # rule 6
+                records[site.fqn] = dense_record(site, odd)
+                shared.append(self._share(site, match, dense=True))
             elif match is not None and match.spec is not None and match.spec.names_a_density:  # rule 2
                 records[site.fqn] = self._by_rule(site, match, match.spec)
             else:  # rule 3
@@ -125,13 +131,34 @@ class AssignBudgets(Pass[Draft]):
     def _share(self, site: WeightSite, match: Match[LayerSpec | None] | None, *, dense: bool = False) -> "_Share":
         """A weight with what its rule, or else the call, asks for."""
         spec = match.spec if match is not None and match.spec is not None else LayerSpec()
+        structure = spec.structure or self.structure
+        if (spec.block_width or 1) > 1 and structure != "block":
+            raise RuleError(
+                f"the rule {match.key if match else None!r} asks for blocks of {spec.block_width} inputs, but the "
+                f'structure of {site.fqn!r} is {structure!r}: add structure="block" to it'
+            )
         return _Share(
             site=site,
             match=match,
-            structure=spec.structure or self.structure,
+            structure=structure,
             group_size=spec.group_size or self.group_size,
+            block_width=(spec.block_width or self.block_width) if structure == "block" else 1,
             dense=dense,
         )
+
+    def _odd(self, site: WeightSite, match: Match[LayerSpec | None] | None) -> str:
+        """Why a weight has no whole blocks, or "" where it has; an error where it must have."""
+        share, fan_in = self._share(site, match), site.matrix_shape[1]
+        if not fan_in % share.block_width:
+            return ""
+        what = f"its {fan_in} inputs are no whole blocks of {share.block_width}"
+        if self.strict or (match is not None and match.named):
+            whose = "strict=True" if match is None or not match.named else f"the rule {match.key!r}"
+            raise SparsifyError(
+                f"{whose}: {site.fqn!r} of shape {site.shape} cannot be sparse in blocks: {what}; give it another "
+                "block_width, another structure, or the rule None"
+            )
+        return what
 
     def _by_rule(self, site: WeightSite, match: Match[LayerSpec | None], spec: LayerSpec) -> WeightRecord:
         fan_in = site.matrix_shape[1]
@@ -244,6 +271,7 @@ class _Share:
     match: Match[LayerSpec | None] | None
     structure: Structure
     group_size: int
+    block_width: int
     dense: bool = False
     too_few: bool = False
 
@@ -279,4 +307,5 @@ class _Share:
             budgets=budgets,
             ablation=(ablation,) * len(self.site.blocks),
             group_size=self.group_size,
+            block_width=self.block_width,
         )

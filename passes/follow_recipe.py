@@ -93,4 +93,5 @@ def _record(finding: Finding, decision: WeightDecision) -> WeightRecord:
         budgets=decision.budgets,
         ablation=decision.ablation,
         group_size=decision.group_size,
+        block_width=decision.block_width,
     )

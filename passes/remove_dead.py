@@ -67,7 +67,7 @@ class RemoveDead(Pass[Program]):
     def run(self, subject: Program) -> PassResult[Program]:
         """Rewrite the graph in place and enter what was removed in ``subject.removals``."""
         module = subject.module
-        _one_user_each(module)
+        one_user_each(module)
         before = _size(subject)
         flow, decision, moves, known = _decide(subject)
         expected = _expected(flow, moves)
@@ -93,13 +93,13 @@ class RemoveDead(Pass[Program]):
 
 def _decide(program: Program) -> tuple[Flow, RemovalDecision, Moves, dict[fx.Node, Constant]]:
     """Find out what goes and what becomes of operators that move it; the graph is only read."""
-    known, independent = _known(program)
+    known, independent = known_values(program)
     flow = Propagation(program, independent, rule_of).run()
     decision = RemovalDecision(program, flow, flow.channels.resolve(), known)
     return flow, decision, _feasible(program, flow, decision), known
 
 
-def _one_user_each(module: fx.GraphModule) -> None:
+def one_user_each(module: fx.GraphModule) -> None:
     """Read a constant anew for every operator, so that each use can be cut by itself."""
     for node in list(module.graph.nodes):
         if node.op != "get_attr":
@@ -126,7 +126,7 @@ def _merge_readers(module: fx.GraphModule) -> None:
                 start.prepend(node)
 
 
-def _known(program: Program) -> tuple[dict[fx.Node, Constant], frozenset[fx.Node]]:
+def known_values(program: Program) -> tuple[dict[fx.Node, Constant], frozenset[fx.Node]]:
     """What is constant where it is read, and the nodes that depend on nothing but the batch size."""
     independent: set[fx.Node] = set()
     wanted: set[fx.Node] = set()

@@ -26,9 +26,9 @@ from srigl_fx.masks.records import Structure, WeightRecord, all_records, plain
 from srigl_fx.masks.structures import MaskInit
 from srigl_fx.reports.text_tables import format_table
 from srigl_fx.specs import AskedRule as AskedRule
-from srigl_fx.specs import RuleSet, check_group_size, check_sparsity
+from srigl_fx.specs import RuleSet, check_block_width, check_group_size, check_sparsity
 
-VERSION = 2
+VERSION = 3
 REPLACEABLE = ("mask_init", "weight_init", "seed")  # what sparsify takes from a recipe beside the decisions
 _FORMAT = "srigl_fx.recipe"
 
@@ -47,6 +47,7 @@ class Recipe:
         rules: The rules, in their order.
         structure: The mask structure asked for.
         group_size: How many neighbouring rows were to share their inputs.
+        block_width: How many neighbouring inputs a block was to have.
         mask_init: How the first masks were chosen.
         weight_init: How the kept weights started.
         strict: Whether the call was strict.
@@ -80,6 +81,7 @@ class Recipe:
     rules: tuple[AskedRule, ...] = ()
     structure: Structure = "constant_fan_in"
     group_size: int = 1
+    block_width: int = 1
     mask_init: MaskInit = "magnitude"
     weight_init: WeightInit = "keep"
     strict: bool = False
@@ -93,6 +95,7 @@ class Recipe:
         try:
             check_sparsity(self.sparsity, "Recipe")
             check_group_size(self.group_size, "Recipe")
+            check_block_width(self.block_width, "Recipe")
         except RuleError as error:
             raise RecipeError(str(error)) from error
         for name, choices in (("structure", Structure), ("mask_init", MaskInit), ("weight_init", WeightInit)):
@@ -155,7 +158,8 @@ class Recipe:
             raise RecipeError(
                 f"the recipe is of version {version!r:.80}, but this srigl_fx reads versions up to {VERSION}: update it"
             )
-        absent = {"group_size": 1} if version == 1 else {}  # rows did not share their inputs then
+        # Rows did not share their inputs in version 1, and there were no blocks before version 3.
+        absent = {name: 1 for name, since in (("group_size", 2), ("block_width", 3)) if version < since}
         known = set(_saved()) - absent.keys()
         given = data.keys() - {"format", "version"}
         if given != known:
@@ -219,8 +223,9 @@ class Recipe:
 
     def __str__(self) -> str:
         spread = self.distribution if isinstance(self.distribution, str) else "given by name"
+        structure = _shared(self.structure, self.group_size, self.block_width)
         asked = [
-            f"sparsity {self.sparsity:g}, distribution {spread}, {_shared(self.structure, self.group_size)}",
+            f"sparsity {self.sparsity:g}, distribution {spread}, {structure}",
             f"masks by {self.mask_init}",
             f"weights {self.weight_init}, seed {self.seed}",
         ]
@@ -231,7 +236,7 @@ class Recipe:
             (
                 weight.name,
                 "x".join(map(str, weight.shape)),
-                _shared(weight.structure, weight.group_size) if weight.structure else "dense",
+                _shared(weight.structure, weight.group_size, weight.block_width) if weight.structure else "dense",
                 weight.budget,
                 "" if weight.fan_in is None else weight.fan_in,
                 f"{weight.density:.3g}",
@@ -398,8 +403,10 @@ def asked_for(*, rules: RuleSet, distribution: str | Mapping[str, float], filter
     )
 
 
-def _shared(structure: Structure, group_size: int) -> str:
+def _shared(structure: Structure, group_size: int, block_width: int) -> str:
     """A structure in words."""
+    if structure == "block":
+        return f"{structure}s of {group_size}x{block_width}"
     return structure if group_size == 1 else f"{structure}, groups of {group_size}"
 
 

@@ -12,7 +12,7 @@ from typing import Any, ParamSpec, TypeVar, get_args
 from torch import fx, nn
 
 from srigl_fx.compatibility import noted
-from srigl_fx.errors import RecipeError, SparsifyError, StructureError
+from srigl_fx.errors import RecipeError, RuleError, SparsifyError, StructureError
 from srigl_fx.masks.distributions import DISTRIBUTIONS
 from srigl_fx.masks.records import Structure, all_records
 from srigl_fx.masks.structures import MaskInit
@@ -26,7 +26,7 @@ from srigl_fx.passes.draw_masks import DrawMasks, WeightInit
 from srigl_fx.passes.follow_recipe import FollowRecipe
 from srigl_fx.passes.insert_masks import InsertMasks, restore_graph
 from srigl_fx.recipes import REPLACEABLE, Recipe, asked_for
-from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_group_size, check_sparsity
+from srigl_fx.specs import LayerSpec, RuleKey, RuleSet, check_block_width, check_group_size, check_sparsity
 
 Model = TypeVar("Model", bound=nn.Module)
 P = ParamSpec("P")
@@ -64,6 +64,7 @@ def sparsify(
     filter_fn: Callable[[str, nn.Module], bool] | None = None,
     structure: Structure = "constant_fan_in",
     group_size: int = 1,
+    block_width: int = 1,
     mask_init: MaskInit = "magnitude",
     weight_init: WeightInit = "keep",
     example_inputs: Any = None,
@@ -89,11 +90,14 @@ def sparsify(
             glob, or a module type; ``None`` leaves dense. An exact name wins over the first matching glob,
             that over a type.
         filter_fn: Asked first, with a module's name and the module: False leaves its weights dense.
-        structure: ``"constant_fan_in"`` (every neuron keeps equally many weights) or ``"unstructured"``.
+        structure: ``"constant_fan_in"`` (every neuron keeps equally many weights), ``"unstructured"``, or ``"block"``
+            (blocks of ``group_size`` neurons by ``block_width`` inputs are kept whole, anywhere in a layer).
         group_size: Neighbouring neurons that share their inputs, each with weights of its own: 1 (none do), 2, 4, 8, 16
             or 32. They are counted within a convolution's group, a projection of an attention, a gate or an expert; the
             last group there has what is left. With ``"unstructured"`` only the groups differ in their fan-in. All
             methods keep it so; an ablated neuron leaves its group as it is.
+        block_width: With ``"block"``, neighbouring inputs of one block, in the weight's matrix view: 1, 2, 4, 8, 16 or
+            32. A layer whose inputs are no multiple of it stays dense.
         mask_init: Keep the largest weights (``"magnitude"``), ``"random"`` ones, or all for now (``"dense"``), to be
             pruned gradually down to the budgets by :class:`srigl_fx.GMP`.
         weight_init: How kept weights start: ``"keep"`` their values, or drawn anew for the sparse fan-in by
@@ -130,13 +134,18 @@ def sparsify(
                 f"not {recipe!r:.80}"
             )
         mask_init, weight_init, seed = recipe.mask_init, recipe.weight_init, recipe.seed
-    _check_arguments(model, sparsity, distribution, structure, group_size, mask_init, weight_init)
+    _check_arguments(model, sparsity, distribution, structure, group_size, block_width, mask_init, weight_init)
     distributed.check_unwrapped(model, "sparsify")
     if filter_fn is not None and not callable(filter_fn):
         raise SparsifyError(f"filter_fn must be a function of a module's name and the module, got {filter_fn!r}")
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise SparsifyError(f"seed must be a whole number, got {seed!r}")
     ruleset = RuleSet(rules)
+    if block_width > 1 and "block" not in {structure, *(spec.structure for spec in ruleset.specs())}:
+        raise RuleError(
+            f"sparsify: block_width={block_width} is for blocks, but the structure is {structure!r}, and no rule asks "
+            'for another: add structure="block", or leave block_width out'
+        )
     assign = AssignBudgets(
         sparsity=float(sparsity),
         distribution=distribution,
@@ -144,6 +153,7 @@ def sparsify(
         filter_fn=filter_fn,
         structure=structure,
         group_size=group_size,
+        block_width=block_width,
         strict=strict,
     )
     steps = (
@@ -162,6 +172,7 @@ def sparsify(
             rules=ruleset,
             structure=structure,
             group_size=group_size,
+            block_width=block_width,
             mask_init=mask_init,
             weight_init=weight_init,
             strict=bool(strict),
@@ -242,6 +253,7 @@ def _check_arguments(
     distribution: object,
     structure: object,
     group_size: object,
+    block_width: object,
     mask_init: object,
     weight_init: object,
 ) -> None:
@@ -258,6 +270,7 @@ def _check_arguments(
     if structure not in get_args(Structure):
         raise StructureError(f"structure must be one of {get_args(Structure)}, got {structure!r}")
     check_group_size(group_size, "sparsify")
+    check_block_width(block_width, "sparsify")
     for name, value, choices in (
         ("mask_init", mask_init, get_args(MaskInit)),
         ("weight_init", weight_init, get_args(WeightInit)),

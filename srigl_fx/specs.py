@@ -47,6 +47,20 @@ def check_group_size(size: object, where: str) -> int:
     return size
 
 
+def check_block_width(width: object, where: str) -> int:
+    """Return ``width`` as one of the numbers of inputs that a block can have.
+
+    Raises:
+        RuleError: If it is none of them; ``where`` says whose it is.
+    """
+    if isinstance(width, bool) or not isinstance(width, int) or width not in GROUP_SIZES:
+        raise RuleError(
+            f"{where}: block_width is the number of neighbouring inputs that a block has and must be one of "
+            f"{GROUP_SIZES}, got {width!r:.80}"
+        )
+    return width
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
     """What a rule asks for a layer; a field left None follows the call's defaults.
@@ -55,15 +69,16 @@ class LayerSpec:
         sparsity: Fraction of weights removed, in [0, 1).
         fan_in: Weights kept per neuron, instead of a sparsity.
         ablation: The SRigL ablation threshold of this layer, in the trainer's ``ablation_mode``; 0 turns it off.
-        structure: ``"constant_fan_in"`` or ``"unstructured"``.
+        structure: ``"constant_fan_in"``, ``"unstructured"`` or ``"block"``.
         group_size: Neighbouring rows that share their inputs: 1, 2, 4, 8, 16 or 32.
+        block_width: Of the structure "block", neighbouring inputs of one block: 1, 2, 4, 8, 16 or 32.
 
     Raises:
         RuleError: If a value is out of range, or both ``sparsity`` and ``fan_in`` are given.
 
     Example:
         >>> LayerSpec(fan_in=64, ablation=0.0)
-        LayerSpec(sparsity=None, fan_in=64, ablation=0.0, structure=None, group_size=None)
+        LayerSpec(sparsity=None, fan_in=64, ablation=0.0, structure=None, group_size=None, block_width=None)
         >>> LayerSpec.from_dict(LayerSpec(sparsity=0.5).to_dict()).sparsity
         0.5
     """
@@ -73,8 +88,9 @@ class LayerSpec:
     ablation: float | None = None
     structure: Structure | None = None
     group_size: int | None = None
+    block_width: int | None = None
 
-    VERSION = 2
+    VERSION = 3
 
     def __post_init__(self) -> None:
         if self.sparsity is not None:
@@ -92,10 +108,14 @@ class LayerSpec:
             raise RuleError(f"LayerSpec: ablation must be finite and at least 0, got {self.ablation!r}")
         if self.structure is not None and self.structure not in get_args(Structure):
             raise RuleError(f"LayerSpec: structure must be one of {get_args(Structure)}, got {self.structure!r}")
-        if self.fan_in is not None and self.structure == "unstructured":
+        if self.fan_in is not None and self.structure not in (None, "constant_fan_in"):
             raise RuleError("LayerSpec: fan_in needs the structure 'constant_fan_in'")
         if self.group_size is not None:
             check_group_size(self.group_size, "LayerSpec")
+        if self.block_width is not None:
+            check_block_width(self.block_width, "LayerSpec")
+            if self.block_width > 1 and self.structure not in (None, "block"):
+                raise RuleError(f"LayerSpec: block_width needs the structure 'block', not {self.structure!r}")
 
     @property
     def names_a_density(self) -> bool:
@@ -108,14 +128,17 @@ class LayerSpec:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LayerSpec":
-        """The spec that :meth:`to_dict` described; version 1 had no group size.
+        """The spec that :meth:`to_dict` described; version 1 had no group size, and version 2 no blocks.
 
         Raises:
             RuleError: If the version or a field is unknown.
         """
         version = data.get("version")
-        known = {field.name for field in fields(cls)} - ({"group_size"} if version == 1 else set())
-        if version not in (1, cls.VERSION) or not set(data) - {"version"} <= known:
+        later = {"group_size": 2, "block_width": 3}
+        known = {field.name for field in fields(cls)}
+        if type(version) is int:
+            known -= {name for name, since in later.items() if since > version}
+        if version not in range(1, cls.VERSION + 1) or not set(data) - {"version"} <= known:
             raise RuleError(
                 f"LayerSpec.from_dict: no spec of a version up to {cls.VERSION} with fields {sorted(known)}: "
                 f"{dict(data)!r}"
@@ -285,6 +308,15 @@ class RuleSet(Rules[LayerSpec | None]):
                 f"rules must be a mapping from names, globs or module types to specs, got {type(rules).__name__}"
             )
         super().__init__(rules or {}, _spec)
+
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """What the rules ask for, of those that leave nothing dense.
+
+        Example:
+            >>> [spec.sparsity for spec in RuleSet({"head": None, "blocks.*": 0.8}).specs()]
+            [0.8]
+        """
+        return tuple(rule.spec for rule in self._rules if rule.spec is not None)
 
     def asked(self) -> tuple[AskedRule, ...]:
         """The rules as a recipe keeps them, in the user's order.

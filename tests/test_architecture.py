@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "nn": ("masks", "runtime.format", *COMMON),
     "train": ("masks", "nn", "recipes", "runtime.cpu.training_products", *COMMON),
     "recipes": ("masks", *COMMON),
+    "reordering": ("comparison", "masks", "passes", "reports", *COMMON),
     "restoration": ("masks", "passes", "recipes", "train", *COMMON),
     "integrations": ("masks", "nn", "recipes", "restoration", "train", *COMMON),
     "adoption": ("compatibility", "masks", "passes", "recipes", "train", *COMMON),

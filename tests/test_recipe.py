@@ -322,7 +322,7 @@ def _edited(**changes: Any) -> dict[str, Any]:
         ([], "no recipe of srigl_fx"),
         (None, "no recipe of srigl_fx"),
         ({"format": "other"}, "no recipe of srigl_fx"),
-        (_edited(version=3), "version 3, but this srigl_fx reads versions up to 2: update it"),
+        (_edited(version=4), "version 4, but this srigl_fx reads versions up to 3: update it"),
         (_edited(version=True), "version True"),
         (_edited(version="1"), "version '1'"),
         (_edited(version=0), "version 0"),
@@ -341,7 +341,7 @@ def _edited(**changes: Any) -> dict[str, Any]:
         (_edited(distribution={"0": 1.5}), "distribution must be one of"),
         (_edited(rules={"4": 0.5}), "must be lists"),
         (_edited(rules=[3]), "rule 3 is malformed"),
-        (_edited(rules__0__spec={"version": 3}), "version"),
+        (_edited(rules__0__spec={"version": 4}), "version"),
         (_edited(group_size=3), "group_size is the number"),
         (_edited(group_size=True), "group_size is the number"),
         (_edited(group_size=[2]), "group_size is the number"),
@@ -385,7 +385,7 @@ def test_a_recipe_of_version_1_is_one_without_groups() -> None:
     data = _edited(version=1)
     data["rules"][0]["spec"]["version"] = 1
     for place in (data, data["rules"][0]["spec"], *data["weights"]):
-        del place["group_size"]
+        del place["group_size"], place["block_width"]
     assert sx.Recipe.from_dict(data) == recipe
     with pytest.raises(RecipeError, match="must have the fields"):
         sx.Recipe.from_dict({**data, "version": 2, "group_size": 1})

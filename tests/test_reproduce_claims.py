@@ -23,7 +23,7 @@ def _run(folder: Path, *options: str) -> None:
     import_module("reproduce_claims").main(["--out", str(folder), *options])
 
 
-SHORT = ("--seeds", "1", "--sparsities", "0.9", "--steps-scale")
+SHORT = ("--only", "claims", "--seeds", "1", "--sparsities", "0.9", "--steps-scale")
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_runs_resumes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert _without(again[-1], seconds) == _without(lines[-1], seconds)
 
     table.write_bytes(finished)
-    _run(folder, "--figure-only")
+    _run(folder, "--only", "claims", "--figure-only")
     assert {path.name: path.read_bytes() for path in (page, *folder.glob("*.svg"))} == drawn
 
 
@@ -138,3 +138,114 @@ def test_the_page_is_what_the_results_say(checkout: Path) -> None:
     assert set(results.plan()) <= {row.key for row in rows}
     page = (checkout / "docs" / "claims.md").read_text(encoding="utf-8")
     assert report.fill(page, report.parts_of_page(rows)) == page
+
+
+def test_the_plan_of_groups_spans_everything_seed_by_seed() -> None:
+    plan = import_module("claims.groups").plan()
+    assert len(plan) == len(set(plan)) == (5 + 5 + 3) * 3 * 5
+    assert [key.seed for key in plan] == sorted(key.seed for key in plan)
+    assert {(key.task, key.group_size) for key in plan if key.seed == 0} == {
+        (task, size) for task in ("cnn", "vit", "gpt") for size in (1, 2, 4, 8, 16)
+    }
+    few = import_module("claims.groups").plan(["gpt"], [0.9, 0.98], [1, 4], 2, 0.01)
+    assert [(key.seed, key.sparsity, key.group_size, key.steps) for key in few] == [
+        (0, 0.9, 1, 10),
+        (0, 0.9, 4, 10),
+        (1, 0.9, 1, 10),
+        (1, 0.9, 4, 10),
+    ]
+
+
+@pytest.mark.slow
+def test_groups_run_resume_and_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, groups = tmp_path / "claims", import_module("claims.groups")
+    grid = ("--only", "groups", "--tasks", "cnn", "--seeds", "1", "--sparsities", "0.9", "--steps-scale", "0.02")
+    _run(folder, *grid, "--group-sizes", "1", "4")
+    table, page = folder / "groups.csv", tmp_path / "group-size.md"
+    finished = table.read_bytes()
+    assert [(row.key.group_size, row.key.steps) for row in groups.read(table)] == [(1, 5), (4, 5)]
+    assert all(0.88 < row.sparsity_all < 0.91 for row in groups.read(table))
+    assert page.read_text().startswith("<!-- group_progress -->\n\n0 of 195 runs are in")
+    assert sorted(path.name for path in folder.iterdir()) == ["groups.csv", "groups.svg"]
+
+    table.write_bytes(finished[:-5])  # killed while it wrote its last line
+    capsys.readouterr()
+    _run(folder, *grid, "--group-sizes", "1", "4", "8")
+    assert "3/3" in capsys.readouterr().err
+    seconds = groups.COLUMNS.index("train_cpu_seconds")
+    again, before = table.read_text().splitlines(), finished.decode().splitlines()
+    assert again[:2] == before[:2]
+    assert _without(again[2], seconds) == _without(before[2], seconds)
+    assert len(again) == 4
+
+
+def test_groups_of_one_are_the_run_of_the_claims() -> None:
+    runs, groups = import_module("claims.runs"), import_module("claims.groups")
+    alone = runs.execute(runs.Key(0, "cnn", groups.METHOD, 0.9, 4))
+    grouped = groups.execute(groups.Key(0, "cnn", 0.9, 1, 4))
+    assert grouped["score"] == alone["score"]
+    assert groups.execute(groups.Key(0, "cnn", 0.9, 8, 4))["score"] != alone["score"]
+
+
+def _group_rows(task: str, scores: dict[int, Sequence[float]]) -> list[Any]:
+    groups = import_module("claims.groups")
+    return [
+        groups.Row(groups.Key(seed, task, 0.9, size, 1), score, 0.9, 3600.0)
+        for size, found in scores.items()
+        for seed, score in enumerate(found)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "scores", "largest"),
+    [
+        ("cnn", {1: (90, 91, 92), 2: (90, 91, 92.1), 4: (89.5, 90.5, 91.4), 8: (80, 81, 82), 16: (90, 91, 92)}, 4),
+        ("cnn", {1: (90, 91, 92), 2: (95, 80, 92), 4: (90, 91, 92)}, 1),  # the seeds do not tell, of 2 already
+        ("cnn", {1: (90, 91, 92), 2: (90, 91, 92)}, 2),  # the others are not in yet
+        ("cnn", {1: (90,), 2: (90,)}, None),
+        ("gpt", {1: (2.0, 2.1, 2.2), 2: (2.02, 2.12, 2.22), 4: (2.1, 2.2, 2.31)}, 2),  # more bits are worse
+    ],
+)
+def test_the_largest_group_that_is_as_good(task: str, scores: dict[int, Sequence[float]], largest: int | None) -> None:
+    rows = _group_rows(task, scores)
+    assert import_module("claims.group_report").largest_as_good(rows, task, 0.9) == largest
+
+
+def test_tables_of_groups_by_hand() -> None:
+    report = import_module("claims.group_report")
+    rows = _group_rows("cnn", {1: (90.0, 92.0), 4: (89.0, 92.0)})
+    parts = report.parts_of_page(rows, {(0.9, 1): 4.0, (0.9, 4): 8.5})
+    # Student's quantile with one degree of freedom is 12.706: 12.706 * sqrt(2 / 2) and 12.706 * sqrt(0.5 / 2).
+    assert "| 1 | - | 91.0 ± 12.7 | - |" in parts["group_scores"]
+    assert "| 4 | - | 0.5 ± 6.4 | - |" in parts["group_prices"]
+    assert parts["group_speeds"].splitlines()[2:] == ["| 1 | - | 4.00x | - |", "| 4 | - | 8.50x | - |"]
+    assert report.parts_of_page(rows, {})["group_speeds"] == "Not measured yet."
+    assert parts["group_progress"] == "0 of 195 runs are in, 4.0 hours of one core."
+
+
+def test_speeds_are_the_geometric_mean_over_layers(tmp_path: Path) -> None:
+    speeds, file = import_module("claims.speeds"), tmp_path / "speeds.csv"
+    assert speeds.read(file) == {}
+    lines = ["a,0.9,64,0,80,x", "a,0.9,64,4,10,x", "b,0.9,64,0,90,x", "b,0.9,64,4,45,x", "b,0.9,16,4,1,x"]
+    alone = "c,0.9,64,4,1,x"  # without a dense time, it says nothing
+    file.write_text("\n".join(["layer,sparsity,batch,group_size,microseconds,note", *lines, alone, ""]))
+    assert speeds.read(file) == {(0.9, 4): pytest.approx(4.0)}
+    file.write_text("layer,sparsity\n")
+    with pytest.raises(ValueError, match="has no column batch, group_size, microseconds: measure anew"):
+        speeds.read(file)
+
+
+@pytest.mark.parametrize("measured", [{}, {(0.9, 1): 4.0, (0.9, 4): 8.5}])
+def test_the_figure_of_groups_has_what_there_is(measured: dict[tuple[float, int], float], tmp_path: Path) -> None:
+    file = tmp_path / "groups.svg"
+    import_module("claims.group_report").draw(_group_rows("cnn", {1: (90, 92), 4: (89, 92)}), measured, file)
+    assert file.read_text().count("<use") > 10
+
+
+def test_the_page_on_group_sizes_is_what_the_results_say(checkout: Path) -> None:
+    groups, report, speeds = (import_module(f"claims.{name}") for name in ("groups", "group_report", "speeds"))
+    rows = groups.read(checkout / "docs" / "claims" / "groups.csv")
+    parts = report.parts_of_page(rows, speeds.read(checkout / report.SPEEDS))
+    page = (checkout / "docs" / report.PAGE).read_text(encoding="utf-8")
+    assert all(f"<!-- {name} -->" in page for name in parts)
+    assert import_module("claims.report").fill(page, parts) == page

@@ -92,7 +92,7 @@ def test_a_spec_round_trips_as_plain_data() -> None:
     assert LayerSpec.from_dict(spec.to_dict()) == spec
     assert LayerSpec.from_dict(LayerSpec(group_size=4).to_dict()) == LayerSpec(group_size=4)
     with pytest.raises(RuleError, match="version"):
-        LayerSpec.from_dict({"version": 3})
+        LayerSpec.from_dict({"version": 4})
     with pytest.raises(RuleError, match="fields"):
         LayerSpec.from_dict({"version": 1, "sparcity": 0.5})
 

@@ -32,7 +32,7 @@ def draw(results: Results, folder: Path) -> None:
 
 def _against_sparsity(results: Results, column: str, path: Path) -> None:
     """One panel a task; each method slightly beside the others, so that the error bars can be told apart."""
-    figure, panels = _panels(height=4.0)
+    figure, panels = row_of_panels(height=4.0)
     scale = 100 if column == "active_share" else 1
     for panel, (name, task) in zip(panels, TASKS.items(), strict=True):
         places = dict(zip(task.sparsities, range(len(task.sparsities)), strict=True))
@@ -60,13 +60,13 @@ def _against_sparsity(results: Results, column: str, path: Path) -> None:
                 )
         panel.set_xticks(list(places.values()), [f"{sparsity:.0%}" for sparsity in places])
         panel.set(title=task.title, xlabel="sparsity", ylabel="active neurons (%)" if scale == 100 else task.unit)
-    _legend(panels)
-    _save(figure, path)
+    legend(panels)
+    save(figure, path)
 
 
 def _widths(results: Results, path: Path) -> None:
     """The share of active neurons that SRigL leaves each layer, mean over the seeds; one line a sparsity."""
-    figure, panels = _panels(height=4.6)
+    figure, panels = row_of_panels(height=4.6)
     for panel, (name, task) in zip(panels, TASKS.items(), strict=True):
         names: list[str] = []
         for order, sparsity in enumerate(task.sparsities):
@@ -89,15 +89,16 @@ def _widths(results: Results, path: Path) -> None:
             )
         panel.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
         panel.set(title=task.title, ylabel="active neurons (%)", ylim=(0, 105))
-    _legend(panels, title="sparsity", title_fontsize=7)
-    _save(figure, path)
+    legend(panels, title="sparsity", title_fontsize=7)
+    save(figure, path)
 
 
 def _short(layer: str) -> str:
     return layer.removesuffix(".weight").removesuffix("_weight").replace("blocks.", "").replace("attention.", "")
 
 
-def _panels(height: float) -> tuple[Any, Any]:
+def row_of_panels(height: float) -> tuple[Any, Any]:
+    """A figure, and its panels: one a task."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -106,14 +107,15 @@ def _panels(height: float) -> tuple[Any, Any]:
     return figure, figure.subplots(1, len(TASKS))
 
 
-def _legend(panels: Any, **options: Any) -> None:
+def legend(panels: Any, **options: Any) -> None:
     """A legend in the first panel that shows something."""
     filled = [panel for panel in panels if panel.get_legend_handles_labels()[0]]
     if filled:
         filled[0].legend(fontsize=7, loc="lower left", **options)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a figure so that equal ones are equal files."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": path.name}):

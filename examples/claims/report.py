@@ -35,7 +35,7 @@ def write(rows: Sequence[Row], folder: Path) -> None:
     figures.draw(results, folder)
     parts = parts_of_page(rows)
     page = folder.with_suffix(".md")
-    text = page.read_text(encoding="utf-8") if page.exists() else "\n\n".join(map(_marked, parts.items())) + "\n"
+    text = page.read_text(encoding="utf-8") if page.exists() else "\n\n".join(map(marked, parts.items())) + "\n"
     page.write_text(fill(text, parts), encoding="utf-8")
 
 
@@ -65,13 +65,14 @@ def fill(text: str, parts: dict[str, str]) -> str:
     """
     return re.sub(
         r"<!-- (\w+) -->.*?<!-- /\1 -->",
-        lambda match: _marked((match[1], parts[match[1]])) if match[1] in parts else match[0],
+        lambda match: marked((match[1], parts[match[1]])) if match[1] in parts else match[0],
         text,
         flags=re.DOTALL,
     )
 
 
-def _marked(part: tuple[str, str]) -> str:
+def marked(part: tuple[str, str]) -> str:
+    """A part, by name and content, between its markers."""
     name, content = part
     return f"<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->"
 
@@ -85,7 +86,7 @@ def _progress(rows: Sequence[Row]) -> str:
 
 def _verdicts(results: Results) -> str:
     lines = [[claim.text, *(_summary(results, claim, task) for task in TASKS)] for claim in CLAIMS]
-    return _table(["claim", *(task.title for task in TASKS.values())], lines)
+    return table(["claim", *(task.title for task in TASKS.values())], lines)
 
 
 def _plain(results: Results) -> str:
@@ -133,13 +134,13 @@ def _scores(results: Results, name: str) -> str:
     lines = [
         [
             _title(name, method),
-            *(_number(results.estimate(name, (method, s)), 1, _digits(name)) for s in task.sparsities),
+            *(shown(results.estimate(name, (method, s)), 1, _digits(name)) for s in task.sparsities),
         ]
         for method in METHODS
         if METHODS[method].trainer
     ]
-    heading = f"**{task.title}**: {task.unit}; dense {_number(dense, 1, _digits(name))}"
-    return heading + "\n\n" + _table(["", *(f"{sparsity:.0%}" for sparsity in task.sparsities)], lines)
+    heading = f"**{task.title}**: {task.unit}; dense {shown(dense, 1, _digits(name))}"
+    return heading + "\n\n" + table(["", *(f"{sparsity:.0%}" for sparsity in task.sparsities)], lines)
 
 
 def _differences(results: Results) -> str:
@@ -157,11 +158,11 @@ def _differences(results: Results) -> str:
                         claim.text,
                         name,
                         f"{_setting(name, comparison.first)} - {_setting(name, comparison.second)}",
-                        f"{_number(found, 100 if share else 1, 3 if unit == 'bits' else 2)} {unit}",
+                        f"{shown(found, 100 if share else 1, 3 if unit == 'bits' else 2)} {unit}",
                         verdict,
                     ]
                 )
-    return _table(["claim", "task", "what", "difference", "verdict"], lines)
+    return table(["claim", "task", "what", "difference", "verdict"], lines)
 
 
 def _details(results: Results, column: str) -> str:
@@ -170,13 +171,13 @@ def _details(results: Results, column: str) -> str:
         [
             name,
             _title(name, method),
-            *(_number(results.estimate(name, (method, s), column), scale, digits, False) for s in ALL),
+            *(shown(results.estimate(name, (method, s), column), scale, digits, False) for s in ALL),
         ]
         for name in TASKS
         for method in METHODS
         if METHODS[method].trainer
     ]
-    return f"**{title}**\n\n" + _table(["task", "", *(f"{sparsity:.0%}" for sparsity in ALL)], lines)
+    return f"**{title}**\n\n" + table(["task", "", *(f"{sparsity:.0%}" for sparsity in ALL)], lines)
 
 
 def _title(task: str, method: str) -> str:
@@ -193,13 +194,15 @@ def _digits(task: str) -> int:
     return 3 if TASKS[task].bits else 1
 
 
-def _number(estimate: Estimate | None, scale: float, digits: int, interval: bool = True) -> str:
+def shown(estimate: Estimate | None, scale: float, digits: int, interval: bool = True) -> str:
+    """A mean, scaled, with its interval if there is one."""
     if estimate is None:
         return "-"
     mean = f"{scale * estimate.mean:.{digits}f}"
     return f"{mean} ± {scale * estimate.half_width:.{digits}f}" if interval and estimate.count > 1 else mean
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     cells = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)

@@ -169,7 +169,7 @@ METHODS = {
 }
 
 
-def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, key: Key) -> None:
+def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, key: Key, group_size: int = 1) -> None:
     """All that sparse training adds to the script: masks for the model, a trainer for its optimizer."""
     task, method = TASKS[key.task], METHODS[key.method]
     if method.trainer is None:
@@ -178,6 +178,7 @@ def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, key: Key) -> Non
         model,
         sparsity=key.sparsity,
         structure="constant_fan_in" if method.constant_fan_in else "unstructured",
+        group_size=group_size,
         rules=dict.fromkeys(task.dense, None),
         mask_init="random",
         weight_init="torch",  # PyTorch's own initialisation, for the fan-in that is left
@@ -212,14 +213,14 @@ class Trained:
     cpu_seconds: float
 
 
-def train(key: Key) -> Trained:
-    """Train one network."""
+def train(key: Key, group_size: int = 1) -> Trained:
+    """Train one network, in which so many neighbouring neurons share their inputs."""
     task = TASKS[key.task]
     split = task.split()
     torch.manual_seed(key.seed)
     model = task.build()
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.learning_rate, weight_decay=0.05, fused=True)
-    prepare(model, optimizer, key)
+    prepare(model, optimizer, key, group_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, task.learning_rate, total_steps=key.steps, pct_start=max(0.1, 2 / key.steps)
     )
@@ -240,9 +241,9 @@ def train(key: Key) -> Trained:
     return Trained(model, explored, time.process_time() - started)
 
 
-def execute(key: Key) -> dict[str, object]:
+def execute(key: Key, group_size: int = 1) -> dict[str, object]:
     """Train and test one network; the columns of a row by name."""
-    task, method, trained = TASKS[key.task], METHODS[key.method], train(key)
+    task, method, trained = TASKS[key.task], METHODS[key.method], train(key, group_size)
     return {
         "score": round(evaluate(trained.model, task.split(), task), 4),
         "train_cpu_seconds": round(trained.cpu_seconds, 2),

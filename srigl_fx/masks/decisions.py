@@ -27,6 +27,7 @@ class WeightDecision:
         budgets: For each block, the number of weights it may keep; empty where the weight stays dense.
         ablation: For each block, its own ablation threshold from a rule; None means the trainer's.
         group_size: Neighbouring rows of a block that share their inputs; 1 leaves each row by itself.
+        block_width: With the structure "block", neighbouring inputs that such rows keep together or not at all.
         feeds_output: Whether it was seen to feed an output; None where nobody looked.
 
     Raises:
@@ -49,6 +50,7 @@ class WeightDecision:
     budgets: tuple[int, ...] = ()
     ablation: tuple[float | None, ...] = ()
     group_size: int = 1
+    block_width: int = 1
     feeds_output: bool | None = None
 
     def __post_init__(self) -> None:
@@ -114,6 +116,7 @@ class WeightDecision:
             budgets=record.budgets,
             ablation=record.ablation,
             group_size=record.group_size,
+            block_width=record.block_width,
             feeds_output=record.site.feeds_output,
         )
 
@@ -132,6 +135,10 @@ class WeightDecision:
             return f"ablation thresholds must be null or finite and at least 0, not {self.ablation!r:.80}"
         if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
             return f"the group size must be one of {GROUP_SIZES}, not {self.group_size!r:.80}"
+        if type(self.block_width) is not int or self.block_width not in GROUP_SIZES:
+            return f"the block width must be one of {GROUP_SIZES}, not {self.block_width!r:.80}"
+        if self.block_width > 1 and self.structure != "block":
+            return f'it has blocks of {self.block_width} inputs, but not the structure "block"'
         if self.structure is None:
             return "it stays dense, but has budgets" if self.budgets or self.ablation else ""
         if self.reason:
@@ -143,6 +150,8 @@ class WeightDecision:
         size, neurons = self.size, sum(self.rows)
         if not size or not neurons or size % neurons:
             return f"{neurons} neurons do not share out the {size} weights of the shape {self.shape}"
+        if size // neurons % self.block_width:
+            return f"{size // neurons} inputs are no whole blocks of {self.block_width}"
         for rows, budget in zip(self.rows, self.budgets, strict=True):
             least = rows if self.structure == "constant_fan_in" else 1
             if not max(1, least) <= budget <= rows * (size // neurons):

@@ -34,7 +34,7 @@ Kind = Literal[
     "einsum",  # any other product with axes of its own
     "other",  # anything that can only stay dense
 ]
-Structure = Literal["constant_fan_in", "unstructured"]
+Structure = Literal["constant_fan_in", "unstructured", "block"]
 Role = Literal[
     "width",  # the layer's own: nothing else depends on how many there are
     "stream",  # channels of a residual stream, which other layers write and read
@@ -165,6 +165,7 @@ class WeightRecord:
         budgets: For each block, the number of weights it may keep.
         ablation: For each block, its own ablation threshold from a rule; None means the trainer's.
         group_size: Neighbouring rows of a block that share their inputs; 1 leaves each row by itself.
+        block_width: With the structure "block", neighbouring inputs that such rows keep together or not at all.
         dense_start: Whether the mask starts full and may exceed the budget until gradual pruning has reached it.
         asked: The recipe of the call that decided it, without decisions (:mod:`srigl_fx.recipes`); None where there
             is none. Nothing here looks into it.
@@ -176,6 +177,7 @@ class WeightRecord:
     budgets: tuple[int, ...] = ()
     ablation: tuple[float | None, ...] = ()
     group_size: int = 1
+    block_width: int = 1
     dense_start: bool = False
     asked: object | None = field(default=None, compare=False, repr=False)
 
@@ -194,7 +196,8 @@ class WeightRecord:
             [0, 0, 1, 2, 2, 3]
         """
         section = self.site.matrix_shape[0] // self.site.groups
-        return RowGroups(rows=block.rows, size=self.group_size, section=section, start=block.start)
+        width = self.block_width
+        return RowGroups(rows=block.rows, size=self.group_size, section=section, start=block.start, width=width)
 
 
 @dataclass(frozen=True)

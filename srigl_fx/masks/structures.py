@@ -1,11 +1,12 @@
 """Where the kept weights of a layer may lie, and the first mask that does so.
 
-Owns the two mask structures: constant fan-in (every active neuron keeps the same number of weights) and unstructured.
-In both, rows may share their inputs (:mod:`srigl_fx.masks.row_groups`). Works on (n, F) matrices; it must not know
+Owns the mask structures: constant fan-in (every active neuron keeps the same number of weights), unstructured, and
+block (unstructured, but by tiles of neighbouring rows and inputs). In all, rows may share their inputs
+(:mod:`srigl_fx.masks.row_groups`). Works on (n, F) matrices; it must not know
 modules, layouts or how masks change during training.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -35,12 +36,14 @@ def initial_mask(
 
     With a constant fan-in each group keeps its ``budget // n`` inputs of the highest score. Unstructured, the groups of
     equally many rows are ranked together, and keep as many inputs as :meth:`RowGroups.shares
-    <srigl_fx.masks.row_groups.RowGroups.shares>` gives them.
+    <srigl_fx.masks.row_groups.RowGroups.shares>` gives them. Blocks are kept in the same way: column j is that of a
+    tile then, whose inputs are added up or drawn for as one.
 
     Args:
         weight: Matrix view (n, F) of the weight: n neurons with F inputs each.
         structure: "constant_fan_in" keeps exactly ``budget // n`` weights in every row; "unstructured" keeps exactly
-            ``budget`` weights anywhere, or what :meth:`~srigl_fx.masks.row_groups.RowGroups.shares` makes of it.
+            ``budget`` weights anywhere, or what :meth:`~srigl_fx.masks.row_groups.RowGroups.shares` makes of it;
+            "block" is the same by tiles of rows and inputs, as ``groups`` has them.
         budget: Number of weights the layer may keep.
         init: "magnitude" keeps the largest absolute values (ties to the lowest index), "random" a uniform draw;
             "dense" keeps everything, for gradual pruning down to the budget.
@@ -51,9 +54,11 @@ def initial_mask(
         Bool mask (n, F) on the weight's device.
 
     Raises:
-        StructureError: The weight is not a matrix, or the budget leaves a row (a layer) without any weight.
+        StructureError: The weight is not a matrix, the budget leaves a row (a layer) without any weight, or the inputs
+            are no whole tiles.
 
-    Source: SRigL (Lasby et al., ICLR 2024), section 3.
+    Source: SRigL (Lasby et al., ICLR 2024), section 3; blocks, Gressmann et al., "Towards Structured Dynamic Sparse
+    Pre-Training of BERT" (2021).
 
     Example:
         >>> weight = torch.tensor([[0.1, -3.0, 2.0], [1.0, 1.0, 1.0]])
@@ -63,10 +68,11 @@ def initial_mask(
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise StructureError(f"a mask is drawn on a matrix (neurons, fan-in), not on shape {tuple(weight.shape)}")
-    if structure not in ("constant_fan_in", "unstructured"):
-        raise StructureError(f'the structure is {structure!r}; choose "constant_fan_in" or "unstructured"')
+    if structure not in get_args(Structure):
+        raise StructureError(f"the structure is {structure!r}; choose one of {get_args(Structure)}")
     rows, fan_in = weight.shape
     groups = RowGroups(rows=rows) if groups is None else groups
+    check_tiles(groups, structure, fan_in)
     constant = structure == "constant_fan_in"
     everyone: list[tuple[slice | Tensor, int]] = [(slice(None), budget // rows)]
     shares = everyone if constant else groups.shares(budget)
@@ -83,15 +89,30 @@ def initial_mask(
         found = scores[some] if constant else scores[some].reshape(1, -1)
         chosen = found.sort(dim=1, descending=True, stable=True).indices[:, :kept]
         ranked = torch.zeros(found.shape, dtype=torch.bool, device=found.device).scatter_(1, chosen, True)
-        grouped[some] = ranked.reshape(-1, fan_in)
+        grouped[some] = ranked.reshape(-1, grouped.shape[1])
     return groups.expand(grouped.to(weight.device))
+
+
+def check_tiles(groups: RowGroups, structure: Structure, inputs: int) -> None:
+    """Require that inputs are kept together under the structure "block" alone, and are whole tiles there.
+
+    Raises:
+        StructureError: They are not.
+    """
+    if groups.width > 1 and structure != "block":
+        raise StructureError(
+            f'{groups.width} neighbouring inputs are kept together (block_width) under the structure "block" alone, '
+            f"not under {structure!r}"
+        )
+    if inputs % groups.width:
+        raise StructureError(f"{inputs} inputs are no whole blocks of {groups.width}: block_width must divide them")
 
 
 def _scores(weight: Tensor, groups: RowGroups, init: MaskInit, generator: torch.Generator) -> Tensor:
     """The scores (m, F) of the inputs of each group."""
     if init == "random":
         # Drawn where the generator lives, so that the mask does not depend on the weight's device.
-        shape = (len(groups), weight.shape[1])
+        shape = (len(groups), weight.shape[1] // groups.width)
         return torch.rand(shape, generator=generator, dtype=torch.float64, device=generator.device)
     if init != "magnitude":
         raise StructureError(f'the mask initialisation is {init!r}; choose "magnitude", "random" or "dense"')

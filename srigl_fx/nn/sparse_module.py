@@ -122,6 +122,7 @@ def describe(module: nn.Module, attr: str, record: WeightRecord) -> str:
     counts = record.site.to_matrix(mask).sum(1)
     active = int((counts > 0).sum())
     shared = f", group_size={record.group_size}" if record.group_size > 1 else ""
+    shared += f", block_width={record.block_width}" if record.block_width > 1 else ""
     return f"{name}fan_in={int(counts.max())}/{record.site.matrix_shape[1]}, active={active}/{len(counts)}{shared}"
 
 

@@ -70,14 +70,15 @@ class Scores:
 
 
 def pooled(values: Tensor, groups: RowGroups, among: Tensor | None = None, *, finite: bool = True) -> Tensor:
-    """The values of groups of rows (m, F), by whose magnitudes their inputs are ranked.
+    """The values of groups of rows (m, F / width), by whose magnitudes their inputs are ranked.
 
     Of the rows i of group p that have any entry that may be chosen (c[p] of them), it is the mean magnitude::
 
         P[p, j] = sum of |values[i, j]| where among[i, j], over the rows i of p, / c[p]
 
     That ranks the inputs of one group, and those of groups with as many such rows, as the sum does. A group with fewer
-    of them, a rest or one that has lost rows, is not the weaker for it. Rows by themselves keep their values.
+    of them, a rest or one that has lost rows, is not the weaker for it. Where several inputs are one (blocks), their P
+    are added up. Rows by themselves keep their values.
 
     Args:
         values: Matrix (n, F) of any floating-point type; NaN counts as 0.
@@ -99,7 +100,7 @@ def pooled(values: Tensor, groups: RowGroups, among: Tensor | None = None, *, fi
     rows = groups.sizes.to(values.device)[:, None]
     if among is not None:
         sizes.masked_fill_(~among, 0.0)
-        rows = groups.sum(among.any(dim=1, keepdim=True)).clamp_(min=1.0)
+        rows = groups.count(among.any(dim=1)).clamp_(min=1.0)[:, None]
     mean = groups.sum(sizes).div_(rows)
     # A sum of large numbers may overflow, and must not count as one that was infinite from the start.
     return mean.clamp_(max=torch.finfo(mean.dtype).max) if finite else mean

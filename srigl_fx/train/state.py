@@ -34,6 +34,7 @@ def layout(model: nn.Module, weights: Iterable[SparseWeight] | None = None) -> d
             "structure": handle.record.structure,
             "budgets": list(handle.record.budgets),
             **({"group_size": handle.record.group_size} if handle.record.group_size > 1 else {}),
+            **({"block_width": handle.record.block_width} if handle.record.block_width > 1 else {}),
         }
         for handle in (sparse_weights(model) if weights is None else weights)
     }

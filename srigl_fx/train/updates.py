@@ -6,7 +6,8 @@ every process finds the same mask.
 
 Rows that share their inputs (``groups``) are dropped and grown for as one: each rule works on the (m, F) matrices of
 the groups, whose scores are pooled (:func:`srigl_fx.train.selection.pooled`), and every row of a group that is not
-ablated gets the group's new mask. Rows by themselves, the default, are groups of one, ranked by their own scores.
+ablated gets the group's new mask. Rows by themselves, the default, are groups of one, ranked by their own scores. Of
+blocks, several inputs are one as well, and the matrices are (m, F / width).
 """
 
 import math
@@ -19,6 +20,7 @@ from torch import Tensor
 from srigl_fx.errors import StructureError
 from srigl_fx.masks.records import Structure
 from srigl_fx.masks.row_groups import RowGroups
+from srigl_fx.masks.structures import check_tiles
 from srigl_fx.train.selection import Scores, counts_of_rows, pooled, top, top_of_rows
 
 AblationMode = Literal["fraction", "absolute"]
@@ -84,6 +86,7 @@ def srigl_update(
     """
     groups = _check(weight, mask, drop_fraction, grad, groups=groups)
     rows, fan_in = mask.shape
+    check_tiles(groups, "constant_fan_in", fan_in)
     if budget < rows:
         raise StructureError(f"a budget of {budget} weights gives {rows} neurons a fan-in of 0: reduce the sparsity")
     if budget >= rows * fan_in:
@@ -128,7 +131,8 @@ def rigl_update(
     Rows that share their inputs change them together, and groups may differ in their fan-in. The groups of equally
     many rows, the full ones and those of a rest, are ranked among themselves: of the e inputs that such groups keep,
     the ``int(e * drop_fraction)`` with the smallest mean |w| are dropped, and as many grow among them where the mean
-    |g| is largest. The number of active weights does not change therefore, whatever the sizes are.
+    |g| is largest. The number of active weights does not change therefore, whatever the sizes are. Blocks of rows and
+    inputs (``groups.width`` above 1) take the place of these inputs, each with the sum over its own: the L1 norm.
 
     Args:
         weight: Values (n, F).
@@ -143,7 +147,7 @@ def rigl_update(
     Raises:
         StructureError: Shapes, dtypes or the fraction do not fit.
 
-    Source: RigL (Evci et al., 2020), algorithm 1.
+    Source: RigL (Evci et al., 2020), algorithm 1; blocks, Gressmann et al. (2021).
 
     Example:
         >>> weight = torch.tensor([[0.9, -0.8, 0.0, 0.0], [0.1, 0.0, -0.7, 0.0], [0.0, 0.3, 0.0, 0.2]])
@@ -253,7 +257,8 @@ def gmp_update(
         weight: Values (n, F).
         mask: Bool mask (n, F); weights off it are not kept, whatever their value.
         count: Number of weights to keep, at least n with constant fan-in.
-        structure: "unstructured" ranks the layer; "constant_fan_in" keeps ``count // n`` weights of every row.
+        structure: "unstructured" ranks the layer, and so does "block"; "constant_fan_in" keeps ``count // n`` weights
+            of every row.
         groups: Which rows share their inputs; by default none do.
 
     Returns:
@@ -274,6 +279,7 @@ def gmp_update(
     """
     groups = _check(weight, mask, 0.0, groups=groups)
     rows = len(mask)
+    check_tiles(groups, structure, mask.shape[1])
     sizes, shared = pooled(weight, groups, mask, finite=False), groups.any(mask)
     if structure == "constant_fan_in":
         if count < rows:
@@ -304,8 +310,8 @@ def drop_and_grow(
         mask: Bool mask (n, F).
         budget: Number of weights the layer may keep.
         drop_fraction: Share of the active weights to replace, in [0, 1].
-        structure: "unstructured" grows anywhere in the layer and keeps the number of weights as it is;
-            "constant_fan_in" grows within each row, up to ``budget // n``.
+        structure: "unstructured" grows anywhere in the layer and keeps the number of weights as it is, and so does
+            "block", tile by tile; "constant_fan_in" grows within each row, up to ``budget // n``.
         groups: Which rows share their inputs, and so drop and grow together: unstructured as in :func:`rigl_update`,
             with a constant fan-in as in :func:`srigl_update`; by default none do.
 
@@ -327,7 +333,7 @@ def drop_and_grow(
         [[1, 1, 0, 0], [0, 1, 1, 1], [0, 1, 0, 0]]
         [[1, 1, 0, 0], [0, 1, 1, 0], [1, 1, 0, 0]]
     """
-    if structure == "unstructured":
+    if structure != "constant_fan_in":
         return rigl_update(weight, growth, mask, drop_fraction=drop_fraction, groups=groups)
     return srigl_update(weight, growth, mask, budget=budget, drop_fraction=drop_fraction, groups=groups)
 

@@ -29,6 +29,7 @@ def assign(draft: Draft, sparsity: float = 0.75, **options: Any) -> PassResult[D
         "filter_fn": None,
         "structure": "constant_fan_in",
         "group_size": 1,
+        "block_width": 1,
         "strict": False,
     }
     rules: Mapping[Any, Any] = options.pop("rules", {})
@@ -306,6 +307,7 @@ def test_it_is_an_error_if_nothing_becomes_sparse(count: int, message: str) -> N
         filter_fn=None,
         structure="unstructured",
         group_size=1,
+        block_width=1,
         strict=False,
     ).ensures
     with pytest.raises(SparsifyError, match=f"nothing to sparsify in this Sequential: .*{message}"):

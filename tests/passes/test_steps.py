@@ -13,7 +13,7 @@ from srigl_fx.passes.condense import _runs, _same, can_shrink, condensed_rows
 from srigl_fx.passes.feature_major import _samples
 from srigl_fx.passes.program import Geometry, Program, Use
 from srigl_fx.passes.removal import Removal
-from srigl_fx.passes.remove_dead import _merge_readers, _notes, _one_user_each, _refresh, _size
+from srigl_fx.passes.remove_dead import _merge_readers, _notes, _refresh, _size, one_user_each
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ def test_each_use_of_a_constant_has_a_reader_until_they_are_merged() -> None:
     constant = b.constant(torch.ones(3))
     one = b.call(aten.add.Tensor, x, constant)
     program = b.finish(b.call(aten.mul.Tensor, one, constant))
-    _one_user_each(program.module)
+    one_user_each(program.module)
     assert sorted(names(program)) == [("c", ["add_tensor"]), ("c", ["mul_tensor"])]
     assert all(node.meta["val"] is constant.meta["val"] for node in program.module.graph.find_nodes(op="get_attr"))
     (last,) = one.users

@@ -218,6 +218,35 @@ def test_the_table_of_first_steps_in_the_documentation_is_what_the_results_say(c
     assert report.fill(page, {"first_steps": module.table(scores)}) == page
 
 
+@pytest.mark.slow
+def test_the_experiment_on_reordering_runs_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, file = import_module("reorder_groups"), tmp_path / "reordering.csv"
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(module, "SPARSITIES", (0.5,))
+    monkeypatch.setattr(module, "GROUP_SIZES", (1, 4))
+    options = ["--tasks", "cnn", "--seeds", "1", "--steps-scale", "0.02", "--out", str(file)]
+    module.main(options)
+    rows = module.read(file)
+    assert [(key.group_size, key.order) for key in rows] == [(1, "as trained"), (4, "as trained"), (4, "similar")]
+    alone, trained, similar = (kept for kept, _ in rows.values())
+    assert 0.5 < trained < similar < alone < 1
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5])  # killed while it wrote its last line
+    module.main(options)
+    assert file.read_bytes() == whole
+    assert "| digits, CNN with BatchNorm | 50% | 4 | similar |" in capsys.readouterr().out
+
+
+def test_the_table_of_reordering_in_the_documentation_is_what_the_results_say(checkout: Path) -> None:
+    module, report = import_module("reorder_groups"), import_module("claims.report")
+    page = (checkout / "docs" / "methods.md").read_text(encoding="utf-8")
+    assert "<!-- reordering -->" in page
+    made = module.table(module.read(checkout / module.OUT))
+    assert report.fill(page, {"reordering": made}) == page
+
+
 def _read_claims(file: Path) -> int:
     return len(import_module("claims.results").read(file))
 
@@ -230,7 +259,16 @@ def _read_first_steps(file: Path) -> int:
     return len(import_module("first_steps").read(file))
 
 
-RESULTS = {"results": _read_claims, "protection": _read_protection, "first_steps": _read_first_steps}
+def _read_reordering(file: Path) -> int:
+    return len(import_module("reorder_groups").read(file))
+
+
+RESULTS = {
+    "results": _read_claims,
+    "protection": _read_protection,
+    "first_steps": _read_first_steps,
+    "reordering": _read_reordering,
+}
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -267,7 +305,7 @@ def test_a_damaged_file_of_results_is_refused(name: str, checkout: Path, tmp_pat
 
 
 def test_a_run_that_is_not_of_the_experiment_is_refused(tmp_path: Path) -> None:
-    for module in (import_module("first_steps"), import_module("ablation_protection")):
+    for module in map(import_module, ("first_steps", "ablation_protection", "reorder_groups")):
         file = tmp_path / f"{module.__name__}.csv"
         values = dict.fromkeys(module.COLUMNS, 0) | {"task": "digits"}
         file.write_text(",".join(module.COLUMNS) + "\n" + ",".join(map(str, values.values())) + "\n")

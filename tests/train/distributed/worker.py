@@ -204,25 +204,36 @@ def like_one_process_in_short() -> None:
 
 
 def shared_inputs() -> None:
-    """Neurons that share their inputs, too: 33 in groups of four and a rest, spread over the processes as they fall."""
-    steps = data(6)
+    """Neurons that share their inputs, too: 33 in groups of four and a rest, spread over the processes as they fall.
+
+    And blocks of four neurons by two inputs.
+    """
     for name, method in METHODS.items():
-        structure = "unstructured" if name in ("RigL", "GMP") else "constant_fan_in"
-        options: dict[str, Any] = {"structure": structure, "mask_init": "random", "group_size": 4}
-        single = sparse_net(**options)
-        single_optimizer = SGD(single.parameters(), lr=0.05, momentum=0.9)
-        alone(partial(method, single, single_optimizer, **EVERY_TWO))
-        start = digest(single)
-        run(single, single_optimizer, steps, share=lambda batch: batch)
-        sx.verify(single, single_optimizer)
-        for wrap in (DistributedDataParallel, shard):
-            model = wrap(sparse_net(**options))
-            optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
-            method(model, optimizer, **EVERY_TWO)
-            run(model, optimizer, steps)
-            sx.verify(model, optimizer)
-            assert_equal_models(model, single)
-        assert (digest(single) == start) == (name == "Static"), name
+        unstructured = name in ("RigL", "GMP")
+        share_inputs(name, method, structure="unstructured" if unstructured else "constant_fan_in")
+        if unstructured:
+            # 33 inputs are no whole blocks.
+            rules = {"first": sx.LayerSpec(sparsity=0.5, structure="block", block_width=2), "head": None}
+            share_inputs(name, method, structure="unstructured", rules=rules)
+
+
+def share_inputs(name: str, method: Callable[..., Trainer], **more: Any) -> None:
+    """Masks and weights of one method are those of one process on the joined batches."""
+    steps, options = data(6), {"mask_init": "random", "group_size": 4, **more}
+    single = sparse_net(**options)
+    single_optimizer = SGD(single.parameters(), lr=0.05, momentum=0.9)
+    alone(partial(method, single, single_optimizer, **EVERY_TWO))
+    start = digest(single)
+    run(single, single_optimizer, steps, share=lambda batch: batch)
+    sx.verify(single, single_optimizer)
+    for wrap in (DistributedDataParallel, shard):
+        model = wrap(sparse_net(**options))
+        optimizer = SGD(model.parameters(), lr=0.05, momentum=0.9)
+        method(model, optimizer, **EVERY_TWO)
+        run(model, optimizer, steps)
+        sx.verify(model, optimizer)
+        assert_equal_models(model, single)
+    assert (digest(single) == start) == (name == "Static"), name
 
 
 def counted_steps() -> None:
