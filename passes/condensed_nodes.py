@@ -33,6 +33,12 @@ def condensed_nodes(graph: fx.Graph) -> Iterator[fx.Node]:
     return (node for node in graph.nodes if is_condensed(node))
 
 
+def name_of(node: fx.Node) -> str:
+    """The weight that a condensed operator holds, by the name of its values, or the node's own name."""
+    values = arguments(node)["values"]
+    return str(values.target).removesuffix("_values") if isinstance(values, fx.Node) else node.name
+
+
 def settled_padding(module: fx.GraphModule) -> Iterator[tuple[fx.Node, torch.Tensor]]:
     """The values of condensed operators whose padding is no longer zero, with zeros there.
 

@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.condensed_nodes import is_condensed, same_shape, set_arguments
+from srigl_fx.passes.condensed_nodes import is_condensed, name_of, same_shape, set_arguments
 from srigl_fx.passes.program import Program, arguments
 from srigl_fx.runtime.activations import ACTIVATIONS, Activation
 
@@ -82,7 +82,7 @@ class FuseEpilogues(Pass[Program]):
             else:
                 continue
             if len(source.users) > 1:  # rule 4
-                where = _where(source)
+                where = name_of(source)
                 what = f"{node.name} not fused: what it reads is used elsewhere too"
                 notes.append(Note(where=where, reason=what))
                 continue
@@ -153,9 +153,3 @@ def _added(node: fx.Node, order: dict[fx.Node, int], writes: list[int]) -> tuple
     if bisect(writes, order[source]) != bisect(writes, order[node] - 1):
         return None
     return source, pair[1] if source is pair[0] else pair[0]
-
-
-def _where(node: fx.Node) -> str:
-    """The weight that a condensed operator holds, by the name of its values, or the node's own name."""
-    values = arguments(node)["values"]
-    return str(values.target).removesuffix("_values") if isinstance(values, fx.Node) else node.name

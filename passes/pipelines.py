@@ -13,6 +13,7 @@ from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.fold_batch_norm import FoldBatchNorm
 from srigl_fx.passes.fold_constants import FoldConstants
 from srigl_fx.passes.fuse_epilogues import FuseEpilogues
+from srigl_fx.passes.hand_over_bytes import HandOverBytes
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.normalize import Normalize
 from srigl_fx.passes.program import Program
@@ -33,6 +34,7 @@ CONDENSING: tuple[Pass[Program], ...] = (
     FuseEpilogues(),
     FeatureMajor(),
     RoundOnce(),
+    HandOverBytes(),
 )
 """And from there on. A pass of your own goes anywhere in ``(*LOWERING, *CONDENSING)``."""
 

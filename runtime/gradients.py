@@ -63,7 +63,7 @@ def linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_bias,
         None,
         of_residual,
-        *(None,) * 6,
+        *(None,) * 8,
     )
 
 
@@ -90,7 +90,7 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if ctx.needs_input_grad[1]:
         grad_values = grads[1].reshape(-1)[positions].masked_fill(is_padding(positions), 0).to(values.dtype)
     grad_residual = None if residual is None else grads[3]
-    return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, *(None,) * 6
+    return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, *(None,) * 8
 
 
 def _refuse_eight_bits(op: str, scales: Tensor | None) -> None:

@@ -32,7 +32,8 @@ from srigl_fx.runtime.validation import (
 )
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor bias"
-_GIVEN = "float? x_scale=None, int x_offset=0"  # with values of int8: how x is rounded, rather than by what it holds
+# With values of int8: how x is rounded, rather than by what it holds; and how y is, rather than stored as floats.
+_GIVEN = "float? x_scale=None, int x_offset=0, float? y_scale=None, int y_offset=0"
 
 _library: Any = torch.library.Library("srigl_fx", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
@@ -74,14 +75,16 @@ def _condensed_linear(
     scales: Tensor | None = None,
     x_scale: float | None = None,
     x_offset: int = 0,
+    y_scale: float | None = None,
+    y_offset: int = 0,
 ) -> Tensor:
     op = "condensed_linear"
     _refuse_forward_mode(op)
     check_epilogue(op, linear_shape(op, x, bias, in_features, x_scale), residual, activation)
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
-    check_given(op, scales, x_scale, x_offset)
-    weight, given = _contiguous(values, indices, active, bias), (x_scale, x_offset)
-    return execute.linear(checked, x, weight, in_features, residual, activation, y_feature_major, scales, given)
+    check_given(op, scales, x_scale, x_offset, y_scale, y_offset)
+    weight, given, wanted = _contiguous(values, indices, active, bias), (x_scale, x_offset), (y_scale, y_offset)
+    return execute.linear(checked, x, weight, in_features, residual, activation, y_feature_major, scales, given, wanted)
 
 
 def _condensed_conv(
@@ -102,6 +105,8 @@ def _condensed_conv(
     scales: Tensor | None = None,
     x_scale: float | None = None,
     x_offset: int = 0,
+    y_scale: float | None = None,
+    y_offset: int = 0,
 ) -> Tensor:
     op = "condensed_conv"
     _refuse_forward_mode(op)
@@ -115,14 +120,20 @@ def _condensed_conv(
             "store them in float32"
         )
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
-    check_given(op, scales, x_scale, x_offset)
-    y = x.new_empty(shape, dtype=torch.float32)
+    check_given(op, scales, x_scale, x_offset, y_scale, y_offset)
+    y = x.new_empty(shape, dtype=_stored(y_scale))
     if y.numel():
         residual = None if residual is None else residual.contiguous()
         operands = x.contiguous(), *_contiguous(values, indices, active, bias)
         settings = weight_shape, stride, padding, dilation, groups, transposed
-        execute.convolution(checked, operands, *settings, y, residual, activation, scales, (x_scale, x_offset))
+        given = (x_scale, x_offset), (y_scale, y_offset)
+        execute.convolution(checked, operands, *settings, y, residual, activation, scales, *given)
     return y
+
+
+def _stored(y_scale: float | None) -> torch.dtype:
+    """The dtype of outputs that are rounded with this scale, or stored as they are."""
+    return torch.float32 if y_scale is None else torch.uint8
 
 
 def _contiguous(values: Tensor, indices: Tensor, active: Tensor, bias: Tensor) -> Sequence[Tensor]:
@@ -151,12 +162,14 @@ def _fake_linear(
     scales: Tensor | None = None,
     x_scale: float | None = None,
     x_offset: int = 0,
+    y_scale: float | None = None,
+    y_offset: int = 0,
 ) -> Tensor:
     shape = linear_shape("condensed_linear", x, bias, in_features, x_scale)
     check_epilogue("condensed_linear", shape, residual, activation)
     if not y_feature_major:
-        return x.new_empty(shape, dtype=torch.float32)
-    return x.new_empty((shape[-1], *shape[:-1]), dtype=torch.float32).movedim(0, -1)
+        return x.new_empty(shape, dtype=_stored(y_scale))
+    return x.new_empty((shape[-1], *shape[:-1]), dtype=_stored(y_scale)).movedim(0, -1)
 
 
 def _fake_conv(
@@ -177,12 +190,14 @@ def _fake_conv(
     scales: Tensor | None = None,
     x_scale: float | None = None,
     x_offset: int = 0,
+    y_scale: float | None = None,
+    y_offset: int = 0,
 ) -> Tensor:
     op = "condensed_conv"
     geometry = weight_shape, stride, padding, dilation, groups, transposed, output_padding
     shape = conv_shape(op, x, bias, *geometry, x_scale)
     check_epilogue(op, shape, residual, activation)
-    return x.new_empty(shape, dtype=torch.float32)
+    return x.new_empty(shape, dtype=_stored(y_scale))
 
 
 def _round_samples(x: Tensor, scale: float, offset: int) -> Tensor:

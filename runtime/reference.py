@@ -27,6 +27,8 @@ def condensed_linear(
     scales: Array | None = None,
     x_scale: float | None = None,
     x_offset: int = 0,
+    y_scale: float | None = None,
+    y_offset: int = 0,
     residual: Array | None = None,
     activation: str = "none",
     accumulate: DTypeLike = np.float64,
@@ -47,9 +49,12 @@ def condensed_linear(
         scales: float32 (n_active,), or None.
         x_scale: The scale to round all samples with, or None.
         x_offset: What belongs to it: 0 or 128.
+        y_scale: With ``scales``, the scale to round finished outputs with, or None.
+        y_offset: What belongs to it: 0 or 128.
         residual: float32 (..., n), or None.
         activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
-        accumulate: The dtype sums are formed in; the result has ``x``'s dtype, or float32 with ``scales``.
+        accumulate: The dtype sums are formed in; the result has ``x``'s dtype, float32 with ``scales``, or uint8 with a
+            ``y_scale``.
 
     Returns:
         (..., n).
@@ -68,7 +73,7 @@ def condensed_linear(
             lambda steps, none: condensed_linear(steps, values, indices, active, none),
         )
         y = y.reshape(*x.shape[:-1], bias.shape[0])
-        return _finish(y, residual, activation).astype(np.float32)
+        return _stored(_finish(y, residual, activation).astype(np.float32), y_scale, y_offset)
     y = np.broadcast_to(bias.astype(accumulate), (*x.shape[:-1], bias.shape[0])).copy()
     gathered = x.astype(accumulate)[..., indices.astype(np.int64)]
     products = np.where(_kept(indices), gathered * values.astype(accumulate), 0)
@@ -82,6 +87,11 @@ def _rounded(x: Array, scale: float | None, offset: int) -> tuple[Array, Array, 
         return quantise_samples(x)
     rounded = x if x.dtype == np.uint8 else round_with(x, scale, offset)
     return rounded, np.full(len(x), scale, np.float32), np.full(len(x), offset, np.int32)
+
+
+def _stored(y: Array, scale: float | None, offset: int) -> Array:
+    """Finished outputs as they are, or as bytes."""
+    return y if scale is None else round_with(y, scale, offset)
 
 
 def _of_eight_bits(
@@ -133,6 +143,8 @@ def condensed_conv(
     scales: Array | None = None,
     x_scale: float | None = None,
     x_offset: int = 0,
+    y_scale: float | None = None,
+    y_offset: int = 0,
     residual: Array | None = None,
     activation: str = "none",
     accumulate: DTypeLike = np.float64,
@@ -156,9 +168,12 @@ def condensed_conv(
         scales: float32 (n_active,) with values of int8, or None, as for :func:`condensed_linear`.
         x_scale: As for :func:`condensed_linear`.
         x_offset: As for :func:`condensed_linear`.
+        y_scale: As for :func:`condensed_linear`.
+        y_offset: As for :func:`condensed_linear`.
         residual: float32 of the output's shape, or None.
         activation: One of :data:`srigl_fx.runtime.activations.NAMES`.
-        accumulate: The dtype sums are formed in; the result has ``x``'s dtype, or float32 with ``scales``.
+        accumulate: The dtype sums are formed in; the result has ``x``'s dtype, float32 with ``scales``, or uint8 with a
+            ``y_scale``.
 
     Returns:
         (N, n, spatial...).
@@ -177,7 +192,7 @@ def condensed_conv(
             return condensed_conv(steps, values, indices, active, none, **geometry)
 
         y = _of_eight_bits(*_rounded(x, x_scale, x_offset), active, bias, scales, sums)
-        return _finish(y, residual, activation).astype(np.float32)
+        return _stored(_finish(y, residual, activation).astype(np.float32), y_scale, y_offset)
     rank = x.ndim - 2
     strides = strides or (1,) * rank
     dilations = dilations or (1,) * rank

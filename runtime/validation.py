@@ -112,14 +112,20 @@ def conv_shape(
     return (x.shape[0], n, *out)
 
 
-def check_given(op: str, scales: Tensor | None, scale: float | None, offset: int) -> None:
-    """Raise a FormatError unless samples are rounded with no given scale, or with one that rounds, in eight bits."""
-    if scale is None:
-        return
-    if scales is None:
-        raise FormatError(f"{op}: only samples of a weight of int8 are rounded; got an x_scale without scales")
-    if problem := given_problem(scale, offset):
-        raise FormatError(f"{op}: x_{problem}")
+def check_given(
+    op: str, scales: Tensor | None, x_scale: float | None, x_offset: int, y_scale: float | None, y_offset: int
+) -> None:
+    """Raise a FormatError unless the scales that are given for samples or outputs round, and this is in eight bits."""
+    for name, what, scale, offset in (("x", "samples", x_scale, x_offset), ("y", "outputs", y_scale, y_offset)):
+        if scale is None:
+            continue
+        if scales is None:
+            raise FormatError(
+                f"{op}: only {what} of a weight of int8 are rounded; got {'an' if name == 'x' else 'a'} {name}_scale "
+                "without scales"
+            )
+        if problem := given_problem(scale, offset):
+            raise FormatError(f"{op}: {name}_{problem}")
 
 
 def check_rounding(op: str, x: Tensor, scale: float, offset: int) -> None:

@@ -103,7 +103,8 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
 
     Functions of standard operators replace its condensed layers, and ONNX Runtime computes what is constant: outputs
     stay what they were up to rounding, the file becomes as large as a dense network's. A layer with values of eight
-    bits becomes one of float32 with the weights that they stand for; its samples are rounded to eight bits no more.
+    bits becomes one of float32 with the weights that they stand for; its samples are rounded to eight bits no more,
+    but where layers hand bytes to each other.
 
     Args:
         source: A file with condensed layers, with or without the functions for a stock ONNX Runtime.
@@ -122,7 +123,7 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
     import onnxruntime
 
     model = _load(Path(source))
-    scaled = {name for name, (base, *_) in abi.operator_names().items() if base.endswith(abi.EIGHT_BITS)}
+    scaled = {name for name, (base, *_) in abi.operator_names().items() if abi.has_scales(base)}
     kept = [f for f in model.functions if f.domain != abi.DOMAIN or f.name not in scaled]
     present = {(function.domain, function.name) for function in kept}
     del model.functions[:]
@@ -248,7 +249,7 @@ def _take_functions(model: "onnx.ModelProto") -> bool:
 
     Those that a tool has renamed stay: they are what computes their layers, densely.
     """
-    known = abi.operator_names()
+    known = dict.fromkeys(abi.OPERATORS)
     called = {node.op_type for node in all_nodes(model.graph) if node.domain == abi.DOMAIN} & known.keys()
     ours = {function.name for function in model.functions if function.domain == abi.DOMAIN} & known.keys()
     others = [f for f in model.functions if f.domain != abi.DOMAIN or f.name not in known]

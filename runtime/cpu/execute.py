@@ -24,7 +24,7 @@ from srigl_fx.runtime.cpu.kernels.table import KERNELS
 from srigl_fx.runtime.cpu.prepared_weights import Job, new_job, pack, panel_of
 from srigl_fx.runtime.validation import Checked
 
-Given = tuple[float | None, int]  # the scale that samples are rounded with, if it is given, and its offset
+Given = tuple[float | None, int]  # the scale that samples, or outputs, are rounded with, if one is, and its offset
 _TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "linear"}
 _CONV_TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "convolution"}
 _COLUMNS = {plan.TILE: COLUMNS, plan.INT8_TILE: plan.INT8_COLUMNS}  # of the kernels that compute tiles
@@ -101,6 +101,12 @@ def _set_given(j: "ctypes.Array[ctypes.c_int64]", given: Given, x: Tensor) -> No
         j[job.X_BYTES] = x.dtype is torch.uint8
 
 
+def _set_wanted(j: "ctypes.Array[ctypes.c_int64]", wanted: Given) -> None:
+    scale, offset = wanted
+    if scale is not None:
+        j[job.Y_SCALE], j[job.Y_OFFSET] = _FLOAT_BITS.unpack(_FLOAT.pack(scale))[0], offset
+
+
 def round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
     """``x`` as bytes, which lie as ``torch.empty_like`` has them."""
     y = torch.empty_like(x, dtype=torch.uint8)
@@ -128,6 +134,7 @@ def linear(
     y_feature_major: bool,
     scales: Tensor | None = None,
     given: Given = (None, 0),
+    wanted: Given = (None, 0),
 ) -> Tensor:
     """The outputs (..., n) of samples (..., in_features), with the memory of (n, ...) if so asked.
 
@@ -143,6 +150,7 @@ def linear(
         y_feature_major: Whether the output's transposed is to be contiguous.
         scales: Of the rows, with values of eight bits.
         given: The scale to round ``x`` with, and its offset.
+        wanted: The scale to round outputs with, and its offset.
     """
     values, n = weight[0], weight[3].shape[0]
     shape = (*x.shape[:-1], n)
@@ -155,11 +163,14 @@ def linear(
         planned = kernel, _ = _linear_plan(in_features, *values.shape, batch, columns, _may_pack(checked, values))
     if kernel == plan.STRIDED or (columns and kernel == plan.INT8_DOT):
         # It is plain and slow, for hosts where an operator cannot ask for other layouts; here copies are at hand.
-        y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False, scales, given)
+        y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False, scales, given, wanted)
         return y.movedim(-1, 0).contiguous().movedim(0, -1) if y_feature_major else y
+    if kernel == plan.ROWS and wanted[0] is not None:  # of a layer without weights; its kernel is that of floats
+        y = linear(checked, x, weight, in_features, residual, activation, False, scales, given)
+        return round_samples(y, wanted[0], wanted[1])
     x = x.movedim(-1, 0) if x_columns else x.contiguous()
     kept = (n, *shape[:-1]) if y_feature_major else shape
-    y = x.new_empty(kept, dtype=torch.float32)
+    y = x.new_empty(kept, dtype=torch.float32 if wanted[0] is None else torch.uint8)
     y = y.movedim(0, -1) if y_feature_major else y
     if not y.numel():
         return y
@@ -169,13 +180,14 @@ def linear(
     while True:
         j = _job(checked, planned, (x, *weight), in_features, n, y, scales)
         _set_given(j, given, x)
+        _set_wanted(j, wanted)
         if scales is not None:
             samples = plan.int8_linear_samples(_looks_up_bytes(), planned[0], batch - first, columns)
         j[job.BATCH], j[job.ACTIVATION] = samples, NUMBERS[activation]
         j[job.X_FEATURE_MAJOR], j[job.Y_FEATURE_MAJOR] = x_columns, y_feature_major
         j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr() + first * n * 4
         j[job.X] += first * in_features * x.element_size()
-        j[job.Y] += first * n * 4
+        j[job.Y] += first * n * y.element_size()
         _run_linear(j, planned, x)
         first += samples
         if first == batch:
@@ -249,6 +261,7 @@ def convolution(
     activation: str,
     scales: Tensor | None = None,
     given: Given = (None, 0),
+    wanted: Given = (None, 0),
 ) -> None:
     """Compute ``y``, which has elements, over one to three axes; operands, residual and ``y`` are contiguous."""
     x, values, indices, active, bias = operands
@@ -269,10 +282,17 @@ def convolution(
         planned = kernel, plan.int8_window(_looks_up_bytes(), kernel, in_features, k)
     else:
         planned = kernel, _ = _conv_plan(in_features, n_active, k, block_rows, _may_pack(checked, values))
+    if kernel == plan.ROWS and wanted[0] is not None:  # of a layer without weights; its kernel is that of floats
+        floats = torch.empty_like(y, dtype=torch.float32)
+        settings = weight_shape, stride, padding, dilation, groups, transposed
+        convolution(checked, operands, *settings, floats, residual, activation, scales, given)
+        y.copy_(round_samples(floats, wanted[0], wanted[1]))
+        return
     if kernel == plan.ROWS:
-        values = values.float()
+        x, values = x.float(), values.float()
     j = _job(checked, planned, (x, values, indices, active, bias), in_features, block_rows, y, scales)
     _set_given(j, given, x)
+    _set_wanted(j, wanted)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
     j[job.ACTIVATION], j[job.BATCH] = NUMBERS[activation], x.shape[0]
     j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()

@@ -17,7 +17,13 @@ INPUTS: Final = ("x", "values", "indices", "active", "bias")
 SCALES: Final = "scales"  # the input after these, of operators with values of eight bits
 FLOAT_BASES: Final = ("CondensedLinear", "CondensedConv", "CondensedConvTranspose")
 EIGHT_BITS: Final = "Int8"
-BASES: Final = (*FLOAT_BASES, *(base + EIGHT_BITS for base in FLOAT_BASES))
+BYTES: Final = "Bytes"  # of operators with values of eight bits whose outputs are rounded to as many
+BASES: Final = (
+    *FLOAT_BASES,
+    *(base + EIGHT_BITS for base in FLOAT_BASES),
+    *(base + EIGHT_BITS + BYTES for base in FLOAT_BASES),
+)
+ROUND: Final = "RoundSamples"  # the operator that is no layer
 SUFFIXES: Final = {row.name: row.suffix for row in ACTIVATIONS}  # of the operators that apply an activation
 ENTRY_POINT: Final = "RegisterCustomOps"
 TASKS_TABLE: Final = "SriglTasks"  # the addresses of all tasks, by instruction set, for torch
@@ -56,6 +62,7 @@ ERROR_FAIL: Final = 1
 ERROR_INVALID_ARGUMENT: Final = 2
 TYPE_UNDEFINED: Final = 0
 TYPE_FLOAT: Final = 1
+TYPE_UINT8: Final = 2
 TYPE_UINT16: Final = 4
 TYPE_INT32: Final = 6
 
@@ -106,6 +113,10 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_SPATIAL_RANK,
     NODE_X_SCALE,  # the bits of a float32, or 0 where none is given
     NODE_X_OFFSET,
+    NODE_X_BYTES,  # 1 where x is rounded already
+    NODE_Y_BYTES,  # 1 where outputs are rounded
+    NODE_Y_SCALE,  # the bits of the float32 that they are rounded with
+    NODE_Y_OFFSET,
     NODE_X_FEATURE_MAJOR,
     NODE_Y_FEATURE_MAJOR,
     NODE_CHECKED_INDICES,
@@ -115,7 +126,7 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_DOT_PANEL,
     NODE_TILE_PANEL,
     NODE_NAME,
-) = (WORD * i for i in range(21))
+) = (WORD * i for i in range(25))
 NODE_NAME_SIZE: Final = 128
 NODE_PADS_END: Final = NODE_NAME + NODE_NAME_SIZE  # 3 words
 NODE_OUTPUT_PADDING: Final = NODE_PADS_END + 3 * WORD  # 3 words
@@ -167,7 +178,7 @@ def operator_name(base: str, residual: bool, activation: str) -> str:
 
 
 def operator_names() -> dict[str, tuple[str, bool, str]]:
-    """The names of all operators, each with what :func:`operator_name` makes it of.
+    """The names of all layers' operators, each with what :func:`operator_name` makes it of.
 
     Example:
         >>> operator_names()["CondensedLinearGeluTanh"]
@@ -184,8 +195,28 @@ def inputs_of(base: str, residual: bool) -> tuple[str, ...]:
         >>> inputs_of("CondensedLinearInt8", True)
         ('x', 'values', 'indices', 'active', 'bias', 'scales', 'residual')
     """
-    scales = (SCALES,) if base.endswith(EIGHT_BITS) else ()
+    scales = (SCALES,) if has_scales(base) else ()
     return (*INPUTS, *scales, *(("residual",) if residual else ()))
 
 
-OPERATORS: Final = tuple(operator_names())  # by base, then residual, then activation
+def has_scales(base: str) -> bool:
+    """Whether the values of the operators with this base name have eight bits.
+
+    Example:
+        >>> has_scales("CondensedConv"), has_scales("CondensedConvInt8"), has_scales("CondensedConvInt8Bytes")
+        (False, True, True)
+    """
+    return EIGHT_BITS in base
+
+
+def float_base(base: str) -> str:
+    """The base name of the same operators with values of more bits.
+
+    Example:
+        >>> float_base("CondensedConvInt8Bytes")
+        'CondensedConv'
+    """
+    return base.partition(EIGHT_BITS)[0]
+
+
+OPERATORS: Final = (*operator_names(), ROUND)  # layers by base, then residual, then activation

@@ -47,9 +47,9 @@ def read_int(node: int, info: int, name: int, default: int, out: int) -> int:
 
 
 @linked
-def read_given(node: int, info: int) -> int:
-    """Store the scale and the offset with which samples are rounded; 0 where there is none, as in older files."""
-    api, found, name = load(node, abi.NODE_API), stack(1), text("x_scale")
+def read_scale(node: int, info: int, name: int, optional: int, out: int) -> int:
+    """Store the bits of a scale at ``out``; 0, where it is optional, if it is 0 or missing."""
+    api, found = load(node, abi.NODE_API), stack(1)
     store(found, 0, 0)
     status = call(load(api, abi.KERNEL_INFO_GET_ATTRIBUTE_FLOAT), (info, name, found))
     if status != 0:
@@ -57,14 +57,59 @@ def read_given(node: int, info: int) -> int:
         call(load(api, abi.RELEASE_STATUS), (status,))
         if not missing:
             return refuse(node, text("attribute '@' must be a float"), name, 0, 0)
+        if optional == 0:
+            return refuse(node, text("attribute '@' is missing"), name, 0, 0)
     bits = load32(found, 0)
-    if bits != 0 and (bits < _SMALLEST or bits >= _INFINITY):
+    store(out, 0, bits)
+    if bits >= _SMALLEST and bits < _INFINITY:
+        return 0
+    if optional == 0:
+        return refuse(node, text("attribute '@' must be a finite number of at least 2**-100"), name, 0, 0)
+    if bits != 0:
         return refuse(node, text("attribute '@' must be 0 or a finite number of at least 2**-100"), name, 0, 0)
-    store(node, abi.NODE_X_SCALE, bits)
-    status = read_int(node, info, text("x_offset"), 0, node + abi.NODE_X_OFFSET)
-    offset = load(node, abi.NODE_X_OFFSET)
-    if status == 0 and offset != 0 and offset != _OFFSET:
-        return refuse(node, text("attribute '@' is %, expected 0 or %"), text("x_offset"), offset, _OFFSET)
+    return 0
+
+
+@linked
+def read_offset(node: int, info: int, name: int, out: int) -> int:
+    """Store an offset at ``out``."""
+    status = read_int(node, info, name, 0, out)
+    if status == 0 and load(out, 0) != 0 and load(out, 0) != _OFFSET:
+        return refuse(node, text("attribute '@' is %, expected 0 or %"), name, load(out, 0), _OFFSET)
+    return status
+
+
+@linked
+def read_given(node: int, info: int) -> int:
+    """Store the scales and the offsets with which samples are rounded, if with given ones, and outputs, if they are.
+
+    Older files have none.
+    """
+    status = read_scale(node, info, text("x_scale"), 1, node + abi.NODE_X_SCALE)
+    if status == 0:
+        status = read_offset(node, info, text("x_offset"), node + abi.NODE_X_OFFSET)
+    if status == 0:
+        status = read_int(node, info, text("x_bytes"), 0, node + abi.NODE_X_BYTES)
+    if status != 0:
+        return status
+    rounded = load(node, abi.NODE_X_BYTES)
+    if rounded != 0 and rounded != 1:
+        return refuse(node, text("attribute '@' is %, expected 0 or 1"), text("x_bytes"), rounded, 0)
+    if rounded == 1 and load(node, abi.NODE_X_SCALE) == 0:
+        return refuse(node, text("attribute '@' is 1 without an x_scale"), text("x_bytes"), 0, 0)
+    if load(node, abi.NODE_Y_BYTES) != 0:
+        status = read_scale(node, info, text("y_scale"), 0, node + abi.NODE_Y_SCALE)
+        if status == 0:
+            status = read_offset(node, info, text("y_offset"), node + abi.NODE_Y_OFFSET)
+    return status
+
+
+@linked
+def read_rounding(node: int, info: int) -> int:
+    """Store the scale and the offset of a node that rounds and does nothing else, as those of its outputs."""
+    status = read_scale(node, info, text("x_scale"), 0, node + abi.NODE_Y_SCALE)
+    if status == 0:
+        status = read_offset(node, info, text("x_offset"), node + abi.NODE_Y_OFFSET)
     return status
 
 
@@ -238,4 +283,7 @@ def read_layout(node: int, info: int, name: int, first: int, out: int) -> int:
     return 0
 
 
-FUNCTIONS = (read_int, read_given, read_ints, read_steps, read_geometry, read_layout, read_attributes)
+FUNCTIONS = (
+    *(read_int, read_scale, read_offset, read_given, read_rounding),
+    *(read_ints, read_steps, read_geometry, read_layout, read_attributes),
+)

@@ -18,6 +18,7 @@ _TENSOR_WORDS = abi.TENSOR_WORDS
 _FLOAT32, _INT8 = NUMBERS["float32"], NUMBERS["int8"]
 _WRONG_VALUES = f"input '@' must be {choice(FLOATS)}, not ONNX element type %"
 _NO_BYTES = "input '@' must be int8, not ONNX element type %"
+_NO_SAMPLES = "input '@' must be uint8 where x_bytes is 1, not ONNX element type %"
 _TOO_WIDE = "input '@' has % columns, more than the % whose sums are int32"
 _LARGEST_FAN_IN = LARGEST_FAN_IN
 _INFINITY, _MINUS_ZERO = 0x7F800000, -(2**31)  # the bits of float32, as signed numbers
@@ -77,6 +78,17 @@ def describe_float(node: int, value: int, name: int, tensor: int) -> int:
         status = refuse(
             node, text("input '@' must be float32, not ONNX element type %"), name, load(tensor, abi.TENSOR_TYPE), 0
         )
+    return status
+
+
+@linked
+def describe_x(node: int, value: int, tensor: int) -> int:
+    """``describe`` of the samples of a layer, that also insists on float32, or on bytes where they are rounded."""
+    if load(node, abi.NODE_X_BYTES) == 0:
+        return describe_float(node, value, text("x"), tensor)
+    status = describe(node, value, text("x"), tensor)
+    if status == 0 and load(tensor, abi.TENSOR_TYPE) != abi.TYPE_UINT8:
+        status = refuse(node, text(_NO_SAMPLES), text("x"), load(tensor, abi.TENSOR_TYPE), 0)
     return status
 
 
@@ -279,4 +291,4 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
     return 0
 
 
-FUNCTIONS = (describe, describe_float, is_zero, check_indices, check_active, check_scales, check_weights)
+FUNCTIONS = (describe, describe_float, describe_x, is_zero, check_indices, check_active, check_scales, check_weights)

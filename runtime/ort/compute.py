@@ -1,6 +1,6 @@
 """One call of an operator: its inputs and output, and the kernel that computes it.
 
-Owns the two compute functions, as functions that Numba compiles ahead of time (words in, one word out). What may be
+Owns the three compute functions, as functions that Numba compiles ahead of time (words in, one word out). What may be
 refused is ``checks``'s, how a kernel's work is shared is ``runs``'s, arithmetic is the kernels'; it must not know how
 nodes are created or operators registered.
 """
@@ -8,9 +8,9 @@ nodes are created or operators registered.
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
 from srigl_fx.runtime.cpu.kernels.compiled import planned
 from srigl_fx.runtime.ort import abi
-from srigl_fx.runtime.ort.checks import check_weights, describe_float, tensor_data
+from srigl_fx.runtime.ort.checks import check_weights, describe_float, describe_x, tensor_data
 from srigl_fx.runtime.ort.panels import find_panel, free_panel, kernel, make_panel, store_weights
-from srigl_fx.runtime.ort.primitives import call, inlined, linked, load, stack, store, text
+from srigl_fx.runtime.ort.primitives import call, external, inlined, linked, load, stack, store, text
 from srigl_fx.runtime.ort.refusals import refuse
 from srigl_fx.runtime.ort.runs import (
     MAX_ELEMENTS,
@@ -18,6 +18,7 @@ from srigl_fx.runtime.ort.runs import (
     run_byte_rows,
     run_byte_tiles,
     run_positions,
+    run_rounding,
     run_rows,
     run_samples,
     run_tasks,
@@ -30,10 +31,12 @@ _TENSOR_WORDS, _WEIGHTS_WORDS, _JOB_WORDS = abi.TENSOR_WORDS, abi.WEIGHTS_WORDS,
 _GEOMETRY_WORDS = conv.GEOMETRY_SIZE
 _MAX_ELEMENTS = MAX_ELEMENTS
 _FLOAT_BYTES = 4
+_malloc, _free = external("malloc", 1), external("free", 1)
 _DOT, _TILE, _STRIDED = plan.DOT, plan.TILE, plan.STRIDED
 _INT8_DOT, _INT8_TILE = plan.INT8_DOT, plan.INT8_TILE
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _NO_PANEL = "not enough memory for its packed weight"
+_NO_OUTPUTS = "not enough memory for its outputs before they are rounded"
 _conv_kernel, _int8_conv_kernel = planned(plan.conv_kernel), planned(plan.int8_conv_kernel)
 
 _PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _CONV_PLAN = (
@@ -52,6 +55,9 @@ def _start_job(node: int, panel: int, weights: int, j: int) -> None:
     set_field(j, job.ACTIVATION, load(node, abi.NODE_ACTIVATION))
     set_field(j, job.X_SCALE, load(node, abi.NODE_X_SCALE))
     set_field(j, job.X_OFFSET, load(node, abi.NODE_X_OFFSET))
+    set_field(j, job.X_BYTES, load(node, abi.NODE_X_BYTES))
+    set_field(j, job.Y_SCALE, load(node, abi.NODE_Y_SCALE))
+    set_field(j, job.Y_OFFSET, load(node, abi.NODE_Y_OFFSET))
 
 
 @inlined
@@ -118,6 +124,12 @@ def _set_call(j: int, data: int, batch: int, x_columns: int, y_columns: int) -> 
     set_field(j, job.Y_FEATURE_MAJOR, y_columns)
 
 
+@inlined
+def _output_bytes(node: int) -> int:
+    """The bytes of an output."""
+    return 1 if load(node, abi.NODE_Y_BYTES) != 0 else _FLOAT_BYTES
+
+
 @linked
 def _run_linear(node: int, context: int, number: int, j: int, batch: int) -> int:
     work = batch * field(j, job.N_ACTIVE) * field(j, job.K)
@@ -127,11 +139,22 @@ def _run_linear(node: int, context: int, number: int, j: int, batch: int) -> int
         return run_byte_tiles(node, context, j, batch, work)
     if number == _INT8_DOT:
         return run_byte_rows(node, context, j, batch, work)
-    if number == _STRIDED:
-        return run_tasks(node, context, kernel(node, _STRIDED_TASK), 1, j)
     if number == _DOT:
         return run_rows(node, context, kernel(node, _DOT_TASK), field(j, job.PANEL_COUNT), j, work)
-    return run_rows(node, context, kernel(node, _ROWS_TASK), field(j, job.N_ACTIVE), j, work)
+    y, count, memory, status = field(j, job.Y), batch * load(node, abi.NODE_OUT_FEATURES), 0, 0
+    if load(node, abi.NODE_Y_BYTES) != 0:  # of a layer without weights: the kernels are those of floats
+        memory = _malloc(count * _FLOAT_BYTES)
+        if memory == 0:
+            return refuse(node, text(_NO_OUTPUTS), 0, 0, 0)
+        set_field(j, job.Y, memory)
+    if number == _STRIDED:
+        status = run_tasks(node, context, kernel(node, _STRIDED_TASK), 1, j)
+    else:
+        status = run_rows(node, context, kernel(node, _ROWS_TASK), field(j, job.N_ACTIVE), j, work)
+    if status == 0 and memory != 0:
+        status = run_rounding(node, context, j, memory, y, count)
+    _free(memory)
+    return status
 
 
 def compute_linear(node: int, context: int) -> int:
@@ -139,7 +162,7 @@ def compute_linear(node: int, context: int) -> int:
     x, weights, tensor, j, data = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS), stack(3)
     status = _inputs(node, context, x, weights)
     if status == 0:
-        status = describe_float(node, load(x, 0), text("x"), tensor)
+        status = describe_x(node, load(x, 0), tensor)
     if status != 0:
         return status
     in_features, n = load(node, abi.NODE_IN_FEATURES), load(node, abi.NODE_OUT_FEATURES)
@@ -203,8 +226,9 @@ def compute_linear(node: int, context: int) -> int:
         status = _run_linear(node, context, number, j, samples)
         free_panel(made)
         # Only rows are computed in several parts.
-        store(data, 0, load(data, 0) + samples * in_features * _FLOAT_BYTES)
-        store(data, abi.WORD, load(data, abi.WORD) + samples * n * _FLOAT_BYTES)
+        x_bytes = 1 if load(node, abi.NODE_X_BYTES) != 0 else _FLOAT_BYTES
+        store(data, 0, load(data, 0) + samples * in_features * x_bytes)
+        store(data, abi.WORD, load(data, abi.WORD) + samples * n * _output_bytes(node))
         if load(data, 2 * abi.WORD) != 0:
             store(data, 2 * abi.WORD, load(data, 2 * abi.WORD) + samples * n * _FLOAT_BYTES)
         first += samples
@@ -216,7 +240,7 @@ def compute_conv(node: int, context: int) -> int:
     x, weights, tensor, j, data = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS), stack(3)
     status = _inputs(node, context, x, weights)
     if status == 0:
-        status = describe_float(node, load(x, 0), text("x"), tensor)
+        status = describe_x(node, load(x, 0), tensor)
     if status != 0:
         return status
     spatial, n = load(node, abi.NODE_SPATIAL_RANK), load(node, abi.NODE_OUT_FEATURES)
@@ -293,11 +317,52 @@ def compute_conv(node: int, context: int) -> int:
     set_field(j, job.GEOMETRY, geometry)
     call(kernel(node, _CONV_PLAN), (j, 0))
     if panel == 0 or number == _INT8_TILE:
+        memory, y = 0, field(j, job.Y)
+        if panel == 0 and load(node, abi.NODE_Y_BYTES) != 0:  # of a layer without weights: the kernel is that of floats
+            memory = _malloc(elements * _FLOAT_BYTES)
+            if memory == 0:
+                return refuse(node, text(_NO_OUTPUTS), 0, 0, 0)
+            set_field(j, job.Y, memory)
         status = run_samples(node, context, weights, j, geometry, batch, panel)
+        if status == 0 and memory != 0:
+            status = run_rounding(node, context, j, memory, y, elements)
+        _free(memory)
         free_panel(made)
         return status
     positions = elements // n
     return run_positions(node, context, j, positions, positions * n_active * k)
 
 
-FUNCTIONS = (_run_linear, compute_linear, compute_conv)
+def compute_round(node: int, context: int) -> int:
+    """KernelComputeV2 of RoundSamples."""
+    api, x, y, tensor, j, data = (
+        load(node, abi.NODE_API),
+        stack(1),
+        stack(1),
+        stack(_TENSOR_WORDS),
+        stack(_JOB_WORDS),
+        stack(2),
+    )
+    status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, 0, x))
+    if status == 0:
+        status = describe_float(node, load(x, 0), text("x"), tensor)
+    if status != 0:
+        return status
+    rank, shape, count = load(tensor, abi.TENSOR_RANK), tensor + abi.TENSOR_SHAPE, 1
+    for i in range(rank):
+        count *= load(shape, abi.WORD * i)  # x has as many elements, which is no overflow
+    status = call(load(api, abi.KERNEL_CONTEXT_GET_OUTPUT), (context, 0, shape, rank, y))
+    if status == 0:
+        status = tensor_data(node, load(x, 0), data)
+    if status == 0:
+        status = tensor_data(node, load(y, 0), data + abi.WORD)
+    if status != 0 or count == 0:
+        return status
+    for i in range(_JOB_WORDS):
+        store(j, abi.WORD * i, 0)
+    set_field(j, job.Y_SCALE, load(node, abi.NODE_Y_SCALE))
+    set_field(j, job.Y_OFFSET, load(node, abi.NODE_Y_OFFSET))
+    return run_rounding(node, context, j, load(data, 0), load(data, abi.WORD), count)
+
+
+FUNCTIONS = (_run_linear, compute_linear, compute_conv, compute_round)

@@ -22,7 +22,13 @@ LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
 # Of operators with values of eight bits, with what nodes of older files have in their place: a scale of 0 is none.
-GIVEN_ATTRIBUTES = {"x_scale": "x_scale: float = 0.0", "x_offset": "x_offset: int = 0"}
+GIVEN_ATTRIBUTES = {
+    "x_scale": "x_scale: float = 0.0",
+    "x_offset": "x_offset: int = 0",
+    "x_bytes": "x_bytes: int = 0",
+}
+OUTPUT_ATTRIBUTES = ("y_scale", "y_offset")
+ROUND_ATTRIBUTES = ("x_scale", "x_offset")
 
 # Every constant is a tensor that states its type: graph tools take value_float, and a fill value left out, for double.
 # Flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
@@ -142,7 +148,49 @@ _GIVEN = """
     lowest = Neg (offset)
     highest = Add (lowest, unsigned_limit)
     high_samples = Max (all_samples, lowest)
-    whole_samples = Min (high_samples, highest)
+    {within} = Min (high_samples, highest)
+"""
+# Where x may be bytes, which are rounded already: they come as the floats of these numbers.
+_TAKEN_AS_BYTES = """
+    byte_flag = Constant <value_int: int = @x_bytes> ()
+    are_bytes = Cast <to: int = 9> (byte_flag)
+    steps_of_bytes = Sub (samples, wide_offset)
+    whole_samples = Where (are_bytes, steps_of_bytes, rounded_samples)
+"""
+_AS_FLOATS = """
+    {y} = Cast <to: int = 1> ({x})
+"""
+# The numbers that bytes stand for, where samples are not rounded.
+_AS_NUMBERS = """
+    floats_of_x = Cast <to: int = 1> ({x})
+    byte_flag = Constant <value_int: int = @x_bytes> ()
+    are_bytes = Cast <to: int = 9> (byte_flag)
+    byte_offset = Constant <value_int: int = @x_offset> ()
+    wide_byte_offset = Cast <to: int = 1> (byte_offset)
+    byte_scale = Constant <value_float: float = @x_scale> ()
+    steps_of_bytes = Sub (floats_of_x, wide_byte_offset)
+    numbers_of_bytes = Mul (steps_of_bytes, byte_scale)
+    {y} = Where (are_bytes, numbers_of_bytes, floats_of_x)
+"""
+# Floats as bytes, as runtime.quantisation.round_with has it.
+_BYTES = """
+    step_of_bytes = Constant <value_float: float = @{scale}> ()
+    zero_byte = Constant <value_int: int = @{offset}> ()
+    wide_zero_byte = Cast <to: int = 1> (zero_byte)
+    one_step = Constant <value: tensor = float {{1.0}}> ()
+    no_step = Constant <value: tensor = float {{0.0}}> ()
+    all_steps = Constant <value: tensor = float {{255.0}}> ()
+    steps_in_one = Div (one_step, step_of_bytes)
+    scaled_numbers = Mul ({x}, steps_in_one)
+    whole_numbers = Round (scaled_numbers)
+    are_nan = IsNaN (whole_numbers)
+    known_numbers = Where (are_nan, no_step, whole_numbers)
+    least_number = Neg (wide_zero_byte)
+    largest_number = Add (least_number, all_steps)
+    high_numbers = Max (known_numbers, least_number)
+    numbers_within = Min (high_numbers, largest_number)
+    shifted_numbers = Add (numbers_within, wide_zero_byte)
+    {y} = Cast <to: int = 2> (shifted_numbers)
 """
 _ROWS = """
     row_length = Reshape (row_size, one)
@@ -190,10 +238,15 @@ _PERMUTATION = """
 """
 
 
-def _contraction(base: str, exact: bool, given: bool) -> str:
+def _contraction(base: str, exact: bool, used: Collection[str]) -> str:
     """The steps of an operator from its data to the sum with its bias, as a template."""
-    rounded = _ROUNDED.replace("{given}", _GIVEN if given else _FOUND)
-    of_floats = base.removesuffix(abi.EIGHT_BITS)
+    given = _FOUND
+    if "x_bytes" in used:
+        given = _GIVEN.replace("{within}", "rounded_samples") + _TAKEN_AS_BYTES
+    elif "x_scale" in used:
+        given = _GIVEN.replace("{within}", "whole_samples")
+    rounded = _ROUNDED.replace("{given}", given)
+    of_floats = abi.float_base(base)
     if of_floats == base or not exact:
         return _CONTRACTIONS[of_floats]
     if of_floats == "CondensedLinear":
@@ -209,8 +262,11 @@ def attributes_of(base: str) -> tuple[str, ...]:
         >>> attributes_of("CondensedLinear")
         ('in_features', 'weight_shape', 'flat_size', 'x_perm', 'y_perm')
     """
-    given = tuple(GIVEN_ATTRIBUTES) if base.endswith(abi.EIGHT_BITS) else ()
-    base = base.removesuffix(abi.EIGHT_BITS)
+    if base == abi.ROUND:
+        return ROUND_ATTRIBUTES
+    given = tuple(GIVEN_ATTRIBUTES) if abi.has_scales(base) else ()
+    given += OUTPUT_ATTRIBUTES if base.endswith(abi.BYTES) else ()
+    base = abi.float_base(base)
     if base == "CondensedLinear":
         return WEIGHT_ATTRIBUTES + LINEAR_ATTRIBUTES + given
     transposed = TRANSPOSED_ATTRIBUTES if base == "CondensedConvTranspose" else ()
@@ -229,12 +285,12 @@ def fallback_functions(
     dense twin; where the operator library is registered, the operators are used instead.
 
     Args:
-        names: The operators that the model uses, as :func:`srigl_fx.runtime.ort.abi.operator_names` lists them.
+        names: The operators that the model uses, of :data:`srigl_fx.runtime.ort.abi.OPERATORS`.
         used: For each operator, which of ``x_perm`` and ``y_perm`` may be anything but the identity in some node, and
-            ``x_scale`` if that may be anything but 0. The other functions leave out what that would ask for: ONNX
-            Runtime would not remove a transposition that changes nothing.
+            ``x_scale`` and ``x_bytes`` if they may be anything but 0. The other functions leave out what that would
+            ask for: ONNX Runtime would not remove a transposition that changes nothing.
         exact: Whether samples are rounded to eight bits where an operator's values are; else those operators become
-            plain layers of the weights that the values stand for.
+            plain layers of the weights that the values stand for. Outputs that are bytes stay so.
 
     Example:
         >>> [(function.domain, function.name) for function in fallback_functions(["CondensedConvAddRelu"])]
@@ -244,7 +300,10 @@ def fallback_functions(
 
     known = abi.operator_names()
     functions = [
-        onnx.parser.parse_function(_function(name, *known[name], (used or {}).get(name, ()), exact)) for name in names
+        onnx.parser.parse_function(
+            _rounding() if name == abi.ROUND else _function(name, *known[name], (used or {}).get(name, ()), exact)
+        )
+        for name in names
     ]
     for function in functions:
         for node in function.node:  # messages and profiles of tools name nodes by these
@@ -252,15 +311,33 @@ def fallback_functions(
     return functions
 
 
+def _header(name: str, attributes: Iterable[str], inputs: Iterable[str]) -> str:
+    opset = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
+    return f"{opset} {name} <{', '.join(attributes)}> ({', '.join(inputs)}) => (y)"
+
+
+def _bytes_by(scale: str, offset: str) -> str:
+    """The steps from floats to bytes by the attributes of these names, as a template."""
+    return _BYTES.replace("{scale}", scale).replace("{offset}", offset)
+
+
+def _rounding() -> str:
+    steps = _bytes_by(*ROUND_ATTRIBUTES).format(x="x", y="y")
+    return f"{_header(abi.ROUND, ROUND_ATTRIBUTES, ['x'])} {{ {steps} }}"
+
+
 def _function(name: str, base: str, residual: bool, activation: str, used: Collection[str], exact: bool) -> str:
     before, after = (_PERMUTATION.format(name=perm) if perm in used else "" for perm in LINEAR_ATTRIBUTES)
     # The residual lies as y does.
+    as_floats = (_AS_FLOATS if exact else _AS_NUMBERS) if "x_bytes" in used else ""
     steps = [
+        as_floats,
         before,
-        _contraction(base, exact, "x_scale" in used),
+        _contraction(base, exact, used),
         after,
         _ADDITION if residual else "",
         _ACTIVATIONS[activation],
+        _bytes_by(*OUTPUT_ATTRIBUTES) if base.endswith(abi.BYTES) else "",
     ]
     steps = [step for step in steps if step]
     results = ["x", *(f"step{i}" for i in range(1, len(steps))), "y"]
@@ -268,10 +345,7 @@ def _function(name: str, base: str, residual: bool, activation: str, used: Colle
     # rows and columns, even where a node's permutation changes nothing. It leaves a Sum as it is.
     total = "Sum" if "x_perm" in used else "Add"
     body = "".join(step.format(x=results[i], y=results[i + 1], sum=total) for i, step in enumerate(steps))
-    inputs = abi.inputs_of(base, residual)
-    header = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
-    attributes = ", ".join(GIVEN_ATTRIBUTES.get(item, item) for item in attributes_of(base))
-    signature = f"{name} <{attributes}> ({', '.join(inputs)}) => (y)"
-    plain = exact or not base.endswith(abi.EIGHT_BITS)
+    attributes = [GIVEN_ATTRIBUTES.get(item, item) for item in attributes_of(base)]
+    plain = exact or not abi.has_scales(base)
     weight = _DENSE_WEIGHT.replace("{values}", _VALUES if plain else _SCALED_VALUES)
-    return f"{header} {signature} {{ {weight} {body} }}"
+    return f"{_header(name, attributes, abi.inputs_of(base, residual))} {{ {weight} {body} }}"

@@ -9,7 +9,19 @@ from srigl_fx.runtime.cpu.kernels import conv, job, plan
 from srigl_fx.runtime.cpu.kernels.compiled import planned
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.panels import kernel
-from srigl_fx.runtime.ort.primitives import call, external, inlined, linked, load, load32, store, store32, text
+from srigl_fx.runtime.ort.primitives import (
+    call,
+    external,
+    inlined,
+    linked,
+    load,
+    load8,
+    load32,
+    store,
+    store8,
+    store32,
+    text,
+)
 from srigl_fx.runtime.ort.refusals import refuse
 from srigl_fx.runtime.value_types import NUMBERS
 
@@ -30,8 +42,8 @@ _KNOWN_BYTES, _MOST_INLINE = plan.KNOWN_BYTES, plan.MOST_INLINE
 _TILE_TASK, _INT8_DOT_TASK, _INT8_TILE_TASK, _INT8_CONV = (
     abi.TABLE[task] for task in ("tile_task", "int8_dot_task", "int8_tile_task", "int8_conv_task")
 )
-_INT8_SCALES, _INT8_PACK, _INT8_FILL = (
-    abi.TABLE[task] for task in ("int8_scales_task", "int8_pack_task", "int8_fill_task")
+_INT8_SCALES, _INT8_PACK, _INT8_FILL, _INT8_ROUND = (
+    abi.TABLE[task] for task in ("int8_scales_task", "int8_pack_task", "int8_fill_task", "int8_round_task")
 )
 _CONV_OFFSETS, _CONV_PACK, _CONV_TILE, _CONV_ROWS, _WIDEN_VALUES = (
     abi.TABLE[task] for task in ("conv_offsets", "conv_pack_task", "conv_tile_task", "conv_rows_task", "widen_values")
@@ -72,12 +84,27 @@ def run_rows(node: int, context: int, task: int, rows: int, j: int, work: int) -
 
 
 @linked
-def transpose_floats(source: int, target: int, rows: int, columns: int) -> int:
-    """Store the float32 matrix (rows, columns) at ``source`` as (columns, rows) at ``target``."""
+def transpose_matrix(source: int, target: int, rows: int, columns: int, size: int) -> int:
+    """Store the matrix (rows, columns) at ``source``, of elements of four bytes or one, transposed at ``target``."""
     for row in range(rows):
         for column in range(columns):
-            store32(target, 4 * (column * rows + row), load32(source, 4 * (row * columns + column)))
+            to, found = column * rows + row, row * columns + column
+            if size == 4:
+                store32(target, 4 * to, load32(source, 4 * found))
+            else:
+                store8(target, to, load8(source, found))
     return 0
+
+
+@linked
+def run_rounding(node: int, context: int, j: int, source: int, target: int, count: int) -> int:
+    """Round ``count`` floats with the scale of the job's outputs."""
+    set_field(j, job.X, source)
+    set_field(j, job.Y, target)
+    set_field(j, job.BATCH, count)
+    set_field(j, job.X_SCALE, field(j, job.Y_SCALE))
+    set_field(j, job.X_OFFSET, field(j, job.Y_OFFSET))
+    return run_rows(node, context, kernel(node, _INT8_ROUND), count // _CACHE_LINE + 1, j, count)
 
 
 @linked
@@ -132,24 +159,26 @@ def run_byte_rows(node: int, context: int, j: int, batch: int, work: int) -> int
     """The dot panel of eight bits, which reads and writes rows: tensors that lie by columns are copied."""
     in_features, n = load(node, abi.NODE_IN_FEATURES), load(node, abi.NODE_OUT_FEATURES)
     y, memory, rows = field(j, job.Y), 0, 0
+    x_size = 1 if load(node, abi.NODE_X_BYTES) != 0 else 4
+    y_size = 1 if load(node, abi.NODE_Y_BYTES) != 0 else 4
     if field(j, job.X_FEATURE_MAJOR) != 0 or field(j, job.Y_FEATURE_MAJOR) != 0:
         memory = _malloc(4 * batch * (in_features + 2 * n))
         if memory == 0:
             return refuse(node, text("not enough memory for copies of its tensors"), 0, 0, 0)
     if field(j, job.X_FEATURE_MAJOR) != 0:
-        transpose_floats(field(j, job.X), memory, in_features, batch)
+        transpose_matrix(field(j, job.X), memory, in_features, batch, x_size)
         set_field(j, job.X, memory)
         set_field(j, job.X_FEATURE_MAJOR, 0)
     if field(j, job.Y_FEATURE_MAJOR) != 0:
         rows = memory + 4 * batch * in_features
         set_field(j, job.Y, rows)
         if field(j, job.RESIDUAL) != 0:
-            transpose_floats(field(j, job.RESIDUAL), rows + 4 * batch * n, n, batch)
+            transpose_matrix(field(j, job.RESIDUAL), rows + 4 * batch * n, n, batch, 4)
             set_field(j, job.RESIDUAL, rows + 4 * batch * n)
     splits = _shares(field(j, job.PANEL_COUNT), work)
     status = _run_rounded(node, context, kernel(node, _INT8_DOT_TASK), 1, splits, j, batch)
     if status == 0 and rows != 0:
-        transpose_floats(rows, y, batch, n)
+        transpose_matrix(rows, y, batch, n, y_size)
     _free(memory)
     return status
 
@@ -207,7 +236,8 @@ def run_samples(node: int, context: int, weights: int, j: int, geometry: int, ba
     """
     n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
     channels = load(geometry, abi.WORD * conv.CHANNELS)
-    direct = load(geometry, abi.WORD * conv.DIRECT) != 0 and bytes_panel == 0
+    # Where there is no weight, nothing reads what is packed, and x may be bytes.
+    direct = (load(geometry, abi.WORD * conv.DIRECT) != 0 and bytes_panel == 0) or n_active * k == 0
     size, chunk = channels, batch
     for i in range(conv.PLANES_D, conv.PACKED_W + 1):
         if size > MAX_ELEMENTS // load(geometry, abi.WORD * i):
@@ -263,4 +293,4 @@ def run_samples(node: int, context: int, weights: int, j: int, geometry: int, ba
     return status
 
 
-FUNCTIONS = (transpose_floats, _round_samples)
+FUNCTIONS = (transpose_matrix, run_rounding, _round_samples)

@@ -7,7 +7,7 @@ that any number of runs may share it. What may be refused is for ``attributes`` 
 
 from srigl_fx.runtime.cpu.kernels import isa
 from srigl_fx.runtime.ort import abi, attributes, checks, compute, panels, refusals, runs
-from srigl_fx.runtime.ort.attributes import read_attributes
+from srigl_fx.runtime.ort.attributes import read_attributes, read_rounding
 from srigl_fx.runtime.ort.checks import check_weights
 from srigl_fx.runtime.ort.primitives import (
     call,
@@ -38,6 +38,7 @@ _calloc, _free, _getenv = external("calloc", 2), external("free", 1), external("
 
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _FLOAT_BASES = len(abi.FLOAT_BASES)
+_ROUND_KIND = abi.OPERATORS.index(abi.ROUND)
 _ACTIVATIONS = len(abi.SUFFIXES)
 _DIGITS = (ord("0"), ord("9"))
 _DOT = ord(".")
@@ -88,8 +89,10 @@ def create(op: int, api: int, info: int, out: int) -> int:
         return call(load(api, abi.CREATE_STATUS), (abi.ERROR_FAIL, text("srigl_fx: not enough memory for a node")))
     store(node, abi.NODE_API, api)
     kind = load(op, abi.OP_KIND)
+    level = kind // (2 * _ACTIVATIONS * _FLOAT_BASES)
     store(node, abi.NODE_BASE, kind // (2 * _ACTIVATIONS) % _FLOAT_BASES)
-    store(node, abi.NODE_EIGHT_BITS, kind // (2 * _ACTIVATIONS * _FLOAT_BASES))
+    store(node, abi.NODE_EIGHT_BITS, min(1, level))
+    store(node, abi.NODE_Y_BYTES, level // 2)
     store(node, abi.NODE_RESIDUAL, kind // _ACTIVATIONS % 2)
     store(node, abi.NODE_ACTIVATION, kind % _ACTIVATIONS)
     store(node, abi.NODE_OPERATOR, load(op, abi.OP_NAME))
@@ -100,7 +103,7 @@ def create(op: int, api: int, info: int, out: int) -> int:
     if status != 0:  # a name too long for a message
         call(load(api, abi.RELEASE_STATUS), (status,))
         store8(node, abi.NODE_NAME, 0)
-    status = _prepare(node, info)
+    status = read_rounding(node, info) if kind == _ROUND_KIND else _prepare(node, info)
     if status != 0:
         _free(node)
         node = 0
@@ -121,8 +124,12 @@ def get_name(op: int) -> int:
 
 
 def get_input_type(op: int, index: int) -> int:
-    """GetInputType: float32, but int32 active; the types of values and indices are checked by ``checks``."""
-    if index == 1 or index == 2:
+    """GetInputType: float32, but int32 active; the types of values and indices are checked by ``checks``, and that of
+    samples which may be bytes.
+    """
+    kind = load(op, abi.OP_KIND)
+    may_be_bytes = kind != _ROUND_KIND and kind // (2 * _ACTIVATIONS * _FLOAT_BASES) > 0
+    if index == 1 or index == 2 or (index == 0 and may_be_bytes):
         return abi.TYPE_UNDEFINED
     return abi.TYPE_INT32 if index == 3 else abi.TYPE_FLOAT
 
@@ -130,7 +137,15 @@ def get_input_type(op: int, index: int) -> int:
 def get_input_count(op: int) -> int:
     """GetInputTypeCount."""
     kind = load(op, abi.OP_KIND)
-    return _WEIGHT_INPUTS + 1 + kind // _ACTIVATIONS % 2 + kind // (2 * _ACTIVATIONS * _FLOAT_BASES)
+    if kind == _ROUND_KIND:
+        return 1
+    return _WEIGHT_INPUTS + 1 + kind // _ACTIVATIONS % 2 + min(1, kind // (2 * _ACTIVATIONS * _FLOAT_BASES))
+
+
+def get_output_type(op: int, index: int) -> int:
+    """GetOutputType: float32, or bytes."""
+    kind = load(op, abi.OP_KIND)
+    return abi.TYPE_UINT8 if kind // (2 * _ACTIVATIONS * _FLOAT_BASES) > 1 else abi.TYPE_FLOAT
 
 
 def zero(op: int, index: int) -> int:
@@ -139,7 +154,7 @@ def zero(op: int, index: int) -> int:
 
 
 def one(op: int, index: int) -> int:
-    """One output, float32, since version 1: ONNX Runtime's meaning of 1."""
+    """One output, since version 1: ONNX Runtime's meaning of 1."""
     return 1
 
 
@@ -272,6 +287,7 @@ FUNCTIONS = (
     get_name,
     get_input_type,
     get_input_count,
+    get_output_type,
     zero,
     one,
     any_version,
@@ -285,7 +301,7 @@ _COMMON_FIELDS = {
     abi.OP_GET_EXECUTION_PROVIDER_TYPE: zero,
     abi.OP_GET_INPUT_TYPE: get_input_type,
     abi.OP_GET_INPUT_TYPE_COUNT: get_input_count,
-    abi.OP_GET_OUTPUT_TYPE: one,
+    abi.OP_GET_OUTPUT_TYPE: get_output_type,
     abi.OP_GET_OUTPUT_TYPE_COUNT: one,
     abi.OP_KERNEL_DESTROY: destroy,
     abi.OP_GET_INPUT_CHARACTERISTIC: zero,
@@ -299,13 +315,15 @@ _COMMON_FIELDS = {
     abi.OP_GET_START_VERSION: one,
     abi.OP_GET_END_VERSION: any_version,
 }
-_COMPUTE = (compute.compute_linear, compute.compute_conv, compute.compute_conv) * 2  # by base
+_LAYERS = (compute.compute_linear, compute.compute_conv, compute.compute_conv)
+_COMPUTE = {name: _LAYERS[abi.BASES.index(base) % 3] for name, (base, _, _) in abi.operator_names().items()}
+_COMPUTE[abi.ROUND] = compute.compute_round
 OPERATOR_FIELDS = tuple(
     {
         **_COMMON_FIELDS,
-        abi.OP_KERNEL_COMPUTE_V2: _COMPUTE[abi.BASES.index(base)],
+        abi.OP_KERNEL_COMPUTE_V2: _COMPUTE[name],
         abi.OP_KIND: kind,
         abi.OP_NAME: name,
     }
-    for kind, (name, (base, _, _)) in enumerate(abi.operator_names().items())
+    for kind, name in enumerate(abi.OPERATORS)
 )

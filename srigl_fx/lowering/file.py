@@ -358,8 +358,10 @@ def _check_condensed(module: fx.GraphModule) -> None:
             given = arguments(node)
             if (activation := given["activation"]) not in NAMES:
                 raise ValueError(f"a condensed operator with the activation {activation!r}")
-            if given["x_scale"] is not None and (problem := given_problem(given["x_scale"], given["x_offset"])):
-                raise ValueError(f"its {problem}")
+            for side in ("x", "y"):
+                scale, offset = given[f"{side}_scale"], given[f"{side}_offset"]
+                if scale is not None and (problem := given_problem(scale, offset)):
+                    raise ValueError(f"its {side}_{problem}")
             weight = next(iter(condensed_weights(module, [node])), None)
             problem = "" if weight is None else weight[1].problem()
         except Exception as error:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.recipes import KEY as RECIPE
 from srigl_fx.reports.text_tables import format_bytes, format_table
-from srigl_fx.runtime.ort.abi import DOMAIN, SCALES, inputs_of, operator_names
+from srigl_fx.runtime.ort.abi import DOMAIN, ROUND, SCALES, inputs_of, operator_names
 from srigl_fx.runtime.ort.contents import MARK
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class CondensedNode:
     Attributes:
         name: The weight it comes from.
         operator: ``CondensedLinear``, ``CondensedConv`` or ``CondensedConvTranspose``, with ``Int8`` where values have
-            eight bits, and the epilogue it computes.
+            eight bits and ``Bytes`` where outputs have, and the epilogue it computes.
         weight_shape: The dense weight's shape, output channels first.
         fan_in: Weights kept by each active neuron.
         active_neurons: Neurons that keep weights.
@@ -177,7 +177,7 @@ def inspect_file(path: Path) -> FileReport:
     nodes = tuple(
         _read_node(node, constants, path, inputs_of(*known[node.op_type][:2])) for node in ours if node.op_type in known
     )
-    renamed = tuple(dict.fromkeys(node.op_type for node in ours if node.op_type not in known))
+    renamed = tuple(dict.fromkeys(node.op_type for node in ours if node.op_type not in (*known, ROUND)))
     read = {name for node in ours for name in node.input}
     fallback = {function.name for function in model.functions if function.domain == DOMAIN}
     external = sum(

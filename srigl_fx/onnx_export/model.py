@@ -26,7 +26,7 @@ from srigl_fx.onnx_export.places import place_in, places
 from srigl_fx.onnx_export.rewrites import rewrite
 from srigl_fx.onnx_export.state import explicit, of_leaves
 from srigl_fx.passes.capture import EXPORT_LOCK
-from srigl_fx.passes.condensed_nodes import CONV, LINEAR
+from srigl_fx.passes.condensed_nodes import CONV, LINEAR, ROUND
 from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments, resize
 from srigl_fx.runtime.ort import abi, stream
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import onnx
 
 _LINEAR, _CONV, _TRANSPOSED = abi.FLOAT_BASES
-_SINGLE_NUMBERS = ("in_features", "flat_size", "group", "x_offset")
+_SINGLE_NUMBERS = ("in_features", "flat_size", "group", "x_offset", "x_bytes", "y_offset")
 
 
 def build_model(
@@ -158,12 +158,12 @@ def functions_for(model: "onnx.ModelProto", *, exact: bool = True) -> "list[onnx
         >>> [function.name for function in functions_for(onnx.parser.parse_model(text))]
         ['CondensedLinearRelu']
     """
-    known = abi.operator_names()
     used: dict[str, set[str]] = {}
     for node in all_nodes(model.graph):
-        if node.domain == abi.DOMAIN and node.op_type in known:
+        if node.domain == abi.DOMAIN and node.op_type in abi.OPERATORS:
             asked = {item.name for item in node.attribute if item.name.endswith("_perm") and _moves(item.ints)}
             asked |= {item.name for item in node.attribute if item.name == "x_scale" and item.f}
+            asked |= {item.name for item in node.attribute if item.name == "x_bytes" and item.i}
             used.setdefault(node.op_type, set()).update(asked)
     return fallback_functions(sorted(used), used, exact=exact)
 
@@ -245,9 +245,18 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
     from onnxscript.values import Op, Opset
 
     schema = onnx.defs.OpSchema
-    name = abi.operator_name(base, residual, activation)
+    is_layer = base != abi.ROUND
+    name = abi.operator_name(base, residual, activation) if is_layer else base
     types = {"values": "V", "indices": "I", "active": "tensor(int32)"}
-    inputs = abi.inputs_of(base, residual)
+    constraints = [
+        ("V", [row.onnx_type for row in VALUE_TYPES if row.scaled == abi.has_scales(base)], ""),
+        ("I", ["tensor(uint16)", "tensor(int32)"], ""),
+    ]
+    if abi.has_scales(base):
+        types["x"] = "X"
+        constraints.append(("X", ["tensor(float)", "tensor(uint8)"], ""))
+    inputs = abi.inputs_of(base, residual) if is_layer else ("x",)
+    stored = "tensor(uint8)" if base.endswith(abi.BYTES) or not is_layer else "tensor(float)"
     return Op(
         Opset(abi.DOMAIN, abi.DOMAIN_VERSION),
         name,
@@ -256,29 +265,40 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
             abi.DOMAIN,
             abi.DOMAIN_VERSION,
             inputs=[schema.FormalParameter(item, types.get(item, "tensor(float)")) for item in inputs],
-            outputs=[schema.FormalParameter("y", "tensor(float)")],
-            type_constraints=[
-                ("V", [row.onnx_type for row in VALUE_TYPES if row.scaled == base.endswith(abi.EIGHT_BITS)], ""),
-                ("I", ["tensor(uint16)", "tensor(int32)"], ""),
-            ],
+            outputs=[schema.FormalParameter("y", stored)],
+            type_constraints=constraints if is_layer else [],
             attributes=[schema.Attribute(item, _attribute_type(item, schema), "") for item in attributes_of(base)],
         ),
     )
 
 
 def _attribute_type(name: str, schema: Any) -> Any:
-    if name == "x_scale":
+    if name in ("x_scale", "y_scale"):
         return schema.AttrType.FLOAT
     return schema.AttrType.INT if name in _SINGLE_NUMBERS else schema.AttrType.INTS
 
 
-def _given(scales: Any, scale: float | None, offset: int) -> dict[str, Any]:
-    """The attributes that say how samples are rounded, of operators with values of eight bits."""
-    return {} if scales is None else {"x_scale": float(scale or 0), "x_offset": int(offset)}
+def _given(
+    x: Any, scales: Any, x_scale: float | None, x_offset: int, y_scale: float | None, y_offset: int
+) -> dict[str, Any]:
+    """The attributes that say how samples and outputs are rounded, of operators with values of eight bits."""
+    if scales is None:
+        return {}
+    import onnx
+
+    is_bytes = x.dtype == onnx.TensorProto.UINT8
+    given = {"x_scale": float(x_scale or 0), "x_offset": int(x_offset), "x_bytes": int(is_bytes)}
+    return given if y_scale is None else given | {"y_scale": float(y_scale), "y_offset": int(y_offset)}
 
 
-def _of(base: str, scales: Any) -> str:
-    return base if scales is None else base + abi.EIGHT_BITS
+def _of(base: str, scales: Any, y_scale: float | None) -> str:
+    if scales is None:
+        return base
+    return base + abi.EIGHT_BITS + ("" if y_scale is None else abi.BYTES)
+
+
+def _translate_round(x: Any, scale: float, offset: int) -> Any:
+    return _operator(abi.ROUND, False, "none")(x, x_scale=float(scale), x_offset=int(offset))
 
 
 def _translate_linear(
@@ -295,10 +315,12 @@ def _translate_linear(
     scales: Any = None,
     x_scale: float | None = None,
     x_offset: int = 0,
+    y_scale: float | None = None,
+    y_offset: int = 0,
 ) -> Any:
     n, rank = int(bias.shape[0]), len(x.shape)
     rows = list(range(rank))
-    operator = _operator(_of(_LINEAR, scales), residual is not None, activation)
+    operator = _operator(_of(_LINEAR, scales, y_scale), residual is not None, activation)
     return operator(
         *(x, values, indices, active, bias, *(given for given in (scales, residual) if given is not None)),
         in_features=in_features,
@@ -306,7 +328,7 @@ def _translate_linear(
         flat_size=n * in_features,
         x_perm=[*rows[1:], 0] if x_feature_major else rows,
         y_perm=[rank - 1, *rows[:-1]] if y_feature_major else rows,
-        **_given(scales, x_scale, x_offset),
+        **_given(x, scales, x_scale, x_offset, y_scale, y_offset),
     )
 
 
@@ -328,8 +350,11 @@ def _translate_conv(
     scales: Any = None,
     x_scale: float | None = None,
     x_offset: int = 0,
+    y_scale: float | None = None,
+    y_offset: int = 0,
 ) -> Any:
-    operator = _operator(_of(_TRANSPOSED if transposed else _CONV, scales), residual is not None, activation)
+    base = _of(_TRANSPOSED if transposed else _CONV, scales, y_scale)
+    operator = _operator(base, residual is not None, activation)
     extra = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
     return operator(
         *(x, values, indices, active, bias, *(given for given in (scales, residual) if given is not None)),
@@ -341,12 +366,16 @@ def _translate_conv(
         dilations=list(dilation),
         group=groups,
         **extra,
-        **_given(scales, x_scale, x_offset),
+        **_given(x, scales, x_scale, x_offset, y_scale, y_offset),
     )
 
 
-# How torch.onnx writes the two operators of torch.
-_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {LINEAR: _translate_linear, CONV: _translate_conv}
+# How torch.onnx writes the operators of torch.
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    LINEAR: _translate_linear,
+    CONV: _translate_conv,
+    ROUND: _translate_round,
+}
 
 
 def _where(module: fx.GraphModule, error: BaseException) -> str:

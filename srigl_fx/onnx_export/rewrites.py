@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
-from srigl_fx.passes.condensed_nodes import ROUND, set_arguments, settled_padding
+from srigl_fx.passes.condensed_nodes import ROUND, is_condensed, set_arguments, settled_padding
 from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import arguments, new_buffer, tensor_at
 
@@ -41,7 +41,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     7. Output padding of a transposed convolution that is its stride or more, which ONNX Runtime does not take, becomes
        zeros after its data: each of them makes the output longer by a stride.
     8. Batch normalisation that is training becomes sums and products: ``torch.onnx`` takes it for one that is not.
-    9. Samples that are rounded once for several condensed operators are rounded by each of them.
+    9. Samples that are rounded once for several condensed operators, and are stored feature-major, are rounded by each
+       of them: what is stored so is known to be read by condensed operators alone.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -73,7 +74,7 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
                 node.replace_input_with(
                     given, graph.call_function(aten._to_copy.default, (given,), {"dtype": _dtype(node)})
                 )
-        elif node.target is ROUND:
+        elif node.target is ROUND and any(_is_feature_major(user) for user in node.users):
             node.replace_all_uses_with(arguments(node)["x"])
             graph.erase_node(node)
         elif _may_extend(node) and arguments(node).get("transposed", True):
@@ -91,6 +92,10 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     rewritten.recompile()
     return rewritten
+
+
+def _is_feature_major(node: fx.Node) -> bool:
+    return is_condensed(node) and bool(arguments(node).get("x_feature_major"))
 
 
 def _may_extend(node: fx.Node) -> bool:
@@ -144,6 +149,7 @@ def _extend(graph: fx.Graph, node: fx.Node) -> None:
     given = arguments(node)
     data = node.args[0]
     assert isinstance(data, fx.Node)
+    nothing = given["x_offset"] if data.meta["val"].dtype is torch.uint8 else 0  # what bytes have for zero
     rank = len(given["weight_shape"] if "weight_shape" in given else given["weight"].meta["val"].shape) - 2
     strides, extra = (list(given[name]) or [0] for name in ("stride", "output_padding"))
     strides, extra = (numbers * rank if len(numbers) == 1 else numbers for numbers in (strides, extra))
@@ -151,8 +157,8 @@ def _extend(graph: fx.Graph, node: fx.Node) -> None:
     if any(more):
         zeros = [number for count in reversed(more) for number in (0, count)]
         with graph.inserting_before(node):
-            longer = graph.call_function(aten.constant_pad_nd.default, (data, zeros))
-        longer.meta["val"] = aten.constant_pad_nd.default(data.meta["val"], zeros)
+            longer = graph.call_function(aten.constant_pad_nd.default, (data, zeros, nothing))
+        longer.meta["val"] = aten.constant_pad_nd.default(data.meta["val"], zeros, nothing)
         node.update_arg(0, longer)
         set_arguments(node, output_padding=[added % stride for added, stride in zip(extra, strides, strict=True)])
 

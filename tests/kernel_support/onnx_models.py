@@ -1,6 +1,7 @@
 """The condensed operators in ONNX Runtime, as one-node models, compared with the NumPy oracle."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,14 +35,25 @@ def _arrays(weight: CondensedWeight) -> dict[str, NDArray[Any]]:
     return parts if weight.scales is None else parts | {abi.SCALES: weight.scales}
 
 
-def _base(base: str, weight: CondensedWeight) -> str:
-    return base if weight.scales is None else base + abi.EIGHT_BITS
+def _base(base: str, weight: CondensedWeight, rounding: Mapping[str, Any]) -> str:
+    if weight.scales is None:
+        return base
+    return base + abi.EIGHT_BITS + (abi.BYTES if "y_scale" in rounding else "")
 
 
 def _model(
-    name: str, weight: CondensedWeight, attributes: dict[str, Any], ranks: tuple[int, int], *, constant: bool
+    name: str,
+    weight: CondensedWeight,
+    attributes: dict[str, Any],
+    ranks: tuple[int, int],
+    *,
+    constant: bool,
+    x_type: int | None = None,
 ) -> onnx.ModelProto:
-    """One operator; its ``ranks`` are those of x and y. The weight is a set of initializers, or of inputs."""
+    """One operator; its ``ranks`` are those of x and y. The weight is a set of initializers, or of inputs.
+
+    ``x`` is declared as what the attributes say, or of another type.
+    """
     arrays = _arrays(weight)
     tensors = [
         helper.make_tensor(part, _ELEMENT_TYPES[array.dtype.name], array.shape, array.tobytes(), raw=True)
@@ -58,17 +70,21 @@ def _model(
     node = helper.make_node(
         name, ["x", *arrays, *list(inputs)[1:]], ["y"], name="layer", domain=abi.DOMAIN, **(shared | attributes)
     )
+    x_type = x_type or (TensorProto.UINT8 if attributes.get("x_bytes") == 1 else TensorProto.FLOAT)
     graph_inputs = [
-        helper.make_tensor_value_info(item, TensorProto.FLOAT, [None] * rank) for item, rank in inputs.items()
+        helper.make_tensor_value_info(item, x_type if item == "x" else TensorProto.FLOAT, [None] * rank)
+        for item, rank in inputs.items()
     ]
     if not constant:
         graph_inputs += [helper.make_tensor_value_info(part.name, part.data_type, part.dims) for part in tensors]
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * ranks[1])
+    stored = TensorProto.UINT8 if "y_scale" in attributes else TensorProto.FLOAT
+    y = helper.make_tensor_value_info("y", stored, [None] * ranks[1])
+    used = [part for part in ("x_perm", "y_perm", "x_scale", "x_bytes") if part in attributes]
     return helper.make_model(
         helper.make_graph([node], "graph", graph_inputs, [y], tensors if constant else []),
         opset_imports=[helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(abi.DOMAIN, abi.DOMAIN_VERSION)],
         ir_version=IR_VERSION,
-        functions=fallback_functions([name], {name: ("x_perm", "y_perm")} if "x_perm" in attributes else None),
+        functions=fallback_functions([name], {name: used}),
     )
 
 
@@ -113,6 +129,8 @@ class LinearOperator:
         threads: int = 1,
         constant: bool = True,
         reference: bool = False,
+        rounding: Mapping[str, Any] = MappingProxyType({}),
+        x_type: int | None = None,
     ) -> None:
         usual = list(range(rank))
         self.weight, self.residual, self.activation, self.constant = weight, residual, activation, constant
@@ -120,9 +138,10 @@ class LinearOperator:
         attributes = {
             "x_perm": [*usual[1:], 0] if x_feature_major else usual,
             "y_perm": [rank - 1, *usual[:-1]] if y_feature_major else usual,
+            **rounding,
         }
-        name = abi.operator_name(_base("CondensedLinear", weight), residual, activation)
-        model = _model(name, weight, attributes, (rank, rank), constant=constant)
+        name = abi.operator_name(_base("CondensedLinear", weight, rounding), residual, activation)
+        model = _model(name, weight, attributes, (rank, rank), constant=constant, x_type=x_type)
         self.run = Operator(model, library=library, threads=threads, reference=reference)
 
     def check(self, x: Tensor) -> Tensor:
@@ -150,20 +169,22 @@ class ConvOperator:
         threads: int = 1,
         constant: bool = True,
         reference: bool = False,
+        rounding: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         stride, padding, dilation = shape.steps
         self.shape, self.weight, self.constant = shape, weight, constant
         self.residual, self.activation = residual, activation
-        attributes: dict[str, Sequence[int] | int] = {
+        attributes: dict[str, Any] = {
             "weight_shape": shape.weight_shape,
             "strides": stride,
             "pads": padding * 2,
             "dilations": dilation,
             "group": shape.groups,
+            **rounding,
         }
         if shape.transposed:
             attributes["output_padding"] = shape.output_padding or (0,) * shape.rank
-        base = _base("CondensedConvTranspose" if shape.transposed else "CondensedConv", weight)
+        base = _base("CondensedConvTranspose" if shape.transposed else "CondensedConv", weight, rounding)
         name = abi.operator_name(base, residual, activation)
         ranks = shape.rank + 2, shape.rank + 2
         model = _model(name, weight, attributes, ranks, constant=constant)

@@ -77,6 +77,10 @@ def test_dtypes_that_are_refused() -> None:
         ({"x_scale": 1e-31}, "not 1e-31"),
         ({"x_scale": 1e39}, r"not 1e\+39"),
         ({"x_scale": 1.0, "x_offset": 1}, "x_offset must be 0 or 128, not 1"),
+        ({"y_scale": 0.0}, r"y_scale must be a finite number of at least 2\*\*-100, not 0\.0"),
+        ({"y_scale": float("nan")}, "y_scale .* not nan"),
+        ({"y_scale": 1e39}, r"y_scale .* not 1e\+39"),
+        ({"y_scale": 1.0, "y_offset": 127}, "y_offset must be 0 or 128, not 127"),
     ],
 )
 def test_given_scales_that_are_refused(given: dict[str, Any], message: str) -> None:
@@ -92,6 +96,8 @@ def test_a_given_scale_is_for_values_of_eight_bits() -> None:
         FormatError, match="only samples of a weight of int8 are rounded; got an x_scale without scales"
     ):
         linear(torch.randn(2, 9), *operands(weight), 9, x_scale=0.5)
+    with pytest.raises(FormatError, match="only outputs of a weight of int8 are rounded; got a y_scale without scales"):
+        linear(torch.randn(2, 9), *operands(weight), 9, y_scale=0.5)
 
 
 def test_bytes_that_are_refused() -> None:
@@ -142,7 +148,7 @@ def test_opcheck() -> None:
         (linear.default, (torch.randn(3, 18), *operands(weight), 18), weight),
         (conv.default, (torch.randn(2, 4, 9, 8), *operands(filters), *GEOMETRY), filters),
     ):
-        for more in ({}, {"x_scale": 0.02, "x_offset": 128}):
+        for more in ({}, {"x_scale": 0.02, "x_offset": 128}, {"y_scale": 0.02, "y_offset": 128}):
             torch.library.opcheck(op, given, {"scales": scales_of(one), **more}, test_utils=utilities)
     rounding = torch.ops.srigl_fx.round_samples.default
     torch.library.opcheck(rounding, (torch.randn(3, 18), 0.02, 128), test_utils=utilities)
@@ -153,6 +159,9 @@ def test_meta_tensors() -> None:
     parts = [part.to("meta") for part in operands(weight)]
     y = linear(torch.empty(3, 18, device="meta"), *parts, 18, scales=torch.empty(6, device="meta"))
     assert (y.shape, y.dtype, y.device.type) == ((3, 6), torch.float32, "meta")
+    scales = torch.empty(6, device="meta")
+    y = linear(torch.empty(3, 18, device="meta"), *parts, 18, y_feature_major=True, scales=scales, y_scale=0.5)
+    assert (y.shape, y.dtype, y.stride()) == ((3, 6), torch.uint8, (1, 3))
 
 
 class _Net(torch.nn.Module):
@@ -164,8 +173,8 @@ class _Net(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         filters, fc = ([self.get_buffer(f"{name}{i}") for i in range(4)] for name in ("conv", "fc"))
-        y: Tensor = conv(x, *filters, *GEOMETRY, activation="relu", scales=self.get_buffer("convs"))
-        out: Tensor = linear(y.permute(0, 2, 3, 1), *fc, 6, scales=self.get_buffer("fcs"))
+        y: Tensor = conv(x, *filters, *GEOMETRY, activation="relu", scales=self.get_buffer("convs"), y_scale=0.02)
+        out: Tensor = linear(y.permute(0, 2, 3, 1), *fc, 6, scales=self.get_buffer("fcs"), x_scale=0.02)
         return out
 
 

@@ -1,4 +1,5 @@
-"""Floats moved from place to place by vectors: transposed, copied row by row, picked at a stride, added up, filled in.
+"""Floats moved from place to place by vectors: transposed, copied row by row, picked at a stride, added up, filled in;
+and bytes copied.
 
 Owns the intrinsics for that, which kernels call like functions; what Numba makes of such loops is scalar. It must not
 know what is moved.
@@ -14,6 +15,7 @@ from srigl_fx.runtime.cpu.kernels.vector import (
     AHEAD,
     F32,
     FLOATS,
+    I8,
     I16,
     I32,
     I64,
@@ -267,3 +269,29 @@ def _fill_floats(context: Any, target: Any, value: Any, vectors: Any) -> Any:
 
 
 fill_floats: Callable[[int, float, int], None] = intrinsic(_fill_floats)  # aligned: (target, value, vectors of 16)
+
+
+def _copy_bytes(context: Any, source: Any, target: Any, count: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, target, count = args
+
+        def move(kind: Any, at: Any) -> None:
+            store(b, load(b, b.add(source, at), kind, 1), b.add(target, at), 1)
+
+        def one_vector(i: Any, carried: Any) -> Any:
+            move(ir.VectorType(I8, LANES), b.shl(i, number(4)))
+            return carried
+
+        loop(b, b.lshr(count, number(4)), (), one_vector)
+        at = b.and_(count, number(-LANES))
+        for size in (8, 4, 2, 1):
+            used = b.and_(count, number(size))
+            with b.if_then(b.icmp_signed("!=", used, number(0))):
+                move(ir.IntType(8 * size), at)
+            at = b.add(at, used)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 3), generate
+
+
+copy_bytes: Callable[[int, int, int], None] = intrinsic(_copy_bytes)  # (source, target, count)

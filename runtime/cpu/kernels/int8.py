@@ -1,8 +1,8 @@
 """Eight bits: the inner loops over activations and weights of one byte.
 
-Owns the instructions: rounding of activations, the dot products of 16 rows at a time with inputs that are looked up in
-registers, and the products of a tile of samples. The arithmetic is that of :mod:`srigl_fx.runtime.quantisation`. It
-must not know how tasks are cut.
+Owns the instructions: the dot products of 16 rows at a time with inputs that are looked up in registers, and the
+products of a tile of samples. The arithmetic is that of :mod:`srigl_fx.runtime.quantisation`. It must not know how
+tasks are cut.
 
 A product of four bytes with four others, summed up in an int32 lane, is one instruction where the CPU has VNNI. Others
 multiply the even bytes and the odd ones as 16-bit numbers, of which no product overflows (``vpmaddubsw``, which takes
@@ -16,19 +16,15 @@ from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, BYTE_PRODUCTS, ISA
-from srigl_fx.runtime.cpu.kernels.copies import lane_mask, masked_load, masked_store, transposed
+from srigl_fx.runtime.cpu.kernels.copies import lane_mask, masked_load, masked_store
+from srigl_fx.runtime.cpu.kernels.int8_rounding import BYTES, ORDER, PLACES, every_int, rounded_vector
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE
 from srigl_fx.runtime.cpu.kernels.panel import QUAD_BYTES, QUAD_VALUES, SLOTS, STEPS
 from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, address, intrinsic, number, types
-from srigl_fx.runtime.quantisation import LARGEST_UNSIGNED
 
-BYTES: Final = ir.VectorType(I8, SLOTS)
 _HALVES: Final = ir.VectorType(I16, 2 * LANES)
-_PLACES: Final = ir.VectorType(I32, SLOTS)
 _NOTHING: Final = ir.Constant(INTS, [0] * LANES)
-_UNKNOWN: Final = ir.Constant(INTS, ir.Undefined)
-TILE_ROW: Final = SLOTS  # bytes of a row of a tile: its columns
 
 
 def _multiply_halves(b: Any, one: Any, other: Any) -> Any:
@@ -156,8 +152,7 @@ def dot_group(window: int, samples: int) -> Callable[[int, int, int, int, int, i
             sums, factors = v.load(b, weight_sums, INTS), v.load(b, weight_scales, v.FLOATS)
             for sample, total in enumerate(totals):
                 at = number(4 * sample)
-                single = b.insert_element(_UNKNOWN, v.load(b, b.add(offsets, at), I32), ir.Constant(I32, 0))
-                offset = b.shuffle_vector(single, _UNKNOWN, v.lanes(0))
+                offset = every_int(b, v.load(b, b.add(offsets, at), I32))
                 exact = b.sitofp(b.sub(total, b.mul(offset, sums)), v.FLOATS)
                 step = b.fmul(v.broadcast(b, v.load(b, b.add(scales, at), v.F32)), factors)
                 place = b.add(to, b.mul(to_row, number(sample)))
@@ -177,12 +172,12 @@ def _interleave(b: Any, one: Any, other: Any, size: int, high: bool) -> Any:
         for unit in range(count):
             first = lane * 16 + (unit + (count if high else 0)) * size
             picked += [*range(first, first + size), *range(SLOTS + first, SLOTS + first + size)]
-    return b.shuffle_vector(one, other, ir.Constant(_PLACES, picked))
+    return b.shuffle_vector(one, other, ir.Constant(PLACES, picked))
 
 
 def _tile_row(
-    added: bool, partial: bool
-) -> Callable[[int, int, int, int, int, int, float, float, int, float, float, int, int], None]:
+    added: bool, partial: bool, rounded: bool = False
+) -> Callable[[int, int, int, int, int, int, float, float, int, float, float, int, int, float, int], None]:
     def tile_row(
         context: Any,
         inputs: Any,
@@ -198,13 +193,12 @@ def _tile_row(
         high: Any,
         to: Any,
         columns: Any,
+        inverse: Any,
+        offset: Any,
     ) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             inputs, weights, quads, offsets, scales, weight_sum, weight_scale, bias, residual, low, high, to = args[:12]
-            used = b.sub(b.shl(number(1), args[12]), number(1))
-
-            def in_every_lane(whole: Any) -> Any:
-                return b.shuffle_vector(b.insert_element(_UNKNOWN, whole, ir.Constant(I32, 0)), _UNKNOWN, v.lanes(0))
+            used = b.lshr(number(-1), b.sub(number(64), args[12]))  # one to 64 columns
 
             def one_quad(i: Any, totals: Any) -> Any:
                 at = b.add(weights, b.mul(i, number(QUAD_BYTES)))
@@ -216,11 +210,13 @@ def _tile_row(
                 low_2, high_2 = (_interleave(b, rows[2], rows[3], 1, half) for half in (False, True))
                 four = [_interleave(b, low, low_2, 2, half) for half in (False, True)]
                 four += [_interleave(b, high, high_2, 2, half) for half in (False, True)]
-                every = in_every_lane(v.load(b, b.add(at, number(QUAD_VALUES)), I32))
+                every = every_int(b, v.load(b, b.add(at, number(QUAD_VALUES)), I32))
                 return multiply_bytes(b, totals, four, b.bitcast(every, BYTES))
 
-            whole = in_every_lane(b.trunc(weight_sum, I32))
-            factor, start, least, most = (v.broadcast(b, one) for one in (weight_scale, bias, low, high))
+            whole, y_offsets = every_int(b, weight_sum), every_int(b, args[14])
+            factor, start, least, most, inverses = (
+                v.broadcast(b, one) for one in (weight_scale, bias, low, high, args[13])
+            )
             for i, total in enumerate(v.loop(b, quads, [_NOTHING] * 4, one_quad)):
                 at = number(64 * i)
                 mask = lane_mask(b, b.lshr(used, number(LANES * i)))
@@ -232,28 +228,32 @@ def _tile_row(
                     y = b.fadd(y, masked_load(b, from_, mask) if partial else v.load(b, from_, v.FLOATS))
                 y = b.select(b.fcmp_ordered("<", y, least), least, y)  # a NaN stays one
                 y = b.select(b.fcmp_ordered(">", y, most), most, y)
-                if partial:
+                if rounded:
+                    v.store(b, rounded_vector(b, y, inverses, y_offsets), b.add(to, number(LANES * i)), 1)
+                elif partial:
                     masked_store(b, y, b.add(to, at), mask)
                 else:
                     v.store(b, y, b.add(to, at))
             return context.get_dummy_value()
 
         single = types.float32
-        return types.void(*[address] * 6, single, single, address, single, single, address, address), generate
+        of_outputs = single, single, address, single, single, address, address, single, address
+        return types.void(*[address] * 6, *of_outputs), generate
 
     return intrinsic(tile_row)  # type: ignore[no-any-return]
 
 
 # The 64 outputs of one row of weights: (the tile's bytes, the row's first quad, how many, offsets and scales of the
 # columns, the sum of the row's weights, their scale, the bias, the residual, the least and the most that an output may
-# be, where to put them, how many columns are used). Sum 16 v + 4 l + j is of what lies at byte 16 l + 4 v + j of the
-# tile's rows: the order that interleaving leaves. Two read no residual, and two touch no column that is not used.
+# be, where to put them, how many columns are used, what outputs are multiplied by where they are rounded, and the
+# offset then). Sum 16 v + 4 l + j is of what lies at byte 16 l + 4 v + j of the tile's rows: the order that
+# interleaving leaves. Two read no residual, and two touch no column that is not used.
 tile_row, tile_row_added, part_row, part_row_added = (
     _tile_row(added, partial) for partial in (False, True) for added in (False, True)
 )
+# The same rounded: 64 bytes, also where fewer columns are used; of the residual no others are read.
+byte_row, byte_row_added = (_tile_row(added, True, rounded=True) for added in (False, True))
 MASKED: Final = ISA == AVX512  # whether it costs next to nothing to leave columns out
-# The columns that lie in a tile's row, byte after byte.
-_ORDER: Final = [16 * w + 4 * lane + j for lane in range(4) for w in range(4) for j in range(4)]
 
 
 def _gather_rows(context: Any, inputs: Any, offsets: Any, count: Any, to: Any) -> Any:
@@ -263,7 +263,7 @@ def _gather_rows(context: Any, inputs: Any, offsets: Any, count: Any, to: Any) -
         def one_row(i: Any, carried: Any) -> Any:
             at = b.add(inputs, v.load(b, b.add(offsets, b.shl(i, number(3))), I64, 8))
             found = v.load(b, at, BYTES, 1)
-            v.store(b, b.shuffle_vector(found, found, ir.Constant(_PLACES, _ORDER)), b.add(to, b.shl(i, number(6))), 64)
+            v.store(b, b.shuffle_vector(found, found, ir.Constant(PLACES, ORDER)), b.add(to, b.shl(i, number(6))), 64)
             return carried
 
         v.loop(b, count, (), one_row)
@@ -294,175 +294,3 @@ def _every_second(context: Any, source: Any, count: Any, to: Any) -> Any:
 
 # Every second byte: (the first, how many, where to). It reads and writes whole vectors of 16.
 every_second: Callable[[int, int, int], None] = intrinsic(_every_second)
-
-
-def _seen(b: Any, bits: Any, found: Sequence[Any]) -> list[Any]:
-    """The larger of the bits of floats and those found before: without the sign, and with it."""
-
-    def larger(one: Any, other: Any) -> Any:
-        return b.select(b.icmp_unsigned(">", one, other), one, other)
-
-    return [larger(b.and_(bits, v.lanes(0x7FFFFFFF)), found[0]), larger(bits, found[1])]
-
-
-def _extremes(context: Any, x: Any, count: Any, to: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, count, to = args
-
-        def one_vector(i: Any, found: Any) -> Any:
-            return _seen(b, v.load(b, b.add(x, b.shl(i, number(6))), INTS), found)
-
-        whole = b.lshr(count, number(4))
-        before = [v.load(b, b.add(to, number(64 * i)), INTS) for i in range(2)]
-        found = v.loop(b, whole, before, one_vector)
-        rest = b.and_(count, number(LANES - 1))
-        mask = lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
-        last = b.bitcast(masked_load(b, b.add(x, b.shl(whole, number(6))), mask), INTS)
-        for i, value in enumerate(_seen(b, last, found)):
-            v.store(b, value, b.add(to, number(64 * i)))
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 3), generate
-
-
-# Over floats, lane by lane, the largest of their bits without the sign, and with it: (x, count, 2 x 16 uint32, which
-# hold what was found before). Among all lanes the former is the largest magnitude, and at least that of infinity where
-# something is not finite; the latter is above 0x80000000 where something is negative.
-extremes: Callable[[int, int, int], None] = intrinsic(_extremes)
-
-
-def _column_extremes(context: Any, x: Any, x_row: Any, rows: Any, columns: Any, to: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, x_row, rows, columns, to = args
-        mask = lane_mask(b, b.sub(b.shl(number(1), columns), number(1)))
-
-        def one_row(i: Any, found: Any) -> Any:
-            return _seen(b, b.bitcast(masked_load(b, b.add(x, b.mul(i, x_row)), mask), INTS), found)
-
-        for i, value in enumerate(v.loop(b, rows, [_NOTHING] * 2, one_row)):
-            v.store(b, value, b.add(to, number(64 * i)))
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 5), generate
-
-
-# The same over each of up to 16 columns: (the first row, bytes to the next, rows, columns, where to put 2 x 16 uint32).
-column_extremes: Callable[[int, int, int, int, int], None] = intrinsic(_column_extremes)
-
-
-def _rounded(b: Any, x: Any, inverses: Any, offsets: Any) -> Any:
-    """16 floats as bytes: to the nearest whole number, ties to even, plus the offset, within 0 ... 255; NaN as zero."""
-    # One instruction. Adding 1.5 * 2**23 would do the same, but where it is fused with the product, which then is not
-    # rounded, a number in some ten thousands differs between instruction sets.
-    function = v.declared(b, "llvm.lrint.v16i32.v16f32", INTS, [v.FLOATS])
-    steps = b.fmul(x, inverses)
-    # Within reach before they are converted, as a conversion out of range means nothing.
-    steps = b.select(b.fcmp_ordered("ord", steps, steps), steps, v.ZERO)
-    least, most = (b.sitofp(b.sub(v.lanes(limit), offsets), v.FLOATS) for limit in (0, LARGEST_UNSIGNED))
-    steps = b.select(b.fcmp_ordered("<", steps, least), least, steps)
-    steps = b.select(b.fcmp_ordered(">", steps, most), most, steps)
-    return b.trunc(b.add(b.call(function, [steps]), offsets), ir.VectorType(I8, LANES))
-
-
-def _round_row(context: Any, x: Any, count: Any, inverse: Any, offset: Any, to: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, count, inverse, offset, to = args
-        inverses, nothing = v.broadcast(b, inverse), ir.Constant(INTS, ir.Undefined)
-        one = b.insert_element(nothing, b.trunc(offset, I32), ir.Constant(I32, 0))
-        offsets = b.shuffle_vector(one, nothing, v.lanes(0))
-
-        def one_vector(i: Any, carried: Any) -> Any:
-            found = v.load(b, b.add(x, b.shl(i, number(6))), v.FLOATS)
-            v.store(b, _rounded(b, found, inverses, offsets), b.add(to, b.shl(i, number(4))), 1)
-            return carried
-
-        whole = b.lshr(count, number(4))
-        v.loop(b, whole, (), one_vector)
-        rest = b.and_(count, number(LANES - 1))
-        mask = lane_mask(b, b.sub(b.shl(number(1), rest), number(1)))
-        last = masked_load(b, b.add(x, b.shl(whole, number(6))), mask)
-        v.store(b, _rounded(b, last, inverses, offsets), b.add(to, b.shl(whole, number(4))), 1)
-        return context.get_dummy_value()
-
-    return types.void(address, address, types.float32, address, address), generate
-
-
-# A sample rounded: (x, count, what it is multiplied by, its offset, where to: at any address, and there is room for the
-# next 16 bytes too).
-round_row: Callable[[int, int, float, int, int], None] = intrinsic(_round_row)
-
-
-def _round_block(context: Any, x: Any, x_row: Any, x_step: Any, inverses: Any, offsets: Any, to: Any, rows: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, x_row, x_step, inverses, offsets, to, rows = args
-        found = [
-            v.load(b, b.add(x, b.add(b.mul(x_step, number(i // 4)), b.mul(x_row, number(i % 4)))), v.FLOATS)
-            for i in range(LANES)
-        ]
-        scale, offset = v.load(b, inverses, v.FLOATS), v.load(b, offsets, INTS)
-        for i, row in enumerate(transposed(b, found)):
-            with b.if_then(b.icmp_signed(">", rows, number(i))):
-                v.store(b, _rounded(b, row, scale, offset), b.add(to, number(TILE_ROW * i)), 16)
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 7), generate
-
-
-# 16 features of 16 samples, rounded, as 16 bytes of each of up to 16 rows of a tile: (the first sample's features,
-# bytes to the next of four samples, bytes to the next four, 16 inverses and offsets in the same order, where to, rows).
-round_block: Callable[[int, int, int, int, int, int, int], None] = intrinsic(_round_block)
-
-
-def _byte_block(context: Any, x: Any, x_row: Any, x_step: Any, to: Any, rows: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, x_row, x_step, to, rows = args
-        kind, found = ir.VectorType(I8, LANES), []
-        for i in range(LANES):
-            at = b.add(x, b.add(b.mul(x_step, number(i // 4)), b.mul(x_row, number(i % 4))))
-            found.append(b.bitcast(b.zext(v.load(b, at, kind, 1), INTS), v.FLOATS))
-        for i, row in enumerate(transposed(b, found)):
-            with b.if_then(b.icmp_signed(">", rows, number(i))):
-                v.store(b, b.trunc(b.bitcast(row, INTS), kind), b.add(to, number(TILE_ROW * i)), 16)
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 5), generate
-
-
-# The same of samples that are bytes already: (the first sample's features, bytes to the next of four samples, bytes to
-# the next four, where to, rows).
-byte_block: Callable[[int, int, int, int, int], None] = intrinsic(_byte_block)
-
-
-def _round_columns(context: Any, x: Any, second: Any, inverses: Any, offsets: Any, to: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, second, inverses, offsets, to = args
-        parts = []
-        for i, base in enumerate((x, b.add(x, number(64)), second, b.add(second, number(64)))):
-            found, scale = v.load(b, base, v.FLOATS), v.load(b, b.add(inverses, number(64 * i)), v.FLOATS)
-            parts.append(_rounded(b, found, scale, v.load(b, b.add(offsets, number(64 * i)), INTS)))
-        halves = [
-            b.shuffle_vector(parts[i], parts[i + 1], ir.Constant(ir.VectorType(I32, 32), list(range(32))))
-            for i in (0, 2)
-        ]
-        v.store(b, b.shuffle_vector(*halves, ir.Constant(_PLACES, _ORDER)), to, 64)
-        return context.get_dummy_value()
-
-    return types.void(*[address] * 5), generate
-
-
-# 64 columns of one row, rounded, in the order of a tile's row: (the first 32, the others, inverses, offsets, where to).
-round_columns: Callable[[int, int, int, int, int], None] = intrinsic(_round_columns)
-
-
-def _byte_columns(context: Any, x: Any, to: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, to = args
-        found = v.load(b, x, BYTES, 1)
-        v.store(b, b.shuffle_vector(found, found, ir.Constant(_PLACES, _ORDER)), to, 64)
-        return context.get_dummy_value()
-
-    return types.void(address, address), generate
-
-
-# The same of 64 bytes: (where they are, where to).
-byte_columns: Callable[[int, int], None] = intrinsic(_byte_columns)

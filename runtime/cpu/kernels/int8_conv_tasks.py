@@ -12,8 +12,10 @@ import numpy as np
 from srigl_fx.runtime.cpu.kernels import conv, job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
-from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import MASKED, TILE_ROW, every_second, gather_rows
+from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_bytes
+from srigl_fx.runtime.cpu.kernels.int8 import MASKED, every_second, gather_rows
+from srigl_fx.runtime.cpu.kernels.int8_outputs import output_bytes, put_outputs
+from srigl_fx.runtime.cpu.kernels.int8_rounding import TILE_ROW
 from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES, aligned, known_of, take_row
 from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, multiply_tile
 from srigl_fx.runtime.cpu.kernels.job import GROUP_ROW, GROUP_WORDS
@@ -53,8 +55,7 @@ def _round_rows(j: Pointer, sample: int, c: int, packed: int, spare: int) -> Non
                     take_row(j, row, exact, known, packed + to)
                 if exact < count:
                     take_row(j, row + exact, count - exact, known, spare)
-                    for i in range(count - exact):
-                        bytes_(packed + to + exact)[i] = bytes_(spare)[i]
+                    copy_bytes(spare, packed + to + exact, count - exact)
 
 
 @compiled
@@ -141,12 +142,12 @@ def _store(j: Pointer, sample: int, begin: int, end: int, o0: int, o1: int, limi
         count = min(out_w, end - row * packed_w) - w
         if d < out_d and h < out_h and count > 0:
             for o in range(o0, o1):
-                at = ((((sample * n + o) * out_d + d) * out_h + h) * out_w + w) * 4
+                at = (((sample * n + o) * out_d + d) * out_h + h) * out_w + w
                 found = out + (o * INT8_COLUMNS + row * packed_w - begin + w) * 4
                 if has_residual:
-                    add_floats(j[job.RESIDUAL] + at, found, count)
+                    add_floats(j[job.RESIDUAL] + at * 4, found, count)
                     activate_row(floats(found), count, activation)
-                copy_floats(found, j[job.Y] + at, count)
+                put_outputs(j, found, at, count)
 
 
 @compiled
@@ -184,8 +185,10 @@ def int8_conv_task(j: Pointer, task: int) -> None:
         geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W],
         min(INT8_COLUMNS, positions - begin),
     )
-    in_place = positions == plane and (MASKED or columns == INT8_COLUMNS) and is_limit(j[job.ACTIVATION])
-    y, y_row = (j[job.Y] + (sample * n * plane + begin) * 4, plane * 4) if in_place else (0, 0)
+    size = output_bytes(j)
+    neighbours = MASKED or columns == INT8_COLUMNS or size == 1
+    in_place = positions == plane and neighbours and is_limit(j[job.ACTIVATION])
+    y, y_row = (j[job.Y] + (sample * n * plane + begin) * size, plane * size) if in_place else (0, 0)
     o0, filled = first_output(j, g0), -1
     while o0 < n:
         g1 = g0

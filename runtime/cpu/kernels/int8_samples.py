@@ -13,8 +13,8 @@ import numpy as np
 
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
 from srigl_fx.runtime.cpu.kernels.compiled import compiled, planned
-from srigl_fx.runtime.cpu.kernels.copies import copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import (
+from srigl_fx.runtime.cpu.kernels.copies import copy_bytes, copy_floats
+from srigl_fx.runtime.cpu.kernels.int8_rounding import (
     TILE_ROW,
     byte_block,
     byte_columns,
@@ -22,10 +22,11 @@ from srigl_fx.runtime.cpu.kernels.int8 import (
     extremes,
     round_block,
     round_columns,
+    round_exactly,
     round_row,
 )
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, INT8_DOT, KNOWN_BYTES, LANES
-from srigl_fx.runtime.cpu.kernels.vector import allocate, as_float, bytes_, floats, ints, release, words
+from srigl_fx.runtime.cpu.kernels.vector import allocate, as_float, floats, ints, release, words
 from srigl_fx.runtime.quantisation import LARGEST_UNSIGNED, LARGEST_VALUE, OFFSET, SMALLEST
 
 Pointer = Any
@@ -137,16 +138,10 @@ def int8_scales_task(j: Pointer, task: int) -> None:
 
 
 @compiled
-def _copy_bytes(source: int, to: int, count: int) -> None:
-    for i in range(count):
-        bytes_(to)[i] = bytes_(source)[i]
-
-
-@compiled
 def take_row(j: Pointer, first: int, count: int, known: int, to: int) -> None:
     """Elements ``first ...`` of x as bytes; there is room for 16 more of them."""
     if j[job.X_BYTES] != 0:
-        _copy_bytes(j[job.X] + first, to, count)
+        copy_bytes(j[job.X] + first, to, count)
     else:
         round_row(j[job.X] + first * 4, count, floats(known)[0], int(ints(known + OFFSETS)[0]), to)
 
@@ -182,7 +177,7 @@ def _fill_from_rows(j: Pointer, first: int, columns: int, f0: int, f1: int, know
                     sample = 16 * (place // 4) + 4 * lane + place % 4
                     source = j[job.X] + (first + sample) * x_row + f * size
                     if sample < columns and of_bytes:
-                        _copy_bytes(source, staged + place * CACHE_LINE, features)
+                        copy_bytes(source, staged + place * CACHE_LINE, features)
                     elif sample < columns:
                         copy_floats(source, staged + place * CACHE_LINE, features)
                 at, row, step = staged, CACHE_LINE, 4 * CACHE_LINE
@@ -203,7 +198,7 @@ def _fill_from_columns(
         if j[job.X_BYTES] != 0:
             at += j[job.X]
             if columns < INT8_COLUMNS:
-                _copy_bytes(at, staged, columns)
+                copy_bytes(at, staged, columns)
                 at = staged
             byte_columns(at, to + f * TILE_ROW)
         else:
@@ -249,17 +244,6 @@ def int8_round_task(j: Pointer, task: int) -> None:
     splits, count = j[job.ROW_SPLITS], j[job.BATCH]
     blocks = (count + CACHE_LINE - 1) // CACHE_LINE
     first, last = blocks * task // splits * CACHE_LINE, min(count, blocks * (task + 1) // splits * CACHE_LINE)
-    memory = allocate(KNOWN_BYTES + 2 * CACHE_LINE)
-    if memory == 0:
-        j[job.FAILED] = 1
-        return
-    known = aligned(memory)
-    spare = known + KNOWN_BYTES
-    _put_given(j, known)
-    # Rounding writes 16 bytes too many, where another task may have written before.
-    exact = max(0, last - first - LANES) // LANES * LANES
-    if exact > 0:
-        take_row(j, first, exact, known, j[job.Y] + first)
-    take_row(j, first + exact, last - first - exact, known, spare)
-    _copy_bytes(spare, j[job.Y] + first + exact, last - first - exact)
-    release(memory)
+    inverse: Any = _ONE / as_float(j[job.X_SCALE])
+    offset = j[job.X_OFFSET]
+    round_exactly(j[job.X] + first * 4, last - first, inverse, offset, j[job.Y] + first)

@@ -11,8 +11,25 @@ import numpy as np
 from srigl_fx.runtime.cpu.kernels import job, panel, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled, planned
-from srigl_fx.runtime.cpu.kernels.copies import copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, dot_group, part_row, part_row_added, tile_row, tile_row_added
+from srigl_fx.runtime.cpu.kernels.copies import copy_bytes
+from srigl_fx.runtime.cpu.kernels.int8 import (
+    byte_row,
+    byte_row_added,
+    dot_group,
+    part_row,
+    part_row_added,
+    tile_row,
+    tile_row_added,
+)
+from srigl_fx.runtime.cpu.kernels.int8_outputs import (
+    output_bytes,
+    output_inverse,
+    put_outputs,
+    put_tile_as_columns,
+    put_tile_as_rows,
+    spare_bytes,
+)
+from srigl_fx.runtime.cpu.kernels.int8_rounding import TILE_ROW
 from srigl_fx.runtime.cpu.kernels.int8_samples import (
     FILL_LINES,
     OFFSETS,
@@ -24,7 +41,7 @@ from srigl_fx.runtime.cpu.kernels.int8_samples import (
     round_sample,
 )
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.linear_tasks import store_as_columns, store_as_rows
+from srigl_fx.runtime.cpu.kernels.linear_tasks import store_as_rows
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import first_output, least, most, start_outputs
@@ -165,7 +182,7 @@ def _multiply_block(
         _multiply_group(j, g, samples, x, x_row, known, out - o0 * 4, out_row, out + samples * out_row)
     for s in range(samples):
         activate_row(floats(out + s * out_row), o1 - o0, j[job.ACTIVATION])
-        copy_floats(out + s * out_row, j[job.Y] + ((first + s) * n + o0) * 4, o1 - o0)
+        put_outputs(j, out + s * out_row, (first + s) * n + o0, o1 - o0)
 
 
 @compiled
@@ -236,33 +253,51 @@ def multiply_tile(
     """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``known`` is what is known of the columns.
 
     If ``y`` is not 0, the outputs of the first ``columns`` are stored there instead, in rows ``y_row`` bytes apart,
-    with the residual added. ``limited`` is whether the activation, which must be one that
+    with the residual added, and rounded if y has bytes. ``limited`` is whether the activation, which must be one that
     :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then, is applied.
     """
     outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
     sums, factors = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
     quads, scales, offsets = panel.quads(j[job.K]), known + SCALES, known + OFFSETS
     low, high = (least(j[job.ACTIVATION]), most(j[job.ACTIVATION])) if limited else (-_INFINITY, _INFINITY)
-    residual = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
+    x, inverse, plus, is_whole = inputs, output_inverse(j), j[job.Y_OFFSET], columns == INT8_COLUMNS
+    as_bytes, wider = y != 0 and output_bytes(j) == 1, 4 // output_bytes(j)  # the residual than outputs
+    residual = j[job.RESIDUAL] + (y - j[job.Y]) * wider if y != 0 and j[job.RESIDUAL] != 0 else 0
     for g in range(g0, g1):
         rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - groups[g * GROUP_WORDS + GROUP_ROW]
         for r in range(g * LANES, g * LANES + rows):
             o = int(outputs[r])
-            to = y + o * y_row if y != 0 else out + o * TILE_FLOATS
+            spare, place = out + o * TILE_FLOATS, y + o * y_row
             first, total, factor, start = j[job.PANEL] + r * quads * panel.QUAD_BYTES, int(sums[r]), factors[r], bias[o]
-            added = residual + o * y_row
-            if y == 0 or (columns == INT8_COLUMNS and residual == 0):
-                tile_row(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns)
-            elif columns == INT8_COLUMNS:
+            added, to = residual + o * y_row * wider, place
+            if y == 0 or (as_bytes and not is_whole):
+                to = spare
+            if as_bytes and residual == 0:
+                byte_row(
+                    x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus
+                )
+            elif as_bytes:
+                byte_row_added(
+                    x, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns, inverse, plus
+                )
+            elif y == 0 or (is_whole and residual == 0):
+                tile_row(
+                    x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus
+                )
+            elif is_whole:
                 tile_row_added(
-                    inputs, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns
+                    x, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns, inverse, plus
                 )
             elif residual == 0:
-                part_row(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns)
+                part_row(
+                    x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus
+                )
             else:
                 part_row_added(
-                    inputs, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns
+                    x, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns, inverse, plus
                 )
+            if as_bytes and not is_whole:
+                copy_bytes(spare, place, columns)
 
 
 def int8_tile_task(j: Pointer, task: int) -> None:
@@ -271,7 +306,10 @@ def int8_tile_task(j: Pointer, task: int) -> None:
     tile, part = task // splits, task % splits
     first = tile * INT8_COLUMNS
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
-    out_bytes, shared = n * INT8_COLUMNS * 4, j[job.PACKED] != 0
+    # Rounded outputs are transposed by 16 rows at a time.
+    rounded = output_bytes(j) == 1
+    spare_at = (n + LANES if rounded else n) * INT8_COLUMNS * 4
+    out_bytes, shared = spare_at + (spare_bytes(j) if rounded else 0), j[job.PACKED] != 0
     memory = allocate(
         out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
     )
@@ -296,7 +334,9 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
         multiply_tile(j, g0, g1, inputs, known, columns, False, block, 0, 0)
         if j[job.Y_FEATURE_MAJOR] != 0:
-            store_as_columns(j, first, columns, INT8_COLUMNS, o0, o1, block)
+            put_tile_as_columns(j, first, columns, o0, o1, block)
+        elif rounded:
+            put_tile_as_rows(j, first, columns, o0, o1, block, out + spare_at)
         else:
             store_as_rows(j, first, columns, INT8_COLUMNS, o0, o1, block)
         if g1 == end:

@@ -8,7 +8,7 @@ from typing import Final
 
 (
     X,  # float32, or uint8 if X_BYTES: rows (BATCH, IN_FEATURES), or (IN_FEATURES, BATCH) if X_FEATURE_MAJOR
-    Y,  # float32: rows (BATCH, OUT_FEATURES), or (OUT_FEATURES, BATCH) if Y_FEATURE_MAJOR
+    Y,  # float32, or uint8 if Y_SCALE is given: rows (BATCH, OUT_FEATURES), or (OUT_FEATURES, BATCH) if Y_FEATURE_MAJOR
     RESIDUAL,  # float32 laid out as Y, or 0
     BIAS,  # float32 (OUT_FEATURES,)
     ACTIVE,  # int32 (N_ACTIVE,)
@@ -49,9 +49,11 @@ from typing import Final
     X_SCALE,  # the bits of the float32 with which all samples are rounded; 0 where each has a scale of its own
     X_OFFSET,  # and what belongs to that: 0 or 128
     X_BYTES,  # 1 where x is rounded already
+    Y_SCALE,  # the bits of the float32 with which outputs are rounded; 0 where they are stored as floats
+    Y_OFFSET,  # and what belongs to that: 0 or 128
     FAILED,  # set to 1 by a task that found no memory
-) = range(43)
-SIZE: Final = 43
+) = range(45)
+SIZE: Final = 45
 
 GROUP_PHASE, GROUP_ROW = 0, 1  # in PANEL_GROUPS: a group's first phase and first active row; one more group ends it
 GROUP_WORDS: Final = 2
