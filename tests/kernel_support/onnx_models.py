@@ -16,7 +16,7 @@ from kernel_support import Convolution, compare_conv, compare_linear
 from srigl_fx.runtime import register
 from srigl_fx.runtime.format import CondensedWeight
 from srigl_fx.runtime.ort import abi
-from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, fallback_functions
+from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, SHARED, fallback_functions
 
 _ELEMENT_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -64,11 +64,12 @@ def _model(
     if not constant:
         graph_inputs += [helper.make_tensor_value_info(part.name, part.data_type, part.dims) for part in tensors]
     y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * ranks[1])
+    asked = ["x_perm", "y_perm"] if "x_perm" in attributes else []
     return helper.make_model(
         helper.make_graph([node], "graph", graph_inputs, [y], tensors if constant else []),
         opset_imports=[helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(abi.DOMAIN, abi.DOMAIN_VERSION)],
         ir_version=IR_VERSION,
-        functions=fallback_functions([name], {name: ("x_perm", "y_perm")} if "x_perm" in attributes else None),
+        functions=fallback_functions([name], {name: [*asked, *([SHARED] if weight.active.ndim == 2 else [])]}),
     )
 
 
