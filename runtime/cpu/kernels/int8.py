@@ -29,6 +29,7 @@ _PLACES: Final = ir.VectorType(I32, SLOTS)
 _NOTHING: Final = ir.Constant(INTS, [0] * LANES)
 _UNKNOWN: Final = ir.Constant(INTS, ir.Undefined)
 TILE_ROW: Final = SLOTS  # bytes of a row of a tile: its columns
+LAID_BYTES: Final = (4 if BYTE_PRODUCTS else 8) * SLOTS  # of four rows of it, as rows of weights that share them do
 
 
 def _multiply_halves(b: Any, one: Any, other: Any) -> Any:
@@ -180,8 +181,79 @@ def _interleave(b: Any, one: Any, other: Any, size: int, high: bool) -> Any:
     return b.shuffle_vector(one, other, ir.Constant(_PLACES, picked))
 
 
+def _in_every_lane(b: Any, whole: Any) -> Any:
+    return b.shuffle_vector(b.insert_element(_UNKNOWN, whole, ir.Constant(I32, 0)), _UNKNOWN, v.lanes(0))
+
+
+def _four_inputs(b: Any, inputs: Any, indices: Any) -> list[Any]:
+    """Four rows of a tile, whose indices are at an address, with the bytes of each column beside each other."""
+    rows = []
+    for step in range(STEPS):
+        index = b.zext(v.load(b, b.add(indices, number(2 * step)), I16, 2), I64)
+        rows.append(v.load(b, b.add(inputs, b.shl(index, number(6))), BYTES, 64))
+    low, high = (_interleave(b, rows[0], rows[1], 1, half) for half in (False, True))
+    low_2, high_2 = (_interleave(b, rows[2], rows[3], 1, half) for half in (False, True))
+    four = [_interleave(b, low, low_2, 2, half) for half in (False, True)]
+    return four + [_interleave(b, high, high_2, 2, half) for half in (False, True)]
+
+
+def _lay_out(context: Any, inputs: Any, indices: Any, quads: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        inputs, indices, quads, to = args
+
+        def one_quad(i: Any, carried: Any) -> Any:
+            parts = _four_inputs(b, inputs, b.add(indices, b.shl(i, number(3))))
+            if not BYTE_PRODUCTS:
+                parts = [half for part in parts for half in _even_and_odd(b, part, False)]
+            at = b.add(to, b.mul(i, number(LAID_BYTES)))
+            for place, part in enumerate(parts):
+                v.store(b, part, b.add(at, number(SLOTS * place)), 64)
+            return carried
+
+        v.loop(b, quads, (), one_quad)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 4), generate
+
+
+# Inputs of a tile four by four, as rows that share them multiply them: (the tile's bytes, the indices, how many fours,
+# where to, LAID_BYTES for each).
+lay_out: Callable[[int, int, int, int], None] = intrinsic(_lay_out)
+
+
+def _add_laid(context: Any, laid: Any, weights: Any, quads: Any, sums: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        laid, weights, quads, sums = args
+
+        def one_quad(i: Any, totals: Any) -> Any:
+            at = b.add(laid, b.mul(i, number(LAID_BYTES)))
+            every = b.bitcast(_in_every_lane(b, v.load(b, b.add(weights, b.shl(i, number(2))), I32)), BYTES)
+            if BYTE_PRODUCTS:
+                found = [v.load(b, b.add(at, number(SLOTS * place)), BYTES, 64) for place in range(4)]
+                return multiply_bytes(b, totals, found, every)
+            halves = _even_and_odd(b, every, True)
+            results = list(totals)
+            for place in range(8):
+                found = v.load(b, b.add(at, number(SLOTS * place)), _HALVES, 64)
+                product = _multiply_halves(b, found, halves[place % 2])
+                results[place // 2] = b.add(results[place // 2], product)
+            return results
+
+        before = [v.load(b, b.add(sums, number(64 * i)), INTS, 64) for i in range(4)]
+        for i, total in enumerate(v.loop(b, quads, before, one_quad)):
+            v.store(b, total, b.add(sums, number(64 * i)), 64)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 4), generate
+
+
+# Adds one row's products to its sums of 64 columns: (the inputs that were laid out, the row's weights four by four, how
+# many fours, int32 sums).
+add_laid: Callable[[int, int, int, int], None] = intrinsic(_add_laid)
+
+
 def _tile_row(
-    added: bool, partial: bool
+    added: bool, partial: bool, summed: bool = False
 ) -> Callable[[int, int, int, int, int, int, float, float, int, float, float, int, int], None]:
     def tile_row(
         context: Any,
@@ -203,25 +275,18 @@ def _tile_row(
             inputs, weights, quads, offsets, scales, weight_sum, weight_scale, bias, residual, low, high, to = args[:12]
             used = b.sub(b.shl(number(1), args[12]), number(1))
 
-            def in_every_lane(whole: Any) -> Any:
-                return b.shuffle_vector(b.insert_element(_UNKNOWN, whole, ir.Constant(I32, 0)), _UNKNOWN, v.lanes(0))
-
             def one_quad(i: Any, totals: Any) -> Any:
                 at = b.add(weights, b.mul(i, number(QUAD_BYTES)))
-                rows = []
-                for step in range(STEPS):
-                    index = b.zext(v.load(b, b.add(at, number(2 * step)), I16, 2), I64)
-                    rows.append(v.load(b, b.add(inputs, b.shl(index, number(6))), BYTES, 64))
-                low, high = (_interleave(b, rows[0], rows[1], 1, half) for half in (False, True))
-                low_2, high_2 = (_interleave(b, rows[2], rows[3], 1, half) for half in (False, True))
-                four = [_interleave(b, low, low_2, 2, half) for half in (False, True)]
-                four += [_interleave(b, high, high_2, 2, half) for half in (False, True)]
-                every = in_every_lane(v.load(b, b.add(at, number(QUAD_VALUES)), I32))
-                return multiply_bytes(b, totals, four, b.bitcast(every, BYTES))
+                every = _in_every_lane(b, v.load(b, b.add(at, number(QUAD_VALUES)), I32))
+                return multiply_bytes(b, totals, _four_inputs(b, inputs, at), b.bitcast(every, BYTES))
 
-            whole = in_every_lane(b.trunc(weight_sum, I32))
+            if summed:
+                totals = [v.load(b, b.add(inputs, number(64 * i)), INTS, 64) for i in range(4)]
+            else:
+                totals = v.loop(b, quads, [_NOTHING] * 4, one_quad)
+            whole = _in_every_lane(b, b.trunc(weight_sum, I32))
             factor, start, least, most = (v.broadcast(b, one) for one in (weight_scale, bias, low, high))
-            for i, total in enumerate(v.loop(b, quads, [_NOTHING] * 4, one_quad)):
+            for i, total in enumerate(totals):
                 at = number(64 * i)
                 mask = lane_mask(b, b.lshr(used, number(LANES * i)))
                 exact = b.sub(total, b.mul(v.load(b, b.add(offsets, at), INTS), whole))
@@ -250,6 +315,10 @@ def _tile_row(
 # tile's rows: the order that interleaving leaves. Two read no residual, and two touch no column that is not used.
 tile_row, tile_row_added, part_row, part_row_added = (
     _tile_row(added, partial) for partial in (False, True) for added in (False, True)
+)
+# The same from sums that are there already, at the address that would be that of the tile's bytes.
+summed_row, summed_row_added, part_summed_row, part_summed_row_added = (
+    _tile_row(added, partial, summed=True) for partial in (False, True) for added in (False, True)
 )
 MASKED: Final = ISA == AVX512  # whether it costs next to nothing to leave columns out
 # The columns that lie in a tile's row, byte after byte.

@@ -12,7 +12,21 @@ from srigl_fx.runtime.cpu.kernels import job, panel, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import copy_floats
-from srigl_fx.runtime.cpu.kernels.int8 import TILE_ROW, dot_group, part_row, part_row_added, tile_row, tile_row_added
+from srigl_fx.runtime.cpu.kernels.int8 import (
+    LAID_BYTES,
+    TILE_ROW,
+    add_laid,
+    dot_group,
+    lay_out,
+    part_row,
+    part_row_added,
+    part_summed_row,
+    part_summed_row_added,
+    summed_row,
+    summed_row_added,
+    tile_row,
+    tile_row_added,
+)
 from srigl_fx.runtime.cpu.kernels.int8_samples import (
     FILL_LINES,
     OFFSETS,
@@ -23,7 +37,7 @@ from srigl_fx.runtime.cpu.kernels.int8_samples import (
     measure_samples,
     round_sample,
 )
-from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import store_as_columns, store_as_rows
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
@@ -32,6 +46,8 @@ from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release,
 
 Pointer = Any
 TILE_FLOATS: Final = 4 * INT8_COLUMNS  # bytes of a row of outputs of a tile
+_LAID_QUADS: Final = 32  # fours of inputs that are laid out at a time, in a first-level cache
+ROOM: Final = LANES * TILE_FLOATS + _LAID_QUADS * LAID_BYTES  # bytes that rows need which share their indices
 BLOCK_GROUPS: Final = 4  # groups of rows whose outputs stay in the first-level cache
 _DOT_GROUPS: Final = 16  # the same of a dot panel
 _PART_BYTES: Final = 1 << 19  # of a panel, which stay in a second-level cache
@@ -229,40 +245,95 @@ def int8_dot_task(j: Pointer, task: int) -> None:
     release(memory)
 
 
+def _row_of(plain: Any, added: Any, part: Any, part_added: Any) -> Any:
+    """A function that stores the outputs of one row, by those for outputs with a residual, and for parts of a tile."""
+
+    def store_row(
+        j: Pointer,
+        r: int,
+        inputs: int,
+        first: int,
+        known: int,
+        columns: int,
+        low: float,
+        high: float,
+        out: int,
+        y: int,
+        y_row: int,
+    ) -> None:
+        o, quads = int(ints(j[job.PANEL_ROWS])[r]), panel.quads(j[job.K])
+        total, factor = int(ints(j[job.PANEL_SUMS])[r]), floats(j[job.PANEL_SCALES])[r]
+        start, scales, offsets = floats(j[job.BIAS])[o], known + SCALES, known + OFFSETS
+        residual = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
+        to, more = y + o * y_row if y != 0 else out + o * TILE_FLOATS, residual + o * y_row
+        if y == 0 or (columns == INT8_COLUMNS and residual == 0):
+            plain(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns)
+        elif columns == INT8_COLUMNS:
+            added(inputs, first, quads, offsets, scales, total, factor, start, more, low, high, to, columns)
+        elif residual == 0:
+            part(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns)
+        else:
+            part_added(inputs, first, quads, offsets, scales, total, factor, start, more, low, high, to, columns)
+
+    return compiled(store_row)
+
+
+_store_row = _row_of(tile_row, tile_row_added, part_row, part_row_added)
+_store_summed_row = _row_of(summed_row, summed_row_added, part_summed_row, part_summed_row_added)
+
+
+@compiled
+def _sum_shared_rows(j: Pointer, at: int, rows: int, inputs: int, scratch: int) -> None:
+    """The sums of rows that share their indices: int32 (rows, 64) at ``scratch``, which has ROOM bytes."""
+    quads, sums = panel.quads(j[job.K]), ints(scratch)
+    for i in range(rows * INT8_COLUMNS):
+        sums[i] = 0
+    laid, values = scratch + LANES * TILE_FLOATS, at + quads * panel.QUAD_VALUES
+    for first in range(0, quads, _LAID_QUADS):
+        count = min(_LAID_QUADS, quads - first)
+        lay_out(inputs, at + first * panel.QUAD_VALUES, count, laid)
+        for r in range(rows):
+            add_laid(laid, values + (r * quads + first) * panel.STEPS, count, scratch + r * TILE_FLOATS)
+
+
 @compiled
 def multiply_tile(
-    j: Pointer, g0: int, g1: int, inputs: int, known: int, columns: int, limited: bool, out: int, y: int, y_row: int
+    j: Pointer,
+    g0: int,
+    g1: int,
+    inputs: int,
+    known: int,
+    columns: int,
+    limited: bool,
+    out: int,
+    y: int,
+    y_row: int,
+    scratch: int,
 ) -> None:
     """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``known`` is what is known of the columns.
 
     If ``y`` is not 0, the outputs of the first ``columns`` are stored there instead, in rows ``y_row`` bytes apart,
     with the residual added. ``limited`` is whether the activation, which must be one that
-    :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then, is applied.
+    :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then, is applied. ``scratch`` is room for ROOM bytes.
     """
-    outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
-    sums, factors = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
-    quads, scales, offsets = panel.quads(j[job.K]), known + SCALES, known + OFFSETS
+    groups, quads = words(j[job.PANEL_GROUPS]), panel.quads(j[job.K])
     low, high = (least(j[job.ACTIVATION]), most(j[job.ACTIVATION])) if limited else (-_INFINITY, _INFINITY)
-    residual = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
     for g in range(g0, g1):
-        rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - groups[g * GROUP_WORDS + GROUP_ROW]
-        for r in range(g * LANES, g * LANES + rows):
-            o = int(outputs[r])
-            to = y + o * y_row if y != 0 else out + o * TILE_FLOATS
-            first, total, factor, start = j[job.PANEL] + r * quads * panel.QUAD_BYTES, int(sums[r]), factors[r], bias[o]
-            added = residual + o * y_row
-            if y == 0 or (columns == INT8_COLUMNS and residual == 0):
-                tile_row(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns)
-            elif columns == INT8_COLUMNS:
-                tile_row_added(
-                    inputs, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns
-                )
-            elif residual == 0:
-                part_row(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns)
-            else:
-                part_row_added(
-                    inputs, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns
-                )
+        row, at = groups[g * GROUP_WORDS + GROUP_ROW], j[job.PANEL] + groups[g * GROUP_WORDS + GROUP_AT]
+        rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - row
+        lane = 0
+        while lane < rows:
+            count = panel.sharing_rows(j, row + lane, rows - lane)
+            if count > 1:
+                _sum_shared_rows(j, at, count, inputs, scratch)
+            for i in range(count):
+                r = g * LANES + lane + i
+                if count > 1:
+                    _store_summed_row(j, r, scratch + i * TILE_FLOATS, at, known, columns, low, high, out, y, y_row)
+                else:
+                    _store_row(j, r, inputs, at, known, columns, low, high, out, y, y_row)
+            at += quads * (panel.QUAD_VALUES + panel.STEPS * count)
+            lane += count
 
 
 def int8_tile_task(j: Pointer, task: int) -> None:
@@ -273,12 +344,13 @@ def int8_tile_task(j: Pointer, task: int) -> None:
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
     out_bytes, shared = n * INT8_COLUMNS * 4, j[job.PACKED] != 0
     memory = allocate(
-        out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
+        ROOM + out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
     )
     if memory == 0:
         j[job.FAILED] = 1
         return
-    out = aligned(memory)
+    room = aligned(memory)
+    out = room + ROOM
     known, inputs = known_of(j, first), j[job.PACKED] + tile * in_features * TILE_ROW
     if not shared:
         known, scratch = out + out_bytes, out + out_bytes + KNOWN_BYTES
@@ -294,7 +366,7 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         block = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
         start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
-        multiply_tile(j, g0, g1, inputs, known, columns, False, block, 0, 0)
+        multiply_tile(j, g0, g1, inputs, known, columns, False, block, 0, 0, room)
         if j[job.Y_FEATURE_MAJOR] != 0:
             store_as_columns(j, first, columns, INT8_COLUMNS, o0, o1, block)
         else:

@@ -20,7 +20,9 @@ of theirs holds the indices of each four once, then for each step the values of 
 weights of zero.
 
 Values of eight bits have a tile panel of their own: a phase for each group, with the kept weights of each row four by
-four: four indices (uint16), then four values. Beside both kinds lie each lane's scale, and the sum of its values.
+four: four indices (uint16), then four values. Neighbouring rows of a group that share their indices have these first,
+four by four, and then the values of each row. Beside both kinds of panels lie each lane's scale, and the sum of its
+values.
 """
 
 from collections.abc import Callable
@@ -76,8 +78,6 @@ def _phase_bytes(j: Pointer, shared: bool) -> int:
         return SHARED_BYTES
     if kernel in (TILE, SHARED_TILE):
         return TILE_BYTES
-    if kernel == INT8_TILE:
-        return LANES * quads(j[job.K]) * QUAD_BYTES  # type: ignore[no-any-return]
     return dot_bytes(j[job.VALUE_TYPE])  # type: ignore[no-any-return]
 
 
@@ -99,6 +99,26 @@ def index_at(indices: int, index_bytes: int, position: int) -> int:
 def index_row(j: Pointer, row: int) -> int:
     """The row of indices that an active row reads."""
     return row if j[job.INDEX_ROWS] == 0 else int(ints(j[job.INDEX_ROWS])[row])
+
+
+@_compiled
+def sharing_rows(j: Pointer, row: int, most: int) -> int:
+    """How many rows from ``row`` on, ``most`` at most, share their indices."""
+    rows = 1
+    while rows < most and index_row(j, row + rows) == index_row(j, row):
+        rows += 1
+    return rows
+
+
+@_compiled
+def _quads_bytes(j: Pointer, row: int, rows: int) -> int:
+    """The bytes of a group of a tile panel of eight bits."""
+    end, total = row + rows, 0
+    while row < end:
+        count = sharing_rows(j, row, end - row)
+        total += quads(j[job.K]) * (QUAD_VALUES + STEPS * count)
+        row += count
+    return total
 
 
 @_compiled
@@ -222,7 +242,10 @@ def measure_panel(j: Pointer, scratch: int) -> None:
             phases += 1
             start = _window_start(j, sources)
         groups += 1
-        bytes_of_all += (phases - first) * _phase_bytes(j, shared)
+        if j[job.KERNEL] == INT8_TILE:
+            bytes_of_all += _quads_bytes(j, row, rows)
+        else:
+            bytes_of_all += (phases - first) * _phase_bytes(j, shared)
         row += rows
     j[job.PANEL_COUNT] = groups
     j[job.PANEL_PHASES] = phases
@@ -278,20 +301,24 @@ def _fill_shared_phase(j: Pointer, at: int, start: int, sources: Pointer) -> Non
 
 @_compiled
 def _fill_quads(j: Pointer, row: int, rows: int, group: int) -> None:
-    """A group of a tile panel of eight bits; zeros fill up its rows, and lanes without one."""
-    k, values = j[job.K], bytes_(j[job.VALUES])
-    size = quads(k) * QUAD_BYTES
-    for lane in range(LANES):
-        at = group + lane * size
-        for i in range(quads(k) * STEPS):
-            quad, step = at + i // STEPS * QUAD_BYTES, i % STEPS
-            index = value = 0
-            if lane < rows and i < k:
-                index = _index_of(j, row + lane, i)
-                if i == 0 or index != _index_of(j, row + lane, i - 1):
-                    value = int(values[(row + lane) * k + i])
-            shorts(quad)[step] = index
-            bytes_(quad + QUAD_VALUES)[step] = value
+    """A group of a tile panel of eight bits; zeros fill up its rows."""
+    k, values, steps = j[job.K], bytes_(j[job.VALUES]), quads(j[job.K]) * STEPS
+    end, at = row + rows, group
+    while row < end:
+        count = sharing_rows(j, row, end - row)
+        # One row alone has its values behind every four indices, several have theirs behind all indices.
+        apart, values_at = (QUAD_BYTES, at + QUAD_VALUES) if count == 1 else (QUAD_VALUES, at + 2 * steps)
+        value_apart = QUAD_BYTES if count == 1 else STEPS
+        for i in range(steps):
+            quad, step = i // STEPS, i % STEPS
+            index = _index_of(j, row, i) if i < k else 0
+            kept = i < k and (i == 0 or index != _index_of(j, row, i - 1))
+            shorts(at + quad * apart)[step] = index
+            for r in range(count):
+                place = values_at + r * steps + quad * value_apart
+                bytes_(place)[step] = values[(row + r) * k + i] if kept else 0
+        at += quads(k) * (QUAD_VALUES + STEPS * count)
+        row += count
 
 
 @_compiled
@@ -340,7 +367,7 @@ def fill_panel(j: Pointer, scratch: int) -> None:
             _fill_quads(j, row, rows, j[job.PANEL] + at)
             starts[phase] = 0
             phase += 1
-            at += _phase_bytes(j, False)
+            at += _quads_bytes(j, row, rows)
         else:
             start = _window_start(j, sources)
         while start != _NONE:

@@ -36,6 +36,7 @@ _LIMITS: Final = {number: row.limits for number, row in enumerate(ACTIVATIONS) i
 _LIMIT_BITS: Final = sum(1 << number for number in _LIMITS)
 _INFINITY: Final = np.float32(np.inf)
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
+_SHARED_PARTS: Final = 2  # as many times where four rows share them: they come from a second-level cache fast enough
 
 _indices_of, _values_of, _shared_values_of = compiled(indices_of), compiled(values_of), compiled(shared_values_of)
 
@@ -259,6 +260,7 @@ def _phase_at(groups: Pointer, g: int, phase: int, may_share: bool) -> int:
 
 def _multiply(may_share: bool) -> Any:
     """:data:`multiply`, or :data:`multiply_shared`."""
+    parts = _SHARED_PARTS if may_share else 1
 
     def multiply(
         j: Pointer,
@@ -277,7 +279,7 @@ def _multiply(may_share: bool) -> Any:
         low, high = least(j[job.ACTIVATION]), most(j[job.ACTIVATION])
         added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
         # Few enough inputs for a first-level cache, enough for twenty weights a row before its sums are put away.
-        step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K]))
+        step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K])) * parts
         for g in range(g0, g1):
             cursors[g - g0] = groups[g * GROUP_WORDS + GROUP_PHASE]
         limit = 0
