@@ -138,7 +138,7 @@ def test_every_input(batch: int, special: float, dtype: ValueDtype) -> None:
 @float_dtypes
 @pytest.mark.parametrize("batch", [1, 16, 40])
 def test_numbers_that_are_not_finite_or_tiny(batch: int, dtype: ValueDtype) -> None:
-    for special in (math.nan, math.inf, -math.inf, 1e-42, 1e38):
+    for special in (math.nan, math.inf, -math.inf, 1e-42, 6e4):
         weight = condensed(20, 50, 6, n_active=18, groups=(4,), dtype=dtype)
         x = torch.randn(batch, 50)
         x[:, np.setdiff1d(np.arange(50), weight.indices)] = math.nan  # what no weight meets is not read

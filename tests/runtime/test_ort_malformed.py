@@ -67,7 +67,7 @@ def _weight_faults(node: Node) -> dict[str, tuple[Node, str]]:
                 values=np.tile(values[:1], (n + 1, 1)),
                 active=np.arange(n + 1, dtype=np.int32),
             ),
-            "'indices'",
+            f"has {n + 1} rows, more than {n} neurons",
         ),
         "values_fewer_rows": (node.with_weights(values=values[:-1].copy()), "'values'"),
         "values_transposed": (node.with_weights(values=values.T.copy()), "'values'"),
