@@ -45,20 +45,22 @@ CALLS = {
     "strided_task": (WIDE, 16),
     "dot_task": (WIDE, 1),
     "tile_task": (WIDE, 64),
+    "shared_tile_task": (WIDE, 64),
     "int8_dot_task": (WIDE, 1),
     "int8_tile_task": (WIDE, 64),
     "int8_conv_task": (CONV, 8),
     "conv_rows_task": (FEW, 8),
     "conv_tile_task": (CONV, 8),
+    "conv_shared_tile_task": (CONV, 8),
     "product_task": (WIDE, 64),
     "value_gradient_task": (WIDE, 64),
 }
 Call = Callable[[], object]
 
 
-def operands(layer: Layer, dtype: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+def operands(layer: Layer, dtype: str, group_size: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Those that each dtype has, and the scales of int8."""
-    weight, scales = random_weight(layer, SPARSITY), {}
+    weight, scales = random_weight(layer, SPARSITY, group_size=group_size), {}
     if dtype == "int8":
         rounded, worth = quantise_weights(weight.values)
         values, scales = torch.from_numpy(rounded), {"scales": torch.from_numpy(worth)}
@@ -96,7 +98,7 @@ def call_of(kernel: Kernel, dtype: str) -> tuple[Call, Call]:
         packed_gradient = pack(gradient)
         return lambda: pattern.value_gradient(packed, packed_gradient), lambda: gradient.t() @ x
     with torch.inference_mode(kernel.reads == "canonical" and kernel.layer == "linear"):  # these are not packed
-        parts, scales = operands(layer, dtype)
+        parts, scales = operands(layer, dtype, 4 if "shared" in kernel.reads else 1)
         weight = [part.clone() for part in parts]
     bias = weight[3]
     if kernel.layer == "convolution":

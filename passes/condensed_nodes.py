@@ -11,7 +11,7 @@ from torch import fx
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
 from srigl_fx.passes.program import arguments, tensor_at
-from srigl_fx.runtime.format import is_padding
+from srigl_fx.runtime.format import is_padding, row_indices
 
 LINEAR = torch.ops.srigl_fx.condensed_linear.default
 CONV = torch.ops.srigl_fx.condensed_conv.default
@@ -46,10 +46,11 @@ def settled_padding(module: fx.GraphModule) -> Iterator[tuple[fx.Node, torch.Ten
     """
     for node in condensed_nodes(module.graph):
         given = arguments(node)
-        if all(given[name].op == "get_attr" for name in ("values", "indices")):
-            values = tensor_at(module, str(given["values"].target)).detach()
-            indices = tensor_at(module, str(given["indices"].target)).detach()
-            padding = torch.from_numpy(is_padding(indices.numpy()))
+        if all(given[name].op == "get_attr" for name in ("values", "indices", "active")):
+            values, indices, active = (
+                tensor_at(module, str(given[name].target)).detach() for name in ("values", "indices", "active")
+            )
+            padding = torch.from_numpy(is_padding(row_indices(indices.numpy(), active.numpy())))
             if bool(values[padding].any()):
                 yield given["values"], values.masked_fill(padding, 0)
 

@@ -75,11 +75,18 @@ def dense_conv(
 
 
 def expand(values: Tensor, indices: Tensor, active: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """The dense (rows, columns) weight, and the flat positions of the entries in it."""
-    positions = active.to(torch.int64)[:, None] * columns + indices.to(torch.int64)
+    """The dense (rows, columns) weight, and the flat positions (n_active, k) of the entries in it."""
+    indices, active = of_each_row(indices, active)
+    positions = active[:, None] * columns + indices
     kept = values.masked_fill(is_padding(positions), 0)
     flat = values.new_zeros(rows * columns).scatter_add(0, positions.reshape(-1), kept.reshape(-1))
     return flat.reshape(rows, columns), positions
+
+
+def of_each_row(indices: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (n_active, k) and active rows (n_active,) in int64, whether rows share their indices or not."""
+    indices, active = indices.to(torch.int64), active.to(torch.int64)
+    return (indices, active) if active.dim() == 1 else (indices.index_select(0, active[1]), active[0])
 
 
 def is_padding(positions: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ Owns the format itself: building it from a dense weight and its mask, expanding 
 torch, ONNX or any kernel; a kernel that wants another layout packs this one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,11 @@ class CondensedWeight:
         values: float32, bfloat16, float16 or int8 (n_active, k), the kept weights of each active neuron.
         indices: uint16 or int32 (n_active, k), their columns in the (n, F) matrix view, ascending in a row. A row that
             keeps fewer than k is filled up at its end: with the value 0 and the last column once more. Such entries
-            are no weights; every reader must skip them.
-        active: int32 (n_active,), the rows of the neurons that are not ablated, ascending.
+            are no weights; every reader must skip them. Neighbours that keep the same columns may share a row of
+            indices, of which there are fewer then.
+        active: int32 (n_active,), the rows of the neurons that are not ablated, ascending. Where rows share their
+            indices it is (2, n_active): below each row stands the row of ``indices`` that it reads, which is 0 first,
+            and then that of its neighbour or the next.
         bias: float32 (out_features,), zeros where the layer has none. An ablated neuron yields its bias.
         out_features: n, the rows of the matrix view.
         in_features: F, its columns: for a convolution, channels / groups * prod(kernel).
@@ -67,7 +71,8 @@ class CondensedWeight:
     ) -> "CondensedWeight":
         """Condense a dense weight.
 
-        What is kept is decided by the mask alone: a live weight may be exactly zero.
+        What is kept is decided by the mask alone: a live weight may be exactly zero. Neighbouring active rows whose
+        masks are equal share their indices, if that makes the weight smaller.
 
         Args:
             weight: (n, F) matrix view of the weight; anything NumPy can cast to float32.
@@ -86,6 +91,9 @@ class CondensedWeight:
             >>> condensed = CondensedWeight.from_dense(weight, np.array([[True, False, True], [False] * 3]))
             >>> condensed.values.tolist(), condensed.indices.tolist(), condensed.active.tolist()
             ([[0.0, 3.0]], [[0, 2]], [0])
+            >>> shared = CondensedWeight.from_dense(np.ones((4, 3)), np.ones((4, 3), bool))
+            >>> shared.indices.tolist(), shared.active.tolist()
+            ([[0, 1, 2]], [[0, 1, 2, 3], [0, 0, 0, 0]])
         """
         weight, mask = np.asarray(weight), np.asarray(mask)
         if weight.ndim != 2 or weight.shape != mask.shape or mask.dtype != np.bool_:
@@ -109,10 +117,11 @@ class CondensedWeight:
         columns = np.nonzero(mask)[1][starts + np.minimum(steps, last)]
         values = np.where(steps <= last, weight[active[:, None], columns], 0)
         rounded, scales = _rounded(np.ascontiguousarray(values, dtype=np.float32), dtype)
+        indices, operand = _shared(np.ascontiguousarray(columns, dtype=index_dtype(fan_in)), active.astype(np.int32))
         condensed = cls(
             values=rounded,
-            indices=np.ascontiguousarray(columns, dtype=index_dtype(fan_in)),
-            active=active.astype(np.int32),
+            indices=indices,
+            active=operand,
             bias=np.zeros(n, np.float32) if bias is None else np.array(bias, dtype=np.float32),
             out_features=n,
             in_features=fan_in,
@@ -132,8 +141,27 @@ class CondensedWeight:
         return int(self.values.shape[1])
 
     @property
+    def rows(self) -> Array:
+        """int32 (n_active,), the rows of the neurons that are not ablated, whether they share indices or not."""
+        return self.active if self.active.ndim == 1 else self.active[0]
+
+    @property
+    def row_indices(self) -> Array:
+        """The indices of each active row (n_active, k), whether it shares them or not.
+
+        Example:
+            >>> ones = np.ones((4, 3))
+            >>> CondensedWeight.from_dense(ones, ones > 0).row_indices.tolist()
+            [[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+        """
+        return row_indices(self.indices, self.active)
+
+    @property
     def nbytes(self) -> int:
-        """The bytes of the arrays: about six per kept weight, four with values of 16 bits, three with eight."""
+        """The bytes of the arrays: about six per kept weight, four with values of 16 bits, three with eight.
+
+        Indices are two of them, or less where rows share theirs.
+        """
         scales = 0 if self.scales is None else self.scales.nbytes
         return int(self.values.nbytes + self.indices.nbytes + self.active.nbytes + self.bias.nbytes + scales)
 
@@ -148,9 +176,10 @@ class CondensedWeight:
         """
         weight = np.zeros((self.out_features, self.in_features), np.float32)
         mask = np.zeros(weight.shape, np.bool_)
-        kept = ~is_padding(self.indices)
-        rows = np.broadcast_to(self.active[:, None], kept.shape)[kept]
-        columns = self.indices[kept]
+        indices = self.row_indices
+        kept = ~is_padding(indices)
+        rows = np.broadcast_to(self.rows[:, None], kept.shape)[kept]
+        columns = indices[kept]
         values = self.values if self.scales is None else self.values * self.scales[:, None]
         weight[rows, columns] = values[kept]
         mask[rows, columns] = True
@@ -191,17 +220,13 @@ class CondensedWeight:
         for name, array, dimensions, dtypes in (
             ("values", self.values, 2, tuple(VALUE_DTYPES.values())),
             ("indices", self.indices, 2, (np.uint16, np.int32)),
-            ("active", self.active, 1, (np.int32,)),
+            ("active", self.active, 2 if np.ndim(self.active) == 2 else 1, (np.int32,)),
             ("bias", self.bias, 1, (np.float32,)),
         ):
             if not isinstance(array, np.ndarray) or array.ndim != dimensions or array.dtype not in dtypes:
                 wanted = " or ".join(np.dtype(dtype).name for dtype in dtypes)
                 return f"{name} must be a {dimensions}-D {wanted} array, not {getattr(array, 'dtype', type(array))}"
-        if self.indices.shape != self.values.shape:
-            return f"indices {self.indices.shape} and values {self.values.shape} differ in shape"
-        if self.active.shape != (self.n_active,):
-            return f"active has shape {self.active.shape} for {self.n_active} active rows"
-        problem = self._scales_problem()
+        problem = shape_problem(self.values.shape, self.indices.shape, self.active.shape) or self._scales_problem()
         if problem:
             return problem
         if self.bias.shape != (self.out_features,):
@@ -209,7 +234,7 @@ class CondensedWeight:
         if self.k > self.in_features or (self.n_active and not self.k):
             return f"a fan-in of {self.k} is not in 1..{self.in_features}"
         problem = range_problem(self.indices, self.active, self.in_features, self.out_features)
-        if not problem and self.values[is_padding(self.indices)].any():
+        if not problem and self.values[is_padding(self.row_indices)].any():
             return "the indices of a row are not ascending: only zeros at its end may repeat its last index"
         return problem
 
@@ -234,13 +259,85 @@ def _rounded(values: Array, dtype: ValueDtype) -> tuple[Array, Array | None]:
     return rounded, None
 
 
+def row_indices(indices: Array, active: Array) -> Array:
+    """The indices of each active row (n_active, k), whether rows share them or not.
+
+    Example:
+        >>> row_indices(np.array([[0, 2], [1, 2]]), np.array([[3, 4, 8], [0, 0, 1]])).tolist()
+        [[0, 2], [0, 2], [1, 2]]
+    """
+    return indices if active.ndim == 1 else indices[active[1]]
+
+
+def _shared(indices: Array, active: Array) -> tuple[Array, Array]:
+    """``indices`` and ``active`` with equal neighbours' indices stored once, or as they are where nothing is saved."""
+    first = np.ones(len(indices), np.bool_)
+    first[1:] = (indices[1:] != indices[:-1]).any(axis=1)
+    if not _saves(len(first), int(first.sum()), indices[:1].nbytes):
+        return indices, active
+    return indices[first], np.stack([active, (np.cumsum(first) - 1).astype(np.int32)])
+
+
+def _saves(n_active: int, different: int, row_bytes: int) -> bool:
+    """Whether rows of indices that are stored once are more than what says which row each active row reads."""
+    return (n_active - different) * row_bytes > n_active * np.dtype(np.int32).itemsize
+
+
+def count_index_rows(mask: Array) -> int:
+    """How many rows of indices :meth:`CondensedWeight.from_dense` stores for a mask (n, F).
+
+    Example:
+        >>> count_index_rows(np.ones((8, 5), bool)), count_index_rows(np.eye(8, dtype=bool))
+        (1, 8)
+    """
+    kept = mask[mask.any(axis=1)]
+    different = len(kept[:1]) + int((kept[1:] != kept[:-1]).any(axis=1).sum())
+    row_bytes = int(kept.sum(axis=1).max(initial=0)) * index_dtype(mask.shape[1]).itemsize
+    return different if _saves(len(kept), different, row_bytes) else len(kept)
+
+
+def shape_problem(values: Sequence[int], indices: Sequence[int], active: Sequence[int]) -> str:
+    """What is wrong with the shapes of a condensed weight's operands, or "" where they fit each other.
+
+    Example:
+        >>> shape_problem((8, 3), (8, 3), (8,)), shape_problem((8, 3), (2, 3), (2, 8))
+        ('', '')
+        >>> shape_problem((8, 3), (2, 3), (8,))
+        'indices (2, 3) and values (8, 3) differ in shape, and active (8,) does not say which rows share indices'
+    """
+    values, indices, active = tuple(values), tuple(indices), tuple(active)
+    if len(values) != 2 or len(indices) != 2 or indices[1] != values[1]:
+        return f"indices {indices} and values {values} differ in shape"
+    if active[-1:] != values[:1] or len(active) > 2 or active[:-1] not in ((), (2,)):
+        return f"active has shape {active} for {values[0]} active rows"
+    if len(active) == 1 and indices != values:
+        return (
+            f"indices {indices} and values {values} differ in shape, and active {active} does not say which rows share "
+            "indices"
+        )
+    if indices[0] > values[0]:
+        return f"indices have {indices[0]} rows for {values[0]} active rows"
+    return ""
+
+
 def range_problem(indices: Array, active: Array, in_features: int, out_features: int) -> str:
     """What is wrong with the numbers in ``indices`` and ``active``, or "" where they are safe to execute.
+
+    Their shapes fit.
 
     Example:
         >>> range_problem(np.array([[0, 4]], np.int32), np.array([0], np.int32), 4, 1)
         'an index of 4 is not in 0..3'
+        >>> range_problem(np.array([[0, 1]], np.int32), np.array([[0, 1], [0, 1]], np.int32), 4, 2)
+        'the rows of indices that active rows read are not 0, and then the one before or the next, up to 0'
     """
+    if active.ndim == 2:
+        active, read = active
+        if len(read) and (read[0] != 0 or read[-1] != len(indices) - 1 or not np.isin(np.diff(read), (0, 1)).all()):
+            return (
+                "the rows of indices that active rows read are not 0, and then the one before or the next, up to "
+                f"{len(indices) - 1}"
+            )
     for name, array, limit in (("an index", indices, in_features), ("an active row", active, out_features)):
         if array.size:
             low, high = int(array.min()), int(array.max())

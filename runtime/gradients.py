@@ -15,7 +15,7 @@ from torch import Tensor
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.cpu.training_products import Pattern, pack
-from srigl_fx.runtime.dense import FUNCTIONS, dense_conv, expand, is_padding
+from srigl_fx.runtime.dense import FUNCTIONS, dense_conv, expand, is_padding, of_each_row
 
 _library: Any = torch.library.Library("srigl_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
@@ -165,8 +165,8 @@ def _pattern(indices: Tensor, active: Tensor, n: int, in_features: int) -> tuple
         found = _patterns.get(key)
         if found is not None and found[0]() is indices and found[1] == facts:
             return found[2]
-    columns = indices.to(torch.int64)
-    rows, kept = active.to(torch.int64)[:, None].expand(indices.shape), ~is_padding(columns)
+    columns, rows = of_each_row(indices, active)
+    rows, kept = rows[:, None].expand(columns.shape), ~is_padding(columns)
     pattern = Pattern(rows[kept], columns[kept], n, in_features)
     made = None if bool(kept.all()) else kept.reshape(-1).nonzero().reshape(-1), pattern
     if counted:

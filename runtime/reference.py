@@ -43,8 +43,8 @@ def condensed_linear(
     Args:
         x: float32 (..., in_features); with an ``x_scale`` also uint8, which is rounded already.
         values: float32, bfloat16, float16 or, with ``scales``, int8 (n_active, k).
-        indices: Integers (n_active, k).
-        active: Integers (n_active,).
+        indices: Integers (n_active, k), or fewer rows where rows share theirs.
+        active: Integers (n_active,), or (2, n_active) with the row of ``indices`` that each reads.
         bias: float32 (n,).
         scales: float32 (n_active,), or None.
         x_scale: The scale to round all samples with, or None.
@@ -65,6 +65,7 @@ def condensed_linear(
         >>> condensed_linear(one, 2 * one, np.array([[0, 1, 2]]), np.array([0]), bias).tolist()
         [[6.5, 7.0]]
     """
+    indices, active = _of_each_row(indices, active)
     if scales is not None:
         rows = x.reshape(-1, x.shape[-1])
         y = _of_eight_bits(
@@ -114,6 +115,13 @@ def _of_eight_bits(
     return y
 
 
+def _of_each_row(indices: Array, active: Array) -> tuple[Array, Array]:
+    """Indices and active rows as if no row shared any: (n_active, k) and (n_active,)."""
+    if active.ndim == 1:
+        return indices, active
+    return np.stack([indices[int(row)] for row in active[1]]) if active.size else indices, active[0]
+
+
 def _kept(indices: Array) -> Array:
     """Which entries are no padding: bool (n_active, k)."""
     kept = np.ones(indices.shape, np.bool_)
@@ -154,8 +162,8 @@ def condensed_conv(
     Args:
         x: float32 (N, C, spatial...); with an ``x_scale`` also uint8, which is rounded already.
         values: float32, bfloat16 or float16 (n_active, k).
-        indices: (n_active, k), each a flat tap into C / group * prod(kernel).
-        active: (n_active,) filters that are not ablated.
+        indices: (n_active, k), each a flat tap into C / group * prod(kernel); fewer rows where filters share theirs.
+        active: (n_active,) filters that are not ablated, or (2, n_active) as for :func:`condensed_linear`.
         bias: float32 (n,).
         weight_shape: The dense shape (n, C / group, kernel...), of a transposed convolution too.
         strides: One for each spatial dimension; ones by default.
@@ -184,6 +192,7 @@ def condensed_conv(
         >>> condensed_conv(x, one, np.array([[1]]), np.array([0]), zero, weight_shape=(1, 1, 2)).tolist()
         [[[1.0, 2.0, 3.0]]]
     """
+    indices, active = _of_each_row(indices, active)
     if scales is not None:
 
         def sums(steps: Array, none: Array) -> Array:

@@ -17,7 +17,7 @@ from torch import Tensor
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime import value_types
 from srigl_fx.runtime.activations import NAMES
-from srigl_fx.runtime.format import range_problem
+from srigl_fx.runtime.format import range_problem, shape_problem
 from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, given_problem
 
 _LARGEST: Final = 1 << 31  # so that no product of sizes overflows
@@ -187,10 +187,11 @@ def check_weight(
             f"{op}: values must be {value_types.choice()}, bias float32, indices uint16 or int32, active int32; "
             f"got {values.dtype}, {bias.dtype}, {indices.dtype}, {active.dtype}"
         )
-    if len(shape) != 2 or indices.shape != shape or active.shape != shape[:1] or bias.dim() != 1:
+    if bias.dim() != 1 or shape_problem(shape, indices.shape, active.shape):
         raise FormatError(
-            f"{op}: values and indices must both be (n_active, k), active (n_active,), bias (n,); got {tuple(shape)}, "
-            f"{tuple(indices.shape)}, {tuple(active.shape)}, {tuple(bias.shape)}"
+            f"{op}: values and indices must both be (n_active, k), active (n_active,), bias (n,), or where rows share "
+            "indices, fewer rows of these, and active (2, n_active) with the row of indices that each reads; got "
+            f"{tuple(shape)}, {tuple(indices.shape)}, {tuple(active.shape)}, {tuple(bias.shape)}"
         )
     if (values.dtype is torch.int8) != (scales is not None):
         raise FormatError(f"{op}: values of int8, and no others, have scales; got {values.dtype} and scales {scales}")

@@ -65,6 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "lowering",
         "passes",
         "recipes",
+        "runtime.format",
         "runtime.ops",
         "runtime.ort",
         "runtime.value_types",

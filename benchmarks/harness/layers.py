@@ -66,11 +66,13 @@ class Layer:
         return f"{self.kernel}x{self.kernel} {self.inputs} -> {self.outputs}, {self.size}x{self.size}{stride}"
 
 
-def random_weight(layer: Layer, sparsity: float, seed: int = 0) -> CondensedWeight:
-    """A constant fan-in weight whose outputs have a variance of about one."""
+def random_weight(layer: Layer, sparsity: float, seed: int = 0, group_size: int = 1) -> CondensedWeight:
+    """A constant fan-in weight whose outputs have a variance of about one, and share their inputs in groups."""
     rng = np.random.default_rng(seed)
     fan_in = max(1, round((1 - sparsity) * layer.fan_in))
-    kept = np.sort(rng.random((layer.outputs, layer.fan_in)).argpartition(fan_in - 1, axis=1)[:, :fan_in], axis=1)
+    groups = -(-layer.outputs // group_size)
+    kept = np.sort(rng.random((groups, layer.fan_in)).argpartition(fan_in - 1, axis=1)[:, :fan_in], axis=1)
+    kept = np.repeat(kept, group_size, axis=0)[: layer.outputs]
     mask = np.zeros((layer.outputs, layer.fan_in), np.bool_)
     np.put_along_axis(mask, kept, True, axis=1)
     weight = (rng.standard_normal(mask.shape, np.float32) / np.sqrt(fan_in)).astype(np.float32)

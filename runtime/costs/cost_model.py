@@ -57,6 +57,7 @@ class Work:
         value_bytes: Bytes of a stored value.
         convolution: Whether it is a convolution.
         eight_bits: Whether values and activations have eight bits.
+        index_rows: The rows of indices that the active rows read, where some share them; 0 where each has its own.
     """
 
     rows: int
@@ -67,6 +68,7 @@ class Work:
     value_bytes: int = 4
     convolution: bool = False
     eight_bits: bool = False
+    index_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,5 +201,9 @@ def condensed(work: Work, machine: Machine) -> float:
         samples = 1 + (work.columns - 1) * again
         return machine.condensed_call + max(samples * stored / machine.dot_rate, reading)
     columns = -(-work.columns // lanes) * lanes
+    if work.index_rows and not work.eight_bits:
+        # Four rows that share their inputs take as long as two others.
+        fours = max(work.index_rows, work.active / 4)
+        machine = replace(machine, tile_rate=machine.tile_rate * max(1.0, work.active / (2 * fours)))
     moved = work.columns * (work.fan_in + work.rows) / machine.move_rate  # a convolution's windows one by one
     return machine.condensed_call + work.kept * columns / machine.tile_rate + moved

@@ -21,13 +21,17 @@ from srigl_fx.runtime.cpu.kernels import conv, job, plan
 from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa, looks_up_bytes
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.table import KERNELS
-from srigl_fx.runtime.cpu.prepared_weights import Job, new_job, pack, panel_of
+from srigl_fx.runtime.cpu.prepared_weights import Job, index_rows_of, new_job, pack, panel_of
 from srigl_fx.runtime.validation import Checked
 
 Given = tuple[float | None, int]  # the scale that samples, or outputs, are rounded with, if one is, and its offset
 _TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "linear"}
 _CONV_TASKS = {kernel.number: kernel.task for kernel in KERNELS if kernel.layer == "convolution"}
-_COLUMNS = {plan.TILE: COLUMNS, plan.INT8_TILE: plan.INT8_COLUMNS}  # of the kernels that compute tiles
+_COLUMNS = {
+    plan.TILE: COLUMNS,
+    plan.SHARED_TILE: COLUMNS,
+    plan.INT8_TILE: plan.INT8_COLUMNS,
+}  # of the kernels that compute tiles
 _SLACK = 64  # floats behind a packed sample that may be read
 _FLOAT, _FLOAT_BITS = struct.Struct("f"), struct.Struct("I")
 _looks_up_bytes = functools.cache(looks_up_bytes)
@@ -41,10 +45,11 @@ def _level() -> int:
 # The rules of the plan are Python here, on the path of every call: asked once for each set of sizes.
 @functools.lru_cache(maxsize=4096)
 def _linear_plan(
-    in_features: int, n_active: int, k: int, batch: int, feature_major: bool, packed: bool
+    in_features: int, n_active: int, k: int, batch: int, feature_major: bool, packed: bool, index_rows: int
 ) -> tuple[int, int]:
     """The kernel of a linear layer and the window of the panel that it reads."""
     kernel = plan.linear_kernel(_level(), in_features, n_active, k, batch, feature_major, packed)
+    kernel = plan.for_shared(kernel, n_active, index_rows)
     return kernel, plan.window_of(kernel, _level(), in_features, n_active, k)
 
 
@@ -56,9 +61,12 @@ def _int8_plan(in_features: int, n_active: int, k: int, batch: int, feature_majo
 
 
 @functools.lru_cache(maxsize=4096)
-def _conv_plan(in_features: int, n_active: int, k: int, block_rows: int, packed: bool) -> tuple[int, int]:
+def _conv_plan(
+    in_features: int, n_active: int, k: int, block_rows: int, packed: bool, index_rows: int
+) -> tuple[int, int]:
     """The kernel of a convolution and the window of the panel that it reads."""
     kernel = plan.conv_kernel(in_features, n_active, k, block_rows, packed)
+    kernel = plan.for_shared(kernel, n_active, index_rows)
     return kernel, plan.window_of(kernel, _level(), in_features, n_active, k)
 
 
@@ -91,6 +99,7 @@ def _job(
         j = new_job(values, indices, active, in_features, bias.shape[0])
     j[job.X], j[job.Y], j[job.BIAS] = x.data_ptr(), y.data_ptr(), bias.data_ptr()
     j[job.VALUES], j[job.INDICES], j[job.ACTIVE] = values.data_ptr(), indices.data_ptr(), active.data_ptr()
+    j[job.INDEX_ROWS] = index_rows_of(active)
     return j
 
 
@@ -143,7 +152,7 @@ def linear(
     Args:
         checked: What is known about the weight.
         x: The samples.
-        weight: Contiguous values, indices, active and bias.
+        weight: Contiguous values, indices, active and bias, as :mod:`srigl_fx.runtime.format` has them.
         in_features: The inputs of the layer.
         residual: Of the output's shape, or None.
         activation: The activation's name.
@@ -160,7 +169,8 @@ def linear(
     if scales is not None:
         planned = kernel, _ = _int8_plan(in_features, *values.shape, batch, columns)
     else:
-        planned = kernel, _ = _linear_plan(in_features, *values.shape, batch, columns, _may_pack(checked, values))
+        packed, index_rows = _may_pack(checked, values), weight[1].shape[0]
+        planned = kernel, _ = _linear_plan(in_features, *values.shape, batch, columns, packed, index_rows)
     if kernel == plan.STRIDED or (columns and kernel == plan.INT8_DOT):
         # It is plain and slow, for hosts where an operator cannot ask for other layouts; here copies are at hand.
         y = linear(checked, x.contiguous(), weight, in_features, residual, activation, False, scales, given, wanted)
@@ -281,7 +291,8 @@ def convolution(
         kernel = plan.int8_conv_kernel(n_active, k)
         planned = kernel, plan.int8_window(_looks_up_bytes(), kernel, in_features, k)
     else:
-        planned = kernel, _ = _conv_plan(in_features, n_active, k, block_rows, _may_pack(checked, values))
+        packed, index_rows = _may_pack(checked, values), indices.shape[0]
+        planned = kernel, _ = _conv_plan(in_features, n_active, k, block_rows, packed, index_rows)
     if kernel == plan.ROWS and wanted[0] is not None:  # of a layer without weights; its kernel is that of floats
         floats = torch.empty_like(y, dtype=torch.float32)
         settings = weight_shape, stride, padding, dilation, groups, transposed

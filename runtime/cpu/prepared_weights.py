@@ -105,13 +105,11 @@ def pack(
     given = None if scales is None else scales.detach().contiguous()
     j[job.SCALES] = 0 if given is None else given.data_ptr()
     j[job.BLOCK_ROWS], j[job.PANEL_WINDOW], j[job.KERNEL] = block_rows, window, kernel
-    scratch = np.zeros(plan.LANES, np.int64)
+    scratch = np.zeros(job.SCRATCH_WORDS, np.int64)
     address = ctypes.addressof(j)
     entry("measure_panel")[0](address, scratch.ctypes.data)
     count, phases = j[job.PANEL_COUNT], j[job.PANEL_PHASES]
-    entry("phase_size")[0](address, 0)
-    phase_bytes = j[job.PANEL]
-    memory = np.empty(phases * phase_bytes + _CACHE_LINE, np.uint8)
+    memory = np.empty(j[job.PANEL_BYTES] + _CACHE_LINE, np.uint8)
     groups = np.empty((count + 1) * job.GROUP_WORDS, np.int64)
     starts, rows = np.empty(phases, np.int32), np.empty(count * plan.LANES, np.int32)
     j[job.PANEL] = -(-memory.ctypes.data // _CACHE_LINE) * _CACHE_LINE
@@ -123,10 +121,16 @@ def pack(
     return bytes(j), (memory, groups, starts, rows, lane_scales, lane_sums)
 
 
+def index_rows_of(active: Tensor) -> int:
+    """Where it is said which row of indices each active row reads; 0 where each has its own."""
+    return active.data_ptr() + active.shape[1] * active.itemsize if active.dim() == 2 else 0
+
+
 def new_job(values: Tensor, indices: Tensor, active: Tensor, in_features: int, out_features: int) -> Any:
     """A job with the fields of a weight; the tensors must be contiguous, and live as long as it is used."""
     j = Job()
     j[job.VALUES], j[job.INDICES], j[job.ACTIVE] = values.data_ptr(), indices.data_ptr(), active.data_ptr()
+    j[job.INDEX_ROWS] = index_rows_of(active)
     j[job.VALUE_TYPE], j[job.INDEX_BYTES] = NUMBERS[values.dtype], indices.itemsize
     j[job.IN_FEATURES], j[job.OUT_FEATURES] = in_features, out_features
     j[job.N_ACTIVE], j[job.K] = values.shape

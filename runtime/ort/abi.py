@@ -147,8 +147,9 @@ BASE_LINEAR, BASE_TRANSPOSED = 0, 2  # positions in FLOAT_BASES
     WEIGHTS_K,
     WEIGHTS_INDEX_TYPE,
     WEIGHTS_VALUE_TYPE,
-) = (WORD * i for i in range(9))
-WEIGHTS_WORDS: Final = 9
+    WEIGHTS_INDEX_ROWS,  # where it is said which row of indices each active row reads; 0 where each has its own
+) = (WORD * i for i in range(10))
+WEIGHTS_WORDS: Final = 10
 
 # A tensor's description.
 TENSOR_TYPE: Final = 0

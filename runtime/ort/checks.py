@@ -110,15 +110,17 @@ def is_zero(values: int, value_type: int, place: int) -> int:
 def check_indices(node: int, weights: int, values: int, rows: int, k: int) -> int:
     """Refuse an index outside [0, in_features) or not ascending within its row, but for zeros at the row's end.
 
-    ``values`` is 0 where they are not known yet.
+    ``values`` is 0 where they are not known yet. Which rows of indices the active rows read is checked.
     """
     indices, index_type = load(weights, abi.WEIGHTS_INDICES), load(weights, abi.WEIGHTS_INDEX_TYPE)
-    value_type = load(weights, abi.WEIGHTS_VALUE_TYPE)
+    value_type, index_rows = load(weights, abi.WEIGHTS_VALUE_TYPE), load(weights, abi.WEIGHTS_INDEX_ROWS)
     limit = load(node, abi.NODE_IN_FEATURES)
     for row in range(rows):
         previous, ended = -1, 0
+        ahead = 0 if index_rows == 0 else (load32(index_rows, 4 * row) - row) * k
         for j in range(row * k, (row + 1) * k):
-            index = load16(indices, 2 * j) if index_type == abi.TYPE_UINT16 else load32(indices, 4 * j)
+            at = j + ahead
+            index = load16(indices, 2 * at) if index_type == abi.TYPE_UINT16 else load32(indices, 4 * at)
             if index < 0 or index >= limit:
                 return refuse(
                     node, text("input '@', row %: % is outside [0, in_features)"), text("indices"), row, index
@@ -153,6 +155,26 @@ def check_active(node: int, active: int, rows: int) -> int:
 
 
 @linked
+def check_index_rows(node: int, index_rows: int, rows: int, index_count: int) -> int:
+    """Refuse rows of indices that are not 0, and then the one before or the next, up to the last."""
+    previous = -1
+    for row in range(rows):
+        found = load32(index_rows, 4 * row)
+        if (found != previous and found != previous + 1) or found < 0:
+            return refuse(
+                node,
+                text("input '@' names the row % of indices at position %, expected the one before or the next"),
+                text("active"),
+                found,
+                row,
+            )
+        previous = found
+    if previous != index_count - 1:
+        return refuse(node, text("input '@' names % of % rows of indices"), text("active"), previous + 1, index_count)
+    return 0
+
+
+@linked
 def check_scales(node: int, scales: int, rows: int) -> int:
     """Refuse a scale that is negative, infinite or NaN."""
     for row in range(rows):
@@ -168,12 +190,14 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
     """Check the weight inputs against the attributes and each other, and store what a kernel needs at ``weights``.
 
     ``inputs`` holds the four OrtValues, and that of the scales; while a node is created, those not constant are 0 and
-    are left for the run. Contents that were found good when the node was created are recognised by their address.
+    are left for the run. Contents that were found good when the node was created are recognised by their address;
+    those of indices and of active rows are checked as soon as both are there.
     """
     n, in_features = load(node, abi.NODE_OUT_FEATURES), load(node, abi.NODE_IN_FEATURES)
     tensor = stack(_TENSOR_WORDS)
-    n_active = k = -1
+    n_active = k = index_count = -1
     store(weights, abi.WEIGHTS_VALUE_TYPE, _FLOAT32)
+    store(weights, abi.WEIGHTS_INDEX_ROWS, 0)
 
     value = load(inputs, abi.WEIGHTS_INDICES)
     if value != 0:
@@ -188,9 +212,9 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
         rank = load(tensor, abi.TENSOR_RANK)
         if rank != 2:
             return refuse(node, text("input '@' must be (n_active, k), its rank is %"), text("indices"), rank, 0)
-        n_active, k = load(tensor, abi.TENSOR_SHAPE), load(tensor, abi.TENSOR_SHAPE + abi.WORD)
-        if n_active > n:
-            return refuse(node, text("input '@' has % rows, more than % neurons"), text("indices"), n_active, n)
+        index_count, k = load(tensor, abi.TENSOR_SHAPE), load(tensor, abi.TENSOR_SHAPE + abi.WORD)
+        if index_count > n:
+            return refuse(node, text("input '@' has % rows, more than % neurons"), text("indices"), index_count, n)
         if k > in_features:
             return refuse(
                 node, text("input '@' has % columns, more than in_features %"), text("indices"), k, in_features
@@ -216,16 +240,20 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
         if rank != 2:
             return refuse(node, text("input '@' must be (n_active, k), its rank is %"), text("values"), rank, 0)
         rows, columns = load(tensor, abi.TENSOR_SHAPE), load(tensor, abi.TENSOR_SHAPE + abi.WORD)
-        if k >= 0 and (rows != n_active or columns != k):
+        if rows > n:
+            return refuse(node, text("input '@' has % rows, more than % neurons"), text("values"), rows, n)
+        if k >= 0 and (rows < index_count or columns != k):
             return refuse(
                 node, text("input '@' is (%, %), another shape than 'indices'"), text("values"), rows, columns
             )
+        n_active = rows
         status = tensor_data(node, value, weights + abi.WEIGHTS_VALUES)
         if status != 0:
             return status
 
     value = load(inputs, abi.WEIGHTS_ACTIVE)
-    if value != 0:
+    has_active = value != 0
+    if has_active:
         status = describe(node, value, text("active"), tensor)
         if status != 0:
             return status
@@ -235,18 +263,31 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
                 node, text("input '@' must be int32, not ONNX element type %"), text("active"), element_type, 0
             )
         rows = load(tensor, abi.TENSOR_SHAPE)
-        if rank != 1:
-            return refuse(node, text("input '@' must be (n_active,), its rank is %"), text("active"), rank, 0)
+        shared = rank == 2 and rows == 2
+        if rank != 1 and not shared:
+            return refuse(
+                node,
+                text("input '@' must be (n_active,), or (2, n_active) where rows share indices, its rank is %"),
+                text("active"),
+                rank,
+                0,
+            )
+        if shared:
+            rows = load(tensor, abi.TENSOR_SHAPE + abi.WORD)
+        if n_active < 0 and rows > n:
+            return refuse(node, text("input '@' has % entries, more than % neurons"), text("active"), rows, n)
         if n_active >= 0 and rows != n_active:
-            return refuse(node, text("input '@' has % entries, 'indices' has % rows"), text("active"), rows, n_active)
+            return refuse(node, text("input '@' has % entries, 'values' has % rows"), text("active"), rows, n_active)
+        if not shared and index_count >= 0 and rows != index_count:
+            return refuse(
+                node, text("input '@' has % entries, 'indices' has % rows"), text("active"), rows, index_count
+            )
+        n_active = rows
         status = tensor_data(node, value, weights + abi.WEIGHTS_ACTIVE)
         if status != 0:
             return status
-        active = load(weights, abi.WEIGHTS_ACTIVE)
-        if active != load(node, abi.NODE_CHECKED_ACTIVE):
-            status = check_active(node, active, rows)
-            if status != 0:
-                return status
+        if shared:
+            store(weights, abi.WEIGHTS_INDEX_ROWS, load(weights, abi.WEIGHTS_ACTIVE) + 4 * rows)
 
     value = load(inputs, abi.WEIGHTS_BIAS)
     if value != 0:
@@ -271,7 +312,7 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
         if rank != 1:
             return refuse(node, text("input '@' must be (n_active,), its rank is %"), text("scales"), rank, 0)
         if n_active >= 0 and rows != n_active:
-            return refuse(node, text("input '@' has % entries, 'indices' has % rows"), text("scales"), rows, n_active)
+            return refuse(node, text("input '@' has % entries, 'values' has % rows"), text("scales"), rows, n_active)
         if k > _LARGEST_FAN_IN:
             return refuse(node, text(_TOO_WIDE), text("indices"), k, _LARGEST_FAN_IN)
         status = tensor_data(node, value, weights + abi.WEIGHTS_SCALES)
@@ -285,10 +326,33 @@ def check_weights(node: int, inputs: int, weights: int) -> int:
 
     store(weights, abi.WEIGHTS_N_ACTIVE, n_active)
     store(weights, abi.WEIGHTS_K, k)
-    if k >= 0 and load(weights, abi.WEIGHTS_INDICES) != load(node, abi.NODE_CHECKED_INDICES):
-        values = load(weights, abi.WEIGHTS_VALUES) if load(inputs, abi.WEIGHTS_VALUES) != 0 else 0
-        return check_indices(node, weights, values, n_active, k)
-    return 0
+    active = load(weights, abi.WEIGHTS_ACTIVE)
+    if has_active and active != load(node, abi.NODE_CHECKED_ACTIVE):
+        status = check_active(node, active, n_active)
+        if status != 0:
+            return status
+    if k < 0 or not has_active:
+        return 0
+    index_rows = load(weights, abi.WEIGHTS_INDEX_ROWS)
+    same = load(weights, abi.WEIGHTS_INDICES) == load(node, abi.NODE_CHECKED_INDICES)
+    if same and active == load(node, abi.NODE_CHECKED_ACTIVE):
+        return 0
+    if index_rows != 0:
+        status = check_index_rows(node, index_rows, n_active, index_count)
+        if status != 0:
+            return status
+    values = load(weights, abi.WEIGHTS_VALUES) if load(inputs, abi.WEIGHTS_VALUES) != 0 else 0
+    return check_indices(node, weights, values, n_active, k)
 
 
-FUNCTIONS = (describe, describe_float, describe_x, is_zero, check_indices, check_active, check_scales, check_weights)
+FUNCTIONS = (
+    describe,
+    describe_float,
+    describe_x,
+    is_zero,
+    check_indices,
+    check_active,
+    check_index_rows,
+    check_scales,
+    check_weights,
+)

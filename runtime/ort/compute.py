@@ -10,7 +10,7 @@ from srigl_fx.runtime.cpu.kernels.compiled import planned
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.checks import check_weights, describe_float, describe_x, tensor_data
 from srigl_fx.runtime.ort.panels import find_panel, free_panel, kernel, make_panel, store_weights
-from srigl_fx.runtime.ort.primitives import call, external, inlined, linked, load, stack, store, text
+from srigl_fx.runtime.ort.primitives import call, external, inlined, linked, load, load32, stack, store, text
 from srigl_fx.runtime.ort.refusals import refuse
 from srigl_fx.runtime.ort.runs import (
     MAX_ELEMENTS,
@@ -32,15 +32,19 @@ _GEOMETRY_WORDS = conv.GEOMETRY_SIZE
 _MAX_ELEMENTS = MAX_ELEMENTS
 _FLOAT_BYTES = 4
 _malloc, _free = external("malloc", 1), external("free", 1)
-_DOT, _TILE, _STRIDED = plan.DOT, plan.TILE, plan.STRIDED
+_DOT, _TILE, _SHARED_TILE, _STRIDED = plan.DOT, plan.TILE, plan.SHARED_TILE, plan.STRIDED
 _INT8_DOT, _INT8_TILE = plan.INT8_DOT, plan.INT8_TILE
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _NO_PANEL = "not enough memory for its packed weight"
 _NO_OUTPUTS = "not enough memory for its outputs before they are rounded"
 _conv_kernel, _int8_conv_kernel = planned(plan.conv_kernel), planned(plan.int8_conv_kernel)
+_for_shared = planned(plan.for_shared)
 
 _PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _CONV_PLAN = (
     abi.TABLE[task] for task in ("plan_linear", "rows_task", "strided_task", "dot_task", "conv_plan")
+)
+_TILE_TASK, _SHARED_TILE_TASK, _CONV_TILE, _CONV_SHARED_TILE = (
+    abi.TABLE[task] for task in ("tile_task", "shared_tile_task", "conv_tile_task", "conv_shared_tile_task")
 )
 
 
@@ -134,7 +138,9 @@ def _output_bytes(node: int) -> int:
 def _run_linear(node: int, context: int, number: int, j: int, batch: int) -> int:
     work = batch * field(j, job.N_ACTIVE) * field(j, job.K)
     if number == _TILE:
-        return run_tiles(node, context, j, batch, work)
+        return run_tiles(node, context, kernel(node, _TILE_TASK), j, batch, work)
+    if number == _SHARED_TILE:
+        return run_tiles(node, context, kernel(node, _SHARED_TILE_TASK), j, batch, work)
     if number == _INT8_TILE:
         return run_byte_tiles(node, context, j, batch, work)
     if number == _INT8_DOT:
@@ -211,7 +217,7 @@ def compute_linear(node: int, context: int) -> int:
         _set_call(j, data, batch - first, x_columns, y_columns)
         call(kernel(node, _PLAN_LINEAR), (j, 1))
         number, samples, panel, made = field(j, job.KERNEL), field(j, job.SAMPLES), 0, 0
-        if number in (_DOT, _TILE, _INT8_DOT, _INT8_TILE):
+        if number in (_DOT, _TILE, _SHARED_TILE, _INT8_DOT, _INT8_TILE):
             panel = find_panel(node, weights, number, n)
             if panel == 0 and load(node, abi.NODE_EIGHT_BITS) != 0:
                 panel = made = make_panel(node, weights, number, n)
@@ -302,10 +308,12 @@ def compute_conv(node: int, context: int) -> int:
     in_features, panel = load(node, abi.NODE_IN_FEATURES), 0
     n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
     number = _conv_kernel(in_features, n_active, k, block_rows, True)
+    if load(weights, abi.WEIGHTS_INDEX_ROWS) != 0 and n_active > 0:
+        number = _for_shared(number, n_active, load32(load(weights, abi.WEIGHTS_INDEX_ROWS), 4 * (n_active - 1)) + 1)
     if load(node, abi.NODE_EIGHT_BITS) != 0:
         number = _int8_conv_kernel(n_active, k)
     made = 0
-    if number in (_TILE, _INT8_TILE):
+    if number in (_TILE, _SHARED_TILE, _INT8_TILE):
         panel = find_panel(node, weights, number, block_rows)
     if panel == 0 and number == _INT8_TILE:
         panel = made = make_panel(node, weights, number, block_rows)
@@ -330,7 +338,8 @@ def compute_conv(node: int, context: int) -> int:
         free_panel(made)
         return status
     positions = elements // n
-    return run_positions(node, context, j, positions, positions * n_active * k)
+    task = kernel(node, _CONV_SHARED_TILE if number == _SHARED_TILE else _CONV_TILE)
+    return run_positions(node, context, task, j, positions, positions * n_active * k)
 
 
 def compute_round(node: int, context: int) -> int:

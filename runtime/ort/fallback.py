@@ -21,6 +21,7 @@ WEIGHT_ATTRIBUTES = ("in_features", "weight_shape", "flat_size")
 LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
+SHARED = "shared indices"  # what a function must be for if rows of some node share theirs
 # Of operators with values of eight bits, with what nodes of older files have in their place: a scale of 0 is none.
 GIVEN_ATTRIBUTES = {
     "x_scale": "x_scale: float = 0.0",
@@ -34,15 +35,14 @@ ROUND_ATTRIBUTES = ("x_scale", "x_offset")
 # Flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
 # Padding adds zeros to the last kept weight of its row.
 _DENSE_WEIGHT = """
-    wide_indices = Cast <to: int = 7> (indices)
-    wide_active = Cast <to: int = 7> (active)
     one = Constant <value: tensor = int64[1] {1}> ()
+    minus_one = Constant <value: tensor = int64[1] {-1}> ()
+    {indices}
     {values}
     rows = Unsqueeze (wide_active, one)
     row_size = Constant <value_int: int = @in_features> ()
     row_starts = Mul (rows, row_size)
     positions = Add (row_starts, wide_indices)
-    minus_one = Constant <value: tensor = int64[1] {-1}> ()
     flat_positions = Reshape (positions, minus_one)
     flat_values = Reshape (wide_values, minus_one)
     size = Constant <value_int: int = @flat_size> ()
@@ -51,6 +51,29 @@ _DENSE_WEIGHT = """
     flat_weight = ScatterElements <axis: int = 0, reduction: string = "add"> (zeros, flat_positions, flat_values)
     shape = Constant <value_ints: ints = @weight_shape> ()
     weight = Reshape (flat_weight, shape)
+"""
+_OWN_INDICES = """
+    wide_indices = Cast <to: int = 7> (indices)
+    wide_active = Cast <to: int = 7> (active)
+"""
+# For operators of which some node has rows that share indices: behind the active rows stand those of indices that they
+# read, or where a node has none, its rows in their order.
+_SHARED_INDICES = """
+    stored_indices = Cast <to: int = 7> (indices)
+    stored_active = Cast <to: int = 7> (active)
+    start = Constant <value: tensor = int64[1] {0}> ()
+    first = Constant <value: tensor = int64 {0}> ()
+    step = Constant <value: tensor = int64 {1}> ()
+    values_shape = Shape (values)
+    counts = Slice (values_shape, start, one)
+    count = Squeeze (counts, start)
+    own_rows = Range (first, count, step)
+    flat_active = Reshape (stored_active, minus_one)
+    all_rows = Concat <axis: int = 0> (flat_active, own_rows)
+    ends = Add (counts, counts)
+    wide_active = Slice (all_rows, start, counts)
+    index_rows = Slice (all_rows, counts, ends)
+    wide_indices = Gather <axis: int = 0> (stored_indices, index_rows)
 """
 _VALUES = "wide_values = Cast <to: int = 1> (values)"
 _SCALED_VALUES = """
@@ -118,7 +141,7 @@ _ROUNDED = """
     row_scales = ScatterElements <axis: int = 0> (no_scales, wide_active, scales)
     factors = Mul (sample_scale, row_scales)
     no_rows = ConstantOfShape <value: tensor = bool[1] {{0}}> (bias_shape)
-    active_shape = Shape (active)
+    active_shape = Shape (wide_active)
     are_active = ConstantOfShape <value: tensor = bool[1] {{1}}> (active_shape)
     is_active = ScatterElements <axis: int = 0> (no_rows, wide_active, are_active)
 """
@@ -287,8 +310,9 @@ def fallback_functions(
     Args:
         names: The operators that the model uses, of :data:`srigl_fx.runtime.ort.abi.OPERATORS`.
         used: For each operator, which of ``x_perm`` and ``y_perm`` may be anything but the identity in some node, and
-            ``x_scale`` and ``x_bytes`` if they may be anything but 0. The other functions leave out what that would
-            ask for: ONNX Runtime would not remove a transposition that changes nothing.
+            ``x_scale`` and ``x_bytes`` if they may be anything but 0, and :data:`SHARED` if rows may share indices. The
+            other functions leave out what that would ask for: ONNX Runtime would not remove a transposition that
+            changes nothing.
         exact: Whether samples are rounded to eight bits where an operator's values are; else those operators become
             plain layers of the weights that the values stand for. Outputs that are bytes stay so.
 
@@ -348,4 +372,5 @@ def _function(name: str, base: str, residual: bool, activation: str, used: Colle
     attributes = [GIVEN_ATTRIBUTES.get(item, item) for item in attributes_of(base)]
     plain = exact or not abi.has_scales(base)
     weight = _DENSE_WEIGHT.replace("{values}", _VALUES if plain else _SCALED_VALUES)
+    weight = weight.replace("{indices}", _SHARED_INDICES if SHARED in used else _OWN_INDICES)
     return f"{_header(name, attributes, abi.inputs_of(base, residual))} {{ {weight} {body} }}"

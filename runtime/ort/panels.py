@@ -6,7 +6,7 @@ panel is laid out, nor what is computed with it.
 """
 
 from srigl_fx.runtime.cpu.kernels import job, plan
-from srigl_fx.runtime.cpu.kernels.plan import INT8_TILE, TILE
+from srigl_fx.runtime.cpu.kernels.plan import INT8_TILE, SHARED_TILE, TILE
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, exchange, external, inlined, linked, load, stack, store
 
@@ -14,11 +14,9 @@ _calloc, _free = external("calloc", 2), external("free", 1)
 
 _JOB_WORDS = job.SIZE
 _JOB_BYTES = 8 * job.SIZE
-_SCRATCH_WORDS = 16
+_SCRATCH_WORDS, _GROUP_WORDS = job.SCRATCH_WORDS, job.GROUP_WORDS
 _CACHE_LINE = plan.CACHE_LINE
-_PLAN_PANEL, _MEASURE_PANEL, _PHASE_SIZE, _FILL_PANEL = (
-    abi.TABLE[task] for task in ("plan_panel", "measure_panel", "phase_size", "fill_panel")
-)
+_PLAN_PANEL, _MEASURE_PANEL, _FILL_PANEL = (abi.TABLE[task] for task in ("plan_panel", "measure_panel", "fill_panel"))
 
 
 @inlined
@@ -34,6 +32,7 @@ def store_weights(node: int, weights: int, j: int) -> int:
     store(j, abi.WORD * job.VALUES, load(weights, abi.WEIGHTS_VALUES))
     store(j, abi.WORD * job.INDICES, load(weights, abi.WEIGHTS_INDICES))
     store(j, abi.WORD * job.ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
+    store(j, abi.WORD * job.INDEX_ROWS, load(weights, abi.WEIGHTS_INDEX_ROWS))
     store(j, abi.WORD * job.BIAS, load(weights, abi.WEIGHTS_BIAS))
     store(j, abi.WORD * job.SCALES, load(weights, abi.WEIGHTS_SCALES))
     store(j, abi.WORD * job.N_ACTIVE, load(weights, abi.WEIGHTS_N_ACTIVE))
@@ -48,7 +47,7 @@ def store_weights(node: int, weights: int, j: int) -> int:
 @linked
 def find_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> int:
     """The node's panel for a kernel; 0 where there is none: no such kernel, weights that change, or no memory."""
-    tiles = kernel_number in (TILE, INT8_TILE)
+    tiles = kernel_number in (TILE, SHARED_TILE, INT8_TILE)
     place = node + (abi.NODE_TILE_PANEL if tiles else abi.NODE_DOT_PANEL)
     found = load(place, 0)
     if found != 0:
@@ -84,15 +83,14 @@ def make_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> 
     if load(measured, abi.WORD * job.PANEL_WINDOW) == 0:
         return 0
     call(kernel(node, _MEASURE_PANEL), (measured, scratch))
-    call(kernel(node, _PHASE_SIZE), (measured, 0))
     groups, phases = load(measured, abi.WORD * job.PANEL_COUNT), load(measured, abi.WORD * job.PANEL_PHASES)
     # The job; where each group starts; each phase's window; each lane's output, scale and sum; the phases, aligned.
     groups_at = _JOB_BYTES
-    starts_at = groups_at + (groups + 1) * 2 * abi.WORD
+    starts_at = groups_at + (groups + 1) * _GROUP_WORDS * abi.WORD
     rows_at = starts_at + phases * 4
     lanes_bytes = groups * 16 * 4
     panel_at = rows_at + 3 * lanes_bytes + _CACHE_LINE
-    made = _calloc(1, panel_at + phases * load(measured, abi.WORD * job.PANEL))
+    made = _calloc(1, panel_at + load(measured, abi.WORD * job.PANEL_BYTES))
     if made == 0:
         return 0
     for i in range(_JOB_WORDS):

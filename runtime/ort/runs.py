@@ -39,14 +39,14 @@ _malloc, _free = external("malloc", 1), external("free", 1)
 _shares = planned(plan.shares_for_any)
 _rounded_bytes, _known_blocks = planned(plan.int8_rounded_bytes), planned(plan.int8_known_blocks)
 _KNOWN_BYTES, _MOST_INLINE = plan.KNOWN_BYTES, plan.MOST_INLINE
-_TILE_TASK, _INT8_DOT_TASK, _INT8_TILE_TASK, _INT8_CONV = (
-    abi.TABLE[task] for task in ("tile_task", "int8_dot_task", "int8_tile_task", "int8_conv_task")
+_INT8_DOT_TASK, _INT8_TILE_TASK, _INT8_CONV = (
+    abi.TABLE[task] for task in ("int8_dot_task", "int8_tile_task", "int8_conv_task")
 )
 _INT8_SCALES, _INT8_PACK, _INT8_FILL, _INT8_ROUND = (
     abi.TABLE[task] for task in ("int8_scales_task", "int8_pack_task", "int8_fill_task", "int8_round_task")
 )
-_CONV_OFFSETS, _CONV_PACK, _CONV_TILE, _CONV_ROWS, _WIDEN_VALUES = (
-    abi.TABLE[task] for task in ("conv_offsets", "conv_pack_task", "conv_tile_task", "conv_rows_task", "widen_values")
+_CONV_OFFSETS, _CONV_PACK, _CONV_ROWS, _WIDEN_VALUES = (
+    abi.TABLE[task] for task in ("conv_offsets", "conv_pack_task", "conv_rows_task", "widen_values")
 )
 
 
@@ -184,7 +184,7 @@ def run_byte_rows(node: int, context: int, j: int, batch: int, work: int) -> int
 
 
 @inlined
-def run_tiles(node: int, context: int, j: int, batch: int, work: int) -> int:
+def run_tiles(node: int, context: int, task: int, j: int, batch: int, work: int) -> int:
     """Tiles of samples. The rows of few are shared by tasks, for which each thread fills them once."""
     tiles = (batch + _COLUMNS - 1) // _COLUMNS
     groups, in_features = field(j, job.PANEL_COUNT), load(node, abi.NODE_IN_FEATURES)
@@ -202,7 +202,7 @@ def run_tiles(node: int, context: int, j: int, batch: int, work: int) -> int:
             store(memory, abi.WORD * i, 0)
         set_field(j, job.TILE_OWNERS, memory)
         set_field(j, job.TILES, (memory + 2 * abi.WORD * tasks + _CACHE_LINE - 1) // _CACHE_LINE * _CACHE_LINE)
-    status = run_tasks(node, context, kernel(node, _TILE_TASK), tasks, j)
+    status = run_tasks(node, context, task, tasks, j)
     if memory != 0:
         _free(memory)
     return status
@@ -218,14 +218,14 @@ def run_byte_tiles(node: int, context: int, j: int, batch: int, work: int) -> in
 
 
 @inlined
-def run_positions(node: int, context: int, j: int, positions: int, work: int) -> int:
+def run_positions(node: int, context: int, task: int, j: int, positions: int, work: int) -> int:
     """Tiles of a convolution's output positions."""
     tiles = (positions + _COLUMNS - 1) // _COLUMNS
     splits = 1
     if tiles < _FEW_TILES:
         splits = min(_shares(field(j, job.PANEL_COUNT), work), _FEW_TILES // tiles)
     set_field(j, job.ROW_SPLITS, splits)
-    return run_tasks(node, context, kernel(node, _CONV_TILE), tiles * splits, j)
+    return run_tasks(node, context, task, tiles * splits, j)
 
 
 @inlined

@@ -77,7 +77,8 @@ def _prepare(node: int, info: int) -> int:
     if status == 0:
         store(node, abi.NODE_CONSTANT_VALUES, load(weights, abi.WEIGHTS_VALUES))
         store(node, abi.NODE_CONSTANT_SCALES, load(weights, abi.WEIGHTS_SCALES))
-        store(node, abi.NODE_CHECKED_INDICES, load(weights, abi.WEIGHTS_INDICES))
+        if load(constants, abi.WEIGHTS_ACTIVE) != 0:  # without it, indices are not checked yet
+            store(node, abi.NODE_CHECKED_INDICES, load(weights, abi.WEIGHTS_INDICES))
         store(node, abi.NODE_CHECKED_ACTIVE, load(weights, abi.WEIGHTS_ACTIVE))
     return status
 

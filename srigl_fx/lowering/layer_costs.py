@@ -20,6 +20,7 @@ from srigl_fx.runtime.costs.autotune import measure_undisturbed
 from srigl_fx.runtime.costs.calibration import checked_constants, host_machine, machine_constants
 from srigl_fx.runtime.costs.cost_model import Kernel, Machine, Work, estimate, kernel_for
 from srigl_fx.runtime.costs.timings import Timings
+from srigl_fx.runtime.format import count_index_rows
 
 CLEAR = 3.0  # an estimated ratio that is believed unmeasured; benchmarks/cost_model.py shows how far estimates are off
 _USUAL = 4.0  # how far a ratio may be from that of the default constants and be believed
@@ -257,6 +258,7 @@ class _Call:
             "fan_in": sorted(set(counts) - {0}),
             "active": sum(count > 0 for count in counts),
             "kept": sum(counts),
+            **({} if self._index_rows is None else {"index_rows": self._index_rows}),
             "kernel": [] if geometry is None else list(geometry.kernel),
             "bias": use.bias is not None,
             "values": str(self._value_dtype).removeprefix("torch."),
@@ -281,6 +283,13 @@ class _Call:
             return self._x.numel() // self._x.shape[1]
         return math.prod(self._y_shape) // self._use.mask.shape[0]
 
+    @functools.cached_property
+    def _index_rows(self) -> int | None:
+        """How many rows of indices the active rows read, if some share them."""
+        mask = self._use.mask
+        found = count_index_rows(mask.numpy())
+        return found if found < int(mask.any(1).sum()) else None
+
     def _work(self, scale: float = 1.0) -> Work:
         """What this call computes, or one with ``scale`` times as many samples."""
         geometry, mask = self._use.geometry, self._use.mask
@@ -294,6 +303,7 @@ class _Call:
             value_bytes=self._value_dtype.itemsize,
             convolution=geometry is not None,
             eight_bits=self._value_dtype is torch.int8,
+            index_rows=self._index_rows or 0,
         )
 
     def estimated(self, machine: Machine, scale: float = 1.0) -> dict[Decision, float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.recipes import KEY as RECIPE
 from srigl_fx.reports.text_tables import format_bytes, format_table
+from srigl_fx.runtime.format import shape_problem
 from srigl_fx.runtime.ort.abi import DOMAIN, ROUND, SCALES, inputs_of, operator_names
 from srigl_fx.runtime.ort.contents import MARK
 
@@ -233,8 +234,7 @@ def _read_node(
     values, fan_in = stored["values"], math.prod(shape[1:])
     if (
         len(values) != 2
-        or stored["indices"] != values
-        or stored["active"] != values[:1]
+        or shape_problem(values, stored["indices"], stored["active"])
         or stored["bias"] != shape[:1]
         or stored.get(SCALES, values[:1]) != values[:1]
         or not (0 <= values[0] <= shape[0] and 0 <= values[1] <= fan_in)

@@ -31,7 +31,7 @@ from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments, resize
 from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
-from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, attributes_of, fallback_functions
+from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, SHARED, attributes_of, fallback_functions
 from srigl_fx.runtime.value_types import VALUE_TYPES
 
 if TYPE_CHECKING:
@@ -159,13 +159,19 @@ def functions_for(model: "onnx.ModelProto", *, exact: bool = True) -> "list[onnx
         ['CondensedLinearRelu']
     """
     used: dict[str, set[str]] = {}
+    own = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 1}
     for node in all_nodes(model.graph):
         if node.domain == abi.DOMAIN and node.op_type in abi.OPERATORS:
             asked = {item.name for item in node.attribute if item.name.endswith("_perm") and _moves(item.ints)}
             asked |= {item.name for item in node.attribute if item.name == "x_scale" and item.f}
             asked |= {item.name for item in node.attribute if item.name == "x_bytes" and item.i}
+            if not own.issuperset(node.input[_ACTIVE : _ACTIVE + 1]):  # rows share indices, for all one knows
+                asked.add(SHARED)
             used.setdefault(node.op_type, set()).update(asked)
     return fallback_functions(sorted(used), used, exact=exact)
+
+
+_ACTIVE = abi.INPUTS.index("active")
 
 
 def _moves(permutation: Sequence[int]) -> bool:

@@ -3,6 +3,7 @@
 The oracle reads the inputs that kept weights name, and no others, as the kernels must.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,8 +44,12 @@ def condensed(
     dtype: ValueDtype = "float32",
     pattern: str = "random",
     seed: int = 0,
+    groups: Sequence[int] = (1,),
 ) -> CondensedWeight:
-    """A condensed weight with random values and bias, its kept columns as ``pattern`` says."""
+    """A condensed weight with random values and bias, its kept columns as ``pattern`` says.
+
+    Active rows share their columns in groups of as many neighbours as ``groups`` has in turn.
+    """
     rng = np.random.default_rng(seed)
     some = rng.permutation(n)[: n if n_active is None else n_active]
     mask = np.zeros((n, in_features), np.bool_)
@@ -52,6 +57,12 @@ def condensed(
         start, length = PATTERNS[pattern](int(row), n, in_features, k)
         columns = start + rng.choice(length, k, replace=False)
         mask[row, columns[: 1 + row % k] if pattern == "uneven" else columns] = True
+    rows, first = np.flatnonzero(mask.any(axis=1)), 0
+    for size in itertools.cycle(groups):
+        if first >= len(rows):
+            break
+        mask[rows[first : first + size]] = mask[rows[first]]
+        first += size
     bias = rng.standard_normal(n) + 2 * rng.choice((-1, 1), n)  # never near zero
     return CondensedWeight.from_dense(rng.standard_normal(mask.shape) * mask, mask, bias, dtype=dtype, pad=True)
 

@@ -17,7 +17,7 @@ from kernel_support import Convolution, compare_conv, compare_linear
 from srigl_fx.runtime import register
 from srigl_fx.runtime.format import CondensedWeight
 from srigl_fx.runtime.ort import abi
-from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, fallback_functions
+from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, SHARED, fallback_functions
 
 _ELEMENT_TYPES = {
     "float32": TensorProto.FLOAT,
@@ -84,7 +84,7 @@ def _model(
         helper.make_graph([node], "graph", graph_inputs, [y], tensors if constant else []),
         opset_imports=[helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(abi.DOMAIN, abi.DOMAIN_VERSION)],
         ir_version=IR_VERSION,
-        functions=fallback_functions([name], {name: used}),
+        functions=fallback_functions([name], {name: [*used, *([SHARED] if weight.active.ndim == 2 else [])]}),
     )
 
 

@@ -19,7 +19,7 @@ def whole(weight: CondensedWeight, seed: int = 0) -> CondensedWeight:
     """The same places with any values of -127 to 127, scales that are powers of two, and a bias that adds exactly."""
     rng = np.random.default_rng(seed)
     values = rng.integers(-127, 128, weight.values.shape).astype(np.int8)
-    values[is_padding(weight.indices)] = 0
+    values[is_padding(weight.row_indices)] = 0
     scales = 2.0 ** rng.integers(-3, 4, weight.n_active)
     bias = 64.0 * rng.integers(-999, 1000, weight.out_features)
     parts: dict[str, Any] = {"values": values, "scales": scales.astype(np.float32), "bias": bias.astype(np.float32)}
@@ -65,11 +65,12 @@ def run_conv(shape: Convolution, weight: CondensedWeight, x: Tensor, **settings:
 
 def exactly(weight: CondensedWeight, steps: Array, scales: Array) -> Array:
     """What sums of whole numbers give, in float64, before anything is rounded."""
-    values = np.where(is_padding(weight.indices), 0, weight.values.astype(np.int64))
+    indices = weight.row_indices
+    values = np.where(is_padding(indices), 0, weight.values.astype(np.int64))
     y = np.tile(weight.bias.astype(np.float64), (len(steps), 1))
     assert weight.scales is not None
-    for i, row in enumerate(weight.active):
-        sums = steps.astype(np.int64)[:, weight.indices[i].astype(np.int64)] @ values[i]
+    for i, row in enumerate(weight.rows):
+        sums = steps.astype(np.int64)[:, indices[i].astype(np.int64)] @ values[i]
         y[:, row] += sums * (scales * np.float64(weight.scales[i]))
     return y
 

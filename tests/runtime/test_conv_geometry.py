@@ -126,7 +126,7 @@ def _interpret(node: Node, x: Array, blocks: int) -> Array:
     values, indices, active, bias = (_Guarded(node.weights[name]) for name in WEIGHTS)
     ablated = np.tile(np.repeat(node.weights["bias"], plane), x.shape[0])  # what is left where a filter is
     given_x, y = _Guarded(x), _Guarded(ablated)
-    accumulators = _Guarded(np.zeros(kernel.ACCUMULATORS))
+    accumulators, index_rows = _Guarded(np.zeros(kernel.ACCUMULATORS)), _Guarded(np.arange(n_active))
     for sample in range(x.shape[0]):
         packed = given_x
         if not geometry[kernel.DIRECT]:
@@ -138,7 +138,8 @@ def _interpret(node: Node, x: Array, blocks: int) -> Array:
         for block in reversed(range(blocks)):
             first, last = n_active * block // blocks, n_active * (block + 1) // blocks
             kernel.conv_rows(
-                packed, values, indices, active, bias, y, geometry, offsets, accumulators, sample, first, last
+                *(packed, values, indices, active, bias, y, geometry, offsets, accumulators, sample, first, last),
+                *(index_rows, True),
             )
     return np.array(y.content, np.float64).reshape(shape).astype(np.float32)
 

@@ -34,7 +34,7 @@ def test_linear_matches_the_oracle(leading: tuple[int, ...], k: int, ablated: in
     expected = reference.condensed_linear(x.numpy(), weight.values, weight.indices, weight.active, weight.bias)
     assert y.shape == (*leading, 20)
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=2e-6)
-    dead = np.setdiff1d(np.arange(20), weight.active)
+    dead = np.setdiff1d(np.arange(20), weight.rows)
     np.testing.assert_array_equal(y.numpy()[..., dead], expected[..., dead])
 
 

@@ -110,7 +110,7 @@ def _check_geometry(shape: Convolution, weight: CondensedWeight, batch: int) -> 
     sums = _sums(shape, weight, steps)
     shape_of_y = (-1, shape.n, *[1] * shape.rank)
     worth = np.ones(shape.n)
-    worth[weight.active] = weight.scales
+    worth[weight.rows] = weight.scales
     sizes = scales.reshape(-1, *[1] * (shape.rank + 1)) * worth.reshape(shape_of_y)
     expected = sums * sizes + weight.bias.astype(np.float64).reshape(shape_of_y)
     x = samples_of(steps, scales)
@@ -176,7 +176,7 @@ def test_many_channels() -> None:
     steps, scales = whole_samples(2, shape.channels, *shape.size)
     y = run_conv(shape, weight, samples_of(steps, scales))
     worth = np.ones(300)
-    worth[weight.active] = weight.scales
+    worth[weight.rows] = weight.scales
     expected = _sums(shape, weight, steps) * scales.reshape(2, 1, 1, 1) * worth.reshape(300, 1, 1)
     np.testing.assert_array_equal(y.double(), expected)
 

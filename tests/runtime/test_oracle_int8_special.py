@@ -139,7 +139,7 @@ def test_rows_of_one_value(value: int, int8_kernel: int) -> None:
 def test_what_is_not_finite_makes_a_sample_unknown(special: float, int8_kernel: int) -> None:
     """Wherever it is: also in an input that no weight reads."""
     weight = condensed(37, 150, 3, n_active=35, dtype="int8")
-    active = tensor(weight.active).long()
+    active = tensor(weight.rows).long()
     dead = torch.ones(37, dtype=torch.bool).index_fill(0, active, False)
     unread = np.setdiff1d(np.arange(150), weight.indices)
     assert len(unread) > 30
@@ -181,7 +181,7 @@ def test_zeros_do_not_hide_what_is_not_finite(int8_kernel: int) -> None:
 def test_what_is_not_finite_makes_a_sample_of_a_convolution_unknown(shape: Convolution, special: float) -> None:
     """All its positions, those too that read nothing but padding."""
     weight = shape.condensed(3, n_active=shape.n - 1, dtype="int8")
-    active = tensor(weight.active).long()
+    active = tensor(weight.rows).long()
     dead = torch.ones(shape.n, dtype=torch.bool).index_fill(0, active, False)
     x = shape.input(3)
     clean = check_conv(shape, weight, x)

@@ -18,7 +18,10 @@ from srigl_fx.errors import LibraryError
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, BASELINE, ISA_VARIABLE, TARGETS, host_isa, host_target, isa_of
 
 TESTS = Path(__file__).parent
-ORACLE_TESTS = ("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_special.py", "test_oracle_onnx.py")
+ORACLE_TESTS = (
+    *("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_special.py", "test_oracle_onnx.py"),
+    "test_oracle_shared.py",
+)
 INT8_TESTS = tuple(f"test_oracle_int8{what}.py" for what in ("", "_special", "_given", "_bytes"))
 OTHERS = [target for target in TARGETS if target != host_target()]  # this process's oracle tests run on the host's
 COMPILED = sorted({BASELINE, AVX2, host_target()})  # what newer targets add takes no other path

@@ -68,7 +68,7 @@ def test_rows(n: int, n_active: int, dtype: ValueDtype) -> None:
     weight = condensed(n, 90, 11, n_active=n_active, dtype=dtype)
     for batch in BATCHES:
         y = check_linear(weight, torch.randn(batch, 90))
-        dead = torch.ones(n, dtype=torch.bool).index_fill(0, tensor(weight.active).long(), False)
+        dead = torch.ones(n, dtype=torch.bool).index_fill(0, tensor(weight.rows).long(), False)
         assert torch.equal(y[:, dead], tensor(weight.bias)[dead].expand(batch, -1))
 
 

@@ -189,7 +189,7 @@ def test_a_special_makes_all_of_its_sample_unknown_in_eight_bits(
     """Whether a weight is kept for it or not; rows without weights have their bias, and other samples their numbers."""
     weight = condensed(37, 150, 3, n_active=35, dtype="int8")
     operator = LinearOperator(weight, library=by_library, x_feature_major=feature_major, y_feature_major=feature_major)
-    ablated = np.setdiff1d(np.arange(37), weight.active)
+    ablated = np.setdiff1d(np.arange(37), weight.rows)
     for column, special in itertools.product(range(0, 150, 7), (math.nan, math.inf, -math.inf)):
         x = torch.randn(batch, 150)
         x[column % batch, column] = special

@@ -49,7 +49,7 @@ def unread(weight: CondensedWeight) -> Tensor:
 def test_every_input_of_a_linear_layer(batch: int, special: float, dtype: ValueDtype) -> None:
     weight = condensed(37, 150, 3, n_active=35, dtype=dtype)
     touched = torch.zeros(37, 150, dtype=torch.bool)
-    touched[tensor(weight.active).long()[:, None], tensor(weight.indices).long()] = True
+    touched[tensor(weight.rows).long()[:, None], tensor(weight.row_indices).long()] = True
     columns = range(150) if batch in (1, 24) else range(0, 150, 7)
     for column in columns:
         x = torch.randn(batch, 150)

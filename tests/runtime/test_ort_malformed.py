@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from ort_support import malformed
 from ort_support.models import WEIGHTS, Array, Node, conv, linear
 
+from srigl_fx.runtime.ort.fallback import SHARED
 from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, LARGEST_FILTER
 
 INT64_MAX, INT64_MIN = 2**63 - 1, -(2**63)
@@ -66,7 +67,7 @@ def _weight_faults(node: Node) -> dict[str, tuple[Node, str]]:
                 values=np.tile(values[:1], (n + 1, 1)),
                 active=np.arange(n + 1, dtype=np.int32),
             ),
-            "'indices'",
+            f"has {n + 1} rows, more than {n} neurons",
         ),
         "values_fewer_rows": (node.with_weights(values=values[:-1].copy()), "'values'"),
         "values_transposed": (node.with_weights(values=values.T.copy()), "'values'"),
@@ -87,6 +88,42 @@ def _weight_faults(node: Node) -> dict[str, tuple[Node, str]]:
         "bias_rank_2": (node.with_weights(bias=bias[None]), "'bias'"),
         "bias_rank_0": (node.with_weights(bias=bias[0].reshape(())), "'bias'"),
         "bias_double": (node.with_weights(bias=bias.astype(np.float64)), ""),
+    } | _shared_faults(_shared(node))
+
+
+def _shared(node: Node) -> Node:
+    """The node with two rows of indices, which its four rows share."""
+    w = node.weights
+    active = np.stack([w["active"], np.array([0, 0, 1, 1], np.int32)])
+    return node.with_weights(indices=w["indices"][:2].copy(), active=active).replace(used=(SHARED,))
+
+
+def _shared_faults(node: Node) -> dict[str, tuple[Node, str]]:
+    """Faults of who reads which row of indices."""
+    indices, active = node.weights["indices"], node.weights["active"]
+    limit = node.attributes["in_features"]
+
+    def reading(*rows: int) -> Node:
+        return node.with_weights(active=np.stack([active[0], np.array(rows, np.int32)]))
+
+    names = "'active' names the row"
+    return {
+        "shared_late": (reading(1, 1, 1, 1), names),
+        "shared_jump": (reading(0, 0, 2, 2), names),
+        "shared_back": (reading(0, 1, 0, 1), names),
+        "shared_negative": (reading(-1, 0, 0, 1), names),
+        "shared_int32_min": (reading(0, -(2**31), 0, 1), names),
+        "shared_int32_max": (reading(0, 0, 1, 2**31 - 1), names),
+        "shared_too_far": (reading(0, 1, 2, 3), "'active' names 4 of 2 rows of indices"),
+        "shared_not_all": (reading(0, 0, 0, 0), "'active' names 1 of 2 rows of indices"),
+        "shared_not_said": (node.with_weights(active=active[0].copy()), "'active' has 4 entries, 'indices' has 2 rows"),
+        "shared_three": (node.with_weights(active=np.concatenate([active, active[1:]])), "'active' must be"),
+        "shared_short": (node.with_weights(active=active[:, :3].copy()), "'active' has 3 entries, 'values' has 4"),
+        "shared_rank_3": (node.with_weights(active=active[None]), "'active' must be"),
+        "shared_rows_descend": (node.with_weights(active=active[:, ::-1].copy()), "'active'"),
+        "shared_index_too_large": (node.with_weights(indices=_changed(indices, (1, 2), limit)), "row 2"),
+        "shared_index_twice": (node.with_weights(indices=_changed(indices, (1, 1), indices[1, 0])), "ascend"),
+        "shared_index_missing": (node.with_weights(indices=indices[:1].copy()), "'active' names 2 of 1 rows"),
     }
 
 
@@ -110,7 +147,7 @@ def _scale_faults(node: Node) -> dict[str, tuple[Node, str]]:
     }
     wrong = "'values' must be int8"
     return faults | {
-        "scales_short": (node.with_weights(scales=scales[:-1].copy()), "'scales' has 3 entries, 'indices' has 4 rows"),
+        "scales_short": (node.with_weights(scales=scales[:-1].copy()), "'scales' has 3 entries, 'values' has 4 rows"),
         "scales_long": (node.with_weights(scales=np.append(scales, scales)), "'scales' has 8 entries"),
         "scales_empty": (node.with_weights(scales=scales[:0].copy()), "'scales' has 0 entries"),
         "scales_rank_0": (node.with_weights(scales=scales[0].reshape(())), "'scales' must be (n_active,)"),
@@ -331,6 +368,7 @@ def test_well_formed_twins_are_accepted(library: Path, tmp_path: Path) -> None:
     """What the faults above are one change away from."""
     nodes = {"linear": linear(), "conv": conv()}
     nodes |= {f"{name}_int8": node.of_eight_bits() for name, node in nodes.items()}
+    nodes |= {f"{name}_shared": _shared(node) for name, node in nodes.items()}
     for name, node in nodes.items():
         everything = frozenset(node.weights)
         for not_constant in (frozenset(), everything, frozenset({"indices"}), frozenset({"values", "bias"})):
@@ -344,7 +382,7 @@ def test_well_formed_twins_are_accepted(library: Path, tmp_path: Path) -> None:
     missing_defaults = conv().with_attributes(strides=None, pads=None, dilations=None, group=None)
     _write(tmp_path, "conv_defaults", missing_defaults.model(), {"x": np.ones(X[4], np.float32)})
     outcomes = _try(tmp_path, library)
-    assert len(outcomes) == 17
+    assert len(outcomes) == 33
     assert {name: found["message"] for name, found in outcomes.items() if found["stage"] != "ok"} == {}
 
 
@@ -388,6 +426,7 @@ def test_random_changes_never_crash(library: Path, tmp_path: Path, eight_bits: b
     for i in range(600):
         index_type = ("uint16", "int32")[i % 2]
         node = linear(index_type=index_type) if i % 4 < 2 else conv(index_type=index_type, pads=[1, 0, 0, 1])
+        node = _shared(node) if i % 3 == 0 else node
         changed = _mutate(rng, node.of_eight_bits() if eight_bits else node)
         constant = rng.random() < 0.7
         nodes[f"case{i}"] = changed if constant else changed.replace(not_constant=frozenset({"indices", "active"}))

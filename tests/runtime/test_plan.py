@@ -50,7 +50,12 @@ def test_the_library_asks_the_same_plan(
     entry("plan_linear")[0](ctypes.addressof(j), packed)
     expected = plan.linear_kernel(LEVEL, in_features, n_active, k, batch, x_columns or y_columns, packed)
     assert j[job.KERNEL] == expected
-    for kernel in (plan.DOT, plan.TILE):
+    if n_active > 1:  # the last row says how many there are
+        index_rows = (ctypes.c_int32 * n_active)()
+        j[job.INDEX_ROWS] = ctypes.addressof(index_rows)
+        entry("plan_linear")[0](ctypes.addressof(j), packed)
+        assert j[job.KERNEL] == plan.for_shared(expected, n_active, 1)
+    for kernel in (plan.DOT, plan.TILE, plan.SHARED_TILE):
         entry("plan_panel")[0](ctypes.addressof(j), kernel)
         window = plan.window_of(kernel, LEVEL, in_features, n_active, k)
         assert (j[job.KERNEL], j[job.PANEL_WINDOW]) == (kernel, window)
@@ -125,7 +130,8 @@ def test_few_samples_behind_the_last_whole_tile_are_a_call_of_their_own(lookup: 
 def test_every_kernel_has_its_calls(level: int) -> None:
     """A kernel of the table is the plan's for some call on each of its instruction sets, and on no other."""
     found = {
-        plan.linear_kernel(level, in_features, 64, k, batch, feature_major, packed)
+        plan.for_shared(plan.linear_kernel(level, in_features, 64, k, batch, feature_major, packed), 64, index_rows)
+        for index_rows in (16, 64)
         for in_features, k in ((16, 4), (63, 7), (64, 7), (128, 100), (70_000, 1000))
         for batch in (1, 2, 5, 6, 40)
         for feature_major in (False, True)
@@ -137,7 +143,7 @@ def test_every_kernel_has_its_calls(level: int) -> None:
         if kernel.layer == "linear" and ISAS[level] in kernel.isas and kernel.values == value_types.FLOATS
     }
     for kernel in KERNELS:
-        if kernel.reads in ("dot panel", "tile panel"):
+        if kernel.reads in ("dot panel", "tile panel", "shared tile panel"):
             assert bool(plan.window_of(kernel.number, level, 128, 64, 100)) == (ISAS[level] in kernel.isas)
 
 
@@ -175,17 +181,19 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return tasks
 
 
-def _linear(in_features: int, batch: int, dtype: ValueDtype, *, packed: bool = True) -> None:
-    weight = condensed(40, in_features, 19, n_active=37, dtype=dtype)
+def _linear(
+    in_features: int, batch: int, dtype: ValueDtype, *, packed: bool = True, groups: tuple[int, ...] = (1,)
+) -> None:
+    weight = condensed(40, in_features, 19, n_active=37, dtype=dtype, groups=groups)
     with torch.inference_mode(not packed):  # torch does not count the writes to what is made here
         tensors = tuple(part.clone() for part in operands(weight))
     x, residual = torch.randn(batch, in_features), torch.randn(batch, 40)
     check_linear(weight, x, tensors=tensors, residual=residual, activation="relu")  # type: ignore[arg-type]
 
 
-def _conv(n: int, dtype: ValueDtype) -> None:
+def _conv(n: int, dtype: ValueDtype, groups: tuple[int, ...] = (1,)) -> None:
     shape = Convolution(n=n, padding=(1, 1))
-    check_conv(shape, shape.condensed(5, dtype=dtype), shape.input(2))
+    check_conv(shape, shape.condensed(5, dtype=dtype, groups=groups), shape.input(2))
 
 
 def _training(kernel: str) -> None:
@@ -205,11 +213,13 @@ CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "rows_task": lambda dtype: _linear(200, 7, dtype, packed=False),
     "dot_task": lambda dtype: _linear(200, 3, dtype),
     "tile_task": lambda dtype: _linear(200, 37, dtype),
+    "shared_tile_task": lambda dtype: _linear(200, 37, dtype, groups=(4,)),
     "int8_dot_task": lambda dtype: _linear(200, 3, dtype),
     "int8_tile_task": lambda dtype: _linear(200, 64, dtype),
     "int8_conv_task": lambda dtype: _conv(5, dtype),
     "conv_rows_task": lambda dtype: _conv(5, dtype),
     "conv_tile_task": lambda dtype: _conv(37, dtype),
+    "conv_shared_tile_task": lambda dtype: _conv(37, dtype, groups=(4,)),
     "product_task": lambda dtype: _training("product_task"),
     "value_gradient_task": lambda dtype: _training("value_gradient_task"),
 }

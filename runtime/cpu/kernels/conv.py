@@ -217,11 +217,14 @@ def conv_rows(
     sample: int,
     first: int,
     last: int,
+    index_rows: Pointer,
+    shared: bool,
 ) -> None:
     """Compute the active filters ``first <= r < last`` of one packed sample.
 
     ``packed`` is that sample, or all of ``x`` if the plan is DIRECT; ``offsets`` are those of ``conv_tap_offsets``, and
-    ``accumulators`` is scratch for ACCUMULATORS floats.
+    ``accumulators`` is scratch for ACCUMULATORS floats. If filters share their indices, as ``shared`` says,
+    ``index_rows`` holds the row of ``indices`` that each reads.
     """
     k = geometry[K]
     out_d, out_h, out_w = geometry[OUT_D], geometry[OUT_H], geometry[OUT_W]
@@ -242,12 +245,14 @@ def conv_rows(
             start = bias[o]
             for p in range(length):
                 accumulators[p] = start
-            j0, j1 = r * k, r * k + k
+            j0 = int(index_rows[r]) * k if shared else r * k
+            j1, ahead = j0 + k, r * k - j0
             while j1 - j0 > 1 and indices[j1 - 1] == indices[j1 - 2]:  # padding
                 j1 -= 1
             whole = j0 + (j1 - j0) // 4 * 4
             for j in range(j0, whole, 4):
-                v0, v1, v2, v3 = values[j], values[j + 1], values[j + 2], values[j + 3]
+                at = j + ahead
+                v0, v1, v2, v3 = values[at], values[at + 1], values[at + 2], values[at + 3]
                 x0 = base + offsets[int(indices[j])]
                 x1 = base + offsets[int(indices[j + 1])]
                 x2 = base + offsets[int(indices[j + 2])]
@@ -257,7 +262,7 @@ def conv_rows(
                         v0 * packed[x0 + p] + v1 * packed[x1 + p] + v2 * packed[x2 + p] + v3 * packed[x3 + p]
                     )
             for j in range(whole, j1):
-                v0 = values[j]
+                v0 = values[j + ahead]
                 x0 = base + offsets[int(indices[j])]
                 for p in range(length):
                     accumulators[p] += v0 * packed[x0 + p]

@@ -18,6 +18,7 @@ from srigl_fx.runtime.cpu.kernels.tiles import (
     first_output,
     is_limit,
     multiply,
+    multiply_shared,
     put_rest,
     start_tile,
     tile_memory,
@@ -70,59 +71,72 @@ def _store_positions(j: Pointer, first: int, columns: int, width: int, o0: int, 
         c += count
 
 
-def conv_tile_task(j: Pointer, task: int) -> None:
-    """A share of the filters for one tile of output positions, counted through all samples."""
-    splits, count = j[job.ROW_SPLITS], j[job.PANEL_COUNT]
-    geometry = words(j[job.GEOMETRY])
-    tile, part = task // splits, task % splits
-    first = tile * COLUMNS
-    plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
-    positions = j[job.BATCH] * plane
-    columns = min(COLUMNS, positions - first)
-    width = width_of(columns)
-    in_features, n = j[job.IN_FEATURES], j[job.OUT_FEATURES]
-    block_rows = n // geometry[conv.GROUPS]
-    sample, position = first // plane, first % plane
-    in_one_plane = position + columns <= plane
-    in_place = in_one_plane and columns == width and is_limit(j[job.ACTIVATION])
-    y = j[job.Y] + (sample * n * plane + position) * 4 if in_place else 0
-    memory = tile_memory(in_features, n, BLOCK_GROUPS + _PIECES_BYTES // 8)
-    if memory == 0:
-        j[job.FAILED] = 1
-        return
-    out = (memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
-    cursors = words(out + (n + 1) * COLUMNS * 4)
-    pieces = out + (n + 1) * COLUMNS * 4 + (BLOCK_GROUPS + 1) * 8
-    inputs = out + (n + 1) * COLUMNS * 4 + (BLOCK_GROUPS + _PIECES_BYTES // 8 + 8) // 8 * CACHE_LINE
-    pieces_count = patches.cut_pieces(geometry, first, columns, words(pieces))
-    clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
-    rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
-    o0, filled = first_output(j, g0), -1
-    while o0 < n:
-        g1 = g0
-        block = -1 if g0 >= last else int(rows[g0 * LANES]) // block_rows
-        while g1 < min(last, g0 + BLOCK_GROUPS) and int(rows[g1 * LANES]) // block_rows == block:
-            g1 += 1
-        if block != filled and block >= 0:
-            if geometry[conv.POINTWISE] != 0 and columns == COLUMNS and in_one_plane:
-                at = j[job.X] + ((sample * geometry[conv.CHANNELS] + block * in_features) * plane + position) * 4
-                copy_rows(at, plane * 4, inputs, COLUMNS * 4, in_features)
+def _tile_task(name: str, add: Any) -> Any:
+    """A task: a share of the filters for one tile of output positions, counted through all samples.
+
+    ``add`` computes groups of filters.
+    """
+
+    def run(j: Pointer, task: int) -> None:
+        splits, count = j[job.ROW_SPLITS], j[job.PANEL_COUNT]
+        geometry = words(j[job.GEOMETRY])
+        tile, part = task // splits, task % splits
+        first = tile * COLUMNS
+        plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
+        positions = j[job.BATCH] * plane
+        columns = min(COLUMNS, positions - first)
+        width = width_of(columns)
+        in_features, n = j[job.IN_FEATURES], j[job.OUT_FEATURES]
+        block_rows = n // geometry[conv.GROUPS]
+        sample, position = first // plane, first % plane
+        in_one_plane = position + columns <= plane
+        in_place = in_one_plane and columns == width and is_limit(j[job.ACTIVATION])
+        y = j[job.Y] + (sample * n * plane + position) * 4 if in_place else 0
+        memory = tile_memory(in_features, n, BLOCK_GROUPS + _PIECES_BYTES // 8)
+        if memory == 0:
+            j[job.FAILED] = 1
+            return
+        out = (memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+        cursors = words(out + (n + 1) * COLUMNS * 4)
+        pieces = out + (n + 1) * COLUMNS * 4 + (BLOCK_GROUPS + 1) * 8
+        inputs = out + (n + 1) * COLUMNS * 4 + (BLOCK_GROUPS + _PIECES_BYTES // 8 + 8) // 8 * CACHE_LINE
+        pieces_count = patches.cut_pieces(geometry, first, columns, words(pieces))
+        clear_columns(floats(inputs + in_features * width * 4), 1, 0, width)
+        rows, last, g0 = ints(j[job.PANEL_ROWS]), count * (part + 1) // splits, count * part // splits
+        o0, filled = first_output(j, g0), -1
+        while o0 < n:
+            g1 = g0
+            block = -1 if g0 >= last else int(rows[g0 * LANES]) // block_rows
+            while g1 < min(last, g0 + BLOCK_GROUPS) and int(rows[g1 * LANES]) // block_rows == block:
+                g1 += 1
+            if block != filled and block >= 0:
+                if geometry[conv.POINTWISE] != 0 and columns == COLUMNS and in_one_plane:
+                    at = j[job.X] + ((sample * geometry[conv.CHANNELS] + block * in_features) * plane + position) * 4
+                    copy_rows(at, plane * 4, inputs, COLUMNS * 4, in_features)
+                else:
+                    _fill_taps(j, pieces, pieces_count, block, width, inputs)
+                if columns < width:
+                    clear_columns(floats(inputs), in_features, columns, width)
+                filled = block
+            o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
+            start_tile(j, g0, g1, o0, o1, width, out)
+            add(j, in_features, width, inputs, g0, g1, out, cursors, y, plane * 4)
+            if y != 0:
+                put_rest(j, g0, g1, o0, o1, width, out, y, plane * 4)
             else:
-                _fill_taps(j, pieces, pieces_count, block, width, inputs)
-            if columns < width:
-                clear_columns(floats(inputs), in_features, columns, width)
-            filled = block
-        o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
-        start_tile(j, g0, g1, o0, o1, width, out)
-        multiply(j, in_features, width, inputs, g0, g1, out, cursors, y, plane * 4)
-        if y != 0:
-            put_rest(j, g0, g1, o0, o1, width, out, y, plane * 4)
-        else:
-            _store_positions(j, first, columns, width, o0, o1, out)
-        if g1 == last:
-            break
-        g0, o0 = g1, o1
-    release(memory)
+                _store_positions(j, first, columns, width, o0, o1, out)
+            if g1 == last:
+                break
+            g0, o0 = g1, o1
+        release(memory)
+
+    run.__name__ = name
+    return run
+
+
+conv_tile_task, conv_shared_tile_task = (
+    _tile_task(name, add) for name, add in (("conv_tile_task", multiply), ("conv_shared_tile_task", multiply_shared))
+)
 
 
 def conv_pack_task(j: Pointer, task: int) -> None:
@@ -152,6 +166,7 @@ def conv_rows_task(j: Pointer, task: int) -> None:
         j[job.FAILED] = 1
         return
     accumulators = floats((memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE)
+    index_rows, shared = ints(j[job.INDEX_ROWS]), j[job.INDEX_ROWS] != 0
     sample = j[job.SAMPLE] + within
     plane = geometry[conv.OUT_D] * geometry[conv.OUT_H] * geometry[conv.OUT_W]
     y, bias, values = floats(j[job.Y]), floats(j[job.BIAS]), floats(j[job.VALUES])
@@ -162,10 +177,40 @@ def conv_rows_task(j: Pointer, task: int) -> None:
     packed, offsets = floats(at), words(j[job.OFFSETS])
     if j[job.INDEX_BYTES] == 2:
         indices = shorts(j[job.INDICES])
-        _conv_rows(packed, values, indices, active, bias, y, geometry, offsets, accumulators, sample, first, last)
+        _conv_rows(
+            packed,
+            values,
+            indices,
+            active,
+            bias,
+            y,
+            geometry,
+            offsets,
+            accumulators,
+            sample,
+            first,
+            last,
+            index_rows,
+            shared,
+        )
     else:
         long = ints(j[job.INDICES])
-        _conv_rows(packed, values, long, active, bias, y, geometry, offsets, accumulators, sample, first, last)
+        _conv_rows(
+            packed,
+            values,
+            long,
+            active,
+            bias,
+            y,
+            geometry,
+            offsets,
+            accumulators,
+            sample,
+            first,
+            last,
+            index_rows,
+            shared,
+        )
     release(memory)
     if j[job.RESIDUAL] != 0:
         residual = floats(j[job.RESIDUAL])

@@ -17,7 +17,7 @@ from srigl_fx.runtime.cpu.kernels.int8 import MASKED, every_second, gather_rows
 from srigl_fx.runtime.cpu.kernels.int8_outputs import output_bytes, put_outputs
 from srigl_fx.runtime.cpu.kernels.int8_rounding import TILE_ROW
 from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES, aligned, known_of, take_row
-from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, multiply_tile
+from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, ROOM, multiply_tile
 from srigl_fx.runtime.cpu.kernels.job import GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import first_output, is_limit, start_outputs
@@ -171,11 +171,12 @@ def int8_conv_task(j: Pointer, task: int) -> None:
     planes = geometry[conv.PLANES_D] * geometry[conv.PLANES_H] * geometry[conv.PLANES_W]
     block_size = geometry[conv.CHANNELS] // groups * planes * geometry[conv.PACKED_D] * packed_h * packed_w
     out_bytes, in_features = n * INT8_COLUMNS * 4, j[job.IN_FEATURES]
-    memory = allocate(out_bytes + KNOWN_BYTES + CACHE_LINE + in_features * TILE_ROW)
+    memory = allocate(ROOM + out_bytes + KNOWN_BYTES + CACHE_LINE + in_features * TILE_ROW)
     if memory == 0:
         j[job.FAILED] = 1
         return
-    out, packed = aligned(memory), j[job.PACKED] + within * j[job.PACKED_SIZE] + begin
+    room = aligned(memory)
+    out, packed = room + ROOM, j[job.PACKED] + within * j[job.PACKED_SIZE] + begin
     known, inputs = out + out_bytes, out + out_bytes + KNOWN_BYTES
     _spread(known_of(j, sample), known)
     group_words = words(j[job.PANEL_GROUPS])
@@ -205,12 +206,12 @@ def int8_conv_task(j: Pointer, task: int) -> None:
         multiplied = group_words[g1 * GROUP_WORDS + GROUP_ROW] - group_words[g0 * GROUP_WORDS + GROUP_ROW]
         whole = o1 - o0 == multiplied
         if in_place and whole:
-            multiply_tile(j, g0, g1, inputs, known, columns, True, to, y, y_row)
+            multiply_tile(j, g0, g1, inputs, known, columns, True, to, y, y_row, room)
         else:
             # Rows that are ablated are not multiplied: those of their block are limited when they are stored.
             limited = whole and j[job.RESIDUAL] == 0 and is_limit(j[job.ACTIVATION])
             start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, to)
-            multiply_tile(j, g0, g1, inputs, known, columns, limited, to, 0, 0)
+            multiply_tile(j, g0, g1, inputs, known, columns, limited, to, 0, 0, room)
             _store(j, sample, begin, begin + columns, o0, o1, limited, to)
         if g1 == last:
             break

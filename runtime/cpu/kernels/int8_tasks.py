@@ -13,11 +13,20 @@ from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import copy_bytes
 from srigl_fx.runtime.cpu.kernels.int8 import (
+    LAID_BYTES,
+    add_laid,
     byte_row,
     byte_row_added,
     dot_group,
+    lay_out,
     part_row,
     part_row_added,
+    part_summed_row,
+    part_summed_row_added,
+    summed_byte_row,
+    summed_byte_row_added,
+    summed_row,
+    summed_row_added,
     tile_row,
     tile_row_added,
 )
@@ -40,7 +49,7 @@ from srigl_fx.runtime.cpu.kernels.int8_samples import (
     measure_samples,
     round_sample,
 )
-from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import store_as_rows
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
@@ -49,6 +58,8 @@ from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release,
 
 Pointer = Any
 TILE_FLOATS: Final = 4 * INT8_COLUMNS  # bytes of a row of outputs of a tile
+_LAID_QUADS: Final = 32  # fours of inputs that are laid out at a time, in a first-level cache
+ROOM: Final = LANES * TILE_FLOATS + _LAID_QUADS * LAID_BYTES  # bytes that rows need which share their indices
 BLOCK_GROUPS: Final = 4  # groups of rows whose outputs stay in the first-level cache
 _DOT_GROUPS: Final = 16  # the same of a dot panel
 _PART_BYTES: Final = 1 << 19  # of a panel, which stay in a second-level cache
@@ -246,58 +257,114 @@ def int8_dot_task(j: Pointer, task: int) -> None:
     release(memory)
 
 
+def _row_of(plain: Any, added: Any, part: Any, part_added: Any, rounded: Any, rounded_added: Any) -> Any:
+    """A function that stores the outputs of one row, by those for outputs with a residual, parts of a tile, and bytes.
+
+    Those for bytes store 64 of them: where fewer columns are used, they are copied from the row's place in ``out``.
+    """
+
+    def store_row(
+        j: Pointer,
+        r: int,
+        inputs: int,
+        first: int,
+        known: int,
+        columns: int,
+        low: float,
+        high: float,
+        out: int,
+        y: int,
+        y_row: int,
+    ) -> None:
+        o, quads = int(ints(j[job.PANEL_ROWS])[r]), panel.quads(j[job.K])
+        total, factor = int(ints(j[job.PANEL_SUMS])[r]), floats(j[job.PANEL_SCALES])[r]
+        start, scales, offsets = floats(j[job.BIAS])[o], known + SCALES, known + OFFSETS
+        is_whole, inverse, plus = columns == INT8_COLUMNS, output_inverse(j), j[job.Y_OFFSET]
+        as_bytes, wider = y != 0 and output_bytes(j) == 1, 4 // output_bytes(j)  # the residual than outputs
+        residual = j[job.RESIDUAL] + (y - j[job.Y]) * wider if y != 0 and j[job.RESIDUAL] != 0 else 0
+        place, more = y + o * y_row, residual + o * y_row * wider
+        to = out + o * TILE_FLOATS if y == 0 or (as_bytes and not is_whole) else place
+        x = inputs
+        if as_bytes and residual == 0:
+            rounded(x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus)
+        elif as_bytes:
+            rounded_added(
+                x, first, quads, offsets, scales, total, factor, start, more, low, high, to, columns, inverse, plus
+            )
+        elif y == 0 or (is_whole and residual == 0):
+            plain(x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus)
+        elif is_whole:
+            added(x, first, quads, offsets, scales, total, factor, start, more, low, high, to, columns, inverse, plus)
+        elif residual == 0:
+            part(x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus)
+        else:
+            part_added(
+                x, first, quads, offsets, scales, total, factor, start, more, low, high, to, columns, inverse, plus
+            )
+        if as_bytes and not is_whole:
+            copy_bytes(to, place, columns)
+
+    return compiled(store_row)
+
+
+_store_row = _row_of(tile_row, tile_row_added, part_row, part_row_added, byte_row, byte_row_added)
+_store_summed_row = _row_of(
+    *(summed_row, summed_row_added, part_summed_row, part_summed_row_added, summed_byte_row, summed_byte_row_added)
+)
+
+
+@compiled
+def _sum_shared_rows(j: Pointer, at: int, rows: int, inputs: int, scratch: int) -> None:
+    """The sums of rows that share their indices: int32 (rows, 64) at ``scratch``, which has ROOM bytes."""
+    quads, sums = panel.quads(j[job.K]), ints(scratch)
+    for i in range(rows * INT8_COLUMNS):
+        sums[i] = 0
+    laid, values = scratch + LANES * TILE_FLOATS, at + quads * panel.QUAD_VALUES
+    for first in range(0, quads, _LAID_QUADS):
+        count = min(_LAID_QUADS, quads - first)
+        lay_out(inputs, at + first * panel.QUAD_VALUES, count, laid)
+        for r in range(rows):
+            add_laid(laid, values + (r * quads + first) * panel.STEPS, count, scratch + r * TILE_FLOATS)
+
+
 @compiled
 def multiply_tile(
-    j: Pointer, g0: int, g1: int, inputs: int, known: int, columns: int, limited: bool, out: int, y: int, y_row: int
+    j: Pointer,
+    g0: int,
+    g1: int,
+    inputs: int,
+    known: int,
+    columns: int,
+    limited: bool,
+    out: int,
+    y: int,
+    y_row: int,
+    scratch: int,
 ) -> None:
     """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``known`` is what is known of the columns.
 
     If ``y`` is not 0, the outputs of the first ``columns`` are stored there instead, in rows ``y_row`` bytes apart,
     with the residual added, and rounded if y has bytes. ``limited`` is whether the activation, which must be one that
-    :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then, is applied.
+    :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then, is applied. ``scratch`` is room for ROOM bytes.
     """
-    outputs, groups, bias = ints(j[job.PANEL_ROWS]), words(j[job.PANEL_GROUPS]), floats(j[job.BIAS])
-    sums, factors = ints(j[job.PANEL_SUMS]), floats(j[job.PANEL_SCALES])
-    quads, scales, offsets = panel.quads(j[job.K]), known + SCALES, known + OFFSETS
+    groups, quads = words(j[job.PANEL_GROUPS]), panel.quads(j[job.K])
     low, high = (least(j[job.ACTIVATION]), most(j[job.ACTIVATION])) if limited else (-_INFINITY, _INFINITY)
-    x, inverse, plus, is_whole = inputs, output_inverse(j), j[job.Y_OFFSET], columns == INT8_COLUMNS
-    as_bytes, wider = y != 0 and output_bytes(j) == 1, 4 // output_bytes(j)  # the residual than outputs
-    residual = j[job.RESIDUAL] + (y - j[job.Y]) * wider if y != 0 and j[job.RESIDUAL] != 0 else 0
     for g in range(g0, g1):
-        rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - groups[g * GROUP_WORDS + GROUP_ROW]
-        for r in range(g * LANES, g * LANES + rows):
-            o = int(outputs[r])
-            spare, place = out + o * TILE_FLOATS, y + o * y_row
-            first, total, factor, start = j[job.PANEL] + r * quads * panel.QUAD_BYTES, int(sums[r]), factors[r], bias[o]
-            added, to = residual + o * y_row * wider, place
-            if y == 0 or (as_bytes and not is_whole):
-                to = spare
-            if as_bytes and residual == 0:
-                byte_row(
-                    x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus
-                )
-            elif as_bytes:
-                byte_row_added(
-                    x, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns, inverse, plus
-                )
-            elif y == 0 or (is_whole and residual == 0):
-                tile_row(
-                    x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus
-                )
-            elif is_whole:
-                tile_row_added(
-                    x, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns, inverse, plus
-                )
-            elif residual == 0:
-                part_row(
-                    x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus
-                )
-            else:
-                part_row_added(
-                    x, first, quads, offsets, scales, total, factor, start, added, low, high, to, columns, inverse, plus
-                )
-            if as_bytes and not is_whole:
-                copy_bytes(spare, place, columns)
+        row, at = groups[g * GROUP_WORDS + GROUP_ROW], j[job.PANEL] + groups[g * GROUP_WORDS + GROUP_AT]
+        rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - row
+        lane = 0
+        while lane < rows:
+            count = panel.sharing_rows(j, row + lane, rows - lane)
+            if count > 1:
+                _sum_shared_rows(j, at, count, inputs, scratch)
+            for i in range(count):
+                r = g * LANES + lane + i
+                if count > 1:
+                    _store_summed_row(j, r, scratch + i * TILE_FLOATS, at, known, columns, low, high, out, y, y_row)
+                else:
+                    _store_row(j, r, inputs, at, known, columns, low, high, out, y, y_row)
+            at += quads * (panel.QUAD_VALUES + panel.STEPS * count)
+            lane += count
 
 
 def int8_tile_task(j: Pointer, task: int) -> None:
@@ -311,12 +378,13 @@ def int8_tile_task(j: Pointer, task: int) -> None:
     spare_at = (n + LANES if rounded else n) * INT8_COLUMNS * 4
     out_bytes, shared = spare_at + (spare_bytes(j) if rounded else 0), j[job.PACKED] != 0
     memory = allocate(
-        out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
+        ROOM + out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
     )
     if memory == 0:
         j[job.FAILED] = 1
         return
-    out = aligned(memory)
+    room = aligned(memory)
+    out = room + ROOM
     known, inputs = known_of(j, first), j[job.PACKED] + tile * in_features * TILE_ROW
     if not shared:
         known, scratch = out + out_bytes, out + out_bytes + KNOWN_BYTES
@@ -332,7 +400,7 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
         block = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
         start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
-        multiply_tile(j, g0, g1, inputs, known, columns, False, block, 0, 0)
+        multiply_tile(j, g0, g1, inputs, known, columns, False, block, 0, 0, room)
         if j[job.Y_FEATURE_MAJOR] != 0:
             put_tile_as_columns(j, first, columns, o0, o1, block)
         elif rounded:

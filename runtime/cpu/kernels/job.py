@@ -12,8 +12,9 @@ from typing import Final
     RESIDUAL,  # float32 laid out as Y, or 0
     BIAS,  # float32 (OUT_FEATURES,)
     ACTIVE,  # int32 (N_ACTIVE,)
+    INDEX_ROWS,  # int32 (N_ACTIVE,): where rows share INDICES, which row of these each reads; else 0
     VALUES,  # (N_ACTIVE, K), of VALUE_TYPE
-    INDICES,  # (N_ACTIVE, K), of INDEX_BYTES
+    INDICES,  # (N_ACTIVE, K), of INDEX_BYTES; fewer rows where INDEX_ROWS is given
     BATCH,
     IN_FEATURES,
     OUT_FEATURES,
@@ -33,6 +34,7 @@ from typing import Final
     PANEL_ROWS,  # int32 (groups * LANES,)
     PANEL_COUNT,  # groups
     PANEL_PHASES,  # of all groups together
+    PANEL_BYTES,  # of all phases together
     PANEL_WINDOW,
     KERNEL,  # that reads the panel, or that computes the call: a number of kernels.plan
     BLOCK_ROWS,  # output rows that read the same inputs: all, or those of one group of a convolution
@@ -55,8 +57,11 @@ from typing import Final
 ) = range(45)
 SIZE: Final = 45
 
-GROUP_PHASE, GROUP_ROW = 0, 1  # in PANEL_GROUPS: a group's first phase and first active row; one more group ends it
-GROUP_WORDS: Final = 2
+# In PANEL_GROUPS: a group's first phase, its first active row, how far its phases are from PANEL in bytes, and whether
+# its rows share inputs by fours; one more group ends it.
+GROUP_PHASE, GROUP_ROW, GROUP_AT, GROUP_SHARED = range(4)
+GROUP_WORDS: Final = 4
+SCRATCH_WORDS: Final = 48  # of which packing needs room to count where it is
 
 # How threads are told of a job's tasks, in an array of its own: kernels.team.
 TEAM_TASK: Final = 0  # the address of a function of a job's address and a number

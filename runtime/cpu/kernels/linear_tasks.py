@@ -21,6 +21,7 @@ from srigl_fx.runtime.cpu.kernels.tiles import (
     first_output,
     is_limit,
     multiply,
+    multiply_shared,
     put_rest,
     start_tile,
     tile_memory,
@@ -59,18 +60,20 @@ def start_rows(j: Pointer, sample: int, first: int, last: int) -> None:
 
 
 @compiled
-def _row_end(j: Pointer, r: int) -> int:
-    first, k = r * j[job.K], j[job.K]
+def _kept(j: Pointer, first: int) -> int:
+    """How many weights a row keeps whose indices start at ``first``."""
+    k = j[job.K]
     if j[job.INDEX_BYTES] == 2:
-        return panel.row_end(shorts(j[job.INDICES]), first, k)  # type: ignore[no-any-return]
-    return panel.row_end(ints(j[job.INDICES]), first, k)  # type: ignore[no-any-return]
+        return panel.row_end(shorts(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
+    return panel.row_end(ints(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
 
 
 @compiled
 def _plain_row(x: Pointer, values: Pointer, indices: Pointer, first: int, k: int) -> Any:
+    """A row whose indices start at ``first``, and its values with ``values``."""
     total = _ZERO
-    for i in range(first, panel.row_end(indices, first, k)):
-        total += values[i] * x[indices[i]]
+    for i in range(panel.row_end(indices, first, k) - first):
+        total += values[i] * x[indices[first + i]]
     return total
 
 
@@ -82,15 +85,16 @@ def _add_exact(j: Pointer, sample: int, first: int, last: int) -> None:
     k, values, value_type = j[job.K], j[job.VALUES], j[job.VALUE_TYPE]
     indices, index_bytes, active = j[job.INDICES], j[job.INDEX_BYTES], ints(j[job.ACTIVE])
     for r in range(first, last):
+        start = panel.index_row(j, r) * k
         if value_type != _FLOAT32:
             total = y[active[r]]
-            for i in range(r * k, _row_end(j, r)):
-                total += value_at(values, value_type, i) * x[panel.index_at(indices, index_bytes, i)]
+            for i in range(_kept(j, start)):
+                total += value_at(values, value_type, r * k + i) * x[panel.index_at(indices, index_bytes, start + i)]
             y[active[r]] = total
         elif index_bytes == 2:
-            y[active[r]] += _plain_row(x, floats(values), shorts(indices), r * k, k)
+            y[active[r]] += _plain_row(x, floats(values + r * k * 4), shorts(indices), start, k)
         else:
-            y[active[r]] += _plain_row(x, floats(values), ints(indices), r * k, k)
+            y[active[r]] += _plain_row(x, floats(values + r * k * 4), ints(indices), start, k)
 
 
 def rows_task(j: Pointer, task: int) -> None:
@@ -119,9 +123,11 @@ def strided_task(j: Pointer, task: int) -> None:
             y[sample * y_sample + o * y_step] = bias[o]
         for r in range(j[job.N_ACTIVE]):
             total = y[sample * y_sample + active[r] * y_step]
-            for i in range(r * k, _row_end(j, r)):
-                column = panel.index_at(j[job.INDICES], j[job.INDEX_BYTES], i)
-                total += value_at(j[job.VALUES], j[job.VALUE_TYPE], i) * x[sample * x_sample + column * x_step]
+            start = panel.index_row(j, r) * k
+            for i in range(_kept(j, start)):
+                column = panel.index_at(j[job.INDICES], j[job.INDEX_BYTES], start + i)
+                value = value_at(j[job.VALUES], j[job.VALUE_TYPE], r * k + i)
+                total += value * x[sample * x_sample + column * x_step]
             y[sample * y_sample + active[r] * y_step] = total
     if j[job.RESIDUAL] != 0:
         residual = floats(j[job.RESIDUAL])
@@ -299,41 +305,49 @@ def _tile_of_thread(j: Pointer, task: int) -> int:
     return inputs  # type: ignore[no-any-return]
 
 
-def tile_task(j: Pointer, task: int) -> None:
-    """A share of the rows for one tile of samples."""
-    splits, count, in_features = j[job.ROW_SPLITS], j[job.PANEL_COUNT], j[job.IN_FEATURES]
-    tile, part = task // splits, task % splits
-    first = tile * COLUMNS
-    columns = min(COLUMNS, j[job.BATCH] - first)
-    width = width_of(columns)
-    in_place = j[job.Y_FEATURE_MAJOR] != 0 and columns == width and is_limit(j[job.ACTIVATION])
-    y, y_row = (j[job.Y] + first * 4, j[job.BATCH] * 4) if in_place else (0, 0)
-    pooled = j[job.TILES] != 0
-    memory = tile_memory(0 if pooled else in_features, j[job.OUT_FEATURES], BLOCK_GROUPS)
-    if memory == 0:
-        j[job.FAILED] = 1
-        return
-    out = (memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
-    cursors = words(out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4)
-    if pooled:
-        inputs = _tile_of_thread(j, task)
-    else:
-        inputs = out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4 + (BLOCK_GROUPS + 8) // 8 * CACHE_LINE
-        _fill_tile(j, tile, inputs)
-    g0, end = count * part // splits, count * (part + 1) // splits
-    o0 = first_output(j, g0)
-    while o0 < j[job.OUT_FEATURES]:
-        g1 = min(end, g0 + BLOCK_GROUPS)
-        o1 = j[job.OUT_FEATURES] if g1 == count and part == splits - 1 else first_output(j, g1)
-        start_tile(j, g0, g1, o0, o1, width, out)
-        multiply(j, in_features, width, inputs, g0, g1, out, cursors, y, y_row)
-        if in_place:
-            put_rest(j, g0, g1, o0, o1, width, out, y, y_row)
-        elif j[job.Y_FEATURE_MAJOR] != 0:
-            store_as_columns(j, first, columns, width, o0, o1, out)
+def _tile_task(name: str, add: Any) -> Any:
+    """A task: a share of the rows for one tile of samples, of which ``add`` computes groups."""
+
+    def run(j: Pointer, task: int) -> None:
+        splits, count, in_features = j[job.ROW_SPLITS], j[job.PANEL_COUNT], j[job.IN_FEATURES]
+        tile, part = task // splits, task % splits
+        first = tile * COLUMNS
+        columns = min(COLUMNS, j[job.BATCH] - first)
+        width = width_of(columns)
+        in_place = j[job.Y_FEATURE_MAJOR] != 0 and columns == width and is_limit(j[job.ACTIVATION])
+        y, y_row = (j[job.Y] + first * 4, j[job.BATCH] * 4) if in_place else (0, 0)
+        pooled = j[job.TILES] != 0
+        memory = tile_memory(0 if pooled else in_features, j[job.OUT_FEATURES], BLOCK_GROUPS)
+        if memory == 0:
+            j[job.FAILED] = 1
+            return
+        out = (memory + CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
+        cursors = words(out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4)
+        if pooled:
+            inputs = _tile_of_thread(j, task)
         else:
-            store_as_rows(j, first, columns, width, o0, o1, out)
-        if g1 == end:
-            break
-        g0, o0 = g1, o1
-    release(memory)
+            inputs = out + (j[job.OUT_FEATURES] + 1) * COLUMNS * 4 + (BLOCK_GROUPS + 8) // 8 * CACHE_LINE
+            _fill_tile(j, tile, inputs)
+        g0, end = count * part // splits, count * (part + 1) // splits
+        o0 = first_output(j, g0)
+        while o0 < j[job.OUT_FEATURES]:
+            g1 = min(end, g0 + BLOCK_GROUPS)
+            o1 = j[job.OUT_FEATURES] if g1 == count and part == splits - 1 else first_output(j, g1)
+            start_tile(j, g0, g1, o0, o1, width, out)
+            add(j, in_features, width, inputs, g0, g1, out, cursors, y, y_row)
+            if in_place:
+                put_rest(j, g0, g1, o0, o1, width, out, y, y_row)
+            elif j[job.Y_FEATURE_MAJOR] != 0:
+                store_as_columns(j, first, columns, width, o0, o1, out)
+            else:
+                store_as_rows(j, first, columns, width, o0, o1, out)
+            if g1 == end:
+                break
+            g0, o0 = g1, o1
+        release(memory)
+
+    run.__name__ = name
+    return run
+
+
+tile_task, shared_tile_task = _tile_task("tile_task", multiply), _tile_task("shared_tile_task", multiply_shared)

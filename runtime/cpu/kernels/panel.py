@@ -14,8 +14,15 @@ Two kinds of panels hold a phase as
 Indices are stored row by row, and so are a tile panel's values; those of a dot panel step by step, but for values of
 eight bits, of which four of a row are multiplied at once.
 
+A shared tile panel is one of rows that share their indices by fours. Its groups are of two kinds: those of a tile
+panel, for rows that have too few partners, and shared ones. The latter are four fours of up to four rows each; a phase
+of theirs holds the indices of each four once, then for each step the values of its four rows. Lanes that are left have
+weights of zero.
+
 Values of eight bits have a tile panel of their own: a phase for each group, with the kept weights of each row four by
-four: four indices (uint16), then four values. Beside both kinds lie each lane's scale, and the sum of its values.
+four: four indices (uint16), then four values. Neighbouring rows of a group that share their indices have these first,
+four by four, and then the values of each row. Beside both kinds of panels lie each lane's scale, and the sum of its
+values.
 """
 
 from collections.abc import Callable
@@ -24,8 +31,8 @@ from typing import Any, Final
 import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
-from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import INT8_DOT, INT8_STEP, INT8_TILE, LANES, TILE
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.plan import INT8_DOT, INT8_STEP, INT8_TILE, LANES, SHARED_TILE, TILE
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
 from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, signed_bytes, words
 
@@ -36,9 +43,14 @@ SLOTS: Final = LANES * STEPS
 TILE_BYTES: Final = 6 * SLOTS  # of one phase
 TILE_UNIT: Final = 16  # the largest
 TILE_VALUES: Final = 2 * SLOTS  # where its values start
+SHARING: Final = 4  # rows that share their inputs, in a shared group
+FOURS: Final = LANES // SHARING  # of such rows in a group
+SHARED_VALUES: Final = 2 * FOURS * STEPS  # where the values of a shared group's phase start
+SHARED_BYTES: Final = SHARED_VALUES + 4 * SLOTS  # of such a phase
 DOT_VALUES: Final = SLOTS
 QUAD_BYTES: Final = 3 * STEPS  # of a tile panel of eight bits
 QUAD_VALUES: Final = 2 * STEPS  # where its values start
+_ROWS, _COUNTS = LANES, 2 * LANES  # in the scratch, behind a cursor for each source of indices: its rows
 _NONE: Final = 1 << 40
 
 
@@ -59,13 +71,13 @@ def quads(k: int) -> int:
 
 
 @_compiled
-def phase_bytes(j: Pointer) -> int:
-    """The bytes of one phase of the panel that the job's kernel reads."""
+def _phase_bytes(j: Pointer, shared: bool) -> int:
+    """The bytes of one phase, of a group of this kind, of the panel that the job's kernel reads."""
     kernel = j[job.KERNEL]
-    if kernel == TILE:
+    if shared:
+        return SHARED_BYTES
+    if kernel in (TILE, SHARED_TILE):
         return TILE_BYTES
-    if kernel == INT8_TILE:
-        return LANES * quads(j[job.K]) * QUAD_BYTES  # type: ignore[no-any-return]
     return dot_bytes(j[job.VALUE_TYPE])  # type: ignore[no-any-return]
 
 
@@ -84,6 +96,45 @@ def index_at(indices: int, index_bytes: int, position: int) -> int:
 
 
 @_compiled
+def index_row(j: Pointer, row: int) -> int:
+    """The row of indices that an active row reads."""
+    return row if j[job.INDEX_ROWS] == 0 else int(ints(j[job.INDEX_ROWS])[row])
+
+
+@_compiled
+def sharing_rows(j: Pointer, row: int, most: int) -> int:
+    """How many rows from ``row`` on, ``most`` at most, share their indices."""
+    rows = 1
+    while rows < most and index_row(j, row + rows) == index_row(j, row):
+        rows += 1
+    return rows
+
+
+@_compiled
+def _quads_bytes(j: Pointer, row: int, rows: int) -> int:
+    """The bytes of a group of a tile panel of eight bits."""
+    end, total = row + rows, 0
+    while row < end:
+        count = sharing_rows(j, row, end - row)
+        total += quads(j[job.K]) * (QUAD_VALUES + STEPS * count)
+        row += count
+    return total
+
+
+@_compiled
+def index_rows(j: Pointer) -> int:
+    """How many rows of indices the active rows read."""
+    n_active = j[job.N_ACTIVE]
+    return n_active if n_active == 0 or j[job.INDEX_ROWS] == 0 else index_row(j, n_active - 1) + 1  # type: ignore[no-any-return]
+
+
+@_compiled
+def _index_of(j: Pointer, row: int, i: int) -> int:
+    """The input of an active row's weight ``i``."""
+    return index_at(j[job.INDICES], j[job.INDEX_BYTES], index_row(j, row) * j[job.K] + i)  # type: ignore[no-any-return]
+
+
+@_compiled
 def row_end(indices: Pointer, first: int, k: int) -> int:
     """Where the kept weights of a row of the canonical format end: an index that repeats the one before is padding."""
     end = first + k
@@ -93,8 +144,8 @@ def row_end(indices: Pointer, first: int, k: int) -> int:
 
 
 @_compiled
-def _group_rows(j: Pointer, row: int) -> int:
-    """How many rows the group that starts with ``row`` has."""
+def _most_rows(j: Pointer, row: int) -> int:
+    """How many rows a group that starts with ``row`` may have."""
     active, n_active, block_rows = ints(j[job.ACTIVE]), j[job.N_ACTIVE], j[job.BLOCK_ROWS]
     block = int(active[row]) // block_rows
     rows = 1
@@ -104,24 +155,59 @@ def _group_rows(j: Pointer, row: int) -> int:
 
 
 @_compiled
-def _next_index(j: Pointer, row: int, lane: int, cursors: Pointer) -> int:
-    """The input of a lane's next kept weight, or _NONE where its row ends, or its padding starts."""
-    k, cursor = j[job.K], cursors[lane]
-    if cursor == k:
+def _take_fours(j: Pointer, row: int, rows: int, sources: Pointer) -> int:
+    """Let rows from ``row`` on, ``rows`` at most, be a group of fours that share their inputs; returns how many are."""
+    four = taken = 0
+    while four < FOURS:
+        count = 0
+        while count < SHARING and taken + count < rows:
+            if count > 0 and index_row(j, row + taken + count) != index_row(j, row + taken):
+                break
+            count += 1
+        sources[_ROWS + four], sources[_COUNTS + four] = row + taken, count
+        taken += count
+        four += 1
+    return taken
+
+
+@_compiled
+def _take_group(j: Pointer, row: int, sources: Pointer) -> Any:
+    """The rows of the group that starts with ``row``, and whether they share their inputs; ``sources`` are set to it.
+
+    Four rows that share their inputs take half the time of four others, and a group takes as long if it has fewer.
+    """
+    rows = _most_rows(j, row)
+    for i in range(LANES):
+        sources[i] = 0
+        sources[_COUNTS + i] = 0
+    if j[job.KERNEL] == SHARED_TILE:
+        shared = _take_fours(j, row, rows, sources)
+        if 2 * shared > rows:
+            return shared, True
+    for i in range(LANES):
+        sources[_ROWS + i], sources[_COUNTS + i] = row + i, 1 if i < rows else 0
+    return rows, False
+
+
+@_compiled
+def _next_index(j: Pointer, source: int, sources: Pointer) -> int:
+    """The input of the next kept weight of a source, or _NONE where its rows end, or their padding starts."""
+    cursor = sources[source]
+    if sources[_COUNTS + source] == 0 or cursor == j[job.K]:
         return _NONE
-    position = (row + lane) * k + cursor
-    index = index_at(j[job.INDICES], j[job.INDEX_BYTES], position)
-    if cursor > 0 and index == index_at(j[job.INDICES], j[job.INDEX_BYTES], position - 1):
+    row = sources[_ROWS + source]
+    index = _index_of(j, row, cursor)
+    if cursor > 0 and index == _index_of(j, row, cursor - 1):
         return _NONE
     return index  # type: ignore[no-any-return]
 
 
 @_compiled
-def _window_start(j: Pointer, row: int, rows: int, cursors: Pointer) -> int:
+def _window_start(j: Pointer, sources: Pointer) -> int:
     """Where the next window of a group starts, or _NONE at its end. A window ends within the inputs where it can."""
     start = _NONE
-    for lane in range(rows):
-        start = min(start, _next_index(j, row, lane, cursors))
+    for source in range(LANES):
+        start = min(start, _next_index(j, source, sources))
     if start != _NONE:
         # Bytes that lie across two cache lines take twice as long to read, half of which this spares them; windows of
         # 64 inputs then leave a tenth more gaps.
@@ -132,34 +218,38 @@ def _window_start(j: Pointer, row: int, rows: int, cursors: Pointer) -> int:
 
 
 @_compiled
-def _next_in_window(j: Pointer, row: int, rows: int, lane: int, cursors: Pointer, end: int) -> int:
-    """The position of a lane's next kept weight if it lies before ``end``, else -1."""
-    if lane < rows and _next_index(j, row, lane, cursors) < end:
-        cursors[lane] += 1
-        return (row + lane) * j[job.K] + cursors[lane] - 1  # type: ignore[no-any-return]
+def _next_in_window(j: Pointer, source: int, sources: Pointer, end: int) -> int:
+    """Which weight of its rows the next one of a source is, if its input lies before ``end``; else -1."""
+    if _next_index(j, source, sources) < end:
+        sources[source] += 1
+        return sources[source] - 1  # type: ignore[no-any-return]
     return -1
 
 
 def measure_panel(j: Pointer, scratch: int) -> None:
-    """Count groups and phases of a panel into the job. ``scratch`` is the address of LANES int64."""
-    cursors = words(scratch)
-    groups = phases = row = 0
+    """Count groups, phases and bytes of a panel into the job. ``scratch`` is the address of SCRATCH_WORDS words."""
+    sources = words(scratch)
+    groups = phases = bytes_of_all = row = 0
     while row < j[job.N_ACTIVE]:
-        rows = _group_rows(j, row)
-        for lane in range(LANES):
-            cursors[lane] = 0
-        start = _NONE if j[job.KERNEL] == INT8_TILE else _window_start(j, row, rows, cursors)
+        rows, shared = _take_group(j, row, sources)
+        first = phases
+        start = _NONE if j[job.KERNEL] == INT8_TILE else _window_start(j, sources)
         phases += 1 if j[job.KERNEL] == INT8_TILE else 0
         while start != _NONE:
-            for lane in range(rows):
+            for source in range(LANES):
                 for _ in range(STEPS):
-                    _next_in_window(j, row, rows, lane, cursors, start + j[job.PANEL_WINDOW])
+                    _next_in_window(j, source, sources, start + j[job.PANEL_WINDOW])
             phases += 1
-            start = _window_start(j, row, rows, cursors)
+            start = _window_start(j, sources)
         groups += 1
+        if j[job.KERNEL] == INT8_TILE:
+            bytes_of_all += _quads_bytes(j, row, rows)
+        else:
+            bytes_of_all += (phases - first) * _phase_bytes(j, shared)
         row += rows
     j[job.PANEL_COUNT] = groups
     j[job.PANEL_PHASES] = phases
+    j[job.PANEL_BYTES] = bytes_of_all
 
 
 @_compiled
@@ -174,42 +264,61 @@ def _copy_value(target: int, source: int, size: int) -> None:
 
 
 @_compiled
-def _fill_phase(j: Pointer, row: int, rows: int, phase: int, start: int, cursors: Pointer) -> None:
-    value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] == TILE
-    at = j[job.PANEL] + phase * phase_bytes(j)
+def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
+    value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] in (TILE, SHARED_TILE)
     wide, narrow = shorts(at), bytes_(at)
-    values, indices, index_bytes = j[job.VALUES], j[job.INDICES], j[job.INDEX_BYTES]
+    values, k = j[job.VALUES], j[job.K]
     size = value_bytes(value_type)
     for lane in range(LANES):
+        row = sources[_ROWS + lane]
         for step in range(STEPS):
             place = lane * STEPS + step
             slot = place if size == 1 else step * LANES + lane
-            position = _next_in_window(j, row, rows, lane, cursors, start + j[job.PANEL_WINDOW])
+            i = _next_in_window(j, lane, sources, start + j[job.PANEL_WINDOW])
             if is_tile:
-                index = j[job.IN_FEATURES] if position < 0 else index_at(indices, index_bytes, position)
+                index = j[job.IN_FEATURES] if i < 0 else _index_of(j, row, i)
                 wide[place] = index * tile_unit(j[job.IN_FEATURES])
-                floats(at + TILE_VALUES)[place] = 0.0 if position < 0 else value_at(values, value_type, position)
+                floats(at + TILE_VALUES)[place] = 0.0 if i < 0 else value_at(values, value_type, row * k + i)
             else:
-                narrow[place] = 0 if position < 0 else index_at(indices, index_bytes, position) - start
-                _copy_value(at + DOT_VALUES + slot * size, 0 if position < 0 else values + position * size, size)
+                narrow[place] = 0 if i < 0 else _index_of(j, row, i) - start
+                _copy_value(at + DOT_VALUES + slot * size, 0 if i < 0 else values + (row * k + i) * size, size)
 
 
 @_compiled
-def _fill_quads(j: Pointer, row: int, rows: int, phase: int) -> None:
-    """A group of a tile panel of eight bits; zeros fill up its rows, and lanes without one."""
-    k, values, indices, index_bytes = j[job.K], bytes_(j[job.VALUES]), j[job.INDICES], j[job.INDEX_BYTES]
-    size = quads(k) * QUAD_BYTES
-    for lane in range(LANES):
-        at = j[job.PANEL] + phase * phase_bytes(j) + lane * size
-        for i in range(quads(k) * STEPS):
-            quad, step, position = at + i // STEPS * QUAD_BYTES, i % STEPS, (row + lane) * k + i
-            index = value = 0
-            if lane < rows and i < k:
-                index = index_at(indices, index_bytes, position)
-                if i == 0 or index != index_at(indices, index_bytes, position - 1):
-                    value = int(values[position])
-            shorts(quad)[step] = index
-            bytes_(quad + QUAD_VALUES)[step] = value
+def _fill_shared_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
+    k, value_type = j[job.K], j[job.VALUE_TYPE]
+    for four in range(FOURS):
+        row, rows = sources[_ROWS + four], sources[_COUNTS + four]
+        for step in range(STEPS):
+            place = four * STEPS + step
+            i = _next_in_window(j, four, sources, start + j[job.PANEL_WINDOW])
+            index = j[job.IN_FEATURES] if i < 0 else _index_of(j, row, i)
+            shorts(at)[place] = index * tile_unit(j[job.IN_FEATURES])
+            found = floats(at + SHARED_VALUES + 4 * SHARING * place)
+            for r in range(SHARING):
+                found[r] = 0.0 if i < 0 or r >= rows else value_at(j[job.VALUES], value_type, (row + r) * k + i)
+
+
+@_compiled
+def _fill_quads(j: Pointer, row: int, rows: int, group: int) -> None:
+    """A group of a tile panel of eight bits; zeros fill up its rows."""
+    k, values, steps = j[job.K], bytes_(j[job.VALUES]), quads(j[job.K]) * STEPS
+    end, at = row + rows, group
+    while row < end:
+        count = sharing_rows(j, row, end - row)
+        # One row alone has its values behind every four indices, several have theirs behind all indices.
+        apart, values_at = (QUAD_BYTES, at + QUAD_VALUES) if count == 1 else (QUAD_VALUES, at + 2 * steps)
+        value_apart = QUAD_BYTES if count == 1 else STEPS
+        for i in range(steps):
+            quad, step = i // STEPS, i % STEPS
+            index = _index_of(j, row, i) if i < k else 0
+            kept = i < k and (i == 0 or index != _index_of(j, row, i - 1))
+            shorts(at + quad * apart)[step] = index
+            for r in range(count):
+                place = values_at + r * steps + quad * value_apart
+                bytes_(place)[step] = values[(row + r) * k + i] if kept else 0
+        at += quads(k) * (QUAD_VALUES + STEPS * count)
+        row += count
 
 
 @_compiled
@@ -220,47 +329,58 @@ def _fill_scales(j: Pointer, row: int, rows: int, group: int) -> None:
     for lane in range(LANES):
         total, scale = 0, 0.0
         if lane < rows:
-            first, scale = (row + lane) * k, given[row + lane]
-            for position in range(first, first + k):
-                repeated = position > first and (
-                    index_at(j[job.INDICES], j[job.INDEX_BYTES], position)
-                    == index_at(j[job.INDICES], j[job.INDEX_BYTES], position - 1)
-                )
-                if not repeated:
-                    total += signed_bytes(j[job.VALUES])[position]
+            scale = given[row + lane]
+            for i in range(k):
+                if i == 0 or _index_of(j, row + lane, i) != _index_of(j, row + lane, i - 1):
+                    total += signed_bytes(j[job.VALUES])[(row + lane) * k + i]
         scales[group * LANES + lane], sums[group * LANES + lane] = scale, total
+
+
+@_compiled
+def _fill_outputs(j: Pointer, row: int, rows: int, shared: bool, sources: Pointer, outputs: Pointer) -> None:
+    """Each lane's output; a lane without a row is given the output after the last."""
+    active = ints(j[job.ACTIVE])
+    for lane in range(LANES):
+        source, place = (lane // SHARING, lane % SHARING) if shared else (lane, 0)
+        used = place < sources[_COUNTS + source]
+        outputs[lane] = active[sources[_ROWS + source] + place] if used else j[job.OUT_FEATURES]
 
 
 def fill_panel(j: Pointer, scratch: int) -> None:
     """Write a panel whose sizes are known: phases, where each group starts, each phase's window, each lane's output.
 
-    A lane without a row is given the output after the last. ``scratch`` is as for :func:`measure_panel`.
+    ``scratch`` is as for :func:`measure_panel`.
     """
-    cursors, groups = words(scratch), words(j[job.PANEL_GROUPS])
-    starts, outputs, active = ints(j[job.PANEL_STARTS]), ints(j[job.PANEL_ROWS]), ints(j[job.ACTIVE])
-    phase = group = row = 0
+    sources, groups = words(scratch), words(j[job.PANEL_GROUPS])
+    starts = ints(j[job.PANEL_STARTS])
+    phase = group = row = at = 0
     while row < j[job.N_ACTIVE]:
-        rows = _group_rows(j, row)
-        groups[group * GROUP_WORDS + GROUP_PHASE] = phase
-        groups[group * GROUP_WORDS + GROUP_ROW] = row
-        for lane in range(LANES):
-            outputs[group * LANES + lane] = active[row + lane] if lane < rows else j[job.OUT_FEATURES]
-            cursors[lane] = 0
+        rows, shared = _take_group(j, row, sources)
+        found = group * GROUP_WORDS
+        groups[found + GROUP_PHASE], groups[found + GROUP_ROW] = phase, row
+        groups[found + GROUP_AT], groups[found + GROUP_SHARED] = at, 1 if shared else 0
+        _fill_outputs(j, row, rows, shared, sources, ints(j[job.PANEL_ROWS] + group * LANES * 4))
         if j[job.SCALES] != 0:
             _fill_scales(j, row, rows, group)
         start = _NONE
         if j[job.KERNEL] == INT8_TILE:
-            _fill_quads(j, row, rows, phase)
+            _fill_quads(j, row, rows, j[job.PANEL] + at)
             starts[phase] = 0
             phase += 1
+            at += _quads_bytes(j, row, rows)
         else:
-            start = _window_start(j, row, rows, cursors)
+            start = _window_start(j, sources)
         while start != _NONE:
             starts[phase] = start
-            _fill_phase(j, row, rows, phase, start, cursors)
+            if shared:
+                _fill_shared_phase(j, j[job.PANEL] + at, start, sources)
+            else:
+                _fill_phase(j, j[job.PANEL] + at, start, sources)
             phase += 1
-            start = _window_start(j, row, rows, cursors)
+            at += _phase_bytes(j, shared)
+            start = _window_start(j, sources)
         group += 1
         row += rows
-    groups[group * GROUP_WORDS + GROUP_PHASE] = phase
-    groups[group * GROUP_WORDS + GROUP_ROW] = row
+    found = group * GROUP_WORDS
+    groups[found + GROUP_PHASE], groups[found + GROUP_ROW] = phase, row
+    groups[found + GROUP_AT], groups[found + GROUP_SHARED] = at, 0

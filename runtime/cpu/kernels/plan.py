@@ -14,6 +14,7 @@ DOT: Final = 2  # from a dot panel: inputs are looked up in registers
 TILE: Final = 3  # from a tile panel: 16 or 32 samples, or output positions, side by side
 INT8_DOT: Final = 4  # the same two for values of eight bits, with activations that are rounded to as many
 INT8_TILE: Final = 5
+SHARED_TILE: Final = 6  # TILE for rows that share their inputs, by fours
 
 MOST_DOT_SAMPLES: Final = 5  # up to so many, looking inputs up for each beats laying samples side by side
 LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
@@ -183,7 +184,17 @@ def window_of(kernel: int, level: int, in_features: int, n_active: int, k: int) 
     """The window of the panel that a kernel reads; 0 where there is none."""
     if kernel == DOT:
         return dot_window(level, in_features, n_active, k)
-    return tile_window(in_features, n_active, k) if kernel == TILE else 0
+    return tile_window(in_features, n_active, k) if kernel in (TILE, SHARED_TILE) else 0
+
+
+def for_shared(kernel: int, n_active: int, index_rows: int) -> int:
+    """The kernel that takes the place of another for a weight whose active rows read ``index_rows`` rows of indices.
+
+    Example:
+        >>> for_shared(TILE, 8, 2) == SHARED_TILE, for_shared(TILE, 8, 8) == TILE, for_shared(DOT, 8, 2) == DOT
+        (True, True, True)
+    """
+    return SHARED_TILE if kernel == TILE and index_rows < n_active else kernel
 
 
 def shares(tiles: int, groups: int, work: int, threads: int) -> int:

@@ -35,7 +35,15 @@ class Kernel:
     layer: Literal["linear", "convolution", "training"]
     number: int = -1
     computes: str
-    reads: Literal["canonical", "dot panel", "tile panel", "int8 dot panel", "int8 tile panel", "rows in blocks"]
+    reads: Literal[
+        "canonical",
+        "dot panel",
+        "tile panel",
+        "shared tile panel",
+        "int8 dot panel",
+        "int8 tile panel",
+        "rows in blocks",
+    ]
     values: tuple[str, ...] = VALUES
     isas: tuple[str, ...] = ISAS
     samples: tuple[int, int | None] = (1, None)
@@ -81,6 +89,15 @@ KERNELS: Final = (
         file="tile.py",
     ),
     Kernel(
+        task="shared_tile_task",
+        layer="linear",
+        number=plan.SHARED_TILE,
+        computes="the tile kernel for rows that share their inputs, four at a time: inputs are loaded once",
+        reads="shared tile panel",
+        feature_major=True,
+        file="tile.py",
+    ),
+    Kernel(
         task="int8_dot_task",
         layer="linear",
         number=plan.INT8_DOT,
@@ -94,7 +111,7 @@ KERNELS: Final = (
         task="int8_tile_task",
         layer="linear",
         number=plan.INT8_TILE,
-        computes="64 samples side by side as bytes: four kept weights at once",
+        computes="64 samples side by side as bytes: four kept weights at once; inputs that rows share laid out once",
         reads="int8 tile panel",
         values=("int8",),
         feature_major=True,
@@ -114,6 +131,14 @@ KERNELS: Final = (
         number=plan.TILE,
         computes="the tile kernel with 32 output positions in place of samples; padding is never stored",
         reads="tile panel",
+        file="tile.py, patches.py",
+    ),
+    Kernel(
+        task="conv_shared_tile_task",
+        layer="convolution",
+        number=plan.SHARED_TILE,
+        computes="the same for filters that share their inputs, four at a time",
+        reads="shared tile panel",
         file="tile.py, patches.py",
     ),
     Kernel(
@@ -145,7 +170,7 @@ KERNELS: Final = (
 
 # What the callers of kernels need besides: the plan itself, packing, and the preparation of a convolution.
 HELPERS: Final = (
-    *("measure_panel", "fill_panel", "plan_linear", "plan_panel", "phase_size"),
+    *("measure_panel", "fill_panel", "plan_linear", "plan_panel"),
     *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values"),
     *("int8_scales_task", "int8_pack_task", "int8_fill_task", "int8_round_task"),
 )

@@ -14,13 +14,20 @@ from srigl_fx.runtime.cpu.kernels.conv_tasks import (
     conv_pack_task,
     conv_plan,
     conv_rows_task,
+    conv_shared_tile_task,
     conv_tile_task,
 )
 from srigl_fx.runtime.cpu.kernels.int8_conv_tasks import int8_conv_task, int8_pack_task
 from srigl_fx.runtime.cpu.kernels.int8_samples import int8_fill_task, int8_round_task, int8_scales_task
 from srigl_fx.runtime.cpu.kernels.int8_tasks import int8_dot_task, int8_tile_task
 from srigl_fx.runtime.cpu.kernels.isa import ISAS
-from srigl_fx.runtime.cpu.kernels.linear_tasks import dot_task, rows_task, strided_task, tile_task
+from srigl_fx.runtime.cpu.kernels.linear_tasks import (
+    dot_task,
+    rows_task,
+    shared_tile_task,
+    strided_task,
+    tile_task,
+)
 from srigl_fx.runtime.cpu.kernels.values import value_at
 from srigl_fx.runtime.cpu.kernels.vector import floats
 from srigl_fx.runtime.value_types import NUMBERS
@@ -32,7 +39,7 @@ _LEVEL: Final = ISAS.index(ISA)
 _INT8: Final = NUMBERS["int8"]
 _linear_kernel, _window_of = planned(plan.linear_kernel), planned(plan.window_of)
 _int8_linear_kernel, _int8_window = planned(plan.int8_linear_kernel), planned(plan.int8_window)
-_int8_linear_samples = planned(plan.int8_linear_samples)
+_int8_linear_samples, _for_shared = planned(plan.int8_linear_samples), planned(plan.for_shared)
 
 
 def plan_linear(j: Pointer, packed: int) -> None:
@@ -44,7 +51,8 @@ def plan_linear(j: Pointer, packed: int) -> None:
         j[job.KERNEL] = _int8_linear_kernel(BYTE_LOOKUP, *sizes, j[job.BATCH], columns)
         j[job.SAMPLES] = _int8_linear_samples(BYTE_LOOKUP, j[job.KERNEL], j[job.BATCH], columns)
     else:
-        j[job.KERNEL] = _linear_kernel(_LEVEL, *sizes, j[job.BATCH], columns, packed != 0)
+        kernel = _linear_kernel(_LEVEL, *sizes, j[job.BATCH], columns, packed != 0)
+        j[job.KERNEL] = _for_shared(kernel, j[job.N_ACTIVE], panel.index_rows(j))
 
 
 def plan_panel(j: Pointer, kernel: int) -> None:
@@ -56,11 +64,6 @@ def plan_panel(j: Pointer, kernel: int) -> None:
         j[job.PANEL_WINDOW] = _window_of(kernel, _LEVEL, j[job.IN_FEATURES], j[job.N_ACTIVE], j[job.K])
 
 
-def phase_size(j: Pointer, unused: int) -> None:
-    """Store the bytes of a phase as the address of the panel, which is still to come."""
-    j[job.PANEL] = panel.phase_bytes(j)
-
-
 def widen_values(j: Pointer, target: int) -> None:
     """Copy the values to an address, as float32."""
     wide = floats(target)
@@ -69,9 +72,9 @@ def widen_values(j: Pointer, target: int) -> None:
 
 
 _FUNCTIONS = (
-    *(rows_task, strided_task, dot_task, tile_task, int8_dot_task, int8_tile_task),
-    *(conv_rows_task, conv_tile_task, int8_conv_task),
-    *(panel.measure_panel, panel.fill_panel, plan_linear, plan_panel, phase_size),
+    *(rows_task, strided_task, dot_task, tile_task, shared_tile_task, int8_dot_task, int8_tile_task),
+    *(conv_rows_task, conv_tile_task, conv_shared_tile_task, int8_conv_task),
+    *(panel.measure_panel, panel.fill_panel, plan_linear, plan_panel),
     *(conv_plan, conv_offsets, conv_pack_task, widen_values, int8_scales_task),
     *(int8_pack_task, int8_fill_task, int8_round_task),
 )

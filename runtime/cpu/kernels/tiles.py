@@ -14,10 +14,20 @@ from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import REGISTERS, compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, fill_floats
-from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.panel import TILE_BYTES, TILE_UNIT, tile_unit
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.panel import FOURS, SHARED_BYTES, SHARING, TILE_BYTES, TILE_UNIT, tile_unit
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
-from srigl_fx.runtime.cpu.kernels.tile import add_rows, phase_of, prefetched_lines, rows_in_flight, values_of
+from srigl_fx.runtime.cpu.kernels.tile import (
+    add_four,
+    add_rows,
+    columns_in_flight,
+    indices_of,
+    prefetched_lines,
+    prefetched_shared_lines,
+    rows_in_flight,
+    shared_values_of,
+    values_of,
+)
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, words
 
 Pointer = Any
@@ -26,20 +36,21 @@ _LIMITS: Final = {number: row.limits for number, row in enumerate(ACTIVATIONS) i
 _LIMIT_BITS: Final = sum(1 << number for number in _LIMITS)
 _INFINITY: Final = np.float32(np.inf)
 _INPUT_BYTES: Final = 24 << 10  # of a tile's inputs that are read before moving on; with a window, a first-level cache
+_SHARED_PARTS: Final = 2  # as many times where four rows share them: they come from a second-level cache fast enough
 
-_phase_of, _values_of = compiled(phase_of), compiled(values_of)
+_indices_of, _values_of, _shared_values_of = compiled(indices_of), compiled(values_of), compiled(shared_values_of)
 
 
 def _add_group(width: int, unit: int) -> Any:
     """A function that adds some phases of a group to all of its rows, in tiles ``width`` vectors wide.
 
-    Its arguments are those of :func:`add_rows`; ``following`` is the phase that is read next.
+    Its arguments are those of :func:`add_rows`, but for the address of the first phase in place of those of indices and
+    values; ``following`` is that of the phase that is read next.
     """
     add, step = add_rows(width, REGISTERS, unit), rows_in_flight(width, REGISTERS)
     lines = prefetched_lines(width, REGISTERS)
 
     def add_group(
-        panel: int,
         first: int,
         phases: int,
         inputs: int,
@@ -54,16 +65,79 @@ def _add_group(width: int, unit: int) -> Any:
         following: int,
     ) -> None:
         for lane in range(0, LANES, step):
-            indices, values = _phase_of(panel, first, lane), _values_of(panel, first, lane)
-            ahead = panel + following * TILE_BYTES + lane // step * lines * CACHE_LINE
+            indices, values = _indices_of(first, lane), _values_of(first, lane)
+            ahead = following + lane // step * lines * CACHE_LINE
             rows = outputs + 4 * lane
             add(inputs, indices, values, phases, rows, bias, out, to, to_row, residual, low, high, ahead)
 
     return compiled(add_group)
 
 
-_add_16, _add_32 = (_add_group(width, TILE_UNIT) for width in (1, 2))
-_add_16_of_many, _add_32_of_many = (_add_group(width, 1) for width in (1, 2))
+def _add_shared_group(width: int, unit: int) -> Any:
+    """The same for a group of rows that share their inputs by fours."""
+    add, step = add_four(width, REGISTERS, unit), columns_in_flight(width, REGISTERS)
+    parts, lines = LANES * width // step, prefetched_shared_lines(width, REGISTERS)
+
+    def add_group(
+        first: int,
+        phases: int,
+        inputs: int,
+        outputs: int,
+        bias: int,
+        out: int,
+        to: int,
+        to_row: int,
+        residual: int,
+        low: float,
+        high: float,
+        following: int,
+    ) -> None:
+        for four in range(FOURS):
+            indices, values = _indices_of(first, four), _shared_values_of(first, four)
+            rows = outputs + 4 * SHARING * four
+            for part in range(parts):
+                ahead, column = following + (four * parts + part) * lines * CACHE_LINE, part * step * 4
+                from_, sums, target = inputs + column, out + column, to + column
+                added = 0 if residual == 0 else residual + column
+                add(from_, indices, values, phases, rows, bias, sums, target, to_row, added, low, high, ahead)
+
+    return compiled(add_group)
+
+
+def _add_any(of_groups: Any) -> Any:
+    """A function that adds some phases of a group, in a tile of either width whose rows are counted in either unit."""
+    add_16, add_32 = (of_groups(width, TILE_UNIT) for width in (1, 2))
+    add_16_of_many, add_32_of_many = (of_groups(width, 1) for width in (1, 2))
+
+    def add(
+        unit: int,
+        width: int,
+        first: int,
+        phases: int,
+        inputs: int,
+        outputs: int,
+        bias: int,
+        out: int,
+        to: int,
+        to_row: int,
+        residual: int,
+        low: float,
+        high: float,
+        following: int,
+    ) -> None:
+        if unit == TILE_UNIT and width == COLUMNS:
+            add_32(first, phases, inputs, outputs, bias, out, to, to_row, residual, low, high, following)
+        elif unit == TILE_UNIT:
+            add_16(first, phases, inputs, outputs, bias, out, to, to_row, residual, low, high, following)
+        elif width == COLUMNS:
+            add_32_of_many(first, phases, inputs, outputs, bias, out, to, to_row, residual, low, high, following)
+        else:
+            add_16_of_many(first, phases, inputs, outputs, bias, out, to, to_row, residual, low, high, following)
+
+    return compiled(add)
+
+
+_add, _add_shared = _add_any(_add_group), _add_any(_add_shared_group)
 
 
 @compiled
@@ -175,57 +249,99 @@ least, most = _limit(0), _limit(1)  # of an activation's number
 
 
 @compiled
-def multiply(
-    j: Pointer,
-    in_features: int,
-    width: int,
-    inputs: int,
-    g0: int,
-    g1: int,
-    out: int,
-    cursors: Pointer,
-    y: int,
-    y_row: int,
-) -> None:
-    """Compute what groups ``g0 <= g < g1`` do; all groups read a part of the inputs before any reads the next.
+def _phase_at(groups: Pointer, g: int, phase: int, may_share: bool) -> int:
+    """How far a phase of a group is from the first of the panel, in bytes."""
+    if not may_share:
+        return phase * TILE_BYTES
+    found = g * GROUP_WORDS
+    size = TILE_BYTES if groups[found + GROUP_SHARED] == 0 else SHARED_BYTES
+    return groups[found + GROUP_AT] + (phase - groups[found + GROUP_PHASE]) * size  # type: ignore[no-any-return]
 
-    Outputs are stored in the tile ``out``. If ``y`` is not 0, the finished outputs of whole groups are stored at ``y``
-    instead, in rows ``y_row`` bytes apart; the activation must be one that :func:`is_limit` then.
-    """
-    groups, starts, at = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), j[job.PANEL]
-    unit = tile_unit(in_features)
-    low, high = least(j[job.ACTIVATION]), most(j[job.ACTIVATION])
-    added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
-    # Few enough inputs for a first-level cache, enough for twenty weights a row before its sums are put away.
-    step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K]))
-    for g in range(g0, g1):
-        cursors[g - g0] = groups[g * GROUP_WORDS + GROUP_PHASE]
-    limit = 0
-    while limit < in_features:
-        limit += step
+
+def _multiply(may_share: bool) -> Any:
+    """:data:`multiply`, or :data:`multiply_shared`."""
+    parts = _SHARED_PARTS if may_share else 1
+
+    def multiply(
+        j: Pointer,
+        in_features: int,
+        width: int,
+        inputs: int,
+        g0: int,
+        g1: int,
+        out: int,
+        cursors: Pointer,
+        y: int,
+        y_row: int,
+    ) -> None:
+        groups, starts, at = words(j[job.PANEL_GROUPS]), ints(j[job.PANEL_STARTS]), j[job.PANEL]
+        unit = tile_unit(in_features)
+        low, high = least(j[job.ACTIVATION]), most(j[job.ACTIVATION])
+        added = j[job.RESIDUAL] + y - j[job.Y] if y != 0 and j[job.RESIDUAL] != 0 else 0
+        # Few enough inputs for a first-level cache, enough for twenty weights a row before its sums are put away.
+        step = max(_INPUT_BYTES // (4 * width), 20 * in_features // max(1, j[job.K])) * parts
         for g in range(g0, g1):
-            first, end = cursors[g - g0], groups[(g + 1) * GROUP_WORDS + GROUP_PHASE]
-            last = first
-            while last < end and starts[last] < limit:
-                last += 1
-            if last > first:
-                cursors[g - g0] = last
-                following = cursors[g + 1 - g0] if g + 1 < g1 else cursors[0]
-                whole = _is_whole(j, g)
-                bias = j[job.BIAS] if whole and first == groups[g * GROUP_WORDS + GROUP_PHASE] else 0
-                to, row, residual, lowest, highest = out, width * 4, 0, -_INFINITY, _INFINITY
-                if whole and y != 0 and last == end:
-                    to, row, residual, lowest, highest = y, y_row, added, low, high
-                phases, rows = last - first, j[job.PANEL_ROWS] + g * LANES * 4
-                if unit == TILE_UNIT and width == COLUMNS:
-                    _add_32(at, first, phases, inputs, rows, bias, out, to, row, residual, lowest, highest, following)
-                elif unit == TILE_UNIT:
-                    _add_16(at, first, phases, inputs, rows, bias, out, to, row, residual, lowest, highest, following)
-                elif width == COLUMNS:
-                    _add_32_of_many(
-                        at, first, phases, inputs, rows, bias, out, to, row, residual, lowest, highest, following
-                    )
-                else:
-                    _add_16_of_many(
-                        at, first, phases, inputs, rows, bias, out, to, row, residual, lowest, highest, following
-                    )
+            cursors[g - g0] = groups[g * GROUP_WORDS + GROUP_PHASE]
+        limit = 0
+        while limit < in_features:
+            limit += step
+            for g in range(g0, g1):
+                first, end = cursors[g - g0], groups[(g + 1) * GROUP_WORDS + GROUP_PHASE]
+                last = first
+                while last < end and starts[last] < limit:
+                    last += 1
+                if last > first:
+                    cursors[g - g0] = last
+                    following = g + 1 if g + 1 < g1 else g0
+                    ahead = at + _phase_at(groups, following, cursors[following - g0], may_share)
+                    whole = _is_whole(j, g)
+                    bias = j[job.BIAS] if whole and first == groups[g * GROUP_WORDS + GROUP_PHASE] else 0
+                    to, row, residual, lowest, highest = out, width * 4, 0, -_INFINITY, _INFINITY
+                    if whole and y != 0 and last == end:
+                        to, row, residual, lowest, highest = y, y_row, added, low, high
+                    phases, rows = last - first, j[job.PANEL_ROWS] + g * LANES * 4
+                    phase = at + _phase_at(groups, g, first, may_share)
+                    if may_share and groups[g * GROUP_WORDS + GROUP_SHARED] != 0:
+                        _add_shared(
+                            unit,
+                            width,
+                            phase,
+                            phases,
+                            inputs,
+                            rows,
+                            bias,
+                            out,
+                            to,
+                            row,
+                            residual,
+                            lowest,
+                            highest,
+                            ahead,
+                        )
+                    else:
+                        _add(
+                            unit,
+                            width,
+                            phase,
+                            phases,
+                            inputs,
+                            rows,
+                            bias,
+                            out,
+                            to,
+                            row,
+                            residual,
+                            lowest,
+                            highest,
+                            ahead,
+                        )
+
+    return compiled(multiply)
+
+
+# Compute what groups ``g0 <= g < g1`` of a tile panel do; all groups read a part of the inputs before any reads the
+# next: (the job, the inputs of a tile, its width, where it is, g0, g1, the tile ``out``, a cursor for each group, y,
+# the bytes of a row of it). Outputs are stored in the tile ``out``. If ``y`` is not 0, the finished outputs of whole
+# groups are stored at ``y`` instead, in rows ``y_row`` bytes apart; the activation must be one that :func:`is_limit`
+# then. The other is for a shared tile panel.
+multiply, multiply_shared = (_multiply(may_share) for may_share in (False, True))

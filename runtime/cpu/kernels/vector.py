@@ -21,6 +21,7 @@ address = types.int64
 
 I8, I16, I32, I64, F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 FLOATS, INTS, SHORTS = (ir.VectorType(item, LANES) for item in (F32, I32, I16))
+_FLOATS_BY_COUNT = {8: ir.VectorType(F32, 8), 16: FLOATS}
 ZERO = ir.Constant(FLOATS, [0.0] * LANES)
 
 
@@ -70,13 +71,20 @@ def declared(b: Any, name: str, result: Any, arguments: Sequence[Any]) -> Any:
 
 def multiply_add(b: Any, one: Any, other: Any, total: Any) -> Any:
     """``one * other + total``, fused where the instruction set can."""
-    return b.call(declared(b, "llvm.fmuladd.v16f32", FLOATS, [FLOATS] * 3), [one, other, total])
+    kind = total.type
+    return b.call(declared(b, f"llvm.fmuladd.v{kind.count}f32", kind, [kind] * 3), [one, other, total])
 
 
-def broadcast(b: Any, value: Any) -> Any:
+def floats_of(count: int) -> Any:
+    """The type of 16 floats, or of 8 for loops whose registers hold no more."""
+    return _FLOATS_BY_COUNT[count]
+
+
+def broadcast(b: Any, value: Any, count: int = LANES) -> Any:
     """One float in every lane."""
-    single = b.insert_element(ir.Constant(FLOATS, ir.Undefined), value, ir.Constant(I32, 0))
-    return b.shuffle_vector(single, ir.Constant(FLOATS, ir.Undefined), lanes(0))
+    unknown = ir.Constant(floats_of(count), ir.Undefined)
+    places = ir.Constant(ir.VectorType(I32, count), [0] * count)
+    return b.shuffle_vector(b.insert_element(unknown, value, ir.Constant(I32, 0)), unknown, places)
 
 
 def table_lookup(b: Any, table: Sequence[Any], index: Any, shift: int) -> Any:
