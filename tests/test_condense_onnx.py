@@ -283,3 +283,21 @@ def test_inputs_to_compare_with_can_be_given(tmp_path: Path) -> None:
         condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, example_inputs={"x": given["x"]})
     with pytest.raises(ExportError, match="ONNX Runtime cannot run the source on"):
         condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, example_inputs=given | {"ids": np.array([[99]])})
+
+
+def test_a_graph_that_is_none_is_refused(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Transpose", ["w"], ["v"], perm=[1, 0]), helper.make_node("MatMul", ["x", "v"], ["y"])]
+    source = write(tmp_path / "a.onnx", nodes, {"w": pruned(40, 40)}, ["n", 40], ["n", 40])
+    model = onnx.load(source)
+    model.graph.node[0].attribute[0].ints[:] = [0, 7]
+    onnx.save(model, source)
+    with pytest.raises(FormatError, match=r"the graph of .*a\.onnx cannot be followed"):
+        condense_onnx(source, tmp_path / "b.onnx")
+
+
+def test_a_deep_graph_is_read_once(tmp_path: Path) -> None:
+    """Each node has two inputs that are computed, so that following all of them would take 2**60 steps."""
+    nodes = [helper.make_node("Add", [f"h{i}", f"h{i}"], [f"h{i + 1}"]) for i in range(60)]
+    ends = helper.make_node("Identity", ["x"], ["h0"]), helper.make_node("MatMul", ["h60", "w"], ["y"])
+    source = write(tmp_path / "a.onnx", [ends[0], *nodes, ends[1]], {"w": pruned(40, 40)}, ["n", 40], ["n", 40])
+    assert condense_onnx(source, tmp_path / "b.onnx", min_speedup=0).condensed_layers == 1

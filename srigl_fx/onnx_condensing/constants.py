@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
+_FOLLOWED = frozenset({"Identity", "Transpose", "Cast", "DequantizeLinear"})
+
+
 def constant(value: ir.Value | None) -> Array | None:
     """What a value always is: an initializer, or one that is moved, cast or dequantised; None where it is computed.
 
@@ -25,22 +28,20 @@ def constant(value: ir.Value | None) -> Array | None:
     if value.const_value is not None:
         return value.const_value.numpy()
     node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx"):
+    if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in _FOLLOWED:
         return None
     given = [constant(one) for one in node.inputs]
     if not given or any(array is None and one is not None for array, one in zip(given, node.inputs, strict=True)):
         return None
-    first = given[0]
-    assert first is not None
+    if (first := given[0]) is None:
+        return None
     if node.op_type == "Identity":
         return first
     if node.op_type == "Transpose":
         return first.transpose(attribute(node, "perm", list(range(first.ndim))[::-1]))
     if node.op_type == "Cast":
         return first.astype(ir.DataType(attribute(node, "to", 1)).numpy())
-    if node.op_type == "DequantizeLinear":
-        return _dequantised(first, given[1:], attribute(node, "axis", 1), attribute(node, "block_size", 0))
-    return None
+    return _dequantised(first, given[1:], attribute(node, "axis", 1), attribute(node, "block_size", 0))
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:

@@ -90,7 +90,11 @@ def condense_onnx(
             f"cannot write {target}: {error.strerror}; give the path of a file in a folder that exists"
         ) from error
     least = 1.0 if min_speedup == "auto" else float(min_speedup)
-    rows = [_settle(model.graph, one, min_sparsity, least) for one in contractions(model.graph)]
+    try:
+        found = contractions(model.graph)
+    except Exception as error:  # of attributes and sizes that do not go together, any type
+        raise FormatError(f"the graph of {source} cannot be followed: {type(error).__name__}: {error}") from error
+    rows = [_settle(model.graph, one, min_sparsity, least) for one in found]
     if not any(row.condensed for row in rows):
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8]) or "it has no MatMul, Gemm or Conv"
         more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""

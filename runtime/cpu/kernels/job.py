@@ -54,8 +54,8 @@ from typing import Final
     Y_SCALE,  # the bits of the float32 with which outputs are rounded; 0 where they are stored as floats
     Y_OFFSET,  # and what belongs to that: 0 or 128
     FAILED,  # set to 1 by a task that found no memory
-) = range(45)
-SIZE: Final = 45
+) = range(47)
+SIZE: Final = 47
 
 # In PANEL_GROUPS: a group's first phase, its first active row, how far its phases are from PANEL in bytes, and whether
 # its rows share inputs by fours; one more group ends it.
