@@ -285,6 +285,24 @@ def test_inputs_to_compare_with_can_be_given(tmp_path: Path) -> None:
         condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, example_inputs=given | {"ids": np.array([[99]])})
 
 
+@pytest.mark.parametrize("density", [0.1, 0.9])
+def test_two_convolutions_that_are_added_to_each_other(tmp_path: Path, density: float) -> None:
+    """As in a ResNet where the width changes; the first of them may be dense."""
+    arrays = {"a": pruned(24, 16, 1, 1, density=density), "b": pruned(24, 16, 3, 3)}
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["p"], name="first"),
+        helper.make_node("Conv", ["x", "b"], ["q"], name="second", pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["p", "q"], ["s"], name="sum"),
+        helper.make_node("Relu", ["s"], ["y"], name="limited"),
+    ]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 16, 5, 5], ["n", 24, 5, 5])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert sorted(node.op_type for node in onnx.load(report.path).graph.node) == (
+        ["CondensedConv", "CondensedConvAddRelu"] if density == 0.1 else ["CondensedConvAddRelu", "Conv"]
+    )
+    assert_same(source, report.path, random(2, 16, 5, 5))
+
+
 def test_a_graph_that_is_none_is_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("Transpose", ["w"], ["v"], perm=[1, 0]), helper.make_node("MatMul", ["x", "v"], ["y"])]
     source = write(tmp_path / "a.onnx", nodes, {"w": pruned(40, 40)}, ["n", 40], ["n", 40])

@@ -66,21 +66,18 @@ class Contraction:
 
 
 def contractions(graph: ir.Graph) -> list[Contraction]:
-    """All contractions of a graph with constant weights, in the order of its nodes (rules 1-4 of the module).
+    """All contractions of a graph with constant weights, in the order of its nodes (rules 1-3 of the module).
 
     Example:
         >>> contractions(ir.Graph([], [], nodes=[]))
         []
     """
-    outputs = {id(value) for value in graph.outputs}
     found = []
     for node in graph:
         if node.domain in ("", "ai.onnx") and (read := _READERS.get(node.op_type)):
             one = read(node)
             if one is not None:
                 one.refused = one.refused or _unsuitable(one)
-                if not one.refused:
-                    _take_epilogue(one, outputs)
                 found.append(one)
     return found
 
@@ -172,8 +169,23 @@ def _unsuitable(one: Contraction) -> str:
     return ""
 
 
-def _take_epilogue(one: Contraction, outputs: set[int]) -> None:
-    """Rule 4."""
+def take_epilogue(graph: ir.Graph, one: Contraction) -> None:
+    """Let a contraction have what follows it (rule 4 of the module).
+
+    Two of them may be added to each other. The first that is rewritten has the addition; of the other one's output, the
+    condensed node is then a reader, too.
+
+    Example:
+        >>> x, w = ir.val("x", dtype=ir.DataType.FLOAT, shape=[2, 4]), ir.val("w", const_value=ir.tensor([[1.0]] * 4))
+        >>> nodes = [ir.node("MatMul", [x, w])]
+        >>> nodes.append(ir.node("Relu", nodes[0].outputs))
+        >>> graph = ir.Graph([x], nodes[1].outputs, nodes=nodes)
+        >>> (one,) = contractions(graph)
+        >>> take_epilogue(graph, one)
+        >>> one.activation, one.last is nodes[1]
+        ('relu', True)
+    """
+    outputs = {id(value) for value in graph.outputs}
     other = _added(one, outputs)
     bias = constant(other) if one.bias is None else None
     if other is not None and bias is not None and (found := _as_bias(one, bias)) is not None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.files import check_replaceable, replacing
-from srigl_fx.onnx_condensing.match import Contraction, contractions, positions
+from srigl_fx.onnx_condensing.match import Contraction, contractions, positions, take_epilogue
 from srigl_fx.onnx_condensing.report import CondensingReport, CondensingRow
 from srigl_fx.onnx_condensing.rewrite import condense
 from srigl_fx.onnx_condensing.trial import check
@@ -171,6 +171,7 @@ def _settle(graph: "ir.Graph", one: Contraction, min_sparsity: float, least: flo
         reason = "it holds numbers that are not finite"
     reason = reason or _too_uneven(kept) or _too_slow(one, kept, least)
     if not reason:
+        take_epilogue(graph, one)
         weight = CondensedWeight.from_dense(one.matrix, kept, one.bias, pad=True)
         condense(graph, one, weight)
     return CondensingRow(
