@@ -218,7 +218,7 @@ def static(model: Any) -> Any:
     return transformers.StaticCache(config=model.config, max_cache_len=16)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("make", [lambda model: transformers.DynamicCache(config=model.config), static])
 def test_positions_that_a_window_counts_in_numbers_are_in_no_graph(make: Any, tmp_path: Path) -> None:
     model: Any = windowed()

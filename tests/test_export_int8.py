@@ -67,7 +67,7 @@ def condensed(path: Path) -> list[onnx.NodeProto]:
     return [node for node in onnx.load(path).graph.node if node.domain == abi.DOMAIN]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_both_hosts_give_what_torch_gives(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)

@@ -243,7 +243,7 @@ class Branching(nn.Module):
         return self.after(self.gate(self.before(x)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_that_is_not_one_graph_says_what_broke_and_its_parts_are_exported(tmp_path: Path) -> None:
     model = sx.sparsify(randomise(Branching()), sparsity=0.5, distribution="uniform").eval()
     path = tmp_path / "model.onnx"

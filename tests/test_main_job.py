@@ -99,7 +99,7 @@ def train(model: nn.Module, method: str) -> None:
             attached.detach()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["srigl", "static"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_stage_agrees(name: str, method: str, tmp_path: Path) -> None:

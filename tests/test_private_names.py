@@ -294,7 +294,7 @@ def test_an_unknown_torch_works_and_its_errors_carry_a_note(tmp_path: Path) -> N
     assert done.stderr.splitlines()[-1] == f"PyTorch 2.99.1 was not tested. {compatibility.known_good()}"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_unknown_torch_that_lacks_a_name_is_refused_in_one_line(tmp_path: Path) -> None:
     done = _on_torch_2_99(tmp_path, "import torch; del torch._weight_norm\n" + WORKS)
     assert done.stdout == ""

@@ -263,7 +263,7 @@ class Cells(nn.Module):
         return {"y": self.out(y), "before": before, "latest": latest}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_sub_modules_assign_is_state_of_the_graph_and_of_the_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sx.sparsify(Cells(), sparsity=0.5).eval()

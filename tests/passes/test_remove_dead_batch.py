@@ -97,7 +97,7 @@ def test_positions_are_not_counted_along_the_batch(move: Callable[[Tensor], Tens
         assert relative_error(model, result.subject, size) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [1, 2])
 def test_lowered_and_exported_it_takes_any_batch(batch: int, tmp_path: Path) -> None:
     model, x = linears(MOVES["reshape"]), torch.randn(batch, 5, 12)

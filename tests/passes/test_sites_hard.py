@@ -358,7 +358,7 @@ def calls_of_discovery(by_run: bool) -> tuple[int, int, int]:
     return half, whole, trace
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("by_run", [False, True])
 def test_hundreds_of_layers_are_found_in_calls_linear_in_their_number(by_run: bool) -> None:
     """Counted, as seconds differ between machines, in a process of its own: what others import makes more calls."""

@@ -417,7 +417,7 @@ def _mutate(rng: np.random.Generator, node: Node) -> Node:
     return node
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long)])
 @pytest.mark.parametrize("eight_bits", [False, True])
 def test_random_changes_never_crash(library: Path, tmp_path: Path, eight_bits: bool, seed: int) -> None:

@@ -173,7 +173,7 @@ def test_the_file_does_not_grow_for_ever(path: Path, monkeypatch: pytest.MonkeyP
     assert Timings(path).get({"number": 39}) == SECONDS
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processes_write_at_once(path: Path) -> None:
     writers = [writer(path, name, 200) for name in ("one", "two", "three")]
     assert [process.wait(timeout=60) for process in writers if process.communicate()] == [0, 0, 0]
