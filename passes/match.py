@@ -36,8 +36,8 @@ class MatchWeights(Pass[Program]):
        convolution can replace.
     3. The data must be float32 and depend on the inputs.
     4. Any other node that reads the weight is remembered by its operator; it keeps the dense tensor.
-    5. A weight without a use that can be condensed stays dense, and its layer says why. So does one whose rows keep
-       such different numbers of weights that, padded to the longest, they would take as many bytes as it does dense.
+    5. A weight without a use that can be condensed stays dense, and its layer says why. So does an unstructured one
+       whose rows, padded to the longest, would take as many bytes as it does dense.
     6. A weight that the values' dtype cannot hold is an error.
     """
 
@@ -104,7 +104,7 @@ def _match(program: Program, layer: MatchedLayer, readers: list[fx.Node]) -> Non
         layer.reason = program.folded.get(layer.weight.fqn, "not used by the captured graph")
     elif not layer.uses:
         layer.reason = refused[0] if refused else "read by nothing the captured graph computes"
-    else:
+    elif layer.weight.record.structure == "unstructured":
         layer.reason = next(filter(None, (_too_uneven(use, layer.value_dtype) for use in layer.uses)), "")
     if layer.reason:  # what could have been condensed reads the dense tensor after all
         layer.others += [_name(use.node) for use in layer.uses]

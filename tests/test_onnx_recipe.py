@@ -185,7 +185,7 @@ def _newer(text: str) -> str:
         (lambda text: "7", "damaged"),
         (lambda text: '{"": 7}', "no recipe of srigl_fx"),
         (lambda text: "[" * 100_000, "damaged"),
-        (_newer, "version 9, but this srigl_fx reads versions up to 2"),
+        (_newer, "version 9, but this srigl_fx reads versions up to 3"),
     ],
 )
 def test_a_damaged_recipe_is_refused_and_the_file_still_inspected(

@@ -149,13 +149,13 @@ def _extend(graph: fx.Graph, node: fx.Node) -> None:
     given = arguments(node)
     data = node.args[0]
     assert isinstance(data, fx.Node)
-    nothing = given["x_offset"] if data.meta["val"].dtype is torch.uint8 else 0  # what bytes have for zero
     rank = len(given["weight_shape"] if "weight_shape" in given else given["weight"].meta["val"].shape) - 2
     strides, extra = (list(given[name]) or [0] for name in ("stride", "output_padding"))
     strides, extra = (numbers * rank if len(numbers) == 1 else numbers for numbers in (strides, extra))
     more = [added // stride for added, stride in zip(extra, strides, strict=True)]
     if any(more):
         zeros = [number for count in reversed(more) for number in (0, count)]
+        nothing = given["x_offset"] if data.meta["val"].dtype is torch.uint8 else 0  # what bytes have for zero
         with graph.inserting_before(node):
             longer = graph.call_function(aten.constant_pad_nd.default, (data, zeros, nothing))
         longer.meta["val"] = aten.constant_pad_nd.default(data.meta["val"], zeros, nothing)

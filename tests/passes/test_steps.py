@@ -155,7 +155,7 @@ def test_rows_are_cut_where_padding_would_add_much(
     use = use_of(counts, groups=groups)
     found = condensed_rows(use)
     assert [(first, last) for first, last, _ in found] == pieces
-    assert sum(len(weight.active) for _, _, weight in found) == sum(count > 0 for count in counts)
+    assert sum(weight.n_active for _, _, weight in found) == sum(count > 0 for count in counts)
 
 
 @pytest.mark.parametrize(
