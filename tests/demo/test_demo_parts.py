@@ -128,7 +128,8 @@ def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[s
         dense = by_training[network, "dense", "0.0"]
         assert float(row["dense_us_int8"]) > 0
         assert (row["sparse_us_int8"] == "") == (training == "dense")
-        assert int(row["file_bytes_int8"]) < int(row["file_bytes"])
+        if network == "wide":  # in small files the fallback, which has more steps in int8, weighs more than the weights
+            assert int(row["file_bytes_int8"]) < 0.6 * int(row["file_bytes"])
         if row["metric"] == "accuracy":
             assert abs(float(row["score_int8"]) - float(row["score"])) < 0.03
         if training != "dense":
