@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.cpu import execute
+from srigl_fx.runtime.cpu import execute, execute_conv
 from srigl_fx.runtime.dense import dense_conv as dense_conv
 from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
@@ -127,7 +127,7 @@ def _condensed_conv(
         operands = x.contiguous(), *_contiguous(values, indices, active, bias)
         settings = weight_shape, stride, padding, dilation, groups, transposed
         given = (x_scale, x_offset), (y_scale, y_offset)
-        execute.convolution(checked, operands, *settings, y, residual, activation, scales, *given)
+        execute_conv.convolution(checked, operands, *settings, y, residual, activation, scales, *given)
     return y
 
 
