@@ -216,3 +216,8 @@ torch.library.register_autograd("srigl_fx::condensed_linear", linear_backward, s
 torch.library.register_autograd("srigl_fx::condensed_conv", conv_backward, setup_context=save, lib=_library)
 _library.impl("round_samples", _round_samples, "CPU")
 torch.library.register_fake("srigl_fx::round_samples", _fake_round_samples, lib=_library)
+
+LINEAR = torch.ops.srigl_fx.condensed_linear.default
+CONV = torch.ops.srigl_fx.condensed_conv.default
+ROUND = torch.ops.srigl_fx.round_samples.default
+"""The operators as graphs call them."""

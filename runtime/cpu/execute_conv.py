@@ -120,7 +120,8 @@ def prepare_convolution(
     """
     planned = _planned(checked, weight, weight_shape, groups, scales)
     fits = planned[0] != plan.ROWS and x.is_contiguous() and may_pack(checked, weight[0], scales)
-    if not (fits and math.prod(shape)):
+    count: int = math.prod(shape)
+    if not (fits and count):
         return None
     settings = weight_shape, stride, padding, dilation, groups, transposed
     j, start = _conv_job(checked, planned, x, weight, *settings, shape, activation, scales, given, wanted)
@@ -132,7 +133,8 @@ def _planned(
 ) -> tuple[int, int]:
     """The kernel of a convolution and the window of the panel that it reads."""
     values, indices = weight[:2]
-    in_features, (n_active, k) = math.prod(weight_shape[1:]), values.shape
+    in_features: int = math.prod(weight_shape[1:])
+    n_active, k = values.shape
     if scales is not None:
         kernel = plan.int8_conv_kernel(n_active, k)
         return kernel, plan.int8_window(looks_up(), kernel, in_features, k)
