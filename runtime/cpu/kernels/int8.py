@@ -9,7 +9,7 @@ multiply the even bytes and the odd ones as 16-bit numbers, of which no product 
 bytes, would saturate).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 from llvmlite import ir
@@ -24,21 +24,29 @@ from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, address
 
 HALVES: Final = ir.VectorType(I16, 2 * LANES)
 NO_SUMS: Final = ir.Constant(INTS, [0] * LANES)
+AT_ONCE: Final = {BASELINE: LANES // 2, AVX2: LANES}.get(ISA, 2 * LANES)  # numbers of 16 bits that a register holds
 
 
-def multiply_halves(b: Any, one: Any, other: Any) -> Any:
-    """Products of 16-bit numbers, each two neighbours' added up in an int32 lane."""
-    name, bits = {BASELINE: ("sse2.pmadd.wd", 128), AVX2: ("avx2.pmadd.wd", 256)}.get(ISA, ("avx512.pmaddw.d.512", 512))
-    parts, count = 512 // bits, bits // 16
-    half, result = ir.VectorType(I16, count), ir.VectorType(I32, count // 2)
+def places(found: Iterable[int]) -> Any:
+    """Which elements of two vectors, one behind the other, a shuffle takes."""
+    picked = list(found)
+    return ir.Constant(ir.VectorType(I32, len(picked)), picked)
+
+
+def cut(b: Any, halves: Any) -> list[Any]:
+    """32 numbers of 16 bits, as many at a time as are multiplied at once."""
+    whole = range(2 * LANES)
+    return [b.shuffle_vector(halves, halves, places(whole[i : i + AT_ONCE])) for i in whole[::AT_ONCE]]
+
+
+def multiply_halves(b: Any, one: Sequence[Any], other: Sequence[Any]) -> Any:
+    """Products of 16-bit numbers, each two neighbours' added up in an int32 lane; both factors are cut."""
+    name = {BASELINE: "sse2.pmadd.wd", AVX2: "avx2.pmadd.wd"}.get(ISA, "avx512.pmaddw.d.512")
+    half, result = ir.VectorType(I16, AT_ONCE), ir.VectorType(I32, AT_ONCE // 2)
     function = v.declared(b, f"llvm.x86.{name}", result, [half, half])
-    found = []
-    for part in range(parts):
-        picked = ir.Constant(ir.VectorType(I32, count), list(range(part * count, (part + 1) * count)))
-        found.append(b.call(function, [b.shuffle_vector(side, side, picked) for side in (one, other)]))
+    found = [b.call(function, pair) for pair in zip(one, other, strict=True)]
     while len(found) > 1:
-        size = found[0].type.count
-        both = ir.Constant(ir.VectorType(I32, 2 * size), list(range(2 * size)))
+        both = places(range(2 * found[0].type.count))
         found = [b.shuffle_vector(found[i], found[i + 1], both) for i in range(0, len(found), 2)]
     return found[0]
 
@@ -70,12 +78,12 @@ def multiply_bytes(b: Any, totals: Sequence[Any], inputs: Sequence[Any], weights
     if BYTE_PRODUCTS:
         given = b.bitcast(weights, INTS)
         return [_multiply_quads(b, total, b.bitcast(x, INTS), given) for total, x in zip(totals, inputs, strict=True)]
-    even, odd = even_and_odd(b, weights, True)
+    factors = [cut(b, halves) for halves in even_and_odd(b, weights, True)]
     results = []
     for total, x in zip(totals, inputs, strict=True):
-        x_even, x_odd = even_and_odd(b, x, False)
-        total = b.add(total, multiply_halves(b, x_even, even))
-        results.append(b.add(total, multiply_halves(b, x_odd, odd)))
+        for halves, factor in zip(even_and_odd(b, x, False), factors, strict=True):
+            total = b.add(total, multiply_halves(b, cut(b, halves), factor))
+        results.append(total)
     return results
 
 

@@ -28,7 +28,7 @@ from srigl_fx.runtime.cpu.kernels.int8_samples import (
     measure_samples,
     round_sample,
 )
-from srigl_fx.runtime.cpu.kernels.int8_tiles import BLOCK_GROUPS, ROOM, multiply_tile
+from srigl_fx.runtime.cpu.kernels.int8_tiles import BLOCK_GROUPS, ROOM, multiply_linear_tile
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import store_as_rows
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
@@ -39,7 +39,7 @@ from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release,
 Pointer = Any
 _DOT_GROUPS: Final = 16  # groups of rows whose outputs stay in the first-level cache
 _PART_BYTES: Final = 1 << 19  # of a panel, which stay in a second-level cache
-_row_bytes = planned(plan.int8_row_bytes)
+_row_bytes, _tile_columns = planned(plan.int8_row_bytes), planned(plan.int8_tile_columns)
 _MOST_AT_ONCE: Final = 16 if BYTE_LOOKUP else 4  # samples of a group of rows: as many as sums fit in registers
 
 
@@ -231,17 +231,18 @@ def int8_dot_task(j: Pointer, task: int) -> None:
 
 
 def int8_tile_task(j: Pointer, task: int) -> None:
-    """A share of the rows for one tile of 64 samples."""
+    """A share of the rows for one tile of up to 64 samples."""
     splits, count, n, in_features = j[job.ROW_SPLITS], j[job.PANEL_COUNT], j[job.OUT_FEATURES], j[job.IN_FEATURES]
     tile, part = task // splits, task % splits
     first = tile * INT8_COLUMNS
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
+    width = _tile_columns(columns)
     # Rounded outputs are transposed by 16 rows at a time.
     rounded = output_bytes(j) == 1
-    spare_at = (n + LANES if rounded else n) * INT8_COLUMNS * 4
+    spare_at = (n + LANES if rounded else n) * width * 4
     out_bytes, shared = spare_at + (spare_bytes(j) if rounded else 0), j[job.PACKED] != 0
     memory = allocate(
-        ROOM + out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
+        ROOM + out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * width)
     )
     if memory == 0:
         j[job.FAILED] = 1
@@ -255,21 +256,21 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         for i in range(KNOWN_BYTES // 4):
             ints(known)[i] = 0
         measure_samples(j, first, columns, known, scratch)
-        fill_tile(j, first, columns, 0, in_features, known, scratch, inputs)
+        fill_tile(j, first, columns, width, 0, in_features, known, scratch, inputs)
     g0, end = count * part // splits, count * (part + 1) // splits
     o0 = first_output(j, g0)
     while o0 < n:
         g1 = min(end, g0 + BLOCK_GROUPS)
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
-        block = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
-        start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
-        multiply_tile(j, g0, g1, inputs, known, columns, False, block, 0, 0, room)
+        block = out - o0 * width * 4  # so that all blocks use the same memory, which the cache has
+        start_outputs(j, g0, g1, o0, o1, width, block)
+        multiply_linear_tile(j, g0, g1, inputs, known, width, block, room)
         if j[job.Y_FEATURE_MAJOR] != 0:
-            put_tile_as_columns(j, first, columns, o0, o1, block)
+            put_tile_as_columns(j, first, columns, width, o0, o1, block)
         elif rounded:
-            put_tile_as_rows(j, first, columns, o0, o1, block, out + spare_at)
+            put_tile_as_rows(j, first, columns, width, o0, o1, block, out + spare_at)
         else:
-            store_as_rows(j, first, columns, INT8_COLUMNS, o0, o1, block)
+            store_as_rows(j, first, columns, width, o0, o1, block)
         if g1 == end:
             break
         g0, o0 = g1, o1
