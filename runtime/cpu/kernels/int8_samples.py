@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
-from srigl_fx.runtime.cpu.kernels.compiled import compiled, planned
+from srigl_fx.runtime.cpu.kernels.compiled import NARROW, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import copy_bytes, copy_floats
 from srigl_fx.runtime.cpu.kernels.int8_rounding import (
     TILE_ROW,
@@ -249,7 +249,7 @@ def int8_fill_task(j: Pointer, task: int) -> None:
     f0, f1 = blocks * part // splits * LANES, min(in_features, blocks * (part + 1) // splits * LANES)
     to = j[job.PACKED] + tile * in_features * TILE_ROW
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
-    fill_tile(j, first, columns, _tile_columns(columns), f0, f1, known_of(j, first), aligned(memory), to)
+    fill_tile(j, first, columns, _tile_columns(NARROW, columns), f0, f1, known_of(j, first), aligned(memory), to)
     release(memory)
 
 

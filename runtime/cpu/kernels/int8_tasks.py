@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from srigl_fx.runtime.cpu.kernels import job, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
-from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled, planned
+from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, NARROW, compiled, planned
 from srigl_fx.runtime.cpu.kernels.int8 import dot_group
 from srigl_fx.runtime.cpu.kernels.int8_outputs import (
     output_bytes,
@@ -236,7 +236,7 @@ def int8_tile_task(j: Pointer, task: int) -> None:
     tile, part = task // splits, task % splits
     first = tile * INT8_COLUMNS
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
-    width = _tile_columns(columns)
+    width = _tile_columns(NARROW, columns)
     # Rounded outputs are transposed by 16 rows at a time.
     rounded = output_bytes(j) == 1
     spare_at = (n + LANES if rounded else n) * width * 4

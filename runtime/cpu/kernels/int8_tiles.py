@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 
 from srigl_fx.runtime.cpu.kernels import job, panel
-from srigl_fx.runtime.cpu.kernels.compiled import compiled
+from srigl_fx.runtime.cpu.kernels.compiled import NARROW, compiled
 from srigl_fx.runtime.cpu.kernels.copies import copy_bytes
 from srigl_fx.runtime.cpu.kernels.int8_outputs import output_bytes, output_inverse
 from srigl_fx.runtime.cpu.kernels.int8_rows import (
@@ -200,12 +200,12 @@ _multiply_16, _multiply_32, _multiply_48 = (
 def multiply_linear_tile(
     j: Pointer, g0: int, g1: int, inputs: int, known: int, width: int, out: int, scratch: int
 ) -> None:
-    """Store what groups ``g0 <= g < g1`` compute in ``out``, both tiles of ``width`` columns."""
-    if width == INT8_COLUMNS:
-        multiply_tile(j, g0, g1, inputs, known, width, False, out, 0, 0, scratch)
-    elif width == 16:
+    """Store what groups ``g0 <= g < g1`` compute for a tile of ``width`` columns in ``out``, which has as many."""
+    if width == 16:
         _multiply_16(j, g0, g1, inputs, known, width, False, out, 0, 0, scratch)
-    elif width == 32:
+    elif NARROW and width == 32:
         _multiply_32(j, g0, g1, inputs, known, width, False, out, 0, 0, scratch)
-    else:
+    elif NARROW and width == 48:
         _multiply_48(j, g0, g1, inputs, known, width, False, out, 0, 0, scratch)
+    else:
+        multiply_tile(j, g0, g1, inputs, known, width, False, out, 0, 0, scratch)
