@@ -227,7 +227,7 @@ CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "dot_task": lambda dtype: _linear(200, 3, dtype),
     "tile_task": lambda dtype: _linear(200, 37, dtype),
     "shared_tile_task": lambda dtype: _linear(200, 37, dtype, groups=(4,)),
-    "int8_dot_task": lambda dtype: _linear(200, 3, dtype),
+    "int8_dot_task": lambda dtype: _linear(200, 2, dtype),
     "int8_tile_task": lambda dtype: _linear(200, 64, dtype),
     "int8_conv_task": lambda dtype: _conv(5, dtype),
     "conv_rows_task": lambda dtype: _conv(5, dtype),
