@@ -145,11 +145,16 @@ def test_what_observes_a_call_is_told_of() -> None:
     with torch.device("cpu"):
         assert seen() == [False, True, False, False, False]
     inside: list[list[bool]] = []
-    torch.func.vmap(lambda x: (inside.append(seen()), x)[1])(torch.zeros(2))
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        inside.append(seen())
+        return 2 * x
+
+    torch.func.vmap(look)(torch.zeros(2))
     assert inside.pop() == [False, False, True, False, False]
     jit: Any = torch.jit
     with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
-        jit.trace(lambda x: (inside.append(seen()), 2 * x)[1], torch.zeros(2), check_trace=False)
+        jit.trace(look, torch.zeros(2), check_trace=False)
     assert inside.pop() == [False, False, False, True, False]
     with torch.profiler.profile():
         assert seen() == [False, False, False, False, True]

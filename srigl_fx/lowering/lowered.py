@@ -20,7 +20,8 @@ from srigl_fx.lowering.inputs import check_inputs, is_description
 from srigl_fx.lowering.report import LayerReport as LayerReport
 from srigl_fx.lowering.report import LoweringReport as LoweringReport
 from srigl_fx.lowering.report import format_speedups as format_speedups
-from srigl_fx.recipes import Recipe, from_plain, only, to_plain
+from srigl_fx.recipe_parts import from_plain, only, to_plain
+from srigl_fx.recipes import Recipe
 
 _STATE = "srigl_fx"
 
