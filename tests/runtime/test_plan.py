@@ -24,7 +24,17 @@ from srigl_fx.runtime.costs.cost_model import Machine, Work, kernel_for
 from srigl_fx.runtime.cpu import execute, training_products
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job, plan
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512_VBMI, ISAS, TARGETS, host_isa, isa_of, looks_up_bytes
+from srigl_fx.runtime.cpu.kernels.isa import (
+    AVX2,
+    AVX512,
+    AVX512_VBMI,
+    BASELINE,
+    ISAS,
+    TARGETS,
+    host_isa,
+    isa_of,
+    looks_up_bytes,
+)
 from srigl_fx.runtime.cpu.kernels.table import KERNELS, Kernel
 from srigl_fx.runtime.cpu.training_products import Pattern, pack
 from srigl_fx.runtime.format import CondensedWeight, ValueDtype
@@ -224,7 +234,7 @@ def _training(kernel: str) -> None:
 # For each kernel that torch takes, a call that the plan gives to it on every instruction set that has it.
 CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "rows_task": lambda dtype: _linear(200, 7, dtype, packed=False),
-    "dot_task": lambda dtype: _linear(200, 3, dtype),
+    "dot_task": lambda dtype: _linear(200, 1, dtype),
     "tile_task": lambda dtype: _linear(200, 37, dtype),
     "shared_tile_task": lambda dtype: _linear(200, 37, dtype, groups=(4,)),
     "int8_dot_task": lambda dtype: _linear(200, 2, dtype),
@@ -280,7 +290,23 @@ def test_one_and_two_samples_of_a_narrow_layer(ran: list[str]) -> None:
     check_linear(weight, torch.randn(1, 63))
     assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "rows_task")
     check_linear(weight, torch.randn(2, 63))
-    assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "tile_task")
+    assert ran[-1] == "tile_task"
+
+
+@pytest.mark.parametrize(("isa", "most"), [(BASELINE, 0), (AVX2, 1), (AVX512, 5)])
+@pytest.mark.parametrize(("in_features", "n_active", "k"), [(64, 16, 1), (300, 100, 30), (4096, 4096, 819)])
+def test_up_to_how_many_samples_inputs_are_looked_up(
+    isa: str, most: int, in_features: int, n_active: int, k: int
+) -> None:
+    """More are tiles: AVX2 gathers, so that two samples take as long as a tile; the baseline has no such kernel."""
+    kernels = [
+        plan.linear_kernel(ISAS.index(isa), in_features, n_active, k, batch, False, True) for batch in range(1, 18)
+    ]
+    assert kernels == [plan.DOT if batch <= most else plan.ROWS if batch == 1 else plan.TILE for batch in range(1, 18)]
+    kernels = [
+        plan.linear_kernel(ISAS.index(isa), in_features, n_active, k, batch, True, True) for batch in range(1, 18)
+    ]
+    assert set(kernels) == {plan.TILE}  # which reads and writes such tensors as they lie
 
 
 def test_the_documentation_has_the_tables(checkout: Path) -> None:

@@ -16,7 +16,6 @@ INT8_DOT: Final = 4  # the same two for values of eight bits, with activations t
 INT8_TILE: Final = 5
 SHARED_TILE: Final = 6  # TILE for rows that share their inputs, by fours
 
-MOST_DOT_SAMPLES: Final = 5  # up to so many, looking inputs up for each beats laying samples side by side
 LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
 DOT_WINDOWS: Final = ((), (256,), (64, 128))  # inputs of a dot panel's window, by instruction set
 COLUMNS: Final = 32  # of a full tile
@@ -51,6 +50,18 @@ def dot_window(level: int, in_features: int, n_active: int, k: int) -> int:
     return 128 if wide else 64
 
 
+def most_dot_samples(level: int) -> int:
+    """Up to how many samples looking inputs up for each beats laying samples side by side, with an instruction set.
+
+    AVX2 gathers inputs instead, and takes as long for two samples as a tile takes for 16.
+
+    Example:
+        >>> most_dot_samples(1), most_dot_samples(2)
+        (1, 5)
+    """
+    return 5 if level == 2 else 1
+
+
 def tile_window(in_features: int, n_active: int, k: int) -> int:
     """The window of a tile panel; 0 where there is no such kernel.
 
@@ -82,7 +93,8 @@ def linear_kernel(
         >>> [linear_kernel(2, 768, 768, 77, batch, False, True) for batch in (1, 64)] == [DOT, TILE]
         True
     """
-    if packed and not feature_major and batch <= MOST_DOT_SAMPLES and dot_window(level, in_features, n_active, k) != 0:
+    few = not feature_major and batch <= most_dot_samples(level)
+    if packed and few and dot_window(level, in_features, n_active, k) != 0:
         return DOT
     # One sample alone leaves 15 of 16 columns of a tile empty, and rows are faster. From two samples on they are not:
     # of layers too narrow for a dot panel, tiles take 1.07 times as long at worst, and 0.4 times at best.
