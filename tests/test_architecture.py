@@ -259,6 +259,15 @@ def test_import_is_light() -> None:
 
 
 @pytest.mark.slow
+def test_serving_a_lowered_model_imports_little() -> None:
+    """Numba is for building the operator library, and what finds dead channels or captures graphs for lowering."""
+    heavy = ("numba", "llvmlite", "networkx", "sympy", "onnx", "onnxruntime", "scipy", "srigl_fx.lowering.pipeline")
+    code = f"import sys, srigl_fx as sx; sx.load_lowered; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
 def test_modules_of_the_package_need_no_import_of_their_own() -> None:
     names = ("masks", "train", "passes", "runtime", "errors", "onnx_tools")
     code = f"import srigl_fx as sx; print(all(getattr(sx, n).__name__ == 'srigl_fx.' + n for n in {names}))"

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import srigl_fx as sx
 from srigl_fx.errors import FormatError, LoweringError
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
-from srigl_fx.lowering.pipeline import load_lowered
 from srigl_fx.passes.condensed_nodes import LINEAR, condensed_nodes, set_arguments
 from srigl_fx.passes.program import arguments
 from srigl_fx.runtime.cpu.direct import DirectCall
