@@ -14,7 +14,7 @@ from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Geometry, MatchedLayer, Program, Use, arguments, operands, tensor_at
-from srigl_fx.runtime.format import index_dtype
+from srigl_fx.runtime.format import padding_problem
 
 aten = torch.ops.aten
 
@@ -105,25 +105,11 @@ def _match(program: Program, layer: MatchedLayer, readers: list[fx.Node]) -> Non
     elif not layer.uses:
         layer.reason = refused[0] if refused else "read by nothing the captured graph computes"
     elif layer.weight.record.structure == "unstructured":
-        layer.reason = next(filter(None, (_too_uneven(use, layer.value_dtype) for use in layer.uses)), "")
+        problems = (padding_problem(use.mask.numpy(), layer.value_dtype.itemsize) for use in layer.uses)
+        layer.reason = next(filter(None, problems), "")
     if layer.reason:  # what could have been condensed reads the dense tensor after all
         layer.others += [_name(use.node) for use in layer.uses]
         layer.uses = []
-
-
-def _too_uneven(use: Use, value_dtype: torch.dtype) -> str:
-    """Why rows of unequal length have no use in the condensed format, or "" where they have (rule 5)."""
-    counts = use.mask.sum(dim=1)
-    kept = counts[counts > 0].tolist()
-    if not kept or min(kept) == max(kept):
-        return ""
-    stored = len(kept) * max(kept) * (value_dtype.itemsize + index_dtype(use.mask.shape[1]).itemsize)
-    if stored < use.weight.nbytes:
-        return ""
-    return (
-        f"its rows keep {min(kept)} to {max(kept)} of {use.mask.shape[1]} weights: padded to the longest, they take "
-        "as many bytes as the dense weight"
-    )
 
 
 def _name(node: fx.Node) -> str:
