@@ -140,6 +140,10 @@ def test_a_residual_block_of_any_opset(tmp_path: Path, opset: int) -> None:
         ((32, 16, 5), {"strides": [2], "pads": [2, 2]}),
         ((32, 8, 3, 3), {"group": 2, "dilations": [2, 1]}),
         ((32, 6, 3, 1, 2), {"pads": [1, 0, 1, 1, 0, 1]}),
+        ((32, 16, 3, 3), {"pads": [0, 1, 1, 2], "strides": [2, 2]}),
+        ((32, 16, 3, 4), {"auto_pad": "SAME_UPPER"}),
+        ((32, 16, 4, 2), {"auto_pad": "SAME_LOWER", "strides": [2, 1]}),
+        ((32, 16, 3, 3), {"auto_pad": "VALID", "strides": [2, 1]}),
     ],
 )
 def test_convolutions_over_one_to_three_axes(tmp_path: Path, shape: tuple[int, ...], settings: dict[str, Any]) -> None:
@@ -150,6 +154,54 @@ def test_convolutions_over_one_to_three_axes(tmp_path: Path, shape: tuple[int, .
     report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
     assert condensed_nodes(report.path) == ["CondensedConv"]
     assert_same(source, report.path, random(2, channels, *sizes))
+
+
+@pytest.mark.parametrize(("strides", "condensed"), [([1, 1], True), ([2, 1], False)])
+def test_padding_by_a_size_that_is_free_must_be_the_same_for_all(
+    tmp_path: Path, strides: list[int], condensed: bool
+) -> None:
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=strides)]
+    shape = ["n", 16, "h", "w_"]
+    source = write(tmp_path / "a.onnx", nodes, {"w": pruned(32, 16, 2, 3)}, shape, [None] * 4)
+    if condensed:
+        report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+        assert_same(source, report.path, random(2, 16, 5, 7), random(1, 16, 6, 4))
+    else:
+        with pytest.raises(ExportError, match=r"w: its padding depends on the size of its input \(auto_pad\), which"):
+            condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+
+
+def test_weights_that_are_listed_among_the_inputs_are_constants(tmp_path: Path) -> None:
+    """As in every file before version 4 of the format; the dense weight is not left in the file."""
+    arrays = {"w": np.ascontiguousarray(pruned(96, 64).T)}
+    listed = [helper.make_tensor_value_info("w", TensorProto.FLOAT, [64, 96])]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 96], opset=9, inputs=listed)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    model = onnx.load(report.path)
+    assert [one.name for one in model.graph.input] == ["x"]
+    assert "w" not in {one.name for one in model.graph.initializer}
+    assert_same(source, report.path, random(3, 64))
+
+
+def test_a_file_that_is_condensed_already_is_told(tmp_path: Path) -> None:
+    arrays = {"w": np.ascontiguousarray(pruned(96, 64).T), "v": random(96, 8)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 8])
+    condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    with pytest.raises(ExportError, match=r"nothing more in .*: 1 of its nodes are condensed already; v: 0\.0% of it"):
+        condense_onnx(tmp_path / "b.onnx", tmp_path / "c.onnx", min_speedup=0)
+
+
+def test_half_precision_is_told_what_to_do(tmp_path: Path) -> None:
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["n", size]) for name, size in (("x", 64), ("y", 96))
+    )
+    weight = numpy_helper.from_array(np.ascontiguousarray(pruned(96, 64).T).astype(np.float16), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "a.onnx")
+    with pytest.raises(ExportError, match="its input is float16, not float32: export the model in float32"):
+        condense_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
 
 
 def test_weights_are_seen_through_transpositions_casts_and_dequantisation(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from srigl_fx.onnx_condensing.rewrite import condense
 from srigl_fx.onnx_condensing.trial import check
 from srigl_fx.onnx_export.file import all_nodes
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME, Work, estimate
-from srigl_fx.runtime.format import CondensedWeight, index_dtype
+from srigl_fx.runtime.format import CondensedWeight, padding_problem
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import OPSET_VERSION
@@ -96,9 +96,14 @@ def condense_onnx(
         raise FormatError(f"the graph of {source} cannot be followed: {type(error).__name__}: {error}") from error
     rows = [_settle(model.graph, one, min_sparsity, least) for one in found]
     if not any(row.condensed for row in rows):
-        reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8]) or "it has no MatMul, Gemm or Conv"
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8])
         more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""
-        raise ExportError(f"nothing in {source} can be condensed: {reasons}{more}")
+        done = sum(node.domain == abi.DOMAIN for node in model.graph)
+        raise ExportError(
+            f"nothing {'more ' if done else ''}in {source} can be condensed: "
+            + (f"{done} of its nodes are condensed already; " if done else "")
+            + (reasons + more or f"it has no {'other ' if done else ''}MatMul, Gemm or Conv with a constant weight")
+        )
     proto = _finished(model, fallback=fallback)
     with replacing(target) as part:
         part.write_bytes(proto.SerializeToString())
@@ -141,6 +146,8 @@ def _prepared(source: Path) -> "ir.Model":
             ) from error
     try:
         model = ir.from_proto(proto)
+        # Files before version 4 of the format list their weights among the inputs.
+        common.RemoveInitializersFromInputsPass()(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         rewrite(
             model,
@@ -169,7 +176,7 @@ def _settle(graph: "ir.Graph", one: Contraction, min_sparsity: float, least: flo
         reason = "all of it is zero"
     elif not np.isfinite(one.matrix).all():
         reason = "it holds numbers that are not finite"
-    reason = reason or _too_uneven(kept) or _too_slow(one, kept, least)
+    reason = reason or padding_problem(kept) or _too_slow(one, kept, least)
     if not reason:
         take_epilogue(graph, one)
         weight = CondensedWeight.from_dense(one.matrix, kept, one.bias, pad=True)
@@ -181,18 +188,6 @@ def _settle(graph: "ir.Graph", one: Contraction, min_sparsity: float, least: flo
         sparsity=share,
         condensed=not reason,
         reason=reason,
-    )
-
-
-def _too_uneven(kept: NDArray[np.bool_]) -> str:
-    counts = kept.sum(axis=1)
-    counts = counts[counts > 0]
-    stored = len(counts) * int(counts.max()) * (4 + index_dtype(kept.shape[1]).itemsize)
-    if counts.min() == counts.max() or stored < 4 * kept.size:
-        return ""
-    return (
-        f"its rows keep {counts.min()} to {counts.max()} of {kept.shape[1]} weights: padded to the longest, they take "
-        "as many bytes as the dense weight"
     )
 
 
