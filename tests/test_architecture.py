@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "onnx_condensing": (
         *("onnx_export", "reports", "runtime.activations", "runtime.costs.cost_model", "runtime.format", "runtime.ort"),
+        "runtime.quantisation",
         *COMMON,
     ),
     "onnx_tools": ("onnx_export", "recipes", "runtime.ort", *COMMON),

@@ -36,6 +36,7 @@ class Contraction:
         bias: float32 (n,), or None.
         convolution: The attributes of a convolution, None for a linear layer.
         weight_shape: (n, F), or (n, C / groups, kernel...).
+        factor: What the product is multiplied with, which the matrix has in it.
         residual: What is added, if anything is.
         activation: The activation's name.
         last: The node whose output is that of all of them together.
@@ -48,6 +49,7 @@ class Contraction:
     bias: Array | None = None
     convolution: dict[str, Any] | None = None
     weight_shape: tuple[int, ...] = ()
+    factor: float = 1.0
     residual: ir.Value | None = None
     activation: str = "none"
     last: ir.Node = field(init=False)
@@ -82,6 +84,18 @@ def contractions(graph: ir.Graph) -> list[Contraction]:
     return found
 
 
+def matrix_view(node: ir.Node, weight: Array) -> Array:
+    """The (n, F) matrix view of the weight of a MatMul, Gemm or Conv, as the file has it.
+
+    Example:
+        >>> matrix_view(ir.node("MatMul", [ir.val("x"), ir.val("w")]), np.ones((4, 2))).shape
+        (2, 4)
+    """
+    if node.op_type == "Conv":
+        return weight.reshape(len(weight), -1)
+    return weight if node.op_type == "Gemm" and attribute(node, "transB", 0) else weight.T
+
+
 def _source(value: ir.Value | None) -> str:
     """The name of the initializer that a constant is made from."""
     while value is not None and (producer := value.producer()) is not None:
@@ -93,27 +107,29 @@ def _matmul(node: ir.Node) -> Contraction | None:
     weight = constant(node.inputs[1])
     if weight is None or weight.ndim != 2 or constant(node.inputs[0]) is not None:
         return None
-    return Contraction(node=node, weight=_source(node.inputs[1]), matrix=_float(weight.T))
+    return Contraction(node=node, weight=_source(node.inputs[1]), matrix=_float(matrix_view(node, weight)))
 
 
 def _gemm(node: ir.Node) -> Contraction | None:
     weight = constant(node.inputs[1])
     if weight is None or weight.ndim != 2 or constant(node.inputs[0]) is not None:
         return None
-    matrix = weight if attribute(node, "transB", 0) else weight.T
+    factor = attribute(node, "alpha", 1.0)
     one = Contraction(
         node=node,
         weight=_source(node.inputs[1]),
-        matrix=_float(matrix) * np.float32(attribute(node, "alpha", 1.0)),
+        matrix=_float(matrix_view(node, weight)) * np.float32(factor),
+        factor=factor,
     )
     if attribute(node, "transA", 0):
         one.refused = "its input is transposed"
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = constant(node.inputs[2])
-        if bias is None or bias.size not in (1, len(matrix)) or (bias.ndim > 1 and bias.shape[0] > 1):
+        if bias is None or bias.size not in (1, len(one.matrix)) or (bias.ndim > 1 and bias.shape[0] > 1):
             one.refused = one.refused or "its bias is computed, or not one number for each output"
         else:
-            one.bias = np.broadcast_to(_float(bias).reshape(-1), len(matrix)) * np.float32(attribute(node, "beta", 1.0))
+            wide = np.broadcast_to(_float(bias).reshape(-1), len(one.matrix))
+            one.bias = wide * np.float32(attribute(node, "beta", 1.0))
     return one
 
 
@@ -128,7 +144,7 @@ def _conv(node: ir.Node) -> Contraction | None:
     one = Contraction(
         node=node,
         weight=_source(node.inputs[1]),
-        matrix=_float(weight).reshape(len(weight), -1),
+        matrix=_float(matrix_view(node, weight)),
         weight_shape=weight.shape,
         convolution={
             "strides": strides,
