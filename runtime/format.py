@@ -296,7 +296,7 @@ def count_index_rows(mask: Array) -> int:
     return different if _saves(len(kept), different, row_bytes) else len(kept)
 
 
-def padding_problem(mask: Array, value_bytes: int = 4) -> str:
+def padding_problem(mask: Array, value_bytes: int = 4, parts: Sequence[Array] = ()) -> str:
     """Why a mask (n, F) whose rows keep unequal numbers of weights is better stored densely, or "" where it is not.
 
     Rows are padded to the longest, so that a few long ones can make of a sparse weight more bytes than its float32
@@ -305,6 +305,7 @@ def padding_problem(mask: Array, value_bytes: int = 4) -> str:
     Args:
         mask: bool (n, F); rows that keep nothing are not stored.
         value_bytes: The bytes of one stored value.
+        parts: Masks of different rows of it, where each is padded to its own longest row.
 
     Example:
         >>> padding_problem(np.tri(4, 3, dtype=bool)).partition(":")[0]
@@ -316,7 +317,9 @@ def padding_problem(mask: Array, value_bytes: int = 4) -> str:
     counts = counts[counts > 0]
     if not counts.size or counts.min() == counts.max():
         return ""
-    stored = counts.size * int(counts.max()) * (value_bytes + index_dtype(mask.shape[1]).itemsize)
+    lengths = [part.sum(axis=1) for part in parts] or [counts]
+    entries = sum(int((part > 0).sum() * part.max(initial=0)) for part in lengths)
+    stored = entries * (value_bytes + index_dtype(mask.shape[1]).itemsize)
     if stored < mask.size * np.dtype(np.float32).itemsize:
         return ""
     return (

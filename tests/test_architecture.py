@@ -73,7 +73,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "onnx_condensing": (
         *("onnx_export", "reports", "runtime.activations", "runtime.costs.cost_model", "runtime.format", "runtime.ort"),
-        "runtime.quantisation",
+        *("runtime.quantisation", "runtime.row_lengths"),
         *COMMON,
     ),
     "onnx_tools": ("onnx_export", "recipes", "runtime.ort", *COMMON),

@@ -102,7 +102,7 @@ def test_padding_by_a_size_that_is_free_must_be_the_same_for_all(
     tmp_path: Path, strides: list[int], condensed: bool
 ) -> None:
     nodes = [helper.make_node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=strides)]
-    shape = ["n", 16, "h", "w_"]
+    shape: list[int | str | None] = ["n", 16, "h", "w_"]
     source = write(tmp_path / "a.onnx", nodes, {"w": pruned(32, 16, 2, 3)}, shape, [None] * 4)
     if condensed:
         report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
@@ -216,8 +216,7 @@ def test_tensors_beside_the_file(tmp_path: Path) -> None:
 
 
 def test_what_stays_dense_says_why(tmp_path: Path) -> None:
-    uneven = np.zeros((64, 64), np.float32)
-    uneven[:, 0], uneven[3] = 1, 1
+    uneven = (np.arange(64) < 40 + np.arange(64)[:, None] % 15).astype(np.float32)
     arrays = {
         "few": pruned(64, 64, density=0.8),
         "uneven": uneven,
@@ -229,10 +228,10 @@ def test_what_stays_dense_says_why(tmp_path: Path) -> None:
         for before, name, after in zip(["x", "a", "b", "c"], arrays, ["a", "b", "c", "y"], strict=True)
     ]
     source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 64])
-    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_sparsity=0.25, min_speedup=0)
     assert {row.name: row.reason.split(":")[0] for row in report.rows} == {
-        "few": "20.3% of it is zero, and min_sparsity is 50%",
-        "uneven": "its rows keep 1 to 64 of 64 weights",
+        "few": "20.3% of it is zero, and min_sparsity is 25%",
+        "uneven": "its rows keep 40 to 54 of 64 weights",
         "gone": "all of it is zero",
         "good": "",
     }
@@ -240,6 +239,74 @@ def test_what_stays_dense_says_why(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"good: estimated: condensed is 1\.\d+ times as fast as dense at batch 1"):
         condense_onnx(source, tmp_path / "d.onnx", min_speedup=50)
     assert not (tmp_path / "d.onnx").exists()
+
+
+def with_long_rows(n: int, fan_in: int, *, long: int, short: int = 4) -> Array:
+    """Every eighth row keeps many weights, the others few."""
+    rng = np.random.default_rng(0)
+    counts = np.where(np.arange(n) % 8 == 0, long, short)
+    kept = rng.random((n, fan_in)).argsort(axis=1) < counts[:, None]
+    return np.where(kept, rng.standard_normal((n, fan_in)), 0).astype(np.float32)
+
+
+def test_rows_of_like_length_become_nodes_of_their_own(tmp_path: Path) -> None:
+    """Where padding would take more than the dense weight: the first node has the residual, the last the activation."""
+    arrays = {"w": np.ascontiguousarray(with_long_rows(96, 96, long=90).T), "b": random(96)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Add", ["p", "b"], ["q"]),
+        helper.make_node("Add", ["q", "x"], ["r"]),
+        helper.make_node("Relu", ["r"], ["y"]),
+    ]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 5, 96], ["n", 5, 96])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == ["CondensedLinearAdd", "CondensedLinearAddRelu"]
+    assert (report.rows[0].parts, report.rows[0].form) == (2, "condensed, 2 groups of rows")
+    assert report.condensed_layers == 1
+    stored = {one.name: list(one.dims) for one in onnx.load(report.path).graph.initializer}
+    assert (stored["w_rows0_values"], stored["w_rows1_values"]) == ([84, 4], [12, 90])
+    assert_same(source, report.path, random(2, 5, 96), random(1, 5, 96))
+
+
+def test_filters_of_like_length_become_nodes_of_their_own(tmp_path: Path) -> None:
+    """Two convolutions of one weight: they share what is stored. Some filters keep nothing."""
+    weight = with_long_rows(32, 72, long=70, short=3).reshape(32, 8, 3, 3)
+    weight[3:6] = 0
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["p"], pads=[1] * 4, group=2),
+        helper.make_node("Relu", ["p"], ["q"]),
+        helper.make_node("MaxPool", ["q"], ["r"], kernel_shape=[1, 2], strides=[1, 2]),
+        helper.make_node("Conv", ["s", "w", "b"], ["y"], strides=[2, 1], group=2),
+    ]
+    nodes.insert(3, helper.make_node("Slice", ["r", "start", "end", "axis"], ["s"]))
+    arrays: dict[str, Array] = {"w": weight, "b": random(32)}
+    arrays |= {"start": np.array([0]), "end": np.array([16]), "axis": np.array([1])}
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 16, 7, 8], [None] * 4)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == [
+        "CondensedConv",
+        "CondensedConvAddRelu",
+        "CondensedConv",
+        "CondensedConvAdd",
+    ]
+    values = [one.name for one in onnx.load(report.path).graph.initializer if one.name.endswith("_values")]
+    assert values == ["w_rows0_values", "w_rows1_values"]
+    assert_same(source, report.path, random(2, 16, 7, 8))
+
+
+@pytest.mark.parametrize(("long", "parts"), [(30, 1), (400, 2)])
+def test_groups_are_made_where_the_cost_model_has_them_faster(tmp_path: Path, long: int, parts: int) -> None:
+    """Padding would be small enough in both cases."""
+    weight = with_long_rows(512, 2048, long=long, short=20)
+    source = write(
+        tmp_path / "a.onnx",
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)],
+        {"w": weight},
+        ["n", 2048],
+        ["n", 512],
+    )
+    report = condense_onnx(source, tmp_path / "b.onnx", verify=False)
+    assert report.rows[0].parts == parts
 
 
 def test_what_is_no_sparse_file_is_refused_and_leaves_the_target_alone(tmp_path: Path) -> None:

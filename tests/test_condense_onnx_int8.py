@@ -28,7 +28,7 @@ def around(
     source: str, name: str, scale: float, zero: int, dtype: Any, arrays: dict[str, Array]
 ) -> list[onnx.NodeProto]:
     """The two nodes that round a value of a graph: it is called name + "_dq" behind them."""
-    arrays |= {f"{name}_s": np.float32(scale), f"{name}_z": np.array(zero, dtype)}
+    arrays |= {f"{name}_s": np.array(scale, np.float32), f"{name}_z": np.array(zero, dtype)}
     names = [f"{name}_s", f"{name}_z"]
     return [
         helper.make_node("QuantizeLinear", [source, *names], [f"{name}_q"], name=f"{name}_q"),
@@ -111,7 +111,7 @@ def test_a_convolution_without_padding_takes_any_zero_point(tmp_path: Path) -> N
 
 def block(path: Path, dtype: Any = np.int8) -> Path:
     """Two layers that read the same bytes, an addition of what is rounded, and a layer behind that."""
-    arrays: dict[str, Array] = {"b": (100 * random(48)).astype(np.int32), "b_s": np.float32(0.001)}
+    arrays: dict[str, Array] = {"b": (100 * random(48)).astype(np.int32), "b_s": np.array(0.001, np.float32)}
     nodes = around("x", "x", 0.02, 0, dtype, arrays)
     for i in range(3):
         part: dict[str, Array] = {}
@@ -196,10 +196,25 @@ def test_a_weight_of_minus_128_is_multiplied_with(tmp_path: Path) -> None:
     assert_same(source, tmp_path / "c.onnx", 9 * random(20, 64))
 
 
+def test_rows_of_like_length_are_nodes_of_eight_bits(tmp_path: Path) -> None:
+    """The bias, with what the zero point adds to all rows, is in the first of them."""
+    arrays: dict[str, Array] = {"b": random(256)}
+    kept = np.arange(2048) < np.where(np.arange(256) % 8 == 0, 1000, 20)[:, None]
+    floats = np.where(kept, pruned(256, 2048, density=1.0), 0).astype(np.float32)
+    weight = dequantised_weight(floats, arrays, per_channel=True, dtype=np.int8)
+    nodes = [*around("x", "x", 0.02, 100, np.uint8, arrays), weight]
+    nodes.append(helper.make_node("Gemm", ["x_dq", "w_dq", "b"], ["y"], transB=1))
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 2048], ["n", 256], opset=13)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert report.rows[0].form == "condensed, int8, 2 groups of rows"
+    assert condensed_nodes(report.path) == ["CondensedLinearInt8", "CondensedLinearInt8Add"]
+    assert_same(source, report.path, random(5, 2048))
+
+
 def test_scales_within_an_output_are_left_to_float32(tmp_path: Path) -> None:
     """Of a MatMul's weight (F, n), those along F."""
     arrays: dict[str, Array] = {}
-    steps = rounded(pruned(96, 64), np.float32(0.03))
+    steps = rounded(pruned(96, 64), np.array(0.03, np.float32))
     arrays |= {"w": np.ascontiguousarray(steps.T), "w_s": np.abs(random(64)) + 0.01, "w_z": np.zeros(64, np.int8)}
     nodes = around("x", "x", 0.02, 0, np.uint8, arrays)
     nodes.append(helper.make_node("DequantizeLinear", ["w", "w_s", "w_z"], ["w_dq"], axis=0))
@@ -216,7 +231,7 @@ def test_scales_within_an_output_are_left_to_float32(tmp_path: Path) -> None:
 
 
 def test_int8_that_nothing_in_the_file_rounds_is_left_to_float32(tmp_path: Path) -> None:
-    arrays: dict[str, Array] = {"x_s": np.float32(0.02)}
+    arrays: dict[str, Array] = {"x_s": np.array(0.02, np.float32)}
     weight = dequantised_weight(pruned(96, 64), arrays, per_channel=False, dtype=np.int8)
     nodes = [helper.make_node("Cast", ["x"], ["x_q"], to=TensorProto.INT8)]
     nodes += [helper.make_node("DequantizeLinear", ["x_q", "x_s"], ["x_dq"]), weight]

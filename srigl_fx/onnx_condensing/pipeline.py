@@ -15,14 +15,13 @@ from numpy.typing import NDArray
 
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.files import check_replaceable, replacing
-from srigl_fx.onnx_condensing.match import Contraction, contractions, positions, take_epilogue
+from srigl_fx.onnx_condensing.form import Form
+from srigl_fx.onnx_condensing.match import Contraction, contractions, take_epilogue
 from srigl_fx.onnx_condensing.quantised import EightBits, eight_bits
 from srigl_fx.onnx_condensing.report import CondensingReport, CondensingRow
 from srigl_fx.onnx_condensing.rewrite import condense
 from srigl_fx.onnx_condensing.trial import ROUNDED_TOLERANCE, TOLERANCE, check
 from srigl_fx.onnx_export.file import all_nodes
-from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME, Work, estimate
-from srigl_fx.runtime.format import padding_problem
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import OPSET_VERSION
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-_BATCHES = (1, 16)  # at which a layer must gain
-# How many times as fast as in float32 ONNX Runtime computes a dense layer of eight bits, about, on a processor with
-# VNNI: the ratio of the last two columns of "When int8" in docs/quantised.md.
-_DENSE_EIGHT_BITS = 4.0
 _ROUNDING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
 _LEAST_IR_VERSION = 8  # of files with functions
 
@@ -189,11 +184,11 @@ def _settle(graph: "ir.Graph", one: Contraction, min_sparsity: float, least: flo
         reason = "all of it is zero"
     elif not np.isfinite(one.matrix).all():
         reason = "it holds numbers that are not finite"
-    reason = reason or padding_problem(kept, 4 if carried is None else 1)
-    reason = reason or _too_slow(one, kept, least, is_rounded=is_rounded, eight_bits=carried is not None)
+    form = Form(one, kept, is_rounded=is_rounded, eight_bits=carried is not None)
+    reason = reason or form.problem(least)
     if not reason:
         take_epilogue(graph, one)
-        condense(graph, one, kept, carried)
+        condense(graph, one, form.parts, carried)
     return CondensingRow(
         name=one.weight,
         operator=one.node.op_type,
@@ -201,31 +196,9 @@ def _settle(graph: "ir.Graph", one: Contraction, min_sparsity: float, least: flo
         sparsity=share,
         condensed=not reason,
         eight_bits=not reason and carried is not None,
+        parts=0 if reason else len(form.parts),
         reason=reason or why_float,
     )
-
-
-def _too_slow(one: Contraction, kept: NDArray[np.bool_], least: float, *, is_rounded: bool, eight_bits: bool) -> str:
-    """Why a layer would not gain enough, beside dense float32 or, where the source has that, dense eight bits."""
-    for batch in _BATCHES if least > 0 else ():
-        work = Work(
-            rows=len(kept),
-            fan_in=kept.shape[1],
-            active=int(kept.any(axis=1).sum()),
-            kept=int(kept.sum()),
-            columns=max(1, positions(one, batch)),
-            convolution=one.convolution is not None,
-            value_bytes=1 if eight_bits else 4,
-            eight_bits=eight_bits,
-        )
-        seconds = estimate(work, ONNXRUNTIME)
-        dense = seconds["dense"] / (_DENSE_EIGHT_BITS if is_rounded else 1)
-        if dense < least * seconds["condensed"]:
-            speedup = dense / seconds["condensed"]
-            kind = "dense int8" if is_rounded else "dense"
-            form = "condensed in float32" if is_rounded and not eight_bits else "condensed"
-            return f"estimated: {form} is {speedup:.2f} times as fast as {kind} at batch {batch}"
-    return ""
 
 
 def _is_rounded_again(graph: "ir.Graph") -> bool:

@@ -61,7 +61,8 @@ class EightBits:
     def correction(self) -> Array:
         """float32 (n,), what is to be added to the bias (rule 3 of the module)."""
         totals = self.values.sum(axis=1, dtype=np.int64)
-        return ((self.offset - self.zero) * totals * (self.scale * self.scales.astype(np.float64))).astype(np.float32)
+        steps = self.scale * self.scales.astype(np.float64)
+        return np.asarray((self.offset - self.zero) * totals * steps, dtype=np.float32)
 
 
 def eight_bits(one: Contraction) -> EightBits | str:

@@ -17,6 +17,7 @@ class CondensingRow:
         sparsity: The fraction of it that is zero.
         condensed: Whether it is condensed now.
         eight_bits: Whether it is in eight bits then, with numbers and scales of the source.
+        parts: How many nodes it is: more than one where rows of like length are nodes of their own.
         reason: Why it is not, or why in float32 although the source is in eight bits.
     """
 
@@ -26,7 +27,16 @@ class CondensingRow:
     sparsity: float
     condensed: bool
     eight_bits: bool
+    parts: int
     reason: str
+
+    @property
+    def form(self) -> str:
+        """What became of it, in words."""
+        if not self.condensed:
+            return "dense"
+        more = (", int8" if self.eight_bits else "") + (f", {self.parts} groups of rows" if self.parts > 1 else "")
+        return f"condensed{more}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +73,7 @@ class CondensingReport:
                 row.operator,
                 "x".join(map(str, row.shape)),
                 f"{row.sparsity:.1%}",
-                ("condensed, int8" if row.eight_bits else "condensed") if row.condensed else "dense",
+                row.form,
                 row.reason,
             )
             for row in self.rows

@@ -1,8 +1,9 @@
-"""From a contraction of a graph to one condensed node.
+"""From a contraction of a graph to condensed nodes, one as a rule.
 
-Owns the node and its initializers; it must not know which contractions are rewritten.
+Owns the nodes and their initializers; it must not know which contractions are rewritten.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,20 +18,51 @@ from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.quantisation import OFFSET
 
 
-def condense(graph: ir.Graph, one: Contraction, kept: Array, numbers: EightBits | None) -> None:
-    """Put a condensed node in the place of a contraction and of what it takes over.
+def condense(graph: ir.Graph, one: Contraction, parts: Sequence[Array], numbers: EightBits | None) -> None:
+    """Put condensed nodes in the place of a contraction and of what it takes over.
+
+    Each computes some rows; of all others its outputs are those of the node before, which it adds.
 
     Args:
         graph: The graph, whose other nodes may read what is replaced.
         one: The contraction.
-        kept: bool (n, F), the weights that it keeps.
+        parts: bool (n, F) for each node, the weights that it keeps: those of different rows.
         numbers: Where it is one of whole numbers, these.
     """
-    weight = _weight(one, kept, numbers)
+    bias, correction = one.bias, None if numbers is None else numbers.correction
+    if correction is not None:
+        bias = correction if bias is None else bias + correction
+    (old,) = one.last.outputs
+    residual = one.residual
+    for i, kept in enumerate(parts):
+        is_last = i == len(parts) - 1
+        stem = one.weight if len(parts) == 1 else f"{one.weight}_rows{i}"
+        weight = _weight(one, kept, None if i else bias, numbers)
+        node = _node(graph, one, weight, stem, residual, one.activation if is_last else "none", numbers)
+        node.name = one.node.name if is_last or not one.node.name else f"{one.node.name}_rows{i}"
+        (y,) = node.outputs
+        y.name, y.shape, y.type = old.name if is_last else f"{old.name}_rows{i}", old.shape, old.type
+        # Before the last of the nodes that it replaces: what is added is computed by then.
+        graph.insert_before(one.last, node)
+        residual = y
+    old.name = f"{old.name}_dense"
+    assert residual is not None
+    old.replace_all_uses_with(residual, replace_graph_outputs=True)
+
+
+def _node(
+    graph: ir.Graph,
+    one: Contraction,
+    weight: CondensedWeight,
+    stem: str,
+    residual: ir.Value | None,
+    activation: str,
+    numbers: EightBits | None,
+) -> ir.Node:
     arrays: dict[str, Any] = {item: getattr(weight, item) for item in abi.INPUTS[1:]}
     if weight.scales is not None:
         arrays[abi.SCALES] = weight.scales
-    name = _base_name(graph, one.weight, arrays)
+    name = _base_name(graph, stem, arrays)
     constants = [_initializer(graph, f"{name}_{item}", array) for item, array in arrays.items()]
     n, fan_in = weight.out_features, weight.in_features
     attributes: dict[str, Any] = {
@@ -48,27 +80,19 @@ def condense(graph: ir.Graph, one: Contraction, kept: Array, numbers: EightBits 
     if numbers is not None:
         base, x = base + abi.EIGHT_BITS, _bytes(graph, numbers)
         attributes |= {"x_scale": numbers.scale, "x_offset": numbers.offset, "x_bytes": 1}
-    (old,) = one.last.outputs
-    node = ir.node(
-        abi.operator_name(base, one.residual is not None, one.activation),
-        [x, *constants, *([] if one.residual is None else [one.residual])],
+    return ir.node(
+        abi.operator_name(base, residual is not None, activation),
+        [x, *constants, *([] if residual is None else [residual])],
         attributes,
         domain=abi.DOMAIN,
-        outputs=[ir.val(old.name, shape=old.shape, type=old.type)],
-        name=one.node.name,
     )
-    # Before the last of the nodes that it replaces: what is added is computed by then.
-    graph.insert_before(one.last, node)
-    old.name = f"{old.name}_dense"
-    old.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
 
 
-def _weight(one: Contraction, kept: Array, numbers: EightBits | None) -> CondensedWeight:
+def _weight(one: Contraction, kept: Array, bias: Array | None, numbers: EightBits | None) -> CondensedWeight:
     if numbers is None:
-        return CondensedWeight.from_dense(one.matrix, kept, one.bias, pad=True)
-    bias = numbers.correction if one.bias is None else one.bias + numbers.correction
-    # They are not to be rounded with scales of our own.
+        return CondensedWeight.from_dense(one.matrix, kept, bias, pad=True)
     weight = CondensedWeight.from_dense(numbers.values, kept, bias, pad=True)
+    # They are not to be rounded with scales of our own.
     return replace(weight, values=weight.values.astype(np.int8), scales=numbers.scales[weight.rows])
 
 
