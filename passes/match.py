@@ -15,6 +15,7 @@ from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Geometry, MatchedLayer, Program, Use, arguments, operands, tensor_at
 from srigl_fx.runtime.format import padding_problem
+from srigl_fx.runtime.row_lengths import groups_by_length
 
 aten = torch.ops.aten
 
@@ -37,7 +38,8 @@ class MatchWeights(Pass[Program]):
     3. The data must be float32 and depend on the inputs.
     4. Any other node that reads the weight is remembered by its operator; it keeps the dense tensor.
     5. A weight without a use that can be condensed stays dense, and its layer says why. So does an unstructured one
-       whose rows, padded to the longest, would take as many bytes as it does dense.
+       whose rows would take as many bytes as it does dense, in up to four groups of like length, each padded to its
+       longest row.
     6. A weight that the values' dtype cannot hold is an error.
     """
 
@@ -105,11 +107,17 @@ def _match(program: Program, layer: MatchedLayer, readers: list[fx.Node]) -> Non
     elif not layer.uses:
         layer.reason = refused[0] if refused else "read by nothing the captured graph computes"
     elif layer.weight.record.structure == "unstructured":
-        problems = (padding_problem(use.mask.numpy(), layer.value_dtype.itemsize) for use in layer.uses)
-        layer.reason = next(filter(None, problems), "")
+        layer.reason = next(filter(None, (_too_uneven(use, layer.value_dtype) for use in layer.uses)), "")
     if layer.reason:  # what could have been condensed reads the dense tensor after all
         layer.others += [_name(use.node) for use in layer.uses]
         layer.uses = []
+
+
+def _too_uneven(use: Use, value_dtype: torch.dtype) -> str:
+    """Rule 5, where rows of like length may be padded to a length of their own."""
+    mask = use.mask.numpy()
+    groups = [mask & rows[:, None] for rows in groups_by_length(mask.sum(axis=1))]
+    return padding_problem(mask, value_dtype.itemsize, groups)
 
 
 def _name(node: fx.Node) -> str:

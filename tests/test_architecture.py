@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "passes": (
         *("masks", "nn", "comparison", *COMMON),
         *("runtime.activations", "runtime.format", "runtime.quantisation", "runtime.cpu.kernels.plan", "runtime.ops"),
+        "runtime.row_lengths",
     ),
     "runtime": ("masks", *COMMON),
     "runtime.activations": ("errors",),
@@ -56,6 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("errors", "runtime.activations", "runtime.format", "runtime.quantisation", "runtime.value_types"),
     ),
     "runtime.format": ("errors", "runtime.quantisation", "runtime.value_types"),
+    "runtime.row_lengths": ("runtime.cpu.kernels.plan",),
     "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.quantisation", "runtime.value_types"),
     "runtime.reference": ("errors", "runtime.activations", "runtime.quantisation"),
     "lowering": ("comparison", "compatibility", "masks", "nn", "passes", "recipes", "reports", "runtime", *COMMON),
