@@ -23,7 +23,9 @@ aten = torch.ops.aten
 
 _MOST_PIECES = 4  # runs of rows with equal fan-ins that become operators of their own, rather than padded
 _WORTH_CUTTING = 0.1  # the share of entries that padding must add before it is worth more operators
-_WORTH_AN_OPERATOR = 50_000  # places in panels: of one sample they take some 7 us, what a call costs
+# Places in panels that one more operator must save: of one sample they take about as long as its call in PyTorch
+# (benchmarks/results/uneven_rows.md).
+_WORTH_AN_OPERATOR = 160_000
 
 
 class Condense(Pass[Program]):
