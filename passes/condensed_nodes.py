@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
 from srigl_fx.passes.program import arguments, tensor_at
 from srigl_fx.runtime.format import is_padding, row_indices
-
-LINEAR = torch.ops.srigl_fx.condensed_linear.default
-CONV = torch.ops.srigl_fx.condensed_conv.default
-ROUND = torch.ops.srigl_fx.round_samples.default
+from srigl_fx.runtime.ops import CONV as CONV
+from srigl_fx.runtime.ops import LINEAR as LINEAR
+from srigl_fx.runtime.ops import ROUND as ROUND
 
 
 def is_condensed(node: fx.Node) -> bool:

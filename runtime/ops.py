@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.cpu import execute
+from srigl_fx.runtime.cpu import execute, execute_conv
 from srigl_fx.runtime.dense import dense_conv as dense_conv
 from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
@@ -127,7 +127,7 @@ def _condensed_conv(
         operands = x.contiguous(), *_contiguous(values, indices, active, bias)
         settings = weight_shape, stride, padding, dilation, groups, transposed
         given = (x_scale, x_offset), (y_scale, y_offset)
-        execute.convolution(checked, operands, *settings, y, residual, activation, scales, *given)
+        execute_conv.convolution(checked, operands, *settings, y, residual, activation, scales, *given)
     return y
 
 
@@ -216,3 +216,8 @@ torch.library.register_autograd("srigl_fx::condensed_linear", linear_backward, s
 torch.library.register_autograd("srigl_fx::condensed_conv", conv_backward, setup_context=save, lib=_library)
 _library.impl("round_samples", _round_samples, "CPU")
 torch.library.register_fake("srigl_fx::round_samples", _fake_round_samples, lib=_library)
+
+LINEAR = torch.ops.srigl_fx.condensed_linear.default
+CONV = torch.ops.srigl_fx.condensed_conv.default
+ROUND = torch.ops.srigl_fx.round_samples.default
+"""The operators as graphs call them."""

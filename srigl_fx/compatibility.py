@@ -19,7 +19,9 @@ OLDEST, NEWEST = (2, 13), (2, 14)
 
 PRIVATE: dict[str, tuple[str, ...]] = {
     "torch": ("_weight_norm",),
-    "torch._C": ("_storage_Use_Count",),
+    "torch._C": ("_get_tracing_state", "_len_torch_dispatch_stack", "_len_torch_function_stack", "_storage_Use_Count"),
+    "torch._C._autograd": ("_profiler_enabled",),
+    "torch._C._functorch": ("peek_interpreter_stack",),
     "torch._dispatch.python": ("enable_python_dispatcher",),
     "torch._ops": ("OpOverload", "OpOverloadPacket"),
     "torch._subclasses": ("FakeTensor", "FakeTensorMode"),

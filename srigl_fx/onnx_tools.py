@@ -16,7 +16,8 @@ from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import all_nodes
 from srigl_fx.onnx_export.model import functions_for
 from srigl_fx.onnx_export.names import rename_values
-from srigl_fx.recipes import Recipe, parts_of
+from srigl_fx.recipe_parts import parts_of
+from srigl_fx.recipes import Recipe
 from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
 

@@ -100,8 +100,7 @@ def train(model: nn.Module, method: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["srigl", "static"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "method"), [*((name, "srigl") for name in MODELS), ("attention", "static")])
 def test_every_stage_agrees(name: str, method: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sx.sparsify(MODELS[name](), sparsity=0.8, distribution="uniform")

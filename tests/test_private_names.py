@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from srigl_fx import compatibility
 from srigl_fx.compatibility import LATE, PRIVATE, holder
@@ -124,6 +125,39 @@ def test_a_tensor_counts_its_writes() -> None:
     before = x._version
     x[1:].add_(1)
     assert x._version == x.detach()._version == before + 1
+
+
+def test_what_observes_a_call_is_told_of() -> None:
+    core: Any = torch._C
+
+    def seen() -> list[bool]:
+        modes = core._len_torch_dispatch_stack(), core._len_torch_function_stack()
+        state = core._functorch.peek_interpreter_stack(), core._get_tracing_state()
+        return [
+            *(count > 0 for count in modes),
+            *(one is not None for one in state),
+            core._autograd._profiler_enabled(),
+        ]
+
+    assert not any(seen())
+    with FakeTensorMode():
+        assert seen() == [True, False, False, False, False]
+    with torch.device("cpu"):
+        assert seen() == [False, True, False, False, False]
+    inside: list[list[bool]] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        inside.append(seen())
+        return 2 * x
+
+    torch.func.vmap(look)(torch.zeros(2))
+    assert inside.pop() == [False, False, True, False, False]
+    jit: Any = torch.jit
+    with pytest.warns(DeprecationWarning, match="torch.jit.trace"):
+        jit.trace(look, torch.zeros(2), check_trace=False)
+    assert inside.pop() == [False, False, False, True, False]
+    with torch.profiler.profile():
+        assert seen() == [False, False, False, False, True]
 
 
 def test_operators_and_their_schemas() -> None:

@@ -25,7 +25,7 @@ from srigl_fx.runtime.costs.cost_model import Machine, Work, condensed
 from srigl_fx.runtime.cpu.kernels.isa import ISAS, TARGETS, isa_of
 
 SPARSITIES = (0.9, 0.95)
-SAMPLES = (1, 64)  # one, and those of a full tile
+SAMPLES = (1, 16, 64)  # one, and those of the narrowest tile and a full one
 # The layer that the cost model's factors were measured with, 10 % kept.
 LAYER = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=1)
 Cells = Sequence[Mapping[str, Record]]

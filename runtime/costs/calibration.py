@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import srigl_fx.runtime.ops  # noqa: F401 - registers the operator that is probed
 from srigl_fx.runtime.costs.autotune import measure_undisturbed
 from srigl_fx.runtime.costs.cost_model import Kernel, Machine, Work, condensed, dense
 from srigl_fx.runtime.costs.timings import Timings
+from srigl_fx.runtime.cpu.direct import DirectCall
 from srigl_fx.runtime.cpu.kernels.isa import ISAS, TARGETS, host_isa, host_target
+from srigl_fx.runtime.ops import LINEAR
 
 WHAT = {"operator": "constants of the cost model"}  # what the times of the probes are filed under
 
@@ -48,8 +49,8 @@ class _Probe:
         weight = torch.randn(self.outputs, self.inputs, generator=draw)
         picked = torch.rand(self.outputs, self.inputs, generator=draw).argsort(1)[:, : self.fan_in].sort(1).values
         operands = weight.gather(1, picked), picked.to(torch.uint16), torch.arange(self.outputs, dtype=torch.int32)
-        bias, operator = torch.randn(self.outputs, generator=draw), torch.ops.srigl_fx.condensed_linear.default
-        return lambda: torch.nn.functional.linear(x, weight, bias), lambda: operator(x, *operands, bias, self.inputs)
+        bias, call = torch.randn(self.outputs, generator=draw), DirectCall(LINEAR, {"in_features": self.inputs})
+        return lambda: torch.nn.functional.linear(x, weight, bias), lambda: call(x, *operands, bias, None, None)
 
 
 # One for each constant that dominates it: the call, weights from memory, and arithmetic.

@@ -21,6 +21,7 @@ from srigl_fx.runtime.cpu.kernels.isa import (
     AVX_VNNI,
     BASELINE,
     ISAS,
+    NARROW_TILES,
     TARGETS,
 )
 
@@ -31,15 +32,17 @@ _PARALLEL = 0.85  # what a further thread adds
 _GAPS = 1.3  # places in a dot panel for each kept weight
 _SPARSEST = 32  # inputs for each place in a dot panel, at most: four places a row in a window of 128
 _LEVEL = ISAS.index(AVX512)
-# How many times as fast as those of float32 the kernels of eight bits are on one processor, dot and tile; measured with
-# each target on one core of an AMD EPYC of the Zen 4 generation, with 3072 inputs, 768 rows, 10 % kept.
+# How many times as fast as those of float32 the kernels of eight bits are on one processor: dot, narrow tiles, and full
+# ones; measured with each target on one core of an AMD EPYC of the Zen 4 generation, with 3072 inputs, 768 rows, 10 %
+# kept. Narrow tiles were measured with AVX2 only, on one of the Zen 3 generation; for the other targets the
+# instructions of their loops were counted.
 _EIGHT_BITS = {
-    BASELINE: (1.5, 1.3),
-    AVX2: (1.3, 1.5),
-    AVX_VNNI: (1.3, 2.5),
-    AVX512: (0.55, 1.6),
-    AVX512_VNNI: (0.55, 2.8),
-    AVX512_VBMI: (2.6, 2.7),
+    BASELINE: (1.5, 1.1, 1.3),
+    AVX2: (1.3, 1.1, 1.5),
+    AVX_VNNI: (1.3, 1.3, 2.5),
+    AVX512: (0.55, 1.0, 1.6),
+    AVX512_VNNI: (0.55, 1.2, 2.8),
+    AVX512_VBMI: (2.6, 1.2, 2.7),
 }
 _FURTHER = 0.25  # of the time of the first: samples whose bytes are looked up by indices that are there already
 
@@ -181,7 +184,8 @@ def condensed(work: Work, machine: Machine) -> float:
         >>> condensed(work, Machine(dot_rate=1.3e5, condensed_call=0.5))
         1.5
     """
-    lanes, again = plan.LANES, 1.0
+    again = 1.0
+    columns = float(-(-work.columns // plan.LANES) * plan.LANES)
     if work.eight_bits:
         target = TARGETS[machine.target]
         if not work.convolution:
@@ -190,20 +194,28 @@ def condensed(work: Work, machine: Machine) -> float:
             if first < work.columns:
                 parts = [condensed(replace(work, columns=part), machine) for part in (first, work.columns - first)]
                 return sum(parts) - machine.condensed_call
-        dot, tile = _EIGHT_BITS[target]
+        dot, narrow, tile = _EIGHT_BITS[target]
         again = _FURTHER if target == AVX512_VBMI else 1.0
         machine = replace(machine, dot_rate=dot * machine.dot_rate, tile_rate=tile * machine.tile_rate)
-        lanes = plan.INT8_COLUMNS
+        columns = _tile_columns(work, target, tile / narrow)
     if kernel_for(work, machine) == "dot":
         stored = max(_GAPS * work.kept, work.active * work.fan_in / _SPARSEST)
         size = stored * (work.value_bytes + 1)
         reading = 0.0 if size <= machine.cache_bytes else size / machine.bandwidth
         samples = 1 + (work.columns - 1) * again
         return machine.condensed_call + max(samples * stored / machine.dot_rate, reading)
-    columns = -(-work.columns // lanes) * lanes
     if work.index_rows and not work.eight_bits:
         # Four rows that share their inputs take as long as two others.
         fours = max(work.index_rows, work.active / 4)
         machine = replace(machine, tile_rate=machine.tile_rate * max(1.0, work.active / (2 * fours)))
     moved = work.columns * (work.fan_in + work.rows) / machine.move_rate  # a convolution's windows one by one
     return machine.condensed_call + work.kept * columns / machine.tile_rate + moved
+
+
+def _tile_columns(work: Work, target: str, narrow: float) -> float:
+    """The columns that tiles of eight bits compute, used or not; one of a narrow tile counts as ``narrow`` of them."""
+    rest = work.columns % plan.INT8_COLUMNS
+    if rest == 0:
+        return work.columns
+    last = plan.INT8_COLUMNS if work.convolution else plan.int8_tile_columns(target in NARROW_TILES, rest)
+    return work.columns - rest + last * (narrow if last < plan.INT8_COLUMNS else 1)

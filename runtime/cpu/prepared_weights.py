@@ -46,12 +46,13 @@ class Panel:
         if scales is not None and (self.scales is None or self.scales() is not scales):
             return False
         if self.content is None:
-            return not _can_train(values)
+            return not can_train(values)
         bits = _BITS[values.itemsize]
         return torch.equal(self.content.view(bits), values.detach().contiguous().view(bits))
 
 
-def _can_train(values: Tensor) -> bool:
+def can_train(values: Tensor) -> bool:
+    """Whether an optimizer may write to values, which some do without a word to torch."""
     return values.requires_grad or isinstance(values, torch.nn.Parameter)
 
 
@@ -82,7 +83,7 @@ def panel_of(
                 arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
                 template, memory = pack(kernel, window, *arrays, in_features, out_features, block_rows, scales)
                 nbytes = sum(array.nbytes for array in memory)
-                content = values.detach().clone().contiguous() if _can_train(values) else None
+                content = values.detach().clone().contiguous() if can_train(values) else None
                 of_scales = None if scales is None else weakref.ref(scales)
                 found = Panel(template, memory, nbytes, weakref.ref(values), of_scales, content, facts)
                 checked.packed[kernel, block_rows] = found

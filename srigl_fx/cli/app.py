@@ -47,7 +47,9 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the ONNX files, the table and the figure.")] = Path(
         "demo_output"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="A tenth of the training: only checks that it works.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A tenth of the training, one sparsity: only checks that it works.")
+    ] = False,
 ) -> None:
     """Train real networks sparsely, export them, serve them in ONNX Runtime, and show what was measured."""
     with _readable_errors():

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from srigl_fx.errors import MissingExtraError, TrainerError
 from srigl_fx.masks.records import plain, sparse_weights
-from srigl_fx.recipes import recipes_of, to_plain
+from srigl_fx.recipe_parts import to_plain
+from srigl_fx.recipes import recipes_of
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.metrics import MaskMetrics
 from srigl_fx.train.srigl import SRigL

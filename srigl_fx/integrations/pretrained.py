@@ -17,7 +17,8 @@ from srigl_fx.errors import CheckpointError, InvariantError, RecipeError, SriglE
 from srigl_fx.integrations.attachment import extra
 from srigl_fx.masks.records import plain, sparse_weights
 from srigl_fx.masks.shards import is_sharded
-from srigl_fx.recipes import Recipe, from_plain, recipes_of, to_plain
+from srigl_fx.recipe_parts import from_plain, to_plain
+from srigl_fx.recipes import Recipe, recipes_of
 from srigl_fx.restoration import restore
 from srigl_fx.train import distributed
 from srigl_fx.train.checkpoint_file import read, write

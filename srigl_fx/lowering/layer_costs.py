@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from srigl_fx.lowering.direct import direct_function
 from srigl_fx.passes.condense import can_shrink, variants
 from srigl_fx.passes.layer_runs import run_uses
 from srigl_fx.passes.program import Costs, Decision, MatchedLayer, Program, Times, Use, arguments
@@ -322,7 +323,8 @@ class _Call:
             return {form: earlier[form] for form in self._forms}
         modules = variants(self._use, self._forms, self._value_dtype)
         with torch.no_grad():
-            taken = measure({form: functools.partial(module.forward, self._x) for form, module in modules})
+            # As a lowered module calls them where no gradients are recorded.
+            taken = measure({form: functools.partial(direct_function(module), self._x) for form, module in modules})
         if taken is None:
             return None
         seconds = {str(form): one for form, one in taken.items()}

@@ -3,23 +3,25 @@
 Owns :class:`LoweredModule`. It must not know how a model is lowered.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import _PyTreeCodeGen
+from torch.fx.graph import PythonCode, _PyTreeCodeGen
 
 import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs call
 from srigl_fx.files import replacing
 from srigl_fx.lowering import file as graph_file
+from srigl_fx.lowering.direct import DirectProgram, unobserved
 from srigl_fx.lowering.inputs import check_inputs, is_description
 from srigl_fx.lowering.report import LayerReport as LayerReport
 from srigl_fx.lowering.report import LoweringReport as LoweringReport
 from srigl_fx.lowering.report import format_speedups as format_speedups
-from srigl_fx.passes.example_inputs import Inputs
-from srigl_fx.recipes import Recipe, from_plain, only, to_plain
+from srigl_fx.recipe_parts import from_plain, only, to_plain
+from srigl_fx.recipes import Recipe
 
 _STATE = "srigl_fx"
 
@@ -41,7 +43,13 @@ class LoweredModule(fx.GraphModule):
         self, root: torch.nn.Module | dict[str, Any], graph: fx.Graph, class_name: str = "LoweredModule"
     ) -> None:
         super().__init__(root, graph, class_name)
-        self.register_forward_pre_hook(_check_inputs, with_kwargs=True)
+
+    def recompile(self) -> PythonCode:
+        """Make the module's ``forward`` anew from its graph: call this after changing the graph."""
+        code = super().recompile()
+        kind: Any = type(self)  # each graph module has a class of its own
+        kind.forward = _checked(kind.forward)
+        return code
 
     @classmethod
     def build(
@@ -152,9 +160,24 @@ def _build(module: fx.GraphModule, extra: dict[str, Any]) -> LoweredModule:
     return LoweredModule.build(module, report, inputs, recipes)
 
 
-def _check_inputs(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs | None:
-    """Refuse inputs that the captured graph was not made for; the others in the containers that it takes."""
-    if torch.compiler.is_compiling():  # the compiler guards on shapes itself
-        return None
-    assert isinstance(module, LoweredModule)
-    return check_inputs(module, module.inputs, args, kwargs)
+def _checked(graph_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of a graph that refuses inputs which it was not made for, and takes the short way where it can."""
+    program: DirectProgram | None = None
+
+    @functools.wraps(graph_forward)
+    def forward(self: LoweredModule, *args: Any, **kwargs: Any) -> Any:
+        nonlocal program
+        # What traces a graph sees to its sizes itself, or gives what is no tensor.
+        traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if traced or any(isinstance(one, fx.Proxy) for one in (*args, *kwargs.values())):
+            return graph_forward(self, *args, **kwargs)
+        if unobserved():
+            if program is None or program.described is not self.inputs:
+                program = DirectProgram(self, self.inputs)
+            result = program(self, args, kwargs)
+            if result is not None:
+                return result[0]
+        args, kwargs = check_inputs(self, self.inputs, args, kwargs)
+        return graph_forward(self, *args, **kwargs)
+
+    return forward

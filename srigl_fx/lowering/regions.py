@@ -22,7 +22,8 @@ from srigl_fx.lowering.lowered import LoweredModule, LoweringReport
 from srigl_fx.masks.records import records_on
 from srigl_fx.nn.sparse_module import detach_masks
 from srigl_fx.passes.example_inputs import Inputs
-from srigl_fx.recipes import Recipe, only
+from srigl_fx.recipe_parts import only
+from srigl_fx.recipes import Recipe
 
 _GRAPH = "_srigl_fx_graph"
 _CLASSES: "weakref.WeakKeyDictionary[type[nn.Module], type[nn.Module]]" = weakref.WeakKeyDictionary()

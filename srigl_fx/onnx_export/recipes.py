@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from srigl_fx.recipes import Recipe, from_plain, parse, to_plain
+from srigl_fx.recipe_parts import from_plain, to_plain
+from srigl_fx.recipes import Recipe, parse
 
 if TYPE_CHECKING:
     import onnx

@@ -23,7 +23,8 @@ from srigl_fx.masks.invariants import verify
 from srigl_fx.masks.optimizer_probe import ProbeError, needs, small_shape
 from srigl_fx.masks.records import MASK_SUFFIX, plain, set_records, sparse_weights
 from srigl_fx.masks.shards import is_sharded
-from srigl_fx.recipes import Recipe, from_plain, parts_of, recipes_of, to_plain
+from srigl_fx.recipe_parts import from_plain, parts_of, to_plain
+from srigl_fx.recipes import Recipe, recipes_of
 from srigl_fx.train.base import Trainer
 from srigl_fx.train.checkpoint_file import read, write
 from srigl_fx.train.state import check_layout, layout

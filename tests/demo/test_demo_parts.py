@@ -120,7 +120,7 @@ def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "times as fast" in printed
     with (out / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 5 + 2
+    assert len(rows) == 2 * 3 + 2
     assert {row["network"] for row in rows} == {"vit", "cnn", "wide"}
     by_training = {(row["network"], row["training"], row["sparsity"]): row for row in rows}
     for (network, training, _), row in by_training.items():
@@ -138,7 +138,7 @@ def test_the_whole_demonstration(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (out / "topology.png").stat().st_size > 10_000
 
     files = sorted(out.glob("*.onnx"))
-    assert len(files) == 24
+    assert len(files) == 16
     split = data.digits()
     stock = ort.InferenceSession(out / "cnn_srigl_90.onnx")  # without the library: the fallback inside the file
     with_library = sx.runtime.load(out / "cnn_srigl_90.onnx")

@@ -12,7 +12,7 @@ from srigl_fx.runtime.costs.calibration import fit, host_machine, machine_consta
 from srigl_fx.runtime.costs.cost_model import Machine, Work, condensed, dense, estimate, kernel_for
 from srigl_fx.runtime.costs.timings import Timings
 from srigl_fx.runtime.cpu.kernels import plan
-from srigl_fx.runtime.cpu.kernels.isa import AVX512_VBMI, TARGETS
+from srigl_fx.runtime.cpu.kernels.isa import AVX512_VBMI, NARROW_TILES, TARGETS
 
 # Round numbers, such that every term can be told from the sum.
 SIMPLE = Machine(
@@ -149,11 +149,30 @@ def test_eight_bits_have_rates_of_their_own_for_each_target(target: str) -> None
         assert estimate(bytewise, machine) == {"dense": dense(work, machine), "condensed": seconds}
         if columns == 1024:
             assert seconds < usual
-    for convolution in (False, True):  # tiles have 64 columns, used or not
+    for convolution in (False, True):  # 50 take a full tile, used or not
         few, many = (replace(bytewise, columns=columns, convolution=convolution) for columns in (50, 64))
         assert kernel_for(few, machine) == kernel_for(many, machine) == "tile"
         moved = 14 * (work.fan_in + work.rows) / machine.move_rate
         assert condensed(many, machine) - condensed(few, machine) == pytest.approx(moved)
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != AVX512_VBMI])
+def test_a_tile_of_few_samples_is_narrow(target: str) -> None:
+    """Of a linear layer; a convolution has 64 columns whatever is used of them."""
+    machine = replace(Machine(), target=TARGETS.index(target), condensed_call=0.0, move_rate=float("inf"))
+    work = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=5, value_bytes=1, eight_bits=True)
+
+    def seconds(columns: int, convolution: bool = False) -> float:
+        return condensed(replace(work, columns=columns, convolution=convolution), machine)
+
+    assert seconds(5) == seconds(16) < 0.7 * seconds(64)
+    if target in NARROW_TILES:
+        assert seconds(16) == pytest.approx(seconds(32) / 2) == pytest.approx(seconds(33) / 3)
+        assert seconds(48) < 1.05 * seconds(64)
+    else:
+        assert seconds(17) == seconds(48) == seconds(64)
+    assert seconds(64 + 16) == pytest.approx(seconds(64) + seconds(16))
+    assert seconds(5, convolution=True) == seconds(64, convolution=True) == seconds(64)
 
 
 def test_samples_share_what_is_looked_up() -> None:

@@ -47,8 +47,17 @@ def test_fan_ins(k: int, int8_kernel: int) -> None:
 
 def test_batches(int8_kernel: int) -> None:
     weight = whole(condensed(21, 150, 9, n_active=18))
-    for batch in (*range(18), *range(30, 35), *range(62, 68), 129):
+    for batch in (*range(68), 81, 129):
         check_exactly(weight, batch)
+
+
+@pytest.mark.parametrize("groups", [(4,), (16,), (4, 1, 3)], ids=str)
+def test_rows_that_share_their_inputs(groups: tuple[int, ...], int8_kernel: int) -> None:
+    """Fours of inputs are laid out 32 at a time: 129 kept weights are 33 of them."""
+    for k in (1, 9, 129):
+        weight = whole(condensed(37, 150, k, n_active=33, groups=groups))
+        for batch in (1, 2, 7, 16, 17, 33, 49, 64, 85):
+            check_exactly(weight, batch)
 
 
 @pytest.mark.parametrize("in_features", [63, 64, 65, 127, 128, 129, 255, 256, 257, 4095, 65535, 65536, 65537])
@@ -72,7 +81,7 @@ def test_masks(pattern: str, int8_kernel: int) -> None:
 @pytest.mark.parametrize("y_feature_major", [False, True])
 def test_layouts(y_feature_major: bool, x_feature_major: bool) -> None:
     weight = whole(condensed(37, 70, 9, n_active=33))
-    for batch in (1, 5, 63, 64, 65):
+    for batch in (1, 5, 16, 17, 33, 48, 49, 63, 64, 65, 100):
         steps, scales = whole_samples(batch, 70)
         x, expected = samples_of(steps, scales), exactly(weight, steps, scales)
         x = x.t().contiguous().t() if x_feature_major else x
@@ -197,8 +206,8 @@ def _some_conv(shape: Convolution) -> Tensor:
 
 
 RUNS: dict[str, Callable[[], Tensor]] = {
-    **{f"linear, {batch}": functools.partial(_some_linear, batch) for batch in (1, 5, 16, 70, 130, 150)},
-    **{f"feature-major, {batch}": functools.partial(_some_linear, batch, True) for batch in (16, 70, 150)},
+    **{f"linear, {batch}": functools.partial(_some_linear, batch) for batch in (1, 5, 16, 33, 70, 130, 150)},
+    **{f"feature-major, {batch}": functools.partial(_some_linear, batch, True) for batch in (16, 70, 100, 150)},
     "convolution of few filters": functools.partial(_some_conv, SHAPES["2d tall kernel"]),
     "convolution in groups": functools.partial(_some_conv, SHAPES["3d strided"]),
     "convolution of many filters": functools.partial(_some_conv, Convolution(n=200, channels=40, size=(12, 13))),

@@ -50,17 +50,27 @@ def check_conv(
 @pytest.mark.parametrize("n", [1, 7, 16, 33, 300])
 def test_linear(n: int, residual: bool, offset: int, int8_kernel: int) -> None:
     weight = condensed(n, 70, 9, n_active=max(1, n - n // 9), dtype="int8")
-    for batch in (1, 2, 15, 17, 63, 64, 130):
+    for batch in (1, 2, 15, 17, 33, 48, 63, 64, 130):
         check_linear(weight, torch.randn(batch, 70), offset, residual, activation="relu")
     check_linear(weight, torch.randn(2, 0, 70), offset, residual)
     check_linear(weight, torch.randn(2, 3, 70), offset, residual, activation="gelu")
 
 
 @residuals
+@pytest.mark.parametrize("groups", [(4,), (16,), (4, 1, 3)], ids=str)
+def test_rows_that_share_their_inputs(groups: tuple[int, ...], residual: bool, int8_kernel: int) -> None:
+    weight = condensed(53, 70, 9, n_active=47, groups=groups, dtype="int8")
+    for batch in (1, 7, 20, 48, 64, 100):
+        for columns in (False, True):
+            x = torch.randn(batch, 70)
+            check_linear(weight, x, 128, residual, y_feature_major=columns, activation="relu")
+
+
+@residuals
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation: str, residual: bool) -> None:
     weight, shape = condensed(37, 70, 9, n_active=33, dtype="int8"), SHAPES["2d pointwise, 16 positions"]
-    for batch in (3, 70):
+    for batch in (3, 40, 70):
         check_linear(weight, torch.randn(batch, 70), 128, residual, activation=activation)
     check_conv(shape, shape.condensed(3, dtype="int8"), shape.input(2), 128, residual, activation=activation)
 
@@ -69,7 +79,7 @@ def test_activations(activation: str, residual: bool) -> None:
 @residuals
 def test_feature_major(residual: bool, offset: int) -> None:
     weight = condensed(37, 70, 9, n_active=33, dtype="int8")
-    for batch in (1, 5, 63, 64, 130):
+    for batch in (1, 5, 20, 40, 63, 64, 130):
         x = torch.randn(batch, 70)
         for one in (x, x.t().contiguous().t()):
             check_linear(weight, one, offset, residual, y_feature_major=True, activation="silu")
@@ -99,8 +109,9 @@ def test_outputs_that_are_finished_in_their_place(size: tuple[int, int], residua
 def test_bytes_in_and_bytes_out(offset: int, int8_kernel: int) -> None:
     weight, shape = condensed(37, 70, 9, n_active=33, dtype="int8"), SHAPES["2d strided"]
     given = {"x_scale": 0.02, "x_offset": 128}
-    x = torch.ops.srigl_fx.round_samples(torch.randn(70, 70), 0.02, 128)
-    check_linear(weight, x, offset, True, **given)
+    for batch in (5, 33, 70):
+        x = torch.ops.srigl_fx.round_samples(torch.randn(batch, 70), 0.02, 128)
+        check_linear(weight, x, offset, True, **given)
     images = torch.ops.srigl_fx.round_samples(shape.input(2), 0.02, 128)
     check_conv(shape, shape.condensed(5, dtype="int8"), images, offset, True, **given)
 
@@ -172,7 +183,7 @@ def test_tasks_that_share_outputs(offset: int) -> None:
     filters = shape.condensed(9, dtype="int8")
     for threads in (2, 3):
         with torch_threads(threads):
-            for batch in (1, 5, 70):
+            for batch in (1, 5, 33, 70):
                 check_linear(weight, torch.randn(batch, 500), offset, False)
             check_conv(shape, filters, torch.randn(3, 40, 12, 13), offset, False, activation="relu")
 

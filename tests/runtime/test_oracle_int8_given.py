@@ -186,7 +186,7 @@ def test_feature_major_samples_that_are_rounded_already(y_feature_major: bool, o
     given = {"x_scale": 0.3, "x_offset": offset, "y_feature_major": y_feature_major}
     for threads in (1, 3):
         with torch_threads(threads):
-            for batch in (1, 5, 63, 64, 130):
+            for batch in (1, 5, 20, 63, 64, 100, 130):
                 x = awkward(batch, 70).t().contiguous().t()
                 steps = rounded(x, 0.3, offset)
                 assert steps.stride() == x.stride()

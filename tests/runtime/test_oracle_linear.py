@@ -291,7 +291,7 @@ def test_anything(
 
 @pytest.mark.slow
 @dtypes
-@pytest.mark.parametrize("density", [0.01, 0.05, 0.1, 0.5])
+@pytest.mark.parametrize("density", [0.01, 0.05, 0.2])
 @pytest.mark.parametrize(("n", "in_features"), [(768, 3072), (3072, 768), (1000, 1001)])
 def test_layers_of_real_models(n: int, in_features: int, density: float, dtype: ValueDtype) -> None:
     weight = condensed(n, in_features, max(1, round(density * in_features)), n_active=n - n // 10, dtype=dtype)

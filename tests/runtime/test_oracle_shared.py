@@ -30,7 +30,7 @@ from srigl_fx.runtime.value_types import FLOATS
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 float_dtypes = pytest.mark.parametrize("dtype", FLOATS)
-BATCHES = (0, 1, 2, 5, 6, 16, 17, 31, 32, 33, 64, 67)
+BATCHES = (0, 1, 2, 5, 6, 16, 17, 31, 32, 33, 48, 64, 67)
 # Groups of one size, with a rest of rows, and mixed ones: rows alone between others, and many of them.
 GROUPS: dict[str, tuple[int, ...]] = {
     **{str(size): (size,) for size in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 100)},
@@ -63,8 +63,9 @@ def test_fan_ins(k: int) -> None:
         check_linear(weight, torch.randn(batch, 400))
 
 
-def test_every_batch_size() -> None:
-    weight = condensed(37, 75, 7, n_active=33, groups=(4,))
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_every_batch_size(dtype: ValueDtype) -> None:
+    weight = condensed(37, 75, 7, n_active=33, groups=(4,), dtype=dtype)
     for batch in axes(67, 96, 128):
         check_linear(weight, torch.randn(batch, 75))
 

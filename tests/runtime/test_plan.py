@@ -110,10 +110,23 @@ def test_the_layout_pass_asks_it_too(n_active: int, in_features: int, dtype: Val
         assert feature_major._has_kernel(node, samples) == (expected == plan.TILE and dtype != "int8")
 
 
+def test_a_tile_of_bytes_is_as_wide_as_its_samples_need() -> None:
+    """By sixteens on some targets, and full from 17 samples on elsewhere; rounded samples have room for either."""
+    for samples in range(1, 65):
+        narrow, other = plan.int8_tile_columns(True, samples), plan.int8_tile_columns(False, samples)
+        assert samples <= narrow < samples + 16
+        assert narrow % 16 == 0
+        assert other == (16 if samples <= 16 else 64)
+    for batch in range(1, 200):
+        whole, rest = batch // 64 * 64, batch % 64
+        last = plan.int8_tile_columns(True, rest) if rest else 0
+        assert plan.int8_rounded_bytes(plan.INT8_TILE, 7, 7, batch) >= 7 * (whole + last)
+
+
 @pytest.mark.parametrize("lookup", [False, True])
 def test_few_samples_behind_the_last_whole_tile_are_a_call_of_their_own(lookup: bool) -> None:
     """All samples are computed, each once, and no kernel but the tile leaves any to another."""
-    most = plan.MOST_INT8_DOT_SAMPLES if lookup else 4
+    most = plan.MOST_INT8_DOT_SAMPLES if lookup else 2
     for batch, columns in itertools.product(range(1, 300), (False, True)):
         kernel = plan.int8_linear_kernel(lookup, 768, 768, 77, batch, columns)
         first = plan.int8_linear_samples(lookup, kernel, batch, columns)
@@ -214,7 +227,7 @@ CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "dot_task": lambda dtype: _linear(200, 3, dtype),
     "tile_task": lambda dtype: _linear(200, 37, dtype),
     "shared_tile_task": lambda dtype: _linear(200, 37, dtype, groups=(4,)),
-    "int8_dot_task": lambda dtype: _linear(200, 3, dtype),
+    "int8_dot_task": lambda dtype: _linear(200, 2, dtype),
     "int8_tile_task": lambda dtype: _linear(200, 64, dtype),
     "int8_conv_task": lambda dtype: _conv(5, dtype),
     "conv_rows_task": lambda dtype: _conv(5, dtype),

@@ -17,7 +17,7 @@ from srigl_fx.runtime.cpu.kernels.int8 import MASKED, every_second, gather_rows
 from srigl_fx.runtime.cpu.kernels.int8_outputs import output_bytes, put_outputs
 from srigl_fx.runtime.cpu.kernels.int8_rounding import TILE_ROW
 from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES, aligned, known_of, take_row
-from srigl_fx.runtime.cpu.kernels.int8_tasks import BLOCK_GROUPS, ROOM, multiply_tile
+from srigl_fx.runtime.cpu.kernels.int8_tiles import BLOCK_GROUPS, ROOM, multiply_tile
 from srigl_fx.runtime.cpu.kernels.job import GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import first_output, is_limit, start_outputs

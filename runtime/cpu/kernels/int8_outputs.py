@@ -13,7 +13,7 @@ from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, transpose
 from srigl_fx.runtime.cpu.kernels.int8_rounding import round_exactly
-from srigl_fx.runtime.cpu.kernels.plan import INT8_COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.vector import as_float, floats
 
 Pointer = Any
@@ -48,8 +48,8 @@ def spare_bytes(j: Pointer) -> int:
 
 
 @compiled
-def put_tile_as_rows(j: Pointer, first: int, columns: int, o0: int, o1: int, out: int, spare: int) -> None:
-    """The outputs ``o0 <= o < o1`` of a tile of 64 samples, rounded, as rows of samples ``first ...``.
+def put_tile_as_rows(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int, spare: int) -> None:
+    """The outputs ``o0 <= o < o1`` of a tile of ``width`` columns, rounded, as rows of samples ``first ...``.
 
     Up to 15 rows of the tile behind the last are read. What float outputs would be, bit for bit, is rounded: steps are
     those of :func:`~srigl_fx.runtime.cpu.kernels.linear_tasks.store_as_rows`.
@@ -57,10 +57,10 @@ def put_tile_as_rows(j: Pointer, first: int, columns: int, o0: int, o1: int, out
     n, count = j[job.OUT_FEATURES], o1 - o0
     row_bytes = (count + LANES - 1) // LANES * LANES * 4
     if j[job.RESIDUAL] == 0:
-        activate_row(floats(out + o0 * INT8_COLUMNS * 4), count * INT8_COLUMNS, j[job.ACTIVATION])
+        activate_row(floats(out + o0 * width * 4), count * width, j[job.ACTIVATION])
     for c in range(0, columns, LANES):
         for o in range(o0, o1, LANES):
-            transpose(out + (o * INT8_COLUMNS + c) * 4, INT8_COLUMNS * 4, spare + (o - o0) * 4, row_bytes)
+            transpose(out + (o * width + c) * 4, width * 4, spare + (o - o0) * 4, row_bytes)
         for lane in range(min(LANES, columns - c)):
             row, at = spare + lane * row_bytes, (first + c + lane) * n + o0
             if j[job.RESIDUAL] != 0:
@@ -70,11 +70,11 @@ def put_tile_as_rows(j: Pointer, first: int, columns: int, o0: int, o1: int, out
 
 
 @compiled
-def put_tile_as_columns(j: Pointer, first: int, columns: int, o0: int, o1: int, out: int) -> None:
-    """The outputs ``o0 <= o < o1`` of a tile of 64 samples, feature-major."""
+def put_tile_as_columns(j: Pointer, first: int, columns: int, width: int, o0: int, o1: int, out: int) -> None:
+    """The outputs ``o0 <= o < o1`` of a tile of ``width`` columns, feature-major."""
     for o in range(o0, o1):
-        row, at = out + o * INT8_COLUMNS * 4, o * j[job.BATCH] + first
+        row, at = out + o * width * 4, o * j[job.BATCH] + first
         if j[job.RESIDUAL] != 0:
             add_floats(j[job.RESIDUAL] + at * 4, row, columns)
-        activate_row(floats(row), INT8_COLUMNS, j[job.ACTIVATION])
+        activate_row(floats(row), width, j[job.ACTIVATION])
         put_outputs(j, row, at, columns)

@@ -18,8 +18,8 @@ from srigl_fx.runtime.quantisation import LARGEST_UNSIGNED
 
 BYTES: Final = ir.VectorType(I8, SLOTS)
 PLACES: Final = ir.VectorType(I32, SLOTS)
-TILE_ROW: Final = SLOTS  # bytes of a row of a tile: its columns
-# The columns that lie in a tile's row, byte after byte.
+TILE_ROW: Final = SLOTS  # bytes of a row of a full tile: its columns
+# The columns that lie in such a row, byte after byte.
 ORDER: Final = [16 * w + 4 * lane + j for lane in range(4) for w in range(4) for j in range(4)]
 _NOTHING: Final = ir.Constant(INTS, [0] * LANES)
 
@@ -148,9 +148,11 @@ def _round_row(exact: bool) -> Callable[[int, int, float, int, int], None]:
 round_row, round_exactly = _round_row(False), _round_row(True)
 
 
-def _round_block(context: Any, x: Any, x_row: Any, x_step: Any, inverses: Any, offsets: Any, to: Any, rows: Any) -> Any:
+def _round_block(
+    context: Any, x: Any, x_row: Any, x_step: Any, inverses: Any, offsets: Any, to: Any, to_row: Any, rows: Any
+) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, x_row, x_step, inverses, offsets, to, rows = args
+        x, x_row, x_step, inverses, offsets, to, to_row, rows = args
         found = [
             v.load(b, b.add(x, b.add(b.mul(x_step, number(i // 4)), b.mul(x_row, number(i % 4)))), v.FLOATS)
             for i in range(LANES)
@@ -158,35 +160,36 @@ def _round_block(context: Any, x: Any, x_row: Any, x_step: Any, inverses: Any, o
         scale, offset = v.load(b, inverses, v.FLOATS), v.load(b, offsets, INTS)
         for i, row in enumerate(transposed(b, found)):
             with b.if_then(b.icmp_signed(">", rows, number(i))):
-                v.store(b, rounded_vector(b, row, scale, offset), b.add(to, number(TILE_ROW * i)), 16)
+                v.store(b, rounded_vector(b, row, scale, offset), b.add(to, b.mul(to_row, number(i))), 16)
         return context.get_dummy_value()
 
-    return types.void(*[address] * 7), generate
+    return types.void(*[address] * 8), generate
 
 
 # 16 features of 16 samples, rounded, as 16 bytes of each of up to 16 rows of a tile: (the first sample's features,
-# bytes to the next of four samples, bytes to the next four, 16 inverses and offsets in the same order, where to, rows).
-round_block: Callable[[int, int, int, int, int, int, int], None] = intrinsic(_round_block)
+# bytes to the next of four samples, bytes to the next four, 16 inverses and offsets in the same order, where to, bytes
+# of the tile's rows, how many of them).
+round_block: Callable[[int, int, int, int, int, int, int, int], None] = intrinsic(_round_block)
 
 
-def _byte_block(context: Any, x: Any, x_row: Any, x_step: Any, to: Any, rows: Any) -> Any:
+def _byte_block(context: Any, x: Any, x_row: Any, x_step: Any, to: Any, to_row: Any, rows: Any) -> Any:
     def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, x_row, x_step, to, rows = args
+        x, x_row, x_step, to, to_row, rows = args
         kind, found = ir.VectorType(I8, LANES), []
         for i in range(LANES):
             at = b.add(x, b.add(b.mul(x_step, number(i // 4)), b.mul(x_row, number(i % 4))))
             found.append(b.bitcast(b.zext(v.load(b, at, kind, 1), INTS), v.FLOATS))
         for i, row in enumerate(transposed(b, found)):
             with b.if_then(b.icmp_signed(">", rows, number(i))):
-                v.store(b, b.trunc(b.bitcast(row, INTS), kind), b.add(to, number(TILE_ROW * i)), 16)
+                v.store(b, b.trunc(b.bitcast(row, INTS), kind), b.add(to, b.mul(to_row, number(i))), 16)
         return context.get_dummy_value()
 
-    return types.void(*[address] * 5), generate
+    return types.void(*[address] * 6), generate
 
 
 # The same of samples that are bytes already: (the first sample's features, bytes to the next of four samples, bytes to
-# the next four, where to, rows).
-byte_block: Callable[[int, int, int, int, int], None] = intrinsic(_byte_block)
+# the next four, where to, bytes of the tile's rows, how many of them).
+byte_block: Callable[[int, int, int, int, int, int], None] = intrinsic(_byte_block)
 
 
 def _round_columns(context: Any, x: Any, second: Any, inverses: Any, offsets: Any, to: Any) -> Any:
@@ -206,7 +209,8 @@ def _round_columns(context: Any, x: Any, second: Any, inverses: Any, offsets: An
     return types.void(*[address] * 5), generate
 
 
-# 64 columns of one row, rounded, in the order of a tile's row: (the first 32, the others, inverses, offsets, where to).
+# 64 columns of one row, rounded, in the order of a full tile's row: (the first 32, the others, inverses, offsets, where
+# to).
 round_columns: Callable[[int, int, int, int, int], None] = intrinsic(_round_columns)
 
 
@@ -222,3 +226,17 @@ def _byte_columns(context: Any, x: Any, to: Any) -> Any:
 
 # The same of 64 bytes: (where they are, where to).
 byte_columns: Callable[[int, int], None] = intrinsic(_byte_columns)
+
+
+def _round_few(context: Any, x: Any, inverses: Any, offsets: Any, to: Any) -> Any:
+    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        x, inverses, offsets, to = args
+        found, scale, offset = v.load(b, x, v.FLOATS), v.load(b, inverses, v.FLOATS), v.load(b, offsets, INTS)
+        v.store(b, rounded_vector(b, found, scale, offset), to, 16)
+        return context.get_dummy_value()
+
+    return types.void(*[address] * 4), generate
+
+
+# 16 columns of one row, rounded, as they lie: (the first, inverses, offsets, where to).
+round_few: Callable[[int, int, int, int], None] = intrinsic(_round_few)

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from srigl_fx.runtime.cpu.kernels import conv, job, plan
-from srigl_fx.runtime.cpu.kernels.compiled import compiled, planned
+from srigl_fx.runtime.cpu.kernels.compiled import NARROW, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import copy_bytes, copy_floats
 from srigl_fx.runtime.cpu.kernels.int8_rounding import (
     TILE_ROW,
@@ -23,6 +23,7 @@ from srigl_fx.runtime.cpu.kernels.int8_rounding import (
     round_block,
     round_columns,
     round_exactly,
+    round_few,
     round_row,
 )
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, INT8_DOT, KNOWN_BYTES, LANES
@@ -37,7 +38,7 @@ _INFINITY: Final = 0x7F800000  # the bits of it
 _MINUS_ZERO: Final = 0x80000000
 _LARGEST_VALUE, _LARGEST_UNSIGNED = np.float32(LARGEST_VALUE), np.float32(LARGEST_UNSIGNED)
 _SMALLEST, _NAN, _ZERO, _ONE = np.float32(SMALLEST), np.float32(np.nan), np.float32(0), np.float32(1)
-_row_bytes = planned(plan.int8_row_bytes)
+_row_bytes, _tile_columns = planned(plan.int8_row_bytes), planned(plan.int8_tile_columns)
 
 
 @compiled
@@ -153,13 +154,17 @@ def round_sample(j: Pointer, sample: int, known: int, to: int) -> None:
 
 
 @compiled
-def _fill_from_rows(j: Pointer, first: int, columns: int, f0: int, f1: int, known: int, scratch: int, to: int) -> None:
+def _fill_from_rows(
+    j: Pointer, first: int, columns: int, width: int, f0: int, f1: int, known: int, scratch: int, to: int
+) -> None:
     in_features, ordered, staged = j[job.IN_FEATURES], scratch, scratch + 8 * CACHE_LINE
     of_bytes = j[job.X_BYTES] != 0
     size = 1 if of_bytes else 4
     x_row = in_features * size
-    for place in range(INT8_COLUMNS):  # what is known in the order of a tile's rows
-        column = 16 * (place // 4 % 4) + 4 * (place // 16) + place % 4
+    # Which sample is at a place of a tile's row: a full one has four of each 16 after each other.
+    four, sixteen = (16, 4) if width == INT8_COLUMNS else (4, 16)
+    for place in range(width):  # what is known in the order of a tile's rows
+        column = sixteen * (place // 16) + four * (place // 4 % 4) + place % 4
         floats(ordered)[place], ints(ordered + 4 * INT8_COLUMNS)[place] = 0.0, 0
         if column < columns:
             floats(ordered)[place] = floats(known)[column]
@@ -168,13 +173,13 @@ def _fill_from_rows(j: Pointer, first: int, columns: int, f0: int, f1: int, know
         floats(staged)[i] = 0.0
     for f in range(f0, f1, LANES):
         features = min(LANES, f1 - f)
-        for lane in range(4):
-            at, row, step = j[job.X] + (first + 4 * lane) * x_row + f * size, x_row, 16 * x_row
+        for lane in range(width // LANES):
+            at, row, step = j[job.X] + (first + sixteen * lane) * x_row + f * size, x_row, four * x_row
             inverses, offsets = ordered + lane * CACHE_LINE, ordered + 4 * INT8_COLUMNS + lane * CACHE_LINE
-            target = to + f * TILE_ROW + lane * LANES
-            if features < LANES or columns < INT8_COLUMNS:
+            target = to + f * width + lane * LANES
+            if features < LANES or columns < width:
                 for place in range(LANES):
-                    sample = 16 * (place // 4) + 4 * lane + place % 4
+                    sample = sixteen * lane + four * (place // 4) + place % 4
                     source = j[job.X] + (first + sample) * x_row + f * size
                     if sample < columns and of_bytes:
                         copy_bytes(source, staged + place * CACHE_LINE, features)
@@ -182,44 +187,53 @@ def _fill_from_rows(j: Pointer, first: int, columns: int, f0: int, f1: int, know
                         copy_floats(source, staged + place * CACHE_LINE, features)
                 at, row, step = staged, CACHE_LINE, 4 * CACHE_LINE
             if of_bytes:
-                byte_block(at, row, step, target, features)
+                byte_block(at, row, step, target, width, features)
             else:
-                round_block(at, row, step, inverses, offsets, target, features)
+                round_block(at, row, step, inverses, offsets, target, width, features)
 
 
 @compiled
 def _fill_from_columns(
-    j: Pointer, first: int, columns: int, f0: int, f1: int, known: int, staged: int, to: int
+    j: Pointer, first: int, columns: int, width: int, f0: int, f1: int, known: int, staged: int, to: int
 ) -> None:
     for i in range(INT8_COLUMNS):
         floats(staged)[i] = 0.0
     for f in range(f0, f1):
-        at = f * j[job.BATCH] + first
+        at, target = f * j[job.BATCH] + first, to + f * width
         if j[job.X_BYTES] != 0:
             at += j[job.X]
-            if columns < INT8_COLUMNS:
+            if columns < width:
                 copy_bytes(at, staged, columns)
                 at = staged
-            byte_columns(at, to + f * TILE_ROW)
+            if width == INT8_COLUMNS:
+                byte_columns(at, target)
+            else:
+                copy_bytes(at, target, width)
         else:
             at = j[job.X] + at * 4
-            if columns < INT8_COLUMNS:
+            if columns < width:
                 copy_floats(at, staged, columns)
                 at = staged
-            round_columns(at, at + 2 * CACHE_LINE, known, known + OFFSETS, to + f * TILE_ROW)
+            if width == INT8_COLUMNS:
+                round_columns(at, at + 2 * CACHE_LINE, known, known + OFFSETS, target)
+            else:
+                for c in range(0, width, LANES):
+                    round_few(at + c * 4, known + c * 4, known + OFFSETS + c * 4, target + c)
 
 
 @compiled
-def fill_tile(j: Pointer, first: int, columns: int, f0: int, f1: int, known: int, scratch: int, to: int) -> None:
-    """The features ``f0 <= f < f1`` of samples ``first ...``, rounded, as rows of the tile of bytes at ``to``."""
+def fill_tile(
+    j: Pointer, first: int, columns: int, width: int, f0: int, f1: int, known: int, scratch: int, to: int
+) -> None:
+    """The features ``f0 <= f < f1`` of samples ``first ...``, rounded, as rows of a tile with ``width`` columns."""
     if j[job.X_FEATURE_MAJOR] != 0:
-        _fill_from_columns(j, first, columns, f0, f1, known, scratch, to)
+        _fill_from_columns(j, first, columns, width, f0, f1, known, scratch, to)
     else:
-        _fill_from_rows(j, first, columns, f0, f1, known, scratch, to)
+        _fill_from_rows(j, first, columns, width, f0, f1, known, scratch, to)
 
 
 def int8_fill_task(j: Pointer, task: int) -> None:
-    """The bytes of one sample, or a share of the features of a tile of 64, in PACKED."""
+    """The bytes of one sample, or a share of the features of a tile, in PACKED."""
     in_features = j[job.IN_FEATURES]
     if j[job.KERNEL] == INT8_DOT:
         to = j[job.PACKED] + task * _row_bytes(in_features, j[job.PANEL_WINDOW])
@@ -235,7 +249,7 @@ def int8_fill_task(j: Pointer, task: int) -> None:
     f0, f1 = blocks * part // splits * LANES, min(in_features, blocks * (part + 1) // splits * LANES)
     to = j[job.PACKED] + tile * in_features * TILE_ROW
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
-    fill_tile(j, first, columns, f0, f1, known_of(j, first), aligned(memory), to)
+    fill_tile(j, first, columns, _tile_columns(NARROW, columns), f0, f1, known_of(j, first), aligned(memory), to)
     release(memory)
 
 

@@ -6,33 +6,12 @@ outputs.
 
 from typing import Any, Final
 
-import numpy as np
-
-from srigl_fx.runtime.cpu.kernels import job, panel, plan
+from srigl_fx.runtime.cpu.kernels import job, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
-from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, compiled, planned
-from srigl_fx.runtime.cpu.kernels.copies import copy_bytes
-from srigl_fx.runtime.cpu.kernels.int8 import (
-    LAID_BYTES,
-    add_laid,
-    byte_row,
-    byte_row_added,
-    dot_group,
-    lay_out,
-    part_row,
-    part_row_added,
-    part_summed_row,
-    part_summed_row_added,
-    summed_byte_row,
-    summed_byte_row_added,
-    summed_row,
-    summed_row_added,
-    tile_row,
-    tile_row_added,
-)
+from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, NARROW, compiled, planned
+from srigl_fx.runtime.cpu.kernels.int8 import dot_group
 from srigl_fx.runtime.cpu.kernels.int8_outputs import (
     output_bytes,
-    output_inverse,
     put_outputs,
     put_tile_as_columns,
     put_tile_as_rows,
@@ -49,24 +28,18 @@ from srigl_fx.runtime.cpu.kernels.int8_samples import (
     measure_samples,
     round_sample,
 )
-from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.int8_tiles import BLOCK_GROUPS, ROOM, multiply_linear_tile
+from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import store_as_rows
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
-from srigl_fx.runtime.cpu.kernels.tiles import first_output, least, most, start_outputs
+from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_outputs
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, words
 
 Pointer = Any
-TILE_FLOATS: Final = 4 * INT8_COLUMNS  # bytes of a row of outputs of a tile
-_LAID_QUADS: Final = 32  # fours of inputs that are laid out at a time, in a first-level cache
-ROOM: Final = LANES * TILE_FLOATS + _LAID_QUADS * LAID_BYTES  # bytes that rows need which share their indices
-BLOCK_GROUPS: Final = 4  # groups of rows whose outputs stay in the first-level cache
-_DOT_GROUPS: Final = 16  # the same of a dot panel
+_DOT_GROUPS: Final = 16  # groups of rows whose outputs stay in the first-level cache
 _PART_BYTES: Final = 1 << 19  # of a panel, which stay in a second-level cache
-_INFINITY: Final[Any] = np.float32(np.inf)
-_row_bytes = planned(plan.int8_row_bytes)
-
-
+_row_bytes, _tile_columns = planned(plan.int8_row_bytes), planned(plan.int8_tile_columns)
 _MOST_AT_ONCE: Final = 16 if BYTE_LOOKUP else 4  # samples of a group of rows: as many as sums fit in registers
 
 
@@ -257,128 +230,19 @@ def int8_dot_task(j: Pointer, task: int) -> None:
     release(memory)
 
 
-def _row_of(plain: Any, added: Any, part: Any, part_added: Any, rounded: Any, rounded_added: Any) -> Any:
-    """A function that stores the outputs of one row, by those for outputs with a residual, parts of a tile, and bytes.
-
-    Those for bytes store 64 of them: where fewer columns are used, they are copied from the row's place in ``out``.
-    """
-
-    def store_row(
-        j: Pointer,
-        r: int,
-        inputs: int,
-        first: int,
-        known: int,
-        columns: int,
-        low: float,
-        high: float,
-        out: int,
-        y: int,
-        y_row: int,
-    ) -> None:
-        o, quads = int(ints(j[job.PANEL_ROWS])[r]), panel.quads(j[job.K])
-        total, factor = int(ints(j[job.PANEL_SUMS])[r]), floats(j[job.PANEL_SCALES])[r]
-        start, scales, offsets = floats(j[job.BIAS])[o], known + SCALES, known + OFFSETS
-        is_whole, inverse, plus = columns == INT8_COLUMNS, output_inverse(j), j[job.Y_OFFSET]
-        as_bytes, wider = y != 0 and output_bytes(j) == 1, 4 // output_bytes(j)  # the residual than outputs
-        residual = j[job.RESIDUAL] + (y - j[job.Y]) * wider if y != 0 and j[job.RESIDUAL] != 0 else 0
-        place, more = y + o * y_row, residual + o * y_row * wider
-        to = out + o * TILE_FLOATS if y == 0 or (as_bytes and not is_whole) else place
-        x = inputs
-        if as_bytes and residual == 0:
-            rounded(x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus)
-        elif as_bytes:
-            rounded_added(
-                x, first, quads, offsets, scales, total, factor, start, more, low, high, to, columns, inverse, plus
-            )
-        elif y == 0 or (is_whole and residual == 0):
-            plain(x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus)
-        elif is_whole:
-            added(x, first, quads, offsets, scales, total, factor, start, more, low, high, to, columns, inverse, plus)
-        elif residual == 0:
-            part(x, first, quads, offsets, scales, total, factor, start, 0, low, high, to, columns, inverse, plus)
-        else:
-            part_added(
-                x, first, quads, offsets, scales, total, factor, start, more, low, high, to, columns, inverse, plus
-            )
-        if as_bytes and not is_whole:
-            copy_bytes(to, place, columns)
-
-    return compiled(store_row)
-
-
-_store_row = _row_of(tile_row, tile_row_added, part_row, part_row_added, byte_row, byte_row_added)
-_store_summed_row = _row_of(
-    *(summed_row, summed_row_added, part_summed_row, part_summed_row_added, summed_byte_row, summed_byte_row_added)
-)
-
-
-@compiled
-def _sum_shared_rows(j: Pointer, at: int, rows: int, inputs: int, scratch: int) -> None:
-    """The sums of rows that share their indices: int32 (rows, 64) at ``scratch``, which has ROOM bytes."""
-    quads, sums = panel.quads(j[job.K]), ints(scratch)
-    for i in range(rows * INT8_COLUMNS):
-        sums[i] = 0
-    laid, values = scratch + LANES * TILE_FLOATS, at + quads * panel.QUAD_VALUES
-    for first in range(0, quads, _LAID_QUADS):
-        count = min(_LAID_QUADS, quads - first)
-        lay_out(inputs, at + first * panel.QUAD_VALUES, count, laid)
-        for r in range(rows):
-            add_laid(laid, values + (r * quads + first) * panel.STEPS, count, scratch + r * TILE_FLOATS)
-
-
-@compiled
-def multiply_tile(
-    j: Pointer,
-    g0: int,
-    g1: int,
-    inputs: int,
-    known: int,
-    columns: int,
-    limited: bool,
-    out: int,
-    y: int,
-    y_row: int,
-    scratch: int,
-) -> None:
-    """Store what groups ``g0 <= g < g1`` compute in the tile ``out``; ``known`` is what is known of the columns.
-
-    If ``y`` is not 0, the outputs of the first ``columns`` are stored there instead, in rows ``y_row`` bytes apart,
-    with the residual added, and rounded if y has bytes. ``limited`` is whether the activation, which must be one that
-    :func:`~srigl_fx.runtime.cpu.kernels.tiles.is_limit` then, is applied. ``scratch`` is room for ROOM bytes.
-    """
-    groups, quads = words(j[job.PANEL_GROUPS]), panel.quads(j[job.K])
-    low, high = (least(j[job.ACTIVATION]), most(j[job.ACTIVATION])) if limited else (-_INFINITY, _INFINITY)
-    for g in range(g0, g1):
-        row, at = groups[g * GROUP_WORDS + GROUP_ROW], j[job.PANEL] + groups[g * GROUP_WORDS + GROUP_AT]
-        rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - row
-        lane = 0
-        while lane < rows:
-            count = panel.sharing_rows(j, row + lane, rows - lane)
-            if count > 1:
-                _sum_shared_rows(j, at, count, inputs, scratch)
-            for i in range(count):
-                r = g * LANES + lane + i
-                if count > 1:
-                    _store_summed_row(j, r, scratch + i * TILE_FLOATS, at, known, columns, low, high, out, y, y_row)
-                else:
-                    _store_row(j, r, inputs, at, known, columns, low, high, out, y, y_row)
-            at += quads * (panel.QUAD_VALUES + panel.STEPS * count)
-            lane += count
-
-
 def int8_tile_task(j: Pointer, task: int) -> None:
-    """A share of the rows for one tile of 64 samples."""
+    """A share of the rows for one tile of up to 64 samples."""
     splits, count, n, in_features = j[job.ROW_SPLITS], j[job.PANEL_COUNT], j[job.OUT_FEATURES], j[job.IN_FEATURES]
     tile, part = task // splits, task % splits
     first = tile * INT8_COLUMNS
     columns = min(INT8_COLUMNS, j[job.BATCH] - first)
+    width = _tile_columns(NARROW, columns)
     # Rounded outputs are transposed by 16 rows at a time.
     rounded = output_bytes(j) == 1
-    spare_at = (n + LANES if rounded else n) * INT8_COLUMNS * 4
+    spare_at = (n + LANES if rounded else n) * width * 4
     out_bytes, shared = spare_at + (spare_bytes(j) if rounded else 0), j[job.PACKED] != 0
     memory = allocate(
-        ROOM + out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * TILE_ROW)
+        ROOM + out_bytes + KNOWN_BYTES + (3 + FILL_LINES) * CACHE_LINE + (0 if shared else in_features * width)
     )
     if memory == 0:
         j[job.FAILED] = 1
@@ -392,21 +256,21 @@ def int8_tile_task(j: Pointer, task: int) -> None:
         for i in range(KNOWN_BYTES // 4):
             ints(known)[i] = 0
         measure_samples(j, first, columns, known, scratch)
-        fill_tile(j, first, columns, 0, in_features, known, scratch, inputs)
+        fill_tile(j, first, columns, width, 0, in_features, known, scratch, inputs)
     g0, end = count * part // splits, count * (part + 1) // splits
     o0 = first_output(j, g0)
     while o0 < n:
         g1 = min(end, g0 + BLOCK_GROUPS)
         o1 = n if g1 == count and part == splits - 1 else first_output(j, g1)
-        block = out - o0 * INT8_COLUMNS * 4  # so that all blocks use the same memory, which the cache has
-        start_outputs(j, g0, g1, o0, o1, INT8_COLUMNS, block)
-        multiply_tile(j, g0, g1, inputs, known, columns, False, block, 0, 0, room)
+        block = out - o0 * width * 4  # so that all blocks use the same memory, which the cache has
+        start_outputs(j, g0, g1, o0, o1, width, block)
+        multiply_linear_tile(j, g0, g1, inputs, known, width, block, room)
         if j[job.Y_FEATURE_MAJOR] != 0:
-            put_tile_as_columns(j, first, columns, o0, o1, block)
+            put_tile_as_columns(j, first, columns, width, o0, o1, block)
         elif rounded:
-            put_tile_as_rows(j, first, columns, o0, o1, block, out + spare_at)
+            put_tile_as_rows(j, first, columns, width, o0, o1, block, out + spare_at)
         else:
-            store_as_rows(j, first, columns, INT8_COLUMNS, o0, o1, block)
+            store_as_rows(j, first, columns, width, o0, o1, block)
         if g1 == end:
             break
         g0, o0 = g1, o1

@@ -20,11 +20,11 @@ MOST_DOT_SAMPLES: Final = 5  # up to so many, looking inputs up for each beats l
 LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
 DOT_WINDOWS: Final = ((), (256,), (64, 128))  # inputs of a dot panel's window, by instruction set
 COLUMNS: Final = 32  # of a full tile
-INT8_COLUMNS: Final = 64  # of a tile of bytes, and samples that a part of a dot panel of bytes is read for
+INT8_COLUMNS: Final = 64  # of a full tile of bytes, and samples that a part of a dot panel of bytes is read for
 MOST_INT8_DOT_SAMPLES: Final = 48  # from a dot panel of bytes; more take less time as a tile, used or not
 INT8_STEP: Final = 32  # of which the windows of a dot panel of bytes start at a multiple
 KNOWN_BYTES: Final = 3 * 4 * INT8_COLUMNS  # of what is known of 64 samples: kernels.int8_samples
-_MOST_GATHERED_SAMPLES: Final = 4  # of a dot panel of bytes, where they are not looked up in registers
+_MOST_GATHERED_SAMPLES: Final = 2  # of a dot panel of bytes, where they are not looked up in registers
 LANES: Final = 16  # of a vector: rows of a group, and output positions of a convolution, come in as many
 CACHE_LINE: Final = 64  # bytes
 CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
@@ -134,7 +134,7 @@ def int8_linear_kernel(lookup: bool, in_features: int, n_active: int, k: int, ba
 def int8_linear_samples(lookup: bool, kernel: int, batch: int, feature_major: bool) -> int:
     """Of how many samples of a call the plan's kernel is; those that are left are like a call of their own.
 
-    A tile of which few columns are used takes as long as a full one.
+    Where bytes are looked up, few samples take less time so than as a tile, however narrow; elsewhere one or two do.
 
     Example:
         >>> int8_linear_samples(True, INT8_TILE, 197, False), int8_linear_samples(True, INT8_TILE, 127, False)
@@ -146,13 +146,28 @@ def int8_linear_samples(lookup: bool, kernel: int, batch: int, feature_major: bo
     return batch
 
 
+def int8_tile_columns(narrow: bool, samples: int) -> int:
+    """The columns of a tile of bytes that holds so many samples, one to 64 of them.
+
+    Args:
+        narrow: Whether 32 or 48 columns take less time than 64; 16 do everywhere.
+        samples: How many samples there are.
+
+    Example:
+        >>> int8_tile_columns(True, 5), int8_tile_columns(True, 33), int8_tile_columns(False, 33)
+        (16, 48, 64)
+    """
+    columns = (samples + LANES - 1) // LANES * LANES
+    return columns if narrow or columns == LANES else INT8_COLUMNS
+
+
 def int8_row_bytes(in_features: int, window: int) -> int:
     """The bytes of a rounded sample that a dot panel reads; a window may reach beyond its end, and rounding does."""
     return (max(in_features, window) + 2 * CACHE_LINE - 1) // CACHE_LINE * CACHE_LINE
 
 
 def int8_rounded_bytes(kernel: int, in_features: int, window: int, batch: int) -> int:
-    """The bytes of all samples of a call, rounded as the kernel reads them."""
+    """The bytes of all samples of a call, rounded as the kernel reads them, if all tiles are full ones."""
     if kernel == INT8_DOT:
         return batch * int8_row_bytes(in_features, window)
     return int8_known_blocks(batch) * in_features * INT8_COLUMNS

@@ -111,11 +111,11 @@ KERNELS: Final = (
         task="int8_tile_task",
         layer="linear",
         number=plan.INT8_TILE,
-        computes="64 samples side by side as bytes: four kept weights at once; inputs that rows share laid out once",
+        computes="16 to 64 samples side by side as bytes: four kept weights at once; shared inputs laid out once",
         reads="int8 tile panel",
         values=("int8",),
         feature_major=True,
-        file="int8.py",
+        file="int8_rows.py",
     ),
     Kernel(
         task="conv_rows_task",
@@ -148,7 +148,7 @@ KERNELS: Final = (
         computes="the tile kernel of bytes with 64 output positions in place of samples, from a padded copy",
         reads="int8 tile panel",
         values=("int8",),
-        file="int8.py, conv.py",
+        file="int8_rows.py, conv.py",
     ),
     Kernel(
         task="product_task",
