@@ -136,7 +136,7 @@ def test_a_model_of_torch_prune_is_lowered_as_it_is(build: Callable[[], Any], me
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.int8])
 def test_a_few_long_rows_do_not_keep_a_weight_dense(value_dtype: torch.dtype, tmp_path: Path) -> None:
     """They become an operator of their own, in PyTorch and in a file."""
-    model = randomise(nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, 6))).eval()
+    model: Any = randomise(nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, 6))).eval()
     with torch.no_grad():
         kept = torch.arange(1024) < torch.where(torch.arange(256) % 8 == 0, 1024, 16)[:, None]
         model[0].weight *= kept

@@ -14,7 +14,7 @@ import srigl_fx as sx
 from srigl_fx.errors import SparsifyError
 from srigl_fx.runtime import load
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long  # each lowers and exports a network
 prune: Any = untyped_prune  # its functions are not annotated
 
 
