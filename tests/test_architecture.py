@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "passes": (
         *("masks", "nn", "comparison", *COMMON),
         *("runtime.activations", "runtime.format", "runtime.quantisation", "runtime.cpu.kernels.plan", "runtime.ops"),
+        "runtime.row_lengths",
     ),
     "runtime": ("masks", *COMMON),
     "runtime.activations": ("errors",),
@@ -57,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("errors", "runtime.activations", "runtime.format", "runtime.quantisation", "runtime.value_types"),
     ),
     "runtime.format": ("errors", "runtime.quantisation", "runtime.value_types"),
+    "runtime.row_lengths": ("runtime.cpu.kernels.plan",),
     "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.quantisation", "runtime.value_types"),
     "runtime.reference": ("errors", "runtime.activations", "runtime.quantisation"),
     "lowering": (
@@ -78,6 +80,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "onnx_condensing": (
         *("onnx_export", "reports", "runtime.activations", "runtime.costs.cost_model", "runtime.format", "runtime.ort"),
+        *("runtime.quantisation", "runtime.row_lengths"),
         *COMMON,
     ),
     "onnx_tools": ("onnx_export", "recipe_parts", "recipes", "runtime.ort", *COMMON),
