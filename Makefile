@@ -42,9 +42,9 @@ types: $(READY_test) ## Types, with mypy --strict
 wheel-test: $(READY_test) ## Build the wheel and run the fast tests against it, from a folder of its own
 	BIN=$(abspath $(BIN)) WORKERS=$(WORKERS) .ci/wheel_test
 
-extras-test: $(READY_test) ## The tests that need what no other target installs: tools around ONNX, optimizers, pages
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,onnx-tools,optimizers]'
-	$(BIN)/python -m pytest tests/test_docs.py tests/test_onnx_tools.py tests/test_benchmarks.py tests/train/test_optimizer_libraries.py
+extras-test: $(READY_test) ## The tests that need what no other target installs: tools around ONNX, pruning, optimizers, pages
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,onnx-tools,optimizers,pruning]'
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_onnx_tools.py tests/test_pruning_libraries.py tests/test_benchmarks.py tests/train/test_optimizer_libraries.py
 
 tables: $(READY_test) ## Write the tables of docs/kernels.md anew, from those of the code
 	$(BIN)/python tests/kernel_support/tables.py

@@ -2,13 +2,18 @@
 
 Each layer is a model of its own, called with one sample: ``nn.Linear``, the lowered module (which calls kernels past
 torch's dispatcher where no gradients are recorded), and the operator itself. A convolution and a perceptron of eight
-layers stand beside. All go in turns, on one thread; times are medians.
+layers stand beside. All go in turns, on one thread; times are medians. Then fresh processes that serve a file, which
+has run before: what comes beyond importing the host, up to the first result.
 
     python benchmarks/call_overhead.py
 
 Prints a Markdown page: benchmarks/results/call_overhead.md.
 """
 
+import statistics
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from functools import partial
 
@@ -43,6 +48,42 @@ def operator_call(lowered: LoweredModule, x: Tensor) -> Callable[[], object] | N
     return partial(nodes[0].target, **{**given, "x": x})  # type: ignore[arg-type]
 
 
+TORCH = """
+import torch
+start = time.perf_counter()
+import srigl_fx as sx
+model = sx.load_lowered(sys.argv[1])
+with torch.inference_mode():
+    model(torch.ones(1, 64))
+"""
+ONNX_RUNTIME = """
+import numpy, onnxruntime
+start = time.perf_counter()
+import srigl_fx as sx
+session = sx.runtime.load(sys.argv[1])
+session.run(None, {session.get_inputs()[0].name: numpy.ones((1, 64), numpy.float32)})
+"""
+LAST = "print(time.perf_counter() - start, [name for name in ('numba', 'onnx', 'networkx') if name in sys.modules])"
+
+
+def fresh_processes() -> list[str]:
+    """Milliseconds beyond the import of the host, up to the first result."""
+    model = MODELS["eight layers of 64"][0]()
+    sparse, x = sx.sparsify(model, sparsity=SPARSITY, distribution="uniform").eval(), torch.ones(1, 64)
+    rows = ["| host | milliseconds, medians of nine | imported besides |", "|---|---|---|"]
+    with tempfile.TemporaryDirectory() as folder:
+        sx.lower(sparse, (x,), min_speedup=0).save(f"{folder}/model.srigl")
+        sx.export_onnx(sparse, f"{folder}/model.onnx", (x,), min_speedup=0)
+        for host, code, file in (("PyTorch", TORCH, "model.srigl"), ("ONNX Runtime", ONNX_RUNTIME, "model.onnx")):
+            command = [sys.executable, "-c", f"import sys, time\n{code}{LAST}", f"{folder}/{file}"]
+            said = [subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(10)]
+            seconds, others = zip(*(line.strip().split(" ", 1) for line in said[1:]), strict=True)
+            rows.append(
+                f"| {host} | {1e3 * statistics.median(map(float, seconds)):.0f} | {others[0][1:-1] or 'none'} |"
+            )
+    return rows
+
+
 def main() -> None:
     """Print the page."""
     torch.set_num_threads(1)
@@ -71,7 +112,8 @@ def main() -> None:
         rows.append(f"| {title} | {' | '.join(cells)} | {1e6 * recorded:.1f} | {beyond:+.1f} |")
         print(rows[-1], flush=True)
     about = f"Sparsity {SPARSITY:.0%}, one sample. Microseconds a call, medians, one thread. {describe(1)}"
-    print(f"\n{about}", "", *rows, sep="\n")
+    fresh = ["", "A fresh process, of those modules that are not for serving:", "", *fresh_processes()]
+    print(f"\n{about}", "", *rows, *fresh, sep="\n")
 
 
 if __name__ == "__main__":

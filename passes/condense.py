@@ -16,12 +16,16 @@ from torch import Tensor, fx, nn
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.program import Decision, Program, Use, arguments, new_buffer, tensor_at
-from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype
+from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype, padding_problem
+from srigl_fx.runtime.row_lengths import groups_by_length, places
 
 aten = torch.ops.aten
 
 _MOST_PIECES = 4  # runs of rows with equal fan-ins that become operators of their own, rather than padded
 _WORTH_CUTTING = 0.1  # the share of entries that padding must add before it is worth more operators
+# Places in panels that one more operator must save: of one sample they take about as long as its call in PyTorch
+# (benchmarks/results/uneven_rows.md).
+_WORTH_AN_OPERATOR = 160_000
 
 
 class Condense(Pass[Program]):
@@ -39,6 +43,9 @@ class Condense(Pass[Program]):
        "same" needs on the far side is padded before it.
     2. Where a few runs of a matrix's rows keep fan-ins that differ much (the blocks of a packed projection), the node
        becomes one operator a run and their concatenation; else the shorter rows (where inputs were removed) are padded.
+       Rows of any order are operators by groups of like length, where padded to the longest of all they would take as
+       many bytes as the dense weight, or where each further operator saves enough places: each computes all outputs,
+       those of the other rows being its bias, and adds what the one before has computed.
     3. "shrunk": the dense operator computes the active rows only; the others are filled with their bias.
     4. "dense": nothing changes.
     5. Dense weights that no node reads any more are gone from the module.
@@ -74,7 +81,10 @@ class Condense(Pass[Program]):
 
 
 def condensed_rows(use: Use, value_dtype: torch.dtype = torch.float32) -> list[tuple[int, int, CondensedWeight]]:
-    """The rows of a use as condensed weights with the first and last row of each (rule 2 of :class:`Condense`)."""
+    """The rows of a use as condensed weights with the first and last row of each (rule 2 of :class:`Condense`).
+
+    Several that have all rows are groups of like length.
+    """
     weight, mask = use.weight.numpy(), use.mask.numpy()
     counts = mask.sum(axis=1)
     cuts = _runs(counts)
@@ -82,10 +92,26 @@ def condensed_rows(use: Use, value_dtype: torch.dtype = torch.float32) -> list[t
     if len(cuts) > (_MOST_PIECES if use.geometry is None else 1) or missing < _WORTH_CUTTING * counts.sum():
         cuts = [(0, len(counts))]
     dtype = cast(ValueDtype, str(value_dtype).removeprefix("torch."))
+    pieces = [(first, last, mask[first:last]) for first, last in cuts]
+    if len(cuts) == 1:
+        pieces = [(0, len(mask), part) for part in _groups(mask, value_dtype.itemsize)]
     return [
-        (first, last, CondensedWeight.from_dense(weight[first:last], mask[first:last], dtype=dtype, pad=True))
-        for first, last in cuts
+        (first, last, CondensedWeight.from_dense(weight[first:last], kept, dtype=dtype, pad=True))
+        for first, last, kept in pieces
     ]
+
+
+def _groups(mask: "np.ndarray[Any, Any]", value_bytes: int) -> "list[np.ndarray[Any, Any]]":
+    """The mask, or masks of rows of like length (rule 2)."""
+    counts = mask.sum(axis=1)
+    groups = [mask & rows[:, None] for rows in groups_by_length(counts)]
+    if len(groups) < 2:
+        return [mask]
+    saved = places(counts) - sum(places(part.sum(axis=1)) for part in groups)
+    if saved >= (len(groups) - 1) * _WORTH_AN_OPERATOR:
+        return groups
+    is_large = bool(padding_problem(mask, value_bytes)) and not padding_problem(mask, value_bytes, groups)
+    return groups if is_large else [mask]
 
 
 def _runs(counts: "np.ndarray[Any, Any]") -> list[tuple[int, int]]:
@@ -132,22 +158,25 @@ def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtyp
     if geometry is not None and any(geometry.extra):
         zeros = [number for extra in reversed(geometry.extra) for number in (0, extra)]
         x = graph.call_function(aten.constant_pad_nd.default, (x, zeros, 0.0))
-    outputs = []
-    for first, last, weight in pieces:
+    outputs: list[fx.Node] = []
+    by_length = len(pieces) > 1 and pieces[0][:2] == pieces[1][:2]
+    for i, (first, last, weight) in enumerate(pieces):
         stem = name if len(pieces) == 1 else f"{name}_rows{first}_{last}"
+        if by_length:
+            stem = f"{name}_group{i}"
         parts: dict[str, Any] = {"values": values_of(weight), "indices": weight.indices, "active": weight.active}
         operands = [
             buffers.read(f"{stem}_{part}", held if isinstance(held, Tensor) else torch.from_numpy(held))
             for part, held in parts.items()
         ]
-        if use.bias is None:
+        if use.bias is None or (by_length and i):
             operands.append(buffers.read(f"{stem}_bias", torch.zeros(last - first)))
-        elif len(pieces) == 1:
+        elif len(pieces) == 1 or by_length:
             operands.append(buffers.bias(use.bias, f"{stem}_bias"))
         else:
             rows = (use.bias, 0, first, last)
             operands.append(buffers.bias(graph.call_function(aten.slice.Tensor, rows), f"{stem}_bias"))
-        more: dict[str, Any] = {}
+        more: dict[str, Any] = {"residual": outputs[-1]} if by_length and i else {}
         if weight.scales is not None:
             more["scales"] = buffers.read(f"{stem}_scales", torch.from_numpy(weight.scales))
             if use.x_scale is not None:
@@ -164,6 +193,8 @@ def _condensed(buffers: "_Buffers", use: Use, name: str, value_dtype: torch.dtyp
             operator = torch.ops.srigl_fx.condensed_conv.default
             outputs.append(graph.call_function(operator, (x, *operands, shape, *numbers, geometry.groups), more))
     axis = -1 if geometry is None else 1
+    if by_length:
+        return outputs[-1]
     return outputs[0] if len(outputs) == 1 else graph.call_function(aten.cat.default, (outputs, axis))
 
 

@@ -45,7 +45,7 @@ class FoldConstants(Pass[Program]):
         if not weights:
             raise LoweringError(
                 f"{type(subject.model).__name__} has no mask-managed weight, so there is nothing to lower: call "
-                "sparsify(model) and train it first"
+                "sparsify(model) and train it first, or adopt(model) where its weights hold zeros already"
             )
         for handle in weights:
             _check(handle)

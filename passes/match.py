@@ -14,7 +14,8 @@ from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Geometry, MatchedLayer, Program, Use, arguments, operands, tensor_at
-from srigl_fx.runtime.format import index_dtype
+from srigl_fx.runtime.format import padding_problem
+from srigl_fx.runtime.row_lengths import groups_by_length
 
 aten = torch.ops.aten
 
@@ -37,7 +38,8 @@ class MatchWeights(Pass[Program]):
     3. The data must be float32 and depend on the inputs.
     4. Any other node that reads the weight is remembered by its operator; it keeps the dense tensor.
     5. A weight without a use that can be condensed stays dense, and its layer says why. So does an unstructured one
-       whose rows, padded to the longest, would take as many bytes as it does dense.
+       whose rows would take as many bytes as it does dense, in up to four groups of like length, each padded to its
+       longest row.
     6. A weight that the values' dtype cannot hold is an error.
     """
 
@@ -112,18 +114,10 @@ def _match(program: Program, layer: MatchedLayer, readers: list[fx.Node]) -> Non
 
 
 def _too_uneven(use: Use, value_dtype: torch.dtype) -> str:
-    """Why rows of unequal length have no use in the condensed format, or "" where they have (rule 5)."""
-    counts = use.mask.sum(dim=1)
-    kept = counts[counts > 0].tolist()
-    if not kept or min(kept) == max(kept):
-        return ""
-    stored = len(kept) * max(kept) * (value_dtype.itemsize + index_dtype(use.mask.shape[1]).itemsize)
-    if stored < use.weight.nbytes:
-        return ""
-    return (
-        f"its rows keep {min(kept)} to {max(kept)} of {use.mask.shape[1]} weights: padded to the longest, they take "
-        "as many bytes as the dense weight"
-    )
+    """Rule 5, where rows of like length may be padded to a length of their own."""
+    mask = use.mask.numpy()
+    groups = [mask & rows[:, None] for rows in groups_by_length(mask.sum(axis=1))]
+    return padding_problem(mask, value_dtype.itemsize, groups)
 
 
 def _name(node: fx.Node) -> str:

@@ -296,6 +296,38 @@ def count_index_rows(mask: Array) -> int:
     return different if _saves(len(kept), different, row_bytes) else len(kept)
 
 
+def padding_problem(mask: Array, value_bytes: int = 4, parts: Sequence[Array] = ()) -> str:
+    """Why a mask (n, F) whose rows keep unequal numbers of weights is better stored densely, or "" where it is not.
+
+    Rows are padded to the longest, so that a few long ones can make of a sparse weight more bytes than its float32
+    matrix has.
+
+    Args:
+        mask: bool (n, F); rows that keep nothing are not stored.
+        value_bytes: The bytes of one stored value.
+        parts: Masks of different rows of it, where each is padded to its own longest row.
+
+    Example:
+        >>> padding_problem(np.tri(4, 3, dtype=bool)).partition(":")[0]
+        'its rows keep 1 to 3 of 3 weights'
+        >>> padding_problem(np.eye(4, 8, dtype=bool)), padding_problem(np.ones((4, 8), bool))
+        ('', '')
+    """
+    counts = mask.sum(axis=1)
+    counts = counts[counts > 0]
+    if not counts.size or counts.min() == counts.max():
+        return ""
+    lengths = [part.sum(axis=1) for part in parts] or [counts]
+    entries = sum(int((part > 0).sum() * part.max(initial=0)) for part in lengths)
+    stored = entries * (value_bytes + index_dtype(mask.shape[1]).itemsize)
+    if stored < mask.size * np.dtype(np.float32).itemsize:
+        return ""
+    return (
+        f"its rows keep {counts.min()} to {counts.max()} of {mask.shape[1]} weights: padded to the longest, they take "
+        "as many bytes as the dense weight"
+    )
+
+
 def shape_problem(values: Sequence[int], indices: Sequence[int], active: Sequence[int]) -> str:
     """What is wrong with the shapes of a condensed weight's operands, or "" where they fit each other.
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from srigl_fx import train as train
     from srigl_fx.adoption import adopt as adopt
     from srigl_fx.errors import SriglError as SriglError
-    from srigl_fx.lowering.pipeline import load_lowered as load_lowered
+    from srigl_fx.lowering.loading import load_lowered as load_lowered
     from srigl_fx.lowering.pipeline import lower as lower
     from srigl_fx.masks.invariants import verify as verify
     from srigl_fx.onnx_condensing.pipeline import condense_onnx as condense_onnx
@@ -51,7 +51,7 @@ _NAMES = {
     "summary": "srigl_fx.summaries",
     "verify": "srigl_fx.masks.invariants",
     "lower": "srigl_fx.lowering.pipeline",
-    "load_lowered": "srigl_fx.lowering.pipeline",
+    "load_lowered": "srigl_fx.lowering.loading",
     "export_onnx": "srigl_fx.onnx_export.pipeline",
     "condense_onnx": "srigl_fx.onnx_condensing.pipeline",
     "LayerSpec": "srigl_fx.specs",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +130,30 @@ def test_a_model_of_torch_prune_is_lowered_as_it_is(build: Callable[[], Any], me
     lowered = sx.lower(adopted, (x,), min_speedup=0)
     assert [layer.decision for layer in lowered.report.layers] == ["condensed", "condensed"]
     torch.testing.assert_close(lowered(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value_dtype", [torch.float32, torch.int8])
+def test_a_few_long_rows_do_not_keep_a_weight_dense(value_dtype: torch.dtype, tmp_path: Path) -> None:
+    """They become an operator of their own, in PyTorch and in a file."""
+    model: Any = randomise(nn.Sequential(nn.Linear(1024, 256), nn.GELU(), nn.Linear(256, 6))).eval()
+    with torch.no_grad():
+        kept = torch.arange(1024) < torch.where(torch.arange(256) % 8 == 0, 1024, 16)[:, None]
+        model[0].weight *= kept
+    x = torch.randn(7, 1024)
+    expected = model(x)
+    sx.adopt(model)
+    lowered = sx.lower(model, (x,), min_speedup=0, value_dtype=value_dtype)
+    assert [layer.decision for layer in lowered.report.layers] == ["condensed"]
+    names = [name for name, _ in lowered.named_buffers() if name.endswith("_values")]
+    assert len(names) == 2
+    assert all("_group" in name for name in names)
+    within: Any = {"rtol": 1e-4, "atol": 1e-4} if value_dtype == torch.float32 else {"rtol": 0.05, "atol": 0.1}
+    torch.testing.assert_close(lowered(x), expected, **within)
+    sx.export_onnx(model, tmp_path / "a.onnx", (x,), min_speedup=0, value_dtype=value_dtype)
+    session = sx.runtime.load(tmp_path / "a.onnx")
+    got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(got, lowered(x), rtol=1e-4, atol=1e-4)
 
 
 def test_what_torch_prune_masks_is_as_before_where_nothing_is_sparse() -> None:

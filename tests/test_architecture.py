@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "passes": (
         *("masks", "nn", "comparison", *COMMON),
         *("runtime.activations", "runtime.format", "runtime.quantisation", "runtime.cpu.kernels.plan", "runtime.ops"),
+        "runtime.row_lengths",
     ),
     "runtime": ("masks", *COMMON),
     "runtime.activations": ("errors",),
@@ -57,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("errors", "runtime.activations", "runtime.format", "runtime.quantisation", "runtime.value_types"),
     ),
     "runtime.format": ("errors", "runtime.quantisation", "runtime.value_types"),
+    "runtime.row_lengths": ("runtime.cpu.kernels.plan",),
     "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.quantisation", "runtime.value_types"),
     "runtime.reference": ("errors", "runtime.activations", "runtime.quantisation"),
     "lowering": (
@@ -78,6 +80,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "onnx_condensing": (
         *("onnx_export", "reports", "runtime.activations", "runtime.costs.cost_model", "runtime.format", "runtime.ort"),
+        *("runtime.quantisation", "runtime.row_lengths"),
         *COMMON,
     ),
     "onnx_tools": ("onnx_export", "recipe_parts", "recipes", "runtime.ort", *COMMON),
@@ -254,6 +257,15 @@ def test_one_table_says_what_operators_do(trees: dict[str, ast.Module]) -> None:
 
 def test_import_is_light() -> None:
     code = f"import sys, srigl_fx; print([name for name in {LIGHT_IMPORT_LEAVES_OUT!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_serving_a_lowered_model_imports_little() -> None:
+    """Numba is for building the operator library, and what finds dead channels or captures graphs for lowering."""
+    heavy = ("numba", "llvmlite", "networkx", "sympy", "onnx", "onnxruntime", "scipy", "srigl_fx.lowering.pipeline")
+    code = f"import sys, srigl_fx as sx; sx.load_lowered; print([name for name in {heavy!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

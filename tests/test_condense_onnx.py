@@ -1,75 +1,16 @@
 """ONNX files that are sparse already: ``condense_onnx``, on files as exporters and quantisers write them."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from numpy.typing import NDArray
+from condensing_support import Array, assert_same, condensed_nodes, pruned, random, write
 from onnx import TensorProto, helper, numpy_helper
 
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
-from srigl_fx.runtime import load
-from srigl_fx.runtime.ort.abi import DOMAIN
-
-Array = NDArray[Any]
-
-
-def pruned(*shape: int, density: float = 0.1, even: bool = True, seed: int = 0) -> Array:
-    """A weight (n, ...) of which each row keeps as many entries, or any entries of the whole are kept."""
-    rng = np.random.default_rng(seed)
-    matrix = rng.standard_normal((shape[0], int(np.prod(shape[1:])))).astype(np.float32)
-    scores = rng.random(matrix.shape) if even else rng.random(matrix.size)
-    least = np.quantile(scores, 1 - density, axis=-1, keepdims=True)
-    return np.where((scores >= least).reshape(matrix.shape), matrix, 0).astype(np.float32).reshape(shape)
-
-
-def write(
-    path: Path,
-    nodes: Sequence[onnx.NodeProto],
-    arrays: dict[str, Array],
-    x: Sequence[int | str | None],
-    y: Sequence[int | str | None],
-    *,
-    opset: int = 18,
-    inputs: Sequence[Any] = (),
-) -> Path:
-    """A file of a graph from x to y."""
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x), *inputs],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, y)],
-        [numpy_helper.from_array(array, name) for name, array in arrays.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=7 if opset < 15 else 9)
-    onnx.checker.check_model(model)
-    onnx.save(model, path)
-    return path
-
-
-def condensed_nodes(path: Path) -> list[str]:
-    return [node.op_type for node in onnx.load(path).graph.node if node.domain == DOMAIN]
-
-
-def assert_same(source: Path, condensed: Path, *inputs: Array) -> None:
-    """With the library, and on a stock ONNX Runtime."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # further ones round samples
-    paths, providers = (source, condensed), ["CPUExecutionProvider"]
-    stock = [ort.InferenceSession(str(path), options, providers=providers) for path in paths]
-    for session in (stock[1], load(condensed)):
-        for x in inputs:
-            expected, got = (one.run(None, {"x": x})[0] for one in (stock[0], session))
-            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-
-
-def random(*shape: int) -> Array:
-    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -140,6 +81,10 @@ def test_a_residual_block_of_any_opset(tmp_path: Path, opset: int) -> None:
         ((32, 16, 5), {"strides": [2], "pads": [2, 2]}),
         ((32, 8, 3, 3), {"group": 2, "dilations": [2, 1]}),
         ((32, 6, 3, 1, 2), {"pads": [1, 0, 1, 1, 0, 1]}),
+        ((32, 16, 3, 3), {"pads": [0, 1, 1, 2], "strides": [2, 2]}),
+        ((32, 16, 3, 4), {"auto_pad": "SAME_UPPER"}),
+        ((32, 16, 4, 2), {"auto_pad": "SAME_LOWER", "strides": [2, 1]}),
+        ((32, 16, 3, 3), {"auto_pad": "VALID", "strides": [2, 1]}),
     ],
 )
 def test_convolutions_over_one_to_three_axes(tmp_path: Path, shape: tuple[int, ...], settings: dict[str, Any]) -> None:
@@ -150,6 +95,54 @@ def test_convolutions_over_one_to_three_axes(tmp_path: Path, shape: tuple[int, .
     report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
     assert condensed_nodes(report.path) == ["CondensedConv"]
     assert_same(source, report.path, random(2, channels, *sizes))
+
+
+@pytest.mark.parametrize(("strides", "condensed"), [([1, 1], True), ([2, 1], False)])
+def test_padding_by_a_size_that_is_free_must_be_the_same_for_all(
+    tmp_path: Path, strides: list[int], condensed: bool
+) -> None:
+    nodes = [helper.make_node("Conv", ["x", "w"], ["y"], auto_pad="SAME_UPPER", strides=strides)]
+    shape: list[int | str | None] = ["n", 16, "h", "w_"]
+    source = write(tmp_path / "a.onnx", nodes, {"w": pruned(32, 16, 2, 3)}, shape, [None] * 4)
+    if condensed:
+        report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+        assert_same(source, report.path, random(2, 16, 5, 7), random(1, 16, 6, 4))
+    else:
+        with pytest.raises(ExportError, match=r"w: its padding depends on the size of its input \(auto_pad\), which"):
+            condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+
+
+def test_weights_that_are_listed_among_the_inputs_are_constants(tmp_path: Path) -> None:
+    """As in every file before version 4 of the format; the dense weight is not left in the file."""
+    arrays = {"w": np.ascontiguousarray(pruned(96, 64).T)}
+    listed = [helper.make_tensor_value_info("w", TensorProto.FLOAT, [64, 96])]
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"])]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 96], opset=9, inputs=listed)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    model = onnx.load(report.path)
+    assert [one.name for one in model.graph.input] == ["x"]
+    assert "w" not in {one.name for one in model.graph.initializer}
+    assert_same(source, report.path, random(3, 64))
+
+
+def test_a_file_that_is_condensed_already_is_told(tmp_path: Path) -> None:
+    arrays = {"w": np.ascontiguousarray(pruned(96, 64).T), "v": random(96, 8)}
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["h"]), helper.make_node("MatMul", ["h", "v"], ["y"])]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 8])
+    condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    with pytest.raises(ExportError, match=r"nothing more in .*: 1 of its nodes are condensed already; v: 0\.0% of it"):
+        condense_onnx(tmp_path / "b.onnx", tmp_path / "c.onnx", min_speedup=0)
+
+
+def test_half_precision_is_told_what_to_do(tmp_path: Path) -> None:
+    x, y = (
+        helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["n", size]) for name, size in (("x", 64), ("y", 96))
+    )
+    weight = numpy_helper.from_array(np.ascontiguousarray(pruned(96, 64).T).astype(np.float16), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "a.onnx")
+    with pytest.raises(ExportError, match="its input is float16, not float32: export the model in float32"):
+        condense_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx")
 
 
 def test_weights_are_seen_through_transpositions_casts_and_dequantisation(tmp_path: Path) -> None:
@@ -223,8 +216,7 @@ def test_tensors_beside_the_file(tmp_path: Path) -> None:
 
 
 def test_what_stays_dense_says_why(tmp_path: Path) -> None:
-    uneven = np.zeros((64, 64), np.float32)
-    uneven[:, 0], uneven[3] = 1, 1
+    uneven = (np.arange(64) < 40 + np.arange(64)[:, None] % 15).astype(np.float32)
     arrays = {
         "few": pruned(64, 64, density=0.8),
         "uneven": uneven,
@@ -236,10 +228,10 @@ def test_what_stays_dense_says_why(tmp_path: Path) -> None:
         for before, name, after in zip(["x", "a", "b", "c"], arrays, ["a", "b", "c", "y"], strict=True)
     ]
     source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 64])
-    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_sparsity=0.25, min_speedup=0)
     assert {row.name: row.reason.split(":")[0] for row in report.rows} == {
-        "few": "20.3% of it is zero, and min_sparsity is 50%",
-        "uneven": "its rows keep 1 to 64 of 64 weights",
+        "few": "20.3% of it is zero, and min_sparsity is 25%",
+        "uneven": "its rows keep 40 to 54 of 64 weights",
         "gone": "all of it is zero",
         "good": "",
     }
@@ -247,6 +239,74 @@ def test_what_stays_dense_says_why(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"good: estimated: condensed is 1\.\d+ times as fast as dense at batch 1"):
         condense_onnx(source, tmp_path / "d.onnx", min_speedup=50)
     assert not (tmp_path / "d.onnx").exists()
+
+
+def with_long_rows(n: int, fan_in: int, *, long: int, short: int = 4) -> Array:
+    """Every eighth row keeps many weights, the others few."""
+    rng = np.random.default_rng(0)
+    counts = np.where(np.arange(n) % 8 == 0, long, short)
+    kept = rng.random((n, fan_in)).argsort(axis=1) < counts[:, None]
+    return np.where(kept, rng.standard_normal((n, fan_in)), 0).astype(np.float32)
+
+
+def test_rows_of_like_length_become_nodes_of_their_own(tmp_path: Path) -> None:
+    """Where padding would take more than the dense weight: the first node has the residual, the last the activation."""
+    arrays = {"w": np.ascontiguousarray(with_long_rows(96, 96, long=90).T), "b": random(96)}
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"]),
+        helper.make_node("Add", ["p", "b"], ["q"]),
+        helper.make_node("Add", ["q", "x"], ["r"]),
+        helper.make_node("Relu", ["r"], ["y"]),
+    ]
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 5, 96], ["n", 5, 96])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == ["CondensedLinearAdd", "CondensedLinearAddRelu"]
+    assert (report.rows[0].parts, report.rows[0].form) == (2, "condensed, 2 groups of rows")
+    assert report.condensed_layers == 1
+    stored = {one.name: list(one.dims) for one in onnx.load(report.path).graph.initializer}
+    assert (stored["w_rows0_values"], stored["w_rows1_values"]) == ([84, 4], [12, 90])
+    assert_same(source, report.path, random(2, 5, 96), random(1, 5, 96))
+
+
+def test_filters_of_like_length_become_nodes_of_their_own(tmp_path: Path) -> None:
+    """Two convolutions of one weight: they share what is stored. Some filters keep nothing."""
+    weight = with_long_rows(32, 72, long=70, short=3).reshape(32, 8, 3, 3)
+    weight[3:6] = 0
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["p"], pads=[1] * 4, group=2),
+        helper.make_node("Relu", ["p"], ["q"]),
+        helper.make_node("MaxPool", ["q"], ["r"], kernel_shape=[1, 2], strides=[1, 2]),
+        helper.make_node("Conv", ["s", "w", "b"], ["y"], strides=[2, 1], group=2),
+    ]
+    nodes.insert(3, helper.make_node("Slice", ["r", "start", "end", "axis"], ["s"]))
+    arrays: dict[str, Array] = {"w": weight, "b": random(32)}
+    arrays |= {"start": np.array([0]), "end": np.array([16]), "axis": np.array([1])}
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 16, 7, 8], [None] * 4)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == [
+        "CondensedConv",
+        "CondensedConvAddRelu",
+        "CondensedConv",
+        "CondensedConvAdd",
+    ]
+    values = [one.name for one in onnx.load(report.path).graph.initializer if one.name.endswith("_values")]
+    assert values == ["w_rows0_values", "w_rows1_values"]
+    assert_same(source, report.path, random(2, 16, 7, 8))
+
+
+@pytest.mark.parametrize(("long", "parts"), [(30, 1), (400, 2)])
+def test_groups_are_made_where_the_cost_model_has_them_faster(tmp_path: Path, long: int, parts: int) -> None:
+    """Padding would be small enough in both cases."""
+    weight = with_long_rows(512, 2048, long=long, short=20)
+    source = write(
+        tmp_path / "a.onnx",
+        [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)],
+        {"w": weight},
+        ["n", 2048],
+        ["n", 512],
+    )
+    report = condense_onnx(source, tmp_path / "b.onnx", verify=False)
+    assert report.rows[0].parts == parts
 
 
 def test_what_is_no_sparse_file_is_refused_and_leaves_the_target_alone(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import srigl_fx as sx
 from srigl_fx.errors import FormatError, LoweringError
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
-from srigl_fx.lowering.pipeline import load_lowered
 from srigl_fx.passes.condensed_nodes import LINEAR, condensed_nodes, set_arguments
 from srigl_fx.passes.program import arguments
 from srigl_fx.runtime.cpu.direct import DirectCall
@@ -245,16 +245,54 @@ def test_arguments_by_name_and_wrong_ones() -> None:
     assert str(inspect.signature(lowered.forward)) == "(a, b)"
 
 
-def test_gradients_are_recorded(direct: list[tuple[int, ...]]) -> None:
-    lowered, inputs = made("perceptron")
-    (x,) = inputs(3)
+@every_model
+def test_gradients_are_those_of_the_operators(name: str, direct: list[tuple[int, ...]]) -> None:
+    lowered, inputs = made(name)
+    parameters = [one for one in lowered.parameters() if one.is_floating_point()]
+    assert any(one.requires_grad for one in parameters)
+
+    def gradients(call: Callable[..., Any], x: tuple[Tensor, ...]) -> list[Tensor | None]:
+        wanted = [*(one.clone().requires_grad_() for one in x)]
+        for one in parameters:
+            one.grad = None
+        torch.stack([leaf.square().sum() for leaf in leaves(call(*wanted))]).sum().backward()
+        return [one.grad for one in (*wanted, *parameters)]
+
+    for batch in (3, 3, 40):
+        x = inputs(batch)
+        with torch.profiler.profile():  # operator by operator
+            expected = gradients(lowered, x)
+        got = gradients(lowered, x)
+        for one, other in zip(got, expected, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert one.any()
+                assert torch.equal(one, other)
+    assert direct
     with torch.no_grad():
-        lowered(x), lowered(x)
-    before = len(direct)
-    lowered(x.requires_grad_()).sum().backward()
-    assert x.grad is not None
-    assert x.grad.any()
-    assert len(direct) == before
+        plain = lowered(*x)
+    assert all(
+        leaf.requires_grad and torch.equal(leaf, other)
+        for leaf, other in zip(leaves(lowered(*x)), leaves(plain), strict=True)
+    )
+    lowered.requires_grad_(False)
+    assert not any(leaf.requires_grad for leaf in leaves(lowered(*x)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_what_has_no_gradient_is_refused_as_ever() -> None:
+    lowered, (x,) = made("perceptron")[0], MODELS["perceptron"][1](3)
+    for _ in range(2):
+        first = torch.autograd.grad(lowered(x.requires_grad_()).sum(), x, create_graph=False)[0]
+    assert first.any()
+    with pytest.raises(FormatError, match="second derivatives are not supported"):
+        torch.autograd.grad(lowered(x).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lowered, (x.detach(),), (torch.ones_like(x),))
+    rounded, _ = made("perceptron", value_dtype=torch.int8)
+    for _ in range(2):
+        with pytest.raises(FormatError, match="have no gradient"):
+            rounded(x).sum().backward()
 
 
 class Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx.comparison import signal_to_noise
 from srigl_fx.errors import FormatError, LoweringError
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
-from srigl_fx.lowering.pipeline import load_lowered, lower
+from srigl_fx.lowering.pipeline import lower
 from srigl_fx.passes.condensed_nodes import condensed_nodes
 from srigl_fx.passes.hand_over_bytes import HandOverBytes
 from srigl_fx.passes.pipelines import CONDENSING, LOWERING

@@ -17,8 +17,9 @@ from srigl_fx.errors import FormatError, LoweringError
 from srigl_fx.lowering import file_operators as graph_ops
 from srigl_fx.lowering.file import guarded
 from srigl_fx.lowering.file_guards import guard
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
-from srigl_fx.lowering.pipeline import load_lowered, lower
+from srigl_fx.lowering.pipeline import lower
 
 NAMES = sorted(graph_ops._ATEN)
 # Of the guarded ones, those whose arguments are only checked; the others have tests of their own below.

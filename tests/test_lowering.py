@@ -22,8 +22,9 @@ from torch.nn import functional
 
 import srigl_fx as sx
 from srigl_fx.errors import CaptureError, ExportError, FormatError, InvariantError, LoweringError
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
-from srigl_fx.lowering.pipeline import load_lowered, lower
+from srigl_fx.lowering.pipeline import lower
 from srigl_fx.masks.records import sparse_weights
 
 ours = torch.ops.srigl_fx

@@ -12,8 +12,9 @@ from torch import Tensor, fx, nn
 import srigl_fx as sx
 from srigl_fx import onnx_tools, runtime
 from srigl_fx.lowering.file import condensed_weights
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
-from srigl_fx.lowering.pipeline import load_lowered, lower
+from srigl_fx.lowering.pipeline import lower
 from srigl_fx.masks.records import sparse_weights
 from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.passes.condensed_nodes import settled_padding

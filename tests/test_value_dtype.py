@@ -15,8 +15,9 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx.comparison import TOLERANCE, relative_error, tolerance
 from srigl_fx.errors import LoweringError
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweringReport
-from srigl_fx.lowering.pipeline import load_lowered, lower
+from srigl_fx.lowering.pipeline import lower
 
 HALVES = (torch.bfloat16, torch.float16)
 CONDENSED = (torch.ops.srigl_fx.condensed_linear.default, torch.ops.srigl_fx.condensed_conv.default)

@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 import srigl_fx as sx
 from srigl_fx.comparison import LEAST_LAYER_SNR, LEAST_OUTPUT_SNR, signal_to_noise
 from srigl_fx.errors import FormatError, LoweringError
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule, LoweringReport
-from srigl_fx.lowering.pipeline import load_lowered, lower
+from srigl_fx.lowering.pipeline import lower
 from srigl_fx.passes.condensed_nodes import LINEAR, condensed_nodes, is_condensed
 from srigl_fx.passes.program import arguments
 from srigl_fx.runtime import reference

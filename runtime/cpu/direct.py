@@ -1,7 +1,7 @@
 """Calls of condensed operators past torch's dispatcher, for programs that make the same ones again and again.
 
-Owns what is remembered of a layer between such calls, and when it still holds. It must not know graphs, nor what is
-computed; who calls sees to it that nothing has to observe the operator: no gradients, no tracing, no modes.
+Owns what is remembered of a layer between such calls, when it still holds, and that gradients are recorded. It must not
+know graphs, nor what is computed; who calls sees to it that nothing has to observe the operator: no tracing, no modes.
 """
 
 import math
@@ -15,10 +15,12 @@ from torch import Tensor
 from srigl_fx.runtime.cpu.execute import Prepared, prepare_linear
 from srigl_fx.runtime.cpu.execute_conv import prepare_convolution
 from srigl_fx.runtime.cpu.prepared_weights import can_train
+from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
 from srigl_fx.runtime.ops import LINEAR
 from srigl_fx.runtime.validation import check_weight
 
 _Weight = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]  # values, indices, active, bias, scales
+_LEADING = 5  # arguments of both operators: x and the weight
 _MOST = 64  # shapes of samples that are remembered of a layer
 TENSORS = ("x", "values", "indices", "active", "bias", "residual", "scales")
 """The operands of both operators that are tensors; the others are settings."""
@@ -49,6 +51,7 @@ class DirectCall:
     def __init__(self, operator: torch._ops.OpOverload, settings: Mapping[str, Any]) -> None:
         schema = operator._schema.arguments
         defaults = {one.name: one.default_value for one in schema if one.name not in TENSORS}
+        self._names = [one.name for one in schema][_LEADING:]
         self._operator, self._settings = operator, {**defaults, **settings}
         self._known: _Known | None = None
 
@@ -63,6 +66,29 @@ class DirectCall:
         scales: Tensor | None,
     ) -> Tensor:
         """What the operator gives."""
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or bias.requires_grad
+            or values.requires_grad
+            or (residual is not None and residual.requires_grad)
+        ):
+            # What torch makes of a registered backward looks up the default of each argument, at each call.
+            record: Any = _Recorded.apply
+            y: Tensor = record(x, values, indices, active, bias, residual, scales, self)
+            return y
+        return self.computed(x, values, indices, active, bias, residual, scales)
+
+    def computed(
+        self,
+        x: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        active: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        scales: Tensor | None,
+    ) -> Tensor:
+        """The same where no gradients are recorded."""
         known, key = self._known, _key(x)
         held = known is not None and known.is_of(values, indices, active, bias, scales)
         if known is not None and held and key in known.prepared:
@@ -101,6 +127,41 @@ class DirectCall:
         checked = check_weight("condensed_conv", *parts, math.prod(shape[1:]), scales)
         settings = shape, given["stride"], given["padding"], given["dilation"], given["groups"], given["transposed"]
         return prepare_convolution(checked, x, parts, *settings, y.shape, activation, scales, *rounding)
+
+    def arguments(self, residual: Tensor | None, scales: Tensor | None) -> list[Any]:
+        """The arguments behind x and the weight, in the operator's order."""
+        given = {**self._settings, "residual": residual, "scales": scales}
+        return [given[name] for name in self._names]
+
+    def gradients(self, ctx: Any, grad: Tensor) -> list[Tensor | None]:
+        """The gradients of x, the weight and the residual, for what ``save`` has kept."""
+        found = (linear_backward if self._operator is LINEAR else conv_backward)(ctx, grad)
+        return [*found[:_LEADING], found[_LEADING + self._names.index("residual")]]
+
+
+class _Recorded(torch.autograd.Function):
+    """A call whose gradients are wanted: computed as any other, with the operator's own backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values: Tensor,
+        indices: Tensor,
+        active: Tensor,
+        bias: Tensor,
+        residual: Tensor | None,
+        scales: Tensor | None,
+        call: DirectCall,
+    ) -> Tensor:
+        y = call.computed(x, values, indices, active, bias, residual, scales)
+        ctx.call = call
+        save(ctx, (x, values, indices, active, bias, *call.arguments(residual, scales)), y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.call.gradients(ctx, grad), None, None)
 
 
 _Key = tuple[Any, ...]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from srigl_fx.passes.condensed_nodes import is_condensed
@@ -22,22 +23,22 @@ Described = Sequence[dict[str, Any] | None]
 
 
 def unobserved() -> bool:
-    """Whether torch would do no more than call kernels: no gradients are recorded, and nothing traces or profiles.
+    """Whether operators are for nobody but who wants their results: nothing traces, transforms or profiles.
 
     Example:
-        >>> with torch.no_grad():
-        ...     unobserved()
-        True
         >>> unobserved()
+        True
+        >>> with torch.profiler.profile():
+        ...     unobserved()
         False
     """
     return not (
-        torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
+        torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     )
 
 

@@ -1,6 +1,6 @@
-"""``lower``: from masks to condensed operators, as one pipeline of passes; and reading a lowered model back.
+"""``lower``: from masks to condensed operators, as one pipeline of passes.
 
-Owns the verbs, the checks before and the verification after. It must not know how any single step works.
+Owns the verb, the checks before and the verification after. It must not know how any single step works.
 """
 
 import copy
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import Comparison
 from srigl_fx.compatibility import noted
-from srigl_fx.errors import FormatError, LoweringError, PassError, SriglError
+from srigl_fx.errors import LoweringError, PassError, SriglError
 from srigl_fx.lowering.by_regions import lower_regions
 from srigl_fx.lowering.calibration_inputs import Calibration, calibration_inputs, check_calibration
 from srigl_fx.lowering.dump import Dump, clear, folder_of_part
@@ -263,32 +263,6 @@ def _settled(step: Pass[Program], options: _Options) -> Pass[Program]:
 
 
 @noted
-def load_lowered(path: str | os.PathLike[str]) -> LoweredModule:
-    """Read a model that ``lower(...).save(path)`` wrote; nothing in the file is executed as code.
-
-    Raises:
-        FormatError: There is no such file, it cannot be read, or it holds anything but a lowered graph. Numbers that
-            have changed are not noticed: there is no checksum.
-
-    Example:
-        >>> import tempfile, srigl_fx as sx
-        >>> model = sx.sparsify(nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)), sparsity=0.75)
-        >>> lowered = sx.lower(model.eval(), (torch.ones(1, 16),), min_speedup=0)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     lowered.save(f"{folder}/model.srigl")
-        ...     again = sx.load_lowered(f"{folder}/model.srigl")
-        >>> torch.equal(again(torch.ones(5, 16)), lowered(torch.ones(5, 16)))
-        True
-    """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise FormatError(f"there is no file {path}; lower(...).save(path) writes one") from error
-    except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}; give the path of a file") from error
-    return LoweredModule.from_bytes(data, origin=str(path))
-
-
 def _check_arguments(
     model: nn.Module, target: str, min_speedup: float | str, batch_sizes: Sequence[int] | None
 ) -> None:

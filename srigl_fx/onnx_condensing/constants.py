@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-_FOLLOWED = frozenset({"Identity", "Transpose", "Cast", "DequantizeLinear"})
+_FOLLOWED = frozenset({"Identity", "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear"})
 
 
 def constant(value: ir.Value | None) -> Array | None:
-    """What a value always is: an initializer, or one that is moved, cast or dequantised; None where it is computed.
+    """What a value always is: an initializer, or one that is moved, cast, quantised or dequantised; else None.
 
     Example:
         >>> constant(ir.val("x")) is None
@@ -41,7 +41,37 @@ def constant(value: ir.Value | None) -> Array | None:
         return first.transpose(attribute(node, "perm", list(range(first.ndim))[::-1]))
     if node.op_type == "Cast":
         return first.astype(ir.DataType(attribute(node, "to", 1)).numpy())
-    return _dequantised(first, given[1:], attribute(node, "axis", 1), attribute(node, "block_size", 0))
+    if node.op_type == "QuantizeLinear":
+        return _quantised(node, first, given[1:])
+    parts = _apart(node, first, given[1:])
+    return None if parts is None else np.asarray(parts[0].astype(parts[1].dtype) * parts[1])
+
+
+def steps(value: ir.Value | None) -> tuple[Array, Array] | None:
+    """The whole numbers, less their zero point, and the scales that a dequantised constant is made of.
+
+    Returns:
+        int32, and a floating-point array that can be broadcast to the same shape; None where a value is no such
+        constant.
+
+    Example:
+        >>> steps(ir.val("x")) is None
+        True
+    """
+    node = value.producer() if value is not None else None
+    if node is None or node.domain not in ("", "ai.onnx") or constant(value) is None:
+        return None
+    if node.op_type == "Identity":
+        return steps(node.inputs[0])
+    if node.op_type == "Transpose":
+        if (found := steps(node.inputs[0])) is None:
+            return None
+        perm = attribute(node, "perm", list(range(found[0].ndim))[::-1])
+        return found[0].transpose(perm), found[1].transpose(perm)
+    if node.op_type != "DequantizeLinear":
+        return None
+    first, *others = (constant(one) for one in node.inputs)
+    return None if first is None else _apart(node, first, others)
 
 
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
@@ -55,13 +85,35 @@ def attribute(node: ir.Node, name: str, default: Any) -> Any:
     return default if found is None else found.value
 
 
-def _dequantised(steps: Array, others: list[Array | None], axis: int, block_size: int) -> Array | None:
-    scale, zero = others[0], others[1] if len(others) > 1 else None
-    if scale is None or block_size or scale.ndim > 1:
+def _apart(node: ir.Node, numbers: Array, others: list[Array | None]) -> tuple[Array, Array] | None:
+    """The numbers of a DequantizeLinear, less their zero point, and their scales."""
+    if (parts := _scales(node, numbers, others)) is None or numbers.dtype.kind not in "iu":
         return None
-    shape = [1] * steps.ndim
-    if scale.ndim and scale.size > 1:
-        shape[axis] = scale.size
-    offset = np.zeros((), np.int32) if zero is None else zero.astype(np.int32)
-    apart = steps.astype(np.int32) - offset.reshape(shape if offset.size > 1 else [1] * steps.ndim)
-    return np.asarray(apart.astype(scale.dtype) * scale.reshape(shape if scale.size > 1 else [1] * steps.ndim))
+    scale, zero = parts
+    return numbers.astype(np.int32) - zero.astype(np.int32), scale
+
+
+def _quantised(node: ir.Node, numbers: Array, others: list[Array | None]) -> Array | None:
+    """What a QuantizeLinear makes of floats: bytes."""
+    parts = _scales(node, numbers, others)
+    if parts is None or parts[1].dtype not in (np.uint8, np.int8) or not np.isfinite(numbers).all():
+        return None
+    scale, zero = parts
+    if attribute(node, "output_dtype", 0) not in (0, ir.DataType.from_numpy(zero.dtype)):
+        return None
+    limits = np.iinfo(zero.dtype)
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        rounded = np.rint(numbers / scale) + zero.astype(np.int32)
+    return np.asarray(np.nan_to_num(rounded).clip(limits.min, limits.max), dtype=zero.dtype)
+
+
+def _scales(node: ir.Node, numbers: Array, others: list[Array | None]) -> tuple[Array, Array] | None:
+    """The scales and the zero points of one of these nodes, as they are broadcast to the numbers."""
+    scale, zero = others[0], others[1] if len(others) > 1 else None
+    if scale is None or attribute(node, "block_size", 0) or scale.ndim > 1:
+        return None
+    zero = np.zeros((), np.uint8) if zero is None else zero
+    shape = [1] * numbers.ndim
+    if max(scale.size, zero.size) > 1:
+        shape[attribute(node, "axis", 1)] = -1
+    return scale.reshape(shape), zero.reshape(shape)

@@ -5,8 +5,8 @@ Owns the reading of MatMul, Gemm and Conv, and of what follows them. It must not
 Rules:
     1. ``MatMul`` of something computed with a constant matrix (F, n) is a linear layer; so is ``Gemm`` where only the
        weight is transposed or scaled, and its bias one number for each output, or for all.
-    2. ``Conv`` with a constant filter is a convolution over one to three axes. Padding is as the file says it; where
-       the two sides of an axis differ, or the size of the input decides (``auto_pad``), it stays as it is.
+    2. ``Conv`` with a constant filter is a convolution over one to three axes. Where its padding depends on the size of
+       its input (``auto_pad``), that size must be known, unless the stride is 1.
     3. The input's rank must be known, and it must be float32.
     4. An ``Add`` of a constant with one number for each output, which alone reads a layer without a bias, is its bias.
        An ``Add`` of something computed, of the same shape, is a residual. One node behind that is an activation, if a
@@ -36,6 +36,7 @@ class Contraction:
         bias: float32 (n,), or None.
         convolution: The attributes of a convolution, None for a linear layer.
         weight_shape: (n, F), or (n, C / groups, kernel...).
+        factor: What the product is multiplied with, which the matrix has in it.
         residual: What is added, if anything is.
         activation: The activation's name.
         last: The node whose output is that of all of them together.
@@ -48,6 +49,7 @@ class Contraction:
     bias: Array | None = None
     convolution: dict[str, Any] | None = None
     weight_shape: tuple[int, ...] = ()
+    factor: float = 1.0
     residual: ir.Value | None = None
     activation: str = "none"
     last: ir.Node = field(init=False)
@@ -82,6 +84,18 @@ def contractions(graph: ir.Graph) -> list[Contraction]:
     return found
 
 
+def matrix_view(node: ir.Node, weight: Array) -> Array:
+    """The (n, F) matrix view of the weight of a MatMul, Gemm or Conv, as the file has it.
+
+    Example:
+        >>> matrix_view(ir.node("MatMul", [ir.val("x"), ir.val("w")]), np.ones((4, 2))).shape
+        (2, 4)
+    """
+    if node.op_type == "Conv":
+        return weight.reshape(len(weight), -1)
+    return weight if node.op_type == "Gemm" and attribute(node, "transB", 0) else weight.T
+
+
 def _source(value: ir.Value | None) -> str:
     """The name of the initializer that a constant is made from."""
     while value is not None and (producer := value.producer()) is not None:
@@ -93,27 +107,29 @@ def _matmul(node: ir.Node) -> Contraction | None:
     weight = constant(node.inputs[1])
     if weight is None or weight.ndim != 2 or constant(node.inputs[0]) is not None:
         return None
-    return Contraction(node=node, weight=_source(node.inputs[1]), matrix=_float(weight.T))
+    return Contraction(node=node, weight=_source(node.inputs[1]), matrix=_float(matrix_view(node, weight)))
 
 
 def _gemm(node: ir.Node) -> Contraction | None:
     weight = constant(node.inputs[1])
     if weight is None or weight.ndim != 2 or constant(node.inputs[0]) is not None:
         return None
-    matrix = weight if attribute(node, "transB", 0) else weight.T
+    factor = attribute(node, "alpha", 1.0)
     one = Contraction(
         node=node,
         weight=_source(node.inputs[1]),
-        matrix=_float(matrix) * np.float32(attribute(node, "alpha", 1.0)),
+        matrix=_float(matrix_view(node, weight)) * np.float32(factor),
+        factor=factor,
     )
     if attribute(node, "transA", 0):
         one.refused = "its input is transposed"
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = constant(node.inputs[2])
-        if bias is None or bias.size not in (1, len(matrix)) or (bias.ndim > 1 and bias.shape[0] > 1):
+        if bias is None or bias.size not in (1, len(one.matrix)) or (bias.ndim > 1 and bias.shape[0] > 1):
             one.refused = one.refused or "its bias is computed, or not one number for each output"
         else:
-            one.bias = np.broadcast_to(_float(bias).reshape(-1), len(matrix)) * np.float32(attribute(node, "beta", 1.0))
+            wide = np.broadcast_to(_float(bias).reshape(-1), len(one.matrix))
+            one.bias = wide * np.float32(attribute(node, "beta", 1.0))
     return one
 
 
@@ -122,25 +138,25 @@ def _conv(node: ir.Node) -> Contraction | None:
     if weight is None or constant(node.inputs[0]) is not None:
         return None
     rank = weight.ndim - 2
-    pads = attribute(node, "pads", None) or [0] * (2 * rank)
+    strides = list(attribute(node, "strides", None) or [1] * rank)
+    dilations = list(attribute(node, "dilations", None) or [1] * rank)
+    pads = _pads(node, weight.shape[2:], strides, dilations)
     one = Contraction(
         node=node,
         weight=_source(node.inputs[1]),
-        matrix=_float(weight).reshape(len(weight), -1),
+        matrix=_float(matrix_view(node, weight)),
         weight_shape=weight.shape,
         convolution={
-            "strides": list(attribute(node, "strides", None) or [1] * rank),
-            "pads": list(pads),
-            "dilations": list(attribute(node, "dilations", None) or [1] * rank),
+            "strides": strides,
+            "pads": pads,
+            "dilations": dilations,
             "group": attribute(node, "group", 1),
         },
     )
     if not 1 <= rank <= 3:
         one.refused = f"it has {rank} axes"
-    elif pads[:rank] != pads[rank:]:
-        one.refused = "it pads the two sides of an axis differently"
-    elif attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        one.refused = "its padding depends on the size of its input (auto_pad)"
+    elif pads is None:
+        one.refused = "its padding depends on the size of its input (auto_pad), which is not known"
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         bias = constant(node.inputs[2])
         if bias is None:
@@ -148,6 +164,25 @@ def _conv(node: ir.Node) -> Contraction | None:
         else:
             one.bias = _float(bias).reshape(-1)
     return one
+
+
+def _pads(node: ir.Node, kernel: tuple[int, ...], strides: list[int], dilations: list[int]) -> list[int] | None:
+    """The zeros before each axis, and then those behind; None where they are not the same for all inputs."""
+    rank, how = len(kernel), attribute(node, "auto_pad", "NOTSET")
+    if how == "NOTSET":
+        return list(attribute(node, "pads", None) or [0] * (2 * rank))
+    if how == "VALID":
+        return [0] * (2 * rank)
+    x = node.inputs[0]
+    sizes = list(x.shape[2:]) if x is not None and x.shape is not None else [None] * rank
+    totals = []
+    for size, width, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        if dilation != 1 or (stride != 1 and not isinstance(size, int)):
+            return None
+        left = (size - 1) % stride if isinstance(size, int) else 0  # of the input, behind the last step
+        totals.append(max(0, width - 1 - left))
+    small, large = [total // 2 for total in totals], [total - total // 2 for total in totals]
+    return [*small, *large] if how == "SAME_UPPER" else [*large, *small]
 
 
 _READERS = {"MatMul": _matmul, "Gemm": _gemm, "Conv": _conv}
@@ -161,7 +196,7 @@ def _unsuitable(one: Contraction) -> str:
     """Rule 3."""
     x = one.x
     if x.dtype is not None and x.dtype != ir.DataType.FLOAT:
-        return f"its input is {x.dtype.name.lower()}, not float32"
+        return f"its input is {x.dtype.name.lower()}, not float32: export the model in float32"
     if x.shape is None:
         return "the rank of its input is not known"
     if one.convolution is None and len(x.shape) < 1:

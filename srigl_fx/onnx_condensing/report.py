@@ -16,7 +16,9 @@ class CondensingRow:
         shape: The weight's shape, outputs first.
         sparsity: The fraction of it that is zero.
         condensed: Whether it is condensed now.
-        reason: Why it is not.
+        eight_bits: Whether it is in eight bits then, with numbers and scales of the source.
+        parts: How many nodes it is: more than one where rows of like length are nodes of their own.
+        reason: Why it is not, or why in float32 although the source is in eight bits.
     """
 
     name: str
@@ -24,7 +26,17 @@ class CondensingRow:
     shape: tuple[int, ...]
     sparsity: float
     condensed: bool
+    eight_bits: bool
+    parts: int
     reason: str
+
+    @property
+    def form(self) -> str:
+        """What became of it, in words."""
+        if not self.condensed:
+            return "dense"
+        more = (", int8" if self.eight_bits else "") + (f", {self.parts} groups of rows" if self.parts > 1 else "")
+        return f"condensed{more}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +50,7 @@ class CondensingReport:
         library_error: The largest difference from the source, over the largest output, with the operator library; None
             where that was not checked.
         fallback_error: The same without it.
+        allowed_error: What was allowed: 1e-4, or 0.02 where numbers are rounded to eight bits behind a condensed layer.
     """
 
     path: Path
@@ -45,6 +58,7 @@ class CondensingReport:
     rows: tuple[CondensingRow, ...]
     library_error: float | None
     fallback_error: float | None
+    allowed_error: float
 
     @property
     def condensed_layers(self) -> int:
@@ -52,14 +66,14 @@ class CondensingReport:
         return sum(row.condensed for row in self.rows)
 
     def __str__(self) -> str:
-        headers = ("weight", "operator", "shape", "zeros", "form", "why dense")
+        headers = ("weight", "operator", "shape", "zeros", "form", "why")
         cells = [
             (
                 row.name,
                 row.operator,
                 "x".join(map(str, row.shape)),
                 f"{row.sparsity:.1%}",
-                "condensed" if row.condensed else "dense",
+                row.form,
                 row.reason,
             )
             for row in self.rows
@@ -70,6 +84,7 @@ class CondensingReport:
             (
                 format_table(headers, cells, right=(3,)),
                 f"{self.condensed_layers} of {len(self.rows)} layers condensed; {self.path} takes "
-                f"{format_bytes(self.bytes)}; largest relative difference {checked or 'not checked'}",
+                f"{format_bytes(self.bytes)}; largest relative difference "
+                + (f"{checked}, allowed {self.allowed_error:.0e}" if checked else "not checked"),
             )
         )

@@ -1,28 +1,68 @@
-"""From a contraction of a graph to one condensed node.
+"""From a contraction of a graph to condensed nodes, one as a rule.
 
-Owns the node and its initializers; it must not know which contractions are rewritten.
+Owns the nodes and their initializers; it must not know which contractions are rewritten.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from srigl_fx.onnx_condensing.constants import Array, constant
 from srigl_fx.onnx_condensing.match import Contraction
+from srigl_fx.onnx_condensing.quantised import EightBits, quantiser
 from srigl_fx.runtime.format import CondensedWeight
 from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.quantisation import OFFSET
 
 
-def condense(graph: ir.Graph, one: Contraction, weight: CondensedWeight) -> None:
-    """Put a condensed node in the place of a contraction and of what it takes over.
+def condense(graph: ir.Graph, one: Contraction, parts: Sequence[Array], numbers: EightBits | None) -> None:
+    """Put condensed nodes in the place of a contraction and of what it takes over.
+
+    Each computes some rows; of all others its outputs are those of the node before, which it adds.
 
     Args:
         graph: The graph, whose other nodes may read what is replaced.
         one: The contraction.
-        weight: Its weight.
+        parts: bool (n, F) for each node, the weights that it keeps: those of different rows.
+        numbers: Where it is one of whole numbers, these.
     """
+    bias, correction = one.bias, None if numbers is None else numbers.correction
+    if correction is not None:
+        bias = correction if bias is None else bias + correction
+    (old,) = one.last.outputs
+    residual = one.residual
+    for i, kept in enumerate(parts):
+        is_last = i == len(parts) - 1
+        stem = one.weight if len(parts) == 1 else f"{one.weight}_rows{i}"
+        weight = _weight(one, kept, None if i else bias, numbers)
+        node = _node(graph, one, weight, stem, residual, one.activation if is_last else "none", numbers)
+        node.name = one.node.name if is_last or not one.node.name else f"{one.node.name}_rows{i}"
+        (y,) = node.outputs
+        y.name, y.shape, y.type = old.name if is_last else f"{old.name}_rows{i}", old.shape, old.type
+        # Before the last of the nodes that it replaces: what is added is computed by then.
+        graph.insert_before(one.last, node)
+        residual = y
+    old.name = f"{old.name}_dense"
+    assert residual is not None
+    old.replace_all_uses_with(residual, replace_graph_outputs=True)
+
+
+def _node(
+    graph: ir.Graph,
+    one: Contraction,
+    weight: CondensedWeight,
+    stem: str,
+    residual: ir.Value | None,
+    activation: str,
+    numbers: EightBits | None,
+) -> ir.Node:
     arrays: dict[str, Any] = {item: getattr(weight, item) for item in abi.INPUTS[1:]}
-    name = _base_name(graph, one.weight, arrays)
+    if weight.scales is not None:
+        arrays[abi.SCALES] = weight.scales
+    name = _base_name(graph, stem, arrays)
     constants = [_initializer(graph, f"{name}_{item}", array) for item, array in arrays.items()]
     n, fan_in = weight.out_features, weight.in_features
     attributes: dict[str, Any] = {
@@ -30,30 +70,52 @@ def condense(graph: ir.Graph, one: Contraction, weight: CondensedWeight) -> None
         "weight_shape": list(one.weight_shape),
         "flat_size": n * fan_in,
     }
+    x = one.x
     if one.convolution is None:
         base, rows = abi.FLOAT_BASES[0], list(range(len(one.x.shape or ())))
         attributes |= {"x_perm": rows, "y_perm": rows}
     else:
         base = abi.FLOAT_BASES[1]
         attributes |= one.convolution
-    (old,) = one.last.outputs
-    node = ir.node(
-        abi.operator_name(base, one.residual is not None, one.activation),
-        [one.x, *constants, *([] if one.residual is None else [one.residual])],
+    if numbers is not None:
+        base, x = base + abi.EIGHT_BITS, _bytes(graph, numbers)
+        attributes |= {"x_scale": numbers.scale, "x_offset": numbers.offset, "x_bytes": 1}
+    return ir.node(
+        abi.operator_name(base, residual is not None, activation),
+        [x, *constants, *([] if residual is None else [residual])],
         attributes,
         domain=abi.DOMAIN,
-        outputs=[ir.val(old.name, shape=old.shape, type=old.type)],
-        name=one.node.name,
     )
-    # Before the last of the nodes that it replaces: what is added is computed by then.
-    graph.insert_before(one.last, node)
-    old.name = f"{old.name}_dense"
-    old.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+
+
+def _weight(one: Contraction, kept: Array, bias: Array | None, numbers: EightBits | None) -> CondensedWeight:
+    if numbers is None:
+        return CondensedWeight.from_dense(one.matrix, kept, bias, pad=True)
+    weight = CondensedWeight.from_dense(numbers.values, kept, bias, pad=True)
+    # They are not to be rounded with scales of our own.
+    return replace(weight, values=weight.values.astype(np.int8), scales=numbers.scales[weight.rows])
+
+
+def _bytes(graph: ir.Graph, numbers: EightBits) -> ir.Value:
+    """The input as uint8: int8 is rounded anew, with a zero point that is 128 more."""
+    node = quantiser(numbers.x)
+    if not numbers.signed or node is None:
+        return numbers.x
+    name = f"{numbers.x.name}_uint8"
+    for reader in (use.node for value in node.inputs[:1] if value is not None for use in value.uses()):
+        if reader.outputs[0].name == name:
+            return reader.outputs[0]
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    point = np.full((), (0 if zero is None else int(zero.item())) + OFFSET, np.uint8)
+    inputs = [*node.inputs[:2], _initializer(graph, f"{name}_zero_point", point)]
+    made = ir.val(name, shape=numbers.x.shape, type=ir.TensorType(ir.DataType.UINT8))
+    graph.insert_after(node, ir.node("QuantizeLinear", inputs, outputs=[made], name=f"{node.name or name}_uint8"))
+    return made
 
 
 def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:
     if name not in graph.initializers:
-        tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+        tensor = ir.tensor(np.array(array, order="C"), name=name)
         value = ir.val(name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
         graph.register_initializer(value)
     return graph.initializers[name]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 TOLERANCE = 1e-4  # of the largest output: sums are taken in another order
+# The same where numbers are rounded to eight bits behind a condensed node: one that is next to the border between two
+# steps may fall to the other side, a step of 1/255 of what the next layer reads.
+ROUNDED_TOLERANCE = 2e-2
 _FREE = (2, 16)  # the first size and further ones, where they are free
 _DTYPES = {
     "tensor(float)": np.float32,
@@ -31,12 +34,12 @@ _DTYPES = {
 
 
 def check(
-    source: Path, condensed: Path, example_inputs: Mapping[str, Array] | None, *, fallback: bool
+    source: Path, condensed: Path, example_inputs: Mapping[str, Array] | None, *, fallback: bool, allowed: float
 ) -> dict[str, float]:
     """The largest relative error of a condensed file, with the library and without.
 
     Raises:
-        ExportError: One of the two does not run, or outputs differ by more than 1e-4 of the largest.
+        ExportError: One of the two does not run, or outputs differ by more than what is allowed, of the largest.
     """
     reference = _session(source, "the source", library=False)
     feeds = _feeds(reference, example_inputs)
@@ -49,10 +52,10 @@ def check(
             continue
         got = _run(session, feeds, f"the condensed file ({host})")
         errors[host] = max((_error(*pair) for pair in zip(expected, got, strict=True)), default=0.0)
-        if not errors[host] <= TOLERANCE:
+        if not errors[host] <= allowed:
             raise ExportError(
                 f"the condensed file ({host}) is off by {errors[host]:.1e} of the largest output (allowed: "
-                f"{TOLERANCE:.0e}). Give example_inputs that are like the model's own, or verify=False"
+                f"{allowed:.0e}). Give example_inputs that are like the model's own, or verify=False"
             )
     return errors
 

@@ -258,6 +258,45 @@ def test_unstructured_rows_are_padded() -> None:
     torch.testing.assert_close(program.module(x), model(x))
 
 
+def with_long_rows(layer: Any) -> Any:
+    """Every fourth row keeps nearly all of its weights, others two, one none."""
+    transposed = isinstance(layer, nn.ConvTranspose1d)
+    rows = layer.weight.detach().transpose(0, 1) if transposed else layer.weight.detach()
+    flat = rows.reshape(len(rows), -1)
+    counts = torch.where(torch.arange(len(flat)) % 4 == 0, flat.shape[1] - 1, 2)
+    counts[5] = 0
+    kept = (torch.rand(flat.shape).argsort(dim=1) < counts[:, None]).reshape(rows.shape)
+    mask_by_hand(layer, 0.5, structure="unstructured")
+    layer.weight_mask[:] = kept.transpose(0, 1) if transposed else kept
+    with torch.no_grad():
+        layer.weight[:] = torch.randn_like(layer.weight) * layer.weight_mask
+    return layer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda bias: nn.Linear(40, 24, bias=bias), (3, 40)),
+        (lambda bias: nn.Conv2d(8, 24, 3, padding=1, groups=2, bias=bias), (2, 8, 5, 4)),
+        (lambda bias: nn.ConvTranspose1d(24, 24, 3, stride=2, bias=bias), (2, 24, 6)),
+    ],
+    ids=["linear", "convolution", "transposed"],
+)
+def test_rows_of_like_length_are_operators_that_are_added(layer: Any, shape: tuple[int, ...], bias: bool) -> None:
+    built = with_long_rows(randomise(layer(bias)))
+    model: Any = nn.Sequential(built, nn.ReLU()).eval()
+    x = torch.randn(shape)
+    program = condensed(model, x)
+    (found,) = program.layers
+    assert (found.decision, found.reason) == ("condensed", "")
+    nodes = [node for node in program.module.graph.nodes if "condensed" in str(node.target)]
+    assert len(nodes) == 2
+    assert nodes[1].kwargs["residual"] is nodes[0]
+    assert found.bytes_after < 0.7 * built.weight.nbytes
+    torch.testing.assert_close(program.module(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_name_that_the_model_uses_is_not_overwritten() -> None:
     class Clash(nn.Module):
         weight_values: Tensor

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx.comparison import signal_to_noise
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
-from srigl_fx.lowering.pipeline import load_lowered, lower
+from srigl_fx.lowering.pipeline import lower
 from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.onnx_tools import densify
 from srigl_fx.passes.condensed_nodes import ROUND, condensed_nodes

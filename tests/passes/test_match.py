@@ -192,18 +192,18 @@ def test_rule_5_an_unstructured_weight_is_a_use_like_any_other() -> None:
     assert (use.target, layer.others, layer.reason) == ("weight", [], "")
 
 
-@pytest.mark.parametrize(("longest", "fits"), [(3, True), (4, False)])
-def test_rule_5_rows_that_differ_too_much_have_no_use_but_an_other_reader(longest: int, fits: bool) -> None:
-    """The dense weight takes 4 * 6 * 4 bytes; the padded one 4 * longest * (4 + 2)."""
+@pytest.mark.parametrize(("counts", "fits"), [([3, 1, 1, 1], True), ([4, 1, 1, 1], True), ([6, 5, 4, 4], False)])
+def test_rule_5_rows_that_differ_too_much_have_no_use_but_an_other_reader(counts: list[int], fits: bool) -> None:
+    """The dense weight takes 4 * 6 * 4 bytes; the padded one 4 * longest * (4 + 2), or less in groups of rows."""
     model = linear("unstructured")
-    model.weight_mask[:] = torch.arange(6) < torch.tensor([longest, 1, 1, 1])[:, None]
+    model.weight_mask[:] = torch.arange(6) < torch.tensor(counts)[:, None]
     layer = matched(program_of(model, (2, 6), reading(aten.linear.default)))
     if fits:
         assert (len(layer.uses), layer.others, layer.reason) == (1, [], "")
     else:
         assert (layer.uses, layer.others) == ([], ["aten.linear"])
         assert layer.reason == (
-            "its rows keep 1 to 4 of 6 weights: padded to the longest, they take as many bytes as the dense weight"
+            "its rows keep 4 to 6 of 6 weights: padded to the longest, they take as many bytes as the dense weight"
         )
 
 

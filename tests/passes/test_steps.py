@@ -141,8 +141,11 @@ def use_of(counts: list[int], width: int = 12, groups: int = 0) -> Use:
     [
         ([8, 8, 4, 4], 0, [(0, 2), (2, 4)]),
         ([12, 8, 4, 2], 0, [(0, 1), (1, 2), (2, 3), (3, 4)]),
-        ([12, 8, 4, 2, 1], 0, [(0, 5)]),  # too many
-        ([8, 8, 4, 4], 1, [(0, 4)]),  # a convolution is one operator
+        ([12, 8, 4, 2, 1], 0, [(0, 5)] * 4),  # too many runs, and padded more than the dense weight: by length
+        ([6, 6, 2, 2, 1], 0, [(0, 2), (2, 4), (4, 5)]),
+        ([6, 2, 6, 2, 6, 1], 0, [(0, 6)]),  # padded they are less
+        ([8, 8, 4, 4], 1, [(0, 4)] * 2),  # a convolution is not cut along its filters, but it may be two that are added
+        ([6, 6, 4, 4], 1, [(0, 4)]),
         ([11, 9], 0, [(0, 1), (1, 2)]),  # padding adds a tenth
         ([12, 11], 0, [(0, 2)]),
         ([12, 0, 11, 0], 0, [(0, 4)]),  # rows that keep none are not padded

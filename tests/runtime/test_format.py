@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lowering_support import fan_in_mask, random_condensed
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype, is_padding
+from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype, is_padding, padding_problem
 from srigl_fx.runtime.quantisation import LARGEST_FAN_IN
 from srigl_fx.runtime.value_types import FLOATS
 
@@ -199,3 +199,28 @@ def test_a_weight_too_large_for_float16_is_refused() -> None:
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(FormatError, match="float32, bfloat16, float16, int8, not in float64"):
         CondensedWeight.from_dense(np.ones((2, 2)), np.ones((2, 2), np.bool_), dtype="float64")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("counts", "width", "value_bytes", "refused"),
+    [
+        ([3, 3, 0], 4, 4, False),  # equal rows are a constant fan-in, however many they keep
+        ([0, 0], 4, 4, False),
+        ([], 4, 4, False),
+        ([1, 65], 100, 4, False),  # 2 * 65 * (4 + 2) = 780 bytes of 800
+        ([1, 67], 100, 4, True),  # 804
+        ([1, 0, 67], 100, 4, False),  # a row that keeps nothing is not stored
+        ([1, 99], 100, 2, False),  # 2 * 99 * (2 + 2) = 792
+        ([1, 100], 100, 2, True),
+        ([1, 100], 100, 1, False),
+        ([1, 40000], 70000, 4, True),  # indices of four bytes
+    ],
+)
+def test_where_padding_takes_more_than_the_dense_weight(
+    counts: list[int], width: int, value_bytes: int, refused: bool
+) -> None:
+    mask = np.arange(width) < np.array(counts, int).reshape(-1, 1)
+    problem = padding_problem(mask, value_bytes)
+    assert bool(problem) is refused
+    if refused:
+        assert problem.startswith(f"its rows keep {min(c for c in counts if c)} to {max(counts)} of {width} weights: ")
