@@ -21,7 +21,7 @@ from torch import fx
 from srigl_fx.passes import feature_major
 from srigl_fx.runtime import value_types
 from srigl_fx.runtime.costs.cost_model import Machine, Work, kernel_for
-from srigl_fx.runtime.cpu import execute, training_products
+from srigl_fx.runtime.cpu import execute, execute_conv, training_products
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job, plan
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512_VBMI, ISAS, TARGETS, host_isa, isa_of, looks_up_bytes
@@ -190,6 +190,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return entry(name)
 
     monkeypatch.setattr(execute, "entry", noted)
+    monkeypatch.setattr(execute_conv, "entry", noted)
     monkeypatch.setattr(training_products, "entry", noted)
     return tasks
 
