@@ -24,7 +24,7 @@ from harness.timing import interleaved, timer
 from torch import Tensor
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
-from srigl_fx.runtime.cpu import execute
+from srigl_fx.runtime.cpu import execute, execute_conv
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, ISAS, host_isa, host_target, isa_of
@@ -119,11 +119,12 @@ def tasks_of(call: Call) -> set[str]:
     """The tasks that a call through torch runs."""
     found: set[str] = set()
     plain = execute.entry
-    execute.entry = lambda name: (found.add(name), plain(name))[1]  # type: ignore[func-returns-value]
+    for module in (execute, execute_conv):
+        module.entry = lambda name: (found.add(name), plain(name))[1]  # type: ignore[func-returns-value]
     try:
         call()
     finally:
-        execute.entry = plain
+        execute.entry = execute_conv.entry = plain
     return found
 
 

@@ -104,7 +104,7 @@ class Machine:
     tile_rate: float = 45e9
     move_rate: float = 4e9
     dense_call: float = 3e-6
-    condensed_call: float = 10e-6
+    condensed_call: float = 6e-6
     level: int = _LEVEL
     target: int = len(TARGETS) - 1
 
