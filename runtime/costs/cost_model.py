@@ -133,7 +133,7 @@ def estimate(work: Work, machine: Machine) -> dict[Form, float]:
         >>> work = Work(rows=768, fan_in=3072, active=768, kept=768 * 307, columns=1)
         >>> seconds = estimate(work, Machine())
         >>> round(1e6 * seconds["dense"]), round(1e6 * seconds["condensed"])
-        (353, 44)
+        (353, 40)
     """
     seconds: dict[Form, float] = {"dense": dense(work, machine), "condensed": condensed(work, machine)}
     if 0 < work.active < work.rows:
