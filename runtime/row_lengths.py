@@ -43,7 +43,7 @@ def groups_by_length(counts: Array, most: int = 4) -> list[Array]:
         For each group a bool array (n,), the shortest rows first; rows that keep none are in no group.
 
     Example:
-        >>> [rows.tolist() for rows in groups_by_length(np.array([2, 9, 0, 3, 2]))]
+        >>> [rows.tolist() for rows in groups_by_length(np.array([2, 9, 0, 2, 2]))]
         [[True, False, False, True, True], [False, True, False, False, False]]
         >>> len(groups_by_length(np.full(5, 3))), len(groups_by_length(np.zeros(5, int)))
         (1, 0)
