@@ -17,7 +17,7 @@ import srigl_fx.runtime.ops  # noqa: F401 - registers the operators named below
 from srigl_fx.passes.base import Pass, PassResult
 from srigl_fx.passes.program import Decision, Program, Use, arguments, new_buffer, tensor_at
 from srigl_fx.runtime.format import VALUE_DTYPES, CondensedWeight, ValueDtype, padding_problem
-from srigl_fx.runtime.row_lengths import groups_by_length, places
+from srigl_fx.runtime.row_lengths import masks_by_length, places
 
 aten = torch.ops.aten
 
@@ -103,11 +103,10 @@ def condensed_rows(use: Use, value_dtype: torch.dtype = torch.float32) -> list[t
 
 def _groups(mask: "np.ndarray[Any, Any]", value_bytes: int) -> "list[np.ndarray[Any, Any]]":
     """The mask, or masks of rows of like length (rule 2)."""
-    counts = mask.sum(axis=1)
-    groups = [mask & rows[:, None] for rows in groups_by_length(counts)]
+    groups = masks_by_length(mask)
     if len(groups) < 2:
         return [mask]
-    saved = places(counts) - sum(places(part.sum(axis=1)) for part in groups)
+    saved = places(mask.sum(axis=1)) - sum(places(part.sum(axis=1)) for part in groups)
     if saved >= (len(groups) - 1) * _WORTH_AN_OPERATOR:
         return groups
     is_large = bool(padding_problem(mask, value_bytes)) and not padding_problem(mask, value_bytes, groups)

@@ -15,7 +15,7 @@ from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Geometry, MatchedLayer, Program, Use, arguments, operands, tensor_at
 from srigl_fx.runtime.format import padding_problem
-from srigl_fx.runtime.row_lengths import groups_by_length
+from srigl_fx.runtime.row_lengths import masks_by_length
 
 aten = torch.ops.aten
 
@@ -116,8 +116,7 @@ def _match(program: Program, layer: MatchedLayer, readers: list[fx.Node]) -> Non
 def _too_uneven(use: Use, value_dtype: torch.dtype) -> str:
     """Rule 5, where rows of like length may be padded to a length of their own."""
     mask = use.mask.numpy()
-    groups = [mask & rows[:, None] for rows in groups_by_length(mask.sum(axis=1))]
-    return padding_problem(mask, value_dtype.itemsize, groups)
+    return padding_problem(mask, value_dtype.itemsize, masks_by_length(mask))
 
 
 def _name(node: fx.Node) -> str:

@@ -322,9 +322,10 @@ def padding_problem(mask: Array, value_bytes: int = 4, parts: Sequence[Array] = 
     stored = entries * (value_bytes + index_dtype(mask.shape[1]).itemsize)
     if stored < mask.size * np.dtype(np.float32).itemsize:
         return ""
+    groups = f" of each of {len(parts)} groups" if len(parts) > 1 else ""
     return (
-        f"its rows keep {counts.min()} to {counts.max()} of {mask.shape[1]} weights: padded to the longest, they take "
-        "as many bytes as the dense weight"
+        f"its rows keep {counts.min()} to {counts.max()} of {mask.shape[1]} weights: padded to the longest{groups}, "
+        "they take as many bytes as the dense weight"
     )
 
 

@@ -72,3 +72,16 @@ def groups_by_length(counts: Array, most: int = 4) -> list[Array]:
         limits.append((0 if first == 0 else int(lengths[first - 1]), int(lengths[last])))
         last = first - 1
     return [(counts > low) & (counts <= high) for low, high in reversed(limits)]
+
+
+def masks_by_length(mask: Array) -> list[Array]:
+    """A mask as one for each group of rows of about the same length; together they keep what it keeps.
+
+    Args:
+        mask: Bool (n, F).
+
+    Example:
+        >>> [part.sum(axis=1).tolist() for part in masks_by_length(np.tri(3, 8, dtype=bool)[[0, 0, 2]])]
+        [[1, 1, 0], [0, 0, 3]]
+    """
+    return [mask & rows[:, None] for rows in groups_by_length(mask.sum(axis=1))]

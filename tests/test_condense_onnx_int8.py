@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from srigl_fx import onnx_tools
 from srigl_fx.errors import ExportError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
+from srigl_fx.onnx_condensing.trial import _error
 from srigl_fx.runtime import load
 from srigl_fx.runtime.ort.abi import DOMAIN
 
@@ -294,3 +295,25 @@ def test_files_of_the_static_quantisation_of_onnxruntime(tmp_path: Path, activat
     assert "its input has the zero point" in report.rows[0].reason
     assert report.library_error is not None
     assert report.library_error < 0.01
+
+
+def test_a_layer_that_is_refused_anyway_says_why(tmp_path: Path) -> None:
+    """Same padding of free sizes has no numbers, and bytes with an odd zero point ask for them."""
+    arrays: dict[str, Array] = {}
+    weight = dequantised_weight(pruned(16, 8, 3, 3), arrays, per_channel=True, dtype=np.int8)
+    nodes = [
+        *around("x", "x", 0.02, 113, np.uint8, arrays),
+        weight,
+        helper.make_node("Conv", ["x_dq", "w_dq"], ["y"], auto_pad="SAME_UPPER", strides=[2, 2]),
+    ]
+    path = write(tmp_path / "model.onnx", nodes, arrays, x=["n", 8, "h", "w"], y=["n", 16, "p", "q"])
+    with pytest.raises(ExportError, match="padding"):
+        condense_onnx(path, tmp_path / "out.onnx", min_speedup=0)
+
+
+def test_numbers_that_are_none_are_no_small_difference() -> None:
+    plain, nan = np.array([1.0, -2.0]), np.array([1.0, np.nan])
+    infinite = np.array([np.inf, 1.0])
+    assert _error(plain, plain) == _error(nan, nan) == _error(infinite, infinite) == 0.0
+    assert _error(plain, nan) == _error(nan, plain) == _error(infinite, -infinite) == _error(plain, infinite) == np.inf
+    assert _error(infinite, np.array([np.inf, 1.5])) == 0.5

@@ -279,6 +279,48 @@ def test_gradients_are_those_of_the_operators(name: str, direct: list[tuple[int,
     assert not any(leaf.requires_grad for leaf in leaves(lowered(*x)))
 
 
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_values_that_are_trained_are_read_anew(optimizer: Any) -> None:
+    """A fused optimizer writes to them without a word to torch; they were called before that."""
+    lowered, inputs = made("perceptron")
+    (x,) = inputs(5)
+    with torch.no_grad():
+        first = lowered(x), lowered(x)
+    names = [str(arguments(node)["values"].target) for node in condensed_nodes(lowered.graph)]
+    values = [lowered.state_dict(keep_vars=True)[name].requires_grad_() for name in names]
+    steps = optimizer(values, lr=0.1, fused=True)
+    for _ in range(2):
+        lowered(x).square().sum().backward()
+        steps.step()
+        with torch.no_grad():
+            y = lowered(x)
+            assert torch.equal(y, by_operators(lowered, x))
+    assert not torch.equal(y, first[0])
+
+
+def test_tensors_that_are_not_what_they_seem() -> None:
+    lowered, inputs = made("perceptron")
+    (x,) = inputs(5)
+    owner, name, values = operand(lowered, "values")
+    bias = operand(lowered, "bias")[2]
+    with torch.no_grad():
+        lowered(x), lowered(x)
+        setattr(owner, name, torch._neg_view(values.clone()))
+        for _ in range(3):
+            torch.testing.assert_close(lowered(x), by_operators(lowered, x))
+        setattr(owner, name, values)
+        other = torch._neg_view(bias.detach().clone())
+        for _ in range(3):
+            got = torch.func.functional_call(lowered, {"0.bias": other}, (x,))
+            torch.testing.assert_close(got, torch.func.functional_call(lowered, {"0.bias": -bias.detach()}, (x,)))
+        bias.data = torch.arange(2.0 * len(bias))[::2]  # with gaps
+        for _ in range(3):
+            torch.testing.assert_close(lowered(x), by_operators(lowered, x))
+        bias.data = torch.ones(3)
+        with pytest.raises(FormatError):
+            lowered(x)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_what_has_no_gradient_is_refused_as_ever() -> None:
     lowered, (x,) = made("perceptron")[0], MODELS["perceptron"][1](3)

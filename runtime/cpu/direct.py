@@ -93,7 +93,7 @@ class DirectCall:
         held = known is not None and known.is_of(values, indices, active, bias, scales)
         if known is not None and held and key in known.prepared:
             found = known.prepared[key]
-            if found is not None and (residual is None or _is_plain(residual, found)):
+            if found is not None and (residual is None or _fits(residual, found)):
                 return found(x, residual)
             key = None  # it takes other steps
         operands = x, values, indices, active, bias
@@ -104,8 +104,7 @@ class DirectCall:
 
     def _learn(self, key: "_Key", x: Tensor, weight: _Weight, y: Tensor, known: "_Known | None") -> None:
         """Remember how a call goes that has just succeeded."""
-        # torch does not count what changes in inference tensors, nor all that changes in values that are trained.
-        if any(part is not None and part.is_inference() for part in weight) or can_train(weight[0]):
+        if not all(part is None or _is_plain(part) for part in weight) or can_train(weight[0]):
             return
         if known is None or len(known.prepared) >= _MOST:
             known = self._known = _Known(weight)
@@ -168,36 +167,49 @@ _Key = tuple[Any, ...]
 
 
 class _Known:
-    """A weight as it was when calls with it were prepared; held alive by others."""
+    """A weight as it was when calls with it were prepared; held alive by others.
+
+    A bias is read anew by each call, and need not be the same tensor, only one that lies as the other did.
+    """
 
     __slots__ = ("facts", "parts", "prepared", "scales")
 
     def __init__(self, weight: _Weight) -> None:
-        self.parts = tuple(weakref.ref(part) for part in weight[:4])
+        self.parts = tuple(weakref.ref(part) for part in weight[:3])
         self.scales = None if weight[4] is None else weakref.ref(weight[4])
         self.facts = _facts(*weight)
         self.prepared: dict[_Key, Prepared | None] = {}
 
     def is_of(self, values: Tensor, indices: Tensor, active: Tensor, bias: Tensor, scales: Tensor | None) -> bool:
-        """Whether this is the weight, and nothing was written to it since."""
+        """Whether this is the weight, and nothing was written to it since; never so for values that may be trained."""
         parts = self.parts
         return (
             parts[0]() is values
             and parts[1]() is indices
             and parts[2]() is active
-            and parts[3]() is bias
             and (scales is None if self.scales is None else self.scales() is scales)
             and self.facts == _facts(values, indices, active, bias, scales)
+            and not bias.is_neg()
+            and type(bias) in (Tensor, torch.nn.Parameter)
+            and not can_train(values)
         )
 
 
-def _facts(values: Tensor, indices: Tensor, active: Tensor, bias: Tensor, scales: Tensor | None) -> tuple[int, ...]:
-    """What changes with the contents of a weight, or with where it is; a bias is read anew by each call."""
+def _facts(values: Tensor, indices: Tensor, active: Tensor, bias: Tensor, scales: Tensor | None) -> tuple[object, ...]:
+    """What changes with the contents of a weight, with where it is, and with how it lies there."""
     facts = (
-        *(values._version, values.data_ptr(), indices._version, indices.data_ptr(), active._version),
-        *(active.data_ptr(), bias.data_ptr()),
+        *(values._version, values.data_ptr(), values.dtype, values.shape, values.is_contiguous()),
+        *(indices._version, indices.data_ptr(), indices.is_contiguous()),
+        *(active._version, active.data_ptr(), active.is_contiguous()),
+        *(bias.data_ptr(), bias.dtype, bias.shape, bias.is_contiguous()),
     )
     return facts if scales is None else (*facts, scales._version, scales.data_ptr())
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is numbers in this machine's memory, whose changes torch counts."""
+    strided = tensor.is_cpu and tensor.layout is torch.strided and not tensor.is_neg()
+    return type(tensor) in (Tensor, torch.nn.Parameter) and strided and not tensor.is_inference()
 
 
 def _key(x: Tensor) -> _Key | None:
@@ -209,6 +221,6 @@ def _key(x: Tensor) -> _Key | None:
     return x.shape, x.dtype, torch.get_num_threads(), x.stride()
 
 
-def _is_plain(residual: Tensor, found: Prepared) -> bool:
+def _fits(residual: Tensor, found: Prepared) -> bool:
     shape = (*found.shape[1:], found.shape[0]) if found.feature_major else found.shape
     return _key(residual) is not None and residual.dtype is torch.float32 and tuple(residual.shape) == tuple(shape)

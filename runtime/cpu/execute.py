@@ -83,7 +83,7 @@ class Prepared:
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """The outputs for samples of the shape, the layout and the type that this was prepared for."""
         j = Job.from_buffer_copy(self.template)
-        y = torch.empty(self.shape, dtype=self.dtype)
+        y = torch.empty(self.shape, dtype=self.dtype, device="cpu")
         j[job.X], j[job.Y] = x.data_ptr(), y.data_ptr()
         if residual is not None:
             residual = residual.movedim(-1, 0).contiguous() if self.feature_major else residual.contiguous()

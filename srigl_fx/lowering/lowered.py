@@ -45,7 +45,7 @@ class LoweredModule(fx.GraphModule):
         super().__init__(root, graph, class_name)
 
     def recompile(self) -> PythonCode:
-        """Make the module's ``forward`` anew from its graph: call this after changing the graph."""
+        """Make ``forward`` anew from the graph: call this after changing that, before the next call."""
         code = super().recompile()
         kind: Any = type(self)  # each graph module has a class of its own
         kind.forward = _checked(kind.forward)

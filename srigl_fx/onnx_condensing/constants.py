@@ -115,5 +115,8 @@ def _scales(node: ir.Node, numbers: Array, others: list[Array | None]) -> tuple[
     zero = np.zeros((), np.uint8) if zero is None else zero
     shape = [1] * numbers.ndim
     if max(scale.size, zero.size) > 1:
-        shape[attribute(node, "axis", 1)] = -1
+        axis = attribute(node, "axis", 1)
+        if not -numbers.ndim <= axis < numbers.ndim:
+            return None
+        shape[axis] = -1
     return scale.reshape(shape), zero.reshape(shape)

@@ -18,7 +18,7 @@ from srigl_fx.onnx_condensing.constants import Array
 from srigl_fx.onnx_condensing.match import Contraction, positions
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME, Work, condensed, dense
 from srigl_fx.runtime.format import padding_problem
-from srigl_fx.runtime.row_lengths import groups_by_length, places
+from srigl_fx.runtime.row_lengths import masks_by_length, places
 
 _BATCHES: Final = (1, 16)  # at which a layer must gain
 # How many times as fast as in float32 ONNX Runtime computes a dense layer of eight bits, about, on a processor with
@@ -50,7 +50,7 @@ class Form:
         self.parts = [self.kept]
         value_bytes = 1 if self.eight_bits else 4
         self._padding = padding_problem(self.kept, value_bytes)
-        groups = [self.kept & rows[:, None] for rows in groups_by_length(self.kept.sum(axis=1))]
+        groups = masks_by_length(self.kept)
         if len(groups) < 2 or padding_problem(self.kept, value_bytes, groups):  # rule 2
             return
         faster = all(

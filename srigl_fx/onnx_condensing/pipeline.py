@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from srigl_fx.errors import ExportError, FormatError
+from srigl_fx.errors import ExportError, FormatError, SriglError
 from srigl_fx.files import check_replaceable, replacing
 from srigl_fx.onnx_condensing.form import Form
 from srigl_fx.onnx_condensing.match import Contraction, contractions, take_epilogue
@@ -94,9 +94,11 @@ def condense_onnx(
     least = 1.0 if min_speedup == "auto" else float(min_speedup)
     try:
         found = contractions(model.graph)
+        rows = [_settle(model.graph, one, min_sparsity, least) for one in found]
+    except SriglError:
+        raise
     except Exception as error:  # of attributes and sizes that do not go together, any type
         raise FormatError(f"the graph of {source} cannot be followed: {type(error).__name__}: {error}") from error
-    rows = [_settle(model.graph, one, min_sparsity, least) for one in found]
     if not any(row.condensed for row in rows):
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8])
         more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""
@@ -173,7 +175,7 @@ def _settle(graph: "ir.Graph", one: Contraction, min_sparsity: float, least: flo
     """Decide a layer, and condense it if that is what is decided."""
     kept = one.matrix != 0
     share = 1 - float(kept.mean()) if kept.size else 0.0
-    numbers = eight_bits(one)
+    numbers = "" if one.refused else eight_bits(one)
     is_rounded = isinstance(numbers, EightBits) or bool(numbers)  # in the source
     why_float = f"in float32: {numbers}" if isinstance(numbers, str) and numbers else ""
     carried = numbers if isinstance(numbers, EightBits) else None

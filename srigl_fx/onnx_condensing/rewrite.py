@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from srigl_fx.errors import FormatError
 from srigl_fx.onnx_condensing.constants import Array, constant
 from srigl_fx.onnx_condensing.match import Contraction
 from srigl_fx.onnx_condensing.quantised import EightBits, quantiser
@@ -101,16 +102,29 @@ def _bytes(graph: ir.Graph, numbers: EightBits) -> ir.Value:
     node = quantiser(numbers.x)
     if not numbers.signed or node is None:
         return numbers.x
-    name = f"{numbers.x.name}_uint8"
-    for reader in (use.node for value in node.inputs[:1] if value is not None for use in value.uses()):
-        if reader.outputs[0].name == name:
-            return reader.outputs[0]
     zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    point = np.full((), (0 if zero is None else int(zero.item())) + OFFSET, np.uint8)
-    inputs = [*node.inputs[:2], _initializer(graph, f"{name}_zero_point", point)]
+    point = OFFSET if zero is None else int(zero.item()) + OFFSET
+    if not 0 <= point <= np.iinfo(np.uint8).max:
+        raise FormatError(f"{numbers.x.name} is said to be int8, but its zero point {point - OFFSET} is none of int8")
+    array = np.full((), point, np.uint8)
+    for reader in (use.node for value in node.inputs[:1] if value is not None for use in value.uses()):
+        if _rounds_so(reader, node, array):
+            return reader.outputs[0]
+    taken = {value.name for each in graph for value in each.outputs} | {value.name for value in graph.inputs}
+    base = _base_name(graph, f"{numbers.x.name}_uint8", {"zero_point": array})
+    name = next(one for one in (base, *(f"{base}_{count}" for count in range(2, len(taken) + 3))) if one not in taken)
+    inputs = [*node.inputs[:2], _initializer(graph, f"{base}_zero_point", array)]
     made = ir.val(name, shape=numbers.x.shape, type=ir.TensorType(ir.DataType.UINT8))
     graph.insert_after(node, ir.node("QuantizeLinear", inputs, outputs=[made], name=f"{node.name or name}_uint8"))
     return made
+
+
+def _rounds_so(reader: ir.Node, other: ir.Node, point: Any) -> bool:
+    """Whether a node rounds what another one does, with the same scale and this zero point."""
+    if reader.op_type != "QuantizeLinear" or len(reader.inputs) < 3 or reader.inputs[:2] != other.inputs[:2]:
+        return False
+    zero = constant(reader.inputs[2])
+    return zero is not None and zero.dtype == point.dtype and np.array_equal(zero.reshape(()), point)
 
 
 def _initializer(graph: ir.Graph, name: str, array: Any) -> ir.Value:

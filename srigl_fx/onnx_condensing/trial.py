@@ -112,5 +112,8 @@ def _error(expected: Array, got: Array) -> float:
         return float("inf")
     if not np.issubdtype(expected.dtype, np.floating) or not expected.size:
         return 0.0 if np.array_equal(expected, got) else float("inf")
-    largest = float(np.abs(expected).max())
-    return float(np.abs(got - expected).max()) / (largest or 1.0)
+    finite = np.isfinite(expected)
+    if not np.array_equal(expected[~finite], got[~finite], equal_nan=True) or not np.isfinite(got[finite]).all():
+        return float("inf")
+    largest = float(np.abs(expected[finite]).max(initial=0.0))
+    return float(np.abs(got[finite] - expected[finite]).max(initial=0.0)) / (largest or 1.0)
