@@ -203,8 +203,8 @@ def test_rule_5_rows_that_differ_too_much_have_no_use_but_an_other_reader(counts
     else:
         assert (layer.uses, layer.others) == ([], ["aten.linear"])
         assert layer.reason == (
-            "its rows keep 4 to 6 of 6 weights: padded to the longest of each of 2 groups, they take as many bytes as the "
-            "dense weight"
+            "its rows keep 4 to 6 of 6 weights: padded to the longest of each of 2 groups, they take as many bytes as "
+            "the dense weight"
         )
 
 
