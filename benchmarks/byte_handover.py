@@ -92,8 +92,9 @@ def main() -> None:
         model = sx.sparsify(make(), sparsity=given.sparsity, distribution="uniform").eval()
         for batch in given.batch:
             x = torch.randn(batch, *shape)
-            with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            with tempfile.TemporaryDirectory() as folder:
                 calls = contenders(model, x, Path(folder))
+            with torch.inference_mode():
                 seconds = interleaved({name: timer(calls[name]) for name in names}, seconds=0.5)
             saved = [1 - seconds[f"{host}, bytes"] / seconds[f"{host}, float32"] for host in hosts]
             cells = [title, str(batch), *(f"{1e6 * seconds[name]:.0f}" for name in names), *(f"{s:.0%}" for s in saved)]

@@ -196,12 +196,11 @@ class _Known:
 
 
 def _facts(values: Tensor, indices: Tensor, active: Tensor, bias: Tensor, scales: Tensor | None) -> tuple[object, ...]:
-    """What changes with the contents of a weight, with where it is, and with how it lies there."""
+    """What changes with the contents of a weight and with where it is, and all that is asked of a bias."""
     facts = (
-        *(values._version, values.data_ptr(), values.dtype, values.shape, values.is_contiguous()),
-        *(indices._version, indices.data_ptr(), indices.is_contiguous()),
-        *(active._version, active.data_ptr(), active.is_contiguous()),
-        *(bias.data_ptr(), bias.dtype, bias.shape, bias.is_contiguous()),
+        *(values._version, values.data_ptr(), values.dtype, values.numel()),
+        *(indices._version, indices.data_ptr(), active._version, active.data_ptr()),
+        *(bias.data_ptr(), bias.dtype, bias.numel(), bias.is_contiguous()),
     )
     return facts if scales is None else (*facts, scales._version, scales.data_ptr())
 
