@@ -132,7 +132,7 @@ def test_a_model_of_torch_prune_is_lowered_as_it_is(build: Callable[[], Any], me
     torch.testing.assert_close(lowered(x), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.int8])
 def test_a_few_long_rows_do_not_keep_a_weight_dense(value_dtype: torch.dtype, tmp_path: Path) -> None:
     """They become an operator of their own, in PyTorch and in a file."""

@@ -151,6 +151,7 @@ def _within(name: str, part: str) -> bool:
     return name == part or name.startswith(part + ".")
 
 
+@pytest.mark.long
 def test_every_file_has_a_rule(trees: dict[str, ast.Module]) -> None:
     ruled = (*MAY_IMPORT, *FACE)
     assert [name for name in trees if name and not any(_within(name, part) for part in ruled)] == []
@@ -261,7 +262,7 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_serving_a_lowered_model_imports_little() -> None:
     """Numba is for building the operator library, and what finds dead channels or captures graphs for lowering."""
     heavy = ("numba", "llvmlite", "networkx", "sympy", "onnx", "onnxruntime", "scipy", "srigl_fx.lowering.pipeline")
@@ -270,7 +271,7 @@ def test_serving_a_lowered_model_imports_little() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_modules_of_the_package_need_no_import_of_their_own() -> None:
     names = ("masks", "train", "passes", "runtime", "errors", "onnx_tools")
     code = f"import srigl_fx as sx; print(all(getattr(sx, n).__name__ == 'srigl_fx.' + n for n in {names}))"

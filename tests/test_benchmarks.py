@@ -92,7 +92,7 @@ def test_turns_count_while_the_machine_is_calm() -> None:
     assert not timing.interleaved({"one": lambda calls: 2.0}, rounds=2, calm=lambda name: False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_processors_are_probed() -> None:
     processors = _harness("processors").Processors()
     found = [processors(1) for _ in range(20)]

@@ -106,7 +106,7 @@ def test_a_decoder_that_is_given_a_cache_is_one_graph(make: Any, use_cache: bool
         assert served == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_decoder_that_makes_a_cache_is_one_graph(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sparse(llama())
@@ -123,7 +123,7 @@ def test_a_decoder_that_makes_a_cache_is_one_graph(tmp_path: Path) -> None:
         np.testing.assert_allclose(file, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_takes_and_returns_the_tensors_of_a_cache(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, cache = sparse(llama()), filled()
@@ -241,7 +241,7 @@ def test_positions_that_a_window_counts_in_numbers_are_in_no_graph(make: Any, tm
         torch.testing.assert_close(lowered(IDS[:, 1:], **{CACHE: full}).logits, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_refuses_a_cache_whose_positions_no_tensor_tells(tmp_path: Path) -> None:
     model: Any = windowed()
     short = stepped(model, transformers.DynamicCache(), 3)
@@ -255,7 +255,7 @@ def test_a_file_refuses_a_cache_whose_positions_no_tensor_tells(tmp_path: Path) 
         lowered(IDS[:, 1:], **{CACHE: moved})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_static_cache_of_another_batch_is_refused_and_taken_by_a_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sparse(llama())
@@ -358,7 +358,7 @@ def test_a_decoder_with_an_encoder_takes_both_caches(make: Callable[[], nn.Modul
         sx.load_lowered(tmp_path / "model.srigl")(**{**told, "past_key_values": cache})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_static_cache_serves_every_length() -> None:
     torch.manual_seed(0)
     model = sparse(llama())
@@ -397,7 +397,7 @@ class Windowed(nn.Module):
         return y, window
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_classes_that_are_registered_are_taken_and_returned(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sparse(Windowed())

@@ -183,7 +183,7 @@ def test_a_file_that_is_no_onnx_file_is_one_line_whatever_its_ending(tmp_path: P
         onnx_tools.recipe(path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_inspect_survives_any_damage(tmp_path: Path, data: st.DataObject) -> None:

@@ -150,7 +150,7 @@ def test_kept_weights_are_those_of_the_least_squares(
         assert not found[row][~torch.from_numpy(mask[row])].any()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reconstruction_is_nearer_than_the_largest_weights(folder: Path) -> None:
     encoder = _harness("encoder")
     dense = encoder.load(folder)
@@ -175,7 +175,7 @@ def test_reconstruction_is_nearer_than_the_largest_weights(folder: Path) -> None
     torch.testing.assert_close(*means, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_distillation_brings_an_encoder_nearer_and_keeps_its_masks(folder: Path) -> None:
     encoder = _harness("encoder")
     dense = encoder.load(folder)
@@ -276,7 +276,7 @@ def test_files_are_split_and_texts_come_once(tmp_path: Path, monkeypatch: pytest
     assert [first for first, _ in found.held_out] == ["About the b.", "About the e."]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_modules_of_python_and_of_packages_are_read_without_their_tests() -> None:
     files = list(_harness("doc_strings")._files())
     names = {"/".join(file.parts[-2:]) for file in files}

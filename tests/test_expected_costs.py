@@ -79,7 +79,7 @@ def test_other_words_are_refused() -> None:
         sx.lower(_network(), (torch.randn(3, 4),), min_speedup="always")  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_leaves_dense_what_is_expected_to_lose(tmp_path: Path) -> None:
     report = sx.export_onnx(_network(), tmp_path / "model.onnx", (torch.randn(2, 4),))
     assert [node.name for node in report.layers] == ["2.weight"]

@@ -159,7 +159,7 @@ def test_at_90_percent_the_layers_take_at_most_17_percent(tmp_path: Path) -> Non
     assert report.bytes < report.sparse_bytes + 4 * (512 + 768) + 8192
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lowered_model_and_its_file_may_be_static(tmp_path: Path) -> None:
     lowered = sx.lower(sparse(), (X,), min_speedup=0)
     report = sx.export_onnx(lowered, tmp_path / "model.onnx", (X,), dynamic_batch=False, min_speedup=0)
@@ -170,7 +170,7 @@ def test_a_lowered_model_and_its_file_may_be_static(tmp_path: Path) -> None:
     np.testing.assert_allclose(served(sx.runtime.load(report.path), X)[1], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_keyword_inputs(tmp_path: Path) -> None:
     model, scale = sparse(), torch.rand(2, 128) + 1
     report = sx.export_onnx(model, tmp_path / "model.onnx", ((X,), {"scale": scale}), min_speedup=0)
@@ -179,7 +179,7 @@ def test_keyword_inputs(tmp_path: Path) -> None:
     np.testing.assert_allclose(served(stock(report.path), X, scale)[1], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ablated_neurons_and_a_whole_ablated_layer(tmp_path: Path) -> None:
     model = sparse()
     masks = dict(sx.masks.named_masks(model))
@@ -196,7 +196,7 @@ def test_ablated_neurons_and_a_whole_ablated_layer(tmp_path: Path) -> None:
     np.testing.assert_allclose(served(sx.runtime.load(report.path), X)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_the_fallback(tmp_path: Path) -> None:
     report = sx.export_onnx(sparse(), tmp_path / "model.onnx", (X,), fallback=False, min_speedup=0)
     assert report.fallback_error is None
@@ -204,7 +204,7 @@ def test_without_the_fallback(tmp_path: Path) -> None:
     assert not onnx.load(report.path).functions
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_without_the_library_the_stock_check_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(options: Any) -> None:
         raise LibraryError("no compiler here")
@@ -257,7 +257,7 @@ def test_a_failure_leaves_an_existing_file_as_it_was(
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_that_disagrees_with_the_model_does_not_appear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     functions = fallback_functions(["CondensedLinear"])
     linear = functions[0].node[-1]
@@ -281,7 +281,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "pipe").is_fifo()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_nothing_is_printed_or_logged(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -333,7 +333,7 @@ class Keys(nn.Module):
         return {"logits": self.fc(first), "sum": first + second}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inputs_outputs_and_the_batch_have_names(tmp_path: Path, exported: Exported) -> None:
     inputs = (torch.randn(2, 64), torch.randn(2, 64))
     report = sx.export_onnx(sparse(Keys()), tmp_path / "model.onnx", inputs, min_speedup=0)

@@ -86,6 +86,7 @@ def test_a_file_gives_what_the_reference_does(library: Path, exported: Path) -> 
             assert_close(outputs(exported, x, library=by_library), expected(exported, x))
 
 
+@pytest.mark.long
 def test_a_network_of_every_kind_of_layer(library: Path, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 4, 4)
     lowered = sx.lower(network(), (x,), min_speedup=0, value_dtype=torch.int8, verify=False)
@@ -190,6 +191,7 @@ def test_a_densified_file_has_the_weights_that_the_values_stand_for(tmp_path: Pa
     assert not inspect_file(tmp_path / "dense.onnx").nodes
 
 
+@pytest.mark.long
 def test_a_densified_network(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 4, 4)
     model = network()
@@ -202,6 +204,7 @@ def test_a_densified_network(tmp_path: Path) -> None:
     assert np.linalg.norm(outputs(tmp_path / "dense.onnx", x, library=False) - wanted) <= 0.03 * np.linalg.norm(wanted)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fallback", [True, False])
 @pytest.mark.parametrize("second", ["float32", "int8"])
 def test_merged_files_stay_what_they_were(library: Path, tmp_path: Path, second: str, fallback: bool) -> None:
@@ -234,6 +237,7 @@ def test_a_file_is_compared_with_the_model_by_its_noise(library: Path, tmp_path:
     assert report.fallback_error is not None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 @pytest.mark.parametrize("verb", ["densify", "merge"])
 def test_layers_that_a_tool_has_renamed_are_computed_by_their_functions(

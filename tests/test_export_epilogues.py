@@ -129,7 +129,7 @@ def test_a_model_lowered_saved_and_exported(tmp_path: Path, dtype: str) -> None:
     assert "CondensedConvTransposeRelu6" in str(contents)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_in_sequence_need_no_transposition(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 4, 4)  # 2 * 64 samples reach the linear layers
     path = sx.export_onnx(network(), tmp_path / "model.onnx", (x,), min_speedup=0).path
@@ -188,7 +188,7 @@ class Between(nn.Module):
         ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_may_stand_between_layers_may_be_stored_permuted(tmp_path: Path) -> None:
     model = mask_by_hand(randomise(Between(list(ELEMENTWISE))), 0.5).eval()
     x = torch.randn(16, 3, 8)

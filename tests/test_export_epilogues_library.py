@@ -25,7 +25,7 @@ def by_library(model: bytes | str, save_to: Path) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 def test_every_operator(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     """The file without fallback functions, and with them: ONNX Runtime must take the library's operators then, too."""
@@ -48,7 +48,7 @@ def test_every_operator(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
         assert {node.op_type for node in nodes if node.domain == abi.DOMAIN} == ours
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_model(tmp_path: Path, dtype: torch.dtype) -> None:
     x = torch.randn(2, 3, 4, 4)

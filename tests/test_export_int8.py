@@ -92,7 +92,7 @@ def test_both_hosts_give_what_torch_gives(name: str, tmp_path: Path) -> None:
                 assert signal_to_noise(model(x), torch.from_numpy(y)) > 25
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_in_the_file(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)
@@ -115,7 +115,7 @@ def test_what_is_in_the_file(name: str, tmp_path: Path) -> None:
     assert report.fallback
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_state_is_carried(tmp_path: Path) -> None:
     model = mask_by_hand(randomise(Total()), 0.4).eval()
     x, path = torch.randn(3, 17), tmp_path / "model.onnx"
@@ -130,7 +130,7 @@ def test_state_is_carried(tmp_path: Path) -> None:
             np.testing.assert_allclose(y, lowered(x).numpy(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_of_both_kinds_of_layers(tmp_path: Path) -> None:
     model, inputs = made("attention")
     asked: dict[Any, torch.dtype] = {"attention": torch.int8, "mlp.0": torch.bfloat16}
@@ -142,7 +142,7 @@ def test_a_file_of_both_kinds_of_layers(tmp_path: Path) -> None:
     assert report.min_snr is not None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_layers_that_stay_in_float32_are_exported_so(tmp_path: Path) -> None:
     class Outlier(nn.Module):
         def __init__(self) -> None:
@@ -164,7 +164,7 @@ def test_layers_that_stay_in_float32_are_exported_so(tmp_path: Path) -> None:
     assert "signal-to-noise" in report.lowering.layers[0].reason
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_that_computes_something_else_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(*args: Any) -> onnx.ModelProto:
@@ -182,7 +182,7 @@ def test_a_file_that_computes_something_else_is_an_error(tmp_path: Path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("change", ["no scales", "scales of another size"])
 def test_a_damaged_file_is_refused(change: str, tmp_path: Path) -> None:
     model, inputs = made("linear")

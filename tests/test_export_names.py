@@ -43,7 +43,7 @@ CASES: tuple[tuple[Callable[[Tensor, Tensor, Tensor], Any], list[str]], ...] = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("sparsity", [0.5, 0.9])
 @pytest.mark.parametrize(("outputs", "names"), CASES, ids=lambda case: "-".join(case) if isinstance(case, list) else "")
 def test_outputs_are_called_by_their_places(
@@ -71,7 +71,7 @@ class Clip(nn.Module):
         return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_only_sizes_that_the_graph_ties_have_one_name(tmp_path: Path) -> None:
     model = sx.sparsify(Clip(), sparsity=0.5).eval()
     report = sx.export_onnx(model, tmp_path / "clip.onnx", (torch.randn(2, 16), torch.randn(2, 12)), min_speedup=0)
@@ -118,7 +118,7 @@ class Chunks(nn.Module):
         return torch.bmm(halves[0].unsqueeze(1), second.unsqueeze(2)) + halves[1].unsqueeze(1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_batches_that_only_the_model_ties_are_one(tmp_path: Path) -> None:
     model = sx.sparsify(Chunks(), sparsity=0.5).eval()
     example = (torch.randn(2, 16), torch.randn(2, 16))
@@ -161,7 +161,7 @@ class Graph(nn.Module):
         return torch.zeros_like(h).index_add(0, edges[1], h[edges[0]])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_report_says_what_is_fixed_and_why(tmp_path: Path) -> None:
     model: nn.Module = sx.sparsify(Step(), sparsity=0.5).eval()
     inputs = (torch.randn(2, 10, 20), torch.randn(2, 2, 16))

@@ -23,7 +23,7 @@ class _Masked(nn.Module):
         return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_integers_are_subtracted_from_a_float(tmp_path: Path) -> None:
     model = sx.sparsify(_Masked(), sparsity=0.5).eval()
     report = sx.export_onnx(
@@ -44,7 +44,7 @@ class _Projected(nn.Module):
         return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("bidirectional", [True, False])
 def test_an_lstm_with_projections_is_refused(tmp_path: Path, bidirectional: bool) -> None:
@@ -64,7 +64,7 @@ class _Halves(nn.Module):
         return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inputs_that_the_model_writes_into_are_compared_fairly(tmp_path: Path) -> None:
     x = torch.randn(3, 8)
     before = x.clone()
@@ -107,7 +107,7 @@ class _Chooses(nn.Module):
         return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_branches_of_cond_are_in_the_file(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = sx.sparsify(_Chooses(), sparsity=0.5).eval()
@@ -130,7 +130,7 @@ class _Bags(nn.Module):
         return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("with_offsets", [True, False])
 def test_bags_of_words_with_offsets_or_as_rows(with_offsets: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -161,7 +161,7 @@ class _Doubles(nn.Module):
         return nn.functional.instance_norm(y[:, None]).float()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "operator"), [("erf", "erf"), ("conv", "conv1d|convolution"), ("norm", "instance_norm|batch_norm")]
 )
@@ -181,7 +181,7 @@ class _Half(nn.Module):
         return y.float()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_node_that_onnx_runtime_fused_is_named_by_one_that_is_in_it(tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(nn.Linear(6, 6), _Half()), sparsity=0.5)
     model = nn.Sequential(model, nn.Linear(6, 4)).eval()  # with a Gemm of its own, which is not to blame

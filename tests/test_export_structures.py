@@ -96,7 +96,7 @@ def nested(net: Net, given: dict[str, Any], unused: Tensor, *, times: int, mask:
     return y if mask is None else y * mask
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inputs(tmp_path: Path) -> None:
     def inputs(batch: int) -> Any:
         given = {"a": x(batch), "b": (x(batch) + 1, x(batch) > 0)}
@@ -113,7 +113,7 @@ def attention(net: Net, x: Tensor) -> Any:
     return net.fc(mixed.transpose(1, 2).reshape(b, t, 16))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_attention_with_a_mask(tmp_path: Path) -> None:
     assert check(attention, (torch.randn(2, 5, 16),), (torch.randn(3, 5, 16),), tmp_path).dynamic_batch
 
@@ -124,7 +124,7 @@ def split(net: Net, x: Tensor) -> Any:
     return first, second, torch.unsafe_chunk(y, 2)[1], y[:, :3].amax(), torch.amin(y)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rules_1_and_2_splits_by_the_batch_and_whole_reductions(tmp_path: Path) -> None:
     assert check(split, (x(2),), (x(5),), tmp_path).dynamic_batch
 
@@ -143,7 +143,7 @@ class Normalised(nn.Module):
         return y, self.head(y.relu())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rule_3_no_bias_before_an_instance_normalisation(tmp_path: Path) -> None:
     model = sx.sparsify(randomise(Normalised()), sparsity=0.5, distribution="uniform").eval()
     with torch.no_grad():
@@ -183,7 +183,7 @@ def membership(net: Net, x: Tensor) -> Any:
     return y, torch.isin(y.argmax(-1), torch.tensor([1, 2]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_static_file_where_onnx_cannot_leave_the_batch_free(tmp_path: Path) -> None:
     report = check(membership, (x(4),), (x(4) + 1,), tmp_path)
     assert not report.dynamic_batch

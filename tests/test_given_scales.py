@@ -73,7 +73,7 @@ def test_every_layer_has_a_scale(name: str) -> None:
         torch.testing.assert_close(lowered(x), rows, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_model
 def test_both_hosts_give_what_torch_gives(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)
@@ -94,7 +94,7 @@ def test_both_hosts_give_what_torch_gives(name: str, tmp_path: Path) -> None:
                 assert signal_to_noise(lowered(x), torch.from_numpy(y)) > 30
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_file_of_layers_with_given_scales_and_with_found_ones(tmp_path: Path) -> None:
     """Some nodes of one operator have a scale, and one function stands for all of them."""
     model, inputs = made()
@@ -158,7 +158,7 @@ class Two(nn.Module):
         return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_keyword_arguments() -> None:
     model = mask_by_hand(randomise(Two()), 0.4).eval()
 

@@ -118,7 +118,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("make", "shape"), MODELS)
 def test_guarded_operators_compute_the_same(make: "type[nn.Module]", shape: tuple[int, ...], tmp_path: Path) -> None:
     model = mask_by_hand(randomise(make()), 0.4).eval()

@@ -265,7 +265,7 @@ def test_a_graph_module_names_its_nodes() -> None:
     assert ">node<" not in plain.to_html()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_lowered_model_reports_decisions_and_times(tmp_path: Path) -> None:
     model = sx.sparsify(nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 8)), rules={"2": None}).eval()
     report = sx.lower(model, (torch.randn(2, 256),), batch_sizes=(1, 4)).report
@@ -384,7 +384,7 @@ def test_ribbons_leave_and_arrive_at_the_bars() -> None:
     assert removal(weight, [])["readers"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_page_of_a_thousand_layers_stays_small() -> None:
     names = [f"model.encoder.layers.{index}.mlp.fc1.weight" for index in range(1000)]
     html = lowering_report(names).to_html()
@@ -428,7 +428,7 @@ def test_several_regions_are_named_and_failed_captures_told() -> None:
     assert len(list(_tables(html))) == len(list(_tables(lowering_page(plain)))) + 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_writes_both_pages(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

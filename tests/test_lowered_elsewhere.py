@@ -62,7 +62,7 @@ def elsewhere(kind: str, path: Path, imports: str) -> "subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch.export, about its own trees
 @pytest.mark.parametrize("make", [convolutions, linears])
 def test_a_saved_program_runs_after_one_import(make: Callable[[], tuple[nn.Module, Tensor]], tmp_path: Path) -> None:

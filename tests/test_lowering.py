@@ -190,7 +190,7 @@ def test_keys_of_inputs_and_outputs_may_be_any_words(tmp_path: Path) -> None:
         torch.testing.assert_close(again[key], expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_again_and_compile(case: Lowered) -> None:
     model, lowered, shape = case
     x = torch.randn(4, *shape)
@@ -240,7 +240,7 @@ def test_extreme_masks(density: float, ablated: int) -> None:
     assert_same(model, lowered, torch.randn(4, 20))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measured_selection_is_consistent() -> None:
     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 6))
     mask_by_hand(randomise(model), 0.02, ablated={"0.weight": 200}).eval()
@@ -583,7 +583,7 @@ def test_a_failed_save_leaves_the_old_file(saved: bytes, tmp_path: Path, monkeyp
     assert path.read_bytes() == saved
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
@@ -618,7 +618,7 @@ def test_hugging_face(architecture: str, monkeypatch: pytest.MonkeyPatch, tmp_pa
     torch.testing.assert_close(next(iter(again.values())), got[0])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_models_are_lowered_from_several_threads() -> None:
     def model() -> nn.Module:
         return sx.sparsify(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)), sparsity=0.75).eval()

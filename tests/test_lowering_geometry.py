@@ -78,7 +78,7 @@ def exported(folder: Path, result: LoweredModule, inputs: Sequence[Tensor], expe
         compare([torch.from_numpy(y) for y in got], expected)
 
 
-@pytest.mark.slow  # opens the file with the library
+@pytest.mark.long  # opens the file with the library
 def test_a_transposed_convolution_that_keeps_the_size_is_not_taken_for_a_pointwise_one(tmp_path: Path) -> None:
     drawn = [shifting(9), shifting(16, filters=16), shifting(4, rank=2, filters=17), shifting(5, rank=3, padding=2)]
     exported(tmp_path, *lowered(drawn, 0.5, 1, 0))
@@ -87,7 +87,7 @@ def test_a_transposed_convolution_that_keeps_the_size_is_not_taken_for_a_pointwi
 SEVERAL = st.lists(layers(), min_size=4, max_size=8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @settings(max_examples=4, **QUIET)
 @given(SEVERAL, st.floats(0.1, 1), st.integers(0, 3), st.integers(0, 99))

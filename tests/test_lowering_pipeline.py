@@ -58,7 +58,7 @@ def test_a_pass_goes_anywhere(passes: tuple[Pass[Program], ...], seen: str) -> N
     assert [layer.decision for layer in lowered.report.layers] == ["condensed", "condensed"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_pass_is_written_down(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "dump"
     sx.lower(model(), (X,), min_speedup=0, dump=folder)
@@ -101,7 +101,7 @@ def test_a_second_dump_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("* Look.txt"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dump_removes_nothing_but_files_of_a_dump(tmp_path: Path) -> None:
     def texts(*names: str) -> dict[Path, str]:
         return {tmp_path / name: f"mine: {name}" for name in names}
@@ -256,7 +256,7 @@ class Parts(nn.Module):
         return self.last(y) if float(y.sum()) > 0 else y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_each_part_of_a_model_has_a_folder(tmp_path: Path) -> None:
     sx.lower(Parts().eval(), (X,), min_speedup=0, dump=tmp_path)
     assert "condensed_linear" in (tmp_path / "first" / "10 Condense.txt").read_text()
@@ -293,7 +293,7 @@ def test_a_speedup_of_its_own_counts_before_that_of_the_call(least: float, decis
     assert [layer.decision for layer in report.layers] == [decision] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_part_may_have_a_name_that_no_folder_has(tmp_path: Path) -> None:
     class Named(Parts):
         def __init__(self) -> None:

@@ -387,7 +387,7 @@ def test_hard_cases(name: str) -> None:
         assert torch.equal(tensor, state[key]), key
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["data_branch", "two_shapes", "reads_attributes"])
 def test_a_single_sample_is_enough_to_capture_with(name: str) -> None:
     make, inputs, regions, _ = CASES[name]
@@ -442,7 +442,7 @@ def test_weights_that_a_model_uses_itself_stay_dense_with_the_error() -> None:
     assert reasons["child.weight"].endswith("(child is not called on the example inputs)")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_dense_weights_that_were_replaced_are_gone() -> None:
     model = masked(DataBranch)
     watched = {name: weakref.ref(tensor) for name, tensor in model.named_parameters()}
@@ -464,7 +464,7 @@ def test_buffers_that_the_model_writes_are_copied() -> None:
     assert int(lowered.model.calls) == 1  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_copies_threads_and_pickle() -> None:
     model = masked(TwoShapes)
     lowered = lowered_regions(model, images(2))
@@ -487,7 +487,7 @@ def test_copies_threads_and_pickle() -> None:
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_regions_are_saved_and_exported_one_by_one(tmp_path: Path) -> None:
     model = masked(ListInputs)
     lowered = lowered_regions(model, ([torch.randn(3, 6, 6) for _ in range(2)],))
@@ -598,7 +598,7 @@ def test_a_scripted_model_is_refused_with_the_reason() -> None:
         lower(scripted, vectors(2))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model = masked(DataBranch)
     model.source = iter([1])  # type: ignore[assignment]
@@ -607,7 +607,7 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
         lower(model, vectors(2), min_speedup=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_measured_decisions_and_each_pass_verified() -> None:
     model = masked(DataBranch)
     result = lower(model, vectors(2), min_speedup=1e9, batch_sizes=[2, 4], verify="each pass")
@@ -617,7 +617,7 @@ def test_measured_decisions_and_each_pass_verified() -> None:
     assert_same(model, result, vectors(3))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_summary_shows_the_layers_of_all_regions() -> None:
     lowered = lowered_regions(masked(DataBranch), vectors(2))
     summary = sx.summary(lowered)
@@ -635,7 +635,7 @@ def test_a_model_in_regions_has_the_recipe_of_the_whole() -> None:
     assert [part.recipe for part in lowered.regions.values()] == [sx.recipe(model)] * len(lowered.regions)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_in_regions_has_the_recipes_of_its_parts() -> None:
     model = DataBranch().eval()
     sx.sparsify(model.first, sparsity=0.5)

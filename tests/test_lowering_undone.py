@@ -77,7 +77,7 @@ def branches() -> nn.Module:
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["raises", "does not ensure", "is wrong"])
 @pytest.mark.parametrize("verify", [True, "each pass"])
 @pytest.mark.parametrize(("make", "parts"), [(simple, {""}), (branches, {"first", "second"})])
@@ -169,7 +169,7 @@ def test_no_pass_is_named_where_the_graph_differs_as_captured(
         sx.lower(model, (X,), min_speedup=0, verify=verify)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_pass_that_does_more_than_improve_is_fatal() -> None:
     with pytest.raises(PassError, match=r"Stubborn failed \(ZeroDivisionError: half-way\); the pass is yours"):
         sx.lower(simple(), (X,), min_speedup=0, passes=(*LOWERING, Stubborn("raises")))
@@ -177,7 +177,7 @@ def test_a_pass_that_does_more_than_improve_is_fatal() -> None:
         sx.lower(simple(), (X,), min_speedup=0, passes=(*LOWERING, Stubborn("is wrong")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("verify", [True, "each pass"])
 @pytest.mark.parametrize("how", ["raises", "is wrong"])
 def test_the_part_in_which_a_pass_is_wrong_is_named(how: str, verify: bool | Literal["each pass"]) -> None:
@@ -238,7 +238,7 @@ def test_the_program_of_the_caller_stays_as_it_is(step: Breaks) -> None:
     assert torch.equal(module(X), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_report_of_an_export_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Pass[Program], subject: Program) -> PassResult[Program]:
         raise ZeroDivisionError("half-way")
@@ -249,7 +249,7 @@ def test_the_report_of_an_export_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     assert "half-way" in str(report)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_notes_of_all_passes_reach_the_report() -> None:
     model = simple()
     lowered = sx.lower(model, (X,), min_speedup=0, passes=(*LOWERING, Says()))
@@ -290,7 +290,7 @@ class FailsElsewhere(Pass[Program]):
         return PassResult(subject=subject, changed=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("make", [simple, branches], ids=["one graph", "two"])
 def test_a_graph_that_runs_at_one_batch_size_alone_is_found_out(make: Callable[[], nn.Module]) -> None:
     model = make()
@@ -322,7 +322,7 @@ class WrongElsewhere(Stubborn):
         return PassResult(subject=subject, changed=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("make", [simple, branches], ids=["one graph", "two"])
 def test_a_graph_that_is_right_at_one_batch_size_alone_is_refused(make: Callable[[], nn.Module]) -> None:
     with pytest.raises(PassError, match=r"after the pass WrongElsewhere, output 0 at batch 5 is off by"):

@@ -51,7 +51,7 @@ def kept(cache: Path) -> list[dict[str, object]]:
     return [json.loads(line)["what"] for line in cache.read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("all_measured")
 def test_the_second_time_nothing_is_measured(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = lowered().report
@@ -63,7 +63,7 @@ def test_the_second_time_nothing_is_measured(cache: Path, monkeypatch: pytest.Mo
     assert cache.read_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("all_measured")
 def test_what_times_depend_on_is_measured_apart(cache: Path) -> None:
     lowered()
@@ -82,7 +82,7 @@ def test_what_times_depend_on_is_measured_apart(cache: Path) -> None:
     assert {what["values"] for what in again[7:]} == {"bfloat16"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("all_measured")
 def test_layers_are_timed_in_the_dtype_that_they_have(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timed: list[set[torch.dtype]] = []
@@ -105,7 +105,7 @@ def test_layers_are_timed_in_the_dtype_that_they_have(cache: Path, monkeypatch: 
     assert again.layers[1].seconds != report.layers[1].seconds
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_estimates_are_those_of_the_dtype() -> None:
     work = Work(rows=64, fan_in=64, active=64, kept=64 * 13, columns=2)
     bytewise = replace(work, value_bytes=1, eight_bits=True)
@@ -139,7 +139,7 @@ def test_no_speedup_no_measuring(cache: Path) -> None:
     assert type(report).from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_linear_forms_that_are_far_apart_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "measure", lambda _: pytest.fail("measured"))
     monkeypatch.setattr(measuring, "checked_constants", lambda timings, kernels: Machine())  # busy or not
@@ -160,7 +160,7 @@ def test_linear_forms_that_are_far_apart_are_not_measured(monkeypatch: pytest.Mo
         report({"dense": 8.0, "condensed": 2.0}, min_speedup=1.5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("all_measured")
 def test_measured_times_are_used_where_an_estimate_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
     lowered()
@@ -168,7 +168,7 @@ def test_measured_times_are_used_where_an_estimate_would_do(monkeypatch: pytest.
     assert all(layer.seconds for layer in lowered().report.layers)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_convolutions_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "estimate", lambda work, machine: {"dense": 9.0, "condensed": 1.0, "shrunk": 9.0})
     measured = {layer.fqn: bool(layer.seconds) for layer in lowered().report.layers}
@@ -187,7 +187,7 @@ def poisoned(cache: Path, factor: float) -> list[dict[str, float]]:
     return before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("factor", [1e4, 1e-4, 1e300, 1e-200])
 def test_a_remembered_time_that_contradicts_the_estimates_is_measured_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, factor: float
@@ -212,7 +212,7 @@ def test_a_remembered_time_that_contradicts_the_estimates_is_measured_again(
     assert [layer.seconds[2] for layer in layers] == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_measurements_that_agree_are_believed_whatever_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A layer that the cost model misjudges is measured twice, in two moments, and then no more."""
     monkeypatch.setattr(measuring, "estimate", lambda work, machine: {"dense": 1.0, "condensed": 1.0, "shrunk": 1.0})
@@ -229,7 +229,7 @@ def test_two_measurements_that_agree_are_believed_whatever_is_estimated(monkeypa
         assert len(measured) == count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_layer_that_cannot_be_measured_is_estimated_and_nothing_is_kept(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

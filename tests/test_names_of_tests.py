@@ -16,7 +16,7 @@ def test_an_anonymous_parameter_is_named_by_what_it_computes(
     assert request.node.name.endswith((f"[{names[compute(1)]}]", "[(lambda y: y)(x)]"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_test_is_named_by_a_number() -> None:
     """The rules of a pass are numbered in its docstring, and may be named by that."""
     named = [

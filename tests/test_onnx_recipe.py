@@ -58,7 +58,7 @@ def head() -> nn.Module:
     return _network(12, 4, mask_init="random", seed=3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_exported_file_holds_the_recipe(encoder: nn.Module, tmp_path: Path) -> None:
     path = _export(encoder, tmp_path / "model.onnx", 16)
     assert onnx_tools.recipe(path) == onnx_tools.recipe(path, "") == sx.recipe(encoder)
@@ -90,7 +90,7 @@ def test_parts_that_were_sparsified_one_by_one_keep_their_names(tmp_path: Path) 
         onnx_tools.recipe(path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("files", "prefixes", "parts"),
     [
@@ -119,7 +119,7 @@ def test_a_joined_file_holds_both_under_their_names(
         onnx_tools.recipe(tmp_path / "both.onnx")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_recipe_of_two_files_is_that_of_the_whole(encoder: nn.Module, tmp_path: Path) -> None:
     first = _export(encoder, tmp_path / "first.onnx", 16)
     second = _renamed(_export(_by_hand(12, 4), tmp_path / "second.onnx", 12))
@@ -128,7 +128,7 @@ def test_one_recipe_of_two_files_is_that_of_the_whole(encoder: nn.Module, tmp_pa
     assert onnx_tools.recipe(tmp_path / "both.onnx") == sx.recipe(encoder)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_joined_file_is_joined_again(encoder: nn.Module, head: nn.Module, tmp_path: Path) -> None:
     """Also where a name of one file is that of a part in the other."""
     first, second = _export(encoder, tmp_path / "a.onnx", 16), _export(head, tmp_path / "b.onnx", 12)
@@ -146,7 +146,7 @@ def test_a_joined_file_is_joined_again(encoder: nn.Module, head: nn.Module, tmp_
     assert onnx_tools.recipe(tmp_path / "all.onnx", "2").seed == 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_files_that_another_tool_joins_keep_both(encoder: nn.Module, head: nn.Module, tmp_path: Path) -> None:
     first = _export(encoder, tmp_path / "a.onnx", 16, fallback=False)  # functions that both have are refused by onnx
     second = _renamed(_export(head, tmp_path / "b.onnx", 12, fallback=False))
@@ -176,7 +176,7 @@ def _newer(text: str) -> str:
     return json.dumps(data)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("change", "words"),
     [

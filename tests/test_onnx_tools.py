@@ -238,6 +238,7 @@ def test_each_tool_does_what_the_table_says(
         )
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # the tools' own
 @pytest.mark.parametrize("name", TOOLS)
 def test_each_tool_does_the_same_with_values_of_eight_bits(name: str, model: nn.Module, tmp_path: Path) -> None:
@@ -262,6 +263,7 @@ def test_the_page_has_the_rows_of_this_test(checkout: Path) -> None:
     assert shown == {name: (stays, stock) for name, (_, stays, stock) in TOOLS.items()}
 
 
+@pytest.mark.long
 def test_pre_processing_makes_a_file_dense_and_loading_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,6 +291,7 @@ def test_external_data_counts_as_part_of_the_file(exported: Path, tmp_path: Path
     assert report.nodes == whole.nodes
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prefixes", [("", ""), ("a_", "b_")])
 @pytest.mark.parametrize("fallback", [True, False])
 def test_merged_files_stay_sparse(
@@ -314,6 +317,7 @@ def test_merged_files_stay_sparse(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fallback", [True, False])
 def test_a_densified_file_has_standard_operators_alone(fallback: bool, model: nn.Module, tmp_path: Path) -> None:
     sx.export_onnx(model, tmp_path / "sparse.onnx", (X,), fallback=fallback, min_speedup=0)

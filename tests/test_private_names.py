@@ -61,7 +61,7 @@ def _used(tree: ast.AST) -> Iterator[str]:
             yield from (str(argument.value) for argument in node.args[1:2] if isinstance(argument, ast.Constant))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_private_name_is_listed(checkout: Path) -> None:
     trees = dict(_trees(checkout))
     own = {name for tree in trees.values() for name in _defined(tree)}
@@ -74,7 +74,7 @@ def test_every_private_name_is_listed(checkout: Path) -> None:
     assert not wrong, "find a public way, or list it in srigl_fx/compatibility.py and try it here"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_listed_name_is_used(checkout: Path) -> None:
     used = {name for path, tree in _trees(checkout) if "compatibility" not in path for name in _used(tree)}
     used |= {match for path, _ in _trees(checkout) for match in re.findall(r"pytree\.(\w+)", _text(checkout, path))}
@@ -320,7 +320,7 @@ sx.sparsify(model, sparcity=0.5)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_unknown_torch_works_and_its_errors_carry_a_note(tmp_path: Path) -> None:
     done = _on_torch_2_99(tmp_path, WORKS)
     assert done.stdout == "works\n"

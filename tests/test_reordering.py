@@ -194,6 +194,7 @@ def test_a_model_with_parameters_that_the_graph_does_not_read_stays() -> None:
     assert "the graph does not read auxiliary.weight" in report.left["first.weight"]
 
 
+@pytest.mark.long
 def test_heads_of_attention_stay() -> None:
     report, _ = reordered(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), torch.randn(2, 5, 16))
     assert names(report) == ["linear1.weight"]

@@ -26,7 +26,7 @@ def _run(folder: Path, *options: str) -> None:
 SHORT = ("--only", "claims", "--seeds", "1", "--sparsities", "0.9", "--steps-scale")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_runs_resumes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, grid = tmp_path / "claims", ("--tasks", "cnn", *SHORT, "0.02")
     _run(folder, *grid)
@@ -156,7 +156,7 @@ def test_the_plan_of_groups_spans_everything_seed_by_seed() -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_groups_run_resume_and_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, groups = tmp_path / "claims", import_module("claims.groups")
     grid = ("--only", "groups", "--tasks", "cnn", "--seeds", "1", "--sparsities", "0.9", "--steps-scale", "0.02")
@@ -179,6 +179,7 @@ def test_groups_run_resume_and_are_drawn(tmp_path: Path, capsys: pytest.CaptureF
     assert len(again) == 4
 
 
+@pytest.mark.long
 def test_groups_of_one_are_the_run_of_the_claims() -> None:
     runs, groups = import_module("claims.runs"), import_module("claims.groups")
     alone = runs.execute(runs.Key(0, "cnn", groups.METHOD, 0.9, 4))

@@ -141,7 +141,7 @@ def test_padding_that_rows_share_is_settled() -> None:
     assert torch.equal(settled, values.masked_fill(padding, 0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_exported(model: nn.Module, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_a_lowered_model_keeps_state_of_its_own(forward: Forward, tmp_path: Path
     assert_untouched(model, before)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("forward", WRITES, ids=lambda forward: forward.__name__)
 def test_a_file_takes_and_returns_the_state(forward: Forward, tmp_path: Path) -> None:
     model = streaming(forward)
@@ -207,7 +207,7 @@ def test_a_file_may_be_refused_for_its_state(tmp_path: Path) -> None:
         sx.export_onnx(model, tmp_path / "model.onnx", (X,), state="initial", min_speedup=0)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_malformed_state_in_a_file_is_an_error(tmp_path: Path) -> None:
     sx.export_onnx(streaming(counted), tmp_path / "model.onnx", (X,), verify=False, min_speedup=0)
     proto = onnx.load(tmp_path / "model.onnx")
@@ -301,7 +301,7 @@ def test_a_forward_of_the_very_object_may_assign_state() -> None:
             torch.testing.assert_close(program.module(chunk), wanted)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("shared_first", [True, False])
 def test_a_shared_buffer_that_one_of_its_modules_assigns_is_no_part_of_a_graph(shared_first: bool) -> None:
     model = Streaming(in_part if shared_first else assigned)
@@ -321,7 +321,7 @@ def in_place(m: Any, y: Tensor) -> Any:
     return y * m.context
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_buffer_in_two_modules_that_is_written_in_place_is_named_with_both(tmp_path: Path) -> None:
     model = Streaming(in_place)
     model.inner.h = model.context
@@ -347,7 +347,7 @@ def grown(m: Any, y: Tensor) -> Any:
     return m.inner.h * 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
@@ -413,7 +413,7 @@ class WritesInputs(nn.Module):
         return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("decide", [False, True])
 def test_no_verb_touches_the_inputs(decide: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -482,7 +482,7 @@ def test_batch_norm_that_is_training_is_exported_so(
             np.testing.assert_allclose(stream.state[name], buffer, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_merged_files_keep_the_state_of_both(tmp_path: Path) -> None:
     models: list[Any] = [Streaming(forward) for forward in (averaged, counted)]
     models[0].out = nn.Linear(8, 6)  # what the second takes
@@ -512,7 +512,7 @@ def in_a_dict(m: Any, y: Tensor) -> Any:
     return y
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("forward", "name"), [(in_a_list, "kept"), (in_a_dict, "cache")])
 def test_lists_and_dicts_are_given_back_as_they_were(forward: Forward, name: str, tmp_path: Path) -> None:
     model: Any = sx.sparsify(Streaming(forward), sparsity=0.5).eval()

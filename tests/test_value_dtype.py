@@ -101,7 +101,7 @@ def test_the_result_is_the_model_with_rounded_weights(dtype: torch.dtype) -> Non
         assert relative_error(exact, lowered(x)) > 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", HALVES)
 def test_copied_saved_and_compiled(dtype: torch.dtype, tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
@@ -120,7 +120,7 @@ def test_copied_saved_and_compiled(dtype: torch.dtype, tmp_path: Path) -> None:
     assert LoweringReport.from_dict(json.loads(json.dumps(report.as_dict()))) == report
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", HALVES)
 def test_exported(dtype: torch.dtype, tmp_path: Path) -> None:
     model, inputs = network(), (torch.randn(2, 3, 8, 8),)

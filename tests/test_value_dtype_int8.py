@@ -399,7 +399,7 @@ def test_a_weight_that_is_not_finite_stays_in_float32() -> None:
     assert report.layers[1].snr is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_outputs_with_too_much_noise_are_an_error() -> None:
     class Near(nn.Module):
         """The difference of what a layer gives for two inputs that are nearly equal."""

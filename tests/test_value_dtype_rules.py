@@ -41,7 +41,7 @@ def dtypes(asked: Any, model: nn.Module | None = None, **options: Any) -> tuple[
     return tuple(layer.value_dtype for layer in report.layers)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("asked", "found"),
     [
@@ -106,7 +106,7 @@ def test_halves_alone_are_verified_by_their_errors() -> None:
     assert report.tolerance == torch.finfo(torch.bfloat16).eps
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rules_may_name_weights_without_masks() -> None:
     model = mask_by_hand(randomise(Network()), 0.4, skip=("head",)).eval()
     with pytest.raises(RuleError, match="matches no weight of"):
@@ -145,7 +145,7 @@ def test_prefixes_of_wrappers_do_not_matter() -> None:
     assert [layer.value_dtype for layer in report.layers] == ["float32", "float32", "float32", "int8"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_float16_refuses_a_large_weight_of_its_layer_alone() -> None:
     model = network()
     with torch.no_grad():

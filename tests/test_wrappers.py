@@ -44,7 +44,7 @@ def layers() -> nn.Module:
     return nn.Sequential(nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_every_verb_takes_a_wrapped_model(name: str, tmp_path: Path) -> None:
     wrapped = WRAPPERS[name](sx.sparsify(layers(), sparsity=0.5))

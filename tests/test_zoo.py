@@ -17,18 +17,9 @@ from zoo.table import TABLE
 PACKAGES = ("torchvision", "timm", "transformers")
 MISSING = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 NEEDS = {"torchvision": PACKAGES[:1], "timm": PACKAGES[:2], "transformers": PACKAGES[2:]}
-# How long the way takes, at most: a second, six seconds, and for all others longer.
+# Whose way takes a second at most.
 QUICK = {"nasty_tied", "nasty_varargs", "nasty_nested_seq", "nasty_groups", "nasty_fused_qkv"}
-SLOW = {
-    *("tv_alexnetish_flatten", "tv_vit"),
-    *("timm_beit_base_patch16_224", "timm_deit_tiny_distilled_patch16_224", "timm_mixer"),
-    *("hf_bert", "hf_distilbert", "hf_bloom", "hf_resnet", "hf_vit"),
-    *(name for name, entry in ZOO.items() if entry.family == "by hand"),
-} - {*QUICK, "nasty_tenc", "nasty_transformer"}
-MODELS = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow if name in SLOW else pytest.mark.long)
-    for name in ZOO
-]
+MODELS = [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in ZOO]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -56,7 +56,7 @@ def short_run() -> train.Run:
     return train.train(task, "srigl", 0.9, steps=3 * task.update_every)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_records_the_topology_at_each_update(short_run: train.Run) -> None:
     update_every = short_run.task.update_every
     assert sorted({snapshot.step for snapshot in short_run.history}) == [update_every * i for i in range(4)]
@@ -68,7 +68,7 @@ def test_training_records_the_topology_at_each_update(short_run: train.Run) -> N
     sx.verify(short_run.model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_repeats_itself(short_run: train.Run) -> None:
     again = train.train(short_run.task, "srigl", 0.9, steps=3 * short_run.task.update_every)
     assert again.history == short_run.history
@@ -82,7 +82,7 @@ def test_the_figure_is_drawn(short_run: train.Run, tmp_path: Path) -> None:
     assert (tmp_path / "topology.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_serving_measures_what_was_trained(short_run: train.Run, tmp_path: Path) -> None:
     served = serve.serve(short_run, tmp_path)
     assert served.file_bytes == (tmp_path / "vit_srigl_90.onnx").stat().st_size
@@ -94,7 +94,7 @@ def test_serving_measures_what_was_trained(short_run: train.Run, tmp_path: Path)
     assert 1 < latency["only"] < 1e6
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_is_served_in_eight_bits(short_run: train.Run, tmp_path: Path) -> None:
     """The convolutional network with given scales, which is what its task says, and the other without."""
     whole = serve.serve(short_run, tmp_path)

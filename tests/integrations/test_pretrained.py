@@ -84,7 +84,7 @@ def _train(model: Any, steps: int = 12) -> None:
     trainer.detach()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 def test_a_sparse_model_survives(name: str, tmp_path: Path) -> None:
     make, auto = MODELS[name]
@@ -185,7 +185,7 @@ def test_a_model_that_was_changed_after_it_was_made_sparse_survives(make: Callab
     sx.verify(again)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_of_the_plain_call_may_be_in_another(tmp_path: Path) -> None:
     model = sx.sparsify(_bert(), sparsity=0.8)
     model.save_pretrained(tmp_path / "inner")
@@ -200,7 +200,7 @@ def test_another_class_than_was_saved_is_told_so(tmp_path: Path) -> None:
         from_pretrained(transformers.AutoModel, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # by torch.compile
 def test_a_compiled_model_is_saved_as_the_model_inside(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
@@ -208,7 +208,7 @@ def test_a_compiled_model_is_saved_as_the_model_inside(tmp_path: Path) -> None:
     _same(model, from_pretrained(transformers.AutoModelForCausalLM, tmp_path))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_dtype_has_the_same_masks(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
     save_pretrained(model, tmp_path)
@@ -218,7 +218,7 @@ def test_another_dtype_has_the_same_masks(tmp_path: Path) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_that_is_being_pruned(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8, mask_init="dense")
     save_pretrained(model, tmp_path)
@@ -227,7 +227,7 @@ def test_a_model_that_is_being_pruned(tmp_path: Path) -> None:
     GMP(again, torch.optim.SGD(again.parameters(), lr=0.1), total_steps=100).detach()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_finished_model_can_be_lowered(tmp_path: Path) -> None:
     model = sx.sparsify(_bert(), sparsity=0.8)
     save_pretrained(model, tmp_path)
@@ -262,7 +262,7 @@ def _trainer(model: Any, folder: Path, **arguments: Any) -> Any:
     return trainer
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_checkpoints_of_the_trainer_and_its_best_model(tmp_path: Path) -> None:
     trainer = _trainer(
         sx.sparsify(_gpt2(), sparsity=0.8),
@@ -289,7 +289,7 @@ def test_checkpoints_of_the_trainer_and_its_best_model(tmp_path: Path) -> None:
     sx.verify(again)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_folder_of_the_plain_call_needs_the_recipe(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
     _train(model)
@@ -300,7 +300,7 @@ def test_a_folder_of_the_plain_call_needs_the_recipe(tmp_path: Path) -> None:
     _same(model, again)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_recipe_of_another_model_is_refused_as_such(tmp_path: Path) -> None:
     sx.sparsify(_bert(), sparsity=0.8).save_pretrained(tmp_path)
     others: list[tuple[dict[str, Any], str]] = [
@@ -359,7 +359,7 @@ def test_damaged_masks_are_refused(what: str, tmp_path: Path) -> None:
         from_pretrained(transformers.AutoModelForCausalLM, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_masks_of_another_save_are_refused(tmp_path: Path) -> None:
     model = sx.sparsify(_gpt2(), sparsity=0.8)
     save_pretrained(model, tmp_path / "a")

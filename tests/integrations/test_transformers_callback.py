@@ -101,7 +101,7 @@ def _assert_same(first: nn.Module, second: nn.Module) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_updates_logs_and_detaches(tmp_path: Path) -> None:
     model = sx.sparsify(_bert(), sparsity=0.8)
     start = {handle.fqn: handle.mask.clone() for handle in sparse_weights(model)}
@@ -122,7 +122,7 @@ def test_a_run_updates_logs_and_detaches(tmp_path: Path) -> None:
     sx.Static(model, torch.optim.SGD(model.parameters(), lr=0.1)).detach()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reporters_see_the_numbers_once_the_callback_comes_first(tmp_path: Path) -> None:
     callback, reporter = SRigLCallback(log_updates=False, **OPTIONS), Recorder()
     model = sx.sparsify(_bert(), sparsity=0.8)
@@ -191,7 +191,7 @@ def test_masks_hold_at_every_step(tmp_path: Path, precision: dict[str, Any]) -> 
     assert (callback.sparse_trainer.steps, callback.sparse_trainer.last_update) == (20, 12)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_second_training_starts_anew(tmp_path: Path) -> None:
     callback = SRigLCallback(**OPTIONS)
     trainer = _trainer(sx.sparsify(_bert(), sparsity=0.8), tmp_path, callback)
@@ -203,7 +203,7 @@ def test_a_second_training_starts_anew(tmp_path: Path) -> None:
     assert callback.sparse_trainer.steps == 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_training_can_be_started_again(tmp_path: Path) -> None:
     class Interrupt(transformers.TrainerCallback):  # type: ignore[name-defined, misc]
         armed = True
@@ -223,7 +223,7 @@ def test_an_interrupted_training_can_be_started_again(tmp_path: Path) -> None:
     assert callback.sparse_trainer.steps == 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_best_model_keeps_its_masks(tmp_path: Path) -> None:
     callback = SRigLCallback(**OPTIONS)
     trainer = _trainer(
@@ -251,7 +251,7 @@ def test_the_best_model_keeps_its_masks(tmp_path: Path) -> None:
     sx.verify(trainer.model)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("best", [True, False])
 def test_a_model_that_ends_over_its_budget_is_noticed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, best: bool
@@ -287,7 +287,7 @@ def test_options_that_the_method_does_not_know_are_refused_at_once() -> None:
     SRigLCallback(lambda model, optimizer, **options: SET(model, optimizer, **options), anything=4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_checkpoint_elsewhere_is_named(tmp_path: Path) -> None:
     arguments = {"save_strategy": "steps", "save_steps": 10}
     first = _trainer(sx.sparsify(_bert(), sparsity=0.8), tmp_path / "first", SRigLCallback(**OPTIONS), **arguments)
@@ -312,7 +312,7 @@ def test_a_checkpoint_elsewhere_is_named(tmp_path: Path) -> None:
         resume(SRigLCallback(resume_from=moved, **OPTIONS))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
     arguments = {"save_strategy": "steps", "save_steps": 10}
     for name, seed in (("a", 0), ("b", 1)):
@@ -330,7 +330,7 @@ def test_a_model_without_masks_is_refused(tmp_path: Path) -> None:
         _trainer(_bert(), tmp_path, SRigLCallback(**OPTIONS)).train()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_copy_is_attached_to_nothing(tmp_path: Path) -> None:
     callback = SRigLCallback(detach_at_end=False, **OPTIONS)
     model = sx.sparsify(_bert(), sparsity=0.8)

@@ -51,6 +51,7 @@ def test_rule_1_the_largest_magnitude_of_all_runs_is_the_largest_step() -> None:
     assert second[1] == 0
 
 
+@pytest.mark.long
 def test_rule_1_one_negative_number_is_enough() -> None:
     x = torch.rand(4, 20)
     assert scales(calibrated(pair(), x))[0][0][1] == 0
@@ -161,6 +162,7 @@ def test_a_layer_that_is_stored_in_float32_is_told_of_both() -> None:
         ]
 
 
+@pytest.mark.long
 def test_the_ratio_of_a_calibrated_layer_is_that_with_its_scales() -> None:
     model, x = pair(), torch.randn(7, 20)
     given = run((Calibrate([((x,), {})]), CheckRounding()), matched(model, x)).subject

@@ -101,7 +101,7 @@ def test_strict_export_is_the_second_rung() -> None:
     torch.testing.assert_close(outputs(program, x), model(x))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_attention_is_not_captured_as_its_fused_path() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False).eval()
     enabled = torch.backends.mha.get_fastpath_enabled()
@@ -336,7 +336,7 @@ def test_constants_scalars_and_tensors_without_a_batch() -> None:
     torch.testing.assert_close(outputs(program, inputs, 2.0, "plus", None), model(inputs, 2.0, "plus", None))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_padded_attention_is_compared_with_what_is_captured() -> None:
     """The fused path gives zeros where there is padding, and passes nested tensors between layers."""
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).requires_grad_(False)

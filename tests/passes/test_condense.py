@@ -54,7 +54,7 @@ class Attention(nn.Module):
         return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("inputs", "linears"), [(1, 2), (2, 3), (3, 4)])
 def test_packed_projection_whole_or_cut(inputs: int, linears: int) -> None:
     model = mask_by_hand(randomise(Attention()), 0.4)
@@ -80,7 +80,7 @@ def test_blocks_of_very_different_fan_in_become_one_operator_each() -> None:
     assert_same(program, model, torch.randn(5, 3, 8))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_separate_projections() -> None:
     model = mask_by_hand(randomise(Attention(kdim=4, vdim=6)), 0.5)
     inputs = torch.randn(2, 3, 8), torch.randn(2, 5, 4), torch.randn(2, 5, 6)

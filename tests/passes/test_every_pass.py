@@ -117,13 +117,13 @@ def program(request: pytest.FixtureRequest) -> Program:
     return captured(request.param)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_pass_keeps_the_outputs(program: Program) -> None:
     result = run(PIPELINE, program, check=verifier(program, tolerance=1e-5))
     assert result.changed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("passes", prefixes())
 def test_every_pass_keeps_values_and_provenance_and_is_idempotent(
     program: Program, passes: tuple[Pass[Program], ...]
@@ -143,7 +143,7 @@ def test_every_pass_keeps_values_and_provenance_and_is_idempotent(
         assert [str(node.target) for node in again.subject.module.graph.nodes if node.op in OPERATIONS] == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_runs_after_condensing_keeps_provenance_and_is_idempotent(program: Program) -> None:
     program = run(PIPELINE, program).subject
     for node in program.module.graph.nodes:
@@ -189,7 +189,7 @@ class Breaks(Pass[Program]):
         return PassResult(subject=subject, changed=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("drop", "said"), [(False, "is off by 1.00e-03 of its largest value"), (True, "1 outputs")])
 def test_the_check_names_the_pass_that_broke_the_graph(drop: bool, said: str) -> None:
     program = captured(residual)
@@ -220,7 +220,7 @@ def calls_of(passes: tuple[Pass[Program], ...], program: Program) -> int:
     return calls
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_work_grows_with_the_depth_and_no_faster() -> None:
     short, middle, long = (calls_of(PIPELINE, captured(functools.partial(deep, depth))) for depth in (6, 12, 24))
     assert long - middle < 2.5 * (middle - short)

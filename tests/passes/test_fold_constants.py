@@ -203,7 +203,7 @@ def test_a_weight_normed_layer_lowers_to_a_condensed_one() -> None:
         torch.testing.assert_close(lowered(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_attributes_that_are_no_tensors_are_left() -> None:
     class Branch(nn.Module):
         def __init__(self) -> None:

@@ -138,7 +138,7 @@ def results(lowered: LoweredModule, x: Tensor) -> list[Tensor]:
     return list(y) if isinstance(y, tuple) else [y]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_model
 def test_rules_1_to_3_the_same_bits(name: str) -> None:
     model, inputs = made(name)
@@ -179,7 +179,7 @@ def test_a_layer_that_finds_its_own_scales_hands_over_bytes_all_the_same() -> No
     assert y.isfinite().all()  # a NaN is rounded to zero
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bottleneck", "pooled", "projections"])
 def test_onnx(name: str, tmp_path: Path) -> None:
     """Bytes lie in the same places, in each host. What is densified rounds less: it is near, and no more."""
@@ -206,7 +206,7 @@ def test_onnx(name: str, tmp_path: Path) -> None:
     assert not inspect_file(path).renamed
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["bottleneck", "pooled"])
 def test_files_compilation_and_export(name: str, tmp_path: Path) -> None:
     model, inputs = made(name)

@@ -100,7 +100,7 @@ def refused(step: Pass[Program], why: str, *before_it: Pass[Program]) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("write", [multiply, multiply_data, multiply_memory, not_a_number])
 def test_what_a_pass_writes_to_the_model_is_taken_back(write: Callable[[Tensor], None]) -> None:
     refused(Writes(write), r"ValueError: it wrote to 0\.weight, which is the model's own")
@@ -229,7 +229,7 @@ def test_parameters_that_a_pass_cuts_are_whole_again() -> None:
     refused(CutsParameters(), r"ValueError: it wrote to (\d\.(weight|bias), ){6}which is the model's own")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_a_pass_writes_to_masks_is_taken_back() -> None:
     refused(WritesMasks(), r"ValueError: it wrote to 3\.weight_mask, 0\.weight_mask, which is the model's own")
     for before_it in (LOWERING[:1], LOWERING):

@@ -48,13 +48,13 @@ def finder(model: nn.Module, *args: Any, **kwargs: Any) -> RegionFinder:
     return RegionFinder(mask_by_hand(randomise(model), 0.4).eval(), args, kwargs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_regions_are_the_largest_modules_that_can_be_captured() -> None:
     search = finder(Deep(), torch.randn(3, 6))
     assert [region.name for region in search.below("")] == [f"layers.{i}.body" for i in range(4)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_two_failures_of_a_class_no_more_are_tried() -> None:
     search = finder(Deep(5), torch.randn(3, 6))
     regions = search.below("")
@@ -63,7 +63,7 @@ def test_after_two_failures_of_a_class_no_more_are_tried() -> None:
     assert [failure.error for failure in search.failures[2:]] == ["as 2 others of its class"] * 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_class_that_was_captured_once_is_always_tried() -> None:
     search = finder(nn.Sequential(*(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(4))), torch.randn(3, 6))
     assert [region.name for region in search.below("")] == ["0", "1", "2", "3"]
@@ -140,7 +140,7 @@ def test_calls_that_one_graph_cannot_serve(second: tuple[Any, ...], problem: str
     assert search.exports <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_size_that_varies_but_is_built_in() -> None:
     class Picky(nn.Module):
         def __init__(self) -> None:

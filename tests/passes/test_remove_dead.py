@@ -329,7 +329,7 @@ def test_depthwise_with_a_multiplier() -> None:
     assert shapes(program, "conv2d") == [(3, 3, 1, 1), (6, 1, 3, 3), (4, 6, 1, 1)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_grouped_convolutions_lose_whole_groups_or_equally_many_of_each() -> None:
     def build() -> Net:
         return Net(
@@ -458,6 +458,7 @@ def test_what_mixes_channels_keeps_them(name: str) -> None:
     assert sum(entry(program, "a").kept.values()) == 2
 
 
+@pytest.mark.long
 def test_outputs_keep_their_channels() -> None:
     net = Net(lambda m, x: (m["b"](F.relu(m["a"](x))), {"h": m["a"](x)}), a=nn.Linear(5, 6), b=nn.Linear(6, 4))
     program = cut(net, VECTOR, a=[1], b=[0])
@@ -478,7 +479,7 @@ def rms_norm(x: Tensor, gain: Tensor) -> Tensor:
     return gain * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("fused", [True, False])
 def test_rms_norm_keeps_its_length_where_zeros_go(fused: bool) -> None:
     gain = nn.RMSNorm(6, eps=1e-3)

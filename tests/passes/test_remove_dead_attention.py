@@ -67,7 +67,7 @@ UNMERGED = pytest.mark.parametrize("attend", [fused, causal, by_hand])
 EVERY = pytest.mark.parametrize("attend", [fused, causal, by_hand, merged_batch])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @EVERY
 def test_dead_values_go_into_the_bias_of_the_projection(attend: Attend) -> None:
     program = cut(Attention(attend), TOKENS, v=[1, 6])
@@ -81,7 +81,7 @@ def test_dead_keys_take_their_queries_along(attend: Attend) -> None:
     assert shapes(program, "linear") == [(6, 6), (6, 6), (8, 6), (5, 8)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @UNMERGED
 def test_a_dead_query_stays_unless_it_is_zero(attend: Attend) -> None:
     model = Attention(attend)
@@ -90,38 +90,38 @@ def test_a_dead_query_stays_unless_it_is_zero(attend: Attend) -> None:
     assert shapes(cut(model, TOKENS, q=[0, 7]), "linear")[:2] == [(6, 6), (6, 6)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @EVERY
 def test_a_whole_head_goes(attend: Attend) -> None:
     program = cut(Attention(attend), TOKENS, v=[4, 5, 6, 7])
     assert shapes(program, "linear") == [(4, 6), (4, 6), (4, 6), (5, 4)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_keys_stay_where_heads_share_an_axis_with_the_batch() -> None:
     assert shapes(cut(Attention(merged_batch), TOKENS, k=[0, 7]), "linear")[1] == (8, 6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_head_and_more() -> None:
     program = cut(Attention(), TOKENS, v=[0, 1, 2, 3, 5], k=[6])
     assert shapes(program, "linear") == [(3, 6), (3, 6), (3, 6), (5, 3)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_heads_keep_equally_many_channels() -> None:
     program = cut(Attention(), TOKENS, v=[0, 1, 2, 6], k=[1, 2])
     assert shapes(program, "linear") == [(8, 6), (8, 6), (6, 6), (5, 6)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_scale_is_that_of_the_whole_width() -> None:
     program = cut(Attention(), TOKENS, k=[0, 7])
     node = next(n for n in program.module.graph.nodes if "scaled_dot" in str(n.target))
     assert arguments(node)["scale"] == WIDTH**-0.5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("attend", [fused, by_hand])
 def test_rotated_channels_go_in_pairs_where_zero(attend: Attend) -> None:
     model = Attention(attend, rotate=True)
@@ -131,14 +131,14 @@ def test_rotated_channels_go_in_pairs_where_zero(attend: Attend) -> None:
     assert shapes(cut(model, TOKENS, k=[0, 4]), "linear")[1] == (8, 6), "half of a pair"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("rotate", [False, True])
 def test_grouped_queries(rotate: bool) -> None:
     program = cut(Attention(rotate=rotate, kv_heads=1), TOKENS, v=[2])
     assert shapes(program, "linear") == [(8, 6), (4, 6), (3, 6), (5, 6)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_grouped_queries_in_the_operator() -> None:
     class Grouped(Attention):
         def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def test_grouped_queries_in_the_operator() -> None:
     assert shapes(program, "linear") == [(4, 6), (2, 6), (3, 6), (5, 6)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_packed_projection() -> None:
     class Packed(nn.Module):
         def __init__(self) -> None:
@@ -169,7 +169,7 @@ def test_packed_projection() -> None:
     assert shapes(program, "linear") == [(12, 6), (5, 4)], "a head"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_the_module_of_torch(batch_first: bool) -> None:
     class Wrapped(nn.Module):
@@ -191,7 +191,7 @@ def test_the_module_of_torch(batch_first: bool) -> None:
     assert program.removals.channels[1] < program.removals.channels[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_a_mask_that_comes_with_the_input(kind: str) -> None:
     class Masked(Attention):
@@ -221,7 +221,7 @@ def test_a_bias_by_head_loses_the_heads_that_go() -> None:
     assert shapes(program, "linear") == [(4, 6), (4, 6), (4, 6), (5, 4)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_norm_of_each_head_keeps_its_channels_but_not_a_dead_head() -> None:
     class Normed(Attention):
         def __init__(self) -> None:
@@ -237,7 +237,7 @@ def test_a_norm_of_each_head_keeps_its_channels_but_not_a_dead_head() -> None:
     assert shapes(cut(Normed(), TOKENS, v=[4, 5, 6, 7]), "linear") == [(4, 6), (4, 6), (4, 6), (5, 4)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cross_attention_of_a_decoder_layer() -> None:
     layer = nn.TransformerDecoderLayer(8, 2, 12, batch_first=True)
     model = masked(layer, {"linear1.weight": [1, 2, 3], "multihead_attn.in_proj_weight": [17, 20]})

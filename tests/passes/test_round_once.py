@@ -75,7 +75,7 @@ def roundings(lowered: LoweredModule) -> list[torch.fx.Node]:
     return list(lowered.graph.find_nodes(op="call_function", target=ROUND))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_model
 def test_rule_1_one_rounding_for_all_readers_and_the_same_bits(name: str) -> None:
     model, inputs = made(name)
@@ -137,7 +137,7 @@ def test_readers_of_a_feature_major_tensor() -> None:
             torch.testing.assert_close(lowered(x), rows, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_files_and_onnx(tmp_path: Path) -> None:
     """A file of ONNX rounds once, too: its numbers are the same."""
     model, inputs = made("sequences")

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import pytest
 import torch
 from geometry_support import Layer, layers, shifting
 from hypothesis import HealthCheck, example, given, settings
@@ -40,6 +41,7 @@ def _dense(layer: Layer, x: Tensor, weight: list[Tensor], numbers: list[Any]) ->
     return y
 
 
+@pytest.mark.long
 @BUDGET
 @example(shifting(9), 1.0, 0, 2)
 @example(shifting(16, filters=16), 1.0, 0, 1)

@@ -62,6 +62,7 @@ def test_products_match_dense_ones(rows: int, columns: int, batch: int) -> None:
     check_products(mask, x.t().contiguous().t(), torch.stack((g, g), 1)[:, 0])
 
 
+@pytest.mark.long
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), batch=st.integers(0, 70), density=st.floats(0, 1))
 def test_products_of_any_pattern(rows: int, columns: int, batch: int, density: float) -> None:
     check_products(torch.rand(rows, columns) < density, torch.randn(batch, columns), torch.randn(batch, rows))

@@ -247,7 +247,7 @@ def test_only_the_wanted_gradients() -> None:
     torch.testing.assert_close(bias.grad, torch.full((7,), 2.0))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, as it compares
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool) -> None:
@@ -328,7 +328,7 @@ def test_eight_threads_at_once() -> None:
     assert max(worst) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_importing_the_ops_leaves_numba_alone() -> None:
     code = "import sys, srigl_fx.runtime.ops; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -138,7 +138,7 @@ def test_gradients_are_refused_in_words() -> None:
             y.sum().backward()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, as it compares
 def test_opcheck() -> None:
     """All but the gradients, which are refused."""
@@ -178,7 +178,7 @@ class _Net(torch.nn.Module):
         return out
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_export_and_compile() -> None:
     net = _Net()
     program = torch.export.export(

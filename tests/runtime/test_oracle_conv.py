@@ -194,7 +194,7 @@ def _cases(draw: st.DrawFn) -> Convolution:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @given(
     shape=_cases(),
     density=st.floats(0, 1),

@@ -85,7 +85,7 @@ def test_oracle_tests_on(isa: str) -> None:
     run_oracle_tests(isa)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @best
 @pytest.mark.parametrize("isa", OTHERS, indirect=True)
 def test_a_process_for_each(isa: str) -> None:
@@ -108,7 +108,7 @@ def test_code_that_a_process_compiles_gives_the_same_bits(isa: str) -> None:
     assert digests_on(isa, compiled=True) == once(isa)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_bits_in_every_run(threads: int) -> None:
     first = digests.digests(threads)

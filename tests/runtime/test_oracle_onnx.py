@@ -301,7 +301,7 @@ def test_extremes_of_eight_bits(by_library: bool) -> None:
                 operator.check(torch.full((batch, 90), constant))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @given(
     n=st.integers(1, 50),
     in_features=st.integers(1, 200),

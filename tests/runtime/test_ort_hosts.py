@@ -59,7 +59,7 @@ def test_each_instruction_set(library: Path, cases: Path, monkeypatch: pytest.Mo
         _assert_right(result)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_unknown_instruction_set_is_refused(library: Path, cases: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "SRIGL_FX_ISA must be one of" in _serve(library, cases, SRIGL_FX_ISA="sse9")["failure"]
     monkeypatch.setenv("SRIGL_FX_ISA", "sse9")
@@ -79,7 +79,7 @@ def objects(library: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return copy_objects(tmp_path_factory.mktemp("objects"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("linker", ["cc", "ld", "python"])
 def test_each_linker(objects: list[Path], cases: Path, tmp_path: Path, linker: Any) -> None:
     if linker not in available_linkers():

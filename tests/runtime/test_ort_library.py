@@ -74,7 +74,7 @@ def quick_build(content: bytes, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return linked
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("library")
 def test_two_processes_build_at_once(cache: Path) -> None:
     builders = [
@@ -266,7 +266,7 @@ def test_what_a_killed_builder_left_is_removed(cache: Path, quick_build: list[Pa
     assert len(quick_build) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_a_power_cut_the_library_works(cache: Path, content: bytes) -> None:
     builder = subprocess.Popen([sys.executable, "-c", _KEEP_BUILDING], stdout=subprocess.DEVNULL)
     while not list(cache.glob("build-*")):

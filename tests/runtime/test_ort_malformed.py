@@ -363,7 +363,7 @@ def test_every_fault_is_refused_by_name(library: Path, tmp_path: Path) -> None:
     assert [name for name in constant_faults if outcomes[name]["stage"] != "load"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_well_formed_twins_are_accepted(library: Path, tmp_path: Path) -> None:
     """What the faults above are one change away from."""
     nodes = {"linear": linear(), "conv": conv()}

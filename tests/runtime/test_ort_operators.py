@@ -162,7 +162,7 @@ def _conv_nodes(draw: st.DrawFn) -> tuple[Node, tuple[int, ...]]:
     return node, (draw(st.integers(0, 2)), group * group_channels, *sizes)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @given(case=_conv_nodes())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_convolution(library: Path, case: tuple[Node, tuple[int, ...]]) -> None:

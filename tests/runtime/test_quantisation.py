@@ -170,6 +170,7 @@ def test_weights(row: list[float]) -> None:
         assert abs(Fraction(weight) - scale * value) <= allowed
 
 
+@pytest.mark.long
 @given(seed=st.integers(0, 1000), batch=st.integers(0, 4), n=st.integers(1, 4), features=st.integers(1, 6))
 def test_sums(seed: int, batch: int, n: int, features: int) -> None:
     rng = np.random.default_rng(seed)

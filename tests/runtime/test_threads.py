@@ -83,13 +83,13 @@ assert not failures, failures
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", _PROGRAMS)
 def test_in_a_process_of_its_own(name: str) -> None:
     _run("import numba" + _PROGRAMS[name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.usefixtures("library")
 def test_numba_is_not_imported_where_the_library_is_built() -> None:
     _run("""

@@ -182,7 +182,7 @@ def test_processes_write_at_once(path: Path) -> None:
     assert sorted(os.listdir(path.parent)) == [FILE, "timings.lock"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killing_a_writer_leaves_a_file_that_can_be_read(path: Path) -> None:
     process = writer(path, "killed", 10**6)
     assert process.stdout is not None

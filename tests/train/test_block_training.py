@@ -47,7 +47,7 @@ SECTIONS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_blocks_are_whole_throughout_training(method: str) -> None:
     torch.manual_seed(0)

@@ -159,7 +159,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(groups, weight, values(draw(st.booleans())), mask, budget, seed)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(cases(), FRACTIONS)
 def test_rigl_and_snfs_equal_the_literal_reading(case: Case, drop_fraction: float) -> None:
@@ -194,7 +194,7 @@ def test_gmp_equals_the_literal_reading(case: Case) -> None:
     assert int(new.sum()) <= case.budget
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(cases(), st.sampled_from(["magnitude", "random"]))
 def test_first_masks_equal_the_literal_reading(case: Case, init: Any) -> None:

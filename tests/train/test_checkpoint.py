@@ -138,7 +138,7 @@ VALUES = st.recursive(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=st.dictionaries(st.text(), VALUES, max_size=3))
 def test_plain_values_come_back_with_their_types(tmp_path: Path, value: dict[str, Any]) -> None:

@@ -82,7 +82,7 @@ def _assert_same(one: nn.Module, other: nn.Module, first: Optimizer, second: Opt
             assert not isinstance(value, Tensor) or torch.equal(value, second.state[theirs][name])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["step", "backward", "optimizer.step"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_as_without_a_compiler(method: type[Trainer], what: str) -> None:
@@ -98,7 +98,7 @@ def test_every_method_is_as_without_a_compiler(method: type[Trainer], what: str)
     assert counter.frame_count <= 3  # the model, backward and the optimizer, once each
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_connections_that_grow_train_in_a_compiled_step() -> None:
     (model, optimizer, _), (plain, other, _) = _pair(RigL, mlp())
     start = mask_copies(model)
@@ -113,7 +113,7 @@ def test_connections_that_grow_train_in_a_compiled_step() -> None:
     assert bool(handle.weight[grown].any())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_step_equals_masking_by_hand_around_one() -> None:
     """AdamW compiled is not AdamW to the last bit, and so it is compared with itself."""
     model = mlp()
@@ -134,7 +134,7 @@ def test_a_compiled_step_equals_masking_by_hand_around_one() -> None:
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("setting", ["compiled_autograd", "trace_autograd_ops"])
 @pytest.mark.parametrize("method", [SRigL, SET])
 def test_other_ways_to_compile_the_backward_pass(method: type[Trainer], setting: str) -> None:
@@ -145,7 +145,7 @@ def test_other_ways_to_compile_the_backward_pass(method: type[Trainer], setting:
     _assert_same(model, plain, optimizer, other)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_transformed_weight_in_a_compiled_step() -> None:
     """While gradients are captured the forward computes the transform twice: one more graph, compiled once."""
     layers = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(24, 32)), nn.ReLU(), nn.Linear(32, 4))
@@ -162,7 +162,7 @@ def test_a_transformed_weight_in_a_compiled_step() -> None:
 RECOMPILED: list[tuple[type[Trainer], int]] = [(RigL, 0), (SET, 0), (SNFS, 0), (Static, 0), (SRigL, 1), (GMP, 4)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["step", "optimizer.step"])
 @pytest.mark.parametrize(("method", "most"), RECOMPILED)
 def test_steps_from_the_kept_weights_alone_are_not_compiled_anew_by_updates(

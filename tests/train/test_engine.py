@@ -326,7 +326,7 @@ def test_detach_and_detach_from() -> None:
     Static(model, optimizer)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_engine_dies_with_the_optimizer() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -378,7 +378,7 @@ def test_steps_with_a_closure_inside_one_another_count_once() -> None:
     assert (trainer.steps, trainer.last_update) == (7, 6)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_original_order_of_rigl_with_two_steps() -> None:
     model = mlp()
     optimizer = SAM(model.parameters())

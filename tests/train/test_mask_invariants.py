@@ -166,7 +166,7 @@ def test_nothing_dropped_changes_nothing(structure: Structure) -> None:
         assert torch.equal(gmp_update(weight, mask, count=budget, structure=structure), mask)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(st.data(), st.integers(1, 8), st.integers(1, 8))
 def test_as_many_rows_survive_any_threshold_as_hold_the_budget(data: st.DataObject, rows: int, fan_in: int) -> None:

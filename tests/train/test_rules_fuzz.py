@@ -132,7 +132,7 @@ ABLATIONS = st.sampled_from(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("trained", [True, False])
 @settings(max_examples=250, deadline=None)
 @given(data=st.data(), drop_fraction=FRACTIONS, ablation=ABLATIONS, min_neurons=st.sampled_from([None, 1, 2, 4]))

@@ -63,7 +63,7 @@ SECTIONS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("method", "structure"), CASES)
 def test_neurons_share_their_inputs_throughout_training(method: str, structure: Structure) -> None:
     torch.manual_seed(0)

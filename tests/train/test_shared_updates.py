@@ -200,7 +200,7 @@ def assert_shared(new: Tensor, case: Case) -> None:
         assert len({tuple(row) for row in new[rows].tolist() if any(row)}) <= 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(cases(trained=False), FRACTIONS)
 def test_rigl_and_snfs_equal_the_literal_reading(case: Case, drop_fraction: float) -> None:
@@ -230,7 +230,7 @@ def test_set_equals_the_literal_reading(case: Case, drop_fraction: float) -> Non
     assert new.int().tolist() == literal.rigl(case.members, weight, scores.tolist(), mask, drop_fraction=drop_fraction)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(cases(trained=False), st.floats(0, 1), st.sampled_from(STRUCTURES))
 def test_gmp_equals_the_literal_reading(case: Case, share: float, structure: Structure) -> None:
@@ -246,7 +246,7 @@ def test_gmp_equals_the_literal_reading(case: Case, share: float, structure: Str
     assert_shared(new, case)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @settings(max_examples=200, deadline=None)
 @given(cases(trained=False), st.sampled_from(STRUCTURES), st.sampled_from(["magnitude", "random"]))
 def test_first_masks_equal_the_literal_reading(case: Case, structure: Structure, init: Any) -> None:
@@ -276,7 +276,7 @@ ABLATIONS = st.sampled_from(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("trained", [True, False])
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), drop_fraction=FRACTIONS, ablation=ABLATIONS, min_neurons=st.sampled_from([None, 1, 2, 4]))

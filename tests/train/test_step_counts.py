@@ -266,7 +266,7 @@ def test_with_steps_of_the_kept_weights_alone(name: str) -> None:
         train(model, optimizer, batches(4, seed=2))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 @pytest.mark.parametrize("name", ["AdamW", "NAdam, L2", "RMSprop, momentum"])
 def test_in_a_compiled_step(name: str) -> None:

@@ -21,7 +21,7 @@ def _examples(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # other tests of this process keep theirs
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_method_of_ones_own_trains(capsys: pytest.CaptureFixture[str]) -> None:
     means = import_module("custom_update").main(seeds=2, steps=60)
     assert list(means) == ["SampledRigL", "RigL", "SET"]
@@ -218,7 +218,7 @@ def test_the_table_of_first_steps_in_the_documentation_is_what_the_results_say(c
     assert report.fill(page, {"first_steps": module.table(scores)}) == page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_experiment_on_reordering_runs_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,7 +124,7 @@ def test_the_captured_gradient_is_dense_and_the_trained_one_masked(layer: nn.Mod
     assert not any(value is True for key, value in vars(handle.owner).items() if "dense_gradient" in key)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("optimizer_class", [torch.optim.SGD, torch.optim.AdamW])
 def test_a_whole_run_with_ablation(name: str, optimizer_class: type[torch.optim.SGD | torch.optim.AdamW]) -> None:
@@ -213,7 +213,7 @@ def test_ordinary_steps_compute_the_transform_once() -> None:
     assert counts.count(2) == 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_compiled_model_captures_too() -> None:
     model = sx.sparsify(nn.Sequential(WSLinear(24, 32), nn.Linear(32, 4)), sparsity=0.5, rules={"1": None})
     (handle,) = sparse_weights(model)

@@ -97,7 +97,7 @@ def test_a_sharded_model_of_transformers_survives_save_pretrained(tmp_path: Path
     assert outcome == ["ok"] * 2, "\n".join(outcome)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("scenario", TWO)
 def test_two_processes(two: Outcomes, scenario: str) -> None:
     assert two[scenario] == ["ok"] * 2, "\n".join(two[scenario])
@@ -109,7 +109,7 @@ def test_four_processes(four: Outcomes, scenario: str) -> None:
     assert four[scenario] == ["ok"] * 4, "\n".join(four[scenario])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["DDP", "FSDP"])
 def test_a_run_of_two_then_four_then_one_process(
     four: Outcomes, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch
