@@ -183,6 +183,15 @@ def test_a_file_that_is_no_onnx_file_is_one_line_whatever_its_ending(tmp_path: P
         onnx_tools.recipe(path)
 
 
+def test_a_name_that_is_no_text_is_damage(tmp_path: Path) -> None:
+    content = tiny_model()[0].SerializeToString()
+    name = tiny_model()[0].graph.initializer[0].name.encode()
+    path = tmp_path / "damaged.onnx"
+    path.write_bytes(content.replace(name, b"\xff" + name[1:]))
+    with pytest.raises(FormatError, match="a name in it is no text"):
+        inspect_file(path)
+
+
 @pytest.mark.long
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())

@@ -173,6 +173,11 @@ def inspect_file(path: Path) -> FileReport:
     if not model.graph.node:
         raise FormatError(f"{path} holds no ONNX graph: it is empty or no ONNX file")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    texts = [text for node in all_nodes(model.graph) for text in (node.op_type, node.domain, *node.input, *node.output)]
+    if not all(
+        isinstance(text, str) for text in (*texts, *constants)
+    ):  # protobuf gives bytes that are no UTF-8 as such
+        raise FormatError(f"{path} is no ONNX file, or a damaged one: a name in it is no text")
     known = operator_names()
     ours = [node for node in all_nodes(model.graph) if node.domain == DOMAIN]
     nodes = tuple(
