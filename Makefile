@@ -23,7 +23,7 @@ help: ## Show the targets
 demo: $(READY_demo) ## Train, lower, export and serve real networks; writes to $(OUT)
 	$(BIN)/srigl-fx demo --out $(OUT)
 
-test: $(READY_test) ## The tests that take about a second each at most: some ten minutes together
+test: $(READY_test) ## The tests that take about half a second each at most: some ten minutes together
 	$(BIN)/python -m pytest $(SHARED) -m "not long"
 
 test-all: $(READY_test) ## All tests, those of whole models, of whole runs and of other instruction sets included

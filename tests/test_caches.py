@@ -310,7 +310,8 @@ def both(cache: Any) -> list[Tensor]:
     return [part for layer in layers for part in (layer.keys, layer.values)]
 
 
-@pytest.mark.parametrize("make", [pytest.param(bart, marks=pytest.mark.slow), pytest.param(t5, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("make", [bart, t5])
 def test_a_decoder_with_an_encoder_takes_both_caches(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, source = sparse(make()), torch.tensor([[3, 7, 9], [1, 60, 5]])

@@ -63,7 +63,7 @@ QUICK |= {("transposed 2d", torch.float32), ("conv1d", torch.int8)}
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow, id=f"{case[0]}-{case[1]}") for case in CASES],
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.long, id=f"{case[0]}-{case[1]}") for case in CASES],
 )
 def test_every_operator_and_its_function(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     make, shape = MODULES[name]
@@ -100,7 +100,9 @@ def nodes_of(path: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", ["float32", *(pytest.param(name, marks=pytest.mark.long) for name in ("bfloat16", "float16"))]
+)
 def test_a_model_lowered_saved_and_exported(tmp_path: Path, dtype: str) -> None:
     model, x = network(), torch.randn(2, 3, 4, 4)
     lowered = sx.lower(model, (x,), min_speedup=0, value_dtype=DTYPES[dtype])

@@ -362,7 +362,7 @@ def assert_same(model: nn.Module, lowered: nn.Module, inputs: tuple[Any, ...]) -
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("name", CASES)
 def test_hard_cases(name: str) -> None:

@@ -135,7 +135,7 @@ def test_reporters_see_the_numbers_once_the_callback_comes_first(tmp_path: Path)
     ] * 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("cut", [6, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("make", "causal", "method"),

@@ -397,17 +397,15 @@ def test_claims_hold_on_random_graphs(steps: list[str], seed: int) -> None:
     check_random(steps, seed)
 
 
-LONG = {"tv_mobilenet_v2", "tv_swin", "hf_t5"}
+QUICK = {"nasty_fused_qkv", "nasty_groups", "nasty_mha"}
 ZOO_SAMPLE = (
     "tv_resnet18 tv_mobilenet_v2 tv_swin timm_beit_base_patch16_224 timm_mambaout_femto hf_bert hf_llama hf_gpt2 hf_t5 "
     "nasty_fused_qkv nasty_groups nasty_mha nasty_lstm"
 )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in ZOO_SAMPLE.split()],
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in ZOO_SAMPLE.split()]
 )
 def test_claims_hold_on_real_models(name: str) -> None:
     pytest.importorskip({"tv": "torchvision", "hf": "transformers", "timm": "timm"}.get(name.split("_")[0], "torch"))

@@ -770,7 +770,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("border", BORDERS.values(), ids=BORDERS)
 def test_constant_channels_at_borders_in_front_of_a_norm(

@@ -40,7 +40,7 @@ def linears(move: Callable[[Tensor], Tensor], dead: list[int] = DEAD) -> nn.Modu
     return masked(Moved(move, nn.Linear(12, 24), nn.Linear(24, 16)), {"a.weight": dead})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("name", MOVES)
 def test_an_axis_of_batch_and_channels_stays_free(name: str, batch: int) -> None:

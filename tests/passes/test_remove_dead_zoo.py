@@ -39,7 +39,7 @@ def with_dead_neurons(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in MODELS]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in MODELS]
 )
 @pytest.mark.filterwarnings("ignore")  # of the libraries that the models come from
 def test_removal_is_exact(name: str) -> None:

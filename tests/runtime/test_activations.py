@@ -57,7 +57,7 @@ def computed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return {"isa": request.param, **np.load(folder / "y.npz")}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_matches_torch(computed: dict[str, Any], name: str) -> None:
     x, y = grid(), computed[name]

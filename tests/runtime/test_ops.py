@@ -293,7 +293,7 @@ def test_export_with_dynamic_batch(strict: bool) -> None:
         pytest.param(
             "inductor",
             marks=[
-                pytest.mark.slow,
+                pytest.mark.long,
                 pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler"),
                 pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch.jit, as inductor imports it
             ],

@@ -89,7 +89,7 @@ def test_linear_epilogues(residual: bool, activation: str, by_library: bool, dty
         operator.check(torch.randn(batch, 60))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("x_feature_major", "y_feature_major"), LAYOUTS)
 @pytest.mark.parametrize("residual", [False, True])
 @kinds
@@ -122,7 +122,7 @@ def test_conv_shapes(shape: Convolution, by_library: bool, dtype: ValueDtype) ->
             operator.check(shape.input(batch))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @every_shape
 @pytest.mark.parametrize("dtypes_in_turn", [FLOATS, ("int8",)], ids=["floats", "int8"])
 def test_conv_epilogues(dtypes_in_turn: Sequence[ValueDtype], shape: Convolution, by_library: bool) -> None:
@@ -256,7 +256,7 @@ def test_huge_and_denormal_numbers(by_library: bool, dtype: ValueDtype) -> None:
         operator.check(torch.randn(batch, 90) * scale)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_library
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(

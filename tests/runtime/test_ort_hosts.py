@@ -106,7 +106,7 @@ def _environment(version: str, numpy: str, folder: Path) -> str:
     return python
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif("SRIGL_FX_ORT_MATRIX" not in os.environ, reason="set SRIGL_FX_ORT_MATRIX to install each version")
 @pytest.mark.parametrize("version", [TOO_OLD, *VERSIONS])
 def test_each_onnxruntime(library: Path, cases: Path, tmp_path: Path, version: str) -> None:

@@ -68,7 +68,7 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_grown_weight_steps_as_a_parameter_of_its_own(name: str) -> None:
     make, make_young = OPTIMIZERS[name]
