@@ -174,7 +174,7 @@ def _build_in(folder: Path) -> Path:
                 _logger.warning("the operator library %s; it is built anew", fault)
             # A warning, since nobody sees less who has not asked for it: the program waits here, for minutes.
             _logger.warning(
-                "compiling the operator library, which takes some minutes and is kept in %s; the wheel for Linux x86-64 "
+                "compiling the operator library, which takes some minutes and is kept in %s; the wheel for Linux "
                 "holds it",
                 folder,
             )
