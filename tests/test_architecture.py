@@ -84,7 +84,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *COMMON,
     ),
     "onnx_tools": ("onnx_export", "recipe_parts", "recipes", "runtime.ort", *COMMON),
-    "reports": ("files", "passes.removal"),
+    "reports": ("files", "passes.removal", "passes.sizes"),
     "summaries": ("lowering.lowered", "masks", "reports", *COMMON),
 }
 HANDFUL = 6  # operators that a file of the passes may name together
