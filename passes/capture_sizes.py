@@ -10,7 +10,9 @@ It must not know how a single attempt at a capture is made.
    takes, and at the next larger one. Steps are powers of two, as many a model halves its inputs.
 4. A size at which the model does not run at any other number, or gives something else than its graph, is not free. It
    is an error if that was asked for; else it is fixed and the model captured anew.
-5. What is compared later has all free sizes smaller at once, and all larger, if the model takes that; else one by one.
+5. Sizes that have one number in the example, and of which the model takes no other for each alone, but for all of them,
+   are one size: there are models that read a mask's first samples, as many as there are of the tokens.
+6. What is compared later has all free sizes smaller at once, and all larger, if the model takes that; else one by one.
 """
 
 from dataclasses import replace
@@ -225,7 +227,8 @@ class _Asking:
         return ""
 
     def _tried(self, program: Program) -> Program | None:
-        """Rules 3 to 5: the program with sizes at which it is right, or None where some are not free."""
+        """Rules 3 to 6: the program with sizes at which it is right, or None where some are not free."""
+        program = self._tied(program)
         sizes = program.sizes
         example = sizes.example(self.leaves)
         smaller, larger = dict[str, int](), dict[str, int]()
@@ -257,6 +260,27 @@ class _Asking:
             else:
                 tried += [{name: number} for name, number in kept.items()]
         return replace(program, sizes=replace(sizes, limits=limits, tried=tuple(tried)))
+
+    def _tied(self, program: Program) -> Program:
+        """Rule 5: the program with one name for sizes that go together, though the graph does not say so."""
+        sizes = program.sizes
+        example = sizes.example(self.leaves)
+        asked = {name for axes in self.axes.values() for one in axes.values() if one.size for name, _ in one.size.terms}
+        groups: dict[int, list[str]] = {}
+        for name in sizes.names:
+            if name not in asked:
+                groups.setdefault(example[name], []).append(name)
+        for number, names in groups.items():
+            others = [n for n in (number - 1, number + 1) if n > 0]
+            alone = [
+                name
+                for name in names
+                if len(names) > 1 and any(self._wrong(program, At.of({**example, name: n})) for n in others)
+            ]
+            together = [At.of({**example, **dict.fromkeys(alone, n)}) for n in others]
+            if len(alone) > 1 and not all(self._wrong(program, at) for at in together):
+                sizes = sizes.with_one(alone)
+        return replace(program, sizes=sizes)
 
     def _not_free(self, sizes: Sizes, name: str, problem: str) -> bool:
         """Rule 4: fix the axes that have this size, or raise; whether any was fixed."""

@@ -6,7 +6,7 @@ multiples of names where the model ties it to others. It must not know how a siz
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -239,9 +239,19 @@ class Sizes:
 
     def tied(self) -> "Sizes":
         """The same with one size for all batches."""
-        one = {name: Size.named(self.batch[0]) for name in self.batch}
+        return self.with_one(self.batch)
+
+    def with_one(self, names: Sequence[str]) -> "Sizes":
+        """The same with one size, called like the first, for all of these."""
+        one = {name: Size.named(names[0]) for name in names}
         axes = tuple({axis: size.put(one) for axis, size in axes.items()} for axes in self.axes)
-        return Sizes(axes=axes, batch=self.batch[:1], limits=self.limits, asked=self.asked, fixed=self.fixed)
+        batch = tuple(dict.fromkeys(names[0] if name in one else name for name in self.batch))
+        limits = dict(self.limits)
+        known = [limits.pop(name) for name in names if name in limits]
+        if known:
+            mosts = [most for _, most in known if most is not None]
+            limits[names[0]] = (max(least for least, _ in known), min(mosts, default=None))
+        return replace(self, axes=axes, batch=batch, limits=limits)
 
     def told(self, leaves: Sequence[Any], paths: Sequence[str]) -> tuple[FreeSize, ...]:
         """The free sizes for a report; ``paths`` are the names of the leaves."""

@@ -45,7 +45,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch, capture: Any, errors: Mapping[str,
     """The attempts that are made where each fails with its error."""
     made: list[str] = []
 
-    def export(model: Any, args: Any, kwargs: Any, free: Any, rung: _Rung, run: Any) -> Any:
+    def export(model: Any, args: Any, kwargs: Any, free: Any, rung: _Rung, run: Any, *, asked: bool) -> Any:
         assert bool(free) == (rung.dim is not None)
         name = rung.attempt.removeprefix("torch.export").removesuffix(" batch").replace(",", "").strip()
         made.append(name)
