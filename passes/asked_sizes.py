@@ -13,6 +13,7 @@ Owns that form and its errors. It must not know graphs, nor whether a model can 
 """
 
 import inspect
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -243,7 +244,7 @@ class _Reader:
 
     def _limit(self, name: str, least: Any, most: Any) -> None:
         known = self.limits.get(name, (None, None))
-        largest = None if most is None or not getattr(most, "is_finite", True) else int(most)
+        largest = None if most is None or most > sys.maxsize else int(most)  # a Dim without an end has infinity
         self.limits[name] = (known[0] if least is None else int(least), known[1] if largest is None else largest)
 
     def check(self) -> None:

@@ -358,7 +358,7 @@ def _export(
             if leaves[position].shape[axis] == 1 and is_asked:  # rule 3
                 leaves[position] = resize(leaves[position], 2, axis)
     args, kwargs = pytree.tree_unflatten(leaves, spec)
-    sizes = [dims.get(i) for i in range(len(leaves))]
+    sizes = [dict(dims[i]) if i in dims else None for i in range(len(leaves))]
     if run is not None and run.written and not rung.strict:
         model = writing_in_place(model)
     # Rule 7.

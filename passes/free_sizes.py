@@ -85,14 +85,15 @@ def named_sizes(sizes: Sizes, module: fx.GraphModule, given: Mapping[str, Size] 
                 if axis == 0 and sizes.batch and size.name == sizes.batch[0] and BATCH not in taken:
                     wanted = BATCH
                 names[size.name] = Size.named(_unused(wanted, taken))
-    for symbol in (symbol for symbol in sizes.names if symbol not in names):
+    for symbol in [symbol for symbol in sizes.names if symbol not in names]:
         names[symbol] = Size.named(_unused("size", taken))
     limits: dict[str, tuple[int, int | None]] = {}
     for symbol, (least, most) in sizes.limits.items():
         if symbol in names and (called := names[symbol].name) is not None:
             others = limits.get(called, (1, None))
             limits[called] = (max(least, others[0]), min((n for n in (most, others[1]) if n is not None), default=None))
-    batch = dict.fromkeys(name for symbol in sizes.batch if (name := names[symbol].name) is not None)
+    counted = [names[symbol].name for symbol in sizes.batch]
+    batch = dict.fromkeys(called for called in counted if called is not None)
     axes = tuple({axis: size.put(names) for axis, size in own.items()} for own in sizes.axes)
     return replace(sizes, axes=axes, batch=tuple(batch), limits=limits)
 

@@ -35,6 +35,7 @@ from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole
 from srigl_fx.passes.capture_sizes import capture_with
 from srigl_fx.passes.example_inputs import Inputs, normalise_inputs
 from srigl_fx.passes.feature_major import FeatureMajor
+from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.pipelines import LOWERING, whole
 from srigl_fx.passes.program import Costs, Program, Times, enter_masks
 from srigl_fx.passes.select import Select
@@ -179,6 +180,7 @@ def _captured(
     """The model as one graph with these sizes free; with "auto", with the batch alone if there is no other way."""
     if dynamic_shapes is None:
         return capture_whole(model, args, kwargs)
+    register_caches(model, pytree.tree_leaves((args, kwargs)))
     found = capture_with(model, args, kwargs, wishes(model, args, kwargs, dynamic_shapes))
     if found.program is not None:
         return found
