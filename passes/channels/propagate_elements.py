@@ -89,7 +89,8 @@ def moved(propagation: Propagation, node: fx.Node) -> Any:
     if "dtype" in given or any(is_tensor(value) for key, value in given.items() if key != "self"):
         return None
     source = given.get("self")
-    if operator_of(node.target).family == "part" and is_tensor(source) and _is_counted_by_a_size(node):
+    is_part = operator_of(node.target).family == "part" and is_tensor(source)
+    if is_part and isinstance(source, fx.Node) and _is_counted_by_a_size(node):
         labels = propagation.channels.merge(propagation.labels(source), [given["dim"] % len(shape_of(source))])
         whole = labels.expand(shape_of(source))
         return compress(execute(node.target, node.args, node.kwargs, lambda _: whole))

@@ -29,6 +29,7 @@ from srigl_fx.passes.capture import EXPORT_LOCK
 from srigl_fx.passes.condensed_nodes import CONV, LINEAR, ROUND
 from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments
+from srigl_fx.passes.recurrences import whole_recurrences
 from srigl_fx.passes.sizes import Sizes
 from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
@@ -83,7 +84,7 @@ def build_model(
             if axes:
                 shapes[leaf] = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
     try:
-        with EXPORT_LOCK, _quiet(), torch.no_grad():
+        with EXPORT_LOCK, _quiet(), whole_recurrences(), torch.no_grad():
             exported = torch.export.export(rewrite(stateless.module), args, kwargs, dynamic_shapes=shapes)
             _settle_layouts(exported.graph)
             inputs = [
