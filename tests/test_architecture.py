@@ -72,6 +72,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "passes",
         "recipe_parts",
         "recipes",
+        "reports.sizes",
         "runtime.format",
         "runtime.ops",
         "runtime.ort",

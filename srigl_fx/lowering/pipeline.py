@@ -133,6 +133,10 @@ def lower(
         >>> lowered = sx.lower(model.eval(), (torch.ones(1, 16),), min_speedup=0)
         >>> [layer.decision for layer in lowered.report.layers], lowered(torch.ones(5, 16)).shape
         (['condensed', 'condensed'], torch.Size([5, 4]))
+        >>> shapes = {"input": {0: "batch", 1: "tokens"}}
+        >>> lowered = sx.lower(model, (torch.ones(2, 5, 16),), min_speedup=0, dynamic_shapes=shapes)
+        >>> [free.name for free in lowered.report.free_sizes], lowered(torch.ones(1, 9, 16)).shape
+        (['batch', 'tokens'], torch.Size([1, 9, 4]))
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
     model = unwrapped(model)
