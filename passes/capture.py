@@ -20,6 +20,7 @@ was.
 import inspect
 import re
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,15 +41,16 @@ from srigl_fx.passes.capture_checks import (
     class_name,
     first_line,
     fit_batches,
-    free_sizes,
     raised_by,
     raised_in,
     replaced_buffer,
 )
 from srigl_fx.passes.example_inputs import describe, foreign_types, normalise_inputs
+from srigl_fx.passes.free_sizes import named_sizes, symbols_of
 from srigl_fx.passes.hugging_face import knows_caches, register_caches, untold
 from srigl_fx.passes.model_runs import Run, run_model, run_steps
-from srigl_fx.passes.program import Program, resize
+from srigl_fx.passes.program import Program
+from srigl_fx.passes.sizes import resize
 from srigl_fx.passes.state import own_state
 from srigl_fx.passes.tracing import export, fit_for_capture, flattened, writing_in_place
 from srigl_fx.passes.trees import is_plain
@@ -60,6 +62,8 @@ _GRAPH_ATTRIBUTES = frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph()))) - fr
 
 # torch.export puts fake parameters into the model while it traces, and so must run alone.
 EXPORT_LOCK = threading.RLock()
+
+Dims = Mapping[int, Mapping[int, Any]]  # by flat input and axis, what torch.export is to make of a size
 
 NOT_TRIED = "not tried"
 
@@ -167,18 +171,45 @@ def capture_whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     Raises:
         CaptureError: The model is in training mode, or does not run on the inputs.
     """
-    run = _run_once(model, args, kwargs)
-    register_caches(model, pytree.tree_leaves((args, kwargs, run.output)))
-    # Rule 1.
-    problem = foreign_types((args, kwargs), run.output) or _untold((args, kwargs), run.output)
-    problem = problem or replaced_buffer(model, run)
-    if problem:
-        return Capture(None, (Failure(name="", type=class_name(model), attempt=NOT_TRIED, error=problem),))
+    run, refused = _begin(model, args, kwargs)
+    if refused is not None:
+        return refused
     batched = _batched(pytree.tree_leaves((args, kwargs)))  # rule 2
     free = {position: frozenset({0}) for position, is_batched in enumerate(batched) if is_batched}
     # Rule 4.
     rungs = [_Rung(Dim.DYNAMIC, False), _Rung(Dim.AUTO, False), _Rung(None, False)]
     return _climb(model, args, kwargs, free, [*rungs, _Rung(Dim.AUTO, True), _Rung(None, True)], run=run)
+
+
+def capture_asked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Dims) -> Capture:
+    """Try to capture ``model`` as one graph in which these sizes may be free; which are is for the caller to see.
+
+    Args:
+        model: The model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        dims: What torch.export is told of an axis, by flat input; sizes of 1 among them are made 2 for the attempts.
+
+    Raises:
+        CaptureError: The model is in training mode, or does not run on the inputs.
+    """
+    run, refused = _begin(model, args, kwargs)
+    if refused is not None:
+        return refused
+    free = {leaf: frozenset(axes) for leaf, axes in dims.items()}
+    dim = Dim.AUTO if free else None
+    return _climb(model, args, kwargs, free, [_Rung(dim, False), _Rung(dim, True)], run=run, dims=dims)
+
+
+def _begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Run, Capture | None]:
+    """Rule 1: what the model does, and the end of all attempts where no graph can do that."""
+    run = _run_once(model, args, kwargs)
+    register_caches(model, pytree.tree_leaves((args, kwargs, run.output)))
+    problem = foreign_types((args, kwargs), run.output) or _untold((args, kwargs), run.output)
+    problem = problem or replaced_buffer(model, run)
+    if problem:
+        return run, Capture(None, (Failure(name="", type=class_name(model), attempt=NOT_TRIED, error=problem),))
+    return run, None
 
 
 def _untold(inputs: Any, output: Any) -> str:
@@ -252,10 +283,12 @@ def _climb(
     name: str = "",
     required: FreeSizes | None = None,
     run: Run | None = None,
+    dims: Dims | None = None,
 ) -> Capture:
     """Make the attempts that are worth it: on a region where some sizes are ``required``, else on a whole model.
 
-    ``run`` is what the whole model did on the inputs.
+    ``run`` is what the whole model did on the inputs. ``dims`` is what torch.export is told of each axis that is to be
+    free, where somebody asked for them; which became so is then for the caller to find out.
     """
     failures: list[Failure] = []
     cause: Exception | None = None
@@ -269,14 +302,20 @@ def _climb(
             before = rung
             try:
                 with restored(model, copied=False):
-                    exported, tree = _export(model, args, kwargs, free if rung.dim is not None else {}, rung, run)
+                    told = {
+                        i: dict.fromkeys(sorted(axes), rung.dim) for i, axes in free.items() if rung.dim is not None
+                    }
+                    given, asked = (told, False) if dims is None else (dims, True)
+                    exported, tree = _export(model, args, kwargs, given, rung, run, asked=asked)
                 program = _program(model, exported, args, kwargs, rung.strict, tree)
                 # Rule 6.
-                check_free(program, exported, free if rung.dim is not None else {}, required or {})
+                if dims is None:
+                    check_free(program, exported, free if rung.dim is not None else {}, required or {})
                 if run is not None:
                     check_state(program, run)
+                if run is not None and dims is None:
                     program = fit_batches(program)
-                else:
+                elif run is None:
                     check_pure(exported)
             except Exception as error:  # export raises nearly every type; the next rung may still do
                 cause = cause or error
@@ -304,18 +343,22 @@ def _export(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    free: FreeSizes,
+    dims: Dims,
     rung: _Rung,
     run: Run | None,
+    *,
+    asked: bool,
 ) -> tuple[ExportedProgram, _PyTreeInfo | None]:
     """Export ``model``; the tree is that of its arguments and results where the program takes and returns leaves."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     shared = _batched(leaves)
-    for position in free:
-        if shared[position] and leaves[position].shape[0] < 2:  # rule 3
-            leaves[position] = resize(leaves[position], 2)
+    for position, axes in dims.items():
+        for axis in axes:
+            is_asked = asked or (axis == 0 and shared[position])
+            if leaves[position].shape[axis] == 1 and is_asked:  # rule 3
+                leaves[position] = resize(leaves[position], 2, axis)
     args, kwargs = pytree.tree_unflatten(leaves, spec)
-    sizes = [dict.fromkeys(sorted(free[i]), rung.dim) if i in free else None for i in range(len(leaves))]
+    sizes = [dict(dims[i]) if i in dims else None for i in range(len(leaves))]
     if run is not None and run.written and not rung.strict:
         model = writing_in_place(model)
     # Rule 7.
@@ -352,16 +395,10 @@ def _program(
     values = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
     if len(values) != len(leaves):
         raise CaptureError("the captured graph takes other inputs than the model; this is a defect, please report it")
-    # A size is free if the graph has a symbol for it; equal symbols are sizes that the graph ties.
-    leading = [leaf.shape[0] if 0 in free_sizes(value) else None for value, leaf in zip(values, leaves, strict=True)]
-    batch = next((size for size in leading if size is not None), None)
-    how = f"torch.export{' strict' if strict else ''}, {'static' if batch is None else 'dynamic'} batch"
-    batched = tuple(size is not None and size == batch for size in leading)
-    symbols = [str(value.shape[0]) if free else "" for value, free in zip(values, batched, strict=True)]
-    order = list(dict.fromkeys(symbols))
-    ties = tuple(order.index(symbol) for symbol in symbols)
+    sizes = named_sizes(symbols_of(values, leaves, exported.range_constraints), module)
+    how = f"torch.export{' strict' if strict else ''}, {'dynamic' if sizes.batch else 'static'} batch"
     own_state(module)
-    return Program(module=module, model=model, args=args, kwargs=kwargs, batched=batched, ties=ties, how=how)
+    return Program(module=module, model=model, args=args, kwargs=kwargs, sizes=sizes, how=how)
 
 
 def _whole_text(error: BaseException | None) -> str:

@@ -116,10 +116,9 @@ def fit_batches(program: Program) -> Program:
     """
     if not program.dynamic:
         return program
-    tied = replace(program, ties=())
-    free = {tie for tie, batched in zip(program.ties, program.batched, strict=False) if batched}
+    tied = replace(program, sizes=program.sizes.tied())
     try:
-        if len(free) > 1:  # else the batches of all inputs are one, and this would be the run below
+        if len(program.sizes.batch) > 1:  # else the batches of all inputs are one, and this would be the run below
             with suppress(Exception):  # the model's own code: any type
                 run_model(program.model, *program.inputs(program.other_batch, apart=True))
                 return program

@@ -39,6 +39,7 @@ from srigl_fx.passes.liveness.rules import liveness
 from srigl_fx.passes.liveness.values import Call, any_live, simplify, spread
 from srigl_fx.passes.operators import operator_of
 from srigl_fx.passes.program import Program, arguments
+from srigl_fx.passes.sizes import At
 
 aten = torch.ops.aten
 
@@ -103,15 +104,15 @@ def constants(program: Program, keep: Callable[[fx.Node], bool] = lambda node: T
         [([False, True, False], [0.0, 2.0, 0.0])]
     """
     unknown: dict[str, str] = {}
-    if not program.dynamic:
+    if not program.symbolic:
         known = _interpret(program, None, keep, unknown)
     else:
         try:
             # Rule 8; no size of 1, which broadcasts, and one of two that is odd.
-            runs = [_interpret(program, size, keep, unknown) for size in (2, 3)]
+            runs = [_interpret(program, at, keep, unknown) for at in _sizes(program, 2, 3)]
         except (RuntimeError, IndexError):  # a batch folded into groups, or indices into it: multiples of the size do
             size = max(2, program.batch_size)
-            runs = [_interpret(program, size, keep, unknown) for size in (size, 2 * size)]
+            runs = [_interpret(program, at, keep, unknown) for at in _sizes(program, size, 2 * size)]
         both = {node: _agreed(runs[0][node], runs[1][node]) for node in runs[0] if node in runs[1]}
         known = {node: constant for node, constant in both.items() if constant is not None}
     notes = tuple(
@@ -121,8 +122,15 @@ def constants(program: Program, keep: Callable[[fx.Node], bool] = lambda node: T
     return Constness(known=known, notes=notes)
 
 
+def _sizes(program: Program, batch: int, other: int) -> list[At]:
+    """Two batch sizes, all batches alike; with the second of them other sizes of the rest, where these are known."""
+    first, second = (program.batches(size, apart=False) for size in (batch, other))
+    tried = program.sizes.tried[-1] if program.sizes.tried else {}
+    return [At.of(first), At.of({**tried, **second})]
+
+
 def _interpret(
-    program: Program, batch: int | None, keep: Callable[[fx.Node], bool], unknown: dict[str, str]
+    program: Program, at: At | None, keep: Callable[[fx.Node], bool], unknown: dict[str, str]
 ) -> dict[fx.Node, Constant]:
     """One run; adds the operators without a rule, and where each stands first, to ``unknown``."""
     nodes = list(program.module.graph.nodes)
@@ -134,7 +142,7 @@ def _interpret(
         for operand in node.all_input_nodes
         if operand.op == "get_attr"
     }
-    inputs = iter(pytree.tree_leaves(program.inputs(batch)))
+    inputs = iter(pytree.tree_leaves(program.inputs_at(at)))
     values: dict[fx.Node, Any] = {}
     live: dict[fx.Node, Any] = {}
     known: dict[fx.Node, Constant] = {}
@@ -152,7 +160,7 @@ def _interpret(
                 values[node], live[node] = _call(program.module, node, values, live, unknown)
             value = values[node]
             if isinstance(value, Tensor):
-                if program.dynamic and node.op == "call_function":  # rule 6
+                if program.symbolic and node.op == "call_function":  # rule 6
                     live[node] = _unlike(sample_axes(node), value, live[node])
                 live[node] = simplify(live[node])
                 if node.op != "get_attr" and live[node] is not True and keep(node):

@@ -4,12 +4,18 @@ Owns how they are run so that no size becomes fixed. It must not know graphs or 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses import FakeTensorMode
+
+from srigl_fx.passes.recurrences import RECURRENT, whole_recurrences
+
+
+def _whole(function: Callable[..., Any]) -> AbstractContextManager[None]:
+    return whole_recurrences() if function in RECURRENT else nullcontext()
 
 
 def fake_result(
@@ -28,5 +34,5 @@ def fake_result(
     """
     # An operator's own checks would decide on a free size, and operators composed in C++ may not be able to read one.
     unguarded = nullcontext() if mode.shape_env is None else mode.shape_env.suppress_guards()
-    with unguarded, mode, enable_python_dispatcher(), torch.no_grad():
+    with unguarded, _whole(function), mode, enable_python_dispatcher(), torch.no_grad():
         return function(*args, **(kwargs or {}))

@@ -19,6 +19,7 @@ from srigl_fx.comparison import Limit, limit
 from srigl_fx.masks.records import SparseWeight, sparse_weights
 from srigl_fx.passes.promises import kept
 from srigl_fx.passes.removal import Removals
+from srigl_fx.passes.sizes import BATCH, At, Sizes
 
 Decision = Literal["condensed", "shrunk", "dense"]
 Times = dict[int, dict[Decision, float]]
@@ -178,10 +179,8 @@ class Program:
         model: The model it was captured from.
         args: Example arguments, as the user gave them.
         kwargs: Example keyword arguments.
-        batched: For each leaf of (args, kwargs), whether its leading dimension is the dynamic batch.
         how: How it was captured, for the report.
-        ties: For each leaf a number, the same where the graph ties the sizes of batched leaves; empty where it ties
-            all of them.
+        sizes: Which sizes of the leaves of (args, kwargs) are free.
         masked: The tensors of the graph that are masked, by the target of the ``get_attr`` nodes that read them;
             :func:`enter_masks` fills it in, which ``lower`` does before the first pass. A pass
             that puts another tensor in a masked one's place (transposed, scaled, without some rows) enters it here.
@@ -196,9 +195,8 @@ class Program:
     model: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    batched: tuple[bool, ...]
     how: str
-    ties: tuple[int, ...] = ()
+    sizes: Sizes = field(default_factory=Sizes)
     masked: dict[str, MaskedTensor] = field(default_factory=dict)
     folded: dict[str, str] = field(default_factory=dict)
     layers: list[MatchedLayer] = field(default_factory=list)
@@ -214,7 +212,17 @@ class Program:
     @property
     def dynamic(self) -> bool:
         """Whether the batch size is free."""
-        return any(self.batched)
+        return bool(self.sizes.batch)
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether any size is free."""
+        return any(self.sizes.axes)
+
+    @property
+    def batched(self) -> tuple[bool, ...]:
+        """For each leaf of (args, kwargs), whether its leading dimension counts samples, as many as are given."""
+        return tuple(map(self.sizes.batched, range(len(pytree.tree_leaves((self.args, self.kwargs))))))
 
     @property
     def batch_size(self) -> int:
@@ -262,9 +270,29 @@ class Program:
         return self.batch_size + 1 + self.batch_size % 2
 
     @property
-    def sizes(self) -> list[int]:
-        """The batch sizes at which a graph is compared with the model: the example's and, where it is free, another."""
-        return [self.batch_size, self.other_batch] if self.dynamic else [self.batch_size]
+    def trials(self) -> list[At]:
+        """The sizes at which a graph is compared with the model: the example's, and others of those that are free.
+
+        Where equal sizes are not tied by the graph, different ones show whether it was made for equal ones after all.
+        """
+        if self.sizes.asked and self.symbolic:
+            example = self.sizes.example(pytree.tree_leaves((self.args, self.kwargs)))
+            return [At.of({**example, **values}) for values in ({}, *self.sizes.tried)]
+        if not self.dynamic:
+            return [At.of({BATCH: self.batch_size})]
+        return [At.of(self.batches(size)) for size in (self.batch_size, self.other_batch)]
+
+    def batches(self, size: int, *, apart: bool = True) -> dict[str, int]:
+        """Numbers for the batches; ``apart`` gives those that are not tied different ones, each larger by 2."""
+        return {name: size + 2 * i * apart for i, name in enumerate(self.sizes.batch)}
+
+    def inputs_at(self, at: At | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example inputs with other sizes: what they hold is repeated or cut."""
+        if at is None or not self.symbolic:
+            return self.args, self.kwargs
+        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
+        args, kwargs = pytree.tree_unflatten(self.sizes.resized(leaves, dict(at.values)), spec)
+        return args, kwargs
 
     def inputs(self, batch: int | None = None, *, apart: bool = False) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example inputs; with ``batch``, their samples repeated or cut to that many.
@@ -273,18 +301,7 @@ class Program:
         """
         if batch is None or not self.dynamic:
             return self.args, self.kwargs
-        # Where equal sizes are not tied by the graph, different ones show whether it was made for equal ones after all.
-        leaves, spec = pytree.tree_flatten((self.args, self.kwargs))
-        ties = self.ties if apart and self.ties else (0,) * len(leaves)
-        order = list(dict.fromkeys(tie for tie, batched in zip(ties, self.batched, strict=True) if batched))
-        args, kwargs = pytree.tree_unflatten(
-            [
-                resize(leaf, batch + 2 * order.index(tie)) if batched else leaf
-                for leaf, batched, tie in zip(leaves, self.batched, ties, strict=True)
-            ],
-            spec,
-        )
-        return args, kwargs
+        return self.inputs_at(At.of(self.batches(batch, apart=apart)))
 
 
 def enter_masks(program: Program) -> None:
@@ -317,16 +334,6 @@ def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, f
         if isinstance(branch, fx.GraphModule):
             setattr(copied.get_submodule(owner), attr, copy_module(branch)[0])
     return copied, nodes
-
-
-def resize(tensor: Tensor, batch: int) -> Tensor:
-    """The samples of ``tensor`` repeated or cut to ``batch``.
-
-    Example:
-        >>> resize(torch.tensor([1, 2]), 3).tolist()
-        [1, 2, 1]
-    """
-    return tensor[torch.arange(batch, device=tensor.device) % tensor.shape[0]]
 
 
 def attribute_at(module: nn.Module, target: str) -> object:

@@ -20,9 +20,10 @@ from srigl_fx.passes.channels.links import removal_links
 from srigl_fx.passes.channels.moves import Moves
 from srigl_fx.passes.channels.propagate import Propagation
 from srigl_fx.passes.channels.rules import rule_of
-from srigl_fx.passes.channels.shapes import concrete
+from srigl_fx.passes.channels.shapes import concrete, sizes_beside_the_batch
 from srigl_fx.passes.constness import Constant, constants
 from srigl_fx.passes.fake_values import fake_result
+from srigl_fx.passes.free_sizes import example_symbols
 from srigl_fx.passes.operators import operator_of, plain_name
 from srigl_fx.passes.program import Program, tensor_at
 from srigl_fx.passes.removal import Removal, Removals
@@ -66,6 +67,10 @@ class RemoveDead(Pass[Program]):
 
     def run(self, subject: Program) -> PassResult[Program]:
         """Rewrite the graph in place and enter what was removed in ``subject.removals``."""
+        with sizes_beside_the_batch(example_symbols(subject)):
+            return self._run(subject)
+
+    def _run(self, subject: Program) -> PassResult[Program]:
         module = subject.module
         one_user_each(module)
         before = _size(subject)

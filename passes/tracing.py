@@ -4,7 +4,8 @@ Owns what has to be so while a model is traced, and that it is as before afterwa
 implementations, signatures with a variable number of arguments, assigned buffers, silence. It must not know which
 attempt comes next.
 
-1. Attention and experts run as plain operators: fused ones are opaque, or have no ONNX form.
+1. Attention and experts run as plain operators: fused ones are opaque, or have no ONNX form. Recurrent layers are one
+   operator each, whatever the length.
 2. Arguments behind ``*args`` and ``**kwargs`` get a parameter each: export names free sizes by parameter.
 3. An assignment to a place that a tensor names is a selection and a write.
 4. An assigned buffer is written to when all is done: export sees writes, but no assignment in a sub-module.
@@ -33,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import CaptureError
+from srigl_fx.passes.recurrences import whole_recurrences
 from srigl_fx.passes.trees import identifiers, leaf_paths
 
 aten = torch.ops.aten
@@ -260,7 +262,7 @@ def _reshape_views(module: fx.GraphModule) -> None:
 @contextmanager
 def fit_for_capture(model: nn.Module) -> Iterator[None]:
     """The state in which ``model`` can be captured: plain attention and experts, and torch silent."""
-    with plain_attention(), plain_experts(model), _quiet_torch():  # rules 1 and 7
+    with plain_attention(), whole_recurrences(), plain_experts(model), _quiet_torch():  # rules 1 and 7
         yield
 
 

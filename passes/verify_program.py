@@ -11,6 +11,7 @@ from srigl_fx.comparison import Limit, Results, compare
 from srigl_fx.errors import PassError
 from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import Program
+from srigl_fx.passes.sizes import At
 
 _ADVICE = (
     "this is a defect of the pass: mend it if it is yours, report it with the model if it came with srigl_fx, or leave "
@@ -47,15 +48,15 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
         >>> run((Normalize(),), program, check=verifier(program)).notes
         ()
     """
-    runs: dict[int | None, list[Results]] = {size: _results(program.model, program, size) for size in program.sizes}
+    runs: dict[At | None, list[Results]] = {at: _results(program.model, program, at) for at in program.trials}
 
     def check(name: str, subject: Program) -> None:
         allowed = subject.limit if tolerance is None else Limit(tolerance)
         subject.module.recompile()  # a pass that forgot to would be found out only after the next
         wrong = compare(
-            program.sizes,
-            lambda size: runs[size],
-            lambda size, calls: _results(subject.module, subject, size, calls),
+            program.trials,
+            lambda at: runs[at],
+            lambda at, calls: _results(subject.module, subject, at, calls),
             allowed,
         ).wrong
         if wrong is None:
@@ -70,5 +71,5 @@ def verifier(program: Program, *, tolerance: float | None = None) -> Callable[[s
     return check
 
 
-def _results(model: nn.Module, program: Program, size: int | None, calls: int | None = None) -> list[Results]:
-    return [run.results for run in run_steps(model, *program.inputs(size, apart=True), calls)]
+def _results(model: nn.Module, program: Program, at: At | None, calls: int | None = None) -> list[Results]:
+    return [run.results for run in run_steps(model, *program.inputs_at(at), calls)]

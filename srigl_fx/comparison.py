@@ -1,6 +1,6 @@
 """How far the results of two models may lie apart, and how far they do.
 
-Owns the two measures, and the one loop over batch sizes and calls, that lowering, its regions, the check between passes
+Owns the two measures, and the one loop over sizes and calls, that lowering, its regions, the check between passes
 and export verify with. It must not know what is compared: its callers run the two models and word the error.
 
 The measure is the relative error, of the largest value. Where activations are rounded to eight bits, every one of them
@@ -12,10 +12,12 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Where = TypeVar("Where")
 
 TOLERANCE = 1e-4  # of the largest output, for float32
 # In dB, of a layer that is rounded to eight bits, and of the outputs of a model with such layers. Gaussian noise was
@@ -87,7 +89,7 @@ class Difference:
         what: Which one: "output 0", "the buffer total", or "the number of outputs".
         error: The relative error; infinite where there is no other number for it.
         snr: The signal-to-noise ratio; minus infinity where there is no other number for it.
-        size: The batch size, None where there was one only.
+        at: The sizes at which it was found, None where there were those of the inputs only.
         call: Which of several calls in a row, from 0.
         counts: The number of outputs expected, and that which came.
     """
@@ -95,16 +97,14 @@ class Difference:
     what: str
     error: float
     snr: float
-    size: int | None
+    at: object
     call: int
     counts: tuple[int, int]
 
     @property
     def place(self) -> str:
         """Where it was found, for an error message: " at batch 3 in call 2", or less."""
-        return (f" at batch {self.size}" if self.size is not None else "") + (
-            f" in call {self.call + 1}" if self.call else ""
-        )
+        return (f" at {self.at}" if self.at is not None else "") + (f" in call {self.call + 1}" if self.call else "")
 
     def off(self, allowed: Limit) -> str:
         """By how much it differs, in the measure that counts."""
@@ -129,16 +129,16 @@ class Comparison:
 
 
 def compare(
-    sizes: Iterable[int | None],
-    expected: Callable[[int | None], Sequence[Results]],
-    got: Callable[[int | None, int], Sequence[Results]],
+    sizes: Iterable[Where],
+    expected: Callable[[Where], Sequence[Results]],
+    got: Callable[[Where, int], Sequence[Results]],
     allowed: Limit = Limit(),
 ) -> Comparison:
-    """Compare two models at each batch size, call by call: the number of outputs, the outputs, the written buffers.
+    """Compare two models at several sizes, call by call: the number of outputs, the outputs, the written buffers.
 
     Args:
-        sizes: The batch sizes, or one None where the inputs are what they are.
-        expected: Runs the model on inputs of that size, several times in a row where it keeps state.
+        sizes: The sizes of inputs, whatever says them in words, or one None where the inputs are what they are.
+        expected: Runs the model on inputs of these sizes, several times in a row where it keeps state.
         got: Runs the other one alike, as many times as it is told.
         allowed: How far apart they may lie.
 
@@ -146,7 +146,7 @@ def compare(
         >>> half_off = lambda n, calls: [Results([n, 2.0 if n == 1 else 2.5])]
         >>> found = compare([1, 3], lambda n: [Results([n, 2.0])], half_off)
         >>> found.worst, found.wrong.what, found.wrong.place
-        (0.25, 'output 1', ' at batch 3')
+        (0.25, 'output 1', ' at 3')
     """
     worst, wrong, least = 0.0, None, math.inf
     for size in sizes:
@@ -156,7 +156,7 @@ def compare(
             for what, error, snr in _errors(one, other, with_snr=allowed.snr is not None):
                 worst, least = max(worst, error), min(least, snr)
                 if wrong is None and not allowed.allows(error, snr):
-                    wrong = Difference(what=what, error=error, snr=snr, size=size, call=call, counts=counts)
+                    wrong = Difference(what=what, error=error, snr=snr, at=size, call=call, counts=counts)
     return Comparison(worst, wrong, None if allowed.snr is None else least)
 
 

@@ -72,6 +72,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "passes",
         "recipe_parts",
         "recipes",
+        "reports.sizes",
         "runtime.format",
         "runtime.ops",
         "runtime.ort",
@@ -84,7 +85,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *COMMON,
     ),
     "onnx_tools": ("onnx_export", "recipe_parts", "recipes", "runtime.ort", *COMMON),
-    "reports": ("files", "passes.removal"),
+    "reports": ("files", "passes.removal", "passes.sizes"),
     "summaries": ("lowering.lowered", "masks", "reports", *COMMON),
 }
 HANDFUL = 6  # operators that a file of the passes may name together

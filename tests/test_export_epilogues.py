@@ -22,6 +22,7 @@ from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.onnx_export.model import build_model, functions_for
 from srigl_fx.passes.condensed_nodes import LINEAR, set_arguments
+from srigl_fx.passes.sizes import Sizes
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort import session as session_module
 from srigl_fx.runtime.ort.fallback import attributes_of
@@ -69,7 +70,7 @@ def test_every_operator_and_its_function(tmp_path: Path, name: str, dtype: torch
     make, shape = MODULES[name]
     module = make(dtype)
     inputs = inputs_for(module, shape, 3)
-    model = build_model(captured(module, inputs), inputs, {}, [0, 0])
+    model = build_model(captured(module, inputs), inputs, {}, Sizes.of_batch((True,) * len(inputs)))
     model.functions.extend(functions_for(model))
     onnx.checker.check_model(model, full_check=True)
     used = [node.op_type for node in model.graph.node if node.domain == abi.DOMAIN]

@@ -12,6 +12,7 @@ from export_support import CASES, MODULES, captured, inputs_for, network
 
 import srigl_fx as sx
 from srigl_fx.onnx_export.model import build_model, functions_for
+from srigl_fx.passes.sizes import Sizes
 from srigl_fx.runtime.ort import abi
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -32,7 +33,7 @@ def test_every_operator(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     make, shape = MODULES[name]
     module = make(dtype)
     inputs = inputs_for(module, shape, 3)
-    model = build_model(captured(module, inputs), inputs, {}, [0, 0])
+    model = build_model(captured(module, inputs), inputs, {}, Sizes.of_batch((True,) * len(inputs)))
     ours = {node.op_type for node in model.graph.node if node.domain == abi.DOMAIN}
     for functions in (False, True):
         if functions:

@@ -7,7 +7,8 @@ weights, nor what is removed.
 1. Copies have the labels of what they copy; so has what is only as large.
 2. What is made of no element has the fixed label.
 3. Element by element, operands at one place are coupled, and constants follow.
-4. Elements that change places take their labels with them: the operator is run on the labels.
+4. Elements that change places take their labels with them: the operator is run on the labels. Of a part that a free
+   size counts, as in table[:tokens], the axis becomes one: at another size, others are read.
 5. Elements picked by indices do so, where the indices along axes with channels are known.
 6. Parts joined along an axis without channels keep their channels in common: those are coupled.
 7. Padding with zeros adds what has the fixed label; padding with the data itself is for axes without channels only.
@@ -87,7 +88,19 @@ def moved(propagation: Propagation, node: fx.Node) -> Any:
     # What a second operand puts where, or a new type, is not told by running it on labels.
     if "dtype" in given or any(is_tensor(value) for key, value in given.items() if key != "self"):
         return None
+    source = given.get("self")
+    is_part = operator_of(node.target).family == "part" and is_tensor(source)
+    if is_part and isinstance(source, fx.Node) and _is_counted_by_a_size(node):
+        labels = propagation.channels.merge(propagation.labels(source), [given["dim"] % len(shape_of(source))])
+        whole = labels.expand(shape_of(source))
+        return compress(execute(node.target, node.args, node.kwargs, lambda _: whole))
     return _run(propagation, node)
+
+
+def _is_counted_by_a_size(node: fx.Node) -> bool:
+    """Whether a free size says which part is meant."""
+    numbers = [other.meta.get("val") for other in node.all_input_nodes]
+    return any(isinstance(number, torch.SymInt) for number in numbers)
 
 
 def picked(propagation: Propagation, node: fx.Node) -> Any:

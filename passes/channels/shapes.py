@@ -1,10 +1,13 @@
 """Sizes of values, and operators run on something else than their operands, at a batch of two.
 
-Owns the batch that stands for any other, and what operators are asked for beside their rules: indices, axes, results.
-It must not know how operators pass channels on, nor what is removed.
+Owns the sizes that stand for any other (two samples, the rest as in the example), and what operators are asked for
+beside their rules: indices, axes, results. It must not know how operators pass channels on, nor what is removed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -70,12 +73,25 @@ def execute(target: Any, args: Any, kwargs: Any, value: Callable[[fx.Node], Any]
     return target(*mapped_args, **mapped_kwargs)
 
 
+_OTHERS: ContextVar[Mapping[str, int]] = ContextVar("sizes that are not the batch", default=MappingProxyType({}))
+
+
+@contextmanager
+def sizes_beside_the_batch(sizes: Mapping[str, int]) -> Iterator[None]:
+    """Meanwhile, set these symbols to these numbers: at two pixels, say, many a model cannot run."""
+    token = _OTHERS.set(sizes)
+    try:
+        yield
+    finally:
+        _OTHERS.reset(token)
+
+
 def concrete_number(value: Any) -> Any:
-    """A size with its symbols (the batch) set to 2."""
+    """A size with its symbols set to 2, as are those of the batch, but for those of other sizes that are known."""
     if not isinstance(value, torch.SymInt):
         return value
-    expression = value.node.expr
-    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, _BATCH)))
+    expression, others = value.node.expr, _OTHERS.get()
+    return int(expression.xreplace({symbol: others.get(str(symbol), _BATCH) for symbol in expression.free_symbols}))
 
 
 def concrete(shape: Sequence[Any]) -> list[int]:

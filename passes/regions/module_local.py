@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.passes.fake_values import fake_result
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.regions.recording import ModuleCall
+from srigl_fx.passes.sizes import Sizes
 
 aten = torch.ops.aten
 
@@ -80,8 +81,8 @@ def module_local(model: nn.Module, module: nn.Module, calls: list[ModuleCall]) -
         model=model,
         args=(example,),
         kwargs={},
-        batched=(True,),
         how="module-local, any leading shape",
+        sizes=Sizes.of_batch((True,)),
     )
 
 

@@ -6,7 +6,6 @@ is lowered.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from srigl_fx.passes.capture_checks import first_line
 from srigl_fx.passes.model_runs import run_model
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.regions.finder import Region, RegionFinder
+from srigl_fx.passes.sizes import At
 
 
 @dataclass(frozen=True)
@@ -143,21 +143,21 @@ def _attempt(
     built = LoweredModule.build(graph, report, inputs)
     found = None
     if verify:
-        inputs_at = partial(region.program.inputs, apart=True)
+        inputs_at = region.program.inputs_at
 
-        def got(size: int | None, _: int) -> list[Results]:
+        def got(at: At, _: int) -> list[Results]:
             try:
-                return [_results(run_model(built, *inputs_at(size)))]
+                return [_results(run_model(built, *inputs_at(at)))]
             except Exception as error:  # of any operator
                 raise LoweringError(
-                    f"the lowered region {region.name} fails at batch {size} ({brief(error)}), where the module does "
+                    f"the lowered region {region.name} fails at {at} ({brief(error)}), where the module does "
                     "not. A module whose sizes depend on more than its inputs cannot be verified: pass verify=False if "
                     "that is so"
                 ) from error
 
         found = compare(
-            region.program.sizes,
-            lambda size: [_results(run_model(region.module, *inputs_at(size)))],
+            region.program.trials,
+            lambda at: [_results(run_model(region.module, *inputs_at(at)))],
             got,
             report.limit,
         )

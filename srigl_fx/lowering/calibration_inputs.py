@@ -58,13 +58,17 @@ def check_calibration(program: Program, batches: Iterable[Inputs]) -> None:
     for i, (args, kwargs) in enumerate(batches):
         leaves, form = pytree.tree_flatten((args, kwargs))
         fits = form == expected and all(
-            _fits(leaf, example, batched)
-            for leaf, example, batched in zip(leaves, examples, program.batched, strict=True)
+            _fits(leaf, example, frozenset(axes))
+            for leaf, example, axes in zip(leaves, examples, program.sizes.axes or ({},) * len(leaves), strict=True)
         )
         if not fits or not _agree(program, leaves):
+            free = "any" if program.symbolic else "the same"
+            sizes = (
+                f"{', '.join(program.sizes.names)} of any size" if program.sizes.asked else f"with {free} batch size"
+            )
             raise LoweringError(
                 f"calibration input {i} is {describe(args, kwargs)}, and the graph takes what the example inputs are, "
-                f"{describe(program.args, program.kwargs)}, with {'any' if program.dynamic else 'the same'} batch size"
+                f"{describe(program.args, program.kwargs)}, {sizes}"
             )
         for leaf in leaves:
             if isinstance(leaf, Tensor) and not leaf.numel():
@@ -74,15 +78,18 @@ def check_calibration(program: Program, batches: Iterable[Inputs]) -> None:
 
 
 def _agree(program: Program, leaves: list[Any]) -> bool:
-    """Whether batches that the graph ties to each other are equal."""
-    ties = program.ties or (0,) * len(leaves)
-    batches = [(tie, leaf.shape[0]) for tie, leaf, own in zip(ties, leaves, program.batched, strict=True) if own]
-    return len(set(batches)) == len({tie for tie, _ in batches})
+    """Whether sizes that the graph ties to each other are as it ties them."""
+    values = program.sizes.example(leaves)
+    return all(
+        leaf.shape[axis] == size.at(values)
+        for leaf, axes in zip(leaves, program.sizes.axes, strict=False)
+        for axis, size in axes.items()
+    )
 
 
-def _fits(leaf: Any, example: Any, batched: bool) -> bool:
-    """Whether a graph that was captured with ``example`` takes ``leaf``."""
+def _fits(leaf: Any, example: Any, free: frozenset[int]) -> bool:
+    """Whether a graph that was captured with ``example`` takes ``leaf``, where these sizes are free."""
     if not isinstance(example, Tensor) or not isinstance(leaf, Tensor):
         return type(leaf) is type(example) and bool(leaf == example)
-    first = 1 if batched else 0
-    return leaf.dtype is example.dtype and leaf.dim() == example.dim() and leaf.shape[first:] == example.shape[first:]
+    same = leaf.dtype is example.dtype and leaf.dim() == example.dim()
+    return same and all(axis in free or leaf.shape[axis] == size for axis, size in enumerate(example.shape))

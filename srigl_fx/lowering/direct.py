@@ -15,8 +15,10 @@ from torch import Tensor, fx
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from srigl_fx.lowering.inputs import sizes_of
 from srigl_fx.passes.condensed_nodes import is_condensed
 from srigl_fx.passes.program import arguments
+from srigl_fx.passes.sizes import Size
 from srigl_fx.runtime.cpu.direct import TENSORS, DirectCall
 
 Described = Sequence[dict[str, Any] | None]
@@ -63,6 +65,12 @@ class DirectProgram:
         positional, named = info.in_spec.children()
         self.described, self._names = described, tuple(info.orig_args)
         self._accepted = [_Accepted.of(one) for one in described]
+        self._sums = [
+            (i, axis, free)
+            for i, axes in enumerate(sizes_of(described).axes)
+            for axis, free in axes.items()
+            if free.name is None and not self._accepted[i].anything
+        ]
         self._functions: _Functions | None = None
         flat = all(child.is_leaf() for spec in (positional, named) for child in spec.children())
         if flat and len(described) == len(self._names):
@@ -81,14 +89,24 @@ class DirectProgram:
             if not all(name in kwargs for name in missing):
                 return None
             args = (*args, *(kwargs[name] for name in missing))
-        batches: dict[int, int] = {}
-        if not all(one.fits(value, batches) for one, value in zip(accepted, args, strict=True)):
+        named: dict[str, int] = {}
+        if not all(one.fits(value, named) for one, value in zip(accepted, args, strict=True)):
+            return None
+        if self._sums and not self._agree(args, named):
             return None
         try:
             tensors = functions.tensors(module)
         except (AttributeError, KeyError):  # they were put elsewhere since
             return None
         return (functions.run(tensors, *args),)
+
+    def _agree(self, args: tuple[Any, ...], named: dict[str, int]) -> bool:
+        """Whether sizes that are sums of others are so; one of a name that stands nowhere alone may be any."""
+        return all(
+            args[i].shape[axis] == free.at(named)
+            for i, axis, free in self._sums
+            if all(name in named for name, _ in free.terms)
+        )
 
 
 def direct_function(module: fx.GraphModule) -> Callable[..., Any]:
@@ -110,21 +128,23 @@ class _Accepted:
     """An input that is plainly as described: a tensor with these sizes, or a constant."""
 
     dtype: torch.dtype | None
-    sizes: tuple[int | None, ...]
-    batch: int | None
+    sizes: tuple[int | str | None, ...]
     value: object
+    anything: bool = False
 
     @staticmethod
     def of(described: dict[str, Any] | None) -> "_Accepted":
         if described is None or described.get("any_rank"):
-            return _Accepted(None, (), None, _NOTHING)
+            return _Accepted(None, (), _NOTHING, anything=True)
         if "value" in described:
-            return _Accepted(None, (), None, described["value"])
+            return _Accepted(None, (), described["value"])
         dtype: torch.dtype = getattr(torch, described["dtype"])
-        return _Accepted(dtype, tuple(described["shape"]), described.get("batch"), _NOTHING)
+        # A sum of others is compared when these are known.
+        sizes = [size if not isinstance(size, str) or Size.parse(size).name else None for size in described["shape"]]
+        return _Accepted(dtype, tuple(sizes), _NOTHING)
 
-    def fits(self, given: Any, batches: dict[int, int]) -> bool:
-        """Whether it is so; ``batches`` has the leading sizes that inputs have in common, as far as they are known."""
+    def fits(self, given: Any, named: dict[str, int]) -> bool:
+        """Whether it is so; ``named`` has the sizes with names, as far as they are known."""
         if self.dtype is None:
             return type(given) is type(self.value) and bool(given == self.value)
         if type(given) is not Tensor or given.dtype is not self.dtype:
@@ -133,9 +153,11 @@ class _Accepted:
         if len(shape) != len(self.sizes):
             return False
         for size, wanted in zip(shape, self.sizes, strict=True):
-            if wanted is not None and size != wanted:
+            if wanted is None or size == wanted:
+                continue
+            if isinstance(wanted, int) or named.setdefault(wanted, size) != size:
                 return False
-        return self.batch is None or batches.setdefault(self.batch, shape[0]) == shape[0]
+        return True
 
 
 _NOTHING = object()  # of which there is no other

@@ -19,6 +19,7 @@ from srigl_fx.passes.capture_checks import is_free
 from srigl_fx.passes.example_inputs import Inputs
 from srigl_fx.passes.hugging_face import register_caches, untold
 from srigl_fx.passes.program import Program
+from srigl_fx.passes.sizes import BATCH, Size, Sizes
 
 Described = Sequence[dict[str, Any] | None]
 
@@ -29,18 +30,32 @@ _SHOWN = 60  # characters of a value in a message
 def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
     """What :meth:`~srigl_fx.lowering.lowered.LoweredModule.build` wants to know of inputs, by the values at capture."""
 
-    def one(value: Any, batch: int) -> dict[str, Any] | None:
+    def one(value: Any, free: Mapping[int, Size]) -> dict[str, Any] | None:
         if isinstance(value, Tensor):
-            shape = [None if is_free(size) else int(size) for size in value.shape]
-            described = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
-            return {**described, "batch": batch} if shape and shape[0] is None else described
+            shape = [
+                str(free[axis]) if axis in free else None if is_free(size) else int(size)
+                for axis, size in enumerate(value.shape)
+            ]
+            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
         return {"value": value} if isinstance(value, bool | int | float | str) else None
 
     values = [node.meta.get("val") for node in program.module.graph.find_nodes(op="placeholder")]
-    ties = program.ties or (0,) * len(values)
-    own = range(len(values), 2 * len(values))  # of inputs whose leading size is free and not the batch
-    batches = [tie if batched else one for tie, batched, one in zip(ties, program.batched, own, strict=True)]
-    return [one(value, batch) for value, batch in zip(values, batches, strict=True)]
+    return [one(value, free) for value, free in zip(values, program.sizes.axes or ({},) * len(values), strict=True)]
+
+
+def sizes_of(described: Described) -> Sizes:
+    """The free sizes of inputs that are described.
+
+    Example:
+        >>> [str(axes[0]) for axes in sizes_of([{"dtype": "float32", "shape": ["batch", 3]}]).axes]
+        ['batch']
+    """
+
+    def free(item: dict[str, Any] | None) -> dict[int, Size]:
+        shape = (item or {}).get("shape", ())
+        return {axis: Size.parse(size) for axis, size in enumerate(shape) if isinstance(size, str)}
+
+    return Sizes(axes=tuple(map(free, described)))
 
 
 def is_description(item: Any) -> bool:
@@ -52,11 +67,31 @@ def is_description(item: Any) -> bool:
     """
     if "value" in item:
         return isinstance(item["value"], bool | int | float | str)
+    numbers = [size for size in item["shape"] if size is not None and not isinstance(size, str)]
+    names = [Size.parse(size) for size in item["shape"] if isinstance(size, str)]  # raises where that is no name
     return (
-        isinstance(item.get("batch", 0), int)
-        and isinstance(getattr(torch, item["dtype"]), torch.dtype)
-        and all(size is None or (isinstance(size, int) and size >= 0) for size in item["shape"])
+        isinstance(getattr(torch, item["dtype"]), torch.dtype)
+        and len(names) + len(numbers) <= len(item["shape"])
+        and all(type(size) is int and size >= 0 for size in numbers)
     )
+
+
+def with_names(described: list[dict[str, Any] | None]) -> list[dict[str, Any] | None]:
+    """Descriptions from a file of before sizes had names: there, equal numbers tie leading sizes.
+
+    Example:
+        >>> with_names([{"dtype": "float32", "shape": [None, 3], "batch": 0}])
+        [{'dtype': 'float32', 'shape': ['batch', 3]}]
+    """
+
+    def one(item: dict[str, Any] | None) -> dict[str, Any] | None:
+        if item is None or "batch" not in item:
+            return item
+        tie, shape = int(item["batch"]), item["shape"]
+        kept = {key: value for key, value in item.items() if key != "batch"}
+        return {**kept, "shape": [f"{BATCH}_{tie}" if tie else BATCH, *shape[1:]]}
+
+    return list(map(one, described))
 
 
 def arranged(module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
@@ -97,7 +132,8 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
     if made is None:
         return args, kwargs
     leaves = made if all(isinstance(value, Tensor) for value in made) else pytree.tree_leaves(made)
-    batches: dict[int, tuple[int, int]] = {}  # for each free batch, the input that has shown it, and its size
+    named: dict[str, tuple[int, int]] = {}  # for each named size, the input that has shown it, and the number
+    sums: list[tuple[int, int, Size, int]] = []  # inputs and axes with sums of them, and what they were given
     for position, (leaf, wanted) in enumerate(zip(leaves, described, strict=True)):
         if wanted is None:
             continue
@@ -111,24 +147,41 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
             if wanted.get("any_rank"):
                 shape, sizes = shape[-1:], sizes[-1:]
             fits = isinstance(leaf, Tensor) and len(sizes) == len(shape)
-            fits = fits and all(size is None or size == have for size, have in zip(shape, sizes, strict=True))
+            fits = fits and all(
+                not isinstance(size, int) or size == have for size, have in zip(shape, sizes, strict=True)
+            )
             if isinstance(leaf, Tensor) and str(leaf.dtype) != "torch." + wanted["dtype"]:
                 fits, remedy = False, f"give it as {wanted['dtype']}"
             given = f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
-            dimensions = ", ".join("any" if size is None else str(size) for size in shape)
+            dimensions = ", ".join(str(size) if isinstance(size, int) else "any" for size in shape)
             needed = f"{wanted['dtype']} ({'..., ' if wanted.get('any_rank') else ''}{dimensions})"
         if not fits:
             raise LoweringError(
                 f"input {position} of the lowered module{_path(module, position)} is {given}, but the graph was "
                 f"captured for {needed}: {remedy}"
             )
-        if "batch" in wanted and not wanted.get("any_rank"):
-            first, size = batches.setdefault(wanted["batch"], (position, leaf.shape[0]))
-            if leaf.shape[0] != size:
-                raise LoweringError(
-                    f"input {position} of the lowered module has batch {leaf.shape[0]} and input {first} has {size}: "
-                    "give them the same, as the model asks for"
-                )
+        if "value" in wanted or wanted.get("any_rank"):
+            continue
+        for axis, size in enumerate(wanted["shape"]):
+            if isinstance(size, str):
+                free, given_size = Size.parse(size), leaf.shape[axis]
+                if free.name is None:
+                    sums.append((position, axis, free, given_size))
+                    continue
+                first, known = named.setdefault(size, (position, given_size))
+                if given_size != known:
+                    raise LoweringError(
+                        f"input {position} of the lowered module has {size} {given_size} and input {first} has "
+                        f"{known}: give them the same, as the model asks for"
+                    )
+    values = {name: size for name, (_, size) in named.items()}
+    for position, axis, free, given_size in sums:
+        if values.keys() >= {name for name, _ in free.terms} and free.at(values) != given_size:
+            shown = ", ".join(f"{name} {values[name]}" for name, _ in free.terms)
+            raise LoweringError(
+                f"axis {axis} of input {position} of the lowered module{_path(module, position)} is {given_size}, and "
+                f"the model asks for {free}, {free.at(values)} with {shown}: give it so"
+            )
     return tuple(made[: len(args)]), dict(zip(missing, made[len(args) :], strict=True))
 
 

@@ -16,7 +16,7 @@ import srigl_fx.runtime.ops  # noqa: F401 - the operators that lowered graphs ca
 from srigl_fx.files import replacing
 from srigl_fx.lowering import file as graph_file
 from srigl_fx.lowering.direct import DirectProgram, unobserved
-from srigl_fx.lowering.inputs import check_inputs, is_description
+from srigl_fx.lowering.inputs import check_inputs, is_description, with_names
 from srigl_fx.lowering.report import LayerReport as LayerReport
 from srigl_fx.lowering.report import LoweringReport as LoweringReport
 from srigl_fx.lowering.report import format_speedups as format_speedups
@@ -64,9 +64,9 @@ class LoweredModule(fx.GraphModule):
         Args:
             module: The graph and its tensors.
             report: What was done.
-            inputs: For each flat input its "dtype" and "shape" (None for a free size; with "any_rank", only the last
-                size matters), its "value" if it is a constant of the graph, or None where it may be anything. Inputs
-                that have the same number as their "batch" must have the same leading size.
+            inputs: For each flat input its "dtype" and "shape", its "value" if it is a constant of the graph, or None
+                where it may be anything. A free size is None, or its name where others may have the same, or a sum of
+                names (:class:`~srigl_fx.passes.sizes.Size`). With "any_rank", only the last size matters.
             recipes: Those of the model's parts; by default those that ``module`` has, where it is lowered already.
         """
         module.graph.set_codegen(_CodeGen(module.graph._codegen.pytree_info))  # type: ignore[attr-defined]
@@ -152,7 +152,7 @@ class LoweredModule(fx.GraphModule):
 
 
 def _build(module: fx.GraphModule, extra: dict[str, Any]) -> LoweredModule:
-    inputs = extra["inputs"]
+    inputs = with_names(extra["inputs"])
     placeholders = sum(node.op == "placeholder" for node in module.graph.nodes)
     if len(inputs) != placeholders or not all(item is None or is_description(item) for item in inputs):
         raise ValueError("the inputs described are not those of the graph")

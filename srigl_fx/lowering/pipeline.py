@@ -28,14 +28,18 @@ from srigl_fx.lowering.value_dtypes import ValueDtypes, value_dtypes
 from srigl_fx.lowering.verification import CapturedGraphError, checked, second_check, verify_lowered
 from srigl_fx.masks import invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
+from srigl_fx.passes.asked_sizes import DynamicShapes, wishes
 from srigl_fx.passes.base import Note, Pass, run
 from srigl_fx.passes.calibrate import Calibrate
 from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole, uncapturable
+from srigl_fx.passes.capture_sizes import capture_with
 from srigl_fx.passes.example_inputs import Inputs, normalise_inputs
 from srigl_fx.passes.feature_major import FeatureMajor
+from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.pipelines import LOWERING, whole
 from srigl_fx.passes.program import Costs, Program, Times, enter_masks
 from srigl_fx.passes.select import Select
+from srigl_fx.passes.sizes import leaf_names
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.recipes import recipes_of
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
@@ -51,6 +55,7 @@ def lower(
     target: Literal["cpu"] = "cpu",
     min_speedup: float | Literal["auto"] = 1.0,
     batch_sizes: Sequence[int] | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
     value_dtype: ValueDtypes = torch.float32,
     calibration: Calibration | None = None,
     verify: bool | Literal["each pass"] = True,
@@ -67,7 +72,7 @@ def lower(
         model: A model with masks, in eval mode, float32 on the CPU; in ``torch.compile``'s module or a data-parallel
             wrapper, the model inside is lowered.
         example_inputs: A tuple of arguments, or (args, kwargs). A leading dimension that the inputs share becomes a
-            dynamic batch where the model allows it.
+            dynamic batch where the model allows it, unless ``dynamic_shapes`` says which sizes are free.
         target: The hardware; "cpu" is the only one so far.
         min_speedup: A layer is condensed only if measured at least this much faster than dense on this machine; else it
             is computed densely on its active rows if that is, else left dense. 0 condenses all, without measuring;
@@ -77,6 +82,11 @@ def lower(
             ``min_speedup <= 1``, a linear layer is not timed when the cost model already says that one form is 3 times
             as fast as the other.
         batch_sizes: The batch sizes to measure at; by default the one of the example inputs.
+        dynamic_shapes: Which sizes of the inputs are free, as ``torch.export`` takes it: by input (a dict by the names
+            of the forward's arguments, or a tuple by position) and axis, a name, a ``torch.export.Dim``, ``Dim.AUTO``
+            or ``Dim.DYNAMIC``; all others are those of the example. A name may be a sum, as "past + 1", and a dict by
+            axis in the place of a cache is for all its tensors. "auto" frees every size that the model does not tie. By
+            default, the batch alone. The report says which sizes are free, and of "auto" which are not, and why.
         value_dtype: What condensed weights are stored in: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16``
             for two bytes less for each, or ``torch.int8`` for three. Everything else is float32: activations, biases,
             sums, dense weights; but layers of int8 round their activations to eight bits, too, with one scale for each
@@ -89,9 +99,10 @@ def lower(
             samples, that of the largest magnitude which these inputs make of them; larger ones are clipped later on.
             Where that changes a layer too much on the example inputs, its scales are found at each call after all, and
             a note of the report says so.
-        verify: Compare with the model on the example inputs, and at another batch size where that is free; with
-            "each pass", after every pass. Where the outputs differ in the end, this is done all the same, in a second
-            attempt: a pass after which they differ is undone, or named where it does more than improve.
+        verify: Compare with the model on the example inputs, and at another batch size where that is free (with
+            ``dynamic_shapes``, at a smaller and a larger number of each free size); with "each pass", after every pass.
+            Where the outputs differ in the end, this is done all the same, in a second attempt: a pass after which they
+            differ is undone, or named where it does more than improve.
             Errors up to 1e-4 of the largest output pass; with values of 16 bits up to 7.8e-3 (bfloat16) or 9.8e-4
             (float16) times the square root of the number of condensed layers, which is what rounding their weights may
             cause. With any layer of int8, the signal-to-noise ratio of each output must be at least 20 dB.
@@ -109,7 +120,8 @@ def lower(
     Raises:
         LoweringError: Nothing to lower, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold,
             outputs beyond the tolerance, or a ``dump`` that cannot be written. Or no ``calibration`` inputs, such as
-            the model does not take, some that are not finite, or any for a model that is not one graph.
+            the model does not take, some that are not finite, or any for a model that is not one graph. Or
+            ``dynamic_shapes`` that do not fit the inputs, or a size among them that the model ties.
         PassError: A pass of ``passes`` failed, or is why the outputs differ, and does more than improve.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.
@@ -121,6 +133,10 @@ def lower(
         >>> lowered = sx.lower(model.eval(), (torch.ones(1, 16),), min_speedup=0)
         >>> [layer.decision for layer in lowered.report.layers], lowered(torch.ones(5, 16)).shape
         (['condensed', 'condensed'], torch.Size([5, 4]))
+        >>> shapes = {"input": {0: "batch", 1: "tokens"}}
+        >>> lowered = sx.lower(model, (torch.ones(2, 5, 16),), min_speedup=0, dynamic_shapes=shapes)
+        >>> [free.name for free in lowered.report.free_sizes], lowered(torch.ones(1, 9, 16)).shape
+        (['batch', 'tokens'], torch.Size([1, 9, 4]))
     """
     _check_arguments(model, target, min_speedup, batch_sizes)
     model = unwrapped(model)
@@ -150,7 +166,7 @@ def lower(
         args, kwargs = normalise_inputs(example_inputs)
         if folder is not None:
             clear(folder)
-        attempts = capture_whole(model, args, kwargs)
+        attempts = _captured(model, args, kwargs, dynamic_shapes)
         if attempts.program is not None:
             check_calibration(attempts.program, batches)
             return _lower_program(attempts.program, options, attempts.failures)
@@ -160,6 +176,20 @@ def lower(
                 f"with it; what broke: {'; '.join(map(str, attempts.failures[:1]))}"
             )
         return _lower_parts(model, args, kwargs, attempts, options)
+
+
+def _captured(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: DynamicShapes | None
+) -> Capture:
+    """The model as one graph with these sizes free; with "auto", with the batch alone if there is no other way."""
+    if dynamic_shapes is None:
+        return capture_whole(model, args, kwargs)
+    register_caches(model, pytree.tree_leaves((args, kwargs)))
+    found = capture_with(model, args, kwargs, wishes(model, args, kwargs, dynamic_shapes))
+    if found.program is not None:
+        return found
+    usual = capture_whole(model, args, kwargs)
+    return replace(usual, failures=(*found.failures, *usual.failures))
 
 
 @dataclass(frozen=True)
@@ -343,10 +373,19 @@ def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
         ),
         capture=program.how,
         dynamic_batch=program.dynamic,
+        free_sizes=program.sizes.told(pytree.tree_leaves((program.args, program.kwargs)), _leaf_names(program)),
+        fixed_sizes=program.sizes.fixed,
+        tried_sizes=tuple(dict(values) for values in program.sizes.tried),
         notes=notes,
         removals=() if program.removals is None else (program.removals,),
         value_dtype=_name(*asked) if len(asked) == 1 else "mixed",
     )
+
+
+def _leaf_names(program: Program) -> list[str]:
+    """What the inputs of the graph are called."""
+    names = program.module.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
+    return leaf_names(names, (program.args, program.kwargs))
 
 
 def _name(dtype: torch.dtype) -> str:

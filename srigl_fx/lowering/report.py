@@ -14,8 +14,10 @@ from srigl_fx.comparison import Limit, limit
 from srigl_fx.passes.base import Note
 from srigl_fx.passes.capture import Failure
 from srigl_fx.passes.removal import Removals
+from srigl_fx.passes.sizes import FixedSize, FreeSize
 from srigl_fx.reports.html_page import format_neurons, lowering_page, notes_by_pass, save_page
 from srigl_fx.reports.removal import format_removals
+from srigl_fx.reports.sizes import format_sizes
 from srigl_fx.reports.text_tables import format_bytes, format_table
 
 _TOLD = 20  # notes of one pass that the text of a report has
@@ -74,6 +76,10 @@ class LoweringReport:
         others: One for each weight without a mask: they stay dense, each with its reason.
         capture: How the graph was captured.
         dynamic_batch: Whether any batch size may be given.
+        free_sizes: All sizes of inputs that are free, by name.
+        fixed_sizes: Those that "auto" or ``Dim.AUTO`` of ``dynamic_shapes`` has not freed, and why.
+        tried_sizes: Numbers for free sizes at which the model was compared, beside those of the example; with
+            ``dynamic_shapes`` alone, else there is another batch size.
         max_error: The largest difference from the masked model in the verification, over the largest output; None where
             it was not verified.
         min_snr: The smallest signal-to-noise ratio in dB of an output in the verification; None where it was not
@@ -89,6 +95,9 @@ class LoweringReport:
     capture: str
     dynamic_batch: bool
     others: tuple[LayerReport, ...] = ()
+    free_sizes: tuple[FreeSize, ...] = ()
+    fixed_sizes: tuple[FixedSize, ...] = ()
+    tried_sizes: tuple[dict[str, int], ...] = ()
     max_error: float | None = None
     removals: tuple[Removals, ...] = ()
     notes: tuple[Note, ...] = ()
@@ -152,6 +161,10 @@ class LoweringReport:
             for layer in plain[name]:
                 for times in ("seconds", "estimates"):
                     layer[times] = {str(batch): forms for batch, forms in layer[times].items()}
+        plain["free_sizes"] = [
+            {**one, "axes": list(one["axes"]), "tried": list(one["tried"])} for one in plain["free_sizes"]
+        ]
+        plain["fixed_sizes"], plain["tried_sizes"] = list(plain["fixed_sizes"]), list(plain["tried_sizes"])
         plain["removals"] = [removal.as_dict() for removal in self.removals]
         plain["notes"] = [asdict(note) for note in self.notes]
         plain["capture_failures"] = [asdict(failure) for failure in self.capture_failures]
@@ -178,6 +191,12 @@ class LoweringReport:
 
         fields = {key: value for key, value in plain.items() if key not in ("bytes_before", "bytes_after")}
         fields |= {name: tuple(map(read, plain[name])) for name in ("layers", "others")}
+        fields["free_sizes"] = tuple(
+            FreeSize(**{**one, "axes": tuple(one["axes"]), "tried": tuple(one["tried"])})
+            for one in plain.get("free_sizes", ())
+        )
+        fields["fixed_sizes"] = tuple(FixedSize(**one) for one in plain.get("fixed_sizes", ()))
+        fields["tried_sizes"] = tuple(dict(one) for one in plain.get("tried_sizes", ()))
         fields["removals"] = tuple(map(Removals.from_dict, plain.get("removals", ())))
         fields["notes"] = tuple(Note(**note) for note in plain.get("notes", ()))
         fields["capture_failures"] = tuple(Failure(**failure) for failure in plain.get("capture_failures", ()))
@@ -237,7 +256,8 @@ class LoweringReport:
         first = {failure.name: failure for failure in reversed(self.capture_failures)}
         failures = "\n".join(f"not captured ({one.attempt}): {one}" for one in reversed(first.values()))
         removals = format_removals(self.removals, in_parts=in_parts)
-        return "\n\n".join(filter(None, (table, failures, removals, self._format_notes())))
+        sizes = format_sizes(self.free_sizes, self.fixed_sizes) if self.tried_sizes or self.fixed_sizes else ""
+        return "\n\n".join(filter(None, (table, sizes, failures, removals, self._format_notes())))
 
     def _format_notes(self) -> str:
         """What the tables do not tell, a line for each note."""

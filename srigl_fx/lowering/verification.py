@@ -14,6 +14,7 @@ from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.passes.base import brief
 from srigl_fx.passes.model_runs import Run, run_steps
 from srigl_fx.passes.program import MatchedLayer, Program, attribute_at
+from srigl_fx.passes.sizes import At
 from srigl_fx.passes.verify_program import verifier
 
 _NAMED = 3  # layers that an error names as those with the most noise
@@ -68,27 +69,28 @@ def _verify(
     program: Program, graph: nn.Module, which: str, why: Callable[[Run], str], error_type: type[LoweringError]
 ) -> Comparison:
     """Compare the model with a graph made of it, called ``which``; ``why`` it may differ, by what the model did."""
-    runs: dict[int | None, list[Run]] = {}
+    runs: dict[At, list[Run]] = {}
 
-    def expected(size: int | None) -> list[Results]:
-        runs[size] = run_steps(program.model, *program.inputs(size, apart=True))
-        return [run.results for run in runs[size]]
+    def expected(at: At) -> list[Results]:
+        runs[at] = run_steps(program.model, *program.inputs_at(at))
+        return [run.results for run in runs[at]]
 
-    def got(size: int | None, calls: int) -> list[Results]:
+    def got(at: At, calls: int) -> list[Results]:
         try:
-            return [run.results for run in run_steps(graph, *program.inputs(size, apart=True), calls)]
+            return [run.results for run in run_steps(graph, *program.inputs_at(at), calls)]
         except Exception as error:  # of any operator
             raise error_type(
-                f"the {which} fails at batch {size} ({brief(error)}), where the model does not; {why(runs[size][0])}"
+                f"the {which} fails at {at} ({brief(error)}), where the model does not; {why(runs[at][0])}"
             ) from error
 
     allowed = program.limit
-    found = compare(program.sizes, expected, got, allowed)
+    found = compare(program.trials, expected, got, allowed)
     if (wrong := found.wrong) is None:
         return found
     if wrong.counts[0] != wrong.counts[1]:
         raise error_type(f"the {which} gives {wrong.counts[1]} outputs, the model {wrong.counts[0]}: please report it")
-    cause = why(runs[wrong.size][wrong.call])
+    assert isinstance(wrong.at, At)
+    cause = why(runs[wrong.at][wrong.call])
     raise error_type(f"{wrong.what} of the {which} {wrong.off(allowed)}{wrong.place} ({allowed}); {cause}")
 
 

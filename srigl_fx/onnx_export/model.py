@@ -21,14 +21,16 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import ExportError
 from srigl_fx.onnx_export.file import all_nodes
-from srigl_fx.onnx_export.names import name_batches, name_values, output_names
+from srigl_fx.onnx_export.names import name_sizes, name_values, output_names
 from srigl_fx.onnx_export.places import place_in, places
 from srigl_fx.onnx_export.rewrites import rewrite
 from srigl_fx.onnx_export.state import explicit, of_leaves
 from srigl_fx.passes.capture import EXPORT_LOCK
 from srigl_fx.passes.condensed_nodes import CONV, LINEAR, ROUND
 from srigl_fx.passes.feature_major import settle_layouts
-from srigl_fx.passes.program import arguments, resize
+from srigl_fx.passes.program import arguments
+from srigl_fx.passes.recurrences import whole_recurrences
+from srigl_fx.passes.sizes import Sizes
 from srigl_fx.runtime.ort import abi, stream
 from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, SHARED, attributes_of, fallback_functions
@@ -45,7 +47,7 @@ def build_model(
     module: fx.GraphModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    batches: Sequence[int | None],
+    sizes: Sizes,
     origins: dict[str, str] | None = None,
 ) -> "onnx.ModelProto":
     """Translate a lowered graph, for opset 18 and every ONNX Runtime from 1.17 on; without the fallback functions.
@@ -57,8 +59,7 @@ def build_model(
         module: The lowered graph.
         args: Example arguments.
         kwargs: Example keyword arguments.
-        batches: For each leaf of (args, kwargs) None where its leading size is fixed, else a number, the same where
-            they must be equal; empty for a static model.
+        sizes: Those of the leaves of (args, kwargs) that are free.
         origins: Where given, :func:`~srigl_fx.onnx_places.places` of the model are put there, which it does not keep.
 
     Raises:
@@ -72,21 +73,18 @@ def build_model(
     stateless = explicit(*of_leaves(module, args, kwargs))
     args, kwargs = stateless.args, stateless.kwargs
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    free = [*batches, *[None] * (len(leaves) - len(batches))]
+    free = [*sizes.axes, *({} for _ in leaves[len(sizes.axes) :])]
     shapes: Any = None
-    if any(batch is not None for batch in free):
+    if any(free):
         # Export takes a size of 1 for a constant.
-        leaves = [
-            leaf if batch is None else resize(leaf, max(2, leaf.shape[0]))
-            for leaf, batch in zip(leaves, free, strict=True)
-        ]
+        leaves = sizes.resized(leaves, {name: max(2, size) for name, size in sizes.example(leaves).items()})
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
-        for leaf, batch in zip(leaves, free, strict=True):
-            if batch is not None:
-                shapes[leaf] = {0: torch.export.Dim.DYNAMIC}
+        for leaf, axes in zip(leaves, free, strict=True):
+            if axes:
+                shapes[leaf] = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
     try:
-        with EXPORT_LOCK, _quiet(), torch.no_grad():
+        with EXPORT_LOCK, _quiet(), whole_recurrences(), torch.no_grad():
             exported = torch.export.export(rewrite(stateless.module), args, kwargs, dynamic_shapes=shapes)
             _settle_layouts(exported.graph)
             inputs = [
@@ -115,7 +113,7 @@ def build_model(
     _strip(model)
     _forget_logical_shapes(model.graph)
     _name(model, inputs, outputs, list(stateless.state))
-    name_batches(model, [one for leaf, one in zip(leaves, free, strict=True) if isinstance(leaf, Tensor)])
+    name_sizes(model, [one for leaf, one in zip(leaves, free, strict=True) if isinstance(leaf, Tensor)])
     if stateless.state:
         _keep_state(model, stateless.state)
     if any(node.domain == abi.DOMAIN for node in all_nodes(model.graph)):

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from srigl_fx.onnx_export.rewrites import is_tensor
+from srigl_fx.passes.sizes import Size
 from srigl_fx.passes.trees import leaf_paths
 
 if TYPE_CHECKING:
@@ -107,31 +108,31 @@ def _rename(graph: "onnx.GraphProto", names: Mapping[str, str]) -> None:
             listed[:] = [names.get(name, name) for name in listed]
 
 
-def name_batches(model: "onnx.ModelProto", batches: Sequence[int | None]) -> None:
-    """Call the free leading size "batch" wherever it stands, and one that is not tied to it by its input's name.
+def name_sizes(model: "onnx.ModelProto", sizes: Sequence[Mapping[int, Size]]) -> None:
+    """Call free sizes by their names, wherever they stand.
 
     Args:
         model: Its free sizes have symbols.
-        batches: For each input of the model None where its leading size is fixed, else a number, the same where they
-            must be equal.
+        sizes: For each input of the model, its free axes and their sizes.
     """
     names: dict[str, str] = {}
-    called: dict[int, str] = {}
-    for value, batch in zip(model.graph.input, batches, strict=True):
-        if batch is not None:
-            name = called.setdefault(batch, f"{value.name}_batch" if called else "batch")
-            names.setdefault(value.type.tensor_type.shape.dim[0].dim_param, name)
-    names.pop("", None)
-    if not names:
-        return
-    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names))
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for dimension in value.type.tensor_type.shape.dim:
-            if dimension.dim_param:
-                dimension.dim_param = pattern.sub(lambda found: names[found.group()], dimension.dim_param)
+    for value, free in zip(model.graph.input, sizes, strict=True):
+        for axis, size in free.items():
+            symbol = value.type.tensor_type.shape.dim[axis].dim_param
+            if symbol.isidentifier():  # a sum of others has their names
+                names.setdefault(symbol, str(size) if size.name else f"({size})")
+    if names:
+        pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names))
+        for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+            for dimension in value.type.tensor_type.shape.dim:
+                if dimension.dim_param:
+                    dimension.dim_param = pattern.sub(lambda found: names[found.group()], dimension.dim_param)
+    for value, free in zip(model.graph.input, sizes, strict=True):
+        for axis, size in free.items():
+            value.type.tensor_type.shape.dim[axis].dim_param = str(size)
 
 
-def sizes_of(values: "Sequence[onnx.ValueInfoProto]") -> dict[str, tuple[int | str, ...]]:
+def shapes_of(values: "Sequence[onnx.ValueInfoProto]") -> dict[str, tuple[int | str, ...]]:
     """The sizes of inputs or outputs by name: numbers where they are fixed, the names of sizes where they are free."""
     return {
         value.name: tuple(size.dim_param or int(size.dim_value) for size in value.type.tensor_type.shape.dim)

@@ -6,8 +6,9 @@ a file is verified, nor how the library works.
 
 import functools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError
 from srigl_fx.files import check_replaceable, replacing
 from srigl_fx.lowering.calibration_inputs import Calibration
-from srigl_fx.lowering.inputs import arranged
+from srigl_fx.lowering.inputs import arranged, sizes_of
 from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.lowering.pipeline import lower
 from srigl_fx.lowering.regions import LoweredRegions
@@ -28,11 +29,14 @@ from srigl_fx.lowering.value_dtypes import ValueDtypes
 from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.onnx_export.model import build_model, functions_for
-from srigl_fx.onnx_export.names import sizes_of
+from srigl_fx.onnx_export.names import shapes_of
 from srigl_fx.onnx_export.report import ExportReport
 from srigl_fx.onnx_export.verification import check_file
+from srigl_fx.passes.asked_sizes import DynamicShapes
 from srigl_fx.passes.example_inputs import normalise_inputs
+from srigl_fx.passes.free_sizes import batch_names
 from srigl_fx.passes.hugging_face import register_caches
+from srigl_fx.passes.sizes import Sizes
 from srigl_fx.passes.state import kept_in, writes
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.reports.text_tables import format_bytes
@@ -50,6 +54,7 @@ def export_onnx(
     example_inputs: Any,
     *,
     dynamic_batch: bool = True,
+    dynamic_shapes: DynamicShapes | None = None,
     fallback: bool = True,
     min_speedup: float | Literal["auto"] = "auto",
     value_dtype: ValueDtypes = torch.float32,
@@ -72,14 +77,17 @@ def export_onnx(
         example_inputs: A tuple of arguments, or (args, kwargs).
         dynamic_batch: Let the file take any batch size, where the model does and ONNX can say it; the report notes
             where it cannot.
+        dynamic_shapes: As for :func:`srigl_fx.lower`, in the place of ``dynamic_batch``: which sizes of the file's
+            inputs are free. They have their names in the file. What is lowered already keeps its own.
         fallback: Put the functions for a stock ONNX Runtime into the file.
         min_speedup: As for :func:`srigl_fx.lower`. "auto" leaves dense what the cost model expects to lose in ONNX
             Runtime at batch 1 or 16, the same layers on every machine; 0 condenses every layer that has an operator.
         value_dtype: As for :func:`srigl_fx.lower`; what is lowered already keeps its own.
         calibration: As for :func:`srigl_fx.lower`, likewise.
-        verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one;
-            of a model that keeps state, in several calls. Errors up to 1e-4 of the largest value pass, or, with layers
-            of int8, a signal-to-noise ratio of at least 30 dB: what differs in the last bit may be rounded apart.
+        verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one, or
+            at a smaller and a larger number of each size that ``dynamic_shapes`` frees; of a model that keeps state, in
+            several calls. Errors up to 1e-4 of the largest value pass, or, with layers of int8, a signal-to-noise ratio
+            of at least 30 dB: what differs in the last bit may be rounded apart.
         state: What becomes of buffers that the forward pass writes: with "inputs" each is an input and an output of the
             file, and its present value is kept as the initial one (see ``srigl_fx.runtime.Stream``); "error" refuses.
 
@@ -118,12 +126,18 @@ def export_onnx(
         raise ExportError(f'state must be "inputs" or "error", not {state!r}')
     if not isinstance(dynamic_batch, bool):
         raise ExportError(f"dynamic_batch must be True or False, not {dynamic_batch!r}")
+    if dynamic_shapes is not None and not dynamic_batch:
+        raise ExportError("dynamic_shapes says which sizes are free, the batch among them: leave dynamic_batch out")
     _require_rows(example_inputs)
     model = unwrapped(model)
     lowered = model
     if not isinstance(lowered, LoweredModule | LoweredRegions):
         options: dict[str, Any] = {"value_dtype": value_dtype, "calibration": calibration, "verify": verify}
-        lowered = lower(model, example_inputs, min_speedup=min_speedup, **options)
+        lowered = lower(model, example_inputs, min_speedup=min_speedup, dynamic_shapes=dynamic_shapes, **options)
+    elif dynamic_shapes is not None:
+        raise ExportError(
+            "the model is lowered already, with the sizes that its report names: give dynamic_shapes to lower"
+        )
     if isinstance(lowered, LoweredRegions):
         raise _not_one_graph(lowered)
     names = tuple(writes(lowered.graph))
@@ -132,23 +146,18 @@ def export_onnx(
     args, kwargs = normalise_inputs(example_inputs)
     register_caches(model, pytree.tree_leaves((args, kwargs)))
     args, kwargs = arranged(lowered, args, kwargs)
-    batches = _batches(lowered, args, kwargs)
-    if not dynamic_batch:
-        batches = [None] * len(batches)
+    leaves = pytree.tree_leaves((args, kwargs))
+    sizes = _sizes(lowered, leaves) if dynamic_batch else Sizes()
     write = functools.partial(_write, target, lowered, args, kwargs, fallback=fallback, verify=verify)
     try:
-        written = write(batches)
+        written = write(sizes)
     except ExportError as error:
-        if not _any(batches):
+        if not sizes.names or dynamic_shapes not in (None, "auto"):
             raise
-        try:
-            written = write([None] * len(batches))
-        except ExportError:
-            raise error from error.__cause__
-        batches = []
-        written.notes.append(f"the file takes the batch of the example inputs only; with any batch, {error}")
+        written, sizes = _with_fewer(write, sizes, error)
     else:
-        written.notes.extend(_fixed(lowered, args, kwargs, batches) if dynamic_batch else [])
+        if dynamic_batch and not lowered.report.tried_sizes:
+            written.notes.extend(_fixed(lowered, leaves, sizes))
     written.notes.extend(f"{note.by}: {note.reason}" for note in lowered.report.undone)
     contents = inspect_file(target)
     return ExportReport(
@@ -157,7 +166,7 @@ def export_onnx(
         layers=contents.weights,
         sparse_bytes=contents.sparse_bytes,
         dense_bytes=contents.dense_bytes,
-        dynamic_batch=_any(batches),
+        dynamic_batch=any(0 in axes for axes in sizes.axes),
         fallback=fallback,
         library_error=written.worst("library"),
         fallback_error=written.worst("fallback"),
@@ -202,17 +211,34 @@ def _keeps_state(model: nn.Module, names: Sequence[str]) -> ExportError:
     )
 
 
-def _fixed(
-    lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any], batches: Sequence[int | None]
-) -> list[str]:
+def _with_fewer(write: Callable[[Sizes], _Written], sizes: Sizes, error: ExportError) -> tuple[_Written, Sizes]:
+    """The file with the batch alone free, or else with none, where ``error`` came with all; a note says so."""
+    leading = [
+        {axis: size for axis, size in axes.items() if sizes.batched(leaf) and axis == 0}
+        for leaf, axes in enumerate(sizes.axes)
+    ]
+    batch = replace(sizes, axes=tuple(leading))
+    if batch.axes != sizes.axes and batch.names:
+        with suppress(ExportError):
+            written = write(batch)
+            written.notes.append(f"of the free sizes the file takes the batch alone; with all, {error}")
+            return written, batch
+    try:
+        written = write(Sizes())
+    except ExportError:
+        raise error from error.__cause__
+    written.notes.append(f"the file takes the batch of the example inputs only; with any batch, {error}")
+    return written, Sizes()
+
+
+def _fixed(lowered: LoweredModule, leaves: Sequence[Any], sizes: Sizes) -> list[str]:
     """Why leading sizes that might be free are not."""
-    leaves = pytree.tree_leaves((args, kwargs))
     fixed = [
         position
-        for position, (leaf, batch) in enumerate(zip(leaves, batches, strict=True))
-        if isinstance(leaf, Tensor) and leaf.dim() and batch is None
+        for position, (leaf, axes) in enumerate(zip(leaves, sizes.axes, strict=True))
+        if isinstance(leaf, Tensor) and leaf.dim() and 0 not in axes
     ]
-    if not _any(batches):
+    if not any(0 in axes for axes in sizes.axes):
         why = next((str(one) for one in lowered.report.capture_failures if "batch" in one.attempt), "")
         return [f"the batch is fixed: {why}"] if why else []
     return [
@@ -227,14 +253,14 @@ def _write(
     lowered: LoweredModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    batches: Sequence[int | None],
+    sizes: Sizes,
     *,
     fallback: bool,
     verify: bool,
 ) -> _Written:
     """Write the file and check it."""
     origins: dict[str, str] = {}
-    proto = build_model(lowered, args, kwargs, batches, origins)
+    proto = build_model(lowered, args, kwargs, sizes, origins)
     if fallback:
         proto.functions.extend(functions_for(proto))
     recipes.put(proto, lowered.recipes)
@@ -245,9 +271,11 @@ def _write(
         )
     with replacing(target) as part:
         part.write_bytes(proto.SerializeToString())
-        checked = check_file(part, lowered, args, kwargs, batches, origins, fallback=fallback) if verify else ({}, [])
-    compared, notes = checked
-    return _Written(compared, notes, sizes_of(proto.graph.input), sizes_of(proto.graph.output))
+        compared, notes = dict[str, Comparison](), list[str]()
+        if verify:
+            trials = _trials(lowered, pytree.tree_leaves((args, kwargs)), sizes)
+            compared, notes = check_file(part, lowered, args, kwargs, sizes, trials, origins, fallback=fallback)
+    return _Written(compared, notes, shapes_of(proto.graph.input), shapes_of(proto.graph.output))
 
 
 def _not_one_graph(lowered: LoweredRegions) -> ExportError:
@@ -264,17 +292,23 @@ def _not_one_graph(lowered: LoweredRegions) -> ExportError:
     )
 
 
-def _batches(lowered: LoweredModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:
-    """For each input leaf None where its leading size is fixed, else a number, the same where they must be equal."""
-    count = len(pytree.tree_leaves((args, kwargs)))
-    if count != len(lowered.inputs):
+def _sizes(lowered: LoweredModule, leaves: Sequence[Any]) -> Sizes:
+    """The free sizes of a lowered module's inputs, of which these are examples."""
+    if len(leaves) != len(lowered.inputs):
         raise ExportError(
-            f"the lowered model takes {len(lowered.inputs)} inputs, the example inputs are {count}; pass those it was "
-            "lowered with"
+            f"the lowered model takes {len(lowered.inputs)} inputs, the example inputs are {len(leaves)}; pass those "
+            "it was lowered with"
         )
-    return [None if item is None else item.get("batch") for item in lowered.inputs]
+    sizes = sizes_of(lowered.inputs)
+    return replace(sizes, batch=batch_names(sizes.axes, leaves))
 
 
-def _any(batches: Sequence[int | None]) -> bool:
-    """Whether any leading size is free."""
-    return any(batch is not None for batch in batches)
+def _trials(lowered: LoweredModule, leaves: Sequence[Any], sizes: Sizes) -> list[dict[str, int]]:
+    """Numbers for free sizes beside the example's: those that the lowered model was tried at, else another batch."""
+    if lowered.report.tried_sizes:
+        found = [{name: n for name, n in one.items() if name in sizes.names} for one in lowered.report.tried_sizes]
+        return [one for one in found if one]
+    if not sizes.batch:
+        return []
+    size = sizes.example(leaves)[sizes.batch[0]]
+    return [{name: size + 1 + size % 2 + 2 * i for i, name in enumerate(sizes.batch)}]

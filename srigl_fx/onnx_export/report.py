@@ -9,6 +9,7 @@ from typing import Any
 
 from srigl_fx.lowering.lowered import LoweringReport, format_speedups
 from srigl_fx.onnx_export.file import CondensedNode
+from srigl_fx.reports.sizes import format_sizes
 from srigl_fx.reports.text_tables import format_bytes
 from srigl_fx.runtime.ort.stream import INPUT
 
@@ -85,6 +86,7 @@ class ExportReport:
             f"{error(self.fallback_error)} without"
             + ("" if self.min_snr is None else f"; smallest signal-to-noise ratio {self.min_snr:.1f} dB"),
             f"takes {_listed(self.inputs)}; returns {_listed(self.outputs)}",
+            *self._sizes,
             *self._expected,
             *self.notes,
         ]
@@ -99,6 +101,15 @@ class ExportReport:
         dense = [layer for layer in self.lowering.layers if layer.decision == "dense" and layer.estimates]
         left = "; ".join(f"{layer.fqn} stays dense, {layer.reason}" for layer in dense)
         return list(filter(None, (speedups, left)))
+
+    @property
+    def _sizes(self) -> list[str]:
+        """Which sizes are free, where that was asked for."""
+        if self.lowering is None or not (self.lowering.tried_sizes or self.lowering.fixed_sizes):
+            return []
+        names = {name for shape in self.inputs.values() for name in shape if isinstance(name, str)}
+        free = [one for one in self.lowering.free_sizes if any(one.name in name for name in names)]
+        return format_sizes(free, self.lowering.fixed_sizes).splitlines()
 
     @property
     def _batch(self) -> str:

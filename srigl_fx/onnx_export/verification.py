@@ -17,7 +17,7 @@ from srigl_fx.errors import ExportError, LibraryError
 from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.onnx_export.places import place_in
 from srigl_fx.passes.model_runs import run_steps
-from srigl_fx.passes.program import resize
+from srigl_fx.passes.sizes import At, Sizes
 from srigl_fx.runtime.ort.stream import INPUT, Stream
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def check_file(
     lowered: LoweredModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    batches: Sequence[int | None],
+    sizes: Sizes,
+    trials: Sequence[Mapping[str, int]],
     origins: Mapping[str, str],
     *,
     fallback: bool,
@@ -46,8 +47,8 @@ def check_file(
         lowered: What it was made of.
         args: Example arguments.
         kwargs: Example keyword arguments.
-        batches: For each flat input None where its leading size is fixed, else a number, the same where they must be
-            equal.
+        sizes: Those of the flat inputs that are free.
+        trials: Numbers for named sizes at which it is run, beside those of the example inputs.
         origins: Where the file's nodes come from, for errors.
         fallback: Whether it carries the functions for a host without the library.
 
@@ -73,7 +74,7 @@ def check_file(
                 continue
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            found = compared[host] = _compared(session, lowered, args, kwargs, batches, allowed)
+            found = compared[host] = _compared(session, lowered, args, kwargs, sizes, trials, allowed)
         except ExportError as error:
             raise ExportError(f"{host}: {error}") from error
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
@@ -95,10 +96,11 @@ def _compared(
     lowered: LoweredModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    batches: Sequence[int | None],
+    sizes: Sizes,
+    trials: Sequence[Mapping[str, int]],
     allowed: Limit,
 ) -> Comparison:
-    """How outputs compare at the example batch and, where that is free, at another one for each free size."""
+    """How outputs compare at the sizes of the example inputs, and at others."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     leaves = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]  # NumPy takes no others
     stream = Stream(session)
@@ -107,30 +109,20 @@ def _compared(
     if len(entries) != len(tensors):
         names = [entry.name for entry in entries]
         raise ExportError(f"the file takes the inputs {names}, the model has {len(tensors)}; one of them is not used")
-    sizes = {
-        position: entry.shape[0]
-        for position, entry in zip(tensors, entries, strict=True)
-        if batches and batches[position] is not None
-    }
-    order = list(dict.fromkeys(sizes.values()))
-    example = next((leaves[position].shape[0] for position in sizes), None)
-    stored: dict[int | None, list[Any]] = {}
+    stored: dict[At | None, list[Any]] = {}
 
-    def expected(size: int | None) -> list[Results]:
-        given = stored[size] = [
-            resize(leaf, size + 2 * order.index(sizes[position])) if size is not None and position in sizes else leaf
-            for position, leaf in enumerate(leaves)
-        ]
+    def expected(at: At | None) -> list[Results]:
+        given = stored[at] = leaves if at is None else sizes.resized(leaves, dict(at.values))
         try:
             runs = run_steps(lowered, *pytree.tree_unflatten(given, spec))
         except Exception as error:  # of an operator of the graph: any type
-            raise ExportError(f"the graph does not run at batch {size}: {error}") from error
+            raise ExportError(f"the graph does not run at {at}: {error}") from error
         return [
             Results([leaf for leaf in run.results.outputs if isinstance(leaf, Tensor)], run.buffers) for run in runs
         ]
 
-    def got(size: int | None, calls: int) -> list[Results]:
-        feeds = {entry.name: stored[size][position].numpy() for entry, position in zip(entries, tensors, strict=True)}
+    def got(at: At | None, calls: int) -> list[Results]:
+        feeds = {entry.name: stored[at][position].numpy() for entry, position in zip(entries, tensors, strict=True)}
         stream.reset()
         served = []
         for _ in range(calls):
@@ -138,4 +130,4 @@ def _compared(
             served.append(Results(outputs, {name: torch.from_numpy(value) for name, value in stream.state.items()}))
         return served
 
-    return compare([None] if example is None else [None, example + 1 + example % 2], expected, got, allowed)
+    return compare([None, *map(At.of, trials)], expected, got, allowed)

@@ -19,6 +19,7 @@ from srigl_fx.passes.channels.propagate import Propagation
 from srigl_fx.passes.channels.rules import rule_of
 from srigl_fx.passes.constness import Constant
 from srigl_fx.passes.program import Program, new_buffer
+from srigl_fx.passes.sizes import Sizes
 
 aten = torch.ops.aten
 
@@ -72,7 +73,7 @@ class Builder:
             model=self.module,
             args=tuple(self.inputs),
             kwargs={},
-            batched=(False,) * len(self.inputs),
+            sizes=Sizes.of_batch((False,) * len(self.inputs)),
             how="by hand",
         )
 

@@ -9,6 +9,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from srigl_fx.passes.fake_values import fake_result
 from srigl_fx.passes.program import Program
+from srigl_fx.passes.sizes import Sizes
 
 aten = torch.ops.aten
 
@@ -49,8 +50,8 @@ class Batched:
         """What was made, as a program; all inputs count as batched."""
         self.graph.output(outputs)
         module = fx.GraphModule(self.root, self.graph)
-        batched = (True,) * len(self.inputs)
-        return Program(module=module, model=module, args=tuple(self.inputs), kwargs={}, batched=batched, how="by hand")
+        sizes = Sizes.of_batch((True,) * len(self.inputs))
+        return Program(module=module, model=module, args=tuple(self.inputs), kwargs={}, sizes=sizes, how="by hand")
 
     def merged(self) -> fx.Node:
         """x with samples and channels along one axis: (4 B, 6)."""

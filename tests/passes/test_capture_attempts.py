@@ -28,6 +28,7 @@ from srigl_fx.passes.capture_checks import (
 )
 from srigl_fx.passes.model_runs import Run
 from srigl_fx.passes.program import Program
+from srigl_fx.passes.sizes import Sizes
 
 DYNAMIC, AUTOMATIC, STATIC = "dynamic", "automatic", "static"
 STRICT_AUTOMATIC, STRICT_STATIC = "strict automatic", "strict static"
@@ -44,7 +45,7 @@ def attempts(monkeypatch: pytest.MonkeyPatch, capture: Any, errors: Mapping[str,
     """The attempts that are made where each fails with its error."""
     made: list[str] = []
 
-    def export(model: Any, args: Any, kwargs: Any, free: Any, rung: _Rung, run: Any) -> Any:
+    def export(model: Any, args: Any, kwargs: Any, free: Any, rung: _Rung, run: Any, *, asked: bool) -> Any:
         assert bool(free) == (rung.dim is not None)
         name = rung.attempt.removeprefix("torch.export").removesuffix(" batch").replace(",", "").strip()
         made.append(name)
@@ -159,7 +160,7 @@ def program(*values: Tensor, leaves: tuple[Tensor, ...]) -> Program:
         graph.placeholder(f"x{position}").meta["val"] = value
     graph.output(())
     module = fx.GraphModule(nn.Module(), graph)
-    return Program(module=module, model=nn.Identity(), args=leaves, kwargs={}, batched=(), how="")
+    return Program(module=module, model=nn.Identity(), args=leaves, kwargs={}, how="")
 
 
 def exported(limits: dict[Any, Any] | None = None, **signature: Any) -> Any:
@@ -233,7 +234,7 @@ def test_rule_6_what_a_model_writes_its_graph_writes() -> None:
     graph.call_function(torch.ops.aten.copy_.default, (graph.get_attr("seen"), graph.get_attr("unseen")))
     graph.output(())
     module = fx.GraphModule(model, graph)
-    made = Program(module=module, model=model, args=(), kwargs={}, batched=(), how="")
+    made = Program(module=module, model=model, args=(), kwargs={}, how="")
     check_state(made, ran())
     check_state(made, ran(seen=""))
     with pytest.raises(CaptureError, match=r"it writes the buffer 'unseen' of the model .* with copy_"):
@@ -261,25 +262,25 @@ class Sums(nn.Module):
 @pytest.mark.parametrize(
     ("model", "ties", "found"),
     [
-        (Sums(), (0, 1), (0, 1)),
-        (Sums(equal=True), (0, 1), ()),  # tied, which the graph did not say
-        (Sums(), (0, 0), ()),
+        (Sums(), (0, 1), ("batch", "batch_1")),
+        (Sums(equal=True), (0, 1), ("batch", "batch")),  # tied, which the graph did not say
+        (Sums(), (0, 0), ("batch", "batch")),
     ],
     ids=["apart", "equal", "tied"],
 )
 def test_batches_are_tied_where_the_model_runs_with_equal_ones_alone(
-    model: nn.Module, ties: tuple[int, ...], found: tuple[int, ...]
+    model: nn.Module, ties: tuple[int, ...], found: tuple[str, ...]
 ) -> None:
     settings: dict[str, Any] = {"module": fx.GraphModule(nn.Module(), fx.Graph()), "model": model, "kwargs": {}}
-    made = Program(**settings, args=(X, X), batched=(True, True), how="", ties=ties)
-    assert fit_batches(made).ties == found
-    fixed = Program(**settings, args=(X, X), batched=(False, False), how="", ties=ties)
+    made = Program(**settings, args=(X, X), sizes=Sizes.of_batch((True, True), ties), how="")
+    assert tuple(str(axes[0]) for axes in fit_batches(made).sizes.axes) == found
+    fixed = Program(**settings, args=(X, X), sizes=Sizes.of_batch((False, False), ties), how="")
     assert fit_batches(fixed) is fixed
 
 
 def test_a_model_that_runs_at_no_other_batch_says_why() -> None:
     settings: dict[str, Any] = {"module": fx.GraphModule(nn.Module(), fx.Graph()), "model": Sums(2), "kwargs": {}}
-    made = Program(**settings, args=(X, X), batched=(True, True), how="", ties=(0, 0))
+    made = Program(**settings, args=(X, X), sizes=Sizes.of_batch((True, True)), how="")
     with pytest.raises(CaptureError, match=r"at batch \d.*raise ValueError.*: ValueError: it is too large$"):
         fit_batches(made)
 

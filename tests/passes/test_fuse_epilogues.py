@@ -40,7 +40,7 @@ def hand_made(build: Build, batch: int = 3) -> Program:
     module = fx.GraphModule(root, graph)
     inputs = (torch.randn(batch, 8, generator=torch.Generator().manual_seed(batch)),)
     Values(module).run(*(value.clone() for value in inputs))
-    return Program(module=module, model=module, args=inputs, kwargs={}, batched=(False,), how="by hand")
+    return Program(module=module, model=module, args=inputs, kwargs={}, how="by hand")
 
 
 class Values(fx.Interpreter):

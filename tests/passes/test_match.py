@@ -16,6 +16,7 @@ from srigl_fx.passes.condense import Condense
 from srigl_fx.passes.match import MatchWeights
 from srigl_fx.passes.program import Geometry, MatchedLayer, Program, Use, enter_masks
 from srigl_fx.passes.select import Select
+from srigl_fx.passes.sizes import Sizes
 
 aten = torch.ops.aten
 Make = Callable[[fx.Graph, fx.Node, fx.Node], Any]
@@ -34,7 +35,7 @@ def program_of(model: nn.Module, shape: tuple[int, ...], make: Make, dtype: torc
         model=model,
         args=(x.meta["val"],),
         kwargs={},
-        batched=(False,),
+        sizes=Sizes.of_batch((False,)),
         how="by hand",
     )
     enter_masks(program)

@@ -12,6 +12,7 @@ from srigl_fx.masks.records import WeightRecord, WeightSite
 from srigl_fx.passes.layer_runs import run_uses
 from srigl_fx.passes.model_runs import STEPS, run_model, run_steps
 from srigl_fx.passes.program import MatchedLayer, Program, Use
+from srigl_fx.passes.sizes import Sizes
 from srigl_fx.passes.verify_program import verifier
 
 aten = torch.ops.aten
@@ -110,7 +111,8 @@ def written_by_hand(model: nn.Module, build: Callable[[fx.Graph, fx.Node], Any],
     graph = fx.Graph()
     graph.output(build(graph, graph.placeholder("x")))
     module = fx.GraphModule(model, graph)
-    return Program(module=module, model=model, args=(torch.ones(2, 3),), kwargs={}, batched=(batched,), how="by hand")
+    sizes = Sizes.of_batch((batched,))
+    return Program(module=module, model=model, args=(torch.ones(2, 3),), kwargs={}, sizes=sizes, how="by hand")
 
 
 class Doubled(nn.Module):

@@ -17,9 +17,9 @@ from srigl_fx.passes.program import (
     enter_masks,
     new_buffer,
     operands,
-    resize,
     tensor_at,
 )
+from srigl_fx.passes.sizes import Sizes, resize
 
 aten = torch.ops.aten
 
@@ -28,7 +28,8 @@ def program_of(*args: Any, batched: tuple[bool, ...], ties: tuple[int, ...] = ()
     graph = fx.Graph()
     graph.output(graph.placeholder("x"))
     module = fx.GraphModule(nn.Module(), graph)
-    return Program(module=module, model=module, args=args, kwargs=kwargs, batched=batched, how="by hand", ties=ties)
+    sizes = Sizes.of_batch(batched, ties)
+    return Program(module=module, model=module, args=args, kwargs=kwargs, sizes=sizes, how="by hand")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_batch_sizes(args: tuple[Any, ...], batched: tuple[bool, ...], size: int
     program = program_of(*args, batched=batched)
     assert (program.batch_size, program.other_batch) == (size, other)
     assert program.dynamic == any(batched)
-    assert program.sizes == ([size, other] if any(batched) else [size])
+    assert [str(at) for at in program.trials] == [f"batch {n}" for n in ([size, other] if any(batched) else [size])]
 
 
 def lengths(inputs: tuple[tuple[Any, ...], dict[str, Any]]) -> list[int]:
@@ -116,7 +117,8 @@ def linear_program() -> tuple[Program, fx.Node]:
     output = graph.output(node)
     output.meta["said"] = "last"
     module = fx.GraphModule(model, graph)
-    program = Program(module=module, model=model, args=(torch.ones(2, 4),), kwargs={}, batched=(True,), how="by hand")
+    sizes = Sizes.of_batch((True,))
+    program = Program(module=module, model=model, args=(torch.ones(2, 4),), kwargs={}, sizes=sizes, how="by hand")
     enter_masks(program)
     (handle,) = sparse_weights(model)
     use = Use(node=node, target="weight", weight=handle.weight, mask=handle.mask)

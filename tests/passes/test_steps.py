@@ -14,6 +14,7 @@ from srigl_fx.passes.feature_major import _samples
 from srigl_fx.passes.program import Geometry, Program, Use
 from srigl_fx.passes.removal import Removal
 from srigl_fx.passes.remove_dead import _merge_readers, _notes, _refresh, _size, one_user_each
+from srigl_fx.passes.sizes import Sizes
 
 aten = torch.ops.aten
 
@@ -193,5 +194,5 @@ def test_the_samples_of_a_layer_at_a_batch_size() -> None:
     assert [_samples(b.x, program, batch) for batch in (5, 10, 1)] == [20, 40, 4]
     assert _samples(middle, program, 10) == 20
     assert [_samples(node, program, 10) for node in (static, vector, b.size)] == [21, 0, 0]
-    program.batched = (False,) * len(program.batched)
+    program.sizes = Sizes()
     assert _samples(b.x, program, 10) == 20

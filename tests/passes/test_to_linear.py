@@ -31,7 +31,7 @@ def program_of(make: Make, x: Tensor, weight: Tensor = WEIGHT, mask: Tensor = MA
     out.meta["val"] = torch.empty(0)
     graph.output(out)
     module = fx.GraphModule(root, graph)
-    program = Program(module=module, model=module, args=(x,), kwargs={}, batched=(False,), how="by hand")
+    program = Program(module=module, model=module, args=(x,), kwargs={}, how="by hand")
     program.masked = {"weight": MaskedTensor(fqn="layer.weight", mask=mask)}
     return program
 
