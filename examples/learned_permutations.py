@@ -1,7 +1,7 @@
 """Does a learned permutation of each layer's inputs help, and when is it decided?
 
-Trains a small perceptron on scikit-learn's digits, sparse by SET with a constant fan-in or in blocks of 4 x 4, without a
-permutation, with a random one that stays, and with one that is learned (``LearnedPermutations``). Run it with
+Trains a small perceptron on scikit-learn's digits, sparse by SET with a constant fan-in or in blocks of 4 x 4, without
+a permutation, with a random one that stays, and with one that is learned (``LearnedPermutations``). Run it with
 ``.venv/bin/python examples/learned_permutations.py``; it takes some minutes of one core, needs scikit-learn, and prints
 the table of ``docs/methods.md`` after a line for each run. Test images are looked at once, at the end of a run.
 """

@@ -36,8 +36,8 @@ class FoldSelections(Pass[Program]):
        what any of them keeps. Sums are computed in float64 and rounded once.
     4. Where a convolution has groups, the selection must give each group as many channels, and its own alone.
     5. Selections of selections are folded one after the other.
-    6. Not folded, with a note: a selection that something else reads as well, or an output of the graph, since it must be
-       computed anyway; one over another axis; one that moves channels from group to group.
+    6. Not folded, with a note: a selection that something else reads as well, or an output of the graph, since it must
+       be computed anyway; one over another axis; one that moves channels from group to group.
     """
 
     only_improves = True

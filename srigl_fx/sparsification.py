@@ -190,8 +190,8 @@ def sparsify(
 def finalize(model: Model) -> Model:
     """Give the plain model back, in place: original classes and names, zeros written in, no masks, no hooks.
 
-    A trainer that is still attached is detached. The outputs do not change. Layers that read their inputs in an order of
-    their own get columns in that order instead; what an optimizer has for these columns is left where it was.
+    A trainer that is still attached is detached. The outputs do not change. Layers that read their inputs in an order
+    of their own get columns in that order instead; what an optimizer has for these columns is left where it was.
 
     Args:
         model: A model that was sparsified, or of which parts were, on any device; not sharded.
@@ -224,8 +224,8 @@ def finalize(model: Model) -> Model:
     _check_replaceable(model)
     if soft := masks.input_orders.soft_layers(model):
         raise SparsifyError(
-            f"permutations of inputs are still being learned, in {', '.join(map(repr, list(soft)[:5]))}: call .harden() on "
-            "the LearnedPermutations first, and evaluate the model again"
+            f"permutations of inputs are still being learned, in {', '.join(map(repr, list(soft)[:5]))}: call "
+            ".harden() on the LearnedPermutations first, and evaluate the model again"
         )
     detach_from(model)
     masks.apply(model)

@@ -107,8 +107,8 @@ def lower(
         ``.regions``; ``report.capture_failures`` says what broke where.
 
     Raises:
-        LoweringError: Nothing to lower, permutations of inputs that are still learned, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold,
-            outputs beyond the tolerance, or a ``dump`` that cannot be written. Or no ``calibration`` inputs, such as
+        LoweringError: Nothing to lower, permutations of inputs that are still learned, an unsupported device or dtype,
+            a weight that ``value_dtype`` cannot hold, outputs beyond the tolerance, or a ``dump`` that cannot be written. Or no ``calibration`` inputs, such as
             the model does not take, some that are not finite, or any for a model that is not one graph.
         PassError: A pass of ``passes`` failed, or is why the outputs differ, and does more than improve.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.

@@ -52,8 +52,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
        whole ones in their place). State that belongs to single weights
        (:mod:`srigl_fx.masks.optimizer_state`) is off the mask what it is for a new weight: zero, of most optimizers.
        Other state of the weight's shape is not looked at.
-    6. Where a layer reads its inputs in an order of its own, that names each of them once; a matrix by which it is still
-       learned is finite and nowhere negative.
+    6. Where a layer reads its inputs in an order of its own, that names each of them once; a matrix by which it is
+       still learned is finite and nowhere negative.
     7. A trainer that is attached sees the gradients of every weight, and has left none that is not zero off the mask.
 
     :func:`srigl_fx.finalize`, :func:`srigl_fx.summary`, :func:`srigl_fx.lower`, :func:`srigl_fx.export_onnx` and

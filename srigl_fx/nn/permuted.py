@@ -92,7 +92,7 @@ def settle(module: nn.Module, order: Tensor) -> None:
         True
     """
     if (matrix := module._parameters.get(MATRIX)) is not None:
-        del module._parameters[MATRIX]
+        delattr(module, MATRIX)
         # An optimizer goes on holding it, at its place in its group, so that its saved state keeps its form.
         matrix.requires_grad_(False)
         matrix.grad = None
@@ -160,8 +160,7 @@ def fold_orders(model: nn.Module) -> None:
         weight, order = module.get_parameter("weight"), order_of(module)
         assert order is not None
         weight.copy_(weight.index_select(1, order.argsort()))
-        del module._buffers[ORDER]
-        module._non_persistent_buffers_set.discard(ORDER)
+        delattr(module, ORDER)
         remove_hook(module)
 
 
@@ -188,5 +187,5 @@ def drop(module: nn.Module) -> None:
         >>> drop(nn.Linear(3, 2))
     """
     if matrix_of(module) is not None:
-        del module._parameters[MATRIX]
+        delattr(module, MATRIX)
         remove_hook(module)

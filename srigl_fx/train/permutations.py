@@ -138,7 +138,7 @@ class LearnedPermutations:
             )
         if taken := [name for name, module in chosen.items() if _learner_of(module) is not None]:
             raise TrainerError(
-                f"permutations of {taken[0]} are being learned already: call .detach() on that LearnedPermutations first"
+                f"permutations of {taken[0]} are being learned already: call .detach() on that LearnedPermutations"
             )
         self.weight, self.harden_below = float(penalty), float(harden_below)
         self.hardened: dict[str, Hardened] = {}
