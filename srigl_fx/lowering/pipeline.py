@@ -108,8 +108,9 @@ def lower(
 
     Raises:
         LoweringError: Nothing to lower, permutations of inputs that are still learned, an unsupported device or dtype,
-            a weight that ``value_dtype`` cannot hold, outputs beyond the tolerance, or a ``dump`` that cannot be written. Or no ``calibration`` inputs, such as
-            the model does not take, some that are not finite, or any for a model that is not one graph.
+            a weight that ``value_dtype`` cannot hold, outputs beyond the tolerance, or a ``dump`` that cannot be
+            written. Or no ``calibration`` inputs, such as the model does not take, some that are not finite, or any for
+            a model that is not one graph.
         PassError: A pass of ``passes`` failed, or is why the outputs differ, and does more than improve.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.

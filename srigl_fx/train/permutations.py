@@ -314,7 +314,7 @@ class LearnedPermutations:
         """Make a permutation of one matrix, which the optimizer forgets but for its place."""
         module, share = self._layers[name], normalised_penalty(matrix.float())
         order = assignment(matrix)
-        found = matrix.argmax(1).unique().numel()
+        found = len(set(matrix.argmax(1).tolist()))
         kept = float(matrix.gather(1, order[:, None]).float().mean())
         how = Hardened(step=self._steps, penalty=share, kept=kept, repeated=len(order) - found)
         settle(module, order)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -24,9 +25,9 @@ def literal_penalty(matrix: Tensor) -> float:
     return total
 
 
-def literal_normalise(matrix: Tensor) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+def literal_normalise(matrix: Tensor) -> NDArray[np.float64]:
     """Clamp at zero, divide by column sums, then by row sums; sums of zero count as 1."""
-    found = np.maximum(matrix.double().numpy(), 0.0)
+    found: NDArray[np.float64] = np.maximum(matrix.double().numpy(), 0.0)
     size = len(found)
     for j in range(size):
         found[:, j] /= sum(found[:, j]) or 1.0
