@@ -12,6 +12,7 @@ from srigl_fx.passes.condense import Condense
 from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.fold_batch_norm import FoldBatchNorm
 from srigl_fx.passes.fold_constants import FoldConstants
+from srigl_fx.passes.fold_selections import FoldSelections
 from srigl_fx.passes.fuse_epilogues import FuseEpilogues
 from srigl_fx.passes.hand_over_bytes import HandOverBytes
 from srigl_fx.passes.match import MatchWeights
@@ -22,7 +23,14 @@ from srigl_fx.passes.round_once import RoundOnce
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.to_linear import ToLinear
 
-LOWERING: tuple[Pass[Program], ...] = (Normalize(), FoldConstants(), ToLinear(), FoldBatchNorm(), RemoveDead())
+LOWERING: tuple[Pass[Program], ...] = (
+    Normalize(),
+    FoldConstants(),
+    ToLinear(),
+    FoldSelections(),
+    FoldBatchNorm(),
+    RemoveDead(),
+)
 """What ``lower`` does to a captured graph before it looks for layers."""
 
 CONDENSING: tuple[Pass[Program], ...] = (

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from srigl_fx.specs import LayerSpec as LayerSpec
     from srigl_fx.summaries import summary as summary
     from srigl_fx.train.gmp import GMP as GMP
+    from srigl_fx.train.permutations import LearnedPermutations as LearnedPermutations
     from srigl_fx.train.rigl import RigL as RigL
     from srigl_fx.train.set import SET as SET
     from srigl_fx.train.snfs import SNFS as SNFS
@@ -48,6 +49,7 @@ _NAMES = {
     "SNFS": "srigl_fx.train.snfs",
     "Static": "srigl_fx.train.static",
     "GMP": "srigl_fx.train.gmp",
+    "LearnedPermutations": "srigl_fx.train.permutations",
     "summary": "srigl_fx.summaries",
     "verify": "srigl_fx.masks.invariants",
     "lower": "srigl_fx.lowering.pipeline",
@@ -70,6 +72,7 @@ __all__ = [  # noqa: RUF022 - in the order a user meets them
     "SNFS",
     "Static",
     "GMP",
+    "LearnedPermutations",
     "summary",
     "verify",
     "finalize",

@@ -37,7 +37,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     "a graph": ("_codegen",),
     "a module": (
         *("_buffers", "_forward_hooks", "_forward_pre_hooks", "_load_from_state_dict", "_load_state_dict_pre_hooks"),
-        *("_modules", "_non_persistent_buffers_set", "_parameters"),
+        *("_forward_pre_hooks_with_kwargs", "_modules", "_non_persistent_buffers_set", "_parameters"),
     ),
     "a module's state_dict": ("_metadata",),
     "a pruning hook": ("_tensor_name",),

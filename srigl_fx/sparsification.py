@@ -17,6 +17,7 @@ from srigl_fx.masks.distributions import DISTRIBUTIONS
 from srigl_fx.masks.records import Structure, all_records
 from srigl_fx.masks.structures import MaskInit
 from srigl_fx.nn.effective import irreplaceable, prepare_plain
+from srigl_fx.nn.permuted import fold_orders
 from srigl_fx.nn.sparse_module import detach_masks, make_plain
 from srigl_fx.passes.assign_budgets import AssignBudgets, Distribution
 from srigl_fx.passes.base import run
@@ -189,7 +190,8 @@ def sparsify(
 def finalize(model: Model) -> Model:
     """Give the plain model back, in place: original classes and names, zeros written in, no masks, no hooks.
 
-    A trainer that is still attached is detached. The outputs do not change.
+    A trainer that is still attached is detached. The outputs do not change. Layers that read their inputs in an order
+    of their own get columns in that order instead; what an optimizer has for these columns is left where it was.
 
     Args:
         model: A model that was sparsified, or of which parts were, on any device; not sharded.
@@ -199,8 +201,9 @@ def finalize(model: Model) -> Model:
 
     Raises:
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds.
-        SparsifyError: If nothing in ``model`` was sparsified, its weights are spread over processes, or its own forward
-            makes something else than zeros of zeros (weight standardisation does) and so cannot do without its masks.
+        SparsifyError: If nothing in ``model`` was sparsified, its weights are spread over processes, permutations of
+            inputs are still being learned, or its own forward makes something else than zeros of zeros (weight
+            standardisation does) and so cannot do without its masks.
 
     In each case the model is as it was.
 
@@ -219,8 +222,14 @@ def finalize(model: Model) -> Model:
     distributed.check_unwrapped(model, "finalize")
     masks.invariants.check_sound(model)
     _check_replaceable(model)
+    if soft := masks.input_orders.soft_layers(model):
+        raise SparsifyError(
+            f"permutations of inputs are still being learned, in {', '.join(map(repr, list(soft)[:5]))}: call "
+            ".harden() on the LearnedPermutations first, and evaluate the model again"
+        )
     detach_from(model)
     masks.apply(model)
+    fold_orders(model)
     for module in model.modules():
         distributed.forget_masks(module)
     for owner in owners.values():

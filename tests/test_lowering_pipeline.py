@@ -88,7 +88,7 @@ class Fails(Pass[Program]):
 @pytest.mark.slow
 def test_a_pass_that_was_undone_says_so_in_its_file(tmp_path: Path) -> None:
     sx.lower(model(), (X,), min_speedup=0, passes=(*LOWERING, Fails()), dump=tmp_path)
-    before, failed = ((tmp_path / f"{name}.txt").read_text() for name in ("05 RemoveDead", "06 Fails"))
+    before, failed = ((tmp_path / f"{name}.txt").read_text() for name in ("06 RemoveDead", "07 Fails"))
     assert failed.startswith("# Fails: undone, ")
     assert "not today" in failed
     assert failed.partition("\n\n")[2] == before.partition("\n\n")[2]
@@ -146,10 +146,10 @@ def test_a_pass_that_raises_is_the_last_line_of_the_table(make: Callable[[], nn.
     (table,) = tmp_path.rglob("passes.txt")
     number, name, *rest = table.read_text().splitlines()[-1].split()
     assert (number, name, rest[-1]) == ("6", "Raises", "failed")
-    text = (table.parent / "06 Raises.txt").read_text()
+    text = (table.parent / "07 Raises.txt").read_text()
     assert text.startswith("# Raises: failed, ")
     assert "ArithmeticError: not today" in text
-    assert text.partition("\n\n")[2] == (table.parent / "05 RemoveDead.txt").read_text().partition("\n\n")[2]
+    assert text.partition("\n\n")[2] == (table.parent / "06 RemoveDead.txt").read_text().partition("\n\n")[2]
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_finding_layers_is_a_change(tmp_path: Path) -> None:
     outcomes = {name: outcome for _, name, _, _, outcome, *_ in lines}
     assert outcomes["Look"] == "unchanged"
     assert [outcomes[name] for name in ("MatchWeights", "Select", "Condense")] == ["changed"] * 3
-    assert (tmp_path / "07 MatchWeights.txt").read_text().startswith("# MatchWeights: changed, ")
+    assert (tmp_path / "08 MatchWeights.txt").read_text().startswith("# MatchWeights: changed, ")
 
 
 def _file_in_its_place(folder: Path) -> Path:

@@ -227,7 +227,9 @@ def test_modules_hold_their_parts_in_dicts() -> None:
     assert module._non_persistent_buffers_set == {"own"}
     handles = module.register_forward_hook(print), module.register_forward_pre_hook(print)
     assert [list(hooks.values()) for hooks in (module._forward_hooks, module._forward_pre_hooks)] == [[print], [print]]
-    for handle in handles:
+    taking = module.register_forward_pre_hook(print, with_kwargs=True)
+    assert list(module._forward_pre_hooks_with_kwargs.values()) == [True]
+    for handle in (*handles, taking):
         handle.remove()
     module.register_load_state_dict_pre_hook(print)
     assert [getattr(hook, "hook", hook) for hook in module._load_state_dict_pre_hooks.values()] == [print]

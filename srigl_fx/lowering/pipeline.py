@@ -26,7 +26,7 @@ from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
 from srigl_fx.lowering.regions import LoweredRegions
 from srigl_fx.lowering.value_dtypes import ValueDtypes, value_dtypes
 from srigl_fx.lowering.verification import CapturedGraphError, checked, second_check, verify_lowered
-from srigl_fx.masks import invariants
+from srigl_fx.masks import input_orders, invariants
 from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
 from srigl_fx.passes.asked_sizes import DynamicShapes, wishes
 from srigl_fx.passes.base import Note, Pass, run
@@ -118,10 +118,11 @@ def lower(
         ``.regions``; ``report.capture_failures`` says what broke where.
 
     Raises:
-        LoweringError: Nothing to lower, an unsupported device or dtype, a weight that ``value_dtype`` cannot hold,
-            outputs beyond the tolerance, or a ``dump`` that cannot be written. Or no ``calibration`` inputs, such as
-            the model does not take, some that are not finite, or any for a model that is not one graph. Or
-            ``dynamic_shapes`` that do not fit the inputs, or a size among them that the model ties.
+        LoweringError: Nothing to lower, permutations of inputs that are still learned, an unsupported device or dtype,
+            a weight that ``value_dtype`` cannot hold, outputs beyond the tolerance, or a ``dump`` that cannot be
+            written. Or no ``calibration`` inputs, such as the model does not take, some that are not finite, or any for
+            a model that is not one graph. Or ``dynamic_shapes`` that do not fit the inputs, or a size among them that
+            the model ties.
         PassError: A pass of ``passes`` failed, or is why the outputs differ, and does more than improve.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.
@@ -154,6 +155,11 @@ def lower(
     with EXPORT_LOCK:
         _check_parameters(model)
         invariants.check_sound(model)
+        if soft := input_orders.soft_layers(model):
+            raise LoweringError(
+                f"permutations of inputs are still being learned, in {', '.join(map(repr, list(soft)[:5]))}: call "
+                ".harden() on the LearnedPermutations first, and evaluate the model again"
+            )
         folder = None if dump is None else Path(dump)
         dtypes = value_dtypes(model, value_dtype)
         batches = calibration_inputs(calibration)

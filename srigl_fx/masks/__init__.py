@@ -12,7 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from srigl_fx.errors import InvariantError
-from srigl_fx.masks import budgets, completeness, distributions, initialisation, invariants, records, shards, structures
+from srigl_fx.masks import (
+    budgets,
+    completeness,
+    distributions,
+    initialisation,
+    input_orders,
+    invariants,
+    records,
+    shards,
+    structures,
+)
 from srigl_fx.masks.invariants import verify
 
 __all__ = [
@@ -21,6 +31,7 @@ __all__ = [
     "completeness",
     "distributions",
     "initialisation",
+    "input_orders",
     "invariants",
     "named_masks",
     "records",
@@ -122,7 +133,8 @@ def strip(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         state_dict: What the ``state_dict()`` of a sparse model gave, or a file that was saved of it; it is not changed.
 
     Raises:
-        InvariantError: A weight is not zero off its mask: the dense model would not compute what the sparse one does.
+        InvariantError: A weight is not zero off its mask, or a layer reads its inputs in an order of its own: the dense
+            model would not compute what the sparse one does.
 
     Example:
         >>> mask = torch.tensor([True, False])
@@ -130,6 +142,11 @@ def strip(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         >>> list(strip(state))
         ['weight', 'attn_mask']
     """
+    if ordered := input_orders.entries(state_dict):
+        raise InvariantError(
+            f"{ordered[0]}: the layer reads its inputs in an order of its own, which a dense model knows nothing of: "
+            "call srigl_fx.finalize on a copy of the model, and take the state_dict of that"
+        )
     found = {name for name, value in state_dict.items() if _is_mask(state_dict, name, value)}
     weights = [name.removesuffix(records.MASK_SUFFIX) for name in state_dict if name in found]
     for problem in invariants.disagreements(state_dict, dict(zip(weights, weights, strict=True))):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from srigl_fx.errors import InvariantError
+from srigl_fx.masks import input_orders
 from srigl_fx.masks.attached import engines
 from srigl_fx.masks.completeness import unmasked_since
 from srigl_fx.masks.optimizer_state import OptimizerState
@@ -51,7 +52,9 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
        whole ones in their place). State that belongs to single weights
        (:mod:`srigl_fx.masks.optimizer_state`) is off the mask what it is for a new weight: zero, of most optimizers.
        Other state of the weight's shape is not looked at.
-    6. A trainer that is attached sees the gradients of every weight, and has left none that is not zero off the mask.
+    6. Where a layer reads its inputs in an order of its own, that names each of them once; a matrix by which it is
+       still learned is finite and nowhere negative.
+    7. A trainer that is attached sees the gradients of every weight, and has left none that is not zero off the mask.
 
     :func:`srigl_fx.finalize`, :func:`srigl_fx.summary`, :func:`srigl_fx.lower`, :func:`srigl_fx.export_onnx` and
     trainers that attach ask for rules 1 and 2 first, :func:`srigl_fx.train.checkpoint.save` for rules 1 to 4.
@@ -78,6 +81,8 @@ def verify(model: nn.Module, optimizer: Optimizer | None = None) -> None:
         if optimizer is not None:
             _check_held(handle, optimizer)
             _check_state(handle, optimizer, part(handle.mask, handle.weight))
+    for fault in input_orders.faults(model):
+        raise InvariantError(fault)
     for fault in (fault for engine in engines(model, weights) for fault in engine.faults()):
         raise InvariantError(fault)
 

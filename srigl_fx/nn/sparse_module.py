@@ -20,7 +20,7 @@ from srigl_fx.masks.invariants import disagreements
 from srigl_fx.masks.presence import remember_chain
 from srigl_fx.masks.records import MASK_SUFFIX, WeightRecord, records_on, set_records, sparse_weights
 from srigl_fx.masks.shards import local, part
-from srigl_fx.nn import following, weight_norm
+from srigl_fx.nn import following, permuted, weight_norm
 
 if TYPE_CHECKING:
     from srigl_fx.runtime.format import CondensedWeight
@@ -77,6 +77,7 @@ class SparseModule:
         error_msgs: list[str],
     ) -> None:
         project_loaded(cast(nn.Module, self), state_dict, prefix, error_msgs)
+        permuted.fit_loaded(cast(nn.Module, self), state_dict, prefix, error_msgs)
         super()._load_from_state_dict(  # type: ignore[misc]
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

@@ -23,6 +23,7 @@ from srigl_fx.masks.invariants import verify
 from srigl_fx.masks.optimizer_probe import ProbeError, needs, small_shape
 from srigl_fx.masks.records import MASK_SUFFIX, plain, set_records, sparse_weights
 from srigl_fx.masks.shards import is_sharded
+from srigl_fx.nn.permuted import as_saved
 from srigl_fx.recipe_parts import from_plain, parts_of, to_plain
 from srigl_fx.recipes import Recipe, recipes_of
 from srigl_fx.train.base import Trainer
@@ -186,7 +187,7 @@ def _live(model: nn.Module) -> "OrderedDict[str, Any]":
 def _check_model(model: nn.Module, saved: dict[str, Any], masked: dict[str, Any]) -> "OrderedDict[str, Any]":
     """Require that the saved state is one of ``model``, or of its dense self; return it under the model's names."""
     have = layout(model)
-    live = _live(model)
+    live = as_saved(_live(model), saved, model)
     names = {plain(name): name for name in live}
     if masked and not have:
         raise CheckpointError(
