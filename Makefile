@@ -15,7 +15,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fast lint types wheel-test extras-test tables versions docs bench clean
+.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test wheels tables versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,13 @@ wheel-test: $(READY_test) ## Build the wheel and run the fast tests against it, 
 extras-test: $(READY_test) ## The tests that need what no other target installs: tools around ONNX, pruning, optimizers, pages
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,onnx-tools,optimizers,pruning]'
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_onnx_tools.py tests/test_pruning_libraries.py tests/test_benchmarks.py tests/train/test_optimizer_libraries.py
+
+wheels: $(READY_test) ## Build what is uploaded into dist/: sdist, wheels, those for Linux with the operator library in them
+	$(BIN)/python .ci/wheels.py dist
+
+node-test: $(READY_test) ## The fallback in Node.js and in WebAssembly; installs both hosts with npm into .node (500 MB)
+	npm install --prefix .node --ignore-scripts --no-audit --no-fund onnxruntime-node@1.30.0 onnxruntime-web@1.30.0
+	SRIGL_FX_NODE_MODULES=$(CURDIR)/.node/node_modules $(BIN)/python -m pytest tests/test_node.py
 
 tables: $(READY_test) ## Write the tables of docs/kernels.md anew, from those of the code
 	$(BIN)/python tests/kernel_support/tables.py

@@ -1,7 +1,8 @@
 """What people do with ONNX files after export, such that condensed layers stay condensed or become dense as asked.
 
 Owns :func:`merge` and :func:`densify`, from files to a file, and :func:`recipe`, from a file to what its model was made
-by. It must not know torch, masks or how files are exported.
+by; :func:`triton_model`, a folder to serve a file from, is offered here. It must not know torch, masks or how files are
+exported.
 """
 
 import os
@@ -16,6 +17,7 @@ from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import all_nodes
 from srigl_fx.onnx_export.model import functions_for
 from srigl_fx.onnx_export.names import rename_values
+from srigl_fx.onnx_export.triton import triton_model as triton_model
 from srigl_fx.recipe_parts import parts_of
 from srigl_fx.recipes import Recipe
 from srigl_fx.runtime.ort import abi, stream

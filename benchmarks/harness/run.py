@@ -139,9 +139,8 @@ def linear(job: Job) -> list[Record]:
 
 
 def small(job: Job) -> list[Record]:
-    return job.measure(
-        "small", job.linear_layers()[:1], SPARSITIES, (2, 4, 8), (*DENSE, *OURS, DEEPSPARSE, DEEPSPARSE_ORT)
-    )
+    contenders = (*DENSE, *DENSE_INT8, *OURS, *OURS_INT8, DEEPSPARSE, DEEPSPARSE_ORT)
+    return job.measure("small", job.linear_layers()[:1], SPARSITIES, (2, 4, 8), contenders)
 
 
 def convolutions(job: Job) -> list[Layer]:
@@ -175,7 +174,7 @@ def int8_conv(job: Job) -> list[Record]:
 def threads(job: Job) -> list[Record]:
     options = job.options
     batches = options.batches or ((16,) if options.quick else (16, 64, 256, 2048))
-    layers, contenders = job.linear_layers(), job.chosen((*DENSE, *OURS))
+    layers, contenders = job.linear_layers(), job.chosen((*DENSE, *DENSE_INT8, *OURS, *OURS_INT8))
     sparsities, calm = options.sparsities or (0.9,), None if options.quick else Processors()
     records = job.collect(
         "threads", measure_threads(layers, sparsities, batches, contenders, (1, 2), job.bench.effort, calm)

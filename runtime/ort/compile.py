@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -183,11 +183,12 @@ def _spawn(name: str, output: Path) -> None:
         raise LibraryError(f"the {name} part of the operator library could not be compiled: {reason}")
 
 
-def compile_all(folder: Path) -> list[Path]:
+def compile_all(folder: Path, progress: Callable[[int, int], None] | None = None) -> list[Path]:
     """Compile all objects of the library, each in a process of its own, as many at a time as there are cores.
 
     Args:
         folder: Where to write them.
+        progress: Called after each with how many are done, and how many there are.
 
     Returns:
         The object files.
@@ -201,7 +202,11 @@ def compile_all(folder: Path) -> list[Path]:
     """
     paths = [folder / f"{name}.o" for name in OBJECTS]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        list(pool.map(_spawn, OBJECTS, paths))
+        parts = [pool.submit(_spawn, name, path) for name, path in zip(OBJECTS, paths, strict=True)]
+        for done, part in enumerate(as_completed(parts), 1):
+            part.result()
+            if progress is not None:
+                progress(done, len(parts))
     return paths
 
 

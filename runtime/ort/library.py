@@ -14,6 +14,7 @@ import platform
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,10 +71,14 @@ def _cached_name() -> str:
     return f"libsrigl_fx-{key}.so"
 
 
-def build(path: Path) -> link.Linker:
-    """Compile and link the operator library (about 40 s on one core) and put it at ``path``, all at once or not at all.
+def build(path: Path, progress: Callable[[int, int], None] | None = None) -> link.Linker:
+    """Compile and link the operator library (some minutes) and put it at ``path``, all at once or not at all.
 
     Its SHA-256 goes into a file beside it, whose name ends in ``.sha256``.
+
+    Args:
+        path: The file to write.
+        progress: Called after each part with how many are compiled, and how many there are.
 
     Returns:
         The linker that was used.
@@ -90,7 +95,7 @@ def build(path: Path) -> link.Linker:
         raise LibraryError(reason)
     with tempfile.TemporaryDirectory(prefix=_BUILD_FOLDER, dir=path.parent) as folder:
         finished, digest = Path(folder, path.name), Path(folder, _hash_path(path).name)
-        linker = link.link(compile_all(Path(folder)), finished)
+        linker = link.link(compile_all(Path(folder), progress), finished)
         digest.write_text(_hash(finished), encoding="ascii")
         finished.chmod(0o755)  # whatever the umask: one that others may write to is not taken
         digest.chmod(0o644)
@@ -167,7 +172,13 @@ def _build_in(folder: Path) -> Path:
         if fault is not None:
             if path.is_symlink() or path.exists():
                 _logger.warning("the operator library %s; it is built anew", fault)
-            build(path)
+            # A warning, since nobody sees less who has not asked for it: the program waits here, for minutes.
+            _logger.warning(
+                "compiling the operator library, which takes some minutes and is kept in %s; the wheel for Linux "
+                "holds it",
+                folder,
+            )
+            build(path, lambda done, parts: _logger.warning("compiled %d of %d parts", done, parts))
     return path
 
 

@@ -147,6 +147,25 @@ def condense(
 
 
 @app.command()
+def triton(
+    file: Annotated[Path, typer.Argument(help="An ONNX file.")],
+    repository: Annotated[Path, typer.Argument(help="The folder of Triton's models, which exists.")],
+    name: Annotated[str | None, typer.Option(help="Of the model; by default that of the file.")] = None,
+    served_from: Annotated[str, typer.Option(help="Where the server finds the folder of models.")] = "/models",
+    max_batch_size: Annotated[
+        int | None, typer.Option(help="The most samples that the server puts into a batch; 0 for none.")
+    ] = None,
+    threads: Annotated[int, typer.Option(help="Of each instance of the model.")] = 1,
+) -> None:
+    """Write a model folder for Triton Inference Server: the file, the operator library, config.pbtxt."""
+    from srigl_fx.onnx_tools import triton_model
+
+    options = {"served_from": served_from, "max_batch_size": max_batch_size, "threads": threads}
+    with _readable_errors():
+        typer.echo(triton_model(file, repository, name=name, **options))  # type: ignore[arg-type]
+
+
+@app.command()
 def library(
     output: Annotated[Path | None, typer.Option(help="Copy the library to this file or folder too.")] = None,
 ) -> None:

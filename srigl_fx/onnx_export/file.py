@@ -151,6 +151,30 @@ def _some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + more
 
 
+def read_model(path: Path) -> "onnx.ModelProto":
+    """The model in a file, without the tensors that it keeps in files beside it.
+
+    Raises:
+        FormatError: If the file cannot be read, or is no ONNX file.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"cannot read {path}: {error.strerror}") from error
+    if content[4:8] == b"ORTM":
+        raise FormatError(f"{path} is a file in ORT format: give the ONNX file that it was made from")
+    try:
+        model = onnx.load_model_from_string(content, format="protobuf")
+    except DecodeError as error:
+        raise FormatError(f"{path} is no ONNX file, or a damaged one: {error}") from error
+    if not model.graph.node:
+        raise FormatError(f"{path} holds no ONNX graph: it is empty or no ONNX file")
+    return model
+
+
 def inspect_file(path: Path) -> FileReport:
     """Read ``path`` and describe its condensed layers.
 
@@ -158,20 +182,9 @@ def inspect_file(path: Path) -> FileReport:
         FormatError: If the file cannot be read, is no ONNX file, or holds a malformed condensed layer.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
-    try:
-        size = path.stat().st_size
-        content = path.read_bytes()
-        if content[4:8] == b"ORTM":
-            raise FormatError(f"{path} is a file in ORT format: give the ONNX file that it was made from")
-        model = onnx.load_model_from_string(content, format="protobuf")
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror}") from error
-    except DecodeError as error:
-        raise FormatError(f"{path} is no ONNX file, or a damaged one: {error}") from error
-    if not model.graph.node:
-        raise FormatError(f"{path} holds no ONNX graph: it is empty or no ONNX file")
+    model = read_model(path)
+    size = path.stat().st_size
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     texts = [text for node in all_nodes(model.graph) for text in (node.op_type, node.domain, *node.input, *node.output)]
     if not all(

@@ -286,20 +286,31 @@ def test_torch_and_onnxruntime_give_the_same_bits(in_features: int, dtype: Value
         assert torch.equal(check_linear(weight, x), operator.check(x)), batch
 
 
-def test_one_and_two_samples_of_a_narrow_layer(ran: list[str]) -> None:
+def test_few_samples_of_a_narrow_layer(ran: list[str]) -> None:
     weight = condensed(300, 63, 20)
     check_linear(weight, torch.randn(1, 63))
     assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "rows_task")
     check_linear(weight, torch.randn(2, 63))
+    assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "tile_task")
+    check_linear(weight, torch.randn(3, 63))
     assert ran[-1] == "tile_task"
 
 
-@pytest.mark.parametrize(("isa", "most"), [(BASELINE, 0), (AVX2, 1), (AVX512, 5)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [1, 255, 256, 257, 65535, 65536, 65537, 70000])
+def test_the_widest_windows_of_a_dot_panel(in_features: int, dtype: ValueDtype) -> None:
+    """AVX2 names inputs by two bytes; what lies beyond is in a window of its own."""
+    weight = condensed(33, in_features, min(in_features, 9), dtype=dtype)
+    for batch in (1, 2, 5):
+        check_linear(weight, torch.randn(batch, in_features))
+
+
+@pytest.mark.parametrize(("isa", "most"), [(BASELINE, 0), (AVX2, 2), (AVX512, 5)])
 @pytest.mark.parametrize(("in_features", "n_active", "k"), [(64, 16, 1), (300, 100, 30), (4096, 4096, 819)])
 def test_up_to_how_many_samples_inputs_are_looked_up(
     isa: str, most: int, in_features: int, n_active: int, k: int
 ) -> None:
-    """More are tiles: AVX2 gathers, so that two samples take as long as a tile; the baseline has no such kernel."""
+    """More are tiles: AVX2 loads each input, three samples as long as a tile takes; the baseline has no such kernel."""
     kernels = [
         plan.linear_kernel(ISAS.index(isa), in_features, n_active, k, batch, False, True) for batch in range(1, 18)
     ]

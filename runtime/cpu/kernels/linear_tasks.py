@@ -11,10 +11,10 @@ from srigl_fx.runtime.cpu.kernels import job, panel
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows, transpose
-from srigl_fx.runtime.cpu.kernels.dot import GATHERS, LOADS, dot_group
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
+from srigl_fx.runtime.cpu.kernels.dot import WIDE, dot_group
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, DOT_WINDOWS, LANES
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
     clear_columns,
@@ -143,10 +143,10 @@ def _no_dot(window: int, value_type: int, x: int, at: int, start: int, phases: i
 
 def _case(window: int, value_type: int, otherwise: Any) -> Any:
     """The dot product for one window and value type; ``otherwise`` for others. LLVM makes one function of the chain."""
-    group = dot_group({AVX512: window, AVX2: GATHERS}.get(ISA, LOADS), value_type)
+    group = dot_group(window, value_type)
 
     def dot(found: int, found_type: int, x: int, at: int, start: int, phases: int, sums: int) -> None:
-        if found == window and found_type == value_type:
+        if (window == WIDE or found == window) and found_type == value_type:
             group(x, at, start, phases, sums)
         else:
             otherwise(found, found_type, x, at, start, phases, sums)
@@ -155,7 +155,7 @@ def _case(window: int, value_type: int, otherwise: Any) -> Any:
 
 
 _dot_of = _no_dot
-for _window in DOT_WINDOWS[ISAS.index(ISA)]:
+for _window in {AVX512: (64, 128), AVX2: (WIDE,)}.get(ISA, ()):
     for _value_type in [NUMBERS[name] for name in reversed(FLOATS)]:
         _dot_of = _case(_window, _value_type, _dot_of)
 
@@ -163,7 +163,7 @@ for _window in DOT_WINDOWS[ISAS.index(ISA)]:
 @compiled
 def _dot(j: Pointer, x: int, first: int, phases: int, sums: int) -> None:
     value_type, window = j[job.VALUE_TYPE], j[job.PANEL_WINDOW]
-    at, start = j[job.PANEL] + first * panel.dot_bytes(value_type), j[job.PANEL_STARTS] + first * 4
+    at, start = j[job.PANEL] + first * panel.dot_bytes(value_type, window), j[job.PANEL_STARTS] + first * 4
     _dot_of(window, value_type, x, at, start, phases, sums)
 
 

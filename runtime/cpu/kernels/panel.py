@@ -5,14 +5,16 @@ Owns the layout and its construction from the canonical format; it must not know
 Sixteen active rows form a group, one lane each. A group is a sequence of phases; in each, every row contributes its
 next STEPS kept weights, as far as they lie in the phase's window of ``window`` inputs, which starts at the first input
 that any of the rows still needs. A row that has fewer adds weights of zero. As windows follow the weights, any pattern
-can be packed, and on uniform random masks 90 % sparse just 14 % (window 128) or 5 % (256) of what is stored are zeros.
+can be packed, and on uniform random masks 90 % sparse just 14 % (window 128) of what is stored are zeros; none but the
+last step's where the window holds all inputs.
 
 Two kinds of panels hold a phase as
-- dot: a byte for each row and step, relative to the window's start, then the values as stored;
+- dot: a byte for each row and step, relative to the window's start, or two bytes where the window is a wide one, then
+  the values as stored;
 - tile: a uint16 for each row and step, the input times :func:`tile_unit`, then the values as float32. A weight of zero
   that was added names the input after the last, of which a tile keeps a row of zeros.
-Indices are stored row by row, and so are a tile panel's values; those of a dot panel step by step, but for values of
-eight bits, of which four of a row are multiplied at once.
+Indices are stored row by row, and so are a tile panel's values; those of a dot panel step by step, as are its indices
+of two bytes, but for values of eight bits, of which four of a row are multiplied at once.
 
 A shared tile panel is one of rows that share their indices by fours. Its groups are of two kinds: those of a tile
 panel, for rows that have too few partners, and shared ones. The latter are four fours of up to four rows each; a phase
@@ -32,7 +34,15 @@ import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import INT8_DOT, INT8_STEP, INT8_TILE, LANES, SHARED_TILE, TILE
+from srigl_fx.runtime.cpu.kernels.plan import (
+    INT8_DOT,
+    INT8_STEP,
+    INT8_TILE,
+    LANES,
+    SHARED_TILE,
+    TILE,
+    WIDE_WINDOW,
+)
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
 from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, signed_bytes, words
 
@@ -47,7 +57,6 @@ SHARING: Final = 4  # rows that share their inputs, in a shared group
 FOURS: Final = LANES // SHARING  # of such rows in a group
 SHARED_VALUES: Final = 2 * FOURS * STEPS  # where the values of a shared group's phase start
 SHARED_BYTES: Final = SHARED_VALUES + 4 * SLOTS  # of such a phase
-DOT_VALUES: Final = SLOTS
 QUAD_BYTES: Final = 3 * STEPS  # of a tile panel of eight bits
 QUAD_VALUES: Final = 2 * STEPS  # where its values start
 _ROWS, _COUNTS = LANES, 2 * LANES  # in the scratch, behind a cursor for each source of indices: its rows
@@ -59,9 +68,15 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 @_compiled
-def dot_bytes(value_type: int) -> int:
+def _dot_index_bytes(value_type: int, window: int) -> int:
+    """The bytes of an index of a dot panel."""
+    return 2 if window >= WIDE_WINDOW and value_bytes(value_type) > 1 else 1
+
+
+@_compiled
+def dot_bytes(value_type: int, window: int) -> int:
     """The bytes of one phase of a dot panel."""
-    return SLOTS * (1 + int(value_bytes(value_type)))
+    return SLOTS * (int(_dot_index_bytes(value_type, window)) + int(value_bytes(value_type)))
 
 
 @_compiled
@@ -78,7 +93,7 @@ def _phase_bytes(j: Pointer, shared: bool) -> int:
         return SHARED_BYTES
     if kernel in (TILE, SHARED_TILE):
         return TILE_BYTES
-    return dot_bytes(j[job.VALUE_TYPE])  # type: ignore[no-any-return]
+    return dot_bytes(j[job.VALUE_TYPE], j[job.PANEL_WINDOW])  # type: ignore[no-any-return]
 
 
 @_compiled
@@ -268,7 +283,7 @@ def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
     value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] in (TILE, SHARED_TILE)
     wide, narrow = shorts(at), bytes_(at)
     values, k = j[job.VALUES], j[job.K]
-    size = value_bytes(value_type)
+    size, index_bytes = value_bytes(value_type), _dot_index_bytes(value_type, j[job.PANEL_WINDOW])
     for lane in range(LANES):
         row = sources[_ROWS + lane]
         for step in range(STEPS):
@@ -280,8 +295,13 @@ def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
                 wide[place] = index * tile_unit(j[job.IN_FEATURES])
                 floats(at + TILE_VALUES)[place] = 0.0 if i < 0 else value_at(values, value_type, row * k + i)
             else:
-                narrow[place] = 0 if i < 0 else _index_of(j, row, i) - start
-                _copy_value(at + DOT_VALUES + slot * size, 0 if i < 0 else values + (row * k + i) * size, size)
+                index = 0 if i < 0 else _index_of(j, row, i) - start
+                if index_bytes == 2:
+                    wide[slot] = index
+                else:
+                    narrow[place] = index
+                value = at + SLOTS * index_bytes + slot * size
+                _copy_value(value, 0 if i < 0 else values + (row * k + i) * size, size)
 
 
 @_compiled

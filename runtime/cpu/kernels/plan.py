@@ -17,7 +17,8 @@ INT8_TILE: Final = 5
 SHARED_TILE: Final = 6  # TILE for rows that share their inputs, by fours
 
 LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
-DOT_WINDOWS: Final = ((), (256,), (64, 128))  # inputs of a dot panel's window, by instruction set
+WIDE_WINDOW: Final = 256  # inputs of a dot panel's window from which on its indices have two bytes
+_WIDEST_WINDOW: Final = 1 << 16  # which these can name
 COLUMNS: Final = 32  # of a full tile
 INT8_COLUMNS: Final = 64  # of a full tile of bytes, and samples that a part of a dot panel of bytes is read for
 MOST_INT8_DOT_SAMPLES: Final = 48  # from a dot panel of bytes; more take less time as a tile, used or not
@@ -38,12 +39,13 @@ def dot_window(level: int, in_features: int, n_active: int, k: int) -> int:
     """The window of a dot panel for an instruction set (its position in ISAS); 0 where there is no such kernel.
 
     AVX-512 looks up 64 or 128 inputs in registers: more take longer, but leave fewer gaps, which counts where weights
-    are few or come from memory. AVX2 gathers, from as many as a byte can name.
+    are few or come from memory. AVX2 loads each by its index: from all inputs, as two bytes can name them, so that rows
+    that keep equally many weights leave no gaps at all.
     """
     if level == 0 or n_active * k == 0:
         return 0
     if level == 1:
-        return 256
+        return max(WIDE_WINDOW, min(in_features, _WIDEST_WINDOW))
     if in_features < 64:
         return 0
     wide = in_features >= 128 and (100 * k < 3 * in_features or n_active * k > _IN_CACHE)
@@ -53,13 +55,13 @@ def dot_window(level: int, in_features: int, n_active: int, k: int) -> int:
 def most_dot_samples(level: int) -> int:
     """Up to how many samples looking inputs up for each beats laying samples side by side, with an instruction set.
 
-    AVX2 gathers inputs instead, and takes as long for two samples as a tile takes for 16.
+    AVX2 loads inputs one by one instead, and takes as long for three samples as a tile takes for 16.
 
     Example:
         >>> most_dot_samples(1), most_dot_samples(2)
-        (1, 5)
+        (2, 5)
     """
-    return 5 if level == 2 else 1
+    return 5 if level == 2 else 2
 
 
 def tile_window(in_features: int, n_active: int, k: int) -> int:

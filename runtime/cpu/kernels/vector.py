@@ -104,28 +104,17 @@ def table_lookup(b: Any, table: Sequence[Any], index: Any, shift: int) -> Any:
     return found[0]
 
 
-def gather(b: Any, base: Any, index: Any, shift: int, *, hardware: bool) -> Any:
-    """``floats(base)[index >> shift & 255]`` lane by lane, by AVX2's instruction or one at a time."""
-    positions = b.and_(b.lshr(index, lanes(shift)) if shift else index, lanes(255))
-    if not hardware:
-        found = ir.Constant(FLOATS, ir.Undefined)
-        for lane in range(LANES):
-            place = ir.Constant(I32, lane)
-            at = b.add(base, b.shl(b.zext(b.extract_element(positions, place), I64), number(2)))
-            found = b.insert_element(found, load(b, at, F32), place)
-        return found
-    eight_floats, eight_ints = ir.VectorType(F32, 8), ir.VectorType(I32, 8)
-    arguments = [eight_floats, I8.as_pointer(), eight_ints, eight_floats, I8]
-    function = declared(b, "llvm.x86.avx2.gather.d.ps.256", eight_floats, arguments)
-    nothing = ir.Constant(eight_floats, [0.0] * 8)
-    every = b.bitcast(ir.Constant(eight_ints, [-1] * 8), eight_floats)
-    halves = []
-    for half in range(2):
-        picked = ir.Constant(eight_ints, list(range(8 * half, 8 * half + 8)))
-        part = b.shuffle_vector(positions, ir.Constant(INTS, ir.Undefined), picked)
-        given = [nothing, b.inttoptr(base, I8.as_pointer()), part, every, ir.Constant(I8, 4)]
-        halves.append(b.call(function, given))
-    return b.shuffle_vector(*halves, ir.Constant(INTS, list(range(LANES))))
+def load_each(b: Any, base: Any, indices: Any) -> Any:
+    """``floats(base)[i]`` lane by lane, for 16 indices of two bytes at an address; one load brings four of them."""
+    found = ir.Constant(FLOATS, ir.Undefined)
+    for lane in range(LANES):
+        part = lane % 4
+        if part == 0:
+            four = load(b, b.add(indices, number(2 * lane)), I64, 8)
+        index = b.and_(b.lshr(four, number(16 * part)) if part else four, number(0xFFFF))
+        number_at = load(b, b.add(base, b.shl(index, number(2))), F32)
+        found = b.insert_element(found, number_at, ir.Constant(I32, lane))
+    return found
 
 
 def loop(b: Any, count: Any, carried: Sequence[Any], body: Callable[[Any, Sequence[Any]], Sequence[Any]]) -> list[Any]:

@@ -1,0 +1,193 @@
+"""A model folder for Triton Inference Server: the ONNX file, the operator library, and a configuration that names both.
+
+Owns what stands in ``config.pbtxt`` and where files lie. It must not know how a file was made. The fields are those of
+Triton's ``ModelConfig`` (``model_config.proto``); its backend ``onnxruntime`` opens the operator library by the path
+that is given there, as the server sees it.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Final
+
+from srigl_fx.errors import ExportError, FormatError
+from srigl_fx.onnx_export.file import all_nodes, read_model
+from srigl_fx.runtime.ort.abi import DOMAIN
+from srigl_fx.runtime.ort.library import library_path
+
+if TYPE_CHECKING:
+    import onnx
+
+LIBRARY: Final = "libsrigl_fx.so"
+MAX_BATCH_SIZE: Final = 64
+# Triton's names of ONNX's types of elements, by ONNX's names.
+_TYPES: Final = {
+    **{name: f"TYPE_{name}" for name in ("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32")},
+    **{"INT64": "TYPE_INT64", "FLOAT16": "TYPE_FP16", "FLOAT": "TYPE_FP32", "DOUBLE": "TYPE_FP64"},
+    **{"BFLOAT16": "TYPE_BF16", "STRING": "TYPE_STRING"},
+}
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+def triton_model(
+    path: str | os.PathLike[str],
+    repository: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    served_from: str = "/models",
+    max_batch_size: int | None = None,
+    threads: int = 1,
+) -> Path:
+    """Write a folder of Triton's model repository that serves an ONNX file with condensed layers.
+
+    The folder is ``repository/name``: ``config.pbtxt``, the operator library, and ``1/model.onnx`` with the files that
+    it keeps its tensors in. Requests are batched by the server where every input and output has a leading size that is
+    free and bears one name.
+
+    Args:
+        path: A file of ``export_onnx`` or ``condense_onnx``; any other ONNX file is served without the library.
+        repository: A folder that exists, with one folder in it for each model.
+        name: Of the model; by default that of the file, without its ending. Letters, digits, "_", "-" and ".".
+        served_from: Where the server finds ``repository``: an absolute path in its container. The library's path is
+            part of the configuration, and Triton takes it as it stands.
+        max_batch_size: The most samples that the server puts into a batch; 0 leaves requests as they are. By default
+            64 where the leading sizes allow it, else 0.
+        threads: Of each instance of the model (``intra_op_thread_count``), at least 1.
+
+    Returns:
+        The model's folder. It appears whole or not at all.
+
+    Raises:
+        FormatError: The file cannot be read, or is no ONNX file.
+        ExportError: The folder exists already, an argument is out of range, the model has an input or output that
+            Triton cannot hold, or the leading sizes do not allow a batch that is asked for.
+        LibraryError: The file needs the operator library, and it cannot be built here.
+
+    Example:
+        >>> triton_model("missing.onnx", ".")
+        Traceback (most recent call last):
+        srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
+    """
+    source, folder = Path(path), Path(repository)
+    model = read_model(source)
+    name = source.stem if name is None else name
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise ExportError(f"{name!r} cannot be the name of a model: use letters, digits, '_', '-' and '.'; give name=")
+    if not isinstance(served_from, str) or not served_from.startswith("/"):
+        raise ExportError(f'served_from must be an absolute path such as "/models", not {served_from!r}')
+    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+        raise ExportError(f"threads must be a whole number of at least 1, not {threads!r}")
+    if not folder.is_dir():
+        raise ExportError(f"there is no folder {str(folder)!r}; make it first")
+    target = folder / name
+    if target.exists():
+        raise ExportError(f"{target} exists already; remove it, or give the model another name")
+    ours = any(node.domain == DOMAIN for node in all_nodes(model.graph))
+    library = str(PurePosixPath(served_from, name, LIBRARY)) if ours else ""
+    text = _configuration(model, name, _batch(model, max_batch_size), threads, library)
+    beside = [source.parent / location for location in _locations(model, source)]
+    if missing := [one for one in beside if not one.is_file()]:
+        raise FormatError(f"{source} keeps tensors in {missing[0]}, which is missing; put the files side by side")
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as part:
+            whole = Path(part, name)
+            (whole / "1").mkdir(parents=True)
+            shutil.copyfile(source, whole / "1" / "model.onnx")
+            for one in beside:
+                shutil.copyfile(one, whole / "1" / one.name)
+            if ours:
+                shutil.copyfile(library_path(), whole / LIBRARY)
+            (whole / "config.pbtxt").write_text(text, encoding="utf-8")
+            os.rename(whole, target)
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error.strerror}") from error
+    return target
+
+
+def _locations(model: "onnx.ModelProto", path: Path) -> list[str]:
+    """The files, by name, that the model keeps tensors in; they must lie in its folder."""
+    from onnx import TensorProto
+
+    nodes = all_nodes(model.graph)
+    tensors = [*model.graph.initializer, *(attribute.t for node in nodes for attribute in node.attribute)]
+    stored = [entry for one in tensors if one.data_location == TensorProto.EXTERNAL for entry in one.external_data]
+    found = {entry.value for entry in stored if entry.key == "location"}
+    for location in found:
+        if Path(location).name != location or location in ("", ".", ".."):
+            raise FormatError(f"{path} keeps tensors in {location!r}, which is no file of its own folder")
+    return sorted(found)
+
+
+def _batch(model: "onnx.ModelProto", asked: int | None) -> int:
+    """The most samples of a batch, or 0 where requests are not put together.
+
+    Triton leaves the leading axis out of what it describes, and stacks requests along it: it must be that of samples in
+    every input and output, which a file says by one name for all of them.
+    """
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 0):
+        raise ExportError(f"max_batch_size must be a whole number of at least 0, not {asked!r}")
+    leading: dict[str, str] = {}
+    for _, value in _tensors(model):
+        axes = value.type.tensor_type.shape.dim
+        leading[value.name] = axes[0].dim_param if axes else ""
+    names = set(leading.values())
+    if len(names) == 1 and "" not in names:
+        return MAX_BATCH_SIZE if asked is None else asked
+    if asked:
+        listed = ", ".join(f"{tensor} {size or 'fixed or without a name'}" for tensor, size in leading.items())
+        raise ExportError(
+            f"max_batch_size={asked} needs one free leading size in all inputs and outputs, and they are: {listed}; "
+            "leave max_batch_size out"
+        )
+    return 0
+
+
+def _tensors(model: "onnx.ModelProto") -> "list[tuple[str, onnx.ValueInfoProto]]":
+    """The inputs and the outputs, each with which it is; constants that old files list among their inputs are none."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [("input", value) for value in model.graph.input if value.name not in constants]
+    return inputs + [("output", value) for value in model.graph.output]
+
+
+def _configuration(model: "onnx.ModelProto", name: str, batch: int, threads: int, library: str) -> str:
+    """``config.pbtxt``, in protobuf's text form."""
+    lines = [f"name: {_quoted(name)}", 'backend: "onnxruntime"', f"max_batch_size: {batch}"]
+    for kind, value in _tensors(model):
+        lines += _described(kind, value, batched=batch > 0)
+    if batch:
+        lines.append("dynamic_batching { }")
+    lines += [
+        "instance_group [ { kind: KIND_CPU } ]",
+        f'parameters {{ key: "intra_op_thread_count" value {{ string_value: "{threads}" }} }}',
+    ]
+    if library:
+        lines.append(f"model_operations {{ op_library_filename: {_quoted(library)} }}")
+    return "\n".join(lines) + "\n"
+
+
+def _described(kind: str, value: "onnx.ValueInfoProto", *, batched: bool) -> list[str]:
+    """An input or output, without the axis of samples where requests are put together."""
+    from onnx import TensorProto
+
+    tensor = value.type.tensor_type
+    element = TensorProto.DataType.Name(tensor.elem_type) if value.type.HasField("tensor_type") else "no tensor"
+    if element not in _TYPES:
+        raise ExportError(f"Triton cannot hold the {kind} {value.name!r}, which is {element}")
+    if not tensor.HasField("shape"):
+        raise ExportError(f"the file does not say how many axes the {kind} {value.name!r} has")
+    sizes = [axis.dim_value if axis.HasField("dim_value") else -1 for axis in tensor.shape.dim][batched:]
+    lines = [f"{kind} {{", f"  name: {_quoted(value.name)}", f"  data_type: {_TYPES[element]}"]
+    if sizes:
+        lines.append(f"  dims: [ {', '.join(map(str, sizes))} ]")
+    else:  # Triton describes no tensor without axes: it has one of size 1, which is taken away before the model sees it
+        lines += ["  dims: [ 1 ]", "  reshape { shape: [ ] }"]
+    return [*lines, "}"]
+
+
+def _quoted(text: str) -> str:
+    """As a string of protobuf's text form."""
+    from google.protobuf.text_encoding import CEscape
+
+    return f'"{CEscape(text, as_utf8=True)}"'

@@ -1,0 +1,203 @@
+"""The HTTP server of the examples, over real sockets: what it answers, what runs together, and what it refuses."""
+
+import asyncio
+import json
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import uvicorn
+from condensing_support import pruned, random
+from onnx import TensorProto, helper, numpy_helper
+
+from srigl_fx.onnx_condensing.pipeline import condense_onnx
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+import serve_fastapi
+
+WEIGHT = pruned(48, 48)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A condensed file from ``x`` (batch, length, 48) to ``y`` of as many sizes."""
+    folder = tmp_path_factory.mktemp("served")
+    sizes: list[str | int | None] = ["batch", "length", 48]
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, sizes)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, sizes)],
+        [numpy_helper.from_array(np.ascontiguousarray(WEIGHT.T), "w")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), folder / "a.onnx")
+    return condense_onnx(folder / "a.onnx", folder / "b.onnx", min_speedup=0).path
+
+
+@pytest.fixture(scope="module")
+def url(path: Path) -> Iterator[str]:
+    app = serve_fastapi.make_app(path, max_batch=8, max_waiting=32)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        server.should_exit = True
+        thread.join()
+
+
+def ask(url: str, body: bytes | None = None) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body), timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def predicted(url: str, x: Any) -> Any:
+    status, text = ask(f"{url}/predict", json.dumps({"inputs": {"x": x.tolist()}}).encode())
+    assert status == 200, text
+    return np.array(json.loads(text)["outputs"]["y"], np.float32)
+
+
+def test_many_at_once_get_their_own_outputs(url: str) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(1 + i % 3, 1 + i % 2, 48) for i in range(24)]
+    samples = [rng.standard_normal(size).astype(np.float32) for size in sizes]
+    with ThreadPoolExecutor(12) as clients:
+        results = list(clients.map(lambda x: predicted(url, x), samples))
+    for x, y in zip(samples, results, strict=True):
+        np.testing.assert_allclose(y, x @ WEIGHT.T, rtol=1e-4, atol=1e-5)
+    text = ask(f"{url}/metrics")[1]
+    counted = dict(line.split() for line in text.splitlines() if not line.startswith("#"))
+    assert float(counted["request_seconds_count"]) >= 24
+    assert float(counted["batch_samples_sum"]) >= sum(size[0] for size in sizes)
+
+
+def test_health(url: str) -> None:
+    status, text = ask(f"{url}/health")
+    assert status == 200
+    found = json.loads(text)
+    assert found["status"] == "ready"
+    assert found["inputs"] == {"x": ["tensor(float)", ["batch", "length", 48]]}
+    assert found["waiting"] == 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{", 400, "the request is no JSON"),
+        (b"[" * 100_000, 400, "the request is no JSON"),
+        (b"[1]", 422, '\\"inputs\\" must be an object with the names x'),
+        (b'{"inputs": {"z": [1]}}', 422, "with the names x"),
+        (b'{"inputs": {"x": "text"}}', 422, "input 'x' is no array of tensor(float)"),
+        (b'{"inputs": {"x": [[[1, 2], [3]]]}}', 422, "input 'x' is no array"),
+        (b'{"inputs": {"x": [[[1, 2]]]}}', 422, "has the shape (1, 1, 2), and the file takes ['batch', 'length', 48]"),
+        (b'{"inputs": {"x": 1}}', 422, "has the shape ()"),
+        (json.dumps({"inputs": {"x": np.zeros((9, 1, 48)).tolist()}}).encode(), 422, "1 to 8, not [9]"),
+        (json.dumps({"inputs": {"x": np.zeros((0, 1, 48)).tolist()}}).encode(), 422, "has the shape (0,)"),
+    ],
+)
+def test_wrong_requests(url: str, body: bytes, status: int, words: str) -> None:
+    got, text = ask(f"{url}/predict", body)
+    assert got == status
+    assert words in text
+    assert predicted(url, random(1, 1, 48)).shape == (1, 1, 48)  # and the server goes on
+
+
+class Slow:
+    """A session whose calls take as long as they are told to, and that remembers their batches."""
+
+    def __init__(self, *, free: bool = True) -> None:
+        self.batches: list[int] = []
+        self.go = threading.Event()
+        self.free = free
+
+    def get_inputs(self) -> list[Any]:
+        return [type("Entry", (), {"name": "x", "shape": ["n" if self.free else 2, 3], "type": "tensor(float)"})]
+
+    def get_outputs(self) -> list[Any]:
+        return self.get_inputs()
+
+    def run(self, _: list[str], feeds: dict[str, Any]) -> list[Any]:
+        self.go.wait(10)
+        self.batches.append(len(feeds["x"]))
+        if np.isnan(feeds["x"]).any():
+            raise RuntimeError("no numbers")
+        return [feeds["x"]]
+
+
+async def batched(session: Slow, arrays: list[Any], max_batch: int, max_waiting: int = 99) -> list[Any]:
+    """What becomes of requests that all come while the first runs."""
+    batcher = serve_fastapi.Batcher(session, max_batch=max_batch, max_waiting=max_waiting)
+    work = asyncio.create_task(batcher.work())
+    first = asyncio.create_task(batcher.run({"x": arrays[0]}))
+    await asyncio.sleep(0.02)  # it runs now
+    others = [asyncio.create_task(batcher.run({"x": array})) for array in arrays[1:]]
+    await asyncio.sleep(0.02)
+    session.go.set()
+    results = await asyncio.gather(first, *others, return_exceptions=True)
+    work.cancel()
+    return results
+
+
+def rows(*sizes: int, width: int = 3) -> list[Any]:
+    return [np.full((size, width), float(i), np.float32) for i, size in enumerate(sizes)]
+
+
+def test_what_comes_meanwhile_runs_together() -> None:
+    session = Slow()
+    results = asyncio.run(batched(session, [*rows(1, 2, 1, 3), *rows(1, width=5)], max_batch=4))
+    assert session.batches == [1, 3, 3, 1]  # 2 + 1, then 3, which would have been two too many; other sizes apart
+    assert [len(result["x"]) for result in results] == [1, 2, 1, 3, 1]
+    assert [float(result["x"][0, 0]) for result in results] == [0, 1, 2, 3, 0]
+
+
+def test_a_file_with_a_batch_of_its_own_runs_alone() -> None:
+    session = Slow(free=False)
+    asyncio.run(batched(session, rows(2, 2, 2), max_batch=16))
+    assert session.batches == [2, 2, 2]
+
+
+def test_too_many_are_refused_and_the_others_served() -> None:
+    session = Slow()
+    results = asyncio.run(batched(session, rows(1, 2, 2, 1), max_batch=8, max_waiting=3))
+    assert [getattr(result, "status_code", 200) for result in results] == [200, 200, 503, 200]
+
+
+def test_who_has_gone_is_left_out() -> None:
+    async def run() -> list[int]:
+        session = Slow()
+        batcher = serve_fastapi.Batcher(session, max_batch=8, max_waiting=99)
+        work = asyncio.create_task(batcher.work())
+        tasks = []
+        for array in (*rows(1, 2), *rows(1, width=5)):
+            tasks.append(asyncio.create_task(batcher.run({"x": array})))
+            await asyncio.sleep(0.01)
+        tasks[1].cancel()  # alone of its size
+        await asyncio.sleep(0.01)
+        session.go.set()
+        await asyncio.gather(tasks[0], tasks[2])
+        work.cancel()
+        return session.batches
+
+    assert asyncio.run(run()) == [1, 1]
+
+
+def test_what_onnx_runtime_refuses_is_an_answer() -> None:
+    session, wrong = Slow(), np.full((1, 3), np.nan, np.float32)
+    results = asyncio.run(batched(session, [wrong, *rows(1)], max_batch=8))
+    assert [getattr(result, "status_code", 200) for result in results] == [500, 200]
+    assert "no numbers" in results[0].detail

@@ -1,0 +1,185 @@
+"""Model folders for Triton: the configuration, read back by Triton's own schema, and what lies beside it.
+
+The server itself is no package; what its ONNX Runtime backend does with the folder is done here: the library is
+registered by the path in the configuration, and the file opened with it.
+"""
+
+import functools
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from condensing_support import pruned, random
+from google.protobuf import text_format
+from onnx import TensorProto, helper, numpy_helper
+
+from srigl_fx import onnx_tools
+from srigl_fx.errors import ExportError, FormatError
+from srigl_fx.onnx_condensing.pipeline import condense_onnx
+
+
+def model(
+    path: Path, x: list[Any], y: list[Any], *, element: int = TensorProto.FLOAT, op: str = "Identity", **saved: Any
+) -> Path:
+    """A file from ``x`` to ``y`` of one node."""
+    weight = numpy_helper.from_array(pruned(48, 48).T.copy(), "w")
+    node = helper.make_node(op, ["x", "w"] if op == "MatMul" else ["x"], ["y"])
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", element, x)],
+        [helper.make_tensor_value_info("y", element, y)],
+        [weight] if op == "MatMul" else [],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path, **saved)
+    return path
+
+
+@functools.cache
+def _schema() -> Any:
+    """Triton's schema, out of its client; the rest of the client wants gRPC, and is not imported."""
+    (client,) = importlib.util.find_spec("tritonclient").submodule_search_locations  # type: ignore[union-attr, misc]
+    spec = importlib.util.spec_from_file_location("model_config_pb2", Path(client, "grpc", "model_config_pb2.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def configuration(folder: Path) -> Any:
+    """What Triton reads."""
+    return text_format.Parse((folder / "config.pbtxt").read_text(encoding="utf-8"), _schema().ModelConfig())
+
+
+@pytest.mark.slow
+def test_a_condensed_file(tmp_path: Path, library: Path) -> None:
+    source = model(tmp_path / "dense.onnx", ["batch", 48], ["batch", 48], op="MatMul")
+    condense_onnx(source, tmp_path / "sparse.onnx", min_speedup=0)
+    (tmp_path / "models").mkdir()
+    folder = onnx_tools.triton_model(
+        tmp_path / "sparse.onnx", tmp_path / "models", served_from=str(tmp_path / "models"), threads=2
+    )
+    assert folder == tmp_path / "models" / "sparse"
+    found = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    assert found == ["1/model.onnx", "config.pbtxt", "libsrigl_fx.so"]
+    assert os.listdir(tmp_path / "models") == ["sparse"]
+
+    text = (folder / "config.pbtxt").read_text()
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(text.partition('op_library_filename: "')[2].partition('"')[0])
+    session = ort.InferenceSession(folder / "1" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    stock = ort.InferenceSession(source, providers=["CPUExecutionProvider"])
+    (got,), (expected,) = (one.run(None, {"x": random(5, 48)}) for one in (session, stock))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+    read = configuration(folder)
+    assert (read.name, read.backend, read.max_batch_size) == ("sparse", "onnxruntime", 64)
+    assert read.HasField("dynamic_batching")
+    assert [(one.name, one.data_type, list(one.dims)) for one in read.input] == [("x", 11, [48])]  # TYPE_FP32
+    assert read.parameters["intra_op_thread_count"].string_value == "2"
+    assert list(read.model_operations.op_library_filename) == [str(folder / "libsrigl_fx.so")]
+    assert [one.kind for one in read.instance_group] == [2]  # KIND_CPU
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options", "batch", "dims"),
+    [
+        (["n", 3, "side"], ["n", 3, "side"], {}, 64, [3, -1]),
+        (["n", 3], ["n", 3], {"max_batch_size": 8}, 8, [3]),
+        (["n", 3], ["n", 3], {"max_batch_size": 0}, 0, [-1, 3]),
+        (["n", 3], ["m", 3], {}, 0, [-1, 3]),
+        ([2, 3], [2, 3], {}, 0, [2, 3]),
+        ([None, 3], [None, 3], {}, 0, [-1, 3]),
+        (["n"], ["n"], {}, 64, [1]),
+        ([], [], {}, 0, [1]),
+    ],
+)
+def test_sizes(
+    tmp_path: Path, x: list[Any], y: list[Any], options: dict[str, int], batch: int, dims: list[int]
+) -> None:
+    folder = onnx_tools.triton_model(model(tmp_path / "a.onnx", x, y), tmp_path, name="m", **options)  # type: ignore[arg-type]
+    text = (folder / "config.pbtxt").read_text()
+    assert f"max_batch_size: {batch}\n" in text
+    assert text.count(f"  dims: [ {', '.join(map(str, dims))} ]\n") == 2
+    assert ("reshape" in text) == (len(x) == (1 if batch else 0))
+    assert "model_operations" not in text  # nothing in the file needs the library
+    assert ("dynamic_batching" in text) == (batch > 0)
+    read = configuration(folder)
+    assert [list(one.dims) for one in (*read.input, *read.output)] == [dims, dims]
+
+
+@pytest.mark.parametrize(
+    ("element", "name"),
+    [
+        (TensorProto.INT64, "TYPE_INT64"),
+        (TensorProto.FLOAT16, "TYPE_FP16"),
+        (TensorProto.BOOL, "TYPE_BOOL"),
+        (TensorProto.STRING, "TYPE_STRING"),
+    ],
+)
+def test_types_of_elements(tmp_path: Path, element: int, name: str) -> None:
+    folder = onnx_tools.triton_model(model(tmp_path / "a.onnx", ["n"], ["n"], element=element), tmp_path)
+    assert (folder / "config.pbtxt").read_text().count(f"data_type: {name}\n") == 2
+
+
+def test_names_are_quoted(tmp_path: Path) -> None:
+    path = model(tmp_path / "a.onnx", ["n", 2], ["n", 2])
+    changed = onnx.load(path)
+    changed.graph.input[0].name = changed.graph.node[0].input[0] = 'in"put\\é\n'
+    onnx.save(changed, path)
+    assert configuration(onnx_tools.triton_model(path, tmp_path)).input[0].name == 'in"put\\é\n'
+
+
+def test_tensors_beside_the_file_come_along(tmp_path: Path) -> None:
+    saved: dict[str, Any] = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    path = model(tmp_path / "a.onnx", ["n", 48], ["n", 48], op="MatMul", **saved)
+    folder = onnx_tools.triton_model(path, tmp_path)
+    session = ort.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": random(2, 48)})[0].shape == (2, 48)
+    (tmp_path / "weights.bin").unlink()
+    with pytest.raises(FormatError, match=r"keeps tensors in .*weights.bin, which is missing"):
+        onnx_tools.triton_model(path, tmp_path, name="b")
+    changed = onnx.load(path, load_external_data=False)
+    changed.graph.initializer[0].external_data[0].value = "../weights.bin"
+    onnx.save(changed, path)
+    with pytest.raises(FormatError, match=r"'\.\./weights\.bin', which is no file of its own folder"):
+        onnx_tools.triton_model(path, tmp_path, name="b")
+    assert sorted(os.listdir(tmp_path)) == ["a", "a.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"name": "a/b"}, "'a/b' cannot be the name of a model"),
+        ({"name": ".."}, "cannot be the name"),
+        ({"served_from": "models"}, 'absolute path such as "/models"'),
+        ({"threads": 0}, "threads must be a whole number of at least 1"),
+        ({"max_batch_size": -1}, "max_batch_size must be a whole number of at least 0"),
+        ({"max_batch_size": 4}, "needs one free leading size in all inputs and outputs, and they are: x n, y fixed"),
+    ],
+)
+def test_wrong_arguments_leave_nothing(tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    path = model(tmp_path / "a.onnx", ["n", 3], [None, 3])
+    with pytest.raises(ExportError, match=words):
+        onnx_tools.triton_model(path, tmp_path, **options)
+    assert os.listdir(tmp_path) == ["a.onnx"]
+
+
+def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
+    path = model(tmp_path / "a.onnx", ["n", 3], ["n", 3])
+    with pytest.raises(ExportError, match="there is no folder"):
+        onnx_tools.triton_model(path, tmp_path / "nowhere")
+    onnx_tools.triton_model(path, tmp_path)
+    before = (tmp_path / "a" / "config.pbtxt").read_text()
+    with pytest.raises(ExportError, match="exists already; remove it, or give the model another name"):
+        onnx_tools.triton_model(path, tmp_path, max_batch_size=2)
+    assert (tmp_path / "a" / "config.pbtxt").read_text() == before
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(FormatError, match="holds no ONNX graph"):
+        onnx_tools.triton_model(tmp_path / "empty.onnx", tmp_path)
