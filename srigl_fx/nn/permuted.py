@@ -130,8 +130,8 @@ def as_saved(live: "OrderedDict[str, Any]", saved: Mapping[str, Any], model: nn.
         model: The model.
 
     Example:
-        >>> as_saved(OrderedDict(a=1), {"a": 1}, nn.Linear(3, 2))
-        OrderedDict({'a': 1})
+        >>> dict(as_saved(OrderedDict(a=1), {"a": 1}, nn.Linear(3, 2)))
+        {'a': 1}
     """
     fitted = OrderedDict(live)
     if hasattr(live, "_metadata"):
