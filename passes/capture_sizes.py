@@ -316,7 +316,7 @@ class _Asking:
             )
         except Exception as error:  # of any operator
             return f"{_DIFFERS} at {at}: {first_line(error)}"
-        if found.wrong is None or found.wrong.error != found.wrong.error:
+        if found.wrong is None:
             return ""
         return f"{_DIFFERS} at {at}: {found.wrong.what} is another"
 
