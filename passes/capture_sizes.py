@@ -271,15 +271,19 @@ class _Asking:
             if name not in asked:
                 groups.setdefault(example[name], []).append(name)
         for number, names in groups.items():
-            others = [n for n in (number - 1, number + 1) if n > 0]
-            alone = [
-                name
-                for name in names
-                if len(names) > 1 and any(self._wrong(program, At.of({**example, name: n})) for n in others)
-            ]
-            together = [At.of({**example, **dict.fromkeys(alone, n)}) for n in others]
-            if len(alone) > 1 and not all(self._wrong(program, at) for at in together):
-                sizes = sizes.with_one(alone)
+
+            def fits(together: list[str], number: int = number) -> bool:
+                others = [n for n in (number - 1, number + 1) if n > 0]
+                return not any(self._wrong(program, At.of({**example, **dict.fromkeys(together, n)})) for n in others)
+
+            alone = [name for name in names if len(names) > 1 and not fits([name])]
+            while len(alone) > 1 and fits(alone):
+                least = alone
+                for name in alone:  # no more than have to go together: others have that number by chance
+                    fewer = [other for other in least if other != name]
+                    least = fewer if len(fewer) > 1 and fits(fewer) else least
+                sizes = sizes.with_one(least)
+                alone = [name for name in alone if name not in least]
         return replace(program, sizes=sizes)
 
     def _not_free(self, sizes: Sizes, name: str, problem: str) -> bool:
