@@ -221,7 +221,8 @@ class _Asking:
         changed = list(self.leaves)
         changed[leaf] = resize(changed[leaf], number + 1 if other is None else other, axis)
         try:
-            run_steps(self.model, *pytree.tree_unflatten(changed, self.spec), 1)
+            args, kwargs = pytree.tree_unflatten(changed, self.spec)
+            run_steps(self.model, args, kwargs, 1)
         except Exception as error:  # the model's own code: any type
             return raised_by(error) + first_line(error)
         return ""

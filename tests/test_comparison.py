@@ -97,7 +97,7 @@ def test_two_models_are_compared_call_by_call(
 def test_two_models_are_compared_at_each_batch_size() -> None:
     found = compare([1, 3], lambda size: [results(size)], lambda size, _: [results(min(2, size or 0))])
     assert found.wrong is not None
-    assert (found.wrong.size, found.wrong.counts) == (3, (1, 1))
+    assert (found.wrong.at, found.wrong.counts) == (3, (1, 1))
 
 
 @pytest.mark.parametrize(
