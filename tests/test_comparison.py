@@ -89,7 +89,7 @@ def results(*outputs: object, **buffers: object) -> Results:
 def test_two_models_are_compared_call_by_call(
     expected: list[Results], got: list[Results], worst: float, wrong: str | None
 ) -> None:
-    found = compare([1], lambda _: expected, lambda _, calls: got[:calls])
+    found = compare(["batch 1"], lambda _: expected, lambda _, calls: got[:calls])
     assert found.worst == worst
     assert (found.wrong and found.wrong.what + found.wrong.place) == wrong
 
