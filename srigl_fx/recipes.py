@@ -154,7 +154,9 @@ class Recipe:
         if not isinstance(data, Mapping) or data.get("format") != _FORMAT:
             raise RecipeError("this is no recipe of srigl_fx: srigl_fx.recipe(model).to_dict() is one")
         version = data.get("version")
-        if type(version) is not int or not 1 <= version <= VERSION:
+        if type(version) is not int or version < 1:
+            raise RecipeError(f"the recipe is damaged: its version is {version!r:.80}, and not a number from 1 on")
+        if version > VERSION:
             raise RecipeError(
                 f"the recipe is of version {version!r:.80}, but this srigl_fx reads versions up to {VERSION}: update it"
             )

@@ -34,6 +34,17 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+def pytest_report_header() -> str | None:
+    """Say why the first test waits."""
+    from ort_support import objects
+
+    from srigl_fx.runtime.ort.library import library_status
+
+    if objects.are_compiled() or not library_status().supported:
+        return None
+    return "the operator library is compiled before the first test, once for its sources: some minutes"
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """What is long is slow as well."""
     if item.get_closest_marker("long"):

@@ -27,6 +27,12 @@ def copy_objects(folder: Path, progress: Callable[[int, int], None] | None = Non
     return [Path(shutil.copy(kept / f"{name}.o", folder)) for name in OBJECTS]
 
 
+def are_compiled() -> bool:
+    """Whether nothing is left to be compiled."""
+    folder = os.environ.get("SRIGL_FX_TEST_OBJECTS")
+    return folder is not None and Path(folder, library._cached_name(), "complete").exists()
+
+
 def use() -> None:
     """Have this process build the library from them."""
     vars(library)["compile_all"] = copy_objects
