@@ -221,7 +221,8 @@ class _Asking:
         changed = list(self.leaves)
         changed[leaf] = resize(changed[leaf], number + 1 if other is None else other, axis)
         try:
-            run_steps(self.model, *pytree.tree_unflatten(changed, self.spec), 1)
+            args, kwargs = pytree.tree_unflatten(changed, self.spec)
+            run_steps(self.model, args, kwargs, 1)
         except Exception as error:  # the model's own code: any type
             return raised_by(error) + first_line(error)
         return ""
@@ -271,15 +272,19 @@ class _Asking:
             if name not in asked:
                 groups.setdefault(example[name], []).append(name)
         for number, names in groups.items():
-            others = [n for n in (number - 1, number + 1) if n > 0]
-            alone = [
-                name
-                for name in names
-                if len(names) > 1 and any(self._wrong(program, At.of({**example, name: n})) for n in others)
-            ]
-            together = [At.of({**example, **dict.fromkeys(alone, n)}) for n in others]
-            if len(alone) > 1 and not all(self._wrong(program, at) for at in together):
-                sizes = sizes.with_one(alone)
+
+            def fits(together: list[str], number: int = number) -> bool:
+                others = [n for n in (number - 1, number + 1) if n > 0]
+                return not any(self._wrong(program, At.of({**example, **dict.fromkeys(together, n)})) for n in others)
+
+            alone = [name for name in names if len(names) > 1 and not fits([name])]
+            while len(alone) > 1 and fits(alone):
+                least = alone
+                for name in alone:  # no more than have to go together: others have that number by chance
+                    fewer = [other for other in least if other != name]
+                    least = fewer if len(fewer) > 1 and fits(fewer) else least
+                sizes = sizes.with_one(least)
+                alone = [name for name in alone if name not in least]
         return replace(program, sizes=sizes)
 
     def _not_free(self, sizes: Sizes, name: str, problem: str) -> bool:
@@ -316,7 +321,7 @@ class _Asking:
             )
         except Exception as error:  # of any operator
             return f"{_DIFFERS} at {at}: {first_line(error)}"
-        if found.wrong is None or found.wrong.error != found.wrong.error:
+        if found.wrong is None:
             return ""
         return f"{_DIFFERS} at {at}: {found.wrong.what} is another"
 

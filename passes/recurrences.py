@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses import FakeTensor
 
 aten = torch.ops.aten
 

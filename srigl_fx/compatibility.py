@@ -24,6 +24,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     "torch._C._functorch": ("peek_interpreter_stack",),
     "torch._dispatch.python": ("enable_python_dispatcher",),
     "torch._ops": ("OpOverload", "OpOverloadPacket"),
+    "torch._decomp": ("decomposition_table",),
     "torch._subclasses": ("FakeTensor", "FakeTensorMode"),
     "torch.autograd.forward_ad": ("_current_level",),
     "torch.fx.graph": ("_PyTreeCodeGen", "_PyTreeInfo"),
@@ -43,7 +44,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     "a pruning hook": ("_tensor_name",),
     "a storage": ("_cdata",),
     "a tensor": ("_backward_hooks", "_indices", "_post_accumulate_grad_hooks", "_values", "_version"),
-    "an operator": ("_schema",),
+    "an operator": ("_dispatch_cache", "_schema"),
     "an optimizer": ("_optimizer_step_post_hooks",),
     "torch.ops.aten": (
         *("_assert_async", "_assert_scalar", "_assert_tensor_metadata", "_native_batch_norm_legit_functional"),

@@ -89,7 +89,7 @@ def results(*outputs: object, **buffers: object) -> Results:
 def test_two_models_are_compared_call_by_call(
     expected: list[Results], got: list[Results], worst: float, wrong: str | None
 ) -> None:
-    found = compare([1], lambda _: expected, lambda _, calls: got[:calls])
+    found = compare(["batch 1"], lambda _: expected, lambda _, calls: got[:calls])
     assert found.worst == worst
     assert (found.wrong and found.wrong.what + found.wrong.place) == wrong
 
@@ -97,7 +97,7 @@ def test_two_models_are_compared_call_by_call(
 def test_two_models_are_compared_at_each_batch_size() -> None:
     found = compare([1, 3], lambda size: [results(size)], lambda size, _: [results(min(2, size or 0))])
     assert found.wrong is not None
-    assert (found.wrong.size, found.wrong.counts) == (3, (1, 1))
+    assert (found.wrong.at, found.wrong.counts) == (3, (1, 1))
 
 
 @pytest.mark.parametrize(

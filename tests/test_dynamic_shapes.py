@@ -414,6 +414,28 @@ def test_what_cannot_be_is_refused_by_input_and_axis(case: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Decides(nn.Module):
+    """No graph: which way it goes depends on numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x)
+        return y if bool(y.sum() > 0) else -y
+
+
+@pytest.mark.long
+def test_sizes_of_a_model_that_is_not_one_graph() -> None:
+    model, x = sparse(Decides()), torch.randn(2, 6)
+    with pytest.raises(LoweringError, match=r"Decides is not one graph, with whatever sizes.*return y if bool"):
+        sx.lower(model, (x,), dynamic_shapes={"x": {0: "rows"}}, min_speedup=0)
+    made = sx.lower(model, (x,), dynamic_shapes="auto", min_speedup=0)
+    assert not isinstance(made, LoweredModule)
+    assert list(made.regions) == ["fc"]
+
+
 @pytest.mark.slow
 def test_sizes_of_what_is_lowered_are_its_own(tmp_path: Path) -> None:
     model = sparse(nn.Sequential(nn.Linear(6, 4)))
