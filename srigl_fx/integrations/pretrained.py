@@ -105,6 +105,7 @@ def _save(
     contents = contents_of(model)
     if not contents["recipes"]:
         raise CheckpointError("the model was unpickled from a release that kept no recipes: sparsify it anew")
+    dense = masks.strip(state)  # refuses orders of inputs, before anything is written
     target = folder / MASKS_FILE
     main = options.get("is_main_process", True)
     if main:
@@ -116,7 +117,7 @@ def _save(
             raise CheckpointError(
                 f"{where} cannot be written ({error.strerror or error}): give a folder, or the name of a new one"
             ) from error
-    saver(folder, state_dict=masks.strip(state), **options)
+    saver(folder, state_dict=dense, **options)
     if main:
         write(target, contents)
 

@@ -14,6 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import srigl_fx as sx
 from srigl_fx.errors import CheckpointError, InvariantError, LoweringError, SparsifyError, TrainerError
+from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.masks.input_orders import matrix_of, order_of
 from srigl_fx.train import checkpoint
 from srigl_fx.train.permutations import LearnedPermutations
@@ -102,7 +103,8 @@ def test_each_step_ends_in_the_papers_normalisation() -> None:
     weights, matrices = (
         [p for name, p in other.named_parameters() if ("permutation" in name) is learned] for learned in (False, True)
     )
-    plain = torch.optim.Adam([{"params": weights, "weight_decay": 1e-3}, {"params": matrices}], lr=1e-2)
+    groups: list[dict[str, Any]] = [{"params": weights, "weight_decay": 1e-3}, {"params": matrices}]
+    plain = torch.optim.Adam(groups, lr=1e-2)
     penalties = [penalty(m) for part in other if (m := matrix_of(part)) is not None]
     (loss_of(other) + 1e-2 * torch.stack(penalties).sum()).backward()
     plain.step()
@@ -153,6 +155,7 @@ def test_training_decides_every_permutation_and_lowering_folds_it(
     model = run.model.eval()
     lowered = sx.lower(model, (X,), min_speedup=0)
     assert {layer.decision for layer in lowered.report.layers} == {"condensed"}
+    assert isinstance(lowered, LoweredModule)
     assert not any("index" in str(node.target) for node in lowered.graph.nodes)
     with torch.no_grad():
         torch.testing.assert_close(lowered(X[:5]), model(X[:5]), rtol=1e-5, atol=1e-5)
