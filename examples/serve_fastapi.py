@@ -4,12 +4,13 @@
     curl -s localhost:8000/predict -d '{"inputs": {"x": [[0.5, 1.0]]}}'
 
 ``POST /predict`` takes arrays by the names of the file's inputs, as nested lists with the axis of samples first, and
-gives the outputs alike. ``GET /health`` says what is served, ``GET /metrics`` counts and times for Prometheus. It needs
-``pip install 'srigl-fx[serve]'``.
+gives the outputs alike; numbers that are not finite are null. ``GET /health`` says what is served, ``GET /metrics``
+counts and times for Prometheus. It needs ``pip install 'srigl-fx[serve]'``.
 
 Nobody waits for others to come: a request is run at once if nothing else runs. What comes in the meantime is put
 together by size, up to ``--max-batch`` samples, and the group whose first request is the oldest is next. More than
-``--max-waiting`` samples are not kept: these requests get status 503, at once.
+``--max-waiting`` samples are not kept: these requests get status 503, at once. Requests are put together only where the
+file says by one name that all its inputs and outputs have the samples as their leading axis; else each runs alone.
 """
 
 import argparse
@@ -29,14 +30,17 @@ import prometheus_client
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from numpy.typing import NDArray
+from starlette.requests import ClientDisconnect
 
 import srigl_fx as sx
 
 Array = NDArray[Any]
-LARGEST_BODY = 64 << 20  # bytes of a request
+LARGEST_BODY = 16 << 20  # bytes of a request
+MOST_WORDS = 300  # characters of somebody else's error that are sent on
 DTYPES = {
     **{"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16},
-    **{"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_, "tensor(uint8)": np.uint8},
+    **{"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_},
+    **{"tensor(uint8)": np.uint8, "tensor(int8)": np.int8},
 }
 
 
@@ -62,8 +66,9 @@ class Batcher:
     def __init__(self, session: onnxruntime.InferenceSession, *, max_batch: int, max_waiting: int) -> None:
         self.session, self.max_batch, self.max_waiting = session, max_batch, max_waiting
         self.outputs = [entry.name for entry in session.get_outputs()]
-        leading = [entry.shape[0] if entry.shape else 1 for entry in session.get_inputs()]
-        self.together = not any(isinstance(size, int) for size in leading)  # else the file has its own batch
+        tensors = [*session.get_inputs(), *session.get_outputs()]
+        leading = {entry.shape[0] if entry.shape else None for entry in tensors}
+        self.together = len(leading) == 1 and isinstance(next(iter(leading)), str)
         self.groups: dict[tuple[Any, ...], list[Waiting]] = {}
         self.came = asyncio.Event()
         self.registry = prometheus_client.CollectorRegistry()
@@ -106,25 +111,35 @@ class Batcher:
                 batch = self._next()
                 if not batch:
                     self.came.clear()
-                    continue
-                feeds = {name: np.concatenate([one.feeds[name] for one in batch]) for name in batch[0].feeds}
-                self.samples.observe(sum(one.rows for one in batch))
-                call = asyncio.get_running_loop().run_in_executor(thread, self.session.run, self.outputs, feeds)
-                try:
-                    outputs = await call
-                except Exception as error:  # ONNX Runtime's exceptions have no base class; the server goes on
-                    for one in batch:
-                        if not one.answer.done():
-                            one.answer.set_exception(HTTPException(500, f"ONNX Runtime: {error}"))
-                    continue
-                first = 0
-                for one in batch:
-                    part = slice(first, first + one.rows) if len(batch) > 1 else slice(None)
-                    if not one.answer.done():  # who asked may have gone
-                        one.answer.set_result(
-                            {name: output[part] for name, output in zip(self.outputs, outputs, strict=True)}
-                        )
-                    first += one.rows
+                elif not await self._run(thread, batch):
+                    for one in batch:  # one wrong request must not spoil the others
+                        await self._run(thread, [one])
+
+    async def _run(self, thread: ThreadPoolExecutor, batch: list[Waiting]) -> bool:
+        """Run requests together and answer them; False, and no answer, where that fails for more than one."""
+        rows = [one.rows for one in batch]
+        try:
+            feeds = {name: np.concatenate([one.feeds[name] for one in batch]) for name in batch[0].feeds}
+            call = asyncio.get_running_loop().run_in_executor(thread, self.session.run, self.outputs, feeds)
+            outputs = dict(zip(self.outputs, await call, strict=True))
+            if len(batch) > 1 and any(len(output) != sum(rows) for output in outputs.values()):
+                return False
+        except Exception as error:  # ONNX Runtime's exceptions have no base class; the server goes on
+            if len(batch) > 1:
+                return False
+            if not batch[0].answer.done():
+                status = 422 if type(error).__name__ == "InvalidArgument" else 500
+                batch[0].answer.set_exception(HTTPException(status, f"ONNX Runtime: {str(error)[:MOST_WORDS]}"))
+            return True
+        self.samples.observe(sum(rows))
+        first = 0
+        for one in batch:
+            part = slice(first, first + one.rows)
+            first += one.rows
+            if not one.answer.done():  # who asked may have gone
+                mine = outputs if len(batch) == 1 else {name: output[part] for name, output in outputs.items()}
+                one.answer.set_result(mine)
+        return True
 
     def _next(self) -> list[Waiting]:
         """The requests that are run now: of the group that has waited longest, as many as fit; none if none wait."""
@@ -153,24 +168,43 @@ def arrays(session: onnxruntime.InferenceSession, given: Any, max_batch: int) ->
     wanted = {entry.name: entry for entry in session.get_inputs()}
     if not isinstance(given, Mapping) or set(given) != set(wanted):
         raise HTTPException(422, f'"inputs" must be an object with the names {", ".join(sorted(wanted))}')
-    feeds: dict[str, Array] = {}
-    for name, entry in wanted.items():
-        try:
-            feeds[name] = np.asarray(given[name], DTYPES[entry.type])
-        except (ValueError, TypeError, OverflowError) as error:
-            raise HTTPException(422, f"input {name!r} is no array of {entry.type}: {error}") from error
-        sizes = zip(feeds[name].shape, entry.shape, strict=False)
-        fits = all(not isinstance(size, int) or size == got for got, size in sizes)
-        if feeds[name].ndim != len(entry.shape) or not fits:
-            raise HTTPException(
-                422, f"input {name!r} has the shape {feeds[name].shape}, and the file takes {entry.shape}"
-            )
+    feeds = {name: _array(name, given[name], entry) for name, entry in wanted.items()}
     rows = {array.shape[0] if array.ndim else 0 for array in feeds.values()}
     if len(rows) != 1 or not 1 <= min(rows) <= max_batch:
         raise HTTPException(
             422, f"all inputs must hold the same number of samples, 1 to {max_batch}, not {sorted(rows)}"
         )
     return feeds
+
+
+def _array(name: str, given: Any, entry: Any) -> Array:
+    """One input as an array of the file's type: whole numbers may become floats, and nothing else another kind."""
+    dtype = np.dtype(DTYPES[entry.type])
+    kinds = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}[dtype.kind]
+    try:
+        found = np.asarray(given)
+    except ValueError as error:  # lists of unequal lengths
+        raise HTTPException(422, f"input {name!r} is no array: {str(error)[:MOST_WORDS]}") from error
+    if found.size and found.dtype.kind not in kinds:
+        raise HTTPException(422, f"input {name!r} is no array of {entry.type}")
+    with np.errstate(over="ignore"):
+        array = found.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(array, found):
+        raise HTTPException(422, f"input {name!r} has numbers that no {entry.type} holds")
+    sizes = zip(array.shape, entry.shape, strict=False)
+    fits = all(not isinstance(size, int) or size == got for got, size in sizes)
+    if array.ndim != len(entry.shape) or not fits:
+        raise HTTPException(422, f"input {name!r} has the shape {array.shape}, and the file takes {entry.shape}")
+    return array
+
+
+def _listed(array: Array) -> Any:
+    """An output as JSON holds it: numbers that are not finite are null."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        objects = array.astype(object)
+        objects[~np.isfinite(array)] = None
+        return objects.tolist()
+    return array.tolist()
 
 
 def make_app(
@@ -184,41 +218,60 @@ def make_app(
         max_waiting: The most samples that wait.
         threads: Of a call.
         stock: Run the fallback inside the file, without the operator library.
+
+    Raises:
+        ValueError: The file has inputs or outputs that are no tensors of numbers, or fewer samples may wait than one
+            request has.
     """
+    if max_waiting < max_batch:
+        raise ValueError(f"max_waiting={max_waiting} would refuse requests of max_batch={max_batch} samples for ever")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     if stock:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     else:
         session = sx.runtime.load(path, session_options=options)
+    for entry in (*session.get_inputs(), *session.get_outputs()):
+        if entry.type not in DTYPES:
+            raise ValueError(f"{path} cannot be served so: {entry.name!r} is a {entry.type}")
     batcher = Batcher(session, max_batch=max_batch, max_waiting=max_waiting)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        task = asyncio.create_task(batcher.work())
+        app.state.work = asyncio.create_task(batcher.work())
         yield
-        task.cancel()
+        app.state.work.cancel()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+
+    def read(body: bytes) -> dict[str, Array]:
+        try:
+            given = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise HTTPException(400, f"the request is no JSON: {str(error)[:MOST_WORDS]}") from error
+        return arrays(session, given.get("inputs") if isinstance(given, dict) else None, max_batch)
+
+    def written(outputs: dict[str, Array]) -> str:
+        return json.dumps({"outputs": {name: _listed(array) for name, array in outputs.items()}}, allow_nan=False)
 
     @app.post("/predict")
     async def predict(request: Request) -> Response:
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > LARGEST_BODY:
-                raise HTTPException(413, f"a request may have {LARGEST_BODY} bytes")
         try:
-            given = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise HTTPException(400, f"the request is no JSON: {error}") from error
-        feeds = arrays(session, given.get("inputs") if isinstance(given, dict) else None, max_batch)
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > LARGEST_BODY:
+                    raise HTTPException(413, f"a request may have {LARGEST_BODY} bytes")
+        except ClientDisconnect:
+            return Response(status_code=400)
+        feeds = await asyncio.to_thread(read, bytes(body))  # others are answered meanwhile
         outputs = await batcher.run(feeds)
-        content = json.dumps({"outputs": {name: array.tolist() for name, array in outputs.items()}})
-        return Response(content, media_type="application/json")
+        return Response(await asyncio.to_thread(written, outputs), media_type="application/json")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
+        if app.state.work.done():
+            raise HTTPException(503, "nothing runs requests any more: start the server anew")
         return {
             "status": "ready",
             "model": path.name,

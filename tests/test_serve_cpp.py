@@ -89,10 +89,10 @@ def test_three_lengths(tmp_path: Path, serve: Path, condensed: tuple[Path, Path]
         for by in (library, "-"):
             done = run(serve, tmp_path, path, by, 1, *inputs)
             assert done.returncode == 0, done.stderr
-            assert re.search(rf"^hidden float32 3x{length}x48$", done.stdout, re.M)
+            assert re.search(rf"^output_0.bin: hidden float32 3x{length}x48$", done.stdout, re.M)
             assert re.search(r"^median of a call: \d+ us$", done.stdout, re.M)
-            for name, array in zip(("hidden", "pooled"), expected, strict=True):
-                got = np.fromfile(tmp_path / f"{name}.bin", np.float32).reshape(array.shape)
+            for number, array in enumerate(expected):
+                got = np.fromfile(tmp_path / f"output_{number}.bin", np.float32).reshape(array.shape)
                 np.testing.assert_allclose(got, array, rtol=1e-4, atol=1e-4 * np.abs(array).max())
 
 
@@ -110,6 +110,8 @@ def test_wrong_input_is_one_line(tmp_path: Path, serve: Path, condensed: tuple[P
         done = run(serve, tmp_path, condensed[1], library, 1, argument)
         assert done.returncode == 1, argument
         assert words in done.stderr, argument
+    done = run(serve, tmp_path, condensed[1], library, "many", "input_ids:int64:1x4:ids.bin")
+    assert (done.returncode, done.stderr) == (1, "'many' is no number of threads\n")
     done = run(serve, tmp_path, condensed[1], tmp_path / "no.so", 1, "input_ids:int64:1x4:ids.bin")
     assert done.returncode == 1
     assert "no.so" in done.stderr

@@ -18,6 +18,7 @@ import onnx
 import pytest
 import uvicorn
 from condensing_support import pruned, random
+from fastapi import HTTPException
 from onnx import TensorProto, helper, numpy_helper
 
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
@@ -106,6 +107,10 @@ def test_health(url: str) -> None:
         (b'{"inputs": {"x": [[[1, 2], [3]]]}}', 422, "input 'x' is no array"),
         (b'{"inputs": {"x": [[[1, 2]]]}}', 422, "has the shape (1, 1, 2), and the file takes ['batch', 'length', 48]"),
         (b'{"inputs": {"x": 1}}', 422, "has the shape ()"),
+        (b'{"inputs": {"x": [[[null, 1]]]}}', 422, "input 'x' is no array of tensor(float)"),
+        (b'{"inputs": {"x": [[[true, false]]]}}', 422, "input 'x' is no array of tensor(float)"),
+        (b'{"inputs": {"x": [[["1", "2"]]]}}', 422, "input 'x' is no array of tensor(float)"),
+        (b'{"inputs": {"x": [[[1' + b"0" * 5000 + b"]]]}}", 400, "the request is no JSON"),
         (json.dumps({"inputs": {"x": np.zeros((9, 1, 48)).tolist()}}).encode(), 422, "1 to 8, not [9]"),
         (json.dumps({"inputs": {"x": np.zeros((0, 1, 48)).tolist()}}).encode(), 422, "has the shape (0,)"),
     ],
@@ -120,23 +125,23 @@ def test_wrong_requests(url: str, body: bytes, status: int, words: str) -> None:
 class Slow:
     """A session whose calls take as long as they are told to, and that remembers their batches."""
 
-    def __init__(self, *, free: bool = True) -> None:
+    def __init__(self, *, sizes: tuple[int | str | None, ...] = ("n", "n")) -> None:
         self.batches: list[int] = []
         self.go = threading.Event()
-        self.free = free
+        self.sizes = sizes  # the leading ones of input and output
 
     def get_inputs(self) -> list[Any]:
-        return [type("Entry", (), {"name": "x", "shape": ["n" if self.free else 2, 3], "type": "tensor(float)"})]
+        return [type("Entry", (), {"name": "x", "shape": [self.sizes[0], 3], "type": "tensor(float)"})]
 
     def get_outputs(self) -> list[Any]:
-        return self.get_inputs()
+        return [type("Entry", (), {"name": "x", "shape": [self.sizes[1], 3], "type": "tensor(float)"})]
 
     def run(self, _: list[str], feeds: dict[str, Any]) -> list[Any]:
         self.go.wait(10)
         self.batches.append(len(feeds["x"]))
         if np.isnan(feeds["x"]).any():
             raise RuntimeError("no numbers")
-        return [feeds["x"]]
+        return [feeds["x"][:1] if np.isinf(feeds["x"]).any() else feeds["x"]]
 
 
 async def batched(session: Slow, arrays: list[Any], max_batch: int, max_waiting: int = 99) -> list[Any]:
@@ -165,10 +170,18 @@ def test_what_comes_meanwhile_runs_together() -> None:
     assert [float(result["x"][0, 0]) for result in results] == [0, 1, 2, 3, 0]
 
 
-def test_a_file_with_a_batch_of_its_own_runs_alone() -> None:
-    session = Slow(free=False)
+@pytest.mark.parametrize("sizes", [(2, 2), ("n", "m"), ("n", None), (None, None), ("n", 3)])
+def test_samples_that_may_not_lie_along_the_leading_axis_run_alone(sizes: tuple[int | str | None, ...]) -> None:
+    session = Slow(sizes=sizes)
     asyncio.run(batched(session, rows(2, 2, 2), max_batch=16))
     assert session.batches == [2, 2, 2]
+
+
+def test_outputs_of_another_length_than_the_file_says_are_not_cut() -> None:
+    session = Slow()
+    results = asyncio.run(batched(session, [*rows(1), np.full((1, 3), np.inf, np.float32), *rows(1)], max_batch=8))
+    assert session.batches == [1, 2, 1, 1]  # the two are run again, each alone
+    assert [len(result["x"]) for result in results] == [1, 1, 1]
 
 
 def test_too_many_are_refused_and_the_others_served() -> None:
@@ -196,8 +209,47 @@ def test_who_has_gone_is_left_out() -> None:
     assert asyncio.run(run()) == [1, 1]
 
 
-def test_what_onnx_runtime_refuses_is_an_answer() -> None:
+def test_what_onnx_runtime_refuses_is_an_answer_for_that_request_alone() -> None:
     session, wrong = Slow(), np.full((1, 3), np.nan, np.float32)
-    results = asyncio.run(batched(session, [wrong, *rows(1)], max_batch=8))
-    assert [getattr(result, "status_code", 200) for result in results] == [500, 200]
-    assert "no numbers" in results[0].detail
+    results = asyncio.run(batched(session, [*rows(1), wrong, *rows(2)], max_batch=8))
+    assert [getattr(result, "status_code", 200) for result in results] == [200, 500, 200]
+    assert "no numbers" in results[1].detail
+
+
+def entry(kind: str, *shape: int | str) -> Any:
+    return type("Entry", (), {"name": "x", "shape": list(shape), "type": f"tensor({kind})"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "words"),
+    [
+        ("int64", [1.5], "is no array of tensor(int64)"),
+        ("int64", [1.0], "is no array of tensor(int64)"),
+        ("uint8", [-1], "has numbers that no tensor(uint8) holds"),
+        ("int32", [2**31], "has numbers that no tensor(int32) holds"),
+        ("int64", [2**70], "is no array of tensor(int64)"),
+        ("bool", ["false"], "is no array of tensor(bool)"),
+        ("bool", [{}], "is no array of tensor(bool)"),
+        ("float", [[1], [2, 3]], "is no array"),
+    ],
+)
+def test_nothing_becomes_another_kind_of_number(kind: str, given: list[Any], words: str) -> None:
+    with pytest.raises(HTTPException) as error:
+        serve_fastapi._array("x", given, entry(kind, "n"))
+    assert words in error.value.detail
+
+
+def test_what_is_not_finite_is_null() -> None:
+    array = np.array([[1.5, np.nan], [np.inf, -2]], np.float32)
+    assert json.loads(json.dumps(serve_fastapi._listed(array), allow_nan=False)) == [[1.5, None], [None, -2]]
+
+
+def test_what_cannot_be_served_is_refused_at_the_start(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="max_waiting=3 would refuse requests of max_batch=4 samples"):
+        serve_fastapi.make_app(path, max_batch=4, max_waiting=3)
+    text = helper.make_tensor_value_info("x", TensorProto.STRING, ["n"])
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [text], [text])
+    graph.output[0].name = "y"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "a.onnx")
+    with pytest.raises(ValueError, match=r"'x' is a tensor\(string\)"):
+        serve_fastapi.make_app(tmp_path / "a.onnx")

@@ -97,7 +97,6 @@ def test_a_condensed_file(tmp_path: Path, library: Path) -> None:
         ([2, 3], [2, 3], {}, 0, [2, 3]),
         ([None, 3], [None, 3], {}, 0, [-1, 3]),
         (["n"], ["n"], {}, 64, [1]),
-        ([], [], {}, 0, [1]),
     ],
 )
 def test_sizes(
@@ -128,6 +127,22 @@ def test_types_of_elements(tmp_path: Path, element: int, name: str) -> None:
     assert (folder / "config.pbtxt").read_text().count(f"data_type: {name}\n") == 2
 
 
+@pytest.mark.parametrize(
+    ("x", "element", "words"),
+    [
+        ([], TensorProto.FLOAT, "the input 'x' has no axes, which Triton holds only where it batches requests"),
+        ([0, 3], TensorProto.FLOAT, "the input 'x', which has an axis of size 0"),
+        (["n", -5], TensorProto.FLOAT, "the input 'x', which has an axis of size -5"),
+        (["n"], TensorProto.BFLOAT16, "Triton cannot hold the input 'x', which is BFLOAT16"),
+        (["n"], 77, "Triton cannot hold the input 'x', which is unknown"),
+    ],
+)
+def test_what_triton_cannot_hold(tmp_path: Path, x: list[Any], element: int, words: str) -> None:
+    with pytest.raises(ExportError, match=words):
+        onnx_tools.triton_model(model(tmp_path / "a.onnx", x, x, element=element), tmp_path)
+    assert os.listdir(tmp_path) == ["a.onnx"]
+
+
 def test_names_are_quoted(tmp_path: Path) -> None:
     path = model(tmp_path / "a.onnx", ["n", 2], ["n", 2])
     changed = onnx.load(path)
@@ -153,6 +168,43 @@ def test_tensors_beside_the_file_come_along(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["a", "a.onnx"]
 
 
+def test_tensors_of_branches_come_along(tmp_path: Path) -> None:
+    """The branches of an ``If`` keep theirs in a file of their own."""
+    branches = []
+    for name in ("then", "else"):
+        value = numpy_helper.from_array(np.full((1, 3), len(name), np.float32), f"{name}_value")
+        out = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 3])
+        identity = helper.make_node("Identity", [f"{name}_value"], [name])
+        branches.append(helper.make_graph([identity], name, [], [out], [value]))
+    node = helper.make_node("If", ["x"], ["y"], then_branch=branches[0], else_branch=branches[1])
+    inputs = [helper.make_tensor_value_info("x", TensorProto.BOOL, [1])]
+    graph = helper.make_graph([node], "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])])
+    changed = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    data = b""
+    for attribute in changed.graph.node[0].attribute:
+        tensor = attribute.g.initializer[0]
+        place = {"location": "branches.bin", "offset": str(len(data)), "length": str(len(tensor.raw_data))}
+        data += tensor.raw_data
+        tensor.ClearField("raw_data")
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, text in place.items():
+            tensor.external_data.add(key=key, value=text)
+    (tmp_path / "branches.bin").write_bytes(data)
+    onnx.save(changed, tmp_path / "a.onnx")
+    folder = onnx_tools.triton_model(tmp_path / "a.onnx", tmp_path)
+    session = ort.InferenceSession(folder / "1" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.array([True])})[0].tolist() == [[4, 4, 4]]
+
+    os.rename(tmp_path / "branches.bin", tmp_path / "model.onnx")
+    for attribute in changed.graph.node[0].attribute:
+        attribute.g.initializer[0].external_data[0].value = "model.onnx"
+    onnx.save(changed, tmp_path / "b.onnx")
+    with pytest.raises(
+        ExportError, match=r"in a file that is called model\.onnx, as Triton calls the model: rename it"
+    ):
+        onnx_tools.triton_model(tmp_path / "b.onnx", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -160,6 +212,8 @@ def test_tensors_beside_the_file_come_along(tmp_path: Path) -> None:
         ({"name": ".."}, "cannot be the name"),
         ({"served_from": "models"}, 'absolute path such as "/models"'),
         ({"threads": 0}, "threads must be a whole number of at least 1"),
+        ({"name": "a" * 129}, "cannot be the name of a model: up to 128 letters"),
+        ({"max_batch_size": 1 << 31}, "max_batch_size must be a whole number of at least 0 and less than"),
         ({"max_batch_size": -1}, "max_batch_size must be a whole number of at least 0"),
         ({"max_batch_size": 4}, "needs one free leading size in all inputs and outputs, and they are: x n, y fixed"),
     ],

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+import srigl_fx
 from srigl_fx.cli.doctor import tiny_model
 
 pytestmark = pytest.mark.long
@@ -35,6 +36,7 @@ LINUX = "manylinux_2_17_x86_64"
 
 def test_which_files_there_are(wheels: dict[str, Path]) -> None:
     assert sorted(wheels) == ["srigl_fx any", f"srigl_fx {LINUX}", "srigl_fx sdist", f"srigl_fx_runtime {LINUX}"]
+    assert all(f"-{srigl_fx.__version__}" in path.name for path in wheels.values())
     names = {kind: set(zipfile.ZipFile(path).namelist()) for kind, path in wheels.items() if "sdist" not in kind}
     (added,) = names[f"srigl_fx {LINUX}"] - names["srigl_fx any"]
     assert added.startswith("srigl_fx/runtime/ort/libsrigl_fx-")

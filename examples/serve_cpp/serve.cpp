@@ -4,8 +4,8 @@
 //
 // MODEL is a file of export_onnx or condense_onnx; LIBRARY is the operator library, or "-" to run the fallback that is in
 // the file. Each input is its name, its type (float32, int64, int32, uint8, int8), its shape (such as 1x128) and a file of
-// its numbers as they lie in memory. The program runs the model, writes each output to NAME.bin in the current folder, and
-// prints the outputs' shapes and the median time of 21 calls.
+// its numbers as they lie in memory. The program runs the model, writes outputs to output_0.bin, output_1.bin, ... in the
+// current folder, and prints their names and shapes and the median time of 21 calls.
 //
 // docs/onnx.md says how it is built. It needs ONNX Runtime's header, or the part of it that lies beside this file.
 #include <algorithm>
@@ -59,41 +59,43 @@ size_t elements(const std::vector<int64_t>& shape) {
 
 // Reads NAME:TYPE:SHAPE:FILE.
 Input parse(const std::string& text) {
-  std::vector<std::string> parts;
-  size_t begin = 0;
-  while (parts.size() < 3) {
-    const size_t end = text.find(':', begin);
-    if (end == std::string::npos) throw std::runtime_error("'" + text + "' is not NAME:TYPE:SHAPE:FILE");
-    parts.push_back(text.substr(begin, end - begin));
-    begin = end + 1;
+  std::vector<std::string> parts(3);  // from the right, as names may hold colons
+  std::string rest = text;
+  for (size_t i = 0; i < 3; ++i) {
+    const size_t at = rest.rfind(':');
+    if (at == std::string::npos) throw std::runtime_error("'" + text + "' is not NAME:TYPE:SHAPE:FILE");
+    parts[2 - i] = rest.substr(at + 1);
+    rest.resize(at);
   }
+  const std::string& path = parts[2];
   Input input;
-  input.name = parts[0];
+  input.name = rest;
   for (const Type& type : types)
-    if (parts[1] == type.name) input.type = &type;
-  if (input.type == nullptr) throw std::runtime_error("'" + parts[1] + "' is no type that this program knows");
-  const char* at = parts[2].c_str();
-  while (!parts[2].empty()) {  // a tensor without axes has an empty shape
+    if (parts[0] == type.name) input.type = &type;
+  if (input.type == nullptr) throw std::runtime_error("'" + parts[0] + "' is no type that this program knows");
+  const char* at = parts[1].c_str();
+  while (!parts[1].empty()) {  // a tensor without axes has an empty shape
     char* end = nullptr;
     const long long size = std::strtoll(at, &end, 10);
     if (end == at || size < 0 || (*end != '\0' && *end != 'x'))
-      throw std::runtime_error("'" + parts[2] + "' is no shape such as 1x128");
+      throw std::runtime_error("'" + parts[1] + "' is no shape such as 1x128");
     input.shape.push_back(size);
     if (*end == '\0') break;
     at = end + 1;
   }
-  std::ifstream file(text.substr(begin), std::ios::binary);
-  if (!file) throw std::runtime_error("cannot read " + text.substr(begin));
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw std::runtime_error("cannot read " + path);
   input.data.assign(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());
-  if (input.data.size() != elements(input.shape) * input.type->bytes)
-    throw std::runtime_error(text.substr(begin) + " holds " + std::to_string(input.data.size()) + " bytes, and " +
-                             parts[2] + " of " + parts[1] + " take " +
-                             std::to_string(elements(input.shape) * input.type->bytes));
+  const size_t bytes = elements(input.shape) * input.type->bytes;
+  if (input.data.size() != bytes)
+    throw std::runtime_error(path + " holds " + std::to_string(input.data.size()) + " bytes, and " + parts[1] + " of " +
+                             parts[0] + " take " + std::to_string(bytes));
   return input;
 }
 
-// Writes an output as it lies in memory, and prints its shape.
-void write(const char* name, OrtValue* value) {
+// Writes an output as it lies in memory, and prints its name and shape. The file is named by the program: a name in a model
+// may be any text, a path among them.
+void write(size_t index, const char* name, OrtValue* value) {
   OrtTensorTypeAndShapeInfo* info = nullptr;
   check(ort->GetTensorTypeAndShape(value, &info));
   size_t rank = 0;
@@ -110,11 +112,12 @@ void write(const char* name, OrtValue* value) {
   if (type == nullptr) throw std::runtime_error(std::string("the type of output ") + name + " is not known here");
   void* data = nullptr;
   check(ort->GetTensorMutableData(value, &data));
-  std::ofstream file(std::string(name) + ".bin", std::ios::binary);
+  const std::string path = "output_" + std::to_string(index) + ".bin";
+  std::ofstream file(path, std::ios::binary);
   file.write(static_cast<const char*>(data), static_cast<std::streamsize>(elements(shape) * type->bytes));
-  if (!file) throw std::runtime_error(std::string("cannot write ") + name + ".bin");
+  if (!file) throw std::runtime_error("cannot write " + path);
 
-  std::printf("%s %s ", name, type->name);
+  std::printf("%s: %s %s ", path.c_str(), name, type->name);
   for (size_t axis = 0; axis < rank; ++axis)
     std::printf(axis == 0 ? "%lld" : "x%lld", static_cast<long long>(shape[axis]));
   std::printf("\n");
@@ -124,11 +127,14 @@ void serve(int count, char** arguments) {
   std::vector<Input> inputs;
   for (int i = 4; i < count; ++i) inputs.push_back(parse(arguments[i]));
 
+  const int threads = std::atoi(arguments[3]);
+  if (threads < 1) throw std::runtime_error(std::string("'") + arguments[3] + "' is no number of threads");
+
   OrtEnv* environment = nullptr;
   check(ort->CreateEnv(ORT_LOGGING_LEVEL_WARNING, "serve", &environment));
   OrtSessionOptions* options = nullptr;
   check(ort->CreateSessionOptions(&options));
-  check(ort->SetIntraOpNumThreads(options, std::atoi(arguments[3])));
+  check(ort->SetIntraOpNumThreads(options, threads));
   // The library stays loaded until the process ends, as its operators are used by every session of these options.
   void* library = nullptr;
   if (std::string(arguments[2]) != "-") check(ort->RegisterCustomOpsLibrary(options, arguments[2], &library));
@@ -169,7 +175,7 @@ void serve(int count, char** arguments) {
     microseconds.push_back(
         std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now() - begin).count());
   }
-  for (size_t i = 0; i < n_outputs; ++i) write(output_names[i], outputs[i]);
+  for (size_t i = 0; i < n_outputs; ++i) write(i, output_names[i], outputs[i]);
   std::nth_element(microseconds.begin(), microseconds.begin() + 10, microseconds.end());
   std::printf("median of a call: %.0f us\n", microseconds[10]);
 

@@ -203,10 +203,14 @@ def compile_all(folder: Path, progress: Callable[[int, int], None] | None = None
     paths = [folder / f"{name}.o" for name in OBJECTS]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         parts = [pool.submit(_spawn, name, path) for name, path in zip(OBJECTS, paths, strict=True)]
-        for done, part in enumerate(as_completed(parts), 1):
-            part.result()
-            if progress is not None:
-                progress(done, len(parts))
+        try:
+            for done, part in enumerate(as_completed(parts), 1):
+                part.result()
+                if progress is not None:
+                    progress(done, len(parts))
+        except BaseException:  # also where the user interrupts: what has not begun is not begun any more
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return paths
 
 

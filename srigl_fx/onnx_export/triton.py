@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
@@ -26,9 +27,10 @@ MAX_BATCH_SIZE: Final = 64
 _TYPES: Final = {
     **{name: f"TYPE_{name}" for name in ("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32")},
     **{"INT64": "TYPE_INT64", "FLOAT16": "TYPE_FP16", "FLOAT": "TYPE_FP32", "DOUBLE": "TYPE_FP64"},
-    **{"BFLOAT16": "TYPE_BF16", "STRING": "TYPE_STRING"},
+    "STRING": "TYPE_STRING",
 }
-_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_MODEL: Final = "model.onnx"  # what Triton's backend opens
 
 
 def triton_model(
@@ -74,7 +76,9 @@ def triton_model(
     model = read_model(source)
     name = source.stem if name is None else name
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ExportError(f"{name!r} cannot be the name of a model: use letters, digits, '_', '-' and '.'; give name=")
+        raise ExportError(
+            f"{name!r:.200} cannot be the name of a model: up to 128 letters, digits, '_', '-' and '.'; give name="
+        )
     if not isinstance(served_from, str) or not served_from.startswith("/"):
         raise ExportError(f'served_from must be an absolute path such as "/models", not {served_from!r}')
     if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
@@ -86,15 +90,21 @@ def triton_model(
         raise ExportError(f"{target} exists already; remove it, or give the model another name")
     ours = any(node.domain == DOMAIN for node in all_nodes(model.graph))
     library = str(PurePosixPath(served_from, name, LIBRARY)) if ours else ""
+    if not model.graph.output or all(kind == "output" for kind, _ in _tensors(model)):
+        raise ExportError(f"{source} has no {'inputs' if model.graph.output else 'outputs'}, which Triton needs")
     text = _configuration(model, name, _batch(model, max_batch_size), threads, library)
     beside = [source.parent / location for location in _locations(model, source)]
+    if any(one.name == _MODEL for one in beside):
+        raise ExportError(
+            f"{source} keeps tensors in a file that is called {_MODEL}, as Triton calls the model: rename it"
+        )
     if missing := [one for one in beside if not one.is_file()]:
         raise FormatError(f"{source} keeps tensors in {missing[0]}, which is missing; put the files side by side")
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as part:
             whole = Path(part, name)
             (whole / "1").mkdir(parents=True)
-            shutil.copyfile(source, whole / "1" / "model.onnx")
+            shutil.copyfile(source, whole / "1" / _MODEL)
             for one in beside:
                 shutil.copyfile(one, whole / "1" / one.name)
             if ours:
@@ -102,7 +112,7 @@ def triton_model(
             (whole / "config.pbtxt").write_text(text, encoding="utf-8")
             os.rename(whole, target)
     except OSError as error:
-        raise ExportError(f"cannot write {target}: {error.strerror}") from error
+        raise ExportError(f"cannot write {target}: {error.strerror or error}") from error
     return target
 
 
@@ -110,14 +120,29 @@ def _locations(model: "onnx.ModelProto", path: Path) -> list[str]:
     """The files, by name, that the model keeps tensors in; they must lie in its folder."""
     from onnx import TensorProto
 
-    nodes = all_nodes(model.graph)
-    tensors = [*model.graph.initializer, *(attribute.t for node in nodes for attribute in node.attribute)]
-    stored = [entry for one in tensors if one.data_location == TensorProto.EXTERNAL for entry in one.external_data]
+    stored = [
+        entry for one in _constants(model) if one.data_location == TensorProto.EXTERNAL for entry in one.external_data
+    ]
     found = {entry.value for entry in stored if entry.key == "location"}
     for location in found:
         if Path(location).name != location or location in ("", ".", ".."):
             raise FormatError(f"{path} keeps tensors in {location!r}, which is no file of its own folder")
     return sorted(found)
+
+
+def _constants(model: "onnx.ModelProto") -> "Iterator[onnx.TensorProto]":
+    """Every tensor that a file holds, those of branches, loops and functions too."""
+    graphs, nodes = [model.graph], [node for function in model.functions for node in function.node]
+    while graphs:
+        graph = graphs.pop()
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        nodes += graph.node
+        while nodes:
+            for attribute in nodes.pop().attribute:
+                yield from (attribute.t, *attribute.tensors)
+                graphs += [attribute.g, *attribute.graphs]
 
 
 def _batch(model: "onnx.ModelProto", asked: int | None) -> int:
@@ -126,8 +151,8 @@ def _batch(model: "onnx.ModelProto", asked: int | None) -> int:
     Triton leaves the leading axis out of what it describes, and stacks requests along it: it must be that of samples in
     every input and output, which a file says by one name for all of them.
     """
-    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or asked < 0):
-        raise ExportError(f"max_batch_size must be a whole number of at least 0, not {asked!r}")
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < 1 << 31):
+        raise ExportError(f"max_batch_size must be a whole number of at least 0 and less than 2**31, not {asked!r}")
     leading: dict[str, str] = {}
     for _, value in _tensors(model):
         axes = value.type.tensor_type.shape.dim
@@ -172,16 +197,21 @@ def _described(kind: str, value: "onnx.ValueInfoProto", *, batched: bool) -> lis
     from onnx import TensorProto
 
     tensor = value.type.tensor_type
-    element = TensorProto.DataType.Name(tensor.elem_type) if value.type.HasField("tensor_type") else "no tensor"
+    names = {number: name for name, number in TensorProto.DataType.items()}
+    element = names.get(tensor.elem_type, "unknown") if value.type.HasField("tensor_type") else "no tensor"
     if element not in _TYPES:
         raise ExportError(f"Triton cannot hold the {kind} {value.name!r}, which is {element}")
     if not tensor.HasField("shape"):
         raise ExportError(f"the file does not say how many axes the {kind} {value.name!r} has")
     sizes = [axis.dim_value if axis.HasField("dim_value") else -1 for axis in tensor.shape.dim][batched:]
+    if not sizes and not batched:
+        raise ExportError(f"the {kind} {value.name!r} has no axes, which Triton holds only where it batches requests")
+    if wrong := [size for size in sizes if size == 0 or size < -1]:
+        raise ExportError(f"Triton cannot hold the {kind} {value.name!r}, which has an axis of size {wrong[0]}")
     lines = [f"{kind} {{", f"  name: {_quoted(value.name)}", f"  data_type: {_TYPES[element]}"]
     if sizes:
         lines.append(f"  dims: [ {', '.join(map(str, sizes))} ]")
-    else:  # Triton describes no tensor without axes: it has one of size 1, which is taken away before the model sees it
+    else:  # beside the samples there must be an axis: one of size 1, which is taken away before the model sees it
         lines += ["  dims: [ 1 ]", "  reshape { shape: [ ] }"]
     return [*lines, "}"]
 

@@ -311,3 +311,21 @@ def test_parts_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     paths = compiling.compile_all(tmp_path, lambda *done: seen.append(done))
     assert [path.read_text() for path in paths] == list(compiling.OBJECTS)
     assert seen == [(i + 1, len(paths)) for i in range(len(paths))]
+
+
+def test_after_a_failure_no_part_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from srigl_fx.runtime.ort import compile as compiling
+
+    begun: list[str] = []
+
+    def spawn(name: str, path: Path) -> None:
+        begun.append(name)
+        if len(begun) > 1:
+            time.sleep(0.3)
+        raise LibraryError("broken")
+
+    monkeypatch.setattr(compiling, "_spawn", spawn)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    with pytest.raises(LibraryError, match="broken"):
+        compiling.compile_all(tmp_path)
+    assert len(begun) < len(compiling.OBJECTS)
