@@ -49,7 +49,10 @@ def build(out: Path, library: Path | None) -> list[Path]:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         # The sdist first, the wheel from the sdist: what is missing from the one is missing from the other.
-        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "pure", ROOT)
+        # From a copy: setuptools writes beside what it packs.
+        left_out = shutil.ignore_patterns(".*", "build", "dist", "site", "*.egg-info", "__pycache__", "results")
+        shutil.copytree(ROOT, work / "checkout", symlinks=True, ignore=left_out)
+        run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "pure", work / "checkout")
         (pure,) = (work / "pure").glob("*.whl")
         run(sys.executable, "-m", "wheel", "unpack", pure, "--dest", work / "probe")
         (tree,) = (work / "probe").iterdir()

@@ -15,6 +15,7 @@ It must not know how a single attempt at a capture is made.
 6. What is compared later has all free sizes smaller at once, and all larger, if the model takes that; else one by one.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -272,20 +273,24 @@ class _Asking:
             if name not in asked:
                 groups.setdefault(example[name], []).append(name)
         for number, names in groups.items():
-
-            def fits(together: list[str], number: int = number) -> bool:
-                others = [n for n in (number - 1, number + 1) if n > 0]
-                return not any(self._wrong(program, At.of({**example, **dict.fromkeys(together, n)})) for n in others)
-
-            alone = [name for name in names if len(names) > 1 and not fits([name])]
-            while len(alone) > 1 and fits(alone):
-                least = alone
-                for name in alone:  # no more than have to go together: others have that number by chance
-                    fewer = [other for other in least if other != name]
-                    least = fewer if len(fewer) > 1 and fits(fewer) else least
-                sizes = sizes.with_one(least)
-                alone = [name for name in alone if name not in least]
+            alone = [name for name in names if len(names) > 1 and not self._fits(program, [name], number, all)]
+            # A group that is right on both sides of its number is found first: on one of them a third size, such as the
+            # length of a mask, may be in the way.
+            for sides in (all, any):
+                while len(alone) > 1 and self._fits(program, alone, number, sides):
+                    least = alone
+                    for name in alone:  # no more than have to go together: others have that number by chance
+                        fewer = [other for other in least if other != name]
+                        least = fewer if len(fewer) > 1 and self._fits(program, fewer, number, sides) else least
+                    sizes = sizes.with_one(least)
+                    alone = [name for name in alone if name not in least]
         return replace(program, sizes=sizes)
+
+    def _fits(self, program: Program, names: list[str], number: int, sides: Callable[[Iterable[bool]], bool]) -> bool:
+        """Whether the program is right with one less of these sizes, with one more, or with both."""
+        example = program.sizes.example(self.leaves)
+        others = [n for n in (number - 1, number + 1) if n > 0]
+        return sides(self._wrong(program, At.of({**example, **dict.fromkeys(names, n)})) == "" for n in others)
 
     def _not_free(self, sizes: Sizes, name: str, problem: str) -> bool:
         """Rule 4: fix the axes that have this size, or raise; whether any was fixed."""

@@ -20,6 +20,7 @@ RUNTIME = next((Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.filterwarnings("ignore"),  # of the exporter of PyTorch
     pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"),
     pytest.mark.skipif(RUNTIME is None, reason="this ONNX Runtime has no library that C++ can be linked with"),
 ]
@@ -74,7 +75,6 @@ def run(serve: Path, folder: Path, *arguments: object) -> subprocess.CompletedPr
     return subprocess.run([str(serve), *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.filterwarnings("ignore")  # of the exporter of PyTorch
 def test_three_lengths(tmp_path: Path, serve: Path, condensed: tuple[Path, Path], library: Path) -> None:
     pruned, path = condensed
     stock = onnxruntime.InferenceSession(pruned, providers=["CPUExecutionProvider"])

@@ -25,7 +25,8 @@ def matrix_of(module: nn.Module) -> nn.Parameter | None:
     Example:
         >>> matrix_of(nn.Linear(3, 2))
     """
-    return module._parameters.get(MATRIX) if records_on(module) else None
+    found = getattr(module, MATRIX, None) if records_on(module) else None
+    return found if isinstance(found, nn.Parameter) else None
 
 
 def order_of(module: nn.Module) -> Tensor | None:
@@ -34,7 +35,8 @@ def order_of(module: nn.Module) -> Tensor | None:
     Example:
         >>> order_of(nn.Linear(3, 2))
     """
-    return module._buffers.get(ORDER) if records_on(module) else None
+    found = getattr(module, ORDER, None) if records_on(module) else None
+    return found if isinstance(found, Tensor) else None
 
 
 def soft_layers(model: nn.Module) -> dict[str, nn.Module]:
