@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.operators import operator_of
-from srigl_fx.passes.program import MaskedTensor, Program, arguments, attribute_at, new_buffer, tensor_at
+from srigl_fx.passes.program import MaskedTensor, Program, arguments, attribute_at, drop_unread, new_buffer, tensor_at
 
 aten = torch.ops.aten
 
@@ -55,11 +55,7 @@ class FoldBatchNorm(Pass[Program]):
             _fold(subject, node, given)
             changed = True
         if changed:
-            module.graph.eliminate_dead_code()
-            read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-            subject.masked = {target: masked for target, masked in subject.masked.items() if target in read}
-            module.graph.lint()
-            module.recompile()
+            drop_unread(subject)
         return PassResult(subject=subject, changed=changed, notes=tuple(notes))
 
 

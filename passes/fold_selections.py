@@ -12,7 +12,16 @@ from torch import Tensor, fx
 
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.operators import operator_of
-from srigl_fx.passes.program import MaskedTensor, Program, arguments, attribute_at, new_buffer, operands, tensor_at
+from srigl_fx.passes.program import (
+    MaskedTensor,
+    Program,
+    arguments,
+    attribute_at,
+    drop_unread,
+    new_buffer,
+    operands,
+    tensor_at,
+)
 from srigl_fx.passes.state import writes
 
 aten = torch.ops.aten
@@ -60,11 +69,7 @@ class FoldSelections(Pass[Program]):
             module.graph.erase_node(node)
             changed = True
         if changed:
-            module.graph.eliminate_dead_code()
-            read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-            subject.masked = {target: masked for target, masked in subject.masked.items() if target in read}
-            module.graph.lint()
-            module.recompile()
+            drop_unread(subject)
         return PassResult(subject=subject, changed=changed, notes=tuple(notes))
 
 

@@ -316,6 +316,16 @@ def enter_masks(program: Program) -> None:
             program.masked.setdefault(str(node.target), MaskedTensor(fqn=handle.fqn, mask=handle.mask))
 
 
+def drop_unread(program: Program) -> None:
+    """Take out of a graph what a pass has left without a reader, masked tensors among it, and make its code anew."""
+    module = program.module
+    module.graph.eliminate_dead_code()
+    read = {node.target for node in module.graph.nodes if node.op == "get_attr"}
+    program.masked = {target: masked for target, masked in program.masked.items() if target in read}
+    module.graph.lint()
+    module.recompile()
+
+
 def copy_module(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
     """A module with a copy of the graph and the tensors that it reads, and the new nodes by the old ones.
 

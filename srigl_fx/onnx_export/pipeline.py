@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,9 +40,6 @@ from srigl_fx.passes.sizes import Sizes
 from srigl_fx.passes.state import kept_in, writes
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.reports.text_tables import format_bytes
-
-if TYPE_CHECKING:
-    pass
 
 _LARGEST_FILE = 2**31 - 1  # what one protobuf message may hold
 
