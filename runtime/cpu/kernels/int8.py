@@ -1,7 +1,7 @@
 """Eight bits: the inner loops over activations and weights of one byte.
 
 Owns the instructions: products of bytes, the dot products of 16 rows at a time with inputs that are looked up in
-registers, and the copies that fill a tile of a convolution. The arithmetic is that of
+registers, or loaded where bytes cannot be, and the copies that fill a tile of a convolution. The arithmetic is that of
 :mod:`srigl_fx.runtime.quantisation`. It must not know how tasks are cut.
 
 A product of four bytes with four others, summed up in an int32 lane, is one instruction where the CPU has VNNI. Others
@@ -89,17 +89,23 @@ def multiply_bytes(b: Any, totals: Sequence[Any], inputs: Sequence[Any], weights
 
 def _look_up(b: Any, inputs: Any, index: Any, window: int) -> Any:
     """The byte of a window that each byte of ``index`` names."""
-    if BYTE_LOOKUP:
-        table = [v.load(b, b.add(inputs, number(SLOTS * i)), BYTES, 1) for i in range(window // SLOTS)]
-        if len(table) == 1:
-            permute = v.declared(b, "llvm.x86.avx512.permvar.qi.512", BYTES, [BYTES, BYTES])
-            return b.call(permute, [table[0], index])
-        permute = v.declared(b, "llvm.x86.avx512.vpermi2var.qi.512", BYTES, [BYTES, BYTES, BYTES])
-        return b.call(permute, [table[0], index, table[1]])
+    table = [v.load(b, b.add(inputs, number(SLOTS * i)), BYTES, 1) for i in range(window // SLOTS)]
+    if len(table) == 1:
+        permute = v.declared(b, "llvm.x86.avx512.permvar.qi.512", BYTES, [BYTES, BYTES])
+        return b.call(permute, [table[0], index])
+    permute = v.declared(b, "llvm.x86.avx512.vpermi2var.qi.512", BYTES, [BYTES, BYTES, BYTES])
+    return b.call(permute, [table[0], index, table[1]])
+
+
+def _load_each(b: Any, inputs: Any, indices: Any) -> Any:
+    """The byte that each of 64 indices of two bytes names, at an address; one load brings four of them."""
     found = ir.Constant(BYTES, ir.Undefined)
     for slot in range(SLOTS):
-        at = b.add(inputs, b.zext(b.extract_element(index, ir.Constant(I32, slot)), I64))
-        found = b.insert_element(found, v.load(b, at, I8, 1), ir.Constant(I32, slot))
+        part = slot % 4
+        if part == 0:
+            four = v.load(b, b.add(indices, number(2 * slot)), I64, 8)
+        index = b.and_(b.lshr(four, number(16 * part)) if part else four, number(0xFFFF))
+        found = b.insert_element(found, v.load(b, b.add(inputs, index), I8, 1), ir.Constant(I32, slot))
     return found
 
 
@@ -112,12 +118,13 @@ def dot_group(window: int, samples: int) -> Callable[[int, int, int, int, int, i
     are the rows' sums and scales; ``to`` are 16 outputs of the first sample, and ``to_row`` the bytes to the next's.
 
     Args:
-        window: The inputs of a window: 64 or 128 where they are looked up in registers, else up to 256.
+        window: The inputs of a window, 64 or 128, where they are looked up in registers; elsewhere it is a wide one.
         samples: How many.
     """
     # A sum must wait four cycles for the one before it. Many samples keep the processor busy meanwhile; of one or two,
     # the even phases and the odd ones have sums of their own.
     chains = 2 if samples <= 2 and BYTE_LOOKUP else 1
+    weights_at = SLOTS if BYTE_LOOKUP else 2 * SLOTS
 
     def dot(
         context: Any,
@@ -139,9 +146,13 @@ def dot_group(window: int, samples: int) -> Callable[[int, int, int, int, int, i
 
             def one_phase(i: Any, totals: Any) -> Any:
                 first = b.zext(v.load(b, b.add(start, b.shl(i, number(2))), I32), I64)
-                at = b.add(phase, b.mul(i, number(2 * SLOTS)))
-                index, weights = v.load(b, at, BYTES, 64), v.load(b, b.add(at, number(SLOTS)), BYTES, 64)
-                found = [_look_up(b, b.add(row, first), index, window) for row in rows]
+                at = b.add(phase, b.mul(i, number(weights_at + SLOTS)))
+                if BYTE_LOOKUP:
+                    index = v.load(b, at, BYTES, 64)
+                    found = [_look_up(b, b.add(row, first), index, window) for row in rows]
+                else:
+                    found = [_load_each(b, b.add(row, first), at) for row in rows]
+                weights = v.load(b, b.add(at, number(weights_at)), BYTES, 64)
                 return multiply_bytes(b, totals, found, weights)
 
             def one_of_each(i: Any, totals: Any) -> Any:

@@ -68,15 +68,15 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 @_compiled
-def _dot_index_bytes(value_type: int, window: int) -> int:
+def _dot_index_bytes(window: int) -> int:
     """The bytes of an index of a dot panel."""
-    return 2 if window >= WIDE_WINDOW and value_bytes(value_type) > 1 else 1
+    return 2 if window >= WIDE_WINDOW else 1
 
 
 @_compiled
 def dot_bytes(value_type: int, window: int) -> int:
     """The bytes of one phase of a dot panel."""
-    return SLOTS * (int(_dot_index_bytes(value_type, window)) + int(value_bytes(value_type)))
+    return SLOTS * (int(_dot_index_bytes(window)) + int(value_bytes(value_type)))
 
 
 @_compiled
@@ -283,7 +283,7 @@ def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
     value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] in (TILE, SHARED_TILE)
     wide, narrow = shorts(at), bytes_(at)
     values, k = j[job.VALUES], j[job.K]
-    size, index_bytes = value_bytes(value_type), _dot_index_bytes(value_type, j[job.PANEL_WINDOW])
+    size, index_bytes = value_bytes(value_type), _dot_index_bytes(j[job.PANEL_WINDOW])
     for lane in range(LANES):
         row = sources[_ROWS + lane]
         for step in range(STEPS):

@@ -108,15 +108,15 @@ def linear_kernel(
 def int8_window(lookup: bool, kernel: int, in_features: int, k: int) -> int:
     """The window of a panel of eight bits; 0 where there is none.
 
-    That of a dot panel is what registers hold, where bytes are looked up in them, or else what a byte can name. A
-    second register takes longer to look up in, but leaves fewer gaps, which counts where weights are few.
+    That of a dot panel is what registers hold, where bytes are looked up in them, or else all inputs, as two bytes can
+    name them. A second register takes longer to look up in, but leaves fewer gaps, which counts where weights are few.
     """
     if kernel in (ROWS, STRIDED):
         return 0
     if kernel == INT8_TILE:
         return in_features
     if not lookup:
-        return 256
+        return max(WIDE_WINDOW, min(in_features, _WIDEST_WINDOW))
     return 128 if 100 * k < 3 * in_features else 64
 
 
