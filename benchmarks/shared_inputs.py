@@ -48,7 +48,7 @@ def packed_bytes(layer: Layer, weight: CondensedWeight, batch: int) -> int:
     checked, level = check_weight("linear", *parts, layer.inputs), ISAS.index(host_isa())
     assert checked is not None
     kernel = plan.linear_kernel(level, *sizes, batch, False, True)
-    kernel = plan.for_shared(kernel, weight.n_active, len(weight.indices))
+    kernel = plan.linear_for_shared(kernel, level, *sizes, len(weight.indices))
     window = plan.window_of(kernel, level, *sizes)
     return panel_of(checked, kernel, window, *parts[:3], layer.inputs, layer.outputs, layer.outputs).nbytes
 

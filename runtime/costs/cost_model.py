@@ -203,6 +203,8 @@ def condensed(work: Work, machine: Machine) -> float:
         machine = replace(machine, dot_rate=dot * machine.dot_rate, tile_rate=tile * machine.tile_rate)
         columns = _tile_columns(work, target, tile / narrow)
     if kernel_for(work, machine) == "dot":
+        if _loads_once(work, machine):
+            machine = replace(machine, dot_rate=machine.dot_rate * _sharing(work))
         stored = max(_GAPS * work.kept, work.active * work.fan_in / _SPARSEST)
         size = stored * (work.value_bytes + 1)
         reading = 0.0 if size <= machine.cache_bytes else size / machine.bandwidth
@@ -214,8 +216,17 @@ def condensed(work: Work, machine: Machine) -> float:
     return machine.condensed_call + work.kept * columns / machine.tile_rate + moved
 
 
+def _loads_once(work: Work, machine: Machine) -> bool:
+    """Whether an input of a few samples is loaded once for the rows that share it."""
+    if work.eight_bits or not work.index_rows:
+        return False
+    k = -(-work.kept // max(1, work.active))
+    sizes = work.fan_in, work.active, k
+    return plan.linear_for_shared(plan.DOT, machine.level, *sizes, work.index_rows) == plan.SHARED_TILE
+
+
 def _sharing(work: Work) -> float:
-    """How many times as fast rows of a tile are multiplied as they were if none shared its inputs."""
+    """How many times as fast rows are multiplied as they were if none shared its inputs."""
     if work.eight_bits:
         return 1 / (1 - _LAYING_OUT * (1 - work.index_rows / work.active))
     # Four rows that share their inputs take as long as two others.

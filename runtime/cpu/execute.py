@@ -49,7 +49,7 @@ def _linear_plan(
 ) -> tuple[int, int]:
     """The kernel of a linear layer and the window of the panel that it reads."""
     kernel = plan.linear_kernel(level(), in_features, n_active, k, batch, feature_major, packed)
-    kernel = plan.for_shared(kernel, n_active, index_rows)
+    kernel = plan.linear_for_shared(kernel, level(), in_features, n_active, k, index_rows)
     return kernel, plan.window_of(kernel, level(), in_features, n_active, k)
 
 

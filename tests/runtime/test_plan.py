@@ -64,7 +64,7 @@ def test_the_library_asks_the_same_plan(
         index_rows = (ctypes.c_int32 * n_active)()
         j[job.INDEX_ROWS] = ctypes.addressof(index_rows)
         entry("plan_linear")[0](ctypes.addressof(j), packed)
-        assert j[job.KERNEL] == plan.for_shared(expected, n_active, 1)
+        assert j[job.KERNEL] == plan.linear_for_shared(expected, LEVEL, in_features, n_active, k, 1)
     for kernel in (plan.DOT, plan.TILE, plan.SHARED_TILE):
         entry("plan_panel")[0](ctypes.addressof(j), kernel)
         window = plan.window_of(kernel, LEVEL, in_features, n_active, k)
@@ -153,7 +153,10 @@ def test_few_samples_behind_the_last_whole_tile_are_a_call_of_their_own(lookup: 
 def test_every_kernel_has_its_calls(level: int) -> None:
     """A kernel of the table is the plan's for some call on each of its instruction sets, and on no other."""
     found = {
-        plan.for_shared(plan.linear_kernel(level, in_features, 64, k, batch, feature_major, packed), 64, index_rows)
+        plan.linear_for_shared(
+            plan.linear_kernel(level, in_features, 64, k, batch, feature_major, packed),
+            *(level, in_features, 64, k, index_rows),
+        )
         for index_rows in (16, 64)
         for in_features, k in ((16, 4), (63, 7), (64, 7), (128, 100), (70_000, 1000))
         for batch in (1, 2, 5, 6, 40)

@@ -12,9 +12,10 @@ from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows, transpose
 from srigl_fx.runtime.cpu.kernels.dot import WIDE, dot_group
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512
+from srigl_fx.runtime.cpu.kernels.few_shared import few_shared
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES, most_shared_samples
 from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
     clear_columns,
@@ -23,6 +24,7 @@ from srigl_fx.runtime.cpu.kernels.tiles import (
     multiply,
     multiply_shared,
     put_rest,
+    start_rows,
     start_tile,
     tile_memory,
     width_of,
@@ -34,6 +36,7 @@ from srigl_fx.runtime.value_types import FLOATS, NUMBERS
 Pointer = Any
 _ZERO: Final = np.float32(0)
 _FLOAT32: Final = NUMBERS["float32"]
+_MOST_SHARED_SAMPLES: Final = most_shared_samples(ISAS.index(ISA))
 
 
 @compiled
@@ -43,20 +46,6 @@ def _is_finite(x: int, count: int) -> bool:
     for i in range(count):
         total += found[i] * 0.0
     return total == 0.0  # type: ignore[no-any-return]
-
-
-@compiled
-def start_rows(j: Pointer, sample: int, first: int, last: int) -> None:
-    """Let the outputs ``first <= o < last`` of a sample start as their bias and residual."""
-    n, bias = j[job.OUT_FEATURES], floats(j[job.BIAS])
-    y = floats(j[job.Y] + sample * n * 4)
-    if j[job.RESIDUAL] != 0:
-        residual = floats(j[job.RESIDUAL] + sample * n * 4)
-        for o in range(first, last):
-            y[o] = bias[o] + residual[o]
-    else:
-        for o in range(first, last):
-            y[o] = bias[o]
 
 
 @compiled
@@ -350,4 +339,13 @@ def _tile_task(name: str, add: Any) -> Any:
     return run
 
 
-tile_task, shared_tile_task = _tile_task("tile_task", multiply), _tile_task("shared_tile_task", multiply_shared)
+tile_task = _tile_task("tile_task", multiply)
+_shared_tiles = compiled(_tile_task("shared_tiles", multiply_shared))
+
+
+def shared_tile_task(j: Pointer, task: int) -> None:
+    """A share of the rows for one tile of samples, or for a few samples, where rows share their inputs."""
+    if j[job.BATCH] <= _MOST_SHARED_SAMPLES and j[job.X_FEATURE_MAJOR] == 0 and j[job.Y_FEATURE_MAJOR] == 0:
+        few_shared(j, task)
+    else:
+        _shared_tiles(j, task)

@@ -226,6 +226,29 @@ def for_shared(kernel: int, n_active: int, index_rows: int) -> int:
     return SHARED_TILE if kernel == TILE and index_rows < n_active else kernel
 
 
+def most_shared_samples(level: int) -> int:
+    """Up to how many samples one or two at a time beat a tile from a shared tile panel, with an instruction set.
+
+    AVX-512 looks inputs up in registers instead, from a dot panel.
+    """
+    return 0 if level == 2 else 4
+
+
+def linear_for_shared(kernel: int, level: int, in_features: int, n_active: int, k: int, index_rows: int) -> int:
+    """The kernel that takes the place of another of a linear layer for such a weight.
+
+    AVX2 loads an input of one or two samples once for four rows where half of the rows share theirs, or more.
+
+    Example:
+        >>> [linear_for_shared(DOT, level, 64, 8, 9, 2) == SHARED_TILE for level in (1, 2)]
+        [True, False]
+    """
+    few = kernel == DOT and level == 1 and 2 * index_rows <= n_active
+    if few and tile_window(in_features, n_active, k) != 0:
+        return SHARED_TILE
+    return for_shared(kernel, n_active, index_rows)
+
+
 def shares(tiles: int, groups: int, work: int, threads: int) -> int:
     """Into how many shares the rows of each tile are cut so that ``threads`` threads have about equally much to do.
 

@@ -39,7 +39,7 @@ _LEVEL: Final = ISAS.index(ISA)
 _INT8: Final = NUMBERS["int8"]
 _linear_kernel, _window_of = planned(plan.linear_kernel), planned(plan.window_of)
 _int8_linear_kernel, _int8_window = planned(plan.int8_linear_kernel), planned(plan.int8_window)
-_int8_linear_samples, _for_shared = planned(plan.int8_linear_samples), planned(plan.for_shared)
+_int8_linear_samples, _for_shared = planned(plan.int8_linear_samples), planned(plan.linear_for_shared)
 
 
 def plan_linear(j: Pointer, packed: int) -> None:
@@ -52,7 +52,7 @@ def plan_linear(j: Pointer, packed: int) -> None:
         j[job.SAMPLES] = _int8_linear_samples(BYTE_LOOKUP, j[job.KERNEL], j[job.BATCH], columns)
     else:
         kernel = _linear_kernel(_LEVEL, *sizes, j[job.BATCH], columns, packed != 0)
-        j[job.KERNEL] = _for_shared(kernel, j[job.N_ACTIVE], panel.index_rows(j))
+        j[job.KERNEL] = _for_shared(kernel, _LEVEL, *sizes, panel.index_rows(j))
 
 
 def plan_panel(j: Pointer, kernel: int) -> None:

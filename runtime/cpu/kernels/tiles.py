@@ -141,6 +141,20 @@ _add, _add_shared = _add_any(_add_group), _add_any(_add_shared_group)
 
 
 @compiled
+def start_rows(j: Pointer, sample: int, first: int, last: int) -> None:
+    """Let the outputs ``first <= o < last`` of a sample start as their bias and residual."""
+    n, bias = j[job.OUT_FEATURES], floats(j[job.BIAS])
+    y = floats(j[job.Y] + sample * n * 4)
+    if j[job.RESIDUAL] != 0:
+        residual = floats(j[job.RESIDUAL] + sample * n * 4)
+        for o in range(first, last):
+            y[o] = bias[o] + residual[o]
+    else:
+        for o in range(first, last):
+            y[o] = bias[o]
+
+
+@compiled
 def first_output(j: Pointer, group: int) -> int:
     """The first output row that goes with a group; all groups together have all rows, ablated ones too."""
     if group == 0:
