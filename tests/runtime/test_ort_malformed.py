@@ -1,24 +1,17 @@
 """Model files are untrusted: whatever is in them ends in a Python exception, never in a crash."""
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 from onnx import TensorProto, helper
-from ort_support import malformed
 from ort_support.models import WEIGHTS, Array, Node, conv, linear
+from ort_support.mutations import INT64_MAX, INT64_MIN, attempt, mutated, shared, write
+from ort_support.mutations import SAMPLES as X
 
-from srigl_fx.runtime.ort.fallback import SHARED
 from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, LARGEST_FILTER
-
-INT64_MAX, INT64_MIN = 2**63 - 1, -(2**63)
-X = {2: (3, 10), 4: (1, 4, 5, 6)}  # what the well-formed nodes take, by rank
 
 
 def _changed(array: Array, position: tuple[int, ...], value: float) -> Array:
@@ -88,14 +81,7 @@ def _weight_faults(node: Node) -> dict[str, tuple[Node, str]]:
         "bias_rank_2": (node.with_weights(bias=bias[None]), "'bias'"),
         "bias_rank_0": (node.with_weights(bias=bias[0].reshape(())), "'bias'"),
         "bias_double": (node.with_weights(bias=bias.astype(np.float64)), ""),
-    } | _shared_faults(_shared(node))
-
-
-def _shared(node: Node) -> Node:
-    """The node with two rows of indices, which its four rows share."""
-    w = node.weights
-    active = np.stack([w["active"], np.array([0, 0, 1, 1], np.int32)])
-    return node.with_weights(indices=w["indices"][:2].copy(), active=active).replace(used=(SHARED,))
+    } | _shared_faults(shared(node))
 
 
 def _shared_faults(node: Node) -> dict[str, tuple[Node, str]]:
@@ -325,30 +311,12 @@ def _cases() -> dict[str, tuple[Node, str, Array]]:
     return cases
 
 
-def _try(folder: Path, library: Path) -> dict[str, dict[str, str]]:
-    """The outcome of every model in the folder."""
-    done = subprocess.run(
-        [sys.executable, "-X", "faulthandler", malformed.__file__, str(library), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, f"crashed at {lines[-1]['model']}: {done.stderr[-2000:]}"
-    return {line["model"]: line for line in lines if "stage" in line}
-
-
-def _write(folder: Path, name: str, model: onnx.ModelProto, feeds: dict[str, Array]) -> None:
-    (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
-    np.savez(folder / f"{name}.npz", **feeds)  # type: ignore[arg-type]
-
-
 @pytest.mark.long
 def test_every_fault_is_refused_by_name(library: Path, tmp_path: Path) -> None:
     cases = _cases()
     for name, (node, _, x) in cases.items():
-        _write(tmp_path, name, node.model(fallback=False), node.feeds(x))
-    outcomes = _try(tmp_path, library)
+        write(tmp_path, name, node.model(fallback=False), node.feeds(x))
+    outcomes = attempt(tmp_path, library)
     assert outcomes.keys() == cases.keys()
     accepted = [name for name, found in outcomes.items() if found["stage"] == "ok"]
     assert not accepted
@@ -368,70 +336,31 @@ def test_well_formed_twins_are_accepted(library: Path, tmp_path: Path) -> None:
     """What the faults above are one change away from."""
     nodes = {"linear": linear(), "conv": conv()}
     nodes |= {f"{name}_int8": node.of_eight_bits() for name, node in nodes.items()}
-    nodes |= {f"{name}_shared": _shared(node) for name, node in nodes.items()}
+    nodes |= {f"{name}_shared": shared(node) for name, node in nodes.items()}
     for name, node in nodes.items():
         everything = frozenset(node.weights)
         for not_constant in (frozenset(), everything, frozenset({"indices"}), frozenset({"values", "bias"})):
             case = node.replace(not_constant=not_constant)
-            _write(
+            write(
                 tmp_path,
                 "_".join((name, *sorted(not_constant))),
                 case.model(),
                 case.feeds(np.ones(X[node.x_rank], np.float32)),
             )
     missing_defaults = conv().with_attributes(strides=None, pads=None, dilations=None, group=None)
-    _write(tmp_path, "conv_defaults", missing_defaults.model(), {"x": np.ones(X[4], np.float32)})
-    outcomes = _try(tmp_path, library)
+    write(tmp_path, "conv_defaults", missing_defaults.model(), {"x": np.ones(X[4], np.float32)})
+    outcomes = attempt(tmp_path, library)
     assert len(outcomes) == 33
     assert {name: found["message"] for name, found in outcomes.items() if found["stage"] != "ok"} == {}
-
-
-def _mutate(rng: np.random.Generator, node: Node) -> Node:
-    """One to three random changes, of a kind that a bit flip or an attacker would make."""
-    extremes = (0, 1, -1, 2, 3, 7, 2**16, 2**31 - 1, 2**31, 2**32, 2**62, INT64_MAX, INT64_MIN)
-    for _ in range(rng.integers(1, 4)):
-        if rng.random() < 0.5:
-            name = str(rng.choice(list(node.attributes)))
-            value = node.attributes[name]
-            new = int(rng.choice(np.array(extremes, object)))
-            if isinstance(value, list):
-                value = list(value)
-                value[rng.integers(len(value))] = new
-                node = node.with_attributes(**{name: value})
-            else:
-                node = node.with_attributes(**{name: new})
-            continue
-        name = str(rng.choice(list(node.weights)))
-        array = node.weights[name].copy()
-        kind = rng.integers(4)
-        if kind == 0 and array.size:
-            raw = array.reshape(-1).view(np.uint8)
-            raw[rng.integers(raw.size)] ^= 1 << rng.integers(8)
-        elif kind == 1 and array.ndim:
-            array = array[: rng.integers(array.shape[0] + 1)].copy()
-        elif kind == 2:
-            array = np.concatenate([array, array]) if array.ndim else array
-        else:
-            array = array.reshape(-1) if rng.random() < 0.5 else array[None]
-        node = node.with_weights(**{name: array})
-    return node
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("eight_bits", [False, True])
 def test_random_changes_never_crash(library: Path, tmp_path: Path, eight_bits: bool) -> None:
-    rng = np.random.default_rng(eight_bits)
-    nodes: dict[str, Node] = {}
-    for i in range(600):
-        index_type = ("uint16", "int32")[i % 2]
-        node = linear(index_type=index_type) if i % 4 < 2 else conv(index_type=index_type, pads=[1, 0, 0, 1])
-        node = _shared(node) if i % 3 == 0 else node
-        changed = _mutate(rng, node.of_eight_bits() if eight_bits else node)
-        constant = rng.random() < 0.7
-        nodes[f"case{i}"] = changed if constant else changed.replace(not_constant=frozenset({"indices", "active"}))
+    nodes = mutated(600, int(eight_bits), eight_bits)
     for name, node in nodes.items():
-        _write(tmp_path, name, node.model(fallback=False), node.feeds(np.ones(X[node.x_rank], np.float32)))
-    outcomes = _try(tmp_path, library)
+        write(tmp_path, name, node.model(fallback=False), node.feeds(np.ones(X[node.x_rank], np.float32)))
+    outcomes = attempt(tmp_path, library)
     assert outcomes.keys() == nodes.keys()
     stages = [found["stage"] for found in outcomes.values()]
     assert stages.count("ok") < len(stages)
