@@ -12,7 +12,7 @@ from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows, transpose
 from srigl_fx.runtime.cpu.kernels.dot import WIDE, dot_group
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, NEON
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import (
@@ -155,7 +155,7 @@ def _case(window: int, value_type: int, otherwise: Any) -> Any:
 
 
 _dot_of = _no_dot
-for _window in {AVX512: (64, 128), AVX2: (WIDE,)}.get(ISA, ()):
+for _window in {AVX512: (64, 128), AVX2: (WIDE,), NEON: (WIDE,)}.get(ISA, ()):
     for _value_type in [NUMBERS[name] for name in reversed(FLOATS)]:
         _dot_of = _case(_window, _value_type, _dot_of)
 
