@@ -15,7 +15,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test wheels tables versions docs bench clean
+.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test arm-test wheels tables versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ wheels: $(READY_test) ## Build what is uploaded into dist/: sdist, wheels, those
 node-test: $(READY_test) ## The fallback in Node.js and in WebAssembly; installs both hosts with npm into .node (500 MB)
 	npm install --prefix .node --ignore-scripts --no-audit --no-fund onnxruntime-node@1.30.0 onnxruntime-web@1.30.0
 	SRIGL_FX_NODE_MODULES=$(CURDIR)/.node/node_modules $(BIN)/python -m pytest tests/test_node.py
+
+arm-test: $(READY_test) ## The operator library for Linux on Arm under qemu-user, in ONNX Runtime for Arm; downloads 100 MB into .arm
+	$(BIN)/python .ci/arm_test.py .arm
 
 tables: $(READY_test) ## Write the tables of docs/kernels.md anew, from those of the code
 	$(BIN)/python tests/kernel_support/tables.py

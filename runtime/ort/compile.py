@@ -3,7 +3,8 @@
 Owns ahead-of-time compilation: which kernel is compiled for which instruction set, how functions are
 named in the objects, and the constant tables that tie them together. It must not know linking or caching. Numba
 vectorises for the CPU it is told of at start-up, and the names of external functions are process-wide, so every object
-comes from a process of its own: ``python -m srigl_fx.runtime.ort.compile NAME OUTPUT``, whose environment says for what.
+comes from a process of its own: ``python -m srigl_fx.runtime.ort.compile NAME OUTPUT``. Any machine compiles for any
+architecture.
 """
 
 import inspect
@@ -187,16 +188,19 @@ def compile_object(name: str) -> bytes:
     return _compile_shim() if name == SHIM else _compile_kernels(name)
 
 
-def _spawn(name: str, output: Path, architecture: str) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
-    target = TARGETS_OF[architecture][0] if name == SHIM else name
+def _environment(target: str) -> dict[str, str]:
+    """The environment of a process that compiles for a target."""
     cpu, features = llvm_names(target)
-    environment |= {
+    return {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")} | {
         "NUMBA_CPU_NAME": cpu,
         "NUMBA_CPU_FEATURES": features,
         COMPILE_VARIABLE: target,
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
     }
+
+
+def _spawn(name: str, output: Path, architecture: str) -> None:
+    environment = _environment(TARGETS_OF[architecture][0] if name == SHIM else name)
     command = [sys.executable, "-m", __spec__.name, name, str(output)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False)

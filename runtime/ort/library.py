@@ -222,7 +222,7 @@ def library_path(platform: str | None = None) -> Path:
         'libsrigl_fx-linux-x86_64-d4b92df0d8bca4e4.so'
         >>> library_path("plan9-sparc")
         Traceback (most recent call last):
-        srigl_fx.errors.LibraryError: there is no operator library for 'plan9-sparc'; the platforms are linux-x86_64, ...
+        srigl_fx.errors.LibraryError: there is no operator library for 'plan9-sparc'; the platforms are linux-x86_64...
     """
     wanted = _checked(platform)
     with _lock:

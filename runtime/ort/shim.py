@@ -44,7 +44,6 @@ _DIGITS = (ord("0"), ord("9"))
 _DOT, _COMMA = ord("."), ord(",")
 
 
-
 @inlined
 def _prepare(node: int, info: int) -> int:
     """Check attributes and constant inputs, and remember whose contents were good."""

@@ -26,8 +26,8 @@ TARGETS_OF: Final = {  # from the oldest to the newest
     ARM: (NEON, NEON_DOT, NEON_I8MM),
 }
 # Where a tile of bytes with 32 or 48 columns takes less time than a full one: measured with AVX2. With AVX-512 full
-# tiles have the better instructions, by their counts, and of narrow ones only those of 16 columns are used. Registers of
-# 16 bytes take a tile 16 columns at a time, so that fewer columns are less work.
+# tiles have the better instructions, by their counts, and of narrow ones only those of 16 columns are used. Registers
+# of 16 bytes take a tile 16 columns at a time, so that fewer columns are less work.
 NARROW_TILES: Final = (BASELINE, AVX2, NEON, NEON_DOT, NEON_I8MM)
 
 # What a CPU must have beyond the baseline, by LLVM's names.
@@ -56,18 +56,8 @@ def isa_of(target: str) -> str:
     return target.partition("+")[0]
 
 
-def architecture_of(target: str) -> str:
-    """The architecture of a target, as Linux calls it.
-
-    Example:
-        >>> architecture_of("x86-64-v3+avxvnni"), architecture_of("aarch64+dotprod")
-        ('x86_64', 'aarch64')
-    """
-    return ARM if isa_of(target) == NEON else X86
-
-
 def host_architecture() -> str:
-    """The architecture that this process runs on; any that is not known counts as the first, whose baseline is plain code.
+    """The architecture of this machine; one that is not known counts as the first, whose baseline is plain code.
 
     Example:
         >>> host_architecture() in TARGETS_OF
@@ -78,8 +68,8 @@ def host_architecture() -> str:
 
 _compiled_for = os.environ.get(COMPILE_VARIABLE, "")
 # Of the code that this process runs, or compiles for others.
-ARCHITECTURE: Final = (
-    architecture_of(_compiled_for) if any(_compiled_for in targets for targets in TARGETS_OF.values()) else host_architecture()
+ARCHITECTURE: Final = next(
+    (name for name, targets in TARGETS_OF.items() if _compiled_for in targets), host_architecture()
 )
 TARGETS: Final = TARGETS_OF[ARCHITECTURE]
 EVERY_ISA: Final = tuple(target for targets in TARGETS_OF.values() for target in targets if target == isa_of(target))
