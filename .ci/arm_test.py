@@ -25,7 +25,9 @@ TESTS = ROOT / "tests"
 PLATFORM = "linux-aarch64"
 CPUS = {"cortex-a72": "aarch64", "neoverse-n1": "aarch64+dotprod", "max": "aarch64+dotprod+i8mm"}  # and their targets
 DEBIAN = ("python3", "libstdc++6", "libgomp1")
-WHEELS = ("numpy", "onnxruntime")
+# Of ONNX Runtime the newest that an emulated process can import: later ones, 1.31 among them, read about the caches in
+# /sys, which is that of this machine, and end at what they find.
+ONNXRUNTIME = "onnxruntime==1.23.2"
 # The tests whose operators are recorded: every operator, value type, layout, epilogue and size of the oracle's.
 RECORDED = ("tests/runtime/test_oracle_onnx.py", "tests/runtime/test_ort_bytes.py")
 SMALL = """
@@ -90,15 +92,16 @@ def unpack_debian(folder: Path) -> Path:
 
 
 def unpack_wheels(folder: Path, python: str) -> Path:
-    """NumPy and ONNX Runtime for Arm, of this environment's versions."""
+    """NumPy, of this environment's version, and ONNX Runtime, for Arm."""
     site = folder / "site"
-    wanted = [f"{name}=={version(name)}" for name in WHEELS]
+    wanted = [f"numpy=={version('numpy')}", ONNXRUNTIME]
     stamp = site / "versions"
     if stamp.exists() and stamp.read_text(encoding="utf-8").split() == wanted:
         return site
     shutil.rmtree(site, ignore_errors=True)
     platforms = [word for release in (28, 27, 17) for word in ("--platform", f"manylinux_2_{release}_aarch64")]
     chosen = ("--no-deps", "--only-binary=:all:", "--python-version", python.removeprefix("python"), *platforms)
+    shutil.rmtree(folder / "wheels", ignore_errors=True)
     run(sys.executable, "-m", "pip", "download", "--quiet", *chosen, "--dest", folder / "wheels", *wanted)
     for wheel in (folder / "wheels").glob("*.whl"):
         zipfile.ZipFile(wheel).extractall(site)
