@@ -15,7 +15,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test emulated-test reliability wheels tables versions docs bench clean
+.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test arm-test emulated-test reliability wheels tables versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ emulated-test: $(READY_test) ## The oracle tests of instruction sets that this C
 
 reliability: $(READY_test) ## Damaged files, guard pages, threads, sessions, valgrind: into docs/reliability.md
 	PYTHONPATH=tests $(BIN)/python tests/reliability.py
+
+arm-test: $(READY_test) ## The operator library for Linux on Arm under qemu-user, in ONNX Runtime for Arm; downloads 100 MB into .arm
+	$(BIN)/python .ci/arm_test.py .arm
 
 tables: $(READY_test) ## Write the tables of docs/kernels.md anew, from those of the code
 	$(BIN)/python tests/kernel_support/tables.py

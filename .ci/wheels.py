@@ -1,10 +1,10 @@
-"""Build what is uploaded: the sdist, the wheel for any platform, and two for Linux x86-64 with the operator library.
+"""Build what is uploaded: the sdist, the wheel for any platform, and two for each Linux that has an operator library.
 
     python .ci/wheels.py dist
 
 One of the two is srigl-fx as it is, so that nobody who installs it waits for a compiler; the other is srigl-fx-runtime,
-the library with nothing but ``register`` and ``load``. The library needs no other one, not even that of C: any Linux
-takes it. ``--library FILE`` takes one that was built from these sources.
+the library with nothing but ``register`` and ``load``. The libraries, for x86-64 and for Arm, are built on either; they
+need that of C alone. ``--library PLATFORM=FILE`` takes one that was built from these sources.
 """
 
 import argparse
@@ -12,11 +12,28 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ROOT / "packages" / "srigl-fx-runtime"
-PLATFORM = "manylinux_2_17_x86_64"  # the oldest that any wheel of ONNX Runtime 1.17 runs on
+# By the platform of a library; of each the oldest that any wheel of ONNX Runtime 1.17 runs on.
+TAGS = {"linux-x86_64": "manylinux_2_17_x86_64", "linux-aarch64": "manylinux_2_17_aarch64"}
+# Prints where a platform's library is in a wheel; builds it there where a file is given.
+NAME = "import sys; from srigl_fx.runtime.ort import library; print(library._packaged_path(sys.argv[1]).name)"
+BUILD = """
+import pathlib, sys
+from srigl_fx.runtime.ort.library import build
+build(pathlib.Path(sys.argv[2]), platform=sys.argv[1])
+"""
+# Fails unless a file is a library for a platform.
+CHECK = """
+import pathlib, sys
+from srigl_fx.runtime.ort import elf, library
+found = elf.machine_of(pathlib.Path(sys.argv[2]).read_bytes(), kind=elf.ET_DYN)
+if found is None or found.name != library.PLATFORMS[sys.argv[1]]:
+    sys.exit(f"{sys.argv[2]} is no library for {sys.argv[1]}")
+"""
 
 
 def run(*command: object, cwd: Path | None = None) -> str:
@@ -27,24 +44,40 @@ def run(*command: object, cwd: Path | None = None) -> str:
     return done.stdout
 
 
-def with_library(pure: Path, library: Path, inside: str, out: Path, work: Path) -> Path:
-    """A wheel for Linux x86-64: ``pure``, and the library at ``inside``."""
+def with_library(pure: Path, library: Path, inside: str, tag: str, out: Path, work: Path) -> Path:
+    """A wheel for one platform: ``pure``, and the library at ``inside``."""
     run(sys.executable, "-m", "wheel", "unpack", pure, "--dest", work)
     (tree,) = (path for path in work.iterdir() if path.is_dir())
     shutil.copyfile(library, tree / inside)
     (about,) = tree.glob("*.dist-info/WHEEL")
     text = about.read_text(encoding="utf-8").replace("Root-Is-Purelib: true", "Root-Is-Purelib: false")
-    about.write_text(text.replace("Tag: py3-none-any", f"Tag: py3-none-{PLATFORM}"), encoding="utf-8")
+    about.write_text(text.replace("Tag: py3-none-any", f"Tag: py3-none-{tag}"), encoding="utf-8")
     printed = run(sys.executable, "-m", "wheel", "pack", tree, "--dest-dir", out)
     return out / next(word for word in printed.replace("...", " ").split() if word.endswith(".whl")).rpartition("/")[2]
 
 
-def build(out: Path, library: Path | None) -> list[Path]:
+def library_for(platform: str, given: Path | None, tree: Path, work: Path) -> Path:
+    """A platform's library from the sources of the wheel in ``tree``: the given one, or a new one."""
+    library = given.resolve() if given else work / f"{platform}.so"
+    if given is None:
+        print(f"compiling the operator library for {platform}: some minutes", flush=True)
+        run(sys.executable, "-c", BUILD, platform, library, cwd=tree)
+    return library
+
+
+def build(out: Path, given: dict[str, Path], platforms: Sequence[str]) -> list[Path]:
     """Build all into ``out``.
+
+    Args:
+        out: The folder.
+        given: Libraries that are there already, by platform.
+        platforms: Those to build wheels for.
 
     Returns:
         The files.
     """
+    for platform, library in given.items():
+        run(sys.executable, "-c", CHECK, platform, library.resolve(), cwd=ROOT)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -56,35 +89,44 @@ def build(out: Path, library: Path | None) -> list[Path]:
         (pure,) = (work / "pure").glob("*.whl")
         run(sys.executable, "-m", "wheel", "unpack", pure, "--dest", work / "probe")
         (tree,) = (work / "probe").iterdir()
-        code = "from srigl_fx.runtime.ort import library; print(library._packaged_path().name)"
-        name = run(sys.executable, "-c", code, cwd=tree).strip()  # by the sources in the wheel
-        if library is None:
-            print("compiling the operator library: some minutes", flush=True)
-            library = work / name
-            code = (
-                "import pathlib, sys; from srigl_fx.runtime.ort.library import build; build(pathlib.Path(sys.argv[1]))"
-            )
-            run(sys.executable, "-c", code, library, cwd=tree)
+        libraries = {platform: library_for(platform, given.get(platform), tree, work) for platform in platforms}
         files = [Path(shutil.copy(path, out)) for path in sorted((work / "pure").iterdir())]
-        for part in ("full", "runtime"):
-            (work / part).mkdir()
-        files.append(with_library(pure, library, f"srigl_fx/runtime/ort/{name}", out, work / "full"))
-
         shutil.copytree(RUNTIME, work / "source", ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
         shutil.copy(ROOT / "LICENSE", work / "source")
         run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", work / "small", work / "source")
         (small,) = (work / "small").glob("*.whl")
-        files.append(with_library(small, library, "srigl_fx_runtime/libsrigl_fx.so", out, work / "runtime"))
+        for platform, library in libraries.items():
+            name = run(sys.executable, "-c", NAME, platform, cwd=tree).strip()  # by the sources in the wheel
+            for wheel, inside in ((pure, f"srigl_fx/runtime/ort/{name}"), (small, "srigl_fx_runtime/libsrigl_fx.so")):
+                place = work / f"{platform} {wheel.name}"
+                place.mkdir()
+                files.append(with_library(wheel, library, inside, TAGS[platform], out, place))
     return files
+
+
+def platform_and_file(text: str) -> tuple[str, Path]:
+    """What ``--library`` says."""
+    platform, given, file = text.partition("=")
+    if not given or platform not in TAGS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PLATFORM=FILE with one of {', '.join(TAGS)}")
+    return platform, Path(file)
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder to write to")
-    parser.add_argument("--library", type=Path, help="an operator library of these sources, in place of building one")
+    parser.add_argument(
+        "--library",
+        type=platform_and_file,
+        action="append",
+        default=[],
+        metavar="PLATFORM=FILE",
+        help="a platform's operator library of these sources, in place of building it",
+    )
+    parser.add_argument("--only", choices=TAGS, nargs="+", default=list(TAGS), help="the platforms; all by default")
     options = parser.parse_args()
-    for path in build(options.out, options.library):
+    for path in build(options.out, dict(options.library), options.only):
         print(f"{path} {path.stat().st_size >> 10} KiB")
 
 

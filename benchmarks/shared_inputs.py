@@ -21,7 +21,7 @@ from harness.machine import describe
 from harness.timing import interleaved, timer
 
 from srigl_fx.runtime.cpu.kernels import plan
-from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa
+from srigl_fx.runtime.cpu.kernels.isa import host_isa, level_of
 from srigl_fx.runtime.cpu.prepared_weights import panel_of
 from srigl_fx.runtime.format import CondensedWeight
 from srigl_fx.runtime.validation import check_weight
@@ -45,7 +45,7 @@ def ours(layer: Layer, weight: CondensedWeight, x: torch.Tensor) -> Callable[[],
 def packed_bytes(layer: Layer, weight: CondensedWeight, batch: int) -> int:
     """What the panel takes that this call reads."""
     parts, sizes = operands(weight), (layer.inputs, weight.n_active, weight.k)
-    checked, level = check_weight("linear", *parts, layer.inputs), ISAS.index(host_isa())
+    checked, level = check_weight("linear", *parts, layer.inputs), level_of(host_isa())
     assert checked is not None
     kernel = plan.linear_kernel(level, *sizes, batch, False, True)
     kernel = plan.linear_for_shared(kernel, level, *sizes, len(weight.indices))

@@ -138,7 +138,7 @@ def _shortcuts() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def library() -> Path:
-    """The built operator library; tests that need it are skipped on other platforms than Linux x86-64."""
+    """The built operator library; tests that need it are skipped on platforms that have none."""
     from srigl_fx.runtime.ort.library import library_path, library_status
 
     status = library_status()

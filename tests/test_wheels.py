@@ -11,18 +11,36 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from ort_support.llvm_objects import object_for
 
 import srigl_fx
 from srigl_fx.cli.doctor import tiny_model
+from srigl_fx.runtime.ort import abi, elf
+from srigl_fx.runtime.ort import library as library_module
 
 pytestmark = pytest.mark.long
+
+
+LINUX = "manylinux_2_17_x86_64"
+# The platforms of wheels, by their tags, and what their libraries are for.
+TAGS = {LINUX: ("linux-x86_64", "x86_64"), "manylinux_2_17_aarch64": ("linux-aarch64", "aarch64")}
+
+
+def library_for_arm(path: Path) -> Path:
+    """A small library for that platform; ``make arm-test`` puts the whole one into the same wheels."""
+    program = f"define i64 @{abi.ENTRY_POINT}(ptr %options, ptr %base) {{\n  ret i64 0\n}}"
+    content = elf.link_shared([object_for("aarch64", program)], exports=(abi.ENTRY_POINT,), soname="libsrigl_fx.so")
+    path.write_bytes(content)
+    return path
 
 
 @pytest.fixture(scope="module")
 def wheels(checkout: Path, library: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The files by project, and what they are for."""
     out = tmp_path_factory.mktemp("wheels")
-    command = [sys.executable, checkout / ".ci" / "wheels.py", out, "--library", library]
+    arm = library_for_arm(tmp_path_factory.mktemp("library") / "arm.so")
+    command = [sys.executable, checkout / ".ci" / "wheels.py", out]
+    command += ["--library", f"linux-x86_64={library}", "--library", f"linux-aarch64={arm}"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     found = {}
     for path in out.iterdir():
@@ -31,23 +49,47 @@ def wheels(checkout: Path, library: Path, tmp_path_factory: pytest.TempPathFacto
     return found
 
 
-LINUX = "manylinux_2_17_x86_64"
-
-
 def test_which_files_there_are(wheels: dict[str, Path]) -> None:
-    assert sorted(wheels) == ["srigl_fx any", f"srigl_fx {LINUX}", "srigl_fx sdist", f"srigl_fx_runtime {LINUX}"]
+    assert sorted(wheels) == sorted(
+        [
+            "srigl_fx any",
+            "srigl_fx sdist",
+            *(f"{name} {tag}" for name in ("srigl_fx", "srigl_fx_runtime") for tag in TAGS),
+        ]
+    )
     assert all(f"-{srigl_fx.__version__}" in path.name for path in wheels.values())
     names = {kind: set(zipfile.ZipFile(path).namelist()) for kind, path in wheels.items() if "sdist" not in kind}
-    (added,) = names[f"srigl_fx {LINUX}"] - names["srigl_fx any"]
-    assert added.startswith("srigl_fx/runtime/ort/libsrigl_fx-")
-    small = {name for name in names[f"srigl_fx_runtime {LINUX}"] if ".dist-info" not in name}
-    assert small == {f"srigl_fx_runtime/{name}" for name in ("__init__.py", "py.typed", "libsrigl_fx.so")}
-    for kind in (f"srigl_fx {LINUX}", f"srigl_fx_runtime {LINUX}"):
-        archive = zipfile.ZipFile(wheels[kind])
-        (about,) = (name for name in names[kind] if name.endswith("/WHEEL"))
-        text = archive.read(about).decode()
-        assert "Root-Is-Purelib: false" in text
-        assert f"Tag: py3-none-{LINUX}" in text
+    for tag, (platform, machine) in TAGS.items():
+        (added,) = names[f"srigl_fx {tag}"] - names["srigl_fx any"]
+        assert added == f"srigl_fx/runtime/ort/{library_module._packaged_path(platform).name}"
+        small = {name for name in names[f"srigl_fx_runtime {tag}"] if ".dist-info" not in name}
+        assert small == {f"srigl_fx_runtime/{name}" for name in ("__init__.py", "py.typed", "libsrigl_fx.so")}
+        for kind, inside in (
+            (f"srigl_fx {tag}", added),
+            (f"srigl_fx_runtime {tag}", "srigl_fx_runtime/libsrigl_fx.so"),
+        ):
+            archive = zipfile.ZipFile(wheels[kind])
+            (about,) = (name for name in names[kind] if name.endswith("/WHEEL"))
+            text = archive.read(about).decode()
+            assert "Root-Is-Purelib: false" in text
+            assert f"Tag: py3-none-{tag}" in text
+            found = elf.machine_of(archive.read(inside), kind=elf.ET_DYN)
+            assert found is not None
+            assert found.name == machine
+
+
+def test_a_library_of_another_platform_is_not_packed(checkout: Path, library: Path, tmp_path: Path) -> None:
+    arm = library_for_arm(tmp_path / "arm.so")
+    for platform, given, words in (
+        ("linux-x86_64", arm, f"{arm} is no library for linux-x86_64"),
+        ("linux-aarch64", library, f"{library} is no library for linux-aarch64"),
+        ("plan9", arm, "is not PLATFORM=FILE with one of linux-x86_64, linux-aarch64"),
+    ):
+        command = [sys.executable, checkout / ".ci" / "wheels.py", tmp_path / "out", "--library", f"{platform}={given}"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert words in done.stderr
+        assert not list(tmp_path.glob("out/*"))
 
 
 def served(wheel: Path, folder: Path, blocked: list[str], code: str) -> dict[str, Any]:

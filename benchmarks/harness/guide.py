@@ -22,7 +22,7 @@ from harness.cells import (
     read_csv,
 )
 from srigl_fx.runtime.costs.cost_model import Machine, Work, condensed
-from srigl_fx.runtime.cpu.kernels.isa import ISAS, TARGETS, isa_of
+from srigl_fx.runtime.cpu.kernels.isa import TARGETS, level_of
 
 SPARSITIES = (0.9, 0.95)
 SAMPLES = (1, 16, 64)  # one, and those of the narrowest tile and a full one
@@ -84,7 +84,7 @@ def instruction_sets() -> list[list[str]]:
     for position, name in enumerate(TARGETS):
         kernels = Machine(
             target=position,
-            level=ISAS.index(isa_of(name)),
+            level=level_of(name),
             condensed_call=0.0,
             move_rate=math.inf,
             bandwidth=math.inf,

@@ -23,12 +23,14 @@ def cpu_name() -> str:
     """The processor as it names itself, with family and model: virtual machines often hide the rest."""
     name = _cpuinfo("model name") or platform.processor() or platform.machine()
     family, model = _cpuinfo("cpu family"), _cpuinfo("model\t")
+    if part := _cpuinfo("CPU part"):  # Arm, of which Linux has numbers alone
+        return f"{name} (implementer {_cpuinfo('CPU implementer')}, part {part}, variant {_cpuinfo('CPU variant')})"
     return f"{name} (family {family}, model {model})" if family else name
 
 
 def cpu_flags() -> frozenset[str]:
     """The instruction sets of the processor, in Linux' names; empty elsewhere."""
-    return frozenset(_cpuinfo("flags").split())
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
 
 
 def cache_bytes() -> dict[int, int]:
@@ -46,7 +48,8 @@ def cache_bytes() -> dict[int, int]:
 def describe(threads: int, extra: dict[str, str] | None = None) -> str:
     """One paragraph: processor, instruction sets, cores, threads, versions."""
     flags = cpu_flags()
-    sets = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2")
+    sets = [flag for flag in known if flag in flags]
     versions = {}
     for package in PACKAGES:
         try:

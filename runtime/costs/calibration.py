@@ -17,7 +17,7 @@ from srigl_fx.runtime.costs.autotune import measure_undisturbed
 from srigl_fx.runtime.costs.cost_model import Kernel, Machine, Work, condensed, dense
 from srigl_fx.runtime.costs.timings import Timings
 from srigl_fx.runtime.cpu.direct import DirectCall
-from srigl_fx.runtime.cpu.kernels.isa import ISAS, TARGETS, host_isa, host_target
+from srigl_fx.runtime.cpu.kernels.isa import TARGETS, host_target, level_of
 from srigl_fx.runtime.ops import LINEAR
 
 WHAT = {"operator": "constants of the cost model"}  # what the times of the probes are filed under
@@ -74,7 +74,7 @@ def host_machine() -> Machine:
         >>> host_machine().dense_rate >= Machine().dense_rate
         True
     """
-    machine = Machine(level=ISAS.index(host_isa()), target=TARGETS.index(host_target()))
+    machine = Machine(level=level_of(host_target()), target=TARGETS.index(host_target()))
     return machine.with_threads(torch.get_num_threads())
 
 

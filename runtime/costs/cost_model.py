@@ -22,7 +22,11 @@ from srigl_fx.runtime.cpu.kernels.isa import (
     BASELINE,
     ISAS,
     NARROW_TILES,
+    NEON,
+    NEON_DOT,
+    NEON_I8MM,
     TARGETS,
+    level_of,
 )
 
 Form = Literal["dense", "condensed", "shrunk"]
@@ -31,11 +35,11 @@ Kernel = Literal["dot", "tile"]
 _PARALLEL = 0.85  # what a further thread adds
 _GAPS = 1.3  # places in a dot panel for each kept weight
 _SPARSEST = 32  # inputs for each place in a dot panel, at most: four places a row in a window of 128
-_LEVEL = ISAS.index(AVX512)
+_LEVEL = level_of(ISAS[-1])
 # How many times as fast as those of float32 the kernels of eight bits are on one processor: dot, narrow tiles, and full
 # ones; measured with each target on one core of an AMD EPYC of the Zen 4 generation, with 3072 inputs, 768 rows, 10 %
 # kept. Narrow tiles were measured with AVX2 only, on one of the Zen 3 generation, as was its dot kernel; for the other
-# targets the instructions of the narrow tiles' loops were counted.
+# targets the instructions of the narrow tiles' loops were counted, and for Arm those of all.
 _EIGHT_BITS = {
     BASELINE: (1.5, 1.1, 1.3),
     AVX2: (1.1, 1.1, 1.5),
@@ -43,6 +47,9 @@ _EIGHT_BITS = {
     AVX512: (0.55, 1.0, 1.6),
     AVX512_VNNI: (0.55, 1.2, 2.8),
     AVX512_VBMI: (2.6, 1.2, 2.7),
+    NEON: (1.2, 1.0, 1.1),
+    NEON_DOT: (1.3, 1.1, 1.5),
+    NEON_I8MM: (1.3, 1.3, 2.0),
 }
 # Of the time of a row of eight bits what laying its inputs out takes, which rows that share them do once. With AVX2 the
 # loops of groups of two, four and eight were 1.2, 1.5 and 1.8 times as fast. By the counts of their instructions it is
@@ -92,7 +99,7 @@ class Machine:
         move_rate: Elements a second that are brought into, or out of, the layout of the tile kernel.
         dense_call: Seconds to call a dense operator.
         condensed_call: Seconds to call a condensed one.
-        level: The instruction set, its position in ISAS.
+        level: That of the instruction set (``isa.level_of``).
         target: What kernels of eight bits are compiled for, its position in TARGETS.
     """
 

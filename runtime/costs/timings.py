@@ -37,13 +37,17 @@ Seconds = dict[str, float]
 
 @functools.cache
 def _cpu() -> str:
-    """The processor's name with family, model and stepping: virtual machines of several generations share a name."""
+    """The processor's name with family, model and stepping: virtual machines of several generations share a name.
+
+    On Arm Linux has numbers alone: who made it, which part it is, and its variant and revision.
+    """
     path = Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         name, _, value = line.partition(":")
         fields.setdefault(name.strip(), value.strip())
-    numbers = [fields[name] for name in ("cpu family", "model", "stepping") if name in fields]
+    names = ("cpu family", "model", "stepping", "CPU implementer", "CPU part", "CPU variant", "CPU revision")
+    numbers = [fields[name] for name in names if name in fields]
     name = fields.get("model name") or platform.processor() or platform.machine()
     return f"{name} ({'.'.join(numbers)})" if numbers else name
 

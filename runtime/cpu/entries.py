@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, TARGETS, host_target, llvm_names
+from srigl_fx.runtime.cpu.kernels.isa import ARCHITECTURE, ARM, ISA_VARIABLE, TARGETS, host_target, llvm_names
 from srigl_fx.runtime.cpu.kernels.table import TASKS, TORCH_TASKS
 
 Entry = Callable[[int, int], None]
@@ -79,9 +79,10 @@ def _compile(name: str) -> int:
     import numba as typed_numba
 
     numba: Any = typed_numba  # half of its functions are annotated
-    if wanted := os.environ.get(ISA_VARIABLE):
-        # What Numba generates around the kernels' own vector code is held to the same instruction set.
-        numba.config.CPU_NAME, numba.config.CPU_FEATURES = llvm_names(wanted)
+    if os.environ.get(ISA_VARIABLE) or ARCHITECTURE == ARM:
+        # What Numba generates around the kernels' own vector code is held to the same instruction set; on Arm always,
+        # as not all that kernels know of a processor is known to LLVM.
+        numba.config.CPU_NAME, numba.config.CPU_FEATURES = llvm_names(host_target())
     from srigl_fx.runtime.cpu.kernels import tasks, torch_tasks
 
     types = numba.types

@@ -19,7 +19,7 @@ from srigl_fx.runtime.activations import NUMBERS
 from srigl_fx.runtime.cpu import threads
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.kernels import job, plan
-from srigl_fx.runtime.cpu.kernels.isa import ISAS, host_isa, looks_up_bytes
+from srigl_fx.runtime.cpu.kernels.isa import host_isa, level_of, looks_up_bytes
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.table import KERNELS
 from srigl_fx.runtime.cpu.prepared_weights import Job, index_rows_of, new_job, pack, panel_of
@@ -39,7 +39,7 @@ looks_up = functools.cache(looks_up_bytes)
 @functools.cache
 def level() -> int:
     """The number of this processor's instruction set, which the plan asks for."""
-    return ISAS.index(host_isa())
+    return level_of(host_isa())
 
 
 # The rules of the plan are Python here, on the path of every call: asked once for each set of sizes.

@@ -89,7 +89,9 @@ def _pool() -> Callable[[int, int, int, int], None] | None:
 def _find_pool() -> Callable[[int, int, int, int], None] | None:
     import torch
 
-    found = sorted(Path(torch.__file__).parent.joinpath("lib").glob("libgomp*.so*"))
+    package = Path(torch.__file__).parent
+    folders = package / "lib", package.with_name("torch.libs")  # of wheels that were repaired
+    found = [path for folder in folders for path in sorted(folder.glob("libgomp*.so*"))]
     if not found:
         return None
     library = ctypes.CDLL(str(found[0]))

@@ -3,11 +3,13 @@
 Owns ahead-of-time compilation: which kernel is compiled for which instruction set, how functions are
 named in the objects, and the constant tables that tie them together. It must not know linking or caching. Numba
 vectorises for the CPU it is told of at start-up, and the names of external functions are process-wide, so every object
-comes from a process of its own: ``python -m srigl_fx.runtime.ort.compile NAME OUTPUT``.
+comes from a process of its own: ``python -m srigl_fx.runtime.ort.compile NAME OUTPUT``. Any machine compiles for any
+architecture.
 """
 
 import inspect
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,12 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from srigl_fx.errors import LibraryError
-from srigl_fx.runtime.cpu.kernels.isa import BASELINE, COMPILE_VARIABLE, TARGETS, isa_of, llvm_names
+from srigl_fx.runtime.cpu.kernels.isa import (
+    ARCHITECTURE,
+    COMPILE_VARIABLE,
+    TARGETS,
+    TARGETS_OF,
+    isa_of,
+    llvm_names,
+)
 from srigl_fx.runtime.cpu.kernels.table import BYTE_TASKS, TASKS, TORCH_TASKS
 from srigl_fx.runtime.ort import abi
 
 SHIM = "shim"
-OBJECTS = (*TARGETS, SHIM)
+OBJECTS_OF = {architecture: (*targets, SHIM) for architecture, targets in TARGETS_OF.items()}
+OBJECTS = OBJECTS_OF[ARCHITECTURE]
 _TIMEOUT = 1800  # seconds; one part takes about 90 of one idle core, and cores may be few and busy
 
 
@@ -66,6 +76,20 @@ def _emit(llvm: Any, modules: Sequence[Any], target_name: str) -> bytes:
         whole, llvm.create_pass_builder(machine, options)
     )
     return bytes(machine.emit_object(whole))
+
+
+def _aim() -> None:
+    """Let LLVM, and Numba with it, take this process for one on the architecture that it compiles for.
+
+    Numba asks when the first kernel is imported. What it compiles it loads, too, but in a process that compiles for
+    others nothing of that is ever called.
+    """
+    import llvmlite.binding as llvm
+
+    if (platform.system(), platform.machine()) != ("Linux", ARCHITECTURE):
+        llvm.initialize_all_targets()
+        llvm.initialize_all_asmprinters()
+        llvm.get_process_triple = lambda: f"{ARCHITECTURE}-unknown-linux-gnu"
 
 
 def _compile_kernels(target: str) -> bytes:
@@ -144,7 +168,7 @@ def _compile_shim() -> bytes:
         modules.append(_module(llvm, compiled, _shim_symbol(function)))
     tables = llvm.parse_assembly(_tables())
     tables.triple, tables.data_layout = modules[0].triple, modules[0].data_layout
-    return _emit(llvm, [*modules, tables], BASELINE)
+    return _emit(llvm, [*modules, tables], TARGETS[0])
 
 
 def compile_object(name: str) -> bytes:
@@ -156,23 +180,27 @@ def compile_object(name: str) -> bytes:
     Example:
         >>> compile_object("sparc")
         Traceback (most recent call last):
-        srigl_fx.errors.LibraryError: there is no object 'sparc'; one of x86-64, x86-64-v3, ..., shim
+        srigl_fx.errors.LibraryError: there is no object 'sparc'; one of ..., shim
     """
     if name not in OBJECTS:
         raise LibraryError(f"there is no object {name!r}; one of {', '.join(OBJECTS)}")
+    _aim()
     return _compile_shim() if name == SHIM else _compile_kernels(name)
 
 
-def _spawn(name: str, output: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
-    target = BASELINE if name == SHIM else name
+def _environment(target: str) -> dict[str, str]:
+    """The environment of a process that compiles for a target."""
     cpu, features = llvm_names(target)
-    environment |= {
+    return {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")} | {
         "NUMBA_CPU_NAME": cpu,
         "NUMBA_CPU_FEATURES": features,
         COMPILE_VARIABLE: target,
         "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path),
     }
+
+
+def _spawn(name: str, output: Path, architecture: str) -> None:
+    environment = _environment(TARGETS_OF[architecture][0] if name == SHIM else name)
     command = [sys.executable, "-m", __spec__.name, name, str(output)]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
@@ -183,12 +211,15 @@ def _spawn(name: str, output: Path) -> None:
         raise LibraryError(f"the {name} part of the operator library could not be compiled: {reason}")
 
 
-def compile_all(folder: Path, progress: Callable[[int, int], None] | None = None) -> list[Path]:
+def compile_all(
+    folder: Path, progress: Callable[[int, int], None] | None = None, architecture: str = ARCHITECTURE
+) -> list[Path]:
     """Compile all objects of the library, each in a process of its own, as many at a time as there are cores.
 
     Args:
         folder: Where to write them.
         progress: Called after each with how many are done, and how many there are.
+        architecture: The one to compile for.
 
     Returns:
         The object files.
@@ -197,12 +228,13 @@ def compile_all(folder: Path, progress: Callable[[int, int], None] | None = None
         LibraryError: One of them does not compile; the message holds the compiler's own.
 
     Example:
-        >>> OBJECTS[0], OBJECTS[-1]
-        ('x86-64', 'shim')
+        >>> OBJECTS_OF["aarch64"][0], OBJECTS_OF["x86_64"][0], OBJECTS_OF["x86_64"][-1]
+        ('aarch64', 'x86-64', 'shim')
     """
-    paths = [folder / f"{name}.o" for name in OBJECTS]
+    names = OBJECTS_OF[architecture]
+    paths = [folder / f"{name}.o" for name in names]
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
-        parts = [pool.submit(_spawn, name, path) for name, path in zip(OBJECTS, paths, strict=True)]
+        parts = [pool.submit(_spawn, name, path, architecture) for name, path in zip(names, paths, strict=True)]
         try:
             for done, part in enumerate(as_completed(parts), 1):
                 part.result()

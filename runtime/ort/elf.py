@@ -1,8 +1,9 @@
-"""A linker for machines without one: x86-64 ELF object files in, one shared library out.
+"""A linker for machines without one, and for others' libraries: ELF object files in, one shared library out.
 
-Owns the part of ELF that the compiled kernels and shim use (System V ABI, AMD64 supplement): allocated sections, six
-kinds of relocation, a global offset table, call stubs for libc, the dynamic section. It must not know what it links.
-No lazy binding, no unwinding tables, no debug information.
+Owns the part of ELF that the compiled kernels and shim use (System V ABI): allocated sections, a global offset table,
+call stubs for libc, the dynamic section. What differs between architectures is for
+:mod:`srigl_fx.runtime.ort.relocations`. It must not know what it links. No lazy binding, no unwinding tables, no debug
+information.
 """
 
 import struct
@@ -10,24 +11,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from srigl_fx.errors import LibraryError
+from srigl_fx.runtime.ort.relocations import MACHINES, STUB_SIZE, Machine
 
-_PAGE = 4096
 _SHT_PROGBITS, _SHT_SYMTAB, _SHT_RELA, _SHT_NOBITS = 1, 2, 4, 8
 _SHF_WRITE, _SHF_ALLOC, _SHF_EXECINSTR = 1, 2, 4
 _SHN_UNDEF, _SHN_ABS = 0, 0xFFF1
-_R_64, _R_PC32, _R_PLT32, _R_GLOB_DAT, _R_RELATIVE = 1, 2, 4, 6, 8
-_R_GOT = (9, 41, 42)  # GOTPCREL, GOTPCRELX, REX_GOTPCRELX
 _PT_LOAD, _PT_DYNAMIC, _PT_GNU_STACK = 1, 2, 0x6474E551
 _READ, _READ_EXECUTE, _READ_WRITE = 4, 5, 6
 _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_RELAENT = 1, 4, 5, 6, 7, 8, 9
 _DT_STRSZ, _DT_SYMENT, _DT_SONAME = 10, 11, 14
 _GLOBAL_FUNCTION = 0x12
-_HEADER_SIZE, _PROGRAM_HEADER_SIZE, _SYMBOL_SIZE, _RELA_SIZE, _STUB_SIZE = 64, 56, 24, 24, 16
+ET_REL, ET_DYN = 1, 3  # an object file, a shared library
+_HEADER_SIZE, _PROGRAM_HEADER_SIZE, _SYMBOL_SIZE, _RELA_SIZE = 64, 56, 24, 24
 _SEGMENTS = 5
 
 
 @dataclass
 class _Section:
+    name: int
     kind: int
     flags: int
     data: bytes
@@ -36,11 +37,13 @@ class _Section:
     link: int
     info: int
     address: int = -1  # -1: not placed
+    is_unwinding: bool = False
 
     @property
     def is_loaded(self) -> bool:
-        """Whether it belongs into memory; unwinding tables (a section type of their own) stay out."""
-        return bool(self.flags & _SHF_ALLOC) and self.size > 0 and self.kind in (_SHT_PROGBITS, _SHT_NOBITS)
+        """Whether it belongs into memory; unwinding tables (on x86-64 a section type of their own) stay out."""
+        is_wanted = self.size > 0 and not self.is_unwinding
+        return is_wanted and bool(self.flags & _SHF_ALLOC) and self.kind in (_SHT_PROGBITS, _SHT_NOBITS)
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,24 @@ class _Relocation:
     addend: int
 
 
+def machine_of(data: bytes, *, kind: int) -> Machine | None:
+    """The architecture of an ELF file of this kind (``ET_REL`` or ``ET_DYN``); None if it is none that is known.
+
+    Example:
+        >>> machine_of(b"no library", kind=ET_DYN) is None
+        True
+    """
+    if data[:6] != b"\x7fELF\x02\x01" or len(data) < _HEADER_SIZE:
+        return None
+    found, number = struct.unpack_from("<HH", data, 16)
+    return next((machine for machine in MACHINES if (found, machine.number) == (kind, number)), None)
+
+
 @dataclass
 class ObjectFile:
-    """One relocatable object: its sections, symbols and relocations."""
+    """One relocatable object: its architecture, sections, symbols and relocations."""
 
+    machine: Machine
     sections: list[_Section] = field(default_factory=list)
     symbols: list[_Symbol] = field(default_factory=list)
     relocations: list[_Relocation] = field(default_factory=list)
@@ -73,19 +90,22 @@ class ObjectFile:
         """Read an object file.
 
         Raises:
-            LibraryError: The bytes are no 64-bit little-endian x86-64 object.
+            LibraryError: The bytes are no 64-bit little-endian object of x86-64 or of Arm.
         """
-        if data[:6] != b"\x7fELF\x02\x01" or struct.unpack_from("<HH", data, 16) != (1, 62):
-            raise LibraryError("not an x86-64 ELF object file; delete the cached library and build again")
+        machine = machine_of(data, kind=ET_REL)
+        if machine is None:
+            raise LibraryError("not an x86-64 or Arm ELF object file; delete the cached library and build again")
         (offset,) = struct.unpack_from("<Q", data, 40)
-        _, count = struct.unpack_from("<HH", data, 58)
-        file = cls()
+        _, count, names_in = struct.unpack_from("<HHH", data, 58)
+        file = cls(machine)
         for i in range(count):
-            _, kind, flags, _, start, size, link, info, align, _ = struct.unpack_from(
+            called, kind, flags, _, start, size, link, info, align, _ = struct.unpack_from(
                 "<IIQQQQIIQQ", data, offset + 64 * i
             )
             content = b"" if kind == _SHT_NOBITS else data[start : start + size]
-            file.sections.append(_Section(kind, flags, content, size, max(align, 1), link, info))
+            file.sections.append(_Section(called, kind, flags, content, size, max(align, 1), link, info))
+        for section in file.sections:
+            section.is_unwinding = file.sections[names_in].data[section.name :].startswith(b".eh_frame\0")
         for section in file.sections:
             if section.kind == _SHT_SYMTAB:
                 names = file.sections[section.link].data
@@ -104,7 +124,7 @@ def undefined_symbols(objects: Iterable[bytes]) -> set[str]:
     """The names that a set of object files uses and none of them defines.
 
     Raises:
-        LibraryError: One of them is no x86-64 object file.
+        LibraryError: One of them is no object file of x86-64 or of Arm.
     """
     symbols = [symbol for data in objects for symbol in ObjectFile.parse(data).symbols if symbol.is_global]
     defined = {symbol.name for symbol in symbols if symbol.section != _SHN_UNDEF}
@@ -131,6 +151,10 @@ class _Linker:
         missing = [name for name in self.exports if name not in self.definitions]
         if missing:
             raise LibraryError(f"cannot link {soname}: no object defines {', '.join(missing)}")
+        first, *others = (file.machine for file in self.files)
+        if any(other is not first for other in others):
+            raise LibraryError(f"cannot link {soname}: some objects are for {first.name}, and some are not")
+        self.machine = first
         self.dynamic_symbols = (*self.imports, *self.exports)
         self.image = bytearray()
         self.rela: list[tuple[int, int, int]] = []
@@ -165,14 +189,14 @@ class _Linker:
         for file in self.files:
             for relocation in file.relocations:
                 name = file.symbols[relocation.symbol].name
-                if relocation.kind in _R_GOT:
+                if relocation.kind in self.machine.through_table:
                     self.got.setdefault(self._key(file, relocation.symbol), 0)
-                elif relocation.kind == _R_PLT32 and name in self.imports:
+                elif relocation.kind in self.machine.calls and name in self.imports:
                     self.stubs.setdefault(name, 0)
                     self.got.setdefault(name, 0)
-                elif relocation.kind == _R_64:
+                elif relocation.kind == self.machine.absolute:
                     absolute += 1
-                elif relocation.kind not in (_R_PC32, _R_PLT32):
+                elif relocation.kind not in self.machine.direct | self.machine.calls:
                     raise LibraryError(
                         f"cannot link: relocation type {relocation.kind} of {name!r}; install a C compiler"
                     )
@@ -199,14 +223,14 @@ class _Linker:
         self.relatab = _align(self.strtab + len(self.strings), 8)
         self.read_end = self._place_sections(self.relatab + _RELA_SIZE * self.rela_count, 0)
 
-        self.text = _align(self.read_end, _PAGE)
-        position = _align(self._place_sections(self.text, _SHF_EXECINSTR), _STUB_SIZE)
+        self.text = _align(self.read_end, self.machine.page)
+        position = _align(self._place_sections(self.text, _SHF_EXECINSTR), STUB_SIZE)
         for name in self.stubs:
             self.stubs[name] = position
-            position += _STUB_SIZE
+            position += STUB_SIZE
         self.text_end = position
 
-        self.writable = _align(self.text_end, _PAGE)
+        self.writable = _align(self.text_end, self.machine.page)
         position = self.writable
         for key in self.got:
             self.got[key] = position
@@ -231,19 +255,20 @@ class _Linker:
         place = relocation.section.address + relocation.offset
         target = self._address(file, relocation.symbol)
         name = file.symbols[relocation.symbol].name
-        if relocation.kind == _R_64:
+        if relocation.kind == self.machine.absolute:
             if target is None:
-                self.rela.append((place, self.dynamic_symbols.index(name) + 1 << 32 | _R_64, relocation.addend))
+                symbol = self.dynamic_symbols.index(name) + 1
+                self.rela.append((place, symbol << 32 | self.machine.absolute, relocation.addend))
             else:
-                self.rela.append((place, _R_RELATIVE, target + relocation.addend))
+                self.rela.append((place, self.machine.relative, target + relocation.addend))
             return
-        if relocation.kind in _R_GOT:
+        if relocation.kind in self.machine.through_table:
             target = self.got[self._key(file, relocation.symbol)]
         elif target is None:
             if name not in self.stubs:
                 raise LibraryError(f"cannot link: {name!r} is imported data; install a C compiler")
             target = self.stubs[name]
-        struct.pack_into("<i", self.image, place, target + relocation.addend - place)
+        self.machine.write(self.image, place, relocation.kind, target + relocation.addend)
 
     def _write_got(self) -> None:
         addresses = {
@@ -256,12 +281,12 @@ class _Linker:
             address = addresses[key]
             if address is None:
                 assert isinstance(key, str), "only global names are imported"
-                self.rela.append((slot, self.dynamic_symbols.index(key) + 1 << 32 | _R_GLOB_DAT, 0))
+                self.rela.append((slot, self.dynamic_symbols.index(key) + 1 << 32 | self.machine.from_table, 0))
             else:
-                self.rela.append((slot, _R_RELATIVE, address))
+                self.rela.append((slot, self.machine.relative, address))
         for name, stub in self.stubs.items():
-            jump = b"\xff\x25"  # jmp *displacement(%rip)
-            self.image[stub : stub + 6] = jump + struct.pack("<i", self.got[name] - (stub + 6))
+            code = self.machine.stub(stub, self.got[name])
+            self.image[stub : stub + len(code)] = code
 
     def _write_tables(self) -> None:
         count = len(self.dynamic_symbols)
@@ -297,19 +322,34 @@ class _Linker:
     def _write_headers(self) -> None:
         identity = b"\x7fELF\x02\x01\x01" + bytes(9)
         header = struct.pack(
-            "<16sHHIQQQIHHHHHH", identity, 3, 62, 1, 0, 64, 0, 0, 64, _PROGRAM_HEADER_SIZE, _SEGMENTS, 0, 0, 0
+            "<16sHHIQQQIHHHHHH",
+            identity,
+            ET_DYN,
+            self.machine.number,
+            1,
+            0,
+            64,
+            0,
+            0,
+            64,
+            _PROGRAM_HEADER_SIZE,
+            _SEGMENTS,
+            0,
+            0,
+            0,
         )
         self.image[:_HEADER_SIZE] = header
+        page = self.machine.page
         segments = (
-            (_PT_LOAD, _READ, 0, self.read_end, self.read_end, _PAGE),
-            (_PT_LOAD, _READ_EXECUTE, self.text, self.text_end - self.text, self.text_end - self.text, _PAGE),
+            (_PT_LOAD, _READ, 0, self.read_end, self.read_end, page),
+            (_PT_LOAD, _READ_EXECUTE, self.text, self.text_end - self.text, self.text_end - self.text, page),
             (
                 _PT_LOAD,
                 _READ_WRITE,
                 self.writable,
                 self.file_end - self.writable,
                 self.memory_end - self.writable,
-                _PAGE,
+                page,
             ),
             (_PT_DYNAMIC, _READ_WRITE, self.dynamic, self.dynamic_size, self.dynamic_size, 8),
             (_PT_GNU_STACK, _READ_WRITE, 0, 0, 0, 16),
@@ -327,7 +367,7 @@ def link_shared(
     """Link object files into a shared library.
 
     Args:
-        objects: The content of each x86-64 ELF object.
+        objects: The content of each ELF object, all of one architecture.
         exports: The names that the library offers; all others stay inside.
         soname: The library's own name.
         needed: Libraries that hold what no object defines.
@@ -341,6 +381,6 @@ def link_shared(
     Example:
         >>> link_shared([b"no object"], exports=("f",), soname="libf.so")
         Traceback (most recent call last):
-        srigl_fx.errors.LibraryError: not an x86-64 ELF object file; delete the cached library and build again
+        srigl_fx.errors.LibraryError: not an x86-64 or Arm ELF object file; delete the cached library and build again
     """
     return _Linker(objects, exports, soname, needed).link()

@@ -1,6 +1,6 @@
-"""Where the operator library is: in the package, in the cache, or built now.
+"""Where the operator library is: in the package, in the cache, or built now; this platform's, or another's.
 
-Owns the look-up, the platform check and what ``doctor`` says about both. It must not know ONNX Runtime.
+Owns the look-up, the platforms and what ``doctor`` says about both. It must not know ONNX Runtime.
 
 The dynamic loader checks nothing: a process that loads a truncated library dies. So a built library has its hash in a
 file beside it, and is taken only where both fit.
@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from srigl_fx.errors import LibraryError
 from srigl_fx.files import move_durably
@@ -28,10 +29,12 @@ from srigl_fx.runtime.cache import (
     locked,
     make_private,
 )
-from srigl_fx.runtime.cpu.kernels.isa import host_isa
+from srigl_fx.runtime.cpu.kernels.isa import ARM, X86, host_isa
 from srigl_fx.runtime.ort import link
 from srigl_fx.runtime.ort.compile import compile_all
 
+# By the system and the architecture, as Python has them.
+PLATFORMS: Final = {"linux-x86_64": X86, "linux-aarch64": ARM}
 _FALLBACK = "models still run through the fallback inside the file, as fast as dense ones"
 _PACKAGE = Path(__file__).parent
 _BUILD_FOLDER = "build-"
@@ -41,10 +44,27 @@ _logger = logging.getLogger(__name__)
 
 def _unsupported() -> str | None:
     """Why no library can exist here, if so."""
-    system, machine = platform.system(), platform.machine()
-    if (system, machine) != ("Linux", "x86_64"):
-        return f"the operator library exists for Linux x86-64 only, this is {system} {machine}; {_FALLBACK}"
-    return None
+    if _host() in PLATFORMS:
+        return None
+    return (
+        "the operator library exists for Linux on x86-64 and on Arm (aarch64) only, this is "
+        f"{platform.system()} {platform.machine()}; {_FALLBACK}"
+    )
+
+
+def _host() -> str:
+    return f"{platform.system().lower()}-{platform.machine()}"
+
+
+def _checked(wanted: str | None) -> str:
+    """The platform whose library is wanted: this one, unless another is named."""
+    if wanted is None:
+        if reason := _unsupported():
+            raise LibraryError(reason)
+        return _host()
+    if wanted not in PLATFORMS:
+        raise LibraryError(f"there is no operator library for {wanted!r}; the platforms are {', '.join(PLATFORMS)}")
+    return wanted
 
 
 def _source_hash() -> str:
@@ -60,18 +80,20 @@ def sources() -> list[Path]:
     return [*sorted(_PACKAGE.glob("*.py")), *kernels, *tables]
 
 
-def _packaged_path() -> Path:
-    """Where a wheel keeps the library that was built from just these sources."""
-    return _PACKAGE / f"libsrigl_fx-{_source_hash()}.so"
+def _packaged_path(wanted: str) -> Path:
+    """Where a platform's wheel keeps the library that was built from just these sources."""
+    return _PACKAGE / f"libsrigl_fx-{wanted}-{_source_hash()}.so"
 
 
-def _cached_name() -> str:
+def _cached_name(wanted: str) -> str:
     versions = [importlib.metadata.version(name) for name in ("numba", "llvmlite")]
     key = hashlib.sha256(" ".join([_source_hash(), *versions]).encode()).hexdigest()[:16]
-    return f"libsrigl_fx-{key}.so"
+    return f"libsrigl_fx-{wanted}-{key}.so"
 
 
-def build(path: Path, progress: Callable[[int, int], None] | None = None) -> link.Linker:
+def build(
+    path: Path, progress: Callable[[int, int], None] | None = None, *, platform: str | None = None
+) -> link.Linker:
     """Compile and link the operator library (some minutes) and put it at ``path``, all at once or not at all.
 
     Its SHA-256 goes into a file beside it, whose name ends in ``.sha256``.
@@ -79,23 +101,23 @@ def build(path: Path, progress: Callable[[int, int], None] | None = None) -> lin
     Args:
         path: The file to write.
         progress: Called after each part with how many are compiled, and how many there are.
+        platform: The one to build for, such as "linux-aarch64"; any can be built for on any other. This one by default.
 
     Returns:
         The linker that was used.
 
     Raises:
-        LibraryError: The platform is not Linux x86-64, or compiling or linking failed.
+        LibraryError: There is none for the platform, or compiling or linking failed.
         OSError: The folder of ``path`` cannot be written.
 
     Example:
         >>> build(Path("libsrigl_fx.so"))  # doctest: +SKIP
         'cc'
     """
-    if reason := _unsupported():
-        raise LibraryError(reason)
+    architecture = PLATFORMS[_checked(platform)]
     with tempfile.TemporaryDirectory(prefix=_BUILD_FOLDER, dir=path.parent) as folder:
         finished, digest = Path(folder, path.name), Path(folder, _hash_path(path).name)
-        linker = link.link(compile_all(Path(folder), progress), finished)
+        linker = link.link(compile_all(Path(folder), progress, architecture), finished)
         digest.write_text(_hash(finished), encoding="ascii")
         finished.chmod(0o755)  # whatever the umask: one that others may write to is not taken
         digest.chmod(0o644)
@@ -130,16 +152,16 @@ def _is_cached(path: Path) -> bool:
     return False
 
 
-def _existing() -> Path | None:
-    packaged = _packaged_path()
+def _existing(wanted: str) -> Path | None:
+    packaged = _packaged_path(wanted)
     if packaged.is_file():
         return packaged
-    return next((path for folder in cache_folders() if _is_cached(path := folder / _cached_name())), None)
+    return next((path for folder in cache_folders() if _is_cached(path := folder / _cached_name(wanted))), None)
 
 
-def _why_none() -> str:
+def _why_none(wanted: str) -> str:
     for folder in cache_folders():
-        path = folder / _cached_name()
+        path = folder / _cached_name(wanted)
         with contextlib.suppress(OSError):
             if path.lstat() and (fault := _fault(path)):
                 return fault
@@ -161,9 +183,9 @@ def _tidy(folder: Path) -> None:
                     _remove_stale_builds(folder)
 
 
-def _build_in(folder: Path) -> Path:
+def _build_in(folder: Path, wanted: str) -> Path:
     """The library in the cache folder, which is made; built where it is missing or damaged."""
-    path = folder / _cached_name()
+    path = folder / _cached_name(wanted)
     make_private(folder)
     with locked(folder) as held:
         if held:
@@ -178,28 +200,33 @@ def _build_in(folder: Path) -> Path:
                 "holds it",
                 folder,
             )
-            build(path, lambda done, parts: _logger.warning("compiled %d of %d parts", done, parts))
+            build(path, lambda done, parts: _logger.warning("compiled %d of %d parts", done, parts), platform=wanted)
     return path
 
 
-def library_path() -> Path:
-    """The operator library, for ``register_custom_ops_library`` of any ONNX Runtime (1.17 or newer) on Linux x86-64.
+def library_path(platform: str | None = None) -> Path:
+    """The operator library, for ``register_custom_ops_library`` of any ONNX Runtime (1.17 or newer) on Linux.
 
     It needs neither Python nor this package. The first call builds it, in the folder that the environment variable
     ``SRIGL_FX_CACHE`` names, else in ``$XDG_CACHE_HOME/srigl_fx`` or ``~/.cache/srigl_fx``. One there that is damaged,
     or that somebody else could have put there, is built anew.
 
+    Args:
+        platform: The one whose library is wanted, "linux-x86_64" or "linux-aarch64"; this one by default.
+
     Raises:
-        LibraryError: There is none for this platform, or it could not be built; the message says why.
+        LibraryError: There is none for the platform, or it could not be built; the message says why.
 
     Example:
         >>> library_path().name  # doctest: +SKIP
-        'libsrigl_fx-d4b92df0d8bca4e4.so'
+        'libsrigl_fx-linux-x86_64-d4b92df0d8bca4e4.so'
+        >>> library_path("plan9-sparc")
+        Traceback (most recent call last):
+        srigl_fx.errors.LibraryError: there is no operator library for 'plan9-sparc'; the platforms are linux-x86_64...
     """
-    if reason := _unsupported():
-        raise LibraryError(reason)
+    wanted = _checked(platform)
     with _lock:
-        found = _existing()
+        found = _existing(wanted)
         if found is not None:
             if found.parent != _PACKAGE:
                 _tidy(found.parent)
@@ -207,7 +234,7 @@ def library_path() -> Path:
         failures = []
         for folder in cache_folders():
             try:
-                return _build_in(folder)
+                return _build_in(folder, wanted)
             except OSError as error:
                 failures.append(error)
     raise LibraryError(
@@ -246,8 +273,8 @@ def library_status() -> LibraryStatus:
     if reason := _unsupported():
         return LibraryStatus(supported=False, path=None, reason=reason, isa=None, linker=None)
     linker = link.available_linkers()[0]
-    path = _existing()
-    reason = "" if path else f"{_why_none()}; the first session, or library_path(), builds it"
+    path = _existing(_host())
+    reason = "" if path else f"{_why_none(_host())}; the first session, or library_path(), builds it"
     try:
         isa = host_isa()
     except LibraryError as error:

@@ -11,7 +11,7 @@ from srigl_fx.runtime.ort.attributes import read_attributes, read_rounding
 from srigl_fx.runtime.ort.checks import check_weights
 from srigl_fx.runtime.ort.primitives import (
     call,
-    cpuid,
+    exchange,
     external,
     inlined,
     load,
@@ -22,12 +22,12 @@ from srigl_fx.runtime.ort.primitives import (
     store8,
     symbol,
     text,
-    xgetbv,
 )
+from srigl_fx.runtime.ort.processors import usable_targets
 
 # Numba takes a constant for a literal only under a name of the module's own.
 _DOMAIN = abi.DOMAIN
-_TARGET_0, _TARGET_1, _TARGET_2, _TARGET_3, _TARGET_4, _TARGET_5 = isa.TARGETS
+_TARGETS = ",".join(isa.TARGETS)
 _ISA_VARIABLE = isa.ISA_VARIABLE
 _UNKNOWN_ISA = f"{isa.ISA_VARIABLE} must be one of {', '.join(isa.TARGETS)}; set it to one of these, or unset it"
 _MISSING_ISA = f"{isa.ISA_VARIABLE} names an instruction set that this CPU lacks; set it to an older one, or unset it"
@@ -41,15 +41,7 @@ _FLOAT_BASES = len(abi.FLOAT_BASES)
 _ROUND_KIND = abi.OPERATORS.index(abi.ROUND)
 _ACTIVATIONS = len(abi.SUFFIXES)
 _DIGITS = (ord("0"), ord("9"))
-_DOT = ord(".")
-
-# Feature bits of cpuid leaf 1 (ecx) and leaf 7 (ebx), and the register states of xgetbv.
-_LEAF1_V3 = 1 << 12 | 1 << 22 | 1 << 27 | 1 << 28 | 1 << 29  # FMA MOVBE OSXSAVE AVX F16C
-_LEAF7_V3 = 1 << 3 | 1 << 5 | 1 << 8  # BMI1 AVX2 BMI2
-_LEAF7_VBMI, _LEAF7_VNNI = 1 << 1, 1 << 11  # of its ecx
-_LEAF7_1_AVX_VNNI = 1 << 4  # of subleaf 1, eax
-_LEAF7_V4 = 1 << 16 | 1 << 17 | 1 << 28 | 1 << 30 | 1 << 31  # AVX-512 F DQ CD BW VL
-_AVX_STATE, _AVX512_STATE = 0x06, 0xE6
+_DOT, _COMMA = ord("."), ord(",")
 
 
 @inlined
@@ -165,37 +157,21 @@ def any_version(op: int) -> int:
 
 
 @inlined
-def _equal(string: int, expected: int) -> bool:
-    i = 0
-    while load8(string, i) != 0 and load8(string, i) == load8(expected, i):
-        i += 1
-    return load8(string, i) == load8(expected, i)
-
-
-@inlined
-def _usable_targets() -> int:
-    """A bit for each of TARGETS that CPU and operating system support."""
-    registers = stack(4)
-    cpuid(0, 0, registers)
-    leaves = load(registers, 0)
-    cpuid(1, 0, registers)
-    if leaves < 7 or load(registers, 16) & _LEAF1_V3 != _LEAF1_V3:
-        return 1
-    states = xgetbv()
-    cpuid(7, 0, registers)
-    subleaves, leaf7, more = load(registers, 0), load(registers, 8), load(registers, 16)
-    if states & _AVX_STATE != _AVX_STATE or leaf7 & _LEAF7_V3 != _LEAF7_V3:
-        return 1
-    usable = 0b11
-    if subleaves >= 1:
-        cpuid(7, 1, registers)
-        if load(registers, 0) & _LEAF7_1_AVX_VNNI != 0:
-            usable |= 0b100
-    if states & _AVX512_STATE == _AVX512_STATE and leaf7 & _LEAF7_V4 == _LEAF7_V4:
-        usable |= 0b1000
-        if more & _LEAF7_VNNI != 0:
-            usable |= 0b10000 if more & _LEAF7_VBMI == 0 else 0b110000
-    return usable
+def _position(name: int, names: int) -> int:
+    """Where a string is in a list of strings with commas between, counted from 0; -1 if it is not."""
+    position = at = 0
+    while True:
+        i = 0
+        while load8(name, i) != 0 and load8(name, i) != _COMMA and load8(name, i) == load8(names, at + i):
+            i += 1
+        if load8(name, i) == 0 and (load8(names, at + i) == 0 or load8(names, at + i) == _COMMA):
+            return position
+        while load8(names, at) != 0 and load8(names, at) != _COMMA:
+            at += 1
+        if load8(names, at) == 0:
+            return -1
+        at += 1
+        position += 1
 
 
 @inlined
@@ -220,24 +196,13 @@ def _is_too_old(version: int) -> bool:
 @inlined
 def _choose_kernels(api: int, state: int) -> int:
     """Store the kernel table of the newest instruction set, or of an older one that the environment asks for."""
-    usable, chosen = _usable_targets(), 0
+    usable, chosen = usable_targets(), 0
     while usable >> chosen + 1 != 0:
         chosen += 1
     wanted = _getenv(text(_ISA_VARIABLE))
     if wanted != 0 and load8(wanted, 0) != 0:
-        if _equal(wanted, text(_TARGET_0)):
-            chosen = 0
-        elif _equal(wanted, text(_TARGET_1)):
-            chosen = 1
-        elif _equal(wanted, text(_TARGET_2)):
-            chosen = 2
-        elif _equal(wanted, text(_TARGET_3)):
-            chosen = 3
-        elif _equal(wanted, text(_TARGET_4)):
-            chosen = 4
-        elif _equal(wanted, text(_TARGET_5)):
-            chosen = 5
-        else:
+        chosen = _position(wanted, text(_TARGETS))
+        if chosen < 0:
             message = text(_UNKNOWN_ISA)
             return call(load(api, abi.CREATE_STATUS), (abi.ERROR_INVALID_ARGUMENT, message))
         if usable >> chosen & 1 == 0:
@@ -272,7 +237,7 @@ def register(options: int, base: int) -> int:
             status = call(load(api, abi.CUSTOM_OP_DOMAIN_ADD), (domain, op))
             if status != 0:
                 return status
-        store(state, abi.STATE_DOMAIN, domain)  # complete only now, should two threads come here at once
+        exchange(state + abi.STATE_DOMAIN, 0, domain)  # complete for others too, should two threads come here at once
     return call(load(api, abi.ADD_CUSTOM_OP_DOMAIN), (options, domain))
 
 

@@ -168,12 +168,15 @@ def triton(
 @app.command()
 def library(
     output: Annotated[Path | None, typer.Option(help="Copy the library to this file or folder too.")] = None,
+    platform: Annotated[
+        str | None, typer.Option(help="The platform to serve on, linux-x86_64 or linux-aarch64; this one by default.")
+    ] = None,
 ) -> None:
     """Print the path of the ONNX Runtime operator library; build it first where it is missing."""
     import srigl_fx as sx
 
     with _readable_errors():
-        path = Path(sx.runtime.library_path())
+        path = Path(sx.runtime.library_path(platform))
         if output is not None:
             try:
                 path = Path(shutil.copy(path, output))

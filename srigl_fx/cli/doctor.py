@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "srigl-fx"
 OTHER_PLATFORMS = (
-    "The operator library exists for Linux x86-64 with ONNX Runtime 1.17 or newer. Everywhere else (macOS, Windows, "
-    "Linux on ARM) the same ONNX files run through the fallback inside them, as fast as a dense network; training and "
-    "lowering work wherever PyTorch and Numba do."
+    "The operator library exists for Linux on x86-64 and on Arm with ONNX Runtime 1.17 or newer. Everywhere else "
+    "(macOS, Windows) the same ONNX files run through the fallback inside them, as fast as a dense network; training "
+    "and lowering work wherever PyTorch and Numba do."
 )
 
 

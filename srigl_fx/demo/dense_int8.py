@@ -10,15 +10,20 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from srigl_fx.runtime.cpu.kernels.isa import host_target
+from srigl_fx.runtime.cpu.kernels.isa import ARCHITECTURE, ARM, host_target
 
 Feeds = Mapping[str, NDArray[Any]]
+
+
+def _sums_are_whole() -> bool:
+    """Whether no sum of ONNX Runtime's own kernels is cut off on this processor, whatever bytes it is made of."""
+    return ARCHITECTURE == ARM or "vnni" in host_target()
 
 
 def dynamic_int8(model: bytes, *, signed_weights: bool | None = None) -> bytes:
     """A model whose matrix products take weights of eight bits, and round their inputs to as many at each call.
 
-    Signed weights are faster, and the usual choice where the processor has VNNI. Without it some of their sums are cut
+    Signed weights are faster, and the usual choice on Arm and with VNNI. Elsewhere some of their sums are cut
     off, by an eighth of the largest output in a small layer, those of unsigned ones nowhere.
 
     Args:
@@ -26,7 +31,7 @@ def dynamic_int8(model: bytes, *, signed_weights: bool | None = None) -> bytes:
         signed_weights: Or unsigned ones; None for what suits this processor.
     """
     if signed_weights is None:
-        signed_weights = "vnni" in host_target()
+        signed_weights = _sums_are_whole()
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     kind = QuantType.QInt8 if signed_weights else QuantType.QUInt8
@@ -36,7 +41,7 @@ def dynamic_int8(model: bytes, *, signed_weights: bool | None = None) -> bytes:
 def static_int8(model: bytes, feeds: Feeds) -> bytes:
     """A model with pairs of QuantizeLinear and DequantizeLinear, whose scales are those of one batch (QDQ).
 
-    Where the processor has no VNNI weights have seven bits, as ONNX Runtime's guide says: sums would be cut off.
+    On an x86-64 without VNNI weights have seven bits, as ONNX Runtime's guide says: sums would be cut off.
 
     Args:
         model: The bytes of an ONNX file.
@@ -61,7 +66,7 @@ def static_int8(model: bytes, feeds: Feeds) -> bytes:
             per_channel=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            reduce_range="vnni" not in host_target(),
+            reduce_range=not _sums_are_whole(),
         ),
     )
 

@@ -9,28 +9,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 from srigl_fx.runtime.cache import locked, make_private
+from srigl_fx.runtime.cpu.kernels.isa import ARCHITECTURE
 from srigl_fx.runtime.ort import library
-from srigl_fx.runtime.ort.compile import OBJECTS, compile_all
+from srigl_fx.runtime.ort.compile import OBJECTS_OF, compile_all
 
 
-def copy_objects(folder: Path, progress: Callable[[int, int], None] | None = None) -> list[Path]:
+def _kept(architecture: str) -> Path:
+    return Path(os.environ["SRIGL_FX_TEST_OBJECTS"], library._cached_name(f"linux-{architecture}"))
+
+
+def copy_objects(
+    folder: Path, progress: Callable[[int, int], None] | None = None, architecture: str = ARCHITECTURE
+) -> list[Path]:
     """What ``compile_all`` gives, copied from the folder in which the first caller compiled it.
 
     The folder's name has the hash of the sources and the versions of the compilers.
     """
-    kept = Path(os.environ["SRIGL_FX_TEST_OBJECTS"], library._cached_name())
+    kept = _kept(architecture)
     make_private(kept)
     with locked(kept):
         if not (kept / "complete").exists():
-            compile_all(kept, progress)
+            compile_all(kept, progress, architecture)
             (kept / "complete").touch()
-    return [Path(shutil.copy(kept / f"{name}.o", folder)) for name in OBJECTS]
+    return [Path(shutil.copy(kept / f"{name}.o", folder)) for name in OBJECTS_OF[architecture]]
 
 
 def are_compiled() -> bool:
     """Whether nothing is left to be compiled."""
-    folder = os.environ.get("SRIGL_FX_TEST_OBJECTS")
-    return folder is not None and Path(folder, library._cached_name(), "complete").exists()
+    return "SRIGL_FX_TEST_OBJECTS" in os.environ and (_kept(ARCHITECTURE) / "complete").exists()
 
 
 def use() -> None:

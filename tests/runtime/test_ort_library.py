@@ -43,7 +43,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def put_in(cache: Path, content: bytes) -> Path:
     """A file in the cache under the library's name, with its hash beside it."""
     cache.mkdir(mode=0o700, exist_ok=True)
-    path = cache / library._cached_name()
+    path = cache / library._cached_name(library._host())
     path.write_bytes(content)
     hash_of(path).write_text(hashlib.sha256(content).hexdigest())
     return path
@@ -134,11 +134,11 @@ def test_without_a_chosen_cache_a_temporary_folder_will_do(monkeypatch: pytest.M
     monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(library, "build", lambda path, _: path.write_bytes(b"built"))
+    monkeypatch.setattr(library, "build", lambda path, *_, **__: path.write_bytes(b"built"))
     assert library.library_path().parent == tmp_path / f"srigl_fx-{os.getuid()}"
 
 
-@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Linux", "aarch64"), ("Windows", "AMD64")])
+@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Linux", "riscv64"), ("Windows", "AMD64")])
 def test_other_platforms_are_told_of_the_fallback(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, system: str, machine: str
 ) -> None:
@@ -151,6 +151,23 @@ def test_other_platforms_are_told_of_the_fallback(
     assert not status.supported
     assert status.path is None
     assert "fallback" in status.reason
+
+
+def test_the_library_of_another_platform(cache: Path, quick_build: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is built for what it is for, and has a name of its own beside this platform's."""
+    asked: list[str] = []
+    monkeypatch.setattr(library, "compile_all", lambda _, __, architecture: asked.append(architecture) or [])
+    paths = {name: library.library_path(name) for name in library.PLATFORMS}
+    assert len(set(paths.values())) == len(quick_build) == 2
+    assert asked == ["x86_64", "aarch64"]
+    assert library.library_path() == paths[library._host()]
+    assert library.library_path("linux-aarch64") == paths["linux-aarch64"]
+    assert len(quick_build) == 2, "each once"
+    for function in (library.library_path, lambda name: library.build(cache / "library.so", platform=name)):
+        with pytest.raises(
+            LibraryError, match=r"no operator library for 'plan9'; the platforms are linux-x86_64, linux"
+        ):
+            function("plan9")
 
 
 @pytest.mark.slow
@@ -169,7 +186,7 @@ def test_kernels_keep_the_meaning_of_not_a_number() -> None:
 def test_linking_nothing_useful_names_the_fault(tmp_path: Path) -> None:
     broken = tmp_path / "broken.o"
     broken.write_bytes(b"\x7fELF" + bytes(100))
-    with pytest.raises(LibraryError, match="not an x86-64 ELF object file"):
+    with pytest.raises(LibraryError, match="not an x86-64 or Arm ELF object file"):
         link.link([broken], tmp_path / "library.so")
     with pytest.raises(LibraryError, match="no object defines RegisterCustomOps"):
         elf.link_shared([], exports=("RegisterCustomOps",), soname="library.so")
@@ -178,7 +195,7 @@ def test_linking_nothing_useful_names_the_fault(tmp_path: Path) -> None:
 def test_a_library_that_others_could_have_put_there_is_not_used(cache: Path) -> None:
     put_in(cache, b"not ours")
     cache.chmod(0o777)
-    assert library._existing() is None
+    assert library._existing(library._host()) is None
     with pytest.raises(LibraryError, match="may be changed by, another user"):
         library.library_path()
 
@@ -306,7 +323,7 @@ def test_who_waits_is_told_why(cache: Path, quick_build: list[Path], caplog: pyt
 def test_parts_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from srigl_fx.runtime.ort import compile as compiling
 
-    monkeypatch.setattr(compiling, "_spawn", lambda name, path: path.write_text(name))
+    monkeypatch.setattr(compiling, "_spawn", lambda name, path, _: path.write_text(name))
     seen: list[tuple[int, int]] = []
     paths = compiling.compile_all(tmp_path, lambda *done: seen.append(done))
     assert [path.read_text() for path in paths] == list(compiling.OBJECTS)
@@ -318,7 +335,7 @@ def test_after_a_failure_no_part_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_p
 
     begun: list[str] = []
 
-    def spawn(name: str, path: Path) -> None:
+    def spawn(name: str, path: Path, architecture: str) -> None:
         begun.append(name)
         if len(begun) > 1:
             time.sleep(0.3)

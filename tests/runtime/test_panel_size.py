@@ -5,7 +5,7 @@ import torch
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
 from srigl_fx.runtime.cpu.kernels import plan
-from srigl_fx.runtime.cpu.kernels.isa import AVX512, ISAS
+from srigl_fx.runtime.cpu.kernels.isa import AVX512, level_of
 from srigl_fx.runtime.cpu.prepared_weights import panel_of
 from srigl_fx.runtime.validation import check_weight
 
@@ -23,7 +23,7 @@ def test_packed_copies_are_small(n: int, in_features: int, sparsity: float, dtyp
     prepared = check_weight("condensed_linear", values, indices, active, bias, in_features)
     assert prepared is not None
     for kernel in (plan.DOT, plan.TILE):
-        window = plan.window_of(kernel, ISAS.index(AVX512), in_features, n, k)
+        window = plan.window_of(kernel, level_of(AVX512), in_features, n, k)
         packed = panel_of(prepared, kernel, window, values, indices, active, in_features, n, n)
         assert packed.nbytes <= LIMITS[sparsity] * 4 * n * in_features
 

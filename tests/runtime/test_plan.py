@@ -29,10 +29,11 @@ from srigl_fx.runtime.cpu.kernels.isa import (
     AVX512,
     AVX512_VBMI,
     BASELINE,
-    ISAS,
+    EVERY_ISA,
+    NEON,
     TARGETS,
     host_isa,
-    isa_of,
+    level_of,
     looks_up_bytes,
 )
 from srigl_fx.runtime.cpu.kernels.table import KERNELS, Kernel
@@ -40,7 +41,7 @@ from srigl_fx.runtime.cpu.training_products import Pattern, pack
 from srigl_fx.runtime.format import CondensedWeight, ValueDtype
 from srigl_fx.runtime.ort import library
 
-LEVEL, BYTE_LOOKUP = ISAS.index(host_isa()), looks_up_bytes()
+LEVEL, BYTE_LOOKUP = level_of(host_isa()), looks_up_bytes()
 sizes = {
     "in_features": st.one_of(st.integers(1, 300), st.integers(1, 1 << 17)),
     "n_active": st.integers(0, 5000),
@@ -82,7 +83,7 @@ def test_the_library_asks_the_same_plan(
 
 @given(**sizes, batch=st.integers(1, 40), target=st.integers(0, len(TARGETS) - 1))
 def test_the_cost_model_asks_it_too(in_features: int, n_active: int, k: int, batch: int, target: int) -> None:
-    kept, level = n_active * k, ISAS.index(isa_of(TARGETS[target]))
+    kept, level = n_active * k, level_of(TARGETS[target])
     work = Work(rows=n_active + 1, fan_in=in_features, active=n_active, kept=kept, columns=batch)
     machine = Machine(level=level, target=target)
     tile = plan.linear_kernel(level, in_features, n_active, k, batch, False, True) == plan.TILE
@@ -115,7 +116,7 @@ def test_the_layout_pass_asks_it_too(n_active: int, in_features: int, dtype: Val
     node = _as_a_node(condensed(4, in_features, 1, n_active=n_active, dtype=dtype))
     for samples in (16, 300):
         (expected,) = {
-            plan.linear_kernel(level, in_features, n_active, 1, samples, True, True) for level in range(len(ISAS))
+            plan.linear_kernel(level_of(isa), in_features, n_active, 1, samples, True, True) for isa in EVERY_ISA
         }
         assert feature_major._has_kernel(node, samples) == (expected == plan.TILE and dtype != "int8")
 
@@ -149,9 +150,10 @@ def test_few_samples_behind_the_last_whole_tile_are_a_call_of_their_own(lookup: 
             assert plan.int8_linear_samples(lookup, plan.INT8_DOT, rest, columns) == rest
 
 
-@pytest.mark.parametrize("level", range(len(ISAS)))
-def test_every_kernel_has_its_calls(level: int) -> None:
+@pytest.mark.parametrize("isa", EVERY_ISA)
+def test_every_kernel_has_its_calls(isa: str) -> None:
     """A kernel of the table is the plan's for some call on each of its instruction sets, and on no other."""
+    level = level_of(isa)
     found = {
         plan.linear_for_shared(
             plan.linear_kernel(level, in_features, 64, k, batch, feature_major, packed),
@@ -166,11 +168,11 @@ def test_every_kernel_has_its_calls(level: int) -> None:
     assert found == {
         kernel.number
         for kernel in KERNELS
-        if kernel.layer == "linear" and ISAS[level] in kernel.isas and kernel.values == value_types.FLOATS
+        if kernel.layer == "linear" and isa in kernel.isas and kernel.values == value_types.FLOATS
     }
     for kernel in KERNELS:
         if kernel.reads in ("dot panel", "tile panel", "shared tile panel"):
-            assert bool(plan.window_of(kernel.number, level, 128, 64, 100)) == (ISAS[level] in kernel.isas)
+            assert bool(plan.window_of(kernel.number, level, 128, 64, 100)) == (isa in kernel.isas)
 
 
 @pytest.mark.parametrize("lookup", [False, True])
@@ -190,7 +192,7 @@ def test_every_kernel_of_bytes_has_its_calls(lookup: bool) -> None:
     ]
     for kernel in (row for row in KERNELS if row.values == ("int8",)):
         assert plan.int8_window(lookup, kernel.number, 128, 100) > 0
-        assert kernel.isas == ISAS
+        assert kernel.isas == EVERY_ISA
 
 
 @pytest.fixture
@@ -259,7 +261,7 @@ def test_each_kernel_runs_for_each_value_dtype(
     kernel: Kernel, dtype: ValueDtype, ran: list[str], request: pytest.FixtureRequest
 ) -> None:
     """A new row of the table fails here until somebody says how it is reached."""
-    if ISAS[LEVEL] not in kernel.isas:
+    if host_isa() not in kernel.isas:
         assert not plan.window_of(kernel.number, LEVEL, 200, 37, 19)
     elif kernel.task == "strided_task":  # torch turns the tensors around instead
         request.getfixturevalue("library")
@@ -292,9 +294,9 @@ def test_torch_and_onnxruntime_give_the_same_bits(in_features: int, dtype: Value
 def test_few_samples_of_a_narrow_layer(ran: list[str]) -> None:
     weight = condensed(300, 63, 20)
     check_linear(weight, torch.randn(1, 63))
-    assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "rows_task")
+    assert ran[-1] == ("dot_task" if level_of(host_isa()) == 1 else "rows_task")
     check_linear(weight, torch.randn(2, 63))
-    assert ran[-1] == ("dot_task" if ISAS[LEVEL] == AVX2 else "tile_task")
+    assert ran[-1] == ("dot_task" if level_of(host_isa()) == 1 else "tile_task")
     check_linear(weight, torch.randn(3, 63))
     assert ran[-1] == "tile_task"
 
@@ -308,19 +310,17 @@ def test_the_widest_windows_of_a_dot_panel(in_features: int, dtype: ValueDtype) 
         check_linear(weight, torch.randn(batch, in_features))
 
 
-@pytest.mark.parametrize(("isa", "most"), [(BASELINE, 0), (AVX2, 2), (AVX512, 5)])
+@pytest.mark.parametrize(("isa", "most"), [(BASELINE, 0), (AVX2, 2), (AVX512, 5), (NEON, 2)])
 @pytest.mark.parametrize(("in_features", "n_active", "k"), [(64, 16, 1), (300, 100, 30), (4096, 4096, 819)])
 def test_up_to_how_many_samples_inputs_are_looked_up(
     isa: str, most: int, in_features: int, n_active: int, k: int
 ) -> None:
     """More are tiles: AVX2 loads each input, three samples as long as a tile takes; the baseline has no such kernel."""
     kernels = [
-        plan.linear_kernel(ISAS.index(isa), in_features, n_active, k, batch, False, True) for batch in range(1, 18)
+        plan.linear_kernel(level_of(isa), in_features, n_active, k, batch, False, True) for batch in range(1, 18)
     ]
     assert kernels == [plan.DOT if batch <= most else plan.ROWS if batch == 1 else plan.TILE for batch in range(1, 18)]
-    kernels = [
-        plan.linear_kernel(ISAS.index(isa), in_features, n_active, k, batch, True, True) for batch in range(1, 18)
-    ]
+    kernels = [plan.linear_kernel(level_of(isa), in_features, n_active, k, batch, True, True) for batch in range(1, 18)]
     assert set(kernels) == {plan.TILE}  # which reads and writes such tensors as they lie
 
 

@@ -95,6 +95,19 @@ def test_clearing_leaves_the_times_of_other_processors(path: Path, monkeypatch: 
     assert json.loads(line)["where"] == other
 
 
+def test_processors_that_have_numbers_alone_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So Linux describes those of Arm, each under the same name."""
+    names = set()
+    for part in ("0xd08", "0xd40"):
+        (tmp_path / part).write_text(
+            f"processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: 0x1\nCPU part\t: {part}\n"
+        )
+        with monkeypatch.context() as patch:
+            patch.setattr(timings, "Path", lambda _, part=part: tmp_path / part)
+            names.add(timings._cpu.__wrapped__())
+    assert len(names) == 2
+
+
 def test_times_by_threads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for threads, torch_version in ((64, torch.__version__), (2, torch.__version__), (8, "1.0")):
         where = {**environment(), "threads": threads, "torch": torch_version}

@@ -19,6 +19,7 @@ __all__ = ["library_path", "load", "register"]
 
 _LIBRARY = Path(__file__).parent / "libsrigl_fx.so"
 _OLDEST = (1, 17)
+_MACHINES = ("x86_64", "aarch64")  # for each of which there is a wheel
 # ONNX Runtime takes the operators once for each SessionOptions.
 _registered: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
@@ -27,17 +28,18 @@ def library_path() -> Path:
     """The operator library, a file that needs neither Python nor this package.
 
     Raises:
-        RuntimeError: This is not Linux x86-64, for which alone it exists.
+        RuntimeError: This is neither Linux x86-64 nor Linux on Arm, for which alone it exists.
 
     Example:
         >>> library_path().name
         'libsrigl_fx.so'
     """
     system, machine = platform.system(), platform.machine()
-    if (system, machine) != ("Linux", "x86_64"):
+    if system != "Linux" or machine not in _MACHINES:
         raise RuntimeError(
-            f"the operator library exists for Linux x86-64 only, this is {system} {machine}; files run without it, "
-            "through the fallback inside them, as fast as dense ones: open them with onnxruntime.InferenceSession"
+            f"the operator library exists for Linux on x86-64 and on Arm (aarch64) only, this is {system} {machine}; "
+            "files run without it, through the fallback inside them, as fast as dense ones: open them with "
+            "onnxruntime.InferenceSession"
         )
     return _LIBRARY
 
@@ -49,7 +51,7 @@ def register(session_options: "onnxruntime.SessionOptions") -> None:
         session_options: Options of ONNX Runtime, before a session is made with them; they are changed in place.
 
     Raises:
-        RuntimeError: ONNX Runtime is older than 1.17, or this is not Linux x86-64.
+        RuntimeError: ONNX Runtime is older than 1.17, or this is neither Linux x86-64 nor Linux on Arm.
 
     Example:
         >>> options = onnxruntime.SessionOptions()

@@ -7,18 +7,26 @@ import numba as typed_numba
 import numba.extending as typed_extending
 
 from srigl_fx.runtime.cpu.kernels import plan
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE, NARROW_TILES, compiled_target, isa_of
+from srigl_fx.runtime.cpu.kernels.isa import (
+    AVX2,
+    AVX512,
+    BASELINE,
+    NARROW_TILES,
+    NEON,
+    compiled_target,
+    isa_of,
+)
 
 numba: Any = typed_numba  # half of its functions are annotated
 extending: Any = typed_extending
 
 TARGET: Final = compiled_target()
 ISA: Final = isa_of(TARGET)
-BYTE_PRODUCTS: Final = "vnni" in TARGET  # of four bytes with four, summed up in a lane
+BYTE_PRODUCTS: Final = "vnni" in TARGET or ISA == NEON  # of four bytes with four, summed up in a lane
 BYTE_LOOKUP: Final = "vbmi" in TARGET  # of bytes, in registers
 NARROW: Final = TARGET in NARROW_TILES  # whether tiles of bytes have 32 or 48 columns, too
 FASTMATH: Final = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity keep their meaning
-REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 8}[ISA]  # vectors of 16 sums in flight
+REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 8, NEON: 4}[ISA]  # vectors of 16 sums in flight
 
 
 def compiled(function: Callable[..., Any]) -> Any:

@@ -6,7 +6,7 @@ registers, or loaded where bytes cannot be, and the copies that fill a tile of a
 
 A product of four bytes with four others, summed up in an int32 lane, is one instruction where the CPU has VNNI. Others
 multiply the even bytes and the odd ones as 16-bit numbers, of which no product overflows (``vpmaddubsw``, which takes
-bytes, would saturate).
+bytes, would saturate). Arm multiplies signed bytes with each other, by one instruction or by a few.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,9 +15,9 @@ from typing import Any, Final
 from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
-from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, BYTE_PRODUCTS, ISA
+from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, BYTE_PRODUCTS, ISA, TARGET
 from srigl_fx.runtime.cpu.kernels.int8_rounding import BYTES, ORDER, PLACES, every_int
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE, NEON, NEON_I8MM
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
 from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, address, intrinsic, number, types
@@ -73,8 +73,61 @@ def _multiply_quads(b: Any, total: Any, one: Any, other: Any) -> Any:
     return b.shuffle_vector(*found, ir.Constant(INTS, list(range(LANES))))
 
 
+_REGISTER: Final = ir.VectorType(I8, 16)  # of Arm
+_FOUR: Final = ir.VectorType(I32, 4)
+
+
+def _on_arm(b: Any, name: str, result: Any, *given: Any) -> Any:
+    """One of the instructions that LLVM has names for."""
+    return b.call(v.declared(b, f"llvm.aarch64.neon.{name}", result, [one.type for one in given]), given)
+
+
+def _signed_products(b: Any, total: Any, one: Any, other: Any) -> Any:
+    """``total`` and the sum of four products of signed bytes, in each int32 lane of a register."""
+    if ISA != TARGET:
+        return _on_arm(b, "sdot.v4i32.v16i8", _FOUR, total, one, other)
+    eight, pairs = ir.VectorType(I16, 8), []
+    for first in (0, 8):
+        long = [b.sext(b.shuffle_vector(side, side, places(range(first, first + 8))), eight) for side in (one, other)]
+        pairs.append(_on_arm(b, "saddlp.v4i32.v8i16", _FOUR, b.mul(*long)))
+    return b.add(total, _on_arm(b, "addp.v4i32", _FOUR, *pairs))
+
+
+def _multiply_on_arm(b: Any, totals: Sequence[Any], inputs: Sequence[Any], weights: Any) -> list[Any]:
+    """The products of :func:`multiply_bytes`, a register of 16 bytes at a time.
+
+    Unsigned bytes are multiplied with signed ones where there is I8MM. Elsewhere inputs are made signed by taking 128
+    from each, and what they lack then, 128 times the sum of the weights, is the same for all inputs.
+    """
+
+    def registers(whole: Any, size: int) -> list[Any]:
+        lanes = whole.type.count // 4
+        return [b.shuffle_vector(whole, whole, places(range(i, i + lanes))) for i in range(0, size, lanes)]
+
+    found: list[list[Any]] = [[] for _ in totals]
+    sums, bytes_ = [registers(total, LANES) for total in totals], [registers(x, SLOTS) for x in inputs]
+    for part, given in enumerate(registers(weights, SLOTS)):
+        if TARGET == NEON_I8MM:
+            for results, total, x in zip(found, sums, bytes_, strict=True):
+                results.append(_on_arm(b, "usdot.v4i32.v16i8", _FOUR, total[part], x[part], given))
+            continue
+        every = [ir.Constant(_REGISTER, [number] * 16) for number in (1, -128)]
+        lacking = _signed_products(b, ir.Constant(_FOUR, [0] * 4), given, every[0])
+        lacking = b.shl(lacking, ir.Constant(_FOUR, [7] * 4))
+        for results, total, x in zip(found, sums, bytes_, strict=True):
+            start = b.add(total[part], lacking)
+            results.append(_signed_products(b, start, b.xor(x[part], every[1]), given))
+    joined = []
+    for results in found:
+        halves = [b.shuffle_vector(*results[i : i + 2], places(range(8))) for i in (0, 2)]
+        joined.append(b.shuffle_vector(*halves, places(range(LANES))))
+    return joined
+
+
 def multiply_bytes(b: Any, totals: Sequence[Any], inputs: Sequence[Any], weights: Any) -> list[Any]:
     """``total + sum of four inputs times four weights``, in each int32 lane, for several vectors of unsigned inputs."""
+    if ISA == NEON:
+        return _multiply_on_arm(b, totals, inputs, weights)
     if BYTE_PRODUCTS:
         given = b.bitcast(weights, INTS)
         return [_multiply_quads(b, total, b.bitcast(x, INTS), given) for total, x in zip(totals, inputs, strict=True)]

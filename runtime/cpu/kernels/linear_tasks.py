@@ -13,7 +13,7 @@ from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows, transpose
 from srigl_fx.runtime.cpu.kernels.dot import WIDE, dot_group
 from srigl_fx.runtime.cpu.kernels.few_shared import few_shared
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, NEON, level_of
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES, most_shared_samples
 from srigl_fx.runtime.cpu.kernels.tiles import (
@@ -36,7 +36,7 @@ from srigl_fx.runtime.value_types import FLOATS, NUMBERS
 Pointer = Any
 _ZERO: Final = np.float32(0)
 _FLOAT32: Final = NUMBERS["float32"]
-_MOST_SHARED_SAMPLES: Final = most_shared_samples(ISAS.index(ISA))
+_MOST_SHARED_SAMPLES: Final = most_shared_samples(level_of(ISA))
 
 
 @compiled
@@ -144,7 +144,7 @@ def _case(window: int, value_type: int, otherwise: Any) -> Any:
 
 
 _dot_of = _no_dot
-for _window in {AVX512: (64, 128), AVX2: (WIDE,)}.get(ISA, ()):
+for _window in {AVX512: (64, 128), AVX2: (WIDE,), NEON: (WIDE,)}.get(ISA, ()):
     for _value_type in [NUMBERS[name] for name in reversed(FLOATS)]:
         _dot_of = _case(_window, _value_type, _dot_of)
 

@@ -36,7 +36,7 @@ MOST_TASKS: Final = 16  # where it is not known how many threads there are
 
 
 def dot_window(level: int, in_features: int, n_active: int, k: int) -> int:
-    """The window of a dot panel for an instruction set (its position in ISAS); 0 where there is no such kernel.
+    """The window of a dot panel for an instruction set of a level (``isa.level_of``); 0 where there is no such kernel.
 
     AVX-512 looks up 64 or 128 inputs in registers: more take longer, but leave fewer gaps, which counts where weights
     are few or come from memory. AVX2 loads each by its index: from all inputs, as two bytes can name them, so that rows
@@ -83,7 +83,7 @@ def linear_kernel(
     """The kernel of a linear layer: ROWS, STRIDED, DOT or TILE.
 
     Args:
-        level: The instruction set, its position in ISAS.
+        level: That of the instruction set (``isa.level_of``).
         in_features: Inputs of the layer.
         n_active: Its rows that are not ablated.
         k: The weights that each of them keeps.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from srigl_fx.runtime.cpu.kernels import plan
-from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, ISAS
+from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, EVERY_ISA, NEON, level_of
 from srigl_fx.runtime.value_types import FLOATS as VALUES
 
 
@@ -45,7 +45,7 @@ class Kernel:
         "rows in blocks",
     ]
     values: tuple[str, ...] = VALUES
-    isas: tuple[str, ...] = ISAS
+    isas: tuple[str, ...] = EVERY_ISA
     samples: tuple[int, int | None] = (1, None)
     feature_major: bool = False
     file: str
@@ -73,10 +73,10 @@ KERNELS: Final = (
         task="dot_task",
         layer="linear",
         number=plan.DOT,
-        computes="inputs are looked up in vector registers, 16 rows at a time; AVX2: one or two samples, loaded",
+        computes="inputs are looked up in vector registers, 16 rows at a time; AVX2, NEON: one or two samples, loaded",
         reads="dot panel",
-        isas=(AVX2, AVX512),
-        samples=(1, plan.most_dot_samples(ISAS.index(AVX512))),
+        isas=(AVX2, AVX512, NEON),
+        samples=(1, plan.most_dot_samples(level_of(AVX512))),
         file="dot.py",
     ),
     Kernel(
@@ -195,7 +195,7 @@ def as_markdown() -> str:
     for kernel in KERNELS:
         least, most = kernel.samples
         samples = "any" if most is None else f"{least} to {most}"
-        isas = "all" if kernel.isas == ISAS else ", ".join(kernel.isas)
+        isas = "all" if kernel.isas == EVERY_ISA else ", ".join(kernel.isas)
         layer = f"{kernel.layer}, also feature-major" if kernel.feature_major else kernel.layer
         values = "floats" if kernel.values == VALUES else ", ".join(kernel.values)
         lines.append(

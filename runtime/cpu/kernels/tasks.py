@@ -20,7 +20,7 @@ from srigl_fx.runtime.cpu.kernels.conv_tasks import (
 from srigl_fx.runtime.cpu.kernels.int8_conv_tasks import int8_conv_task, int8_pack_task
 from srigl_fx.runtime.cpu.kernels.int8_samples import int8_fill_task, int8_round_task, int8_scales_task
 from srigl_fx.runtime.cpu.kernels.int8_tasks import int8_dot_task, int8_tile_task
-from srigl_fx.runtime.cpu.kernels.isa import ISAS
+from srigl_fx.runtime.cpu.kernels.isa import level_of
 from srigl_fx.runtime.cpu.kernels.linear_tasks import (
     dot_task,
     rows_task,
@@ -35,7 +35,7 @@ from srigl_fx.runtime.value_types import NUMBERS
 __all__ = ["FASTMATH", "TASKS"]
 
 Pointer = Any
-_LEVEL: Final = ISAS.index(ISA)
+_LEVEL: Final = level_of(ISA)
 _INT8: Final = NUMBERS["int8"]
 _linear_kernel, _window_of = planned(plan.linear_kernel), planned(plan.window_of)
 _int8_linear_kernel, _int8_window = planned(plan.int8_linear_kernel), planned(plan.int8_window)

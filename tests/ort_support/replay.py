@@ -1,0 +1,53 @@
+"""Runs what ``recording.py`` kept, as a host without this package does: ``python replay.py LIBRARY FOLDER``.
+
+It needs NumPy and ONNX Runtime only. Whole numbers must be the same, floats within some rounding of sums in another
+order, and what is not finite must be so in the same places. Prints one JSON line.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+TOLERANCE = 1e-5  # of the largest output, which has up to 300 terms
+
+
+def fault(y: Any, expected: Any) -> str | None:
+    """What is wrong with a result, if anything."""
+    if (y.shape, y.dtype) != (expected.shape, expected.dtype):
+        return f"{y.dtype} {y.shape} in place of {expected.dtype} {expected.shape}"
+    if y.dtype.kind != "f":
+        return None if np.array_equal(y, expected) else f"{(y != expected).sum()} of {y.size} numbers differ"
+    finite = np.isfinite(expected)
+    if not np.array_equal(np.where(finite, 0, expected), np.where(np.isfinite(y), 0, y), equal_nan=True):
+        return "other places are not finite"
+    size = np.abs(expected[finite]).max(initial=1)
+    error = np.abs(y[finite].astype(np.float64) - expected[finite]).max(initial=0)
+    return None if error <= TOLERANCE * size else f"an error of {error:.1e} at a size of {size:.1e}"
+
+
+def main(library: str, folder: Path) -> dict[str, Any]:
+    faults: list[str] = []
+    models = calls = 0
+    for path in sorted(folder.glob("*.onnx")):
+        with np.load(path.with_suffix(".npz")) as kept:
+            arrays = dict(kept)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level, options.intra_op_num_threads = 4, 1
+        options.register_custom_ops_library(library)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        models += 1
+        for call in range(int(arrays["count"])):
+            given = {name.split(":")[1]: array for name, array in arrays.items() if name.startswith(f"{call}:")}
+            expected = given.pop("->")
+            calls += 1
+            if wrong := fault(session.run(None, given)[0], expected):
+                faults.append(f"{arrays['test']}, call {call}: {wrong}")
+    return {"models": models, "calls": calls, "faults": faults}
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
