@@ -174,7 +174,7 @@ def capture_whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     run, refused = _begin(model, args, kwargs)
     if refused is not None:
         return refused
-    batched = _batched(pytree.tree_leaves((args, kwargs)))  # rule 2
+    batched = batched_leaves(pytree.tree_leaves((args, kwargs)))  # rule 2
     free = {position: frozenset({0}) for position, is_batched in enumerate(batched) if is_batched}
     # Rule 4.
     rungs = [_Rung(Dim.DYNAMIC, False), _Rung(Dim.AUTO, False), _Rung(None, False)]
@@ -351,7 +351,7 @@ def _export(
 ) -> tuple[ExportedProgram, _PyTreeInfo | None]:
     """Export ``model``; the tree is that of its arguments and results where the program takes and returns leaves."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    shared = _batched(leaves)
+    shared = batched_leaves(leaves)
     for position, axes in dims.items():
         for axis in axes:
             is_asked = asked or (axis == 0 and shared[position])
@@ -368,8 +368,13 @@ def _export(
     return export(flat.module, flat.leaves, {}, sizes, strict=rung.strict), flat.tree
 
 
-def _batched(leaves: list[Any]) -> list[bool]:
-    """Which leaves share the leading size of the first tensor that has one: that is taken for the batch."""
+def batched_leaves(leaves: list[Any]) -> list[bool]:
+    """Which leaves share the leading size of the first tensor that has one: that is taken for the batch.
+
+    Example:
+        >>> batched_leaves([torch.ones(2, 3), 5, torch.ones(2), torch.ones(3)])
+        [True, False, True, False]
+    """
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
     size = tensors[0].shape[0] if tensors else 0
     return [isinstance(leaf, Tensor) and leaf.dim() > 0 and size > 0 and leaf.shape[0] == size for leaf in leaves]

@@ -28,7 +28,7 @@ from srigl_fx.errors import LoweringError
 from srigl_fx.passes.asked_sizes import Wish, Wishes
 from srigl_fx.passes.capture import Capture, Failure, capture_asked
 from srigl_fx.passes.capture_checks import class_name, first_line, raised_by
-from srigl_fx.passes.free_sizes import UNKNOWN, batch_names, named_sizes
+from srigl_fx.passes.free_sizes import UNKNOWN, batch_names, named_sizes, specialised_by
 from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.sizes import At, FixedSize, Size, Sizes, resize
@@ -137,7 +137,9 @@ class _Asking:
                 if size is not None and not any(name.startswith(UNKNOWN) for name, _ in size.terms):
                     continue
                 reason = self._why(leaf, axis) or (
-                    "torch.export needs it to be this number" if size is None else "it is computed from other sizes"
+                    f"torch.export needs it to be this number{specialised_by(program, axis)}"
+                    if size is None
+                    else "it is computed from other sizes"
                 )
                 if wish.required:
                     raise LoweringError(
@@ -198,23 +200,26 @@ class _Asking:
         limits = dict(sizes.limits)
         for name, (least, most) in self.wishes.limits.items():
             own_least, own_most = limits.get(name, (1, None))
-            if (least is not None and max(least, 1) < own_least) or (
-                most is not None and own_most is not None and most > own_most
-            ):
-                leaf, axis = next(
-                    (leaf, axis)
-                    for leaf, axes in enumerate(sizes.axes)
-                    for axis, size in axes.items()
-                    if any(name == other for other, _ in size.terms)
-                )
-                to = "without end" if own_most is None else f"to {own_most}"
-                raise LoweringError(
-                    f"{name} was to be from {least or 1} {'without end' if most is None else f'to {most}'}, and the "
-                    f"graph of the model is right from {own_least} {to} ({self.wishes.place(leaf, axis)}): narrow the "
-                    "range"
-                )
+            self._check_asked(sizes, name, (own_least, own_most))
             limits[name] = (max(least or 1, own_least), own_most if most is None else most)
         return replace(sizes, limits=limits, asked=True, fixed=tuple(self.fixed.values()))
+
+    def _check_asked(self, sizes: Sizes, name: str, own: tuple[int, int | None]) -> None:
+        """Raise where a range that was asked for is wider than what the graph is right for."""
+        (least, most), (own_least, own_most) = self.wishes.limits.get(name, (None, None)), own
+        if (least is None or max(least, 1) >= own_least) and (most is None or own_most is None or most <= own_most):
+            return
+        leaf, axis = next(
+            (leaf, axis)
+            for leaf, axes in enumerate(sizes.axes)
+            for axis, size in axes.items()
+            if any(name == other for other, _ in size.terms)
+        )
+        to = "without end" if own_most is None else f"to {own_most}"
+        raise LoweringError(
+            f"{name} was to be from {least or 1} {'without end' if most is None else f'to {most}'}, and the "
+            f"graph of the model is right from {own_least} {to} ({self.wishes.place(leaf, axis)}): narrow the range"
+        )
 
     def _why(self, leaf: int, axis: int, other: int | None = None) -> str:
         """The line of the model that fails where one size alone is another, and its error; "" where none does."""
@@ -250,6 +255,7 @@ class _Asking:
                     problem = problem or wrong
                     if candidate == 1 and candidate == least and wrong.startswith(_DIFFERS):
                         limits[name] = (2, most)  # export takes sizes of 1 for constants: there it has decided
+                        self._check_asked(sizes, name, limits[name])
             if name not in smaller and name not in larger and (below or above):
                 again |= self._not_free(sizes, name, problem)
         if again:
@@ -274,6 +280,13 @@ class _Asking:
                 groups.setdefault(example[name], []).append(name)
         for number, names in groups.items():
             alone = [name for name in names if len(names) > 1 and not self._fits(program, [name], number, all)]
+            if len(alone) == 1 and self._fits(program, names, number, all):
+                # The others may be more alone, as the samples of a mask are, and of 1 there is no less to show it.
+                together = names
+                for name in [name for name in names if name not in alone]:
+                    fewer = [other for other in together if other != name]
+                    together = fewer if len(fewer) > 1 and self._fits(program, fewer, number, all) else together
+                sizes, alone = sizes.with_one(together), []
             # A group that is right on both sides of its number is found first: on one of them a third size, such as the
             # length of a mask, may be in the way.
             for sides in (all, any):

@@ -9,10 +9,12 @@ Owns the way from the symbols that ``torch.export`` has put into a graph's input
 4. The batch is called "batch", another leading size by its input, and any other by its input and its axis.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from srigl_fx.passes.capture_checks import free_sizes
@@ -121,3 +123,20 @@ def example_symbols(program: Program) -> dict[str, int]:
         if size.node.expr.is_Symbol and str(size.node.expr) not in counted and size.node.has_hint():
             found[str(size.node.expr)] = int(size.node.hint)
     return found
+
+
+def specialised_by(program: Program, axis: int) -> str:
+    """The line of the model that has made one number of a size along this axis, as ": model.py, line 7, `...`".
+
+    "" where no line outside torch is known to have done so.
+    """
+    for node in program.module.graph.find_nodes(op="placeholder"):
+        shapes = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        for symbol, where in getattr(shapes, "replacements_slocs", {}).items():
+            frame = getattr(where, "framework_loc", None)
+            names = [str(one.name) for one in shapes.var_to_sources.get(symbol, ())]
+            inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
+            own = frame is not None and bool(frame.line) and not frame.filename.startswith(inside)
+            if own and any(name.endswith(f".size()[{axis}]") for name in names):
+                return f": {os.path.basename(frame.filename)}, line {frame.lineno}, `{frame.line}`"
+    return ""

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.passes.trees import leaf_paths
 
 BATCH = "batch"
+ANY = (1, None)  # the limits of a size that has none
 
 _TERM = re.compile(r"(?:(-?\d+)\*)?([A-Za-z_]\w*)|(-?\d+)", re.ASCII)
 
@@ -265,7 +266,7 @@ class Sizes:
                 if any(name == other for other, _ in size.terms)
             ]
             tried = {values[name] for values in self.tried if name in values} - {example[name]}
-            least, most = self.limits.get(name, (1, None))
+            least, most = self.limits.get(name, ANY)
             found.append(
                 FreeSize(
                     name=name,
@@ -277,6 +278,26 @@ class Sizes:
                 )
             )
         return tuple(found)
+
+
+def is_within(size: int, least: int, most: int | None) -> bool:
+    """Whether a size is inside limits.
+
+    Example:
+        >>> is_within(5, 1, None), is_within(5, 6, 9)
+        (True, False)
+    """
+    return least <= size and (most is None or size <= most)
+
+
+def span_of(least: int, most: int | None) -> str:
+    """Limits in words.
+
+    Example:
+        >>> span_of(2, 512), span_of(2, None)
+        ('from 2 to 512', 'from 2 on')
+    """
+    return f"from {least} on" if most is None else f"from {least} to {most}"
 
 
 def leaf_names(names: Sequence[str], tree: Any) -> list[str]:

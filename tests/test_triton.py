@@ -14,10 +14,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from condensing_support import pruned, random
 from google.protobuf import text_format
 from onnx import TensorProto, helper, numpy_helper
 
+import srigl_fx as sx
 from srigl_fx import onnx_tools
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
@@ -237,3 +239,91 @@ def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
     (tmp_path / "empty.onnx").write_bytes(b"")
     with pytest.raises(FormatError, match="holds no ONNX graph"):
         onnx_tools.triton_model(tmp_path / "empty.onnx", tmp_path)
+
+
+def stored_beside(path: Path) -> Path:
+    """A file whose one weight lies in ``weights.bin`` beside it."""
+    saved = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    return model(path, ["n", 48], ["n", 48], op="MatMul", **saved)
+
+
+def test_links_are_followed_where_models_keep_their_files_only(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    real = stored_beside(tmp_path / "blobs" / "a.onnx")
+    (tmp_path / "snapshot").mkdir()  # as downloads are kept: links to one folder
+    for name in ("a.onnx", "weights.bin"):
+        (tmp_path / "snapshot" / name).symlink_to(tmp_path / "blobs" / name)
+    folder = onnx_tools.triton_model(tmp_path / "snapshot" / "a.onnx", tmp_path, name="m")
+    kept = folder / "1" / "weights.bin"
+    assert not kept.is_symlink()
+    assert kept.read_bytes() == (tmp_path / "blobs" / "weights.bin").read_bytes()
+
+    (tmp_path / "weights.bin").symlink_to(tmp_path / "blobs" / "weights.bin")
+    os.rename(real, tmp_path / "b.onnx")
+    with pytest.raises(FormatError, match=r"weights\.bin, a link to another folder, of which nothing is copied"):
+        onnx_tools.triton_model(tmp_path / "b.onnx", tmp_path)
+    assert not (tmp_path / "b").exists()
+
+
+def test_an_operator_of_another_version_is_named(tmp_path: Path) -> None:
+    made = onnx.load(model(tmp_path / "a.onnx", ["n", 3], ["n", 3]))
+    made.opset_import.append(helper.make_opsetid("srigl_fx", 1))
+    made.graph.node[0].op_type, made.graph.node[0].domain = "CondensedLinearSine", "srigl_fx"
+    onnx.save(made, tmp_path / "a.onnx")
+    with pytest.raises(ExportError, match=r"calls CondensedLinearSine, which is no operator of the library"):
+        onnx_tools.triton_model(tmp_path / "a.onnx", tmp_path)
+    body = helper.make_node("Identity", ["x"], ["y"])
+    opsets = [helper.make_opsetid("", 18)]
+    made.functions.append(helper.make_function("srigl_fx", "CondensedLinearSine", ["x"], ["y"], [body], opsets))
+    onnx.save(made, tmp_path / "a.onnx")  # a tool has renamed a function: it runs as such, without the library
+    assert (
+        "model_operations" not in (onnx_tools.triton_model(tmp_path / "a.onnx", tmp_path) / "config.pbtxt").read_text()
+    )
+
+
+def sparse() -> torch.nn.Module:
+    return sx.sparsify(torch.nn.Sequential(torch.nn.Linear(8, 6)), sparsity=0.5).eval()
+
+
+@pytest.mark.long
+def test_export_writes_the_folder_beside_the_file(tmp_path: Path, library: Path) -> None:
+    (tmp_path / "models").mkdir()
+    options = {"repository": tmp_path / "models", "served_from": "/srv", "max_batch_size": 8, "name": "net"}
+    report = sx.export_onnx(sparse(), tmp_path / "a.onnx", (torch.ones(2, 8),), min_speedup=0, triton=options)
+    assert report.triton == tmp_path / "models" / "net"
+    assert f"for Triton: {report.triton}" in str(report)
+    assert report.as_dict()["triton"] == str(report.triton)
+    assert (report.triton / "1" / "model.onnx").read_bytes() == report.path.read_bytes()
+    assert (report.triton / "libsrigl_fx.so").read_bytes() == library.read_bytes()
+    read = configuration(report.triton)
+    assert (read.name, read.max_batch_size) == ("net", 8)
+    assert [(one.name, list(one.dims)) for one in (*read.input, *read.output)] == [("input", [8]), ("output", [6])]
+    assert list(read.model_operations.op_library_filename) == ["/srv/net/libsrigl_fx.so"]
+    plain = sx.export_onnx(
+        sparse(), tmp_path / "b.onnx", (torch.ones(2, 8),), min_speedup=0, triton=tmp_path / "models"
+    )
+    assert plain.triton == tmp_path / "models" / "b"
+    assert configuration(plain.triton).max_batch_size == 64
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"repository": ".", "size": 3}, "triton has no option 'size'; there are repository, name, served_from"),
+        ({"threads": 3}, "triton needs the folder of all models"),
+        ("nowhere", "there is no folder 'nowhere'"),
+        (5, "triton must be a folder, or a dict"),
+        ({"repository": ".", "name": "taken"}, "exists already; remove it"),
+        ({"repository": ".", "threads": 0}, "threads must be a whole number"),
+        ({"repository": ".", "max_batch_size": -1}, "max_batch_size must be a whole number"),
+    ],
+)
+def test_what_triton_cannot_have_leaves_no_file(
+    given: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ExportError, match=words):
+        sx.export_onnx(sparse(), "a.onnx", (torch.ones(2, 8),), min_speedup=0, verify=False, triton=given)
+    assert os.listdir(tmp_path) == ["taken"]

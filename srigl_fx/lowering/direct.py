@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.lowering.inputs import sizes_of
 from srigl_fx.passes.condensed_nodes import is_condensed
 from srigl_fx.passes.program import arguments
-from srigl_fx.passes.sizes import Size
+from srigl_fx.passes.sizes import Size, is_within
 from srigl_fx.runtime.cpu.direct import TENSORS, DirectCall
 
 Described = Sequence[dict[str, Any] | None]
@@ -65,12 +65,14 @@ class DirectProgram:
         positional, named = info.in_spec.children()
         self.described, self._names = described, tuple(info.orig_args)
         self._accepted = [_Accepted.of(one) for one in described]
+        sizes = sizes_of(described)
         self._sums = [
             (i, axis, free)
-            for i, axes in enumerate(sizes_of(described).axes)
+            for i, axes in enumerate(sizes.axes)
             for axis, free in axes.items()
             if free.name is None and not self._accepted[i].anything
         ]
+        self._limits = [(name, least, most) for name, (least, most) in sizes.limits.items()]
         self._functions: _Functions | None = None
         flat = all(child.is_leaf() for spec in (positional, named) for child in spec.children())
         if flat and len(described) == len(self._names):
@@ -93,6 +95,10 @@ class DirectProgram:
         if not all(one.fits(value, named) for one, value in zip(accepted, args, strict=True)):
             return None
         if self._sums and not self._agree(args, named):
+            return None
+        if self._limits and not all(
+            is_within(named.get(name, least), least, most) for name, least, most in self._limits
+        ):
             return None
         try:
             tensors = functions.tensors(module)

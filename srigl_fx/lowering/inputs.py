@@ -19,7 +19,7 @@ from srigl_fx.passes.capture_checks import is_free
 from srigl_fx.passes.example_inputs import Inputs
 from srigl_fx.passes.hugging_face import register_caches, untold
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.sizes import BATCH, Size, Sizes
+from srigl_fx.passes.sizes import ANY, BATCH, Size, Sizes, is_within, span_of
 
 Described = Sequence[dict[str, Any] | None]
 
@@ -36,7 +36,10 @@ def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
                 str(free[axis]) if axis in free else None if is_free(size) else int(size)
                 for axis, size in enumerate(value.shape)
             ]
-            return {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+            limited = {size: program.sizes.limits[size] for size in shape if size in program.sizes.limits}
+            limits = {name: list(limit) for name, limit in limited.items() if limit != ANY}
+            described = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
+            return {**described, "limits": limits} if limits else described
         return {"value": value} if isinstance(value, bool | int | float | str) else None
 
     values = [node.meta.get("val") for node in program.module.graph.find_nodes(op="placeholder")]
@@ -55,7 +58,10 @@ def sizes_of(described: Described) -> Sizes:
         shape = (item or {}).get("shape", ())
         return {axis: Size.parse(size) for axis, size in enumerate(shape) if isinstance(size, str)}
 
-    return Sizes(axes=tuple(map(free, described)))
+    limits = {
+        name: (least, most) for item in described for name, (least, most) in (item or {}).get("limits", {}).items()
+    }
+    return Sizes(axes=tuple(map(free, described)), limits=limits)
 
 
 def is_description(item: Any) -> bool:
@@ -73,6 +79,10 @@ def is_description(item: Any) -> bool:
         isinstance(getattr(torch, item["dtype"]), torch.dtype)
         and len(names) + len(numbers) <= len(item["shape"])
         and all(type(size) is int and size >= 0 for size in numbers)
+        and all(
+            any(name == size.name for size in names) and type(least) is int and (most is None or type(most) is int)
+            for name, (least, most) in item.get("limits", {}).items()
+        )
     )
 
 
@@ -174,6 +184,13 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
                         f"input {position} of the lowered module has {size} {given_size} and input {first} has "
                         f"{known}: give them the same, as the model asks for"
                     )
+    for name, (least, most) in sizes_of(described).limits.items():
+        if name in named and not is_within(named[name][1], least, most):
+            position, given_size = named[name]
+            raise LoweringError(
+                f"input {position} of the lowered module{_path(module, position)} has {name} {given_size}, and the "
+                f"graph is right {span_of(least, most)}: {_AGAIN.replace('such', 'other')}, or another range"
+            )
     values = {name: size for name, (_, size) in named.items()}
     for position, axis, free, given_size in sums:
         if values.keys() >= {name for name, _ in free.terms} and free.at(values) != given_size:

@@ -66,7 +66,8 @@ class LoweredModule(fx.GraphModule):
             report: What was done.
             inputs: For each flat input its "dtype" and "shape", its "value" if it is a constant of the graph, or None
                 where it may be anything. A free size is None, or its name where others may have the same, or a sum of
-                names (:class:`~srigl_fx.passes.sizes.Size`). With "any_rank", only the last size matters.
+                names (:class:`~srigl_fx.passes.sizes.Size`). With "any_rank", only the last size matters. "limits" has
+                the smallest and the largest number of names that have such.
             recipes: Those of the model's parts; by default those that ``module`` has, where it is lowered already.
         """
         module.graph.set_codegen(_CodeGen(module.graph._codegen.pytree_info))  # type: ignore[attr-defined]

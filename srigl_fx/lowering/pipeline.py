@@ -40,6 +40,7 @@ from srigl_fx.passes.pipelines import LOWERING, whole
 from srigl_fx.passes.program import Costs, Program, Times, enter_masks
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.sizes import leaf_names
+from srigl_fx.passes.usual_sizes import capture_usual
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.recipes import recipes_of
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
@@ -86,7 +87,9 @@ def lower(
             of the forward's arguments, or a tuple by position) and axis, a name, a ``torch.export.Dim``, ``Dim.AUTO``
             or ``Dim.DYNAMIC``; all others are those of the example. A name may be a sum, as "past + 1", and a dict by
             axis in the place of a cache is for all its tensors. "auto" frees every size that the model does not tie. By
-            default, the batch alone. The report says which sizes are free, and of "auto" which are not, and why.
+            default, the batch, and the number of tokens where the model allows it: the second axis of integer inputs
+            of two axes, and of masks, positions and types as long. The report says which sizes are free, and which of
+            these or of "auto" are not, and why.
         value_dtype: What condensed weights are stored in: ``torch.float32``, or ``torch.bfloat16`` or ``torch.float16``
             for two bytes less for each, or ``torch.int8`` for three. Everything else is float32: activations, biases,
             sums, dense weights; but layers of int8 round their activations to eight bits, too, with one scale for each
@@ -189,7 +192,7 @@ def _captured(
 ) -> Capture:
     """The model as one graph with these sizes free; with "auto", with the batch alone if there is no other way."""
     if dynamic_shapes is None:
-        return capture_whole(model, args, kwargs)
+        return capture_usual(model, args, kwargs)
     register_caches(model, pytree.tree_leaves((args, kwargs)))
     found = capture_with(model, args, kwargs, wishes(model, args, kwargs, dynamic_shapes))
     if found.program is not None:

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import ExportError
 from srigl_fx.onnx_export.file import all_nodes
+from srigl_fx.onnx_export.limits import limit_sizes
 from srigl_fx.onnx_export.names import name_sizes, name_values, output_names
 from srigl_fx.onnx_export.places import place_in, places
 from srigl_fx.onnx_export.rewrites import rewrite
@@ -113,7 +114,9 @@ def build_model(
     _strip(model)
     _forget_logical_shapes(model.graph)
     _name(model, inputs, outputs, list(stateless.state))
-    name_sizes(model, [one for leaf, one in zip(leaves, free, strict=True) if isinstance(leaf, Tensor)])
+    named = [one for leaf, one in zip(leaves, free, strict=True) if isinstance(leaf, Tensor)]
+    name_sizes(model, named)
+    limit_sizes(model, named, sizes.limits)
     if stateless.state:
         _keep_state(model, stateless.state)
     if any(node.domain == abi.DOMAIN for node in all_nodes(model.graph)):

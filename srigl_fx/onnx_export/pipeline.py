@@ -6,7 +6,7 @@ a file is verified, nor how the library works.
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +31,7 @@ from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.onnx_export.model import build_model, functions_for
 from srigl_fx.onnx_export.names import shapes_of
 from srigl_fx.onnx_export.report import ExportReport
+from srigl_fx.onnx_export.triton import requested, triton_model
 from srigl_fx.onnx_export.verification import check_file
 from srigl_fx.passes.asked_sizes import DynamicShapes
 from srigl_fx.passes.example_inputs import normalise_inputs
@@ -58,6 +59,7 @@ def export_onnx(
     calibration: Calibration | None = None,
     verify: bool = True,
     state: Literal["inputs", "error"] = "inputs",
+    triton: str | os.PathLike[str] | Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write a sparse-trained or lowered model as one ONNX file, and check it in ONNX Runtime.
 
@@ -73,9 +75,10 @@ def export_onnx(
         path: The file to write; it appears whole or not at all.
         example_inputs: A tuple of arguments, or (args, kwargs).
         dynamic_batch: Let the file take any batch size, where the model does and ONNX can say it; the report notes
-            where it cannot.
+            where it cannot. False fixes all sizes.
         dynamic_shapes: As for :func:`srigl_fx.lower`, in the place of ``dynamic_batch``: which sizes of the file's
-            inputs are free. They have their names in the file. What is lowered already keeps its own.
+            inputs are free, by default the batch and the number of tokens. They have their names in the file, which
+            refuses numbers outside their ranges. What is lowered already keeps its own.
         fallback: Put the functions for a stock ONNX Runtime into the file.
         min_speedup: As for :func:`srigl_fx.lower`. "auto" leaves dense what the cost model expects to lose in ONNX
             Runtime at batch 1 or 16, the same layers on every machine; 0 condenses every layer that has an operator.
@@ -87,6 +90,9 @@ def export_onnx(
             of at least 30 dB: what differs in the last bit may be rounded apart.
         state: What becomes of buffers that the forward pass writes: with "inputs" each is an input and an output of the
             file, and its present value is kept as the initial one (see ``srigl_fx.runtime.Stream``); "error" refuses.
+        triton: The folder of all models of a Triton server, which exists, to write one for this file into it, too, as
+            :func:`srigl_fx.onnx_tools.triton_model` does; or a dict of that function's arguments, with the folder as
+            "repository". By default none is written.
 
     Returns:
         A report; ``str()`` is a few lines, ``.path`` the file.
@@ -94,7 +100,8 @@ def export_onnx(
     Raises:
         ExportError: The graph has an operator without ONNX form, or ONNX Runtime's outputs differ. Or the example
             inputs are a batch of 0. Or the model writes buffers, and ``state`` is "error". Or the model is not one
-            graph: the message says what broke, and how the parts that are graphs are exported.
+            graph: the message says what broke, and how the parts that are graphs are exported. Or ``triton`` asks for
+            what :func:`srigl_fx.onnx_tools.triton_model` refuses.
         LoweringError, CaptureError, InvariantError: As :func:`srigl_fx.lower` raises them.
 
     An existing file at ``path`` is left alone in each case, and the model, its buffers included, is never changed.
@@ -126,6 +133,7 @@ def export_onnx(
     if dynamic_shapes is not None and not dynamic_batch:
         raise ExportError("dynamic_shapes says which sizes are free, the batch among them: leave dynamic_batch out")
     _require_rows(example_inputs)
+    served = None if triton is None else requested(triton, target)
     model = unwrapped(model)
     lowered = model
     if not isinstance(lowered, LoweredModule | LoweredRegions):
@@ -145,16 +153,18 @@ def export_onnx(
     args, kwargs = arranged(lowered, args, kwargs)
     leaves = pytree.tree_leaves((args, kwargs))
     sizes = _sizes(lowered, leaves) if dynamic_batch else Sizes()
-    write = functools.partial(_write, target, lowered, args, kwargs, fallback=fallback, verify=verify)
-    try:
-        written = write(sizes)
-    except ExportError as error:
-        if not sizes.names or dynamic_shapes not in (None, "auto"):
-            raise
-        written, sizes = _with_fewer(write, sizes, error)
-    else:
-        if dynamic_batch and not lowered.report.tried_sizes:
-            written.notes.extend(_fixed(lowered, leaves, sizes))
+    with replacing(target) as part:
+        write = functools.partial(_write, part, lowered, args, kwargs, fallback=fallback, verify=verify)
+        try:
+            written = write(sizes)
+        except ExportError as error:
+            if not sizes.names or dynamic_shapes not in (None, "auto"):
+                raise
+            written, sizes = _with_fewer(write, sizes, error)
+        else:
+            if dynamic_batch and not lowered.report.tried_sizes:
+                written.notes.extend(_fixed(lowered, leaves, sizes))
+        folder = None if served is None else triton_model(part, **served)
     written.notes.extend(f"{note.by}: {note.reason}" for note in lowered.report.undone)
     contents = inspect_file(target)
     return ExportReport(
@@ -173,6 +183,7 @@ def export_onnx(
         outputs=written.outputs,
         state=names,
         lowering=lowered.report,
+        triton=folder,
     )
 
 
@@ -246,7 +257,7 @@ def _fixed(lowered: LoweredModule, leaves: Sequence[Any], sizes: Sizes) -> list[
 
 
 def _write(
-    target: Path,
+    part: Path,
     lowered: LoweredModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -266,12 +277,11 @@ def _write(
             f"the model takes {format_bytes(proto.ByteSize())}, more than one ONNX file holds (2 GiB): raise the "
             "sparsity, or make more of its layers sparse"
         )
-    with replacing(target) as part:
-        part.write_bytes(proto.SerializeToString())
-        compared, notes = dict[str, Comparison](), list[str]()
-        if verify:
-            trials = _trials(lowered, pytree.tree_leaves((args, kwargs)), sizes)
-            compared, notes = check_file(part, lowered, args, kwargs, sizes, trials, origins, fallback=fallback)
+    part.write_bytes(proto.SerializeToString())
+    compared, notes = dict[str, Comparison](), list[str]()
+    if verify:
+        trials = _trials(lowered, pytree.tree_leaves((args, kwargs)), sizes)
+        compared, notes = check_file(part, lowered, args, kwargs, sizes, trials, origins, fallback=fallback)
     return _Written(compared, notes, shapes_of(proto.graph.input), shapes_of(proto.graph.output))
 
 

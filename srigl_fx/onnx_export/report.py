@@ -39,6 +39,7 @@ class ExportReport:
             (:class:`~srigl_fx.lowering.lowered.LayerReport`).
         state: The buffers that the model writes: ``name`` is the input ``state.name`` and the output
             ``next_state.name``, and ``srigl_fx.runtime.Stream`` carries it from call to call.
+        triton: The folder that was written for a Triton server; None where none was asked for.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class ExportReport:
     state: tuple[str, ...] = ()
     lowering: LoweringReport | None = None
     min_snr: float | None = None
+    triton: Path | None = None
 
     @property
     def condensed_layers(self) -> int:
@@ -70,7 +72,8 @@ class ExportReport:
         }
         listed = {"notes": list(self.notes), "state": list(self.state)}
         lowering = None if self.lowering is None else self.lowering.as_dict()
-        return {**asdict(self), "path": str(self.path), **sizes, **listed, "lowering": lowering}
+        paths = {"path": str(self.path), "triton": None if self.triton is None else str(self.triton)}
+        return {**asdict(self), **paths, **sizes, **listed, "lowering": lowering}
 
     def __str__(self) -> str:
         def error(value: float | None) -> str:
@@ -89,6 +92,7 @@ class ExportReport:
             *self._sizes,
             *self._expected,
             *self.notes,
+            *([] if self.triton is None else [f"for Triton: {self.triton}"]),
         ]
         return "\n".join(lines)
 
@@ -104,7 +108,7 @@ class ExportReport:
 
     @property
     def _sizes(self) -> list[str]:
-        """Which sizes are free, where that was asked for."""
+        """Which sizes are free, where more than the batch was to be."""
         if self.lowering is None or not (self.lowering.tried_sizes or self.lowering.fixed_sizes):
             return []
         names = {name for shape in self.inputs.values() for name in shape if isinstance(name, str)}

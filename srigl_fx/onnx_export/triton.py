@@ -9,13 +9,13 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.onnx_export.file import all_nodes, read_model
-from srigl_fx.runtime.ort.abi import DOMAIN
+from srigl_fx.runtime.ort.abi import DOMAIN, OPERATORS
 from srigl_fx.runtime.ort.library import library_path
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ _TYPES: Final = {
     "STRING": "TYPE_STRING",
 }
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
+_ARGUMENTS: Final = ("repository", "name", "served_from", "max_batch_size", "threads")
 _MODEL: Final = "model.onnx"  # what Triton's backend opens
 
 
@@ -62,9 +63,11 @@ def triton_model(
         The model's folder. It appears whole or not at all.
 
     Raises:
-        FormatError: The file cannot be read, or is no ONNX file.
+        FormatError: The file cannot be read, or is no ONNX file, or a file that it keeps tensors in is missing, or a
+            link to another folder.
         ExportError: The folder exists already, an argument is out of range, the model has an input or output that
-            Triton cannot hold, or the leading sizes do not allow a batch that is asked for.
+            Triton cannot hold, the leading sizes do not allow a batch that is asked for, or the file calls operators
+            of another version of the library.
         LibraryError: The file needs the operator library, and it cannot be built here.
 
     Example:
@@ -72,9 +75,72 @@ def triton_model(
         Traceback (most recent call last):
         srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
     """
-    source, folder = Path(path), Path(repository)
+    source = Path(path)
     model = read_model(source)
     name = source.stem if name is None else name
+    target = _target(Path(repository), name, served_from, threads)
+    ours = {node.op_type for node in all_nodes(model.graph) if node.domain == DOMAIN}
+    if unknown := sorted(ours - {*OPERATORS} - {one.name for one in model.functions if one.domain == DOMAIN}):
+        raise ExportError(
+            f"{source} calls {unknown[0]}, which is no operator of the library that is installed here: another version "
+            "wrote it; write the folder with that one, or export the model anew"
+        )
+    library = str(PurePosixPath(served_from, name, LIBRARY)) if ours.intersection(OPERATORS) else ""
+    if not model.graph.output or all(kind == "output" for kind, _ in _tensors(model)):
+        raise ExportError(f"{source} has no {'inputs' if model.graph.output else 'outputs'}, which Triton needs")
+    text = _configuration(model, name, _batch(model, max_batch_size), threads, library)
+    beside = [_beside(source, location) for location in _locations(model, source)]
+    if any(one.name == _MODEL for one in beside):
+        raise ExportError(
+            f"{source} keeps tensors in a file that is called {_MODEL}, as Triton calls the model: rename it"
+        )
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}.") as part:
+            whole = Path(part, name)
+            (whole / "1").mkdir(parents=True)
+            shutil.copyfile(source, whole / "1" / _MODEL)
+            for one in beside:
+                shutil.copyfile(one, whole / "1" / one.name)
+            if library:
+                shutil.copyfile(library_path(), whole / LIBRARY)
+            (whole / "config.pbtxt").write_text(text, encoding="utf-8")
+            os.rename(whole, target)
+    except OSError as error:
+        raise ExportError(f"cannot write {target}: {error.strerror or error}") from error
+    return target
+
+
+def requested(given: str | os.PathLike[str] | Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What somebody asks of :func:`triton_model` for a file that is yet to be written, checked as far as it can be.
+
+    Args:
+        given: The repository, or the arguments of :func:`triton_model` by name, ``repository`` among them.
+        path: The file.
+
+    Raises:
+        ExportError: An argument is unknown, missing or out of range, or the folder exists already.
+
+    Example:
+        >>> requested({"repository": ".", "threads": 2}, Path("bert.onnx"))
+        {'repository': '.', 'threads': 2, 'name': 'bert'}
+    """
+    if not isinstance(given, str | os.PathLike | Mapping):
+        raise ExportError(f"triton must be a folder, or a dict of what triton_model takes, not {given!r:.200}")
+    options = dict(given) if isinstance(given, Mapping) else {"repository": given}
+    if unknown := [key for key in options if key not in _ARGUMENTS]:
+        raise ExportError(f"triton has no option {unknown[0]!r}; there are {', '.join(_ARGUMENTS)}")
+    if not isinstance(options.get("repository"), str | os.PathLike):
+        raise ExportError("triton needs the folder of all models: {'repository': folder, ...}")
+    if options.get("name") is None:
+        options["name"] = path.stem
+    _target(
+        Path(options["repository"]), options["name"], options.get("served_from", "/models"), options.get("threads", 1)
+    )
+    return options
+
+
+def _target(folder: Path, name: object, served_from: object, threads: object) -> Path:
+    """The model's folder, which does not exist; all that can be said without the model is checked."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ExportError(
             f"{name!r:.200} cannot be the name of a model: up to 128 letters, digits, '_', '-' and '.'; give name="
@@ -86,34 +152,23 @@ def triton_model(
     if not folder.is_dir():
         raise ExportError(f"there is no folder {str(folder)!r}; make it first")
     target = folder / name
-    if target.exists():
+    if os.path.lexists(target):
         raise ExportError(f"{target} exists already; remove it, or give the model another name")
-    ours = any(node.domain == DOMAIN for node in all_nodes(model.graph))
-    library = str(PurePosixPath(served_from, name, LIBRARY)) if ours else ""
-    if not model.graph.output or all(kind == "output" for kind, _ in _tensors(model)):
-        raise ExportError(f"{source} has no {'inputs' if model.graph.output else 'outputs'}, which Triton needs")
-    text = _configuration(model, name, _batch(model, max_batch_size), threads, library)
-    beside = [source.parent / location for location in _locations(model, source)]
-    if any(one.name == _MODEL for one in beside):
-        raise ExportError(
-            f"{source} keeps tensors in a file that is called {_MODEL}, as Triton calls the model: rename it"
-        )
-    if missing := [one for one in beside if not one.is_file()]:
-        raise FormatError(f"{source} keeps tensors in {missing[0]}, which is missing; put the files side by side")
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{name}.") as part:
-            whole = Path(part, name)
-            (whole / "1").mkdir(parents=True)
-            shutil.copyfile(source, whole / "1" / _MODEL)
-            for one in beside:
-                shutil.copyfile(one, whole / "1" / one.name)
-            if ours:
-                shutil.copyfile(library_path(), whole / LIBRARY)
-            (whole / "config.pbtxt").write_text(text, encoding="utf-8")
-            os.rename(whole, target)
-    except OSError as error:
-        raise ExportError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def _beside(source: Path, location: str) -> Path:
+    """A file that tensors are kept in. A link must lead to where it lies itself, or to where the model really lies."""
+    path = source.parent / location
+    real = path.resolve()
+    if not real.is_file():
+        raise FormatError(f"{source} keeps tensors in {path}, which is missing; put the files side by side")
+    if real.parent not in (source.parent.resolve(), source.resolve().parent):
+        raise FormatError(
+            f"{source} keeps tensors in {path}, a link to another folder, of which nothing is copied: put the file "
+            "itself there"
+        )
+    return path
 
 
 def _locations(model: "onnx.ModelProto", path: Path) -> list[str]:

@@ -7,6 +7,7 @@ operators compute, is said in the documentation of srigl-fx.
 import os
 import platform
 import re
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ _OLDEST = (1, 17)
 _MACHINES = ("x86_64", "aarch64")  # for each of which there is a wheel
 # ONNX Runtime takes the operators once for each SessionOptions.
 _registered: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_lock = threading.Lock()
 
 
 def library_path() -> Path:
@@ -47,6 +49,8 @@ def library_path() -> Path:
 def register(session_options: "onnxruntime.SessionOptions") -> None:
     """Let sessions made with these options run the operators of domain ``srigl_fx``; a second call changes nothing.
 
+    It may be called from several threads at once.
+
     Args:
         session_options: Options of ONNX Runtime, before a session is made with them; they are changed in place.
 
@@ -63,9 +67,10 @@ def register(session_options: "onnxruntime.SessionOptions") -> None:
             f"ONNX Runtime {onnxruntime.__version__} is too old for the operators, which need 1.17 or newer; "
             "pip install --upgrade onnxruntime"
         )
-    if session_options not in _registered:
-        session_options.register_custom_ops_library(str(library_path()))
-        _registered.add(session_options)
+    with _lock:
+        if session_options not in _registered:
+            session_options.register_custom_ops_library(str(library_path()))
+            _registered.add(session_options)
 
 
 def load(

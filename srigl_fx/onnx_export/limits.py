@@ -1,0 +1,86 @@
+"""What makes a file refuse sizes that its graph is not right for.
+
+Owns the nodes that do so. It must not know how limits are found. ONNX has no operator that raises: a table of one row
+is read at row 1 where a size is out of its limits, by a node whose name says what they are, and that errors tell.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from srigl_fx.passes.sizes import ANY, Size, span_of
+
+if TYPE_CHECKING:
+    import onnx
+
+_LARGEST = 2**63 - 1
+
+
+def limit_sizes(
+    model: "onnx.ModelProto", sizes: Sequence[Mapping[int, Size]], limits: Mapping[str, tuple[int, int | None]]
+) -> None:
+    """Let a model check the sizes that have limits, each in the first input where it stands alone.
+
+    Args:
+        model: It is changed in place; its inputs have their names.
+        sizes: For each input of the model, its free axes and their sizes.
+        limits: By the names of sizes.
+
+    Example:
+        >>> import onnx.parser
+        >>> text = '<ir_version: 9, opset_import: ["" : 18]> g (float[n] x) => (float[n] y) {y = Neg(x)}'
+        >>> model = onnx.parser.parse_model(text)
+        >>> limit_sizes(model, [{0: Size.named("n")}], {"n": (1, 9)})
+        >>> [node.name for node in model.graph.node if "must" in node.name], list(model.graph.node[-1].input)
+        (['the size n must be from 1 to 9'], ['x_within_limits'])
+    """
+    left = {name: limit for name, limit in limits.items() if limit != ANY}
+    added: list[onnx.NodeProto] = []
+    for value, free in zip(list(model.graph.input), sizes, strict=True):
+        for axis, size in free.items():
+            name = size.name
+            if name in left and any(value.name in node.input for node in model.graph.node):
+                added = [*_check(model, value, axis, name, *left.pop(name)), *added]
+    nodes = [*added, *model.graph.node]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+
+
+def _check(
+    model: "onnx.ModelProto", value: "onnx.ValueInfoProto", axis: int, name: str, least: int, most: int | None
+) -> "list[onnx.NodeProto]":
+    """Nodes that make what the graph reads of an input depend on one of its sizes."""
+    import numpy as np
+    from onnx import helper, numpy_helper
+
+    taken = {one for node in model.graph.node for one in (*node.input, *node.output)}
+    source = value.name
+    checked = f"{source}_within_limits"
+    while checked in taken:
+        checked += "_"
+    rank = len(value.type.tensor_type.shape.dim)
+    constants = {"axis": axis, "least": least, "most": _LARGEST if most is None else most}
+    for label, number in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.int64(number), f"{checked}.{label}"))
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, rank), np.int64), f"{checked}.same"))
+
+    def node(kind: str, inputs: list[str], output: str, **settings: object) -> "onnx.NodeProto":
+        return helper.make_node(kind, inputs, [f"{checked}.{output}"], **{"name": f"{checked}.{output}", **settings})
+
+    for other in model.graph.node:
+        other.input[:] = [checked if one == source else one for one in other.input]
+    return [
+        node("Shape", [source], "shape"),
+        node("Gather", [f"{checked}.shape", f"{checked}.axis"], "size"),
+        node("Less", [f"{checked}.size", f"{checked}.least"], "less"),
+        node("Greater", [f"{checked}.size", f"{checked}.most"], "more"),
+        node("Or", [f"{checked}.less", f"{checked}.more"], "wrong"),
+        node("Cast", [f"{checked}.wrong"], "row", to=helper.np_dtype_to_tensor_dtype(np.dtype(np.int64))),
+        node(
+            "Gather",
+            [f"{checked}.same", f"{checked}.row"],
+            "sizes",
+            name=f"the size {name} must be {span_of(least, most)}",
+        ),
+        # A size of 0 stands for that of the input: this changes nothing, and copies nothing.
+        helper.make_node("Reshape", [source, f"{checked}.sizes"], [checked], name=checked),
+    ]
