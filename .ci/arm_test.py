@@ -129,7 +129,8 @@ def record(folder: Path) -> Path:
     """What the oracle's tests compute here, once for these sources."""
     recorded = folder / "recorded"
     shutil.rmtree(recorded, ignore_errors=True)
-    selected = ("-m", "pytest", "-q", "-p", "ort_support.recording", "-p", "no:cacheprovider", "-k", "library")
+    which = "not fallback and not stock and not reference and not any_"  # by the library, and the same each time
+    selected = ("-m", "pytest", "-q", "-p", "ort_support.recording", "-p", "no:cacheprovider", "-k", which)
     paths = os.pathsep.join([str(ROOT), str(TESTS)])
     run(sys.executable, *selected, *RECORDED, cwd=ROOT, SRIGL_FX_RECORDING=str(recorded), PYTHONPATH=paths)
     return recorded
@@ -188,8 +189,9 @@ def test_cpu(python: Emulator, cpu: str, library: Path, cases: Path, recorded: P
     small = python("-c", SMALL, cases / "linear_wide.onnx", cases / "linear_wide.npz")
     assert small["error"] < 1e-4, small
     assert small["library"].endswith("own/srigl_fx_runtime/libsrigl_fx.so"), small
-    replayed = python(support / "replay.py", library, recorded)
-    assert replayed["calls"] > 1000, replayed
+    # All but the kernels of bytes is the same code on each processor.
+    replayed = python(support / "replay.py", library, recorded, *(["Int8"] if best else []))
+    assert replayed["calls"] > 500, replayed
     assert not replayed["faults"], (cpu, len(replayed["faults"]), replayed["faults"][:20])
     print(f"{cpu} ({CPUS[cpu]}): {replayed['models']} models, {replayed['calls']} calls as on this machine", flush=True)
 

@@ -1,7 +1,8 @@
-"""Runs what ``recording.py`` kept, as a host without this package does: ``python replay.py LIBRARY FOLDER``.
+"""Runs what ``recording.py`` kept, as a host without this package does: ``python replay.py LIBRARY FOLDER [TEXT]``.
 
-It needs NumPy and ONNX Runtime only. Whole numbers must be the same, floats within some rounding of sums in another
-order, and what is not finite must be so in the same places. Prints one JSON line.
+With a text it runs the models that have it in them. It needs NumPy and ONNX Runtime only. Whole numbers must be the
+same, floats within some rounding of sums in another order, and what is not finite must be so in the same places. Prints
+one JSON line.
 """
 
 import json
@@ -29,10 +30,12 @@ def fault(y: Any, expected: Any) -> str | None:
     return None if error <= TOLERANCE * size else f"an error of {error:.1e} at a size of {size:.1e}"
 
 
-def main(library: str, folder: Path) -> dict[str, Any]:
+def main(library: str, folder: Path, text: str = "") -> dict[str, Any]:
     faults: list[str] = []
     models = calls = 0
     for path in sorted(folder.glob("*.onnx")):
+        if text.encode() not in path.read_bytes():
+            continue
         with np.load(path.with_suffix(".npz")) as kept:
             arrays = dict(kept)
         options = onnxruntime.SessionOptions()
@@ -50,4 +53,4 @@ def main(library: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]))))
+    print(json.dumps(main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from srigl_fx.runtime.cpu.kernels.isa import ARM, TARGETS_OF, X86
+from srigl_fx.runtime.cpu.kernels.isa import ARCHITECTURE, ARM, TARGETS_OF, X86
 from srigl_fx.runtime.ort import compile as compiling
 from srigl_fx.runtime.ort import elf, link
 
@@ -22,7 +22,7 @@ for name in set(tasks.TASKS) - {"plan_linear", "widen_values"}:
     del tasks.TASKS[name]
 Path(sys.argv[2]).write_bytes(compiling.compile_object(sys.argv[1]))
 """
-OTHER = next(architecture for architecture in (X86, ARM) if architecture != compiling.ARCHITECTURE)
+OTHER = next(architecture for architecture in (X86, ARM) if architecture != ARCHITECTURE)
 
 
 @pytest.mark.long
@@ -43,7 +43,7 @@ def test_a_kernel_for_another_architecture(tmp_path: Path) -> None:
     assert elf.machine_of(finished, kind=elf.ET_DYN) is machine
 
 
-def test_who_links_for_another_architecture(tmp_path: Path) -> None:
+def test_who_links_for_another_architecture() -> None:
     """The linker of this machine need not know it."""
     assert link.available_linkers(OTHER) == ("python",)
-    assert link.available_linkers(compiling.ARCHITECTURE) == link.available_linkers()
+    assert link.available_linkers(ARCHITECTURE) == link.available_linkers()
