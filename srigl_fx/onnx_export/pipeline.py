@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import Comparison
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError
-from srigl_fx.files import check_replaceable, replacing
+from srigl_fx.files import check_replaceable
 from srigl_fx.lowering.calibration_inputs import Calibration
 from srigl_fx.lowering.inputs import arranged, sizes_of
 from srigl_fx.lowering.lowered import LoweredModule
@@ -32,6 +32,7 @@ from srigl_fx.onnx_export.model import build_model, functions_for
 from srigl_fx.onnx_export.names import shapes_of
 from srigl_fx.onnx_export.report import ExportReport
 from srigl_fx.onnx_export.verification import check_file
+from srigl_fx.onnx_export.weights import ExternalData, check_external_data, writing
 from srigl_fx.passes.asked_sizes import DynamicShapes
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.free_sizes import batch_names
@@ -39,9 +40,6 @@ from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.sizes import Sizes
 from srigl_fx.passes.state import kept_in, writes
 from srigl_fx.passes.wrappers import unwrapped
-from srigl_fx.reports.text_tables import format_bytes
-
-_LARGEST_FILE = 2**31 - 1  # what one protobuf message may hold
 
 
 @noted
@@ -58,6 +56,7 @@ def export_onnx(
     calibration: Calibration | None = None,
     verify: bool = True,
     state: Literal["inputs", "error"] = "inputs",
+    external_data: ExternalData = "auto",
 ) -> ExportReport:
     """Write a sparse-trained or lowered model as one ONNX file, and check it in ONNX Runtime.
 
@@ -87,6 +86,8 @@ def export_onnx(
             of at least 30 dB: what differs in the last bit may be rounded apart.
         state: What becomes of buffers that the forward pass writes: with "inputs" each is an input and an output of the
             file, and its present value is kept as the initial one (see ``srigl_fx.runtime.Stream``); "error" refuses.
+        external_data: Whether large tensors go to a file beside it, called like it with ``.data`` behind, which ONNX
+            Runtime maps into memory; "auto" is where one file cannot hold all (2 GiB).
 
     Returns:
         A report; ``str()`` is a few lines, ``.path`` the file.
@@ -125,6 +126,7 @@ def export_onnx(
         raise ExportError(f"dynamic_batch must be True or False, not {dynamic_batch!r}")
     if dynamic_shapes is not None and not dynamic_batch:
         raise ExportError("dynamic_shapes says which sizes are free, the batch among them: leave dynamic_batch out")
+    check_external_data(external_data)
     _require_rows(example_inputs)
     model = unwrapped(model)
     lowered = model
@@ -145,7 +147,9 @@ def export_onnx(
     args, kwargs = arranged(lowered, args, kwargs)
     leaves = pytree.tree_leaves((args, kwargs))
     sizes = _sizes(lowered, leaves) if dynamic_batch else Sizes()
-    write = functools.partial(_write, target, lowered, args, kwargs, fallback=fallback, verify=verify)
+    write = functools.partial(
+        _write, target, lowered, args, kwargs, fallback=fallback, verify=verify, external_data=external_data
+    )
     try:
         written = write(sizes)
     except ExportError as error:
@@ -254,20 +258,15 @@ def _write(
     *,
     fallback: bool,
     verify: bool,
+    external_data: ExternalData,
 ) -> _Written:
     """Write the file and check it."""
-    origins: dict[str, str] = {}
-    proto = build_model(lowered, args, kwargs, sizes, origins)
+    origins, held = dict[str, str](), dict[str, Any]()
+    proto = build_model(lowered, args, kwargs, sizes, origins, held)
     if fallback:
         proto.functions.extend(functions_for(proto))
     recipes.put(proto, lowered.recipes)
-    if proto.ByteSize() > _LARGEST_FILE:
-        raise ExportError(
-            f"the model takes {format_bytes(proto.ByteSize())}, more than one ONNX file holds (2 GiB): raise the "
-            "sparsity, or make more of its layers sparse"
-        )
-    with replacing(target) as part:
-        part.write_bytes(proto.SerializeToString())
+    with writing(target, proto, held, external_data) as part:
         compared, notes = dict[str, Comparison](), list[str]()
         if verify:
             trials = _trials(lowered, pytree.tree_leaves((args, kwargs)), sizes)
