@@ -58,7 +58,7 @@ def network(path: Path) -> Path:
     return write(path, nodes, arrays, ["n", 8, 8, 8], ["n", 10], opset=13)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("per_channel", [False, True])
 @pytest.mark.parametrize("activations", ["QUInt8", "QInt8"])
 def test_files_of_static_quantisation_with_operators_of_bytes(
@@ -91,7 +91,7 @@ def test_files_of_static_quantisation_with_operators_of_bytes(
     assert worst(tmp_path / "a.onnx", report.path, random(1, 8, 8, 8), random(5, 8, 8, 8)) < 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("weights", ["QInt8", "QUInt8"])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_files_of_dynamic_quantisation(tmp_path: Path, weights: str, per_channel: bool) -> None:

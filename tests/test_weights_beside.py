@@ -1,4 +1,4 @@
-"""Weights in a file beside the graph: written by ``export_onnx`` and ``condense_onnx``, and read where nobody vouches."""
+"""Weights beside the graph: written by ``export_onnx`` and ``condense_onnx``, and read where nobody vouches."""
 
 import os
 from collections.abc import Callable
@@ -102,7 +102,7 @@ def test_nothing_is_left_where_the_result_is_refused(tmp_path: Path, monkeypatch
         condense_onnx(source, tmp_path / "b.onnx", external_data=3)  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_go_beside_an_exported_file(tmp_path: Path) -> None:
     """With the same numbers as in one file; a host without the library reads them, too."""
     torch.manual_seed(0)
@@ -126,7 +126,7 @@ def test_tensors_are_written_one_by_one(tmp_path: Path) -> None:
     """Each becomes bytes once, after the one before is in the file."""
     order: list[str] = []
 
-    class Watched(ir.Tensor):
+    class Watched(ir.Tensor[Any]):
         def tobytes(self) -> bytes:
             order.append(f"{self.name} behind {sum(one.stat().st_size for one in tmp_path.rglob('*.data'))}")
             return super().tobytes()

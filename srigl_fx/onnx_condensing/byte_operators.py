@@ -50,7 +50,7 @@ def of_bytes(node: ir.Node, names: Names) -> Expansion | None:
     is_convolution = node.op_type in ("QLinearConv", "ConvInteger")
     shape = weight.shape if is_convolution or attribute(node, "transB", 0) else weight.shape[::-1]
     expansion = Expansion(node=node, operator=node.op_type, shapes={name: shape}, is_rounded=True)
-    scale = np.ones((), np.float32) if scale_place is None else constant(_input(node, scale_place))
+    scale: Array | None = np.ones((), np.float32) if scale_place is None else constant(_input(node, scale_place))
     zero = constant(_input(node, zero_place))
     if scale is None or (zero is None and _input(node, zero_place) is not None):
         expansion.refused = "the scale or the zero point of its weight is computed"
@@ -58,7 +58,7 @@ def of_bytes(node: ir.Node, names: Names) -> Expansion | None:
         expansion.refused = f"its weight has {weight.ndim} axes"
     elif weight.dtype not in (np.uint8, np.int8):
         expansion.refused = f"its weight is {weight.dtype}"
-    if expansion.refused:
+    if expansion.refused or scale is None:
         return expansion
     draft = Draft(names, node.name or name)
     axis = 0 if is_convolution or attribute(node, "transB", 0) else 1
@@ -119,7 +119,7 @@ def _layer(expansion: Expansion, draft: Draft, w: ir.Value, weight: Array, zero:
         worth = steps.astype(np.float64) * one.reshape(-1) * other.reshape(-1) * factor
         given.append(draft.constant(worth.reshape(-1).astype(np.float32), "bias"))
     known = node.outputs[0].shape
-    out = list(known) if known is not None else None
+    out: list[Any] | None = list(known) if known is not None else None
     if out is None and rank:
         out = [None, next(iter(expansion.shapes.values()))[0], *[None] * (rank - 2)]
     attributes: dict[str, Any] = {}

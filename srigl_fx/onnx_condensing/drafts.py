@@ -58,7 +58,7 @@ class Draft:
         """A constant of the same graph."""
         tensor = ir.tensor(np.asarray(array), name=self.names.fresh(f"{self.stem}_{name}"))
         kind = ir.TensorType(tensor.dtype)
-        value = ir.val(tensor.name, shape=ir.Shape(tensor.shape), type=kind, const_value=tensor)
+        value = ir.val(tensor.name, shape=ir.Shape(tensor.shape.numpy()), type=kind, const_value=tensor)
         self.constants.append(value)
         return value
 

@@ -11,7 +11,8 @@ Rules:
     3. Samples of another rank are refused, and those of which it is not known whether they are shared.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Any, Final
 
 import numpy as np
 import onnx_ir as ir
@@ -62,7 +63,7 @@ def experts(node: ir.Node, names: Names) -> Expansion | None:
     return expansion
 
 
-def _of_each(draft: Draft, x: ir.Value, shape: list[object], weight: Array) -> ir.Value:
+def _of_each(draft: Draft, x: ir.Value, shape: Sequence[Any], weight: Array) -> ir.Value:
     """Rule 1."""
     count, _, outputs = weight.shape
     parts = [x]
@@ -75,7 +76,7 @@ def _of_each(draft: Draft, x: ir.Value, shape: list[object], weight: Array) -> i
     return draft.add("Concat", *products, shape=[count, shape[1], outputs], axis=0)
 
 
-def _of_all(draft: Draft, x: ir.Value, shape: list[object], weight: Array) -> ir.Value:
+def _of_all(draft: Draft, x: ir.Value, shape: Sequence[Any], weight: Array) -> ir.Value:
     """Rule 2."""
     count, inputs, outputs = weight.shape
     if len(shape) == 3:

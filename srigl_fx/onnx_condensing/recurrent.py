@@ -51,7 +51,7 @@ class _Layer:
     @property
     def hidden(self) -> int:
         """The size of the state."""
-        return self.r.shape[1]
+        return int(self.r.shape[1])
 
     def rows(self, block: int) -> slice:
         """Those of a block of gates."""

@@ -117,6 +117,8 @@ def _bytes(one: Contraction, numbers: EightBits, names: Names) -> ir.Value:
     if not numbers.signed:
         return numbers.x
     node = quantiser(numbers.x)
+    samples: ir.Value | None
+    scale: ir.Value | None
     if node is None:  # the numbers that the bytes stand for are rounded: they become the same bytes
         point = numbers.zero
         samples, scale, place = one.x, None, one.node

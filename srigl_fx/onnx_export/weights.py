@@ -195,7 +195,9 @@ def open_model(path: Path) -> "onnx.ModelProto":
     except OSError as error:
         raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf's and those of onnx have no base class
-        raise FormatError(f"{path} is no ONNX file: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
+        raise FormatError(
+            f"{path} is no ONNX file: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
     for tensor in all_tensors(model):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
@@ -212,11 +214,13 @@ def _checked_bytes(path: Path, tensor: "onnx.TensorProto") -> int:
     where = f"the tensor {tensor.name!r} of {path}"
     said = {entry.key: entry.value for entry in tensor.external_data}
     try:
-        offset, size = int(said.get("offset") or 0), math.prod(tensor.dims) * ir.DataType(tensor.data_type).bitwidth
-        size = -(-size // 8)
+        offset, bits = int(said.get("offset") or 0), int(ir.DataType(tensor.data_type).bitwidth)
+        size = int(-(-math.prod(tensor.dims) * bits // 8))
         length = int(said.get("length") or size)
     except (ValueError, TypeError) as error:
-        raise FormatError(f"{where} is said to lie at {said}, with the type {tensor.data_type}, which is no place") from error
+        raise FormatError(
+            f"{where} is said to lie at {said}, with the type {tensor.data_type}, which is no place"
+        ) from error
     folder = path.parent.resolve()
     location = said.get("location", "").replace("\0", "")  # which ends a path for the system, and none for Python
     file = (folder / location).resolve()
