@@ -149,7 +149,7 @@ def main() -> None:
         make(source, layers)
         made = step(str(options.folder), "--step", "condense")
         dense, sparse_bytes = (one.stat().st_size / 1e6 for one in weights)
-        print(f"{describe(1)}, 1 thread; {layers} layers of {SIZE} x {SIZE}\n")
+        print(f"{describe(1)} {layers} layers of {SIZE} x {SIZE}\n")
         print("| step | seconds | peak, own MB | left, own MB | left, MB of files | own / condensed weights |")
         print("|---|---|---|---|---|---|")
         print(row(f"condense {dense:.0f} MB to {sparse_bytes:.0f} MB", made, sparse_bytes), flush=True)

@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    print(f"{describe(1)}, onnxruntime {onnxruntime.__version__}; microseconds a call\n", flush=True)
+    print(f"{describe(1)} Microseconds a call.\n", flush=True)
     print("| layer | as it is | condensed | speed-up | forecast |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.onnx")

@@ -9,7 +9,8 @@ Rules:
        direction scans from the end. Neighbouring gates with the same activation are one product, so that a condensed
        operator computes the gates whole: product, addition and activation.
     3. Sequences that are shorter than the longest (``sequence_lens``) keep their state behind their end, in either
-       direction, and their outputs there are zero.
+       direction, and their outputs there are zero. Of those of no steps the last states are zero, too, whatever the
+       first ones are: so ONNX Runtime has it.
     4. Activations without parameters are taken. ``clip``, ``input_forget``, peepholes, other activations and
        ``layout`` 1, which ONNX Runtime does not compute either, are refused.
 """
@@ -207,7 +208,7 @@ class _Maker:
         graph = body.graph(f"{body.stem}s", [*inner, *scanned], [*following, h])
         backwards = int(layer.reverse)
         state_shape = [self.batch, layer.hidden]
-        return self.draft.add_several(
+        *ends, y = self.draft.add_several(
             "Scan",
             *states,
             *inputs,
@@ -218,6 +219,19 @@ class _Maker:
             scan_input_directions=[backwards] * len(scanned),
             scan_output_directions=[backwards],
         )
+        return [*(self._ended(end) for end in ends), y]
+
+    def _ended(self, state: ir.Value) -> ir.Value:
+        """The last state, which is zero where there was no step."""
+        lengths, shape = _input(self.node, 4), state.shape
+        assert shape is not None
+        if lengths is None:
+            return state
+        nothing = self.draft.constant(np.int32(0), "number")
+        has_steps = self.draft.add("Greater", lengths, nothing, shape=[self.batch], dtype=ir.DataType.BOOL)
+        axes = self.draft.constant(np.array([1]), "axes")
+        wide = self.draft.add("Unsqueeze", has_steps, axes, shape=[self.batch, 1], dtype=ir.DataType.BOOL)
+        return self.draft.add("Where", wide, state, self.draft.constant(np.float32(0), "nothing"), shape=list(shape))
 
     def _inputs(self, layer: _Layer, block: int) -> ir.Value:
         """The product with W, for all steps (rule 1)."""
