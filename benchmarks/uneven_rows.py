@@ -24,7 +24,8 @@ from harness.machine import describe
 from numpy.typing import NDArray
 
 import srigl_fx.runtime.ops  # noqa: F401 - registers the operators
-from srigl_fx.onnx_condensing.match import contractions
+from srigl_fx.onnx_condensing.drafts import Names
+from srigl_fx.onnx_condensing.match import contraction
 from srigl_fx.onnx_condensing.rewrite import condense
 from srigl_fx.runtime import load
 from srigl_fx.runtime.costs.autotune import measure
@@ -54,9 +55,11 @@ def model_of(weight: NDArray[np.float32], groups: int) -> ir.Model:
     node = ir.node("MatMul", [x, w], outputs=[ir.val("y", dtype=ir.DataType.FLOAT, shape=["n", outputs])])
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 18, abi.DOMAIN: 1}, name="g")
     if groups:
-        (one,) = contractions(graph)
+        one = contraction(node)
+        assert one is not None
         kept = one.matrix != 0
-        condense(graph, one, [kept & rows[:, None] for rows in groups_by_length(kept.sum(axis=1), groups)], None)
+        parts = [kept & rows[:, None] for rows in groups_by_length(kept.sum(axis=1), groups)]
+        condense(one, parts, None, Names(ir.Model(graph, ir_version=9)))
         graph.remove(node)
         del graph.initializers["w"]
     return ir.Model(graph, ir_version=9)

@@ -231,15 +231,21 @@ def test_scales_within_an_output_are_left_to_float32(tmp_path: Path) -> None:
     assert_same(source, report.path, random(2, 5, 64))
 
 
-def test_int8_that_nothing_in_the_file_rounds_is_left_to_float32(tmp_path: Path) -> None:
-    arrays: dict[str, Array] = {"x_s": np.array(0.02, np.float32)}
+def test_int8_that_no_node_of_the_file_rounds_is_rounded_once_more(tmp_path: Path) -> None:
+    """To the same numbers, 128 more; two layers share that."""
+    arrays: dict[str, Array] = {"x_s": np.array(0.02, np.float32), "x_z": np.array(-7, np.int8)}
     weight = dequantised_weight(pruned(96, 64), arrays, per_channel=False, dtype=np.int8)
     nodes = [helper.make_node("Cast", ["x"], ["x_q"], to=TensorProto.INT8)]
-    nodes += [helper.make_node("DequantizeLinear", ["x_q", "x_s"], ["x_dq"]), weight]
-    nodes.append(helper.make_node("Gemm", ["x_dq", "w_dq"], ["y"], transB=1))
+    nodes += [helper.make_node("DequantizeLinear", ["x_q", "x_s", "x_z"], ["x_dq"]), weight]
+    nodes.append(helper.make_node("Gemm", ["x_dq", "w_dq"], ["p"], transB=1))
+    nodes.append(helper.make_node("Gemm", ["x_dq", "w_dq"], ["q"], transB=1, alpha=0.5))
+    nodes.append(helper.make_node("Sub", ["p", "q"], ["y"]))
     source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 64], ["n", 96], opset=13)
     report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
-    assert report.rows[0].reason == "in float32: its input is int8 that no QuantizeLinear makes"
+    assert condensed_nodes(report.path) == ["CondensedLinearInt8"] * 2
+    assert [row.reason for row in report.rows] == ["", ""]
+    assert sum(node.op_type == "QuantizeLinear" for node in onnx.load(report.path).graph.node) == 1
+    assert_same(source, report.path, (100 * random(3, 64)).clip(-128, 127))
 
 
 def test_a_layer_of_eight_bits_must_beat_dense_eight_bits(tmp_path: Path) -> None:

@@ -134,6 +134,7 @@ def condense(
         str, typer.Option(help="How much faster a layer must be expected to be; auto, or a number, 0 for all layers.")
     ] = "auto",
     verify: Annotated[bool, typer.Option(help="Compare with the source in ONNX Runtime, on random inputs.")] = True,
+    beside: Annotated[bool, typer.Option("--beside", help="Put weights into a file beside it, large or not.")] = False,
 ) -> None:
     """Condense the layers of an ONNX file that something else made sparse."""
     from srigl_fx.onnx_condensing.pipeline import condense_onnx
@@ -143,7 +144,8 @@ def condense(
             least: Any = min_speedup if min_speedup == "auto" else float(min_speedup)
         except ValueError as error:
             raise SriglError(f"--min-speedup takes auto or a number, not {min_speedup!r}") from error
-        typer.echo(str(condense_onnx(file, output, min_sparsity=min_sparsity, min_speedup=least, verify=verify)))
+        options: dict[str, Any] = {"min_speedup": least, "verify": verify, "external_data": beside or "auto"}
+        typer.echo(str(condense_onnx(file, output, min_sparsity=min_sparsity, **options)))
 
 
 @app.command()

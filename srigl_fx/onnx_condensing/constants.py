@@ -74,6 +74,18 @@ def steps(value: ir.Value | None) -> tuple[Array, Array] | None:
     return None if first is None else _apart(node, first, others)
 
 
+def source_name(value: ir.Value | None) -> str:
+    """The name of the initializer that a constant is made from.
+
+    Example:
+        >>> source_name(ir.node("Transpose", [ir.val("w")]).outputs[0])
+        'w'
+    """
+    while value is not None and (producer := value.producer()) is not None:
+        value = producer.inputs[0]
+    return (value.name if value is not None else None) or "weight"
+
+
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """An attribute of a node, as Python has it.
 

@@ -20,7 +20,7 @@ from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME, Work, condensed, dens
 from srigl_fx.runtime.format import padding_problem
 from srigl_fx.runtime.row_lengths import masks_by_length, places
 
-_BATCHES: Final = (1, 16)  # at which a layer must gain
+BATCHES: Final = (1, 16)  # at which a layer must gain
 # How many times as fast as in float32 ONNX Runtime computes a dense layer of eight bits, about, on a processor with
 # VNNI: the ratio of the last two columns of "When int8" in docs/quantised.md.
 _DENSE_EIGHT_BITS: Final = 4.0
@@ -54,23 +54,35 @@ class Form:
         if len(groups) < 2 or padding_problem(self.kept, value_bytes, groups):  # rule 2
             return
         faster = all(
-            _WORTH_GROUPS * self._seconds(batch, groups) < self._seconds(batch, [self.kept]) for batch in _BATCHES
+            _WORTH_GROUPS * self._seconds(batch, groups) < self._seconds(batch, [self.kept]) for batch in BATCHES
         )
         if self._padding or faster:  # rule 3
             self.parts, self._padding = groups, ""
+
+    @property
+    def padding(self) -> str:
+        """Why it cannot be condensed: it would take as many bytes as the dense weight; "" where it takes fewer."""
+        return self._padding
 
     def problem(self, least: float) -> str:
         """Why it is better dense, or "" where it is not (rules 2 and 4)."""
         if self._padding:
             return self._padding
-        for batch in _BATCHES if least > 0 else ():
-            seconds = dense(self._work(self.kept, batch), ONNXRUNTIME) / (_DENSE_EIGHT_BITS if self.is_rounded else 1)
-            speedup = seconds / self._seconds(batch, self.parts)
+        for batch in BATCHES if least > 0 else ():
+            speedup = self.dense_seconds(batch) / self.seconds(batch)
             if speedup < least:
                 kind = "dense int8" if self.is_rounded else "dense"
                 form = "condensed in float32" if self.is_rounded and not self.eight_bits else "condensed"
                 return f"estimated: {form} is {speedup:.2f} times as fast as {kind} at batch {batch}"
         return ""
+
+    def dense_seconds(self, batch: int) -> float:
+        """What the dense layer is estimated to take."""
+        return dense(self._work(self.kept, batch), ONNXRUNTIME) / (_DENSE_EIGHT_BITS if self.is_rounded else 1)
+
+    def seconds(self, batch: int) -> float:
+        """What this form is estimated to take."""
+        return self._seconds(batch, self.parts)
 
     def _seconds(self, batch: int, parts: list[Array]) -> float:
         works = [self._work(part, batch) for part in parts]

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from srigl_fx.onnx_condensing.constants import Array, attribute, constant
+from srigl_fx.onnx_condensing.constants import Array, attribute, constant, source_name
 from srigl_fx.runtime.activations import ACTIVATIONS
 
 
@@ -40,6 +40,7 @@ class Contraction:
         residual: What is added, if anything is.
         activation: The activation's name.
         last: The node whose output is that of all of them together.
+        positions: How often each weight is used with one sample; None where the shapes say it.
         refused: Why it cannot be condensed; "" where it can.
     """
 
@@ -53,6 +54,7 @@ class Contraction:
     residual: ir.Value | None = None
     activation: str = "none"
     last: ir.Node = field(init=False)
+    positions: int | None = None
     refused: str = ""
 
     def __post_init__(self) -> None:
@@ -67,21 +69,18 @@ class Contraction:
         return x
 
 
-def contractions(graph: ir.Graph) -> list[Contraction]:
-    """All contractions of a graph with constant weights, in the order of its nodes (rules 1-3 of the module).
+def contraction(node: ir.Node) -> Contraction | None:
+    """A node as one with a constant weight (rules 1-3 of the module), or None where it is none.
 
     Example:
-        >>> contractions(ir.Graph([], [], nodes=[]))
-        []
+        >>> contraction(ir.node("MatMul", [ir.val("x"), ir.val("w")])) is None
+        True
     """
-    found = []
-    for node in graph:
-        if node.domain in ("", "ai.onnx") and (read := _READERS.get(node.op_type)):
-            one = read(node)
-            if one is not None:
-                one.refused = one.refused or _unsuitable(one)
-                found.append(one)
-    return found
+    read = _READERS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    one = None if read is None else read(node)
+    if one is not None:
+        one.refused = one.refused or _unsuitable(one)
+    return one
 
 
 def matrix_view(node: ir.Node, weight: Array) -> Array:
@@ -96,18 +95,11 @@ def matrix_view(node: ir.Node, weight: Array) -> Array:
     return weight if node.op_type == "Gemm" and attribute(node, "transB", 0) else weight.T
 
 
-def _source(value: ir.Value | None) -> str:
-    """The name of the initializer that a constant is made from."""
-    while value is not None and (producer := value.producer()) is not None:
-        value = producer.inputs[0]
-    return (value.name if value is not None else None) or "weight"
-
-
 def _matmul(node: ir.Node) -> Contraction | None:
     weight = constant(node.inputs[1])
     if weight is None or weight.ndim != 2 or constant(node.inputs[0]) is not None:
         return None
-    return Contraction(node=node, weight=_source(node.inputs[1]), matrix=_float(matrix_view(node, weight)))
+    return Contraction(node=node, weight=source_name(node.inputs[1]), matrix=_float(matrix_view(node, weight)))
 
 
 def _gemm(node: ir.Node) -> Contraction | None:
@@ -117,7 +109,7 @@ def _gemm(node: ir.Node) -> Contraction | None:
     factor = attribute(node, "alpha", 1.0)
     one = Contraction(
         node=node,
-        weight=_source(node.inputs[1]),
+        weight=source_name(node.inputs[1]),
         matrix=_float(matrix_view(node, weight)) * np.float32(factor),
         factor=factor,
     )
@@ -143,7 +135,7 @@ def _conv(node: ir.Node) -> Contraction | None:
     pads = _pads(node, weight.shape[2:], strides, dilations)
     one = Contraction(
         node=node,
-        weight=_source(node.inputs[1]),
+        weight=source_name(node.inputs[1]),
         matrix=_float(matrix_view(node, weight)),
         weight_shape=weight.shape,
         convolution={
@@ -204,7 +196,7 @@ def _unsuitable(one: Contraction) -> str:
     return ""
 
 
-def take_epilogue(graph: ir.Graph, one: Contraction) -> None:
+def take_epilogue(one: Contraction) -> None:
     """Let a contraction have what follows it (rule 4 of the module).
 
     Two of them may be added to each other. The first that is rewritten has the addition; of the other one's output, the
@@ -215,27 +207,26 @@ def take_epilogue(graph: ir.Graph, one: Contraction) -> None:
         >>> nodes = [ir.node("MatMul", [x, w])]
         >>> nodes.append(ir.node("Relu", nodes[0].outputs))
         >>> graph = ir.Graph([x], nodes[1].outputs, nodes=nodes)
-        >>> (one,) = contractions(graph)
-        >>> take_epilogue(graph, one)
+        >>> one = contraction(nodes[0])
+        >>> take_epilogue(one)
         >>> one.activation, one.last is nodes[1]
         ('relu', True)
     """
-    outputs = {id(value) for value in graph.outputs}
-    other = _added(one, outputs)
+    other = _added(one)
     bias = constant(other) if one.bias is None else None
     if other is not None and bias is not None and (found := _as_bias(one, bias)) is not None:
         one.bias, one.last = found, _reader(one)
-        other = _added(one, outputs)
+        other = _added(one)
     if other is not None and constant(other) is None and _same_shape(other, one.last.outputs[0]):
         one.residual, one.last = other, _reader(one)
-    follower = _only_reader(one.last, outputs)
+    follower = _only_reader(one.last)
     if follower is not None and len(follower.inputs) == 1 and (name := _activation_of(follower)) is not None:
         one.activation, one.last = name, follower
 
 
-def _added(one: Contraction, outputs: set[int]) -> ir.Value | None:
+def _added(one: Contraction) -> ir.Value | None:
     """What the node that alone reads a contraction adds to it, if it does."""
-    reader = _only_reader(one.last, outputs)
+    reader = _only_reader(one.last)
     if reader is None or reader.op_type != "Add":
         return None
     return reader.inputs[1] if reader.inputs[0] is one.last.outputs[0] else reader.inputs[0]
@@ -245,11 +236,11 @@ def _reader(one: Contraction) -> ir.Node:
     return next(iter(one.last.outputs[0].uses())).node
 
 
-def _only_reader(node: ir.Node, outputs: set[int]) -> ir.Node | None:
+def _only_reader(node: ir.Node) -> ir.Node | None:
     """The one node of the same graph that reads a node's output, where nothing else does."""
     (value,) = node.outputs
     uses = list(value.uses())
-    if id(value) in outputs or len(uses) != 1:
+    if value.is_graph_output() or len(uses) != 1:
         return None
     reader = uses[0].node
     return reader if reader.graph is node.graph and reader.domain in ("", "ai.onnx") else None
@@ -303,6 +294,8 @@ def positions(one: Contraction, batch: int) -> int:
 
     That is 128 tokens, and 14 places along each axis of a convolution.
     """
+    if one.positions is not None:
+        return batch * one.positions
     shape = one.node.outputs[0].shape if one.convolution is not None else one.x.shape
     sizes = list(shape or ())
     if one.convolution is not None:

@@ -4,24 +4,21 @@ Owns the verb: the order of its steps, what is decided for each layer, and the f
 layer is found or rewritten, nor models of PyTorch.
 """
 
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.errors import ExportError, FormatError, SriglError
-from srigl_fx.files import check_replaceable, replacing
-from srigl_fx.onnx_condensing.form import Form
-from srigl_fx.onnx_condensing.match import Contraction, contractions, take_epilogue
-from srigl_fx.onnx_condensing.quantised import EightBits, eight_bits
-from srigl_fx.onnx_condensing.report import CondensingReport, CondensingRow
-from srigl_fx.onnx_condensing.rewrite import condense
+from srigl_fx.files import check_replaceable
+from srigl_fx.onnx_condensing.byte_operators import BYTE_OPERATORS
+from srigl_fx.onnx_condensing.decide import condense_all
+from srigl_fx.onnx_condensing.report import CondensingReport
 from srigl_fx.onnx_condensing.trial import ROUNDED_TOLERANCE, TOLERANCE, check
-from srigl_fx.onnx_export.file import all_nodes
+from srigl_fx.onnx_export.file import all_nodes, inspect_file
+from srigl_fx.onnx_export.weights import ExternalData, check_external_data, open_model, take_out, writing
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import OPSET_VERSION
@@ -30,7 +27,8 @@ if TYPE_CHECKING:
     import onnx
     import onnx_ir as ir
 
-_ROUNDING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear"})
+_ROUNDING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QGemm"})
+_MOST_NODES = 1_000_000  # once functions are in the place of their calls
 _LEAST_IR_VERSION = 8  # of files with functions
 
 
@@ -43,15 +41,19 @@ def condense_onnx(
     fallback: bool = True,
     verify: bool = True,
     example_inputs: Mapping[str, NDArray[Any]] | None = None,
+    external_data: ExternalData = "auto",
 ) -> CondensingReport:
     """Condense the layers of an ONNX file whose weights hold enough zeros, whoever made it.
 
     ``MatMul``, ``Gemm`` and ``Conv`` with constant weights become condensed nodes, as
     :func:`srigl_fx.export_onnx` writes them, with the bias, the addition and the activation that follow. Batch
     normalisation is folded into what it follows, and weights that are transposed or dequantised are seen through. Where
-    samples and weights are both rounded to eight bits (``QuantizeLinear`` and ``DequantizeLinear``), the nodes are
-    those of eight bits, with the file's own numbers and scales; where these cannot be carried exactly, they are of
-    float32 and the report says why. Files of older opsets are brought to opset 18 first, by ``onnx.version_converter``.
+    samples and weights are both rounded to eight bits (``QuantizeLinear`` and ``DequantizeLinear``, or operators that
+    multiply bytes), the nodes are those of eight bits, with the file's own numbers and scales; where these cannot be
+    carried exactly, they are of float32 and the report says why. ``LSTM`` and ``GRU`` become condensed products around
+    a ``Scan``, and a ``MatMul`` with a stack of weights several, where that is expected to gain. Layers inside ``If``,
+    ``Loop``, ``Scan`` and functions are condensed, too. Files of older opsets are brought to opset 18 first, by
+    ``onnx.version_converter``.
 
     Args:
         source: The file, which may keep its tensors beside it.
@@ -63,6 +65,8 @@ def condense_onnx(
         verify: Compare with what ONNX Runtime makes of the source, with and without the operator library.
         example_inputs: Arrays by the names of the model's inputs to compare with; by default random ones, of small
             sizes where they are free, ones for integers.
+        external_data: Whether large tensors go to a file beside it, called like it with ``.data`` behind, which ONNX
+            Runtime maps into memory; "auto" is where one file cannot hold all (2 GiB).
 
     Returns:
         A report; ``str()`` is a table.
@@ -84,6 +88,7 @@ def condense_onnx(
         raise ExportError(f"min_sparsity must lie between 0 and 1, such as 0.5, got {min_sparsity!r}")
     if min_speedup != "auto" and (not isinstance(min_speedup, int | float) or not min_speedup >= 0):
         raise ExportError(f'min_speedup must be "auto" or a number of at least 0, not {min_speedup!r}')
+    check_external_data(external_data)
     model = _prepared(Path(source))
     try:
         check_replaceable(target)
@@ -92,9 +97,9 @@ def condense_onnx(
             f"cannot write {target}: {error.strerror}; give the path of a file in a folder that exists"
         ) from error
     least = 1.0 if min_speedup == "auto" else float(min_speedup)
+    has_bytes = any(node.op_type in BYTE_OPERATORS for node in model.graph.all_nodes())
     try:
-        found = contractions(model.graph)
-        rows = [_settle(model.graph, one, min_sparsity, least) for one in found]
+        rows = condense_all(model, min_sparsity, least)
     except SriglError:
         raise
     except Exception as error:  # of attributes and sizes that do not go together, any type
@@ -102,20 +107,21 @@ def condense_onnx(
     if not any(row.condensed for row in rows):
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8])
         more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""
-        done = sum(node.domain == abi.DOMAIN for node in model.graph)
+        done = sum(node.domain == abi.DOMAIN for node in model.graph.all_nodes())
         raise ExportError(
             f"nothing {'more ' if done else ''}in {source} can be condensed: "
             + (f"{done} of its nodes are condensed already; " if done else "")
             + (reasons + more or f"it has no {'other ' if done else ''}MatMul, Gemm or Conv with a constant weight")
         )
     allowed = ROUNDED_TOLERANCE if _is_rounded_again(model.graph) else TOLERANCE
-    proto = _finished(model, fallback=fallback)
-    with replacing(target) as part:
-        part.write_bytes(proto.SerializeToString())
-        errors = check(Path(source), part, example_inputs, fallback=fallback, allowed=allowed) if verify else {}
+    proto, held = _finished(model, fallback=fallback)
+    options: dict[str, Any] = {"fallback": fallback, "allowed": allowed, "has_bytes": has_bytes}
+    with writing(target, proto, held, external_data) as part:
+        del held, model
+        errors = check(Path(source), part, example_inputs, **options) if verify else {}
     return CondensingReport(
         path=target,
-        bytes=target.stat().st_size,
+        bytes=inspect_file(target).file_bytes,
         rows=tuple(rows),
         library_error=errors.get("library"),
         fallback_error=errors.get("fallback"),
@@ -131,13 +137,7 @@ def _prepared(source: Path) -> "ir.Model":
     from onnxscript.rewriter import rewrite
     from onnxscript.rewriter.rules import common as rules
 
-    try:
-        proto = onnx.load(source)
-    except OSError as error:
-        raise FormatError(f"cannot read {source}: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's and those of onnx have no base class
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"{source} is no ONNX file: {problem}") from error
+    proto = open_model(source)
     opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 0)
     if not proto.HasField("graph") or not opset:
         raise FormatError(f"{source} is no ONNX file: it has no graph of ONNX's operators")
@@ -152,8 +152,11 @@ def _prepared(source: Path) -> "ir.Model":
             ) from error
     try:
         model = ir.from_proto(proto)
+        for graph in (model.graph, *(function.graph for function in model.functions.values())):
+            ir.external_data.set_base_dir(graph, source.parent.resolve())
         # Files before version 4 of the format list their weights among the inputs.
         common.RemoveInitializersFromInputsPass()(model)
+        _inline(model)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         rewrite(
             model,
@@ -171,60 +174,66 @@ def _prepared(source: Path) -> "ir.Model":
     return model
 
 
-def _settle(graph: "ir.Graph", one: Contraction, min_sparsity: float, least: float) -> CondensingRow:
-    """Decide a layer, and condense it if that is what is decided."""
-    kept = one.matrix != 0
-    share = 1 - float(kept.mean()) if kept.size else 0.0
-    numbers = "" if one.refused else eight_bits(one)
-    is_rounded = isinstance(numbers, EightBits) or bool(numbers)  # in the source
-    why_float = f"in float32: {numbers}" if isinstance(numbers, str) and numbers else ""
-    carried = numbers if isinstance(numbers, EightBits) else None
-    reason = one.refused
-    if share < min_sparsity:
-        reason = f"{share:.1%} of it is zero, and min_sparsity is {min_sparsity:.0%}"
-    elif not kept.any():
-        reason = "all of it is zero"
-    elif not np.isfinite(one.matrix).all():
-        reason = "it holds numbers that are not finite"
-    form = Form(one, kept, is_rounded=is_rounded, eight_bits=carried is not None)
-    reason = reason or form.problem(least)
-    if not reason:
-        take_epilogue(graph, one)
-        condense(graph, one, form.parts, carried)
-    return CondensingRow(
-        name=one.weight,
-        operator=one.node.op_type,
-        shape=one.weight_shape,
-        sparsity=share,
-        condensed=not reason,
-        eight_bits=not reason and carried is not None,
-        parts=0 if reason else len(form.parts),
-        reason=reason or why_float,
-    )
+def _inline(model: "ir.Model") -> None:
+    """Put functions of the model's own in the place of their calls; the fallback of what is condensed stays."""
+    from onnx_ir.passes import common
+
+    sizes: dict[Any, int] = {}
+
+    def size(graph: "ir.Graph | ir.Function") -> int:
+        total = 0
+        for node in graph.all_nodes():
+            called = model.functions.get(node.op_identifier())
+            if called is not None and node.op_identifier() not in sizes:
+                sizes[node.op_identifier()] = _MOST_NODES + 1  # while it is counted: one that calls itself has no size
+                sizes[node.op_identifier()] = size(called)
+            total += sizes.get(node.op_identifier(), 1)
+        return total
+
+    if size(model.graph) > _MOST_NODES:
+        raise FormatError(f"its functions call each other for more than {_MOST_NODES} nodes in all, or themselves")
+    common.InlinePass(criteria=lambda function: function.domain != abi.DOMAIN)(model)
 
 
-def _is_rounded_again(graph: "ir.Graph") -> bool:
+def _is_rounded_again(graph: "ir.Graph", depending: set[int] | None = None) -> bool:
     """Whether something that depends on a condensed node is rounded: then a step more or less is no mistake."""
-    depending: set[int] = set()
+    depending = set() if depending is None else depending
     for node in graph:  # in topological order
+        inner = [attribute.as_graph() for attribute in node.attributes.values() if attribute.type.name == "GRAPH"]
         depends = any(id(value) in depending for value in node.inputs)
-        if depends and node.op_type in _ROUNDING:
+        if depends and (node.op_type in _ROUNDING or node.op_type.startswith("QLinear")):
             return True
+        # What a loop carries comes back to its start.
+        depends = depends or any(_is_condensed(one) for one in inner)
+        for one in inner:
+            if depends:
+                depending.update(id(value) for value in one.inputs)
+            if _is_rounded_again(one, depending):
+                return True
+            depends = depends or any(id(value) in depending for value in one.outputs)
         if depends or node.domain == abi.DOMAIN:
             depending.update(id(value) for value in node.outputs)
     return False
 
 
-def _finished(model: "ir.Model", *, fallback: bool) -> "onnx.ModelProto":
-    """The model as a file holds it: without what nobody reads, with the fallback."""
+def _is_condensed(graph: "ir.Graph") -> bool:
+    return any(node.domain == abi.DOMAIN for node in graph.all_nodes())
+
+
+def _finished(model: "ir.Model", *, fallback: bool) -> "tuple[onnx.ModelProto, dict[str, Any]]":
+    """The model as a file holds it: without what nobody reads, with the fallback; and its large tensors."""
     import onnx_ir as ir
     from onnx_ir.passes import common
 
     from srigl_fx.onnx_export.model import functions_for
 
     common.RemoveUnusedNodesPass()(model)
+    for graph in model.graphs():  # the pass leaves constants inside nodes alone
+        for name in [name for name, value in graph.initializers.items() if _is_unused(value)]:
+            del graph.initializers[name]
     model.opset_imports[abi.DOMAIN] = abi.DOMAIN_VERSION
     model.ir_version = max(model.ir_version, _LEAST_IR_VERSION)
+    held = take_out(model)
     proto = ir.to_proto(model)
     proto.metadata_props.add(key=MARK[0], value=MARK[1])
     if fallback:
@@ -234,8 +243,8 @@ def _finished(model: "ir.Model", *, fallback: bool) -> "onnx.ModelProto":
             function.opset_import[0].version = model.opset_imports[""]
         proto.functions.extend(functions)
     assert any(node.domain == abi.DOMAIN for node in all_nodes(proto.graph))
-    if proto.ByteSize() > 2**31 - 1:
-        raise ExportError(
-            f"the condensed model takes {math.ceil(proto.ByteSize() / 2**20)} MiB, more than one file holds (2 GiB)"
-        )
-    return proto
+    return proto, held
+
+
+def _is_unused(value: "ir.Value") -> bool:
+    return not value.uses() and not value.is_graph_output() and not value.is_graph_input()

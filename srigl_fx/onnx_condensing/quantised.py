@@ -7,7 +7,8 @@ Rules:
     1. The input is dequantised from bytes with one scale and one zero point; the weight from whole numbers with one
        scale for each output, or for all. Then sums are those of whole numbers, as in the operators.
     2. The operators read uint8 with a zero point of 0 or 128. Of int8, all numbers are 128 more there: their
-       ``QuantizeLinear`` is written anew, or, where it is none, the contraction stays in float32.
+       ``QuantizeLinear`` is written anew; where no such node makes them, what they stand for is rounded once more, to
+       the same numbers.
     3. With another zero point z, 128 is taken for it, and what that adds to each sum, (z - 128) times the sum of the
        row's weights, is taken off the bias. Where zeros are padded they would not be z, so that this is in float32.
     4. Weights are bytes once their zero point is taken off, -128 too, which our own rounding does not make but the
@@ -112,12 +113,11 @@ def _samples(node: ir.Node) -> tuple[ir.Value, bool, int, float] | str:
         return "the scale of its input is computed"
     if scale.size != 1 or zero.size != 1:
         return "its input has several scales"
-    dtype = x.dtype if x.dtype is not None else ir.DataType.UNDEFINED
+    has_zero = len(node.inputs) > 2 and node.inputs[2] is not None  # which is of the same type
+    dtype = x.dtype or (ir.DataType.from_numpy(zero.dtype) if has_zero else ir.DataType.UNDEFINED)
     if dtype not in (ir.DataType.UINT8, ir.DataType.INT8):
         return f"its input is {dtype.name.lower()} that is dequantised"
     signed = dtype == ir.DataType.INT8
-    if signed and (quantiser(x) is None):
-        return "its input is int8 that no QuantizeLinear makes"
     number, offset = float(np.float32(scale.item())), int(zero.item()) + (OFFSET if signed else 0)
     if scale.dtype != np.float32 or given_problem(number, 0) or not 0 <= offset <= LARGEST_UNSIGNED:
         return "the scale of its input is no scale of eight bits"

@@ -12,12 +12,13 @@ class CondensingRow:
 
     Attributes:
         name: Its weight, as the file calls it.
-        operator: ``MatMul``, ``Gemm`` or ``Conv``.
+        operator: The operator that reads it in the source.
         shape: The weight's shape, outputs first.
         sparsity: The fraction of it that is zero.
         condensed: Whether it is condensed now.
         eight_bits: Whether it is in eight bits then, with numbers and scales of the source.
         parts: How many nodes it is: more than one where rows of like length are nodes of their own.
+        form_of_all: What became of the operator, where it is several nodes now, in words.
         reason: Why it is not, or why in float32 although the source is in eight bits.
     """
 
@@ -29,14 +30,17 @@ class CondensingRow:
     eight_bits: bool
     parts: int
     reason: str
+    form_of_all: str = ""
 
     @property
     def form(self) -> str:
         """What became of it, in words."""
         if not self.condensed:
             return "dense"
-        more = (", int8" if self.eight_bits else "") + (f", {self.parts} groups of rows" if self.parts > 1 else "")
-        return f"condensed{more}"
+        more = [self.form_of_all] if self.form_of_all else []
+        more += ["int8"] if self.eight_bits else []
+        more += [f"{self.parts} groups of rows"] if self.parts > 1 else []
+        return ", ".join(("condensed", *more))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,7 +185,7 @@ def inspect_file(path: Path) -> FileReport:
 
     model = read_model(path)
     size = path.stat().st_size
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    constants = {tensor.name: tensor for graph in all_graphs(model.graph) for tensor in graph.initializer}
     texts = [text for node in all_nodes(model.graph) for text in (node.op_type, node.domain, *node.input, *node.output)]
     if not all(
         isinstance(text, str) for text in (*texts, *constants)
@@ -225,11 +225,32 @@ def _stored_condensed(constants: "dict[str, onnx.TensorProto]") -> list[str]:
 
 def all_nodes(graph: "onnx.GraphProto") -> "Iterator[onnx.NodeProto]":
     """Every node of ``graph`` and of the branches and loops inside it."""
+    for one in all_graphs(graph):
+        yield from one.node
+
+
+def all_graphs(graph: "onnx.GraphProto") -> "Iterator[onnx.GraphProto]":
+    """``graph``, and those of the branches and loops inside it."""
+    yield graph
     for node in graph.node:
-        yield node
         for attribute in node.attribute:
             if attribute.HasField("g"):
-                yield from all_nodes(attribute.g)
+                yield from all_graphs(attribute.g)
+
+
+def all_tensors(model: "onnx.ModelProto") -> "Iterator[onnx.TensorProto]":
+    """Every tensor that a file holds, those of branches, loops and functions too."""
+    graphs, nodes = [model.graph], [node for function in model.functions for node in function.node]
+    while graphs:
+        graph = graphs.pop()
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        nodes += graph.node
+        while nodes:
+            for attribute in nodes.pop().attribute:
+                yield from (attribute.t, *attribute.tensors)
+                graphs += [attribute.g, *attribute.graphs]
 
 
 def _read_node(

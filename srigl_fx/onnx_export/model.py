@@ -20,12 +20,13 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from srigl_fx.errors import ExportError
-from srigl_fx.onnx_export.file import all_nodes
+from srigl_fx.onnx_export.file import all_graphs, all_nodes
 from srigl_fx.onnx_export.limits import limit_sizes
 from srigl_fx.onnx_export.names import name_sizes, name_values, output_names
 from srigl_fx.onnx_export.places import place_in, places
 from srigl_fx.onnx_export.rewrites import rewrite
 from srigl_fx.onnx_export.state import explicit, of_leaves
+from srigl_fx.onnx_export.weights import take_out
 from srigl_fx.passes.capture import EXPORT_LOCK
 from srigl_fx.passes.condensed_nodes import CONV, LINEAR, ROUND
 from srigl_fx.passes.feature_major import settle_layouts
@@ -50,6 +51,7 @@ def build_model(
     kwargs: dict[str, Any],
     sizes: Sizes,
     origins: dict[str, str] | None = None,
+    held: dict[str, Any] | None = None,
 ) -> "onnx.ModelProto":
     """Translate a lowered graph, for opset 18 and every ONNX Runtime from 1.17 on; without the fallback functions.
 
@@ -62,6 +64,8 @@ def build_model(
         kwargs: Example keyword arguments.
         sizes: Those of the leaves of (args, kwargs) that are free.
         origins: Where given, :func:`~srigl_fx.onnx_places.places` of the model are put there, which it does not keep.
+        held: Where given, large tensors are put there, and the model has their sizes alone
+            (:func:`srigl_fx.onnx_export.weights.take_out`).
 
     Raises:
         ExportError: torch.export or torch.onnx cannot translate the graph, or makes something of it that is no ONNX;
@@ -101,6 +105,8 @@ def build_model(
                 custom_translation_table=_TRANSLATIONS,
             )
             assert program is not None
+            if held is not None:
+                held |= take_out(program.model)
             model: onnx.ModelProto = program.model_proto
     except Exception as error:  # the exporters raise nearly every type
         raise ExportError(
@@ -160,7 +166,7 @@ def functions_for(model: "onnx.ModelProto", *, exact: bool = True) -> "list[onnx
         ['CondensedLinearRelu']
     """
     used: dict[str, set[str]] = {}
-    own = {tensor.name for tensor in model.graph.initializer if len(tensor.dims) == 1}
+    own = {tensor.name for graph in all_graphs(model.graph) for tensor in graph.initializer if len(tensor.dims) == 1}
     for node in all_nodes(model.graph):
         if node.domain == abi.DOMAIN and node.op_type in abi.OPERATORS:
             asked = {item.name for item in node.attribute if item.name.endswith("_perm") and _moves(item.ints)}

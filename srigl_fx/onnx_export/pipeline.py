@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import Comparison
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError
-from srigl_fx.files import check_replaceable, replacing
+from srigl_fx.files import check_replaceable
 from srigl_fx.lowering.calibration_inputs import Calibration
 from srigl_fx.lowering.inputs import arranged, sizes_of
 from srigl_fx.lowering.lowered import LoweredModule
@@ -33,6 +33,7 @@ from srigl_fx.onnx_export.names import shapes_of
 from srigl_fx.onnx_export.report import ExportReport
 from srigl_fx.onnx_export.triton import requested, triton_model
 from srigl_fx.onnx_export.verification import check_file
+from srigl_fx.onnx_export.weights import ExternalData, check_external_data, writing
 from srigl_fx.passes.asked_sizes import DynamicShapes
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.free_sizes import batch_names
@@ -40,9 +41,6 @@ from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.sizes import Sizes
 from srigl_fx.passes.state import kept_in, writes
 from srigl_fx.passes.wrappers import unwrapped
-from srigl_fx.reports.text_tables import format_bytes
-
-_LARGEST_FILE = 2**31 - 1  # what one protobuf message may hold
 
 
 @noted
@@ -59,6 +57,7 @@ def export_onnx(
     calibration: Calibration | None = None,
     verify: bool = True,
     state: Literal["inputs", "error"] = "inputs",
+    external_data: ExternalData = "auto",
     triton: str | os.PathLike[str] | Mapping[str, Any] | None = None,
 ) -> ExportReport:
     """Write a sparse-trained or lowered model as one ONNX file, and check it in ONNX Runtime.
@@ -90,6 +89,8 @@ def export_onnx(
             of at least 30 dB: what differs in the last bit may be rounded apart.
         state: What becomes of buffers that the forward pass writes: with "inputs" each is an input and an output of the
             file, and its present value is kept as the initial one (see ``srigl_fx.runtime.Stream``); "error" refuses.
+        external_data: Whether large tensors go to a file beside it, called like it with ``.data`` behind, which ONNX
+            Runtime maps into memory; "auto" is where one file cannot hold all (2 GiB).
         triton: The folder of all models of a Triton server, which exists, to write one for this file into it, too, as
             :func:`srigl_fx.onnx_tools.triton_model` does; or a dict of that function's arguments, with the folder as
             "repository". By default none is written.
@@ -132,6 +133,7 @@ def export_onnx(
         raise ExportError(f"dynamic_batch must be True or False, not {dynamic_batch!r}")
     if dynamic_shapes is not None and not dynamic_batch:
         raise ExportError("dynamic_shapes says which sizes are free, the batch among them: leave dynamic_batch out")
+    check_external_data(external_data)
     _require_rows(example_inputs)
     served = None if triton is None else requested(triton, target)
     model = unwrapped(model)
@@ -153,18 +155,26 @@ def export_onnx(
     args, kwargs = arranged(lowered, args, kwargs)
     leaves = pytree.tree_leaves((args, kwargs))
     sizes = _sizes(lowered, leaves) if dynamic_batch else Sizes()
-    with replacing(target) as part:
-        write = functools.partial(_write, part, lowered, args, kwargs, fallback=fallback, verify=verify)
-        try:
-            written = write(sizes)
-        except ExportError as error:
-            if not sizes.names or dynamic_shapes not in (None, "auto"):
-                raise
-            written, sizes = _with_fewer(write, sizes, error)
-        else:
-            if dynamic_batch and not lowered.report.tried_sizes:
-                written.notes.extend(_fixed(lowered, leaves, sizes))
-        folder = None if served is None else triton_model(part, **served)
+    write = functools.partial(
+        _write,
+        target,
+        lowered,
+        args,
+        kwargs,
+        fallback=fallback,
+        verify=verify,
+        external_data=external_data,
+        served=served,
+    )
+    try:
+        written = write(sizes)
+    except ExportError as error:
+        if not sizes.names or dynamic_shapes not in (None, "auto"):
+            raise
+        written, sizes = _with_fewer(write, sizes, error)
+    else:
+        if dynamic_batch and not lowered.report.tried_sizes:
+            written.notes.extend(_fixed(lowered, leaves, sizes))
     written.notes.extend(f"{note.by}: {note.reason}" for note in lowered.report.undone)
     contents = inspect_file(target)
     return ExportReport(
@@ -183,7 +193,7 @@ def export_onnx(
         outputs=written.outputs,
         state=names,
         lowering=lowered.report,
-        triton=folder,
+        triton=written.folder,
     )
 
 
@@ -195,6 +205,7 @@ class _Written:
     notes: list[str]
     inputs: dict[str, tuple[int | str, ...]]
     outputs: dict[str, tuple[int | str, ...]]
+    folder: Path | None
 
     def worst(self, host: str) -> float | None:
         """The largest relative error on a host; None where that was not checked."""
@@ -257,7 +268,7 @@ def _fixed(lowered: LoweredModule, leaves: Sequence[Any], sizes: Sizes) -> list[
 
 
 def _write(
-    part: Path,
+    target: Path,
     lowered: LoweredModule,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -265,24 +276,22 @@ def _write(
     *,
     fallback: bool,
     verify: bool,
+    external_data: ExternalData,
+    served: dict[str, Any] | None,
 ) -> _Written:
-    """Write the file and check it."""
-    origins: dict[str, str] = {}
-    proto = build_model(lowered, args, kwargs, sizes, origins)
+    """Write the file and check it, and a folder of it for Triton as ``served`` asks."""
+    origins, held = dict[str, str](), dict[str, Any]()
+    proto = build_model(lowered, args, kwargs, sizes, origins, held)
     if fallback:
         proto.functions.extend(functions_for(proto))
     recipes.put(proto, lowered.recipes)
-    if proto.ByteSize() > _LARGEST_FILE:
-        raise ExportError(
-            f"the model takes {format_bytes(proto.ByteSize())}, more than one ONNX file holds (2 GiB): raise the "
-            "sparsity, or make more of its layers sparse"
-        )
-    part.write_bytes(proto.SerializeToString())
-    compared, notes = dict[str, Comparison](), list[str]()
-    if verify:
-        trials = _trials(lowered, pytree.tree_leaves((args, kwargs)), sizes)
-        compared, notes = check_file(part, lowered, args, kwargs, sizes, trials, origins, fallback=fallback)
-    return _Written(compared, notes, shapes_of(proto.graph.input), shapes_of(proto.graph.output))
+    with writing(target, proto, held, external_data) as part:
+        compared, notes = dict[str, Comparison](), list[str]()
+        if verify:
+            trials = _trials(lowered, pytree.tree_leaves((args, kwargs)), sizes)
+            compared, notes = check_file(part, lowered, args, kwargs, sizes, trials, origins, fallback=fallback)
+        folder = None if served is None else triton_model(part, **served)
+    return _Written(compared, notes, shapes_of(proto.graph.input), shapes_of(proto.graph.output), folder)
 
 
 def _not_one_graph(lowered: LoweredRegions) -> ExportError:

@@ -9,12 +9,12 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Final
 
 from srigl_fx.errors import ExportError, FormatError
-from srigl_fx.onnx_export.file import all_nodes, read_model
+from srigl_fx.onnx_export.file import all_nodes, all_tensors, read_model
 from srigl_fx.runtime.ort.abi import DOMAIN, OPERATORS
 from srigl_fx.runtime.ort.library import library_path
 
@@ -176,28 +176,13 @@ def _locations(model: "onnx.ModelProto", path: Path) -> list[str]:
     from onnx import TensorProto
 
     stored = [
-        entry for one in _constants(model) if one.data_location == TensorProto.EXTERNAL for entry in one.external_data
+        entry for one in all_tensors(model) if one.data_location == TensorProto.EXTERNAL for entry in one.external_data
     ]
     found = {entry.value for entry in stored if entry.key == "location"}
     for location in found:
         if Path(location).name != location or location in ("", ".", ".."):
             raise FormatError(f"{path} keeps tensors in {location!r}, which is no file of its own folder")
     return sorted(found)
-
-
-def _constants(model: "onnx.ModelProto") -> "Iterator[onnx.TensorProto]":
-    """Every tensor that a file holds, those of branches, loops and functions too."""
-    graphs, nodes = [model.graph], [node for function in model.functions for node in function.node]
-    while graphs:
-        graph = graphs.pop()
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-        nodes += graph.node
-        while nodes:
-            for attribute in nodes.pop().attribute:
-                yield from (attribute.t, *attribute.tensors)
-                graphs += [attribute.g, *attribute.graphs]
 
 
 def _batch(model: "onnx.ModelProto", asked: int | None) -> int:

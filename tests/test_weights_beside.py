@@ -1,0 +1,218 @@
+"""Weights beside the graph: written by ``export_onnx`` and ``condense_onnx``, and read where nobody vouches."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from condensing_support import assert_same, condensed_nodes, pruned, random, write
+from onnx import TensorProto, helper
+from torch import nn
+
+import srigl_fx as sx
+from srigl_fx.errors import ExportError, FormatError
+from srigl_fx.onnx_condensing.pipeline import condense_onnx
+from srigl_fx.onnx_export import weights
+from srigl_fx.onnx_export.file import inspect_file
+from srigl_fx.runtime import load
+
+
+def two_layers(path: Path) -> Path:
+    """One is sparse, one is not."""
+    arrays = {"w": np.ascontiguousarray(pruned(96, 64).T), "v": random(96, 80), "b": random(96)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"]),
+        helper.make_node("MatMul", ["h", "v"], ["y"]),
+    ]
+    return write(path, nodes, arrays, ["n", 64], ["n", 80])
+
+
+def beside(path: Path, location: str = "a.data") -> Path:
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location=location, size_threshold=0)
+    return path
+
+
+def places(path: Path) -> dict[str, dict[str, str]]:
+    return {
+        one.name: {entry.key: entry.value for entry in one.external_data}
+        for one in onnx.load(path, load_external_data=False).graph.initializer
+        if one.data_location == TensorProto.EXTERNAL
+    }
+
+
+@pytest.mark.parametrize("source_beside", [False, True])
+def test_weights_go_beside_the_condensed_file(tmp_path: Path, source_beside: bool) -> None:
+    """What is not condensed too, but nothing that is small; and one file holds the same."""
+    source = two_layers(tmp_path / "a.onnx")
+    source = beside(source) if source_beside else source
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, external_data=True)
+    found = places(report.path)
+    assert set(found) == {"v", "w_values", "w_indices"}
+    assert {one["location"] for one in found.values()} == {"b.onnx.data"}
+    assert all(int(one["offset"]) % 64 == 0 for one in found.values())
+    assert report.bytes == inspect_file(report.path).file_bytes > (tmp_path / "b.onnx").stat().st_size
+    assert sorted(one.name for one in tmp_path.iterdir() if one.suffix != ".data") == ["a.onnx", "b.onnx"]
+    assert_same(source, report.path, random(3, 64))
+    whole = condense_onnx(source, tmp_path / "c.onnx", min_speedup=0)
+    assert not places(whole.path)
+    assert not (tmp_path / "c.onnx.data").exists()
+    left, right = (onnx.load(one).graph.initializer for one in (report.path, whole.path))
+    assert [one.name for one in left] == [one.name for one in right]
+    for one, other in zip(left, right, strict=True):
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(one), onnx.numpy_helper.to_array(other))
+
+
+def test_a_file_is_condensed_in_its_own_place(tmp_path: Path) -> None:
+    source = beside(two_layers(tmp_path / "a.onnx"), "a.onnx.data")
+    before = load(source).run(None, {"x": random(3, 64)})[0]
+    condense_onnx(source, source, min_speedup=0, external_data=True)
+    assert condensed_nodes(source) == ["CondensedLinear"]
+    np.testing.assert_allclose(load(source).run(None, {"x": random(3, 64)})[0], before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("asked", "is_beside"), [("auto", True), (False, None)])
+def test_what_one_file_cannot_hold_goes_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: Any, is_beside: bool | None
+) -> None:
+    monkeypatch.setattr(weights, "LARGEST_FILE", 20_000)
+    source = two_layers(tmp_path / "a.onnx")
+    if is_beside is None:
+        with pytest.raises(ExportError, match=r"more than one file holds \(2 GiB\): leave external_data at"):
+            condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, external_data=asked)
+        assert os.listdir(tmp_path) == ["a.onnx"]
+    else:
+        condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, external_data=asked)
+        assert bool(places(tmp_path / "b.onnx")) is is_beside
+
+
+def test_nothing_is_left_where_the_result_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = two_layers(tmp_path / "a.onnx")
+    condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, external_data=True)
+    before = {one: one.read_bytes() for one in tmp_path.iterdir()}
+    monkeypatch.setattr("srigl_fx.onnx_condensing.trial._error", lambda *pair: 1.0)
+    with pytest.raises(ExportError, match="is off by"):
+        condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, external_data=True)
+    assert {one: one.read_bytes() for one in tmp_path.iterdir()} == before
+    with pytest.raises(ExportError, match='external_data must be True, False or "auto", not 3'):
+        condense_onnx(source, tmp_path / "b.onnx", external_data=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.long
+def test_weights_go_beside_an_exported_file(tmp_path: Path) -> None:
+    """With the same numbers as in one file; a host without the library reads them, too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.ReLU(), nn.Linear(64, 40))
+    model = sx.sparsify(model, sparsity=0.8).eval()
+    x = torch.randn(3, 48)
+    report = sx.export_onnx(model, tmp_path / "a.onnx", (x,), min_speedup=0, external_data=True)
+    found = places(tmp_path / "a.onnx")
+    assert {one["location"] for one in found.values()} == {"a.onnx.data"}
+    assert any(name.endswith("_values") for name in found)
+    assert report.library_error is not None
+    assert report.fallback_error is not None
+    assert report.bytes > (tmp_path / "a.onnx").stat().st_size
+    sx.export_onnx(model, tmp_path / "b.onnx", (x,), min_speedup=0)
+    assert not places(tmp_path / "b.onnx")
+    first, second = (load(tmp_path / name).run(None, {"input": x.numpy()})[0] for name in ("a.onnx", "b.onnx"))
+    np.testing.assert_array_equal(first, second)
+
+
+def test_tensors_are_written_one_by_one(tmp_path: Path) -> None:
+    """Each becomes bytes once, after the one before is in the file."""
+    order: list[str] = []
+
+    class Watched(ir.Tensor[Any]):
+        def tobytes(self) -> bytes:
+            order.append(f"{self.name} behind {sum(one.stat().st_size for one in tmp_path.rglob('*.data'))}")
+            return super().tobytes()
+
+    arrays = {name: np.full((2**18, 2), i, np.float32) for i, name in enumerate("ab")}
+    values = [ir.val(name, const_value=Watched(array, name=name)) for name, array in arrays.items()]
+    model = ir.Model(ir.Graph([], [], nodes=[], initializers=values, opset_imports={"": 18}), ir_version=9)
+    held = weights.take_out(model)
+    with weights.writing(tmp_path / "m.onnx", ir.to_proto(model), held, True):
+        pass
+    assert order[0] == "a behind 0"
+    assert [one["offset"] for one in places(tmp_path / "m.onnx").values()] == ["0", str(2**21)]
+    for one in onnx.load(tmp_path / "m.onnx").graph.initializer:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(one), arrays[one.name])
+
+
+def outside(path: Path, entries: dict[str, str]) -> None:
+    entries["location"] = "../secret"
+
+
+def absolute(path: Path, entries: dict[str, str]) -> None:
+    entries["location"] = str(path.parent / "a.data")
+
+
+def linked(path: Path, entries: dict[str, str]) -> None:
+    secret = path.parent.parent / "secret"
+    secret.write_bytes(bytes(100_000))
+    (path.parent / "link").symlink_to(secret)
+    entries["location"] = "link"
+
+
+def piped(path: Path, entries: dict[str, str]) -> None:
+    os.mkfifo(path.parent / "pipe")
+    entries["location"] = "pipe"
+
+
+def cut_short(path: Path, entries: dict[str, str]) -> None:
+    data = path.parent / "a.data"
+    data.write_bytes(data.read_bytes()[:1000])
+
+
+def other(**changes: str) -> Callable[[Path, dict[str, str]], None]:
+    return lambda path, entries: entries.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (outside, "lies in '../secret', which is no file of its folder"),
+        (absolute, "which is no file of its folder"),
+        (linked, "lies in 'link', which is no file of its folder"),
+        (other(location=""), "lies in '', which is no file of its folder"),
+        (other(location="\0"), "which is no file of its folder"),
+        (piped, "lies in pipe, which is missing or no file"),
+        (other(location="none"), "lies in none, which is missing or no file"),
+        (other(location="."), "which is missing or no file"),
+        (cut_short, "the file is damaged, or not all of it"),
+        (other(offset="-4"), "the file is damaged, or not all of it"),
+        (other(length="12"), "the file is damaged, or not all of it"),
+        (other(offset="9999999999999999999"), "the file is damaged, or not all of it"),
+        (other(offset="0x10"), "which is no place"),
+    ],
+)
+def test_weights_elsewhere_are_refused(
+    tmp_path: Path, change: Callable[[Path, dict[str, str]], None], reason: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    source = beside(two_layers(folder / "a.onnx"))
+    model = onnx.load(source, load_external_data=False)
+    tensor = model.graph.initializer[0]
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    change(source, entries)
+    del tensor.external_data[:]
+    for key, text in entries.items():
+        tensor.external_data.add(key=key, value=text)
+    source.write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match=reason):
+        condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_a_type_that_is_none_is_refused(tmp_path: Path) -> None:
+    source = beside(two_layers(tmp_path / "a.onnx"))
+    model = onnx.load(source, load_external_data=False)
+    model.graph.initializer[0].data_type = 99
+    source.write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match="with the type 99, which is no place"):
+        condense_onnx(source, tmp_path / "b.onnx")
