@@ -33,6 +33,30 @@ class Finding:
     transforms: tuple[Transform, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class WeightFit:
+    """How near a pruned layer is to the dense one, on the inputs it was fitted to.
+
+    Errors are shares of the expected square of the layer's output, about its mean where a bias makes up for that: 0 is
+    as before, 1 as if all weights were zero.
+
+    Attributes:
+        name: The weight's name.
+        samples: Rows of inputs that it was fitted to: tokens, or places of an image.
+        magnitude_error: With the largest weights kept as they are.
+        mask_error: With those kept as they are that are largest times their inputs' spread.
+        error: With the mask and the values that were fitted.
+        reason: Why nothing was fitted; "" where it was.
+    """
+
+    name: str
+    samples: int = 0
+    magnitude_error: float | None = None
+    mask_error: float | None = None
+    error: float | None = None
+    reason: str = ""
+
+
 @dataclass
 class Draft:
     """A model on its way to being sparse.
@@ -42,7 +66,9 @@ class Draft:
         findings: Filled by discovery, in registration order.
         records: Filled by the budget pass: the decision for each finding, by FQN.
         masks: Filled by the mask pass: bool masks of the weights' shapes, by FQN.
-        values: Filled by the mask pass: the new values of the weights, zero off the mask, by FQN.
+        values: Filled by the mask pass: the new values of the weights, zero off the mask, by FQN; and of biases that
+            change with them.
+        fits: Where weights were fitted: how well, by FQN.
         asked: The recipe of the call, without decisions; every record keeps it. Nothing here looks into it.
     """
 
@@ -51,6 +77,7 @@ class Draft:
     records: dict[str, WeightRecord] = field(default_factory=dict)
     masks: dict[str, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
+    fits: dict[str, WeightFit] = field(default_factory=dict)
     asked: object | None = None
 
     def copy(self) -> "Draft":
@@ -61,4 +88,5 @@ class Draft:
             records=dict(self.records),
             masks=dict(self.masks),
             values=dict(self.values),
+            fits=dict(self.fits),
         )

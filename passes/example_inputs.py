@@ -3,13 +3,14 @@
 Owns the form (args, kwargs), and the words for what is wrong with them. It must not know what the inputs are for.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from srigl_fx.errors import CaptureError
+from srigl_fx.errors import CaptureError, SriglError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -32,6 +33,34 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
     if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], dict):
         return example_inputs
     return example_inputs, {}
+
+
+def several_inputs(given: Any, what: str, error: type[SriglError]) -> tuple[Inputs, ...]:
+    """Many inputs as (args, kwargs), all of them: an iterable may give them only once.
+
+    Args:
+        given: An iterable of tensors, each the model's one argument; of tuples of arguments; or of (args, kwargs).
+        what: The argument that holds them, for errors.
+        error: The class of these errors.
+
+    Raises:
+        SriglError: Of the class ``error``: it is no such iterable, or empty.
+
+    Example:
+        >>> several_inputs([torch.ones(2), ((), {"x": 3})], "calibration", CaptureError)
+        (((tensor([1., 1.]),), {}), ((), {'x': 3}))
+    """
+    if isinstance(given, Tensor | str | dict) or not isinstance(given, Iterable):
+        raise error(f"{what} must be an iterable of inputs, not {type(given).__name__}: pass [(x,)] for one tensor")
+    found = []
+    for i, item in enumerate(given):
+        try:
+            found.append(normalise_inputs((item,) if isinstance(item, Tensor) else item))
+        except CaptureError as odd:
+            raise error(f"{what} input {i}: {odd}") from odd
+    if not found:
+        raise error(f"{what} is empty: give at least one input, or leave it out")
+    return tuple(found)
 
 
 def foreign_types(inputs: Any, output: Any) -> str:

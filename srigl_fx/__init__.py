@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from srigl_fx.masks.invariants import verify as verify
     from srigl_fx.onnx_condensing.pipeline import condense_onnx as condense_onnx
     from srigl_fx.onnx_export.pipeline import export_onnx as export_onnx
+    from srigl_fx.pruning import prune as prune
     from srigl_fx.recipes import Recipe as Recipe
     from srigl_fx.recipes import recipe as recipe
     from srigl_fx.sparsification import finalize as finalize
@@ -43,6 +44,7 @@ _NAMES = {
     "sparsify": "srigl_fx.sparsification",
     "finalize": "srigl_fx.sparsification",
     "adopt": "srigl_fx.adoption",
+    "prune": "srigl_fx.pruning",
     "SRigL": "srigl_fx.train.srigl",
     "RigL": "srigl_fx.train.rigl",
     "SET": "srigl_fx.train.set",
@@ -66,6 +68,7 @@ _MODULES = ("masks", "train", "passes", "runtime", "onnx_tools", "errors")
 __all__ = [  # noqa: RUF022 - in the order a user meets them
     "sparsify",
     "adopt",
+    "prune",
     "SRigL",
     "RigL",
     "SET",

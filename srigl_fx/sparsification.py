@@ -135,28 +135,19 @@ def sparsify(
                 f"not {recipe!r:.80}"
             )
         mask_init, weight_init, seed = recipe.mask_init, recipe.weight_init, recipe.seed
-    _check_arguments(model, sparsity, distribution, structure, group_size, block_width, mask_init, weight_init)
-    distributed.check_unwrapped(model, "sparsify")
-    if filter_fn is not None and not callable(filter_fn):
-        raise SparsifyError(f"filter_fn must be a function of a module's name and the module, got {filter_fn!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise SparsifyError(f"seed must be a whole number, got {seed!r}")
-    ruleset = RuleSet(rules)
-    if block_width > 1 and "block" not in {structure, *(spec.structure for spec in ruleset.specs())}:
-        raise RuleError(
-            f"sparsify: block_width={block_width} is for blocks, but the structure is {structure!r}, and no rule asks "
-            'for another: add structure="block", or leave block_width out'
-        )
-    assign = AssignBudgets(
-        sparsity=float(sparsity),
+    assign = budgets_asked(
+        "sparsify",
+        model,
+        sparsity=sparsity,
         distribution=distribution,
-        rules=ruleset,
+        rules=rules,
         filter_fn=filter_fn,
         structure=structure,
         group_size=group_size,
         block_width=block_width,
         strict=strict,
     )
+    _check_draw(mask_init, weight_init, seed)
     steps = (
         Discover(example_inputs),
         assign if recipe is None else FollowRecipe(decisions=recipe.weights),
@@ -167,19 +158,7 @@ def sparsify(
     draft.asked = (
         replace(recipe, weights=())
         if recipe is not None
-        else asked_for(
-            sparsity=float(sparsity),
-            distribution=distribution,
-            rules=ruleset,
-            structure=structure,
-            group_size=group_size,
-            block_width=block_width,
-            mask_init=mask_init,
-            weight_init=weight_init,
-            strict=bool(strict),
-            seed=int(seed),
-            filtered=filter_fn is not None,
-        )
+        else request(assign, mask_init=mask_init, weight_init=weight_init, seed=int(seed))
     )
     run((InsertMasks(),), draft)
     distributed.ignore_masks(model)
@@ -256,19 +235,36 @@ def _check_replaceable(model: nn.Module) -> None:
         )
 
 
-def _check_arguments(
+def budgets_asked(
+    verb: str,
     model: object,
-    sparsity: object,
-    distribution: object,
-    structure: object,
-    group_size: object,
-    block_width: object,
-    mask_init: object,
-    weight_init: object,
-) -> None:
+    *,
+    sparsity: float,
+    distribution: Distribution,
+    rules: Mapping[RuleKey, "float | LayerSpec | None"] | None,
+    filter_fn: Callable[[str, nn.Module], bool] | None,
+    structure: Structure,
+    group_size: int,
+    block_width: int,
+    strict: bool,
+) -> AssignBudgets:
+    """The budget pass of a call of ``sparsify``, or of another verb with these arguments, which are checked.
+
+    Raises:
+        SparsifyError: An argument is out of range, or the model is sparse already or wrapped for several processes.
+        RuleError: A rule is malformed.
+        StructureError: There is no such structure.
+
+    Example:
+        >>> asked = dict(sparsity=0.5, distribution="erk", rules=None, filter_fn=None, structure="unstructured")
+        >>> budgets_asked("sparsify", nn.Linear(3, 2), **asked, group_size=1, block_width=1, strict=False).sparsity
+        0.5
+    """
+    from srigl_fx.train import distributed
+
     if not isinstance(model, nn.Module):
-        raise SparsifyError(f"sparsify takes a torch.nn.Module, got {type(model).__name__}")
-    check_sparsity(sparsity, "sparsify")
+        raise SparsifyError(f"{verb} takes a torch.nn.Module, got {type(model).__name__}")
+    check_sparsity(sparsity, verb)
     done = [fqn for fqn, _, record in all_records(model) if record.sparse]
     if done:
         raise SparsifyError(
@@ -278,11 +274,59 @@ def _check_arguments(
         raise SparsifyError(f"distribution must be one of {sorted(DISTRIBUTIONS)} or a mapping, got {distribution!r}")
     if structure not in get_args(Structure):
         raise StructureError(f"structure must be one of {get_args(Structure)}, got {structure!r}")
-    check_group_size(group_size, "sparsify")
-    check_block_width(block_width, "sparsify")
+    check_group_size(group_size, verb)
+    check_block_width(block_width, verb)
+    distributed.check_unwrapped(model, verb)
+    if filter_fn is not None and not callable(filter_fn):
+        raise SparsifyError(f"filter_fn must be a function of a module's name and the module, got {filter_fn!r}")
+    ruleset = RuleSet(rules)
+    if block_width > 1 and "block" not in {structure, *(spec.structure for spec in ruleset.specs())}:
+        raise RuleError(
+            f"{verb}: block_width={block_width} is for blocks, but the structure is {structure!r}, and no rule asks "
+            'for another: add structure="block", or leave block_width out'
+        )
+    return AssignBudgets(
+        sparsity=float(sparsity),
+        distribution=distribution,
+        rules=ruleset,
+        filter_fn=filter_fn,
+        structure=structure,
+        group_size=group_size,
+        block_width=block_width,
+        strict=strict,
+    )
+
+
+def request(assign: AssignBudgets, *, mask_init: MaskInit, weight_init: WeightInit, seed: int) -> Recipe:
+    """What a call asks for, as its recipe keeps it, before anything is decided.
+
+    Example:
+        >>> asked = dict(sparsity=0.5, distribution="erk", rules=None, filter_fn=None, structure="unstructured")
+        >>> assign = budgets_asked("sparsify", nn.Linear(3, 2), **asked, group_size=1, block_width=1, strict=False)
+        >>> request(assign, mask_init="random", weight_init="keep", seed=3).seed
+        3
+    """
+    return asked_for(
+        sparsity=assign.sparsity,
+        distribution=assign.distribution,
+        rules=assign.rules,
+        structure=assign.structure,
+        group_size=assign.group_size,
+        block_width=assign.block_width,
+        mask_init=mask_init,
+        weight_init=weight_init,
+        strict=bool(assign.strict),
+        seed=seed,
+        filtered=assign.filter_fn is not None,
+    )
+
+
+def _check_draw(mask_init: object, weight_init: object, seed: object) -> None:
     for name, value, choices in (
         ("mask_init", mask_init, get_args(MaskInit)),
         ("weight_init", weight_init, get_args(WeightInit)),
     ):
         if value not in choices:
             raise SparsifyError(f"{name} must be one of {choices}, got {value!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise SparsifyError(f"seed must be a whole number, got {seed!r}")

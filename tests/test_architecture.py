@@ -20,6 +20,7 @@ from srigl_fx.passes.pipelines import CONDENSING, LOWERING
 VERBS = (
     "sparsification",
     "adoption",
+    "pruning",
     "lowering.pipeline",
     "onnx_condensing.pipeline",
     "onnx_export.pipeline",
@@ -44,6 +45,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "restoration": ("masks", "passes", "recipes", "train", *COMMON),
     "integrations": ("masks", "nn", "recipe_parts", "recipes", "restoration", "train", *COMMON),
     "adoption": ("compatibility", "masks", "passes", "recipes", "train", *COMMON),
+    "pruning": ("compatibility", "masks", "passes", "reports.text_tables", "sparsification", "train", *COMMON),
     "sparsification": ("compatibility", "masks", "nn", "passes", "recipes", "train", *COMMON),
     "passes": (
         *("masks", "nn", "comparison", *COMMON),

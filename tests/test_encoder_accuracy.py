@@ -127,29 +127,6 @@ def test_texts_are_drawn_once_each_before_any_comes_again() -> None:
     assert torch.equal(encoder.drawn(given, 3, 5, seed=1)[4][0], drawn[4][0])
 
 
-@pytest.mark.parametrize(("rows", "inputs", "kept"), [(1, 1, 1), (5, 13, 3), (7, 9, 9), (4, 33, 12)])
-def test_kept_weights_are_those_of_the_least_squares(
-    rows: int, inputs: int, kept: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encoder = _harness("encoder")
-    monkeypatch.setattr(encoder, "DAMPING", 0.0)
-    rng = np.random.default_rng(rows)
-    x = rng.standard_normal((200, inputs)) @ rng.standard_normal((inputs, inputs)) + 5 * rng.standard_normal(inputs)
-    weight = rng.standard_normal((rows, inputs))
-    mask = rng.random((rows, inputs)).argsort(axis=1) < kept
-    moments = encoder.Moments()
-    for part in np.array_split(x, 3):
-        moments.add(torch.from_numpy(part))
-    np.testing.assert_allclose(moments.mean, x.mean(axis=0), rtol=1e-10)
-    np.testing.assert_allclose(moments.covariance, np.cov(x.T, bias=True).reshape(inputs, inputs), rtol=1e-6)
-    found = encoder.least_squares(torch.from_numpy(weight), torch.from_numpy(mask), moments.covariance)
-    centred = x - x.mean(axis=0)
-    for row in range(rows):
-        expected = np.linalg.lstsq(centred[:, mask[row]], centred @ weight[row])[0]
-        np.testing.assert_allclose(found[row][torch.from_numpy(mask[row])], expected, rtol=1e-6, atol=1e-8)
-        assert not found[row][~torch.from_numpy(mask[row])].any()
-
-
 @pytest.mark.long
 def test_reconstruction_is_nearer_than_the_largest_weights(folder: Path) -> None:
     encoder = _harness("encoder")

@@ -6,7 +6,6 @@ gives, then the whole is distilled from the dense encoder. It must not know what
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ import srigl_fx as sx
 from srigl_fx.train import detach_from
 
 LENGTH = 32  # tokens of a text; longer ones are cut off
-DAMPING = 0.01  # of the mean variance of a layer's inputs, for the least squares
 LEARNING_RATE = 5e-4
 WARM_UP = 0.1  # of the steps
 
@@ -94,83 +92,11 @@ def drawn(given: Batch, size: int, count: int, seed: int) -> list[Batch]:
     return [(given[0][chosen], given[1][chosen]) for chosen in order[: size * count].split(size)]
 
 
-@dataclass
-class Moments:
-    """The sums that mean (F,) and covariance (F, F) of a layer's inputs are made of."""
-
-    count: int = 0
-    total: Tensor = field(default_factory=lambda: torch.zeros(()))
-    squares: Tensor = field(default_factory=lambda: torch.zeros(()))
-
-    def add(self, x: Tensor) -> None:
-        """Take rows (N, F) in."""
-        self.count += len(x)
-        self.total = self.total + x.sum(dim=0, dtype=torch.float64)
-        self.squares = self.squares + (x.T @ x).double()
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        return self.squares / self.count - torch.outer(self.mean, self.mean)
-
-
-@torch.no_grad()
 def reconstructed(dense: SentenceEncoder, given: Iterable[Batch], sparsity: float) -> SentenceEncoder:
-    """A sparse copy whose layers are as near to the dense ones as their kept weights allow, without training.
-
-    A row keeps the weights that are largest times the spread of their inputs (Wanda, Sun et al., 2024, with a constant
-    fan-in). Their values are then those of the least squares, on the dense encoder's own activations.
-    """
-    moments = _moments(dense, given)
+    """A sparse copy whose layers are as near to the dense ones as the first mask allows, without training."""
     model = copy.deepcopy(dense)
-    for name, of_inputs in moments.items():
-        model.get_submodule(name).weight.mul_(of_inputs.covariance.diagonal().clamp(min=0).sqrt())
-    sx.sparsify(model, sparsity=sparsity, distribution="uniform", strict=True)
-    masks = dict(sx.masks.named_masks(model))
-    for name, of_inputs in moments.items():
-        weight, layer = dense.get_submodule(name).weight, model.get_submodule(name)
-        fitted = least_squares(weight, masks[f"{name}.weight"], of_inputs.covariance)
-        layer.weight.copy_(fitted)
-        layer.bias.add_((weight - fitted).double() @ of_inputs.mean)
+    sx.prune(model, given, sparsity=sparsity, strict=True, positions=lambda tokens, mask: mask.bool(), exchanges=0)
     return model
-
-
-def _moments(model: SentenceEncoder, given: Iterable[Batch]) -> dict[str, Moments]:
-    """Of the inputs of each linear layer, for the tokens of the texts alone."""
-    found = {name: Moments() for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for batch in given:
-        real = batch[1].bool()
-        handles = [
-            model.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, of_inputs=of_inputs, real=real: of_inputs.add(args[0][real])
-            )
-            for name, of_inputs in found.items()
-        ]
-        model(*batch)
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def least_squares(weight: Tensor, mask: Tensor, covariance: Tensor) -> Tensor:
-    """The rows that give most nearly what ``weight`` gives, for inputs of this covariance, from kept weights alone.
-
-    Args:
-        weight: (n, F).
-        mask: (n, F) bool; each row keeps equally many.
-        covariance: (F, F) of the inputs, to which a little of each is added, so that it can be inverted.
-
-    Returns:
-        (n, F), zero off the mask. The bias that makes up for the inputs' mean is the caller's.
-    """
-    damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=covariance.dtype)
-    kept = mask.nonzero()[:, 1].view(len(weight), -1)
-    wanted = (weight.to(damped.dtype) @ damped).gather(1, kept)
-    solved = torch.linalg.solve(damped[kept.unsqueeze(2), kept.unsqueeze(1)], wanted)
-    return torch.zeros_like(weight).scatter(1, kept, solved.to(weight.dtype))
 
 
 def distil(student: SentenceEncoder, dense: SentenceEncoder, given: Sequence[Batch]) -> None:

@@ -10,7 +10,7 @@ Rules:
        to the first contraction on every path.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,8 +42,8 @@ def uses_on(model: nn.Module, example_inputs: Any) -> dict[int, list[ParameterUs
         ['linear']
     """
     recorder = _Recorder(model)
-    with _evaluating(model, set()), torch.no_grad(), plain_attention(), recorder:
-        _run(model, example_inputs)
+    with evaluating(model), torch.no_grad(), plain_attention(), recorder:
+        run_on(model, example_inputs)
     return recorder.found
 
 
@@ -65,7 +65,7 @@ def initialise_lazy(model: nn.Module, example_inputs: Any) -> None:
         model.eval()
         try:
             with torch.no_grad(), restored(model):
-                _run(model, example_inputs)
+                run_on(model, example_inputs)
         finally:
             for module, mode in training.items():
                 module.training = mode
@@ -139,15 +139,30 @@ def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
     return function(value)
 
 
-def _run(model: nn.Module, example_inputs: Any) -> Any:
-    args, kwargs = copies(normalise_inputs(example_inputs))
+def run_on(model: nn.Module, inputs: Any, what: str = "the example inputs") -> Any:
+    """What the model makes of copies of these inputs; the random state is as before.
+
+    Args:
+        model: In the mode that it is to run in.
+        inputs: A tuple of arguments, or (args, kwargs).
+        what: The inputs, in words, for the error.
+
+    Raises:
+        SparsifyError: If the model does not run on them.
+        CaptureError: If they are neither a tuple nor (args, kwargs).
+
+    Example:
+        >>> run_on(nn.Identity(), (torch.ones(2),))
+        tensor([1., 1.])
+    """
+    args, kwargs = copies(normalise_inputs(inputs))
     with torch.random.fork_rng(devices=[]):
         try:
             return model(*args, **kwargs)
         except Exception as error:  # user code: whatever it raises, the inputs do not fit
             raise SparsifyError(
-                f"{type(model).__name__} does not run on the example inputs ({type(error).__name__}: {error}); pass "
-                "what its forward takes, as a tuple or as (args, kwargs)"
+                f"{type(model).__name__} does not run on {what} ({type(error).__name__}: {error}); pass what its "
+                "forward takes, as a tuple or as (args, kwargs)"
             ) from error
 
 
@@ -158,8 +173,8 @@ def weights_feeding_outputs(model: nn.Module, example_inputs: Any, weights: set[
         SparsifyError: If the model does not run on the example inputs.
         CaptureError: If they are neither a tuple nor (args, kwargs).
     """
-    with _evaluating(model, weights), torch.enable_grad():
-        outputs = _run(model, example_inputs)
+    with evaluating(model, weights), torch.enable_grad():
+        outputs = run_on(model, example_inputs)
     stack = [
         leaf.grad_fn for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.grad_fn is not None
     ]
@@ -191,8 +206,21 @@ def _parameter_behind(node: Any) -> Tensor | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module, weights: set[int]) -> Any:
-    """Evaluation mode, with every one of ``weights`` recording gradients; buffers are given back as they were."""
+def evaluating(model: nn.Module, weights: Set[int] = frozenset()) -> Iterator[None]:
+    """Evaluation mode, with every one of ``weights`` recording gradients; buffers are given back as they were.
+
+    Args:
+        model: The model.
+        weights: Ids of Parameters.
+
+    Example:
+        >>> layer = nn.Dropout()
+        >>> with evaluating(layer):
+        ...     layer.training
+        False
+        >>> layer.training
+        True
+    """
     training = {module: module.training for module in model.modules()}
     frozen = [p for p in model.parameters() if id(p) in weights and not p.requires_grad]
     model.eval()

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from srigl_fx.errors import CaptureError, LoweringError
-from srigl_fx.passes.example_inputs import Inputs, describe, normalise_inputs
+from srigl_fx.errors import LoweringError
+from srigl_fx.passes.example_inputs import Inputs, describe, several_inputs
 from srigl_fx.passes.program import Program
 
 Calibration = Iterable[Any]
@@ -30,21 +30,7 @@ def calibration_inputs(calibration: Calibration | None) -> tuple[Inputs, ...]:
         >>> calibration_inputs([torch.ones(2), ((), {"x": 3})])
         (((tensor([1., 1.]),), {}), ((), {'x': 3}))
     """
-    if calibration is None:
-        return ()
-    if isinstance(calibration, Tensor | str | dict) or not isinstance(calibration, Iterable):
-        raise LoweringError(
-            f"calibration must be an iterable of inputs, not {type(calibration).__name__}: pass [(x,)] for one tensor"
-        )
-    found = []
-    for i, item in enumerate(calibration):
-        try:
-            found.append(normalise_inputs((item,) if isinstance(item, Tensor) else item))
-        except CaptureError as error:
-            raise LoweringError(f"calibration input {i}: {error}") from error
-    if not found:
-        raise LoweringError("calibration is empty: give at least one input, or leave it out")
-    return tuple(found)
+    return () if calibration is None else several_inputs(calibration, "calibration", LoweringError)
 
 
 def check_calibration(program: Program, batches: Iterable[Inputs]) -> None:

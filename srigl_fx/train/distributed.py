@@ -257,15 +257,16 @@ def check_unwrapped(model: nn.Module, verb: str) -> None:
     Example:
         >>> check_unwrapped(nn.Linear(3, 2), "sparsify")
     """
-    if _data_parallel(model) and verb == "sparsify":
+    making = verb in ("sparsify", "prune")
+    if _data_parallel(model) and making:
         raise SparsifyError(
-            "the model is in DistributedDataParallel already: sparsify its .module, and wrap that anew; the order is "
+            f"the model is in DistributedDataParallel already: {verb} its .module, and wrap that anew; the order is "
             f"{_DDP_ORDER}"
         )
     if is_flattened(model) or any(is_sharded(parameter) for parameter in model.parameters()):
         raise SparsifyError(
             f"the weights are sharded over processes already; the order is {_FSDP_ORDER}"
-            if verb == "sparsify"
+            if making
             else f"{verb} cannot work on weights that are sharded over processes: load the full state_dict "
             "(torch.distributed.checkpoint.state_dict) into a sparsified model that is not sharded"
         )
