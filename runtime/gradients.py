@@ -8,6 +8,7 @@ The products of a linear layer are an operator of their own, into which torch.co
 
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,6 +115,8 @@ def _linear_gradients(
 ) -> tuple[Tensor, Tensor]:
     n, in_features = gradient.shape[-1], x.shape[-1]
     g, flat = gradient.reshape(-1, n), x.reshape(-1, in_features)
+    if not gradient.is_cpu:
+        return _dense_linear_gradients(g, flat, values, indices, active, of_x, of_values, x.shape)
     kept, pattern = _pattern(indices, active, n, in_features)
     grad_x, grad_values = x.new_empty(0), values.new_empty(0)
     if pattern.pays(flat.shape[0]):
@@ -137,6 +140,25 @@ def _linear_gradients(
     return grad_x, grad_values
 
 
+def _dense_linear_gradients(
+    g: Tensor,
+    flat: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    active: Tensor,
+    of_x: bool,
+    of_values: bool,
+    shape: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The same by torch's own products of the dense matrix, which never wait for the host."""
+    dense, positions = expand(values.float(), indices, active, g.shape[1], flat.shape[1])
+    grad_x = (g @ dense).reshape(shape) if of_x else flat.new_empty(0)
+    if not of_values:
+        return grad_x, values.new_empty(0)
+    of_entries = (g.t() @ flat).reshape(-1)[positions]
+    return grad_x, of_entries.masked_fill(is_padding(positions), 0).to(values.dtype)
+
+
 def _fake_linear_gradients(
     gradient: Tensor, x: Tensor, values: Tensor, indices: Tensor, active: Tensor, of_x: bool, of_values: bool
 ) -> tuple[Tensor, Tensor]:
@@ -146,7 +168,8 @@ def _fake_linear_gradients(
     )
 
 
-_library.impl("condensed_linear_gradients", _linear_gradients, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("condensed_linear_gradients", _linear_gradients, _device)
 torch.library.register_fake("srigl_fx::condensed_linear_gradients", _fake_linear_gradients, lib=_library)
 
 # By the id of the indices, for as long as they live; single dict operations only, which are atomic.

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.cpu import execute, execute_conv
+from srigl_fx.runtime.cuda import execute as gpu
 from srigl_fx.runtime.dense import dense_conv as dense_conv
 from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
@@ -84,6 +85,9 @@ def _condensed_linear(
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
     check_given(op, scales, x_scale, x_offset, y_scale, y_offset)
     weight, given, wanted = _contiguous(values, indices, active, bias), (x_scale, x_offset), (y_scale, y_offset)
+    if x.is_cuda:
+        gpu.check(op, x, weight, residual, scales)
+        return gpu.linear(checked, x, weight, in_features, residual, activation, y_feature_major)
     return execute.linear(checked, x, weight, in_features, residual, activation, y_feature_major, scales, given, wanted)
 
 
@@ -121,6 +125,11 @@ def _condensed_conv(
         )
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
     check_given(op, scales, x_scale, x_offset, y_scale, y_offset)
+    if x.is_cuda:
+        weight = values, indices, active, bias
+        gpu.check(op, x, weight, residual, scales)
+        steps = stride, padding, dilation, groups
+        return gpu.convolution(x, weight, weight_shape, *steps, residual, activation, transposed, output_padding)
     y = x.new_empty(shape, dtype=_stored(y_scale))
     if y.numel():
         residual = None if residual is None else residual.contiguous()
@@ -144,8 +153,9 @@ def _contiguous(values: Tensor, indices: Tensor, active: Tensor, bias: Tensor) -
     return [operand.contiguous() for operand in weight]
 
 
-_library.impl("condensed_linear", _condensed_linear, "CPU")
-_library.impl("condensed_conv", _condensed_conv, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("condensed_linear", _condensed_linear, _device)
+    _library.impl("condensed_conv", _condensed_conv, _device)
 
 
 def _fake_linear(

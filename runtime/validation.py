@@ -151,7 +151,7 @@ class Checked:
         self.indices = weakref.ref(indices, lambda _: _checked.pop(key, None))
         self.active = weakref.ref(active)
         self.facts = facts
-        self.packed: dict[tuple[int, int], Any] = {}
+        self.packed: dict[tuple[int | str, ...], Any] = {}
         self.lock = threading.Lock()
 
 

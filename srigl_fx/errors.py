@@ -55,6 +55,10 @@ class FormatError(SriglError, ValueError):
     """A condensed weight, or a file that holds one, is malformed."""
 
 
+class CudaError(SriglError, RuntimeError):
+    """A layer cannot run on a GPU: no driver, no code for it, or the driver refused."""
+
+
 class CheckpointError(SriglError, ValueError):
     """A checkpoint is damaged, foreign, does not fit, or cannot be written; nothing was changed by it."""
 

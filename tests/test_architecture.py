@@ -62,6 +62,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.format": ("errors", "runtime.quantisation", "runtime.value_types"),
     "runtime.row_lengths": ("runtime.cpu.kernels.plan",),
     "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.quantisation", "runtime.value_types"),
+    "runtime.cuda.kernels": ("errors", "runtime.activations"),
+    "runtime.cuda.packed": ("errors", "runtime.format", "runtime.quantisation", "runtime.value_types"),
+    "runtime.cuda.table": ("runtime.value_types",),
+    "runtime.cuda.model": ("runtime.cuda.table",),
+    "runtime.cuda.plan": ("runtime.cuda.model", "runtime.cuda.packed", "runtime.cuda.table"),
+    "runtime.cuda.driver": ("errors", "runtime.cuda.model"),
     "runtime.reference": ("errors", "runtime.activations", "runtime.quantisation"),
     "lowering": (
         *("comparison", "compatibility", "masks", "nn", "passes", "recipe_parts", "recipes", "reports", "runtime"),
@@ -210,7 +216,7 @@ def test_kernels_know_neither_torch_nor_onnx(trees: dict[str, ast.Module]) -> No
     wrong = [
         f"{name} imports {target}"
         for name, tree in trees.items()
-        if _within(name, "runtime.cpu.kernels")
+        if _within(name, "runtime.cpu.kernels") or _within(name, "runtime.cuda.kernels")
         for target in _imports(tree)
         if target.split(".")[0] in KERNELS_KNOW_NOT
     ]

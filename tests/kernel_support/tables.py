@@ -4,8 +4,10 @@ from pathlib import Path
 
 from srigl_fx.runtime import activations, value_types
 from srigl_fx.runtime.cpu.kernels import table
+from srigl_fx.runtime.cuda import table as cuda_table
 
 MADE = {"kernels": table.as_markdown, "activations": activations.as_markdown, "values": value_types.as_markdown}
+MADE["cuda kernels"] = cuda_table.as_markdown
 
 
 def with_tables(page: str) -> str:
