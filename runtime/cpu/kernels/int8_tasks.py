@@ -29,9 +29,8 @@ from srigl_fx.runtime.cpu.kernels.int8_samples import (
     round_sample,
 )
 from srigl_fx.runtime.cpu.kernels.int8_tiles import BLOCK_GROUPS, ROOM, multiply_linear_tile
-from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.linear_tasks import store_as_rows
-from srigl_fx.runtime.cpu.kernels.panel import SLOTS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INT8_COLUMNS, KNOWN_BYTES, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_outputs
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, words
@@ -121,7 +120,7 @@ def _multiply_group(
     phase, row = groups[g * GROUP_WORDS + GROUP_PHASE], groups[g * GROUP_WORDS + GROUP_ROW]
     phases = groups[(g + 1) * GROUP_WORDS + GROUP_PHASE] - phase
     rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - row
-    at, start = j[job.PANEL] + phase * 2 * SLOTS, j[job.PANEL_STARTS] + phase * 4
+    at, start = j[job.PANEL] + groups[g * GROUP_WORDS + GROUP_AT], j[job.PANEL_STARTS] + phase * 4
     sums, scales = j[job.PANEL_SUMS] + g * LANES * 4, j[job.PANEL_SCALES] + g * LANES * 4
     o = int(outputs[g * LANES])
     in_place = rows == LANES and outputs[g * LANES + LANES - 1] == o + LANES - 1
@@ -173,8 +172,8 @@ def _multiply_block(
 def _end_of_part(j: Pointer, g0: int, g1: int) -> int:
     """The last group, and one more, of those from ``g0`` on that a second-level cache holds beside some samples."""
     groups = words(j[job.PANEL_GROUPS])
-    first, g = groups[g0 * GROUP_WORDS + GROUP_PHASE], min(g0 + 1, g1)
-    while g < g1 and (groups[(g + 1) * GROUP_WORDS + GROUP_PHASE] - first) * 2 * SLOTS <= _PART_BYTES:
+    first, g = groups[g0 * GROUP_WORDS + GROUP_AT], min(g0 + 1, g1)
+    while g < g1 and groups[(g + 1) * GROUP_WORDS + GROUP_AT] - first <= _PART_BYTES:
         g += 1
     return g
 
