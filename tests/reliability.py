@@ -148,7 +148,7 @@ def threads(share: float) -> str:
     lowered = sx.lower(model, torch.randn(4, 96), min_speedup=0)
     node = linear()
     session, end = session_of(node.model(fallback=False).SerializeToString()), time.monotonic() + SECONDS * share
-    counts, wrong = [0] * THREADS, []
+    counts, wrong = [0] * THREADS, list[int]()
 
     def work(number: int) -> None:
         generator, rng = torch.Generator().manual_seed(number), np.random.default_rng(number)

@@ -72,7 +72,7 @@ class Processor:
             state = self.session.cpu.state
             if state.rip == address_of(self.stack) + len(UNDEFINED):
                 return
-            if self.fault[0] != INVALID_OPCODE or not vnni.execute(state):
+            if self.fault is None or self.fault[0] != INVALID_OPCODE or not vnni.execute(state):
                 code = ctypes.string_at(state.rip - 12, 12).hex(" ")
                 raise RuntimeError(f"exception {self.fault} at the end of {code}, address {state.cr2:#x}")
             self.session.cpu.state = state
@@ -96,7 +96,7 @@ class Processor:
 
     def _map_addresses(self) -> None:
         """Write page tables for all that the process has mapped by now, and for some gigabytes around that."""
-        used = set()
+        used: set[int] = set()
         with open("/proc/self/maps", encoding="ascii") as lines:
             for line in lines:
                 start, end = (int(number, 16) for number in line.split()[0].split("-"))
