@@ -8,8 +8,9 @@ It must not know how a single attempt at a capture is made.
    model itself is then run with another number for that size alone: the line that fails says why.
 3. The model, and its graph, run at other numbers of each free size: at 1, or the next smaller one that the model
    takes, and at the next larger one. Steps are powers of two, as many a model halves its inputs.
-4. A size at which the model does not run at any other number, or gives something else than its graph, is not free. It
-   is an error if that was asked for; else it is fixed and the model captured anew.
+4. A size at which the model does not run at any other number is not free, nor is one where it gives something else than
+   its graph at a number inside the limits, and no error says so. It is an error if that was asked for; else it is fixed
+   and the model captured anew.
 5. Sizes that have one number in the example, and of which the model takes no other for each alone, but for all of them,
    are one size: there are models that read a mask's first samples, as many as there are of the tokens.
 6. What is compared later has all free sizes smaller at once, and all larger, if the model takes that; else one by one.
@@ -245,7 +246,7 @@ class _Asking:
             number = example[name]
             below = [n for n in (least, *(number - step for step in _STEPS)) if least <= n < number]
             above = [n for n in (number + step for step in _STEPS) if most is None or n <= most]
-            problem = ""
+            problem = silent = ""
             for candidates, kept in ((below, smaller), (above, larger)):
                 for candidate in candidates:
                     wrong = self._wrong(program, At.of({**example, name: candidate}))
@@ -256,8 +257,10 @@ class _Asking:
                     if candidate == 1 and candidate == least and wrong.startswith(_DIFFERS):
                         limits[name] = (2, most)  # export takes sizes of 1 for constants: there it has decided
                         self._check_asked(sizes, name, limits[name])
-            if name not in smaller and name not in larger and (below or above):
-                again |= self._not_free(sizes, name, problem)
+                    elif wrong.endswith(_ANOTHER):
+                        silent = silent or wrong
+            if silent or (name not in smaller and name not in larger and (below or above)):
+                again |= self._not_free(sizes, name, silent or problem)
         if again:
             return None
         tried: list[dict[str, int]] = []
@@ -315,10 +318,14 @@ class _Asking:
         ]
         for leaf, axis in places:
             if self.axes[leaf][axis].required:
+                why = (
+                    "there are sizes at which the graph is wrong"
+                    if problem.endswith(_ANOTHER)
+                    else f"no other size than {self.leaves[leaf].shape[axis]} was found at which it is"
+                )
                 raise LoweringError(
-                    f"{self.wishes.place(leaf, axis)} ({name}) was to be free, and no other size than "
-                    f"{self.leaves[leaf].shape[axis]} was found at which it is: {problem}; leave it out of "
-                    "dynamic_shapes, or give an example of another size"
+                    f"{self.wishes.place(leaf, axis)} ({name}) was to be free, and {why}: {problem}; leave it out of "
+                    "dynamic_shapes, or give an example of another size, or a Dim of a smaller range"
                 )
         for leaf, axis in places:
             self._fix(leaf, axis, problem)
@@ -341,9 +348,10 @@ class _Asking:
             return f"{_DIFFERS} at {at}: {first_line(error)}"
         if found.wrong is None:
             return ""
-        return f"{_DIFFERS} at {at}: {found.wrong.what} is another"
+        return f"{_DIFFERS} at {at}: {found.wrong.what}{_ANOTHER}"
 
 
+_ANOTHER = " is another"  # and no error says so
 _DIFFERS = "the forward decides by it: the graph does something else than the model"
 
 

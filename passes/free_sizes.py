@@ -131,9 +131,9 @@ def specialised_by(program: Program, axis: int) -> str:
     "" where no line outside torch is known to have done so.
     """
     for node in program.module.graph.find_nodes(op="placeholder"):
-        shapes = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        shapes: Any = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
         for symbol, where in getattr(shapes, "replacements_slocs", {}).items():
-            frame = getattr(where, "framework_loc", None)
+            frame: Any = getattr(where, "framework_loc", None)
             names = [str(one.name) for one in shapes.var_to_sources.get(symbol, ())]
             inside = (os.path.dirname(torch.__file__), os.path.dirname(__file__), "<")
             own = frame is not None and bool(frame.line) and not frame.filename.startswith(inside)

@@ -8,8 +8,8 @@ be free.
 2. So does any other input of two axes that is as long, with that leading size or one of 1: a mask, positions, types.
 3. The model itself is run with fewer tokens before anything is captured. Where it does not run, the line that fails
    says why, and nothing else is tried. Floats may be as many by chance: the others are tried alone, too.
-4. What is captured with tokens free is taken only if every batch that was to be free is so; else the batch alone is
-   tried, as for all other models, and what ties the tokens is told.
+4. What is captured then is taken only if every batch that was to be free is so, without limits; else the batch alone is
+   tried, as for all other models. What ties the tokens is told.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ from srigl_fx.passes.capture_checks import first_line, raised_by
 from srigl_fx.passes.capture_sizes import capture_with
 from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.model_runs import run_steps
-from srigl_fx.passes.sizes import FixedSize, resize
+from srigl_fx.passes.sizes import ANY, FixedSize, resize
 
 TOKENS = 1  # the axis
 
@@ -124,10 +124,11 @@ class _Asking:
         for leaf in free:
             if TOKENS not in sizes.axes[leaf]:
                 self._fix([leaf], told.get(self._place(leaf), "torch.export needs it to be this number"))
-        if not any(TOKENS in sizes.axes[leaf] for leaf in free if _holds_ids(self.leaves[leaf])):
-            return None
         if any(0 in own and 0 not in sizes.axes[leaf] for leaf, own in asked.axes.items()):
             self._fix(free, "the batch is free only where the number of tokens is not")
+            return None
+        if any(sizes.limits.get(name, ANY) != ANY for name in sizes.batch):
+            self._fix(free, "the forward decides by the size of the batch")
             return None
         fixed = tuple(
             {**{one.axis: one for one in self.fixed.values()}, **{one.axis: one for one in sizes.fixed}}.values()
@@ -168,7 +169,8 @@ class _Asking:
             for leaf in members:
                 changed[leaf] = resize(changed[leaf], other, TOKENS)
             try:
-                run_steps(self.model, *pytree.tree_unflatten(changed, self.spec), 1)
+                args, kwargs = pytree.tree_unflatten(changed, self.spec)
+                run_steps(self.model, args, kwargs, 1)
             except Exception as error:  # the model's own code: any type
                 problem = problem or raised_by(error) + first_line(error)
             else:

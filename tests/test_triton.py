@@ -243,7 +243,7 @@ def test_a_folder_that_is_there_stays(tmp_path: Path) -> None:
 
 def stored_beside(path: Path) -> Path:
     """A file whose one weight lies in ``weights.bin`` beside it."""
-    saved = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
+    saved: dict[str, Any] = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}
     return model(path, ["n", 48], ["n", 48], op="MatMul", **saved)
 
 

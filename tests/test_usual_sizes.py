@@ -203,6 +203,29 @@ def test_a_range_that_is_asked_for_is_kept(tmp_path: Path) -> None:
             session.run(None, {"x": x.numpy()})
 
 
+class Picks(nn.Module):
+    """Something else at one size alone, which no range says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.fc = nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.words(ids))
+        return -y if ids.shape[1] == 7 else y
+
+
+@pytest.mark.long
+def test_a_size_at_which_the_graph_is_silently_wrong_is_not_free() -> None:
+    made = lowered(Picks(), ids(2, 6))
+    assert shapes(made) == [["batch", 6]]
+    assert "at batch 2, ids_1 7: output 0 is another" in made.report.fixed_sizes[0].reason
+    with pytest.raises(LoweringError, match=r"there are sizes at which the graph is wrong: .* t 7.*a smaller range"):
+        lowered(Picks(), ids(2, 6), dynamic_shapes={"ids": {1: "t"}})
+    made = lowered(Picks(), ids(2, 6), dynamic_shapes={"ids": {1: Dim("t", max=6)}})
+    assert made.inputs[0] == {"dtype": "int64", "shape": [2, "t"], "limits": {"t": [1, 6]}}
+
+
 @pytest.mark.parametrize("limits", [{"n": [1, "9"]}, {"n": ["1", None]}, {"m": [1, 9]}, {"n": [1.0, 9]}])
 def test_limits_of_a_file_are_looked_at(limits: Any) -> None:
     described = {"dtype": "float32", "shape": ["n", 3]}

@@ -36,7 +36,7 @@ def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
                 str(free[axis]) if axis in free else None if is_free(size) else int(size)
                 for axis, size in enumerate(value.shape)
             ]
-            limited = {size: program.sizes.limits[size] for size in shape if size in program.sizes.limits}
+            limited = {name: limit for name, limit in program.sizes.limits.items() if name in shape}
             limits = {name: list(limit) for name, limit in limited.items() if limit != ANY}
             described = {"dtype": str(value.dtype).removeprefix("torch."), "shape": shape}
             return {**described, "limits": limits} if limits else described

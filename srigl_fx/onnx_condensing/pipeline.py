@@ -107,6 +107,8 @@ def condense_onnx(
     if not any(row.condensed for row in rows):
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8])
         more = f"; and {len(rows) - 8} more" if len(rows) > 8 else ""
+        if any(row.reason.startswith("estimated") for row in rows):
+            more += "; min_speedup=0 condenses what is expected to lose, too"
         done = sum(node.domain == abi.DOMAIN for node in model.graph.all_nodes())
         raise ExportError(
             f"nothing {'more ' if done else ''}in {source} can be condensed: "

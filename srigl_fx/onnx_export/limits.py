@@ -50,7 +50,7 @@ def _check(
 ) -> "list[onnx.NodeProto]":
     """Nodes that make what the graph reads of an input depend on one of its sizes."""
     import numpy as np
-    from onnx import helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
     taken = {one for node in model.graph.node for one in (*node.input, *node.output)}
     source = value.name
@@ -60,12 +60,15 @@ def _check(
     rank = len(value.type.tensor_type.shape.dim)
     constants = {"axis": axis, "least": least, "most": _LARGEST if most is None else most}
     for label, number in constants.items():
-        model.graph.initializer.append(numpy_helper.from_array(np.int64(number), f"{checked}.{label}"))
+        model.graph.initializer.append(numpy_helper.from_array(np.array(number, np.int64), f"{checked}.{label}"))
     model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, rank), np.int64), f"{checked}.same"))
 
-    def node(kind: str, inputs: list[str], output: str, **settings: object) -> "onnx.NodeProto":
-        return helper.make_node(kind, inputs, [f"{checked}.{output}"], **{"name": f"{checked}.{output}", **settings})
+    def node(kind: str, inputs: list[str], output: str, name: str = "") -> "onnx.NodeProto":
+        made = f"{checked}.{output}"
+        return helper.make_node(kind, inputs, [made], name=name or made)
 
+    row = node("Cast", [f"{checked}.wrong"], "row")
+    row.attribute.append(helper.make_attribute("to", TensorProto.INT64))
     for other in model.graph.node:
         other.input[:] = [checked if one == source else one for one in other.input]
     return [
@@ -74,7 +77,7 @@ def _check(
         node("Less", [f"{checked}.size", f"{checked}.least"], "less"),
         node("Greater", [f"{checked}.size", f"{checked}.most"], "more"),
         node("Or", [f"{checked}.less", f"{checked}.more"], "wrong"),
-        node("Cast", [f"{checked}.wrong"], "row", to=helper.np_dtype_to_tensor_dtype(np.dtype(np.int64))),
+        row,
         node(
             "Gather",
             [f"{checked}.same", f"{checked}.row"],
