@@ -32,7 +32,7 @@ def experts(node: ir.Node, names: Names) -> Expansion | None:
         >>> x, w = ir.val("x", shape=[2, "n", 3]), ir.val("w", const_value=ir.tensor(np.ones((2, 3, 4), np.float32)))
         >>> found = experts(ir.node("MatMul", [x, w]), Names(ir.Model(ir.Graph([x], [], nodes=[]), ir_version=9)))
         >>> found.refused, len(found.products), found.shapes
-        ('', 2, {'weight': (2, 4, 3)})
+        ('', 2, {'w': (2, 4, 3)})
     """
     weight = constant(node.inputs[1])
     x = node.inputs[0]

@@ -101,7 +101,7 @@ def writing(
             else f"the graph alone takes {format_bytes(rest)}, more than one file holds (2 GiB)"
         )
     places = _places(model)
-    if external_data is True or size > LARGEST_FILE:
+    if held and (external_data is True or size > LARGEST_FILE):
         with _replacing_both(target) as (part, weights):
             with weights.open("wb") as file:
                 for key, tensor in held.items():
