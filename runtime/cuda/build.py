@@ -33,7 +33,8 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @functools.cache
-def _symbols() -> dict[str, tuple[table.CudaKernel, str]]:
+def symbols() -> dict[str, tuple[table.CudaKernel, str]]:
+    """What can be built: names of machine code, with the kernel and the dtype of its values."""
     return {kernel.symbol(dtype): (kernel, dtype) for kernel in table.KERNELS for dtype in table.VALUES}
 
 
@@ -74,7 +75,7 @@ def compile_ptx(symbol: str) -> str:
     Raises:
         CudaError: The compiler is not installed.
     """
-    kernel, dtype = _symbols()[symbol]
+    kernel, dtype = symbols()[symbol]
     try:
         types: Any = import_module("numba.cuda.types")
         cuda = import_module("srigl_fx.runtime.cuda.kernels.compiler").cuda
@@ -124,7 +125,7 @@ def _write(path: Path, code: bytes) -> None:
     os.replace(file.name, path)
 
 
-def build(symbols: Iterable[str], targets: Iterable[str] = TARGETS) -> list[Path]:
+def build(names: Iterable[str], targets: Iterable[str] = TARGETS) -> list[Path]:
     """Build what is missing of these kernels, and return the files, PTX first.
 
     Raises:
@@ -132,7 +133,7 @@ def build(symbols: Iterable[str], targets: Iterable[str] = TARGETS) -> list[Path
     """
     made, files = folder(), []
     with locked(made):
-        for symbol in symbols:
+        for symbol in names:
             source = made / f"{symbol}.{PTX}"
             if not is_own_file(source):
                 _LOGGER.info("compiling %s", symbol)
@@ -167,11 +168,11 @@ def code_of(symbol: str, target: str) -> bytes:
 def main(arguments: list[str] | None = None) -> None:
     """The command: builds the kernels that are named, or all."""
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("symbols", nargs="*", choices=[*_symbols(), []], help="kernels; all of them by default")
+    parser.add_argument("symbols", nargs="*", choices=[*symbols(), []], help="kernels; all of them by default")
     parser.add_argument("--targets", nargs="*", default=TARGETS, choices=TARGETS, help="what to make cubins for")
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    build(given.symbols or _symbols(), given.targets)
+    build(given.symbols or symbols(), given.targets)
 
 
 if __name__ == "__main__":

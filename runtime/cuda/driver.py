@@ -67,20 +67,28 @@ class Driver:
         )
         return limits, f"sm_{asked(_MAJOR)}{asked(_MINOR)}"
 
-    def load(self, code: bytes, symbol: str, ordinal: int, shared_bytes: int) -> int:
-        """A kernel of a cubin or PTX, which may take this much dynamic shared memory.
+    def load(self, code: bytes, symbol: str) -> int:
+        """A kernel of a cubin or PTX.
 
         Raises:
             CudaError: The driver does not take the code.
         """
         self._kept.append(code + b"\0")  # PTX is text that ends so
-        loaded, kernel, device = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
+        loaded, kernel = ctypes.c_void_p(), ctypes.c_void_p()
         none = (None, None, 0)
         self._call("cuLibraryLoadData", ctypes.byref(loaded), self._kept[-1], *none, *none)
         self._call("cuLibraryGetKernel", ctypes.byref(kernel), loaded, symbol.encode())
-        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
-        self._call("cuKernelSetAttribute", _DYNAMIC_SHARED, shared_bytes, kernel, device)
         return int(kernel.value or 0)
+
+    def allow_shared(self, kernel: int, ordinal: int, shared_bytes: int) -> None:
+        """Let a kernel of :meth:`load` take this much dynamic shared memory on a device.
+
+        Raises:
+            CudaError: The device has not as much.
+        """
+        device = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(device), ordinal)
+        self._call("cuKernelSetAttribute", _DYNAMIC_SHARED, shared_bytes, ctypes.c_void_p(kernel), device)
 
     def launch(
         self, kernel: int, blocks: int, threads: int, shared_bytes: int, stream: int, ordinal: int, arguments: bytes

@@ -31,6 +31,7 @@ from srigl_fx.runtime.validation import Checked
 
 _LIMITS = {row.name: row.limits or (-math.inf, math.inf) for row in ACTIVATIONS}
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_ALLOWED_SHARED = 48 << 10  # bytes, of any kernel
 _INDICES = {torch.uint16: "uint16", torch.int32: "int32"}
 
 
@@ -47,6 +48,7 @@ class Machine:
         self.gpu: Gpu
         self.gpu, self._target = driver.gpu(ordinal)
         self._loaded: dict[str, int] = {}
+        self._allowed: dict[str, int] = {}  # bytes of shared memory, where more than usual
 
     def stream(self) -> int:
         """Torch's current stream on it."""
@@ -56,10 +58,10 @@ class Machine:
         """Launch on torch's current stream; the kernel is loaded, and built if need be, the first time."""
         symbol = planned.kernel.symbol(dtype)
         if symbol not in self._loaded:
-            most = self.gpu.shared_of_block
-            self._loaded[symbol] = self._driver.load(
-                build.code_of(symbol, self._target), symbol, self._ordinal, most if planned.shared_bytes else 0
-            )
+            self._loaded[symbol] = self._driver.load(build.code_of(symbol, self._target), symbol)
+        if planned.shared_bytes > self._allowed.get(symbol, _ALLOWED_SHARED):
+            self._driver.allow_shared(self._loaded[symbol], self._ordinal, planned.shared_bytes)
+            self._allowed[symbol] = planned.shared_bytes
         grid = planned.blocks, planned.threads, planned.shared_bytes
         self._driver.launch(self._loaded[symbol], *grid, self.stream(), self._ordinal, arguments)
 

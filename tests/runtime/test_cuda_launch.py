@@ -137,7 +137,23 @@ def test_errors_of_the_driver_are_told() -> None:
     with pytest.raises(CudaError, match="3 blocks of 64 threads was refused: error 1 "):
         made.launch(7, 3, 64, 0, 0, 0, struct.pack("Q", 1))
     with pytest.raises(CudaError, match="cuLibraryLoadData failed: error 200"):
-        made.load(b"code", "name", 0, 0)
+        made.load(b"code", "name")
+
+
+def test_a_kernel_is_loaded_once_and_allowed_the_memory_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = RecordedDriver()
+    monkeypatch.setattr(build, "code_of", lambda symbol, target: f"{symbol} {target}".encode())
+    monkeypatch.setattr(execute.Machine, "stream", lambda self: 5)
+    machine = execute.Machine(driver.Driver(library), 0)
+    small, large = (Layer(in_features=size, n=8, n_active=8, k=4) for size in (1000, 30_000))
+    library.asked.clear()
+    for layer in (small, large, small, large):
+        (launch,) = candidates(GPUS[0], layer, 1, "uint16", True, False)[:1]
+        assert launch.kernel.name == "vector1"
+        machine.launch(launch, "float32", b"arguments")
+    first, allow = ["cuLibraryLoadData", "cuLibraryGetKernel"], ["cuDeviceGet", "cuKernelSetAttribute"]
+    run = ["cuLaunchKernel"]
+    assert library.asked == [*first, *run, *allow, *run, *run, *run]
 
 
 def test_a_thread_without_a_context_gets_one() -> None:
