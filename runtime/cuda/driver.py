@@ -100,7 +100,13 @@ class Driver:
         """
         size = ctypes.c_size_t(len(arguments))
         extra = (ctypes.c_void_p * 5)(
-            *(_BUFFER, ctypes.cast(arguments, ctypes.c_void_p), _BUFFER_SIZE, ctypes.addressof(size), _END)
+            *(
+                _BUFFER,
+                ctypes.cast(ctypes.c_char_p(arguments), ctypes.c_void_p),
+                _BUFFER_SIZE,
+                ctypes.addressof(size),
+                _END,
+            )
         )
         call = (
             *(ctypes.c_void_p(kernel), blocks, 1, 1, threads, 1, 1, shared_bytes),

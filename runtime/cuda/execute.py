@@ -5,6 +5,7 @@ whose weight is packed and whose kernel is loaded waits for nothing, so that it 
 first call for a weight copies it to the host and back.
 """
 
+import contextlib
 import functools
 import math
 import struct
@@ -63,7 +64,9 @@ class Machine:
             self._driver.allow_shared(self._loaded[symbol], self._ordinal, planned.shared_bytes)
             self._allowed[symbol] = planned.shared_bytes
         grid = planned.blocks, planned.threads, planned.shared_bytes
-        self._driver.launch(self._loaded[symbol], *grid, self.stream(), self._ordinal, arguments)
+        here = torch.cuda.current_device() == self._ordinal  # a stream is launched on in the context of its device
+        with contextlib.nullcontext() if here else torch.cuda.device(self._ordinal):
+            self._driver.launch(self._loaded[symbol], *grid, self.stream(), self._ordinal, arguments)
 
 
 @functools.cache
@@ -121,11 +124,11 @@ def _packed(checked: Checked, family: str, weight: Sequence[Tensor], in_features
             settings = (in_features, bias.shape[0])
             arrays = _array(values), *sizes, *settings
             made = pack_rows(*arrays) if family == "vector" else pack_windows(*arrays, WINDOW)
-            moved = [
+            values_there, offsets, rows, starts = (
                 torch.from_numpy(array).to(values.device)
                 for array in (made.values, made.offsets, made.rows, made.starts)
-            ]
-            found = _OnDevice(*moved, made.k, weakref.ref(values), facts)
+            )
+            found = _OnDevice(values_there, offsets, rows, starts, made.k, weakref.ref(values), facts)
             checked.packed["cuda", family] = found
     return found
 

@@ -32,9 +32,8 @@ def simulate() -> None:
     """Have Numba simulate, from its first import on; skip the test where it is too late for that."""
     if "numba.cuda" not in sys.modules:
         os.environ["NUMBA_ENABLE_CUDASIM"] = "1"
-        import numba
-
-        numba.config.ENABLE_CUDASIM = 1
+        config: Any = import_module("numba").config
+        config.ENABLE_CUDASIM = 1
         import_module("numba.cuda")
         del os.environ["NUMBA_ENABLE_CUDASIM"]  # other processes may compile
     if not import_module("srigl_fx.runtime.cuda.kernels.compiler").SIMULATED:
@@ -112,7 +111,7 @@ class SimulatedGpu:
             function[blocks, self.threads, 0, planned.shared_bytes](*[given[name] for name in names])
         self.launched.append(kernel.name)
 
-    def _blocks(self, kernel: CudaKernel, given: dict[str, Any]) -> int:
+    def _blocks(self, kernel: CudaKernel, given: dict[str, int]) -> int:
         """The grid for blocks of so many threads."""
         samples = kernel.settings[0] if kernel.settings else 1
         rows = self.threads // 32

@@ -18,7 +18,7 @@ def use() -> None:
         return
     thread_of_block, manager_of_block = simulator.BlockThread, simulator.BlockManager
 
-    class Turn(thread_of_block):  # type: ignore[misc]
+    class Turn(thread_of_block):  # type: ignore[misc, valid-type]
         """A thread of a block, which runs when it is its turn."""
 
         def __init__(self, *arguments: Any) -> None:
@@ -43,7 +43,7 @@ def use() -> None:
             self.mine.release()
             self.theirs.acquire()
 
-    class Turns(manager_of_block):  # type: ignore[misc]
+    class Turns(manager_of_block):  # type: ignore[misc, valid-type]
         """A block."""
 
         def run(self, grid_point: tuple[int, ...], *arguments: Any) -> None:

@@ -95,3 +95,10 @@ def test_instructions(code: Path, kernel: CudaKernel, target: str, tmp_path: Pat
         else:
             assert "SHFL.BFLY" in operations
             assert "STS.128" in operations
+
+
+def test_shared_memory_is_aligned_for_loads_of_four(code: Path) -> None:
+    for kernel in KERNELS:
+        text = (code / f"{kernel.symbol('float32')}.{build.PTX}").read_text(encoding="ascii")
+        aligned = re.findall(r"\.extern \.shared \.align (\d+)", text)
+        assert aligned == ([] if kernel.family == "rows" else ["16"])

@@ -144,6 +144,7 @@ def test_a_kernel_is_loaded_once_and_allowed_the_memory_that_it_needs(monkeypatc
     library = RecordedDriver()
     monkeypatch.setattr(build, "code_of", lambda symbol, target: f"{symbol} {target}".encode())
     monkeypatch.setattr(execute.Machine, "stream", lambda self: 5)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     machine = execute.Machine(driver.Driver(library), 0)
     small, large = (Layer(in_features=size, n=8, n_active=8, k=4) for size in (1000, 30_000))
     library.asked.clear()

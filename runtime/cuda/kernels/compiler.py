@@ -8,7 +8,9 @@ LLVM's to write an instruction, so that :mod:`srigl_fx.runtime.cuda.kernels.intr
 from collections.abc import Callable
 from typing import Any, Final
 
-from numba import cuda as cuda
+from numba import cuda as _cuda
+
+cuda: Any = _cuda
 
 # Numba's simulator runs kernels as Python, each thread of a block as one of the process. It has no shuffles.
 SIMULATED: Final = not hasattr(cuda, "shfl_xor_sync")

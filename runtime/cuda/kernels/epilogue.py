@@ -19,37 +19,37 @@ _SLOPE, _CUBIC = np.float32(math.sqrt(2 / math.pi)), np.float32(0.044715)
 
 
 @device
-def _gelu(y: float) -> float:
+def _gelu(y: Any) -> Any:
     return y * (_ONE + erf(y * _SQRT_HALF)) * _HALF
 
 
 @device
-def _gelu_tanh(y: float) -> float:
+def _gelu_tanh(y: Any) -> Any:
     return y * (_ONE + tanh(_SLOPE * (y + _CUBIC * y * y * y))) * _HALF
 
 
 @device
-def _sigmoid(y: float) -> float:
+def _sigmoid(y: Any) -> Any:
     return _ONE / (_ONE + exp(-y))
 
 
 @device
-def _silu(y: float) -> float:
+def _silu(y: Any) -> Any:
     return y / (_ONE + exp(-y))
 
 
 @device
-def _hardswish(y: float) -> float:
+def _hardswish(y: Any) -> Any:
     return y * limited(y + _THREE, _ZERO, _SIX) / _SIX
 
 
 @device
-def _tanh(y: float) -> float:
+def _tanh(y: Any) -> Any:
     return tanh(y)
 
 
 @device
-def limited(y: float, low: float, high: float) -> float:
+def limited(y: Any, low: Any, high: Any) -> Any:
     """Between both, or NaN."""
     y = low if y < low else y
     return high if y > high else y
@@ -66,7 +66,7 @@ FUNCTIONS: Final[dict[str, Any]] = {
 
 
 @device
-def _unchanged(y: float, activation: int) -> float:
+def _unchanged(y: Any, activation: int) -> Any:
     return y
 
 
@@ -74,8 +74,8 @@ def _choice(name: str, otherwise: Any) -> Any:
     number, function = NUMBERS[name], FUNCTIONS[name]
 
     @device
-    def choose(y: float, activation: int) -> float:
-        return function(y) if activation == number else otherwise(y, activation)  # type: ignore[no-any-return]
+    def choose(y: Any, activation: int) -> Any:
+        return function(y) if activation == number else otherwise(y, activation)
 
     return choose
 
@@ -87,6 +87,6 @@ for _row in ACTIVATIONS:
 
 
 @device
-def finish(y: float, activation: int, low: float, high: float) -> float:
+def finish(y: Any, activation: int, low: Any, high: Any) -> Any:
     """The output for a sum with bias and residual: the activation of this number, within limits."""
-    return limited(_chosen(y, activation), low, high)  # type: ignore[no-any-return]
+    return limited(_chosen(y, activation), low, high)

@@ -12,11 +12,12 @@ from math import tanh as tanh
 from typing import Any, Final
 
 from llvmlite import ir
-from numba.cuda import types
+from numba.cuda import types as _types
 from numba.cuda.extending import intrinsic
 
 from srigl_fx.runtime.cuda.kernels.compiler import cuda, device
 
+types: Any = _types
 FLOAT: Final = types.float32
 _FLOAT, _SHORT, _HALF, _INT = ir.FloatType(), ir.IntType(16), ir.HalfType(), ir.IntType(32)
 _GLOBAL, _SHARED = 1, 3  # LLVM's numbers of the address spaces
@@ -62,12 +63,12 @@ def _load(builder: Any, pointer: Any, index: Any, space: int, kind: Any, count: 
 def _global_load(kind: Any, count: int, result: Any, widen: Widen) -> Any:
     """A load of ``count`` numbers of global memory that nothing writes to, from a pointer."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def load(context: Any, pointer: Any, index: Any) -> Any:
         returned = result if count == 1 else types.UniTuple(result, count)
 
         def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            vector = _load(builder, *arguments, _GLOBAL, kind, count)
+            vector = _load(builder, arguments[0], arguments[1], _GLOBAL, kind, count)
             parts = _parts(builder, vector, count, widen)
             return parts[0] if count == 1 else target.make_tuple(builder, returned, parts)
 
@@ -79,7 +80,7 @@ def _global_load(kind: Any, count: int, result: Any, widen: Widen) -> Any:
 def _shared_load(count: int) -> Any:
     """A load of ``count`` floats of shared memory, from an array."""
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def load(context: Any, array: Any, index: Any) -> Any:
         returned = types.float32 if count == 1 else types.UniTuple(types.float32, count)
 
@@ -113,20 +114,20 @@ def _shared_store(count: int) -> Any:
     one = types.float32
     if count == 1:
 
-        @intrinsic  # type: ignore[untyped-decorator]
+        @intrinsic
         def store1(context: Any, array: Any, index: Any, a: Any) -> Any:
             return types.void(array, types.int32, one), code
 
         return store1
     if count == 2:
 
-        @intrinsic  # type: ignore[untyped-decorator]
+        @intrinsic
         def store2(context: Any, array: Any, index: Any, a: Any, b: Any) -> Any:
             return types.void(array, types.int32, one, one), code
 
         return store2
 
-    @intrinsic  # type: ignore[untyped-decorator]
+    @intrinsic
     def store4(context: Any, array: Any, index: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         return types.void(array, types.int32, one, one, one, one), code
 
