@@ -1,8 +1,8 @@
 """A plugin of pytest that keeps what operators compute in the library, for ``replay.py`` on another machine.
 
 ``pytest -p ort_support.recording`` writes into the folder that SRIGL_FX_RECORDING names: for each operator of
-``kernel_support.onnx_models`` that runs in the library ``NUMBER.onnx``, and ``NUMBER.npz`` with what went in and came
-out at each call. The tests have compared that with the oracle.
+``kernel_support.onnx_models`` that runs in the library ``NUMBER.onnx``, and for each call ``NUMBER-CALL.npz`` with what
+went in, what came out, and the test, which has compared that with the oracle.
 """
 
 import os
@@ -14,8 +14,9 @@ import onnx
 from kernel_support.onnx_models import Operator
 from torch import Tensor
 
-_calls: dict[int, dict[str, Any]] = {}  # by operator, which lives until all is written
-_operators: list[Operator] = []
+_operators: list[Operator] = []  # which live on, so that no two have one identity
+_numbers: dict[int, int] = {}
+_calls: dict[int, int] = {}
 _create, _call = Operator.__init__, Operator.__call__
 
 
@@ -26,31 +27,24 @@ def _folder() -> Path:
 def _init(self: Operator, model: onnx.ModelProto, *, library: bool, **settings: Any) -> None:
     _create(self, model, library=library, **settings)
     if library:
-        number = len(_operators)
+        number = _numbers[id(self)] = len(_operators)
         _operators.append(self)
-        _calls[id(self)] = {"number": number, "test": os.environ.get("PYTEST_CURRENT_TEST", ""), "count": 0}
         (_folder() / f"{number}.onnx").write_bytes(model.SerializeToString())
 
 
 def _run(self: Operator, **inputs: Tensor | None) -> Tensor:
     y = _call(self, **inputs)
-    calls = _calls.get(id(self))
-    if calls is not None:
-        count = calls["count"]
+    number = _numbers.get(id(self))
+    if number is not None:
+        call = _calls[number] = _calls.get(number, -1) + 1
         given = {name: np.ascontiguousarray(item.numpy()) for name, item in inputs.items() if item is not None}
-        calls |= {f"{count}:{name}": item for name, item in ({**given, "->": y.numpy()}).items()}
-        calls["count"] = count + 1
+        test: Any = os.environ.get("PYTEST_CURRENT_TEST", "")
+        np.savez(_folder() / f"{number}-{call}.npz", **{"->": y.numpy(), "test": test, **given})
     return y
 
 
 def pytest_configure() -> None:
-    """Watch all operators from now on."""
+    """Watch all operators from now on: the class that tests have by name is changed, not replaced."""
     _folder().mkdir(parents=True, exist_ok=True)
     Operator.__init__ = _init  # type: ignore[method-assign]
     Operator.__call__ = _run  # type: ignore[method-assign]
-
-
-def pytest_sessionfinish() -> None:
-    """Write what went in and came out."""
-    for calls in _calls.values():
-        np.savez(_folder() / f"{calls['number']}.npz", **calls)

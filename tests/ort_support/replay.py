@@ -36,19 +36,18 @@ def main(library: str, folder: Path, text: str = "") -> dict[str, Any]:
     for path in sorted(folder.glob("*.onnx")):
         if text.encode() not in path.read_bytes():
             continue
-        with np.load(path.with_suffix(".npz")) as kept:
-            arrays = dict(kept)
         options = onnxruntime.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 4, 1
         options.register_custom_ops_library(library)
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         models += 1
-        for call in range(int(arrays["count"])):
-            given = {name.split(":")[1]: array for name, array in arrays.items() if name.startswith(f"{call}:")}
-            expected = given.pop("->")
+        for kept in sorted(folder.glob(f"{path.stem}-*.npz")):
+            with np.load(kept) as arrays:
+                given = dict(arrays)
+            expected, test = given.pop("->"), given.pop("test")
             calls += 1
             if wrong := fault(session.run(None, given)[0], expected):
-                faults.append(f"{arrays['test']}, call {call}: {wrong}")
+                faults.append(f"{test}, {kept.stem}: {wrong}")
     return {"models": models, "calls": calls, "faults": faults}
 
 
