@@ -92,9 +92,9 @@ def unpack_debian(folder: Path) -> Path:
 
 
 def unpack_wheels(folder: Path, python: str) -> Path:
-    """NumPy, of this environment's version, and ONNX Runtime, for Arm."""
+    """ONNX Runtime for Arm, and what kernels import, of this environment's versions."""
     site = folder / "site"
-    wanted = [f"numpy=={version('numpy')}", ONNXRUNTIME]
+    wanted = [*(f"{name}=={version(name)}" for name in ("numpy", "ml_dtypes")), ONNXRUNTIME]
     stamp = site / "versions"
     if stamp.exists() and stamp.read_text(encoding="utf-8").split() == wanted:
         return site
@@ -114,14 +114,14 @@ class Emulator:
 
     def __init__(self, root: Path, packages: list[Path], cpu: str) -> None:
         (python,) = (path for path in (root / "usr/bin").glob("python3.*") if path.name[8:].isdigit())
-        self.name = python.name
+        self.name, self.folder = python.name, root
         self.command = ["qemu-aarch64", "-cpu", cpu, "-L", root, python]
         self.packages = os.pathsep.join(map(str, packages))
 
     def __call__(self, *arguments: object, **environment: str) -> Any:
         """What a program prints as its last line, as JSON."""
         settings = {"PYTHONPATH": self.packages, "OMP_NUM_THREADS": "2", **environment}
-        printed = run(*self.command, *arguments, **settings)
+        printed = run(*self.command, *arguments, cwd=self.folder, **settings)  # where no package of ours lies
         return json.loads(printed.strip().splitlines()[-1])
 
 
