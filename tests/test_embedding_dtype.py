@@ -88,13 +88,12 @@ def lowered(model: Any) -> Any:
 
 @pytest.mark.slow
 def test_tables_that_something_else_reads_stay() -> None:
-    found = lowered(reader(tied=True))
-    after = with_rounded_tables(found, torch.int8, WORDS, {})
-    types = {name: value.dtype for name, value in after.state_dict().items() if value.shape[0] == 300}
-    assert set(types.values()) == {torch.float32}
-    assert any(value.dtype is torch.int8 for value in after.state_dict().values())
+    found = lowered(reader(tied=True))  # of a fixed length: what is looked up for places is a constant
+    assert len(found.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)) == 1
+    assert with_rounded_tables(found, torch.int8, WORDS, {}) is found
 
 
+@torch.no_grad()
 @pytest.mark.slow
 def test_what_is_given_stays_and_what_cannot_be_rounded_is_named() -> None:
     model = reader()
