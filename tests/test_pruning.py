@@ -310,6 +310,7 @@ def test_half_precision_is_kept() -> None:
     assert all(layer.error is not None and layer.error < 0.5 for layer in report.layers)
 
 
+@pytest.mark.long
 def test_what_is_pruned_trains_on_and_is_lowered() -> None:
     model, x = perceptron(), batches(40, 24)
     sx.prune(model, x, sparsity=0.75)
@@ -418,6 +419,7 @@ def test_models_that_are_broken_or_sparse_are_refused() -> None:
         sx.prune(perceptron(), batches(20, 24), rules={"nowhere": 0.5})
 
 
+@pytest.mark.slow
 def test_a_hugging_face_conv1d_is_fitted() -> None:
     transformers = pytest.importorskip("transformers", reason="the extra [transformers] is not installed")
     model: Any = randomise(nn.Sequential(transformers.pytorch_utils.Conv1D(10, 16)))

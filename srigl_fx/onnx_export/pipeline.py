@@ -25,6 +25,7 @@ from srigl_fx.lowering.inputs import arranged, sizes_of
 from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.lowering.pipeline import lower
 from srigl_fx.lowering.regions import LoweredRegions
+from srigl_fx.lowering.tables import check_table_dtype, with_rounded_tables
 from srigl_fx.lowering.value_dtypes import ValueDtypes
 from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import inspect_file
@@ -55,6 +56,7 @@ def export_onnx(
     min_speedup: float | Literal["auto"] = "auto",
     value_dtype: ValueDtypes = torch.float32,
     calibration: Calibration | None = None,
+    embedding_dtype: torch.dtype = torch.float32,
     verify: bool = True,
     state: Literal["inputs", "error"] = "inputs",
     external_data: ExternalData = "auto",
@@ -83,6 +85,10 @@ def export_onnx(
             Runtime at batch 1 or 16, the same layers on every machine; 0 condenses every layer that has an operator.
         value_dtype: As for :func:`srigl_fx.lower`; what is lowered already keeps its own.
         calibration: As for :func:`srigl_fx.lower`, likewise.
+        embedding_dtype: What embedding tables are stored in: ``torch.float32``, ``torch.float16``, ``torch.bfloat16``
+            or ``torch.int8``, with a scale for each row. Rows become float32 where they are looked up, by standard
+            operators. Tables that something else reads too stay as they are. The outputs on the example inputs must
+            keep a signal-to-noise ratio of 20 dB.
         verify: Compare outputs with and without the library with PyTorch's, at the example batch and at another one, or
             at a smaller and a larger number of each size that ``dynamic_shapes`` frees; of a model that keeps state, in
             several calls. Errors up to 1e-4 of the largest value pass, or, with layers of int8, a signal-to-noise ratio
@@ -127,6 +133,7 @@ def export_onnx(
         raise ExportError(
             f"cannot write {target}: {error.strerror}; give the path of a file in a folder that exists"
         ) from error
+    check_table_dtype(embedding_dtype)
     if state not in ("inputs", "error"):
         raise ExportError(f'state must be "inputs" or "error", not {state!r}')
     if not isinstance(dynamic_batch, bool):
@@ -153,6 +160,7 @@ def export_onnx(
     args, kwargs = normalise_inputs(example_inputs)
     register_caches(model, pytree.tree_leaves((args, kwargs)))
     args, kwargs = arranged(lowered, args, kwargs)
+    lowered = with_rounded_tables(lowered, embedding_dtype, args, kwargs, verify=verify)
     leaves = pytree.tree_leaves((args, kwargs))
     sizes = _sizes(lowered, leaves) if dynamic_batch else Sizes()
     write = functools.partial(
