@@ -182,7 +182,7 @@ _ROWS = (
     _row("multiplies", "vector product", "mv dot vdot", keeps_zero=True),
     _row("multiplies", "sum of products", "addmm baddbmm", keeps_zero=True),
     _row("multiplies", "einsum", "einsum", keeps_zero=True),
-    _row("multiplies", "attention", "scaled_dot_product_attention"),
+    _row("multiplies", "attention", "scaled_dot_product_attention", keeps_zero=True),
     _row("looks up", "lookup", "embedding", data=("weight",)),
     # -- no value ------------------------------------------------------------------------------------------------------
     _row("checks", "assertion", "_assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range "

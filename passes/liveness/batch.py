@@ -11,21 +11,24 @@ With B for the batch size, as export writes it into the metadata, a result depen
 2. never, without an operand that has a batch axis;
 3. of ``einsum``, if a letter at a batch axis is not in the result: it is summed over;
 4. of products, if the last axis of the left factor, which is summed over, is a batch axis;
-5. of attention, if an axis of positions or channels is: keys are summed over, and so is what queries share with keys;
+5. of attention, if what queries share with keys is such an axis, or, under a mask, the keys: without one every query
+   takes a mean over keys, and what is the same for all of these stays so, however many there are;
 6. of a batch norm, if it takes statistics of the batch;
 7. of parts and of selections by number, if they are of an axis that merges samples with others (B * 3): which sample an
    element belongs to changes with B there;
 8. never, where elements keep to themselves: element by element, moved, padded, looked up, created;
-9. if an axis is named that elements meet along, and it is a batch axis;
+9. if an axis is named that elements meet along, and it is a batch axis; of a layer norm, if one of its last axes is;
 10. where no axis is named, unless the batch is the first axis of all operands, and each result has it still: that is
     what operators do that treat samples one by one.
 
 Reshapes are told of apart, since it is a matter of values whether they mix samples (``regrouped_axes``):
 
-11. (o, B, i) -> (o, B, i') keeps each sample's elements together in as many outer places: nothing is mixed.
+11. (o, B, i) -> (o, B, i') keeps each sample's elements together in as many outer places: nothing is mixed; nor is it
+    where there are several batch axes, as of samples and their tokens, with as many places between them as before.
 12. (o, B, i) -> (k B, j), with k j a multiple of i: what repeats with a period of i still does, so that all needs only
     be the same along the axes up to the batch axis.
-13. After any other reshape, all elements must be the same.
+13. (o, B, T, i) -> (o B T, i) and back: what is the same for all samples and tokens stays so, however they are merged.
+14. After any other reshape, all elements must be the same.
 """
 
 import math
@@ -78,7 +81,8 @@ def depends_on_batch_size(node: fx.Node) -> bool:
         left = next((given[name] for name in _LEFT if name in given), first)
         return _rank(left) - 1 in batch_axes(left)
     if row.family == "attention":  # rule 5
-        return any(_rank(given[key]) - axis in batch_axes(given[key]) for key in ("key", "value") for axis in (1, 2))
+        axes = (1,) if given["attn_mask"] is None else (1, 2)
+        return any(_rank(given[key]) - axis in batch_axes(given[key]) for key in ("key", "value") for axis in axes)
     if row.family == "batch norm":  # rule 6; one without such an argument always does
         return bool(given.get("training", row.does == "normalises"))
     # Rule 7.
@@ -87,6 +91,8 @@ def depends_on_batch_size(node: fx.Node) -> bool:
     if row.does in _KEEPS_ELEMENTS:  # rule 8
         return False
     dims = _dims(given, first)
+    if "normalized_shape" in given:  # the last axes
+        return _rank(first) - len(given["normalized_shape"]) <= max(batch_axes(first), default=-1)
     if dims:  # rule 9
         return not set(dims).isdisjoint(batch_axes(first))
     # Rule 10.
@@ -137,6 +143,17 @@ def _sums_over_batch(equation: str, tensors: list[fx.Node]) -> bool:
     return False
 
 
+def _between(shape: torch.Size) -> list[Any]:
+    """The places before the first batch axis, its size, the places between it and the next, and so on."""
+    found: list[Any] = [1]
+    for size in shape:
+        if isinstance(size, torch.SymInt):
+            found += [size.node.expr, 1]
+        else:
+            found[-1] *= size
+    return found
+
+
 def regrouped_axes(node: fx.Node) -> tuple[int, ...]:
     """The axes of its operand along which all must be the same, or else a reshape may mix samples.
 
@@ -149,6 +166,8 @@ def regrouped_axes(node: fx.Node) -> tuple[int, ...]:
     sizes, made = before.meta["val"].shape, node.meta["val"].shape
     if not one or [*sizes] == [*made]:  # no batch, or no change
         return ()
+    if _between(sizes) == _between(made):  # rule 11
+        return ()
     if len(one) == len(other) == 1:
         if math.prod(sizes[: one[0]]) == math.prod(made[: other[0]]):  # rule 11
             return ()
@@ -157,5 +176,7 @@ def regrouped_axes(node: fx.Node) -> tuple[int, ...]:
         inner, symbols = math.prod(sizes[one[0] + 1 :]), made[other[0]].node.expr.as_coeff_Mul()
         if symbols[1].is_Symbol and int(symbols[0]) * math.prod(made[other[0] + 1 :]) % max(1, inner) == 0:
             return tuple(range(one[0] + 1))
-    # Rule 13.
+    if other and math.prod(sizes[one[-1] + 1 :]) == math.prod(made[other[-1] + 1 :]):  # rule 13
+        return tuple(range(one[-1] + 1))
+    # Rule 14.
     return tuple(range(len(sizes)))
