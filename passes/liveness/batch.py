@@ -11,8 +11,7 @@ With B for the batch size, as export writes it into the metadata, a result depen
 2. never, without an operand that has a batch axis;
 3. of ``einsum``, if a letter at a batch axis is not in the result: it is summed over;
 4. of products, if the last axis of the left factor, which is summed over, is a batch axis;
-5. of attention, if what queries share with keys is such an axis, or, under a mask, the keys: without one every query
-   takes a mean over keys, and what is the same for all of these stays so, however many there are;
+5. of attention, if an axis of positions or channels is: keys are summed over, and so is what queries share with keys;
 6. of a batch norm, if it takes statistics of the batch;
 7. of parts and of selections by number, if they are of an axis that merges samples with others (B * 3): which sample an
    element belongs to changes with B there;
@@ -81,8 +80,7 @@ def depends_on_batch_size(node: fx.Node) -> bool:
         left = next((given[name] for name in _LEFT if name in given), first)
         return _rank(left) - 1 in batch_axes(left)
     if row.family == "attention":  # rule 5
-        axes = (1,) if given["attn_mask"] is None else (1, 2)
-        return any(_rank(given[key]) - axis in batch_axes(given[key]) for key in ("key", "value") for axis in axes)
+        return any(_rank(given[key]) - axis in batch_axes(given[key]) for key in ("key", "value") for axis in (1, 2))
     if row.family == "batch norm":  # rule 6; one without such an argument always does
         return bool(given.get("training", row.does == "normalises"))
     # Rule 7.

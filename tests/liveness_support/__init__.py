@@ -24,9 +24,10 @@ class Batched:
         self.x = self.input(5, 4, 6)
         self.size = self.call(aten.sym_size.int, self.x, 0)
 
-    def input(self, *sizes: int, axis: int | None = 0, dtype: torch.dtype = torch.float32) -> fx.Node:
-        """An input that is B long along ``axis``, whatever its size there is."""
-        kinds = [DimDynamic.STATIC if dim != axis else DimDynamic.DYNAMIC for dim in range(len(sizes))]
+    def input(self, *sizes: int, axis: int | tuple[int, ...] | None = 0, dtype: torch.dtype = torch.float32) -> fx.Node:
+        """An input that is B long along ``axis``, whatever its size there is; as free along each of several axes."""
+        free = axis if isinstance(axis, tuple) else (axis,)
+        kinds = [DimDynamic.DYNAMIC if dim in free else DimDynamic.STATIC for dim in range(len(sizes))]
         context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(dynamic_sizes=kinds)
         node = self.graph.placeholder(f"input{len(self.inputs)}")
         self.inputs.append(torch.ones(sizes, dtype=dtype))

@@ -1,6 +1,7 @@
 """What may change with the batch size: each rule, asked of one operator on values whose batch axes are symbolic."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -102,6 +103,14 @@ CASES: dict[str, tuple[Make, bool]] = {
     "rule 10: a sum of all": (lambda b: b.call(aten.sum.default, b.x), True),
     "rule 10: pooled": (lambda b: b.call(aten.avg_pool1d.default, b.x, [2]), False),
     "rule 10: pooled over samples": (lambda b: b.call(aten.avg_pool1d.default, b.samples_last(), [1]), True),
+    "rule 9: tokens normalised by channels": (
+        lambda b: b.call(aten.layer_norm.default, b.input(5, 7, 6, axis=(0, 1)), [6]),
+        False,
+    ),
+    "rule 9: samples normalised by tokens": (
+        lambda b: b.call(aten.layer_norm.default, b.input(5, 7, axis=(0, 1)), [7]),
+        True,
+    ),
     "rule 10: normalised by sample": (lambda b: b.call(aten.layer_norm.default, b.x, [6]), False),
     "rule 1: normalised over as many": (
         lambda b: b.call(aten.layer_norm.default, b.input(3, 5, axis=1), [b.size]),
@@ -184,7 +193,7 @@ def test_batch_axes_are_symbolic_and_sample_axes_count_nothing_else() -> None:
         (1, (3, 5, 4), [-1, 2], (0, 1)),  # (6 B, 2): 12 is a multiple of 4
         (1, (3, 5, 4), [-1], (0, 1)),
         (1, (3, 5), [-1], (0, 1)),
-        (0, (5, 4, 6), [4, -1, 6], (0, 1, 2)),  # rule 13: B has no coefficient of its own there
+        (0, (5, 4, 6), [4, -1, 6], (0, 1, 2)),  # rule 14: B has no coefficient of its own there
         (1, (3, 5, 4), [2, -1, 3], (0, 1, 2)),
         (0, (5, 4, 6), [-1, 4, 6], ()),  # no change
         (None, (3, 4), [12], ()),  # no batch
@@ -193,6 +202,28 @@ def test_batch_axes_are_symbolic_and_sample_axes_count_nothing_else() -> None:
 def test_what_a_reshape_may_mix(axis: int | None, sizes: tuple[int, ...], to: list[int], axes: tuple[int, ...]) -> None:
     b = Batched()
     assert regrouped_axes(b.call(aten.reshape.default, b.input(*sizes, axis=axis), to)) == axes
+
+
+@pytest.mark.parametrize(
+    ("free", "sizes", "to", "axes"),
+    [
+        ((0, 1), (5, 7, 6), lambda one, other: [one, other, 2, 3], ()),  # rule 11: heads of a token
+        ((0, 1), (5, 7, 2, 3), lambda one, other: [one, other, 6], ()),
+        ((0, 3), (5, 2, 2, 7, 6), lambda one, other: [one, 4, other, 6], ()),  # as many places between them
+        ((0, 1), (5, 7, 6), lambda one, other: [-1, 6], (0, 1)),  # rule 13: tokens of all samples
+        ((0, 1), (5, 7, 6), lambda one, other: [other, one, 6], (0, 1)),
+        ((0, 1), (5, 7, 6), lambda one, _: [one, -1, 3], (0, 1, 2)),  # rule 14: tokens and channels
+        ((0, 1), (5, 7, 6), lambda one, other: [one, 6, other], (0, 1, 2)),
+        ((0, 2), (5, 4, 7, 6), lambda one, _: [one, 2, -1, 6], (0, 1, 2)),
+    ],
+)
+def test_what_a_reshape_of_samples_and_tokens_may_mix(
+    free: tuple[int, ...], sizes: tuple[int, ...], to: Callable[[Any, Any], list[Any]], axes: tuple[int, ...]
+) -> None:
+    b = Batched()
+    x = b.input(*sizes, axis=free)
+    one, other = (b.call(aten.sym_size.int, x, axis) for axis in free)
+    assert regrouped_axes(b.call(aten.reshape.default, x, to(one, other))) == axes
 
 
 def test_only_reshapes_regroup() -> None:
