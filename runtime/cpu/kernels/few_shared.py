@@ -93,7 +93,7 @@ def _own_phase(b: Any, rows: list[Any], at: Any, totals: list[Any], unit: int) -
     for part in range(STEPS):
         words_at = [v.load(b, b.add(at, number(2 * (LANES * part + 4 * i))), I64, 8) for i in range(4)]
         places = [_input_at(b, word, step, unit) for word in words_at for step in range(STEPS)]
-        weights = v.load(b, b.add(at, number(TILE_VALUES + VECTOR_BYTES * part)), v.FLOATS, 64)
+        weights = v.load(b, b.add(at, number(TILE_VALUES + VECTOR_BYTES * part)), v.FLOATS, 32)  # behind a shared group
         for sample, row in enumerate(rows):
             inputs = ir.Constant(v.FLOATS, ir.Undefined)
             for lane, place in enumerate(places):

@@ -7,15 +7,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from srigl_fx.runtime.cpu.kernels import job, panel
+from srigl_fx.runtime.cpu.kernels import job, panel, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
-from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled
+from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows, transpose
 from srigl_fx.runtime.cpu.kernels.dot import WIDE, dot_group
 from srigl_fx.runtime.cpu.kernels.few_shared import few_shared
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, NEON, level_of
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES, most_shared_samples
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
     clear_columns,
@@ -36,7 +36,8 @@ from srigl_fx.runtime.value_types import FLOATS, NUMBERS
 Pointer = Any
 _ZERO: Final = np.float32(0)
 _FLOAT32: Final = NUMBERS["float32"]
-_MOST_SHARED_SAMPLES: Final = most_shared_samples(level_of(ISA))
+_LEVEL: Final = level_of(ISA)
+_few = planned(plan.few_shared)
 
 
 @compiled
@@ -345,7 +346,8 @@ _shared_tiles = compiled(_tile_task("shared_tiles", multiply_shared))
 
 def shared_tile_task(j: Pointer, task: int) -> None:
     """A share of the rows for one tile of samples, or for a few samples, where rows share their inputs."""
-    if j[job.BATCH] <= _MOST_SHARED_SAMPLES and j[job.X_FEATURE_MAJOR] == 0 and j[job.Y_FEATURE_MAJOR] == 0:
+    as_rows = j[job.X_FEATURE_MAJOR] == 0 and j[job.Y_FEATURE_MAJOR] == 0
+    if as_rows and _few(_LEVEL, j[job.BATCH], j[job.N_ACTIVE], panel.index_rows(j)):
         few_shared(j, task)
     else:
         _shared_tiles(j, task)

@@ -226,24 +226,27 @@ def for_shared(kernel: int, n_active: int, index_rows: int) -> int:
     return SHARED_TILE if kernel == TILE and index_rows < n_active else kernel
 
 
-def most_shared_samples(level: int) -> int:
-    """Up to how many samples one or two at a time beat a tile from a shared tile panel, with an instruction set.
+def few_shared(level: int, samples: int, n_active: int, index_rows: int) -> bool:
+    """Whether samples take less time one or two at a time than as a tile, from a shared tile panel.
 
-    AVX-512 looks inputs up in registers instead, from a dot panel.
+    So it is up to four where an input is loaded once for two rows at least, on average. AVX-512 looks inputs up in
+    registers instead, from a dot panel.
+
+    Example:
+        >>> [few_shared(1, samples, 768, 192) for samples in (4, 5)], few_shared(1, 4, 768, 700)
+        ([True, False], False)
     """
-    return 0 if level == 2 else 4
+    return level != 2 and samples <= 4 and 2 * index_rows <= n_active
 
 
 def linear_for_shared(kernel: int, level: int, in_features: int, n_active: int, k: int, index_rows: int) -> int:
     """The kernel that takes the place of another of a linear layer for such a weight.
 
-    AVX2 loads an input of one or two samples once for four rows where half of the rows share theirs, or more.
-
     Example:
         >>> [linear_for_shared(DOT, level, 64, 8, 9, 2) == SHARED_TILE for level in (1, 2)]
         [True, False]
     """
-    few = kernel == DOT and level == 1 and 2 * index_rows <= n_active
+    few = kernel == DOT and few_shared(level, 1, n_active, index_rows)
     if few and tile_window(in_features, n_active, k) != 0:
         return SHARED_TILE
     return for_shared(kernel, n_active, index_rows)
