@@ -145,7 +145,7 @@ def threads(share: float) -> str:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(96, 80), torch.nn.GELU(), torch.nn.Linear(80, 33)).eval()
     sx.sparsify(model, sparsity=0.8)
-    lowered = sx.lower(model, torch.randn(4, 96), min_speedup=0)
+    lowered = sx.lower(model, (torch.randn(4, 96),), min_speedup=0)
     node = linear()
     session, end = session_of(node.model(fallback=False).SerializeToString()), time.monotonic() + SECONDS * share
     counts, wrong = [0] * THREADS, list[int]()
