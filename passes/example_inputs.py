@@ -35,32 +35,40 @@ def normalise_inputs(example_inputs: Any) -> Inputs:
     return example_inputs, {}
 
 
-def several_inputs(given: Any, what: str, error: type[SriglError]) -> tuple[Inputs, ...]:
+def several_inputs(given: Any, what: str, error: type[SriglError], *, hint: str = "") -> tuple[Inputs, ...]:
     """Many inputs as (args, kwargs), all of them: an iterable may give them only once.
 
     Args:
-        given: An iterable of tensors, each the model's one argument; of tuples of arguments; or of (args, kwargs).
+        given: An iterable of tensors, each the model's one argument; of tuples of arguments, or lists, as loaders make
+            them; or of (args, kwargs).
         what: The argument that holds them, for errors.
         error: The class of these errors.
+        hint: What else can be done where there are none.
 
     Raises:
         SriglError: Of the class ``error``: it is no such iterable, or empty.
 
     Example:
-        >>> several_inputs([torch.ones(2), ((), {"x": 3})], "calibration", CaptureError)
-        (((tensor([1., 1.]),), {}), ((), {'x': 3}))
+        >>> several_inputs([torch.ones(2), [1, 2], ((), {"x": 3})], "calibration", CaptureError)
+        (((tensor([1., 1.]),), {}), ((1, 2), {}), ((), {'x': 3}))
     """
     if isinstance(given, Tensor | str | dict) or not isinstance(given, Iterable):
         raise error(f"{what} must be an iterable of inputs, not {type(given).__name__}: pass [(x,)] for one tensor")
     found = []
     for i, item in enumerate(given):
         try:
-            found.append(normalise_inputs((item,) if isinstance(item, Tensor) else item))
+            found.append(_one_input(item))
         except CaptureError as odd:
             raise error(f"{what} input {i}: {odd}") from odd
     if not found:
-        raise error(f"{what} is empty: give at least one input, or leave it out")
+        raise error(f"{what} is empty: give at least one input{hint}")
     return tuple(found)
+
+
+def _one_input(item: Any) -> Inputs:
+    if isinstance(item, list):  # of arguments alone, whatever they are
+        return tuple(item), {}
+    return normalise_inputs((item,) if isinstance(item, Tensor) else item)
 
 
 def foreign_types(inputs: Any, output: Any) -> str:

@@ -15,7 +15,7 @@ Rules:
     4. With ``sequential``, each layer is fitted on what the layers before it give after their fit.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,6 +36,7 @@ from srigl_fx.passes.sites.registry import lookup
 from srigl_fx.passes.sites.weight_inputs import is_visible
 
 Progress = Callable[[int, int], object]
+_Writer = Callable[[Mapping[str, Tensor]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,25 +71,24 @@ class FitMasks(Pass[Draft]):
         groups = groups_in_order(model, sites, self.batches) if sites else []
         cut = list(stages(groups, 0 if self.sequential else self.memory))
         count = _Count(len(cut) * len(self.batches) + len(sites), self.progress)
-        with _given_back(model, [site.fqn for site in sites]):
+        with _given_back(model) as write:
             for stage in cut:
                 sums = summed_up(model, stage, self.batches, positions=self.positions, after=count.one_more)
                 for group, sections in zip(stage, sums, strict=True):
-                    self._fit_group(subject, group, sections, count)
+                    self._fit_group(subject, group, sections, count, write)
         for fqn, reason in reasons.items():
             if reason:  # rule 3
                 subject.fits[fqn] = WeightFit(name=fqn, reason=reason)
         subject.fits = {fqn: subject.fits[fqn] for fqn in reasons}
         return PassResult(subject=subject, changed=False)
 
-    def _fit_group(self, subject: Draft, group: Group, sections: Sections, count: "_Count") -> None:
+    def _fit_group(self, subject: Draft, group: Group, sections: Sections, count: "_Count", write: _Writer) -> None:
         for site in group.sites:
             record = subject.records[site.fqn]
             bias = _bias_of(subject.model, record)
             values = _fit(subject, record, sections, bias, self.exchanges)
             if self.sequential:  # rule 4
-                for name, value in values.items():
-                    subject.model.get_parameter(name).copy_(value)
+                write(values)
             subject.values |= values
             count.one_more()
 
@@ -106,17 +106,22 @@ class _Count:
 
 
 @contextmanager
-def _given_back(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Let the block write into weights and biases of these layers, which are as before afterwards."""
-    owners = [model.get_submodule(name.rpartition(".")[0]) for name in names]
-    own = [parameter for owner in owners for parameter in owner.parameters(recurse=False)]
-    before = [(parameter, parameter.detach().clone()) for parameter in {id(one): one for one in own}.values()]
+def _given_back(model: nn.Module) -> Iterator[_Writer]:
+    """A function that writes into parameters by name; afterwards they are as before, and only they were copied."""
+    before: dict[str, Tensor] = {}
+
+    def write(values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            parameter = model.get_parameter(name)
+            if name not in before:
+                before[name] = parameter.detach().clone()
+            parameter.copy_(value)
+
     try:
-        yield
+        yield write
     finally:
-        for parameter, values in before:
-            if not torch.equal(parameter, values):
-                parameter.copy_(values)
+        for name, former in before.items():
+            model.get_parameter(name).copy_(former)
 
 
 def _unseen(subject: Draft, fqn: str) -> str:

@@ -5,8 +5,8 @@ not know what they are for.
 
 Rules:
     1. The order is that of the first uses in the first inputs that reach the weights.
-    2. Neighbours in that order which read one and the same tensor whole and once, as projections of an attention do,
-       are a group: their sums are the same, and are made once.
+    2. Neighbours in that order which read one and the same tensor in the same way, whole and once, and unchanged in
+       between, as projections of an attention do, are a group: their sums are the same, and are made once.
     3. A stage has as many groups as its sums fit the memory, but at least one; where stages are to be of one group,
        what was changed between them is seen by the later ones.
     4. A run ends as soon as a stage has seen all it needs, unless a weight of it was used more than once.
@@ -53,22 +53,25 @@ class _Enough(BaseException):
 
 @dataclass
 class _Uses:
-    """The uses of each weight so far, and which of them read the same tensor as the one before."""
+    """The uses of each weight so far, and which of them read the same numbers as the one before."""
 
     found: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
     number: int = 0
-    last: Tensor | None = None
+    last: tuple[Tensor, tuple[object, ...]] | None = None
 
     def see(self, use: SeenInput) -> None:
-        # The last tensor is held, so that no other can be in its place.
-        if self.last is None or _identity(self.last) != _identity(use.source):
+        # The last tensor is held, so that no other can be in its place; its identity is that of the time of its use.
+        identity = _identity(use)
+        if self.last is None or self.last[1] != identity:
             self.number += 1
-            self.last = use.source
+            self.last = use.source, identity
         self.found.setdefault(use.weight, []).append((use.start, use.stop, self.number))
 
 
-def _identity(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _identity(use: SeenInput) -> tuple[object, ...]:
+    """What two uses have in common whose rows are the same (rule 2)."""
+    source = use.source
+    return source.data_ptr(), source.shape, source.stride(), source.dtype, use.version, use.how
 
 
 def groups_in_order(model: nn.Module, sites: Sequence[WeightSite], batches: Sequence[Inputs]) -> list[Group]:
@@ -88,6 +91,7 @@ def groups_in_order(model: nn.Module, sites: Sequence[WeightSite], batches: Sequ
     uses = _Uses()  # of all inputs: weights that only some of them reach share nothing with others
     order = uses.found
     for index, batch in enumerate(batches):
+        uses.last = None  # two inputs may hold one tensor
         _run(model, [site for site in sites if site.fqn not in order], batch, index, uses.see)
         if len(order) == len(sites):
             break

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from srigl_fx.compatibility import noted
@@ -108,8 +109,8 @@ def prune(
 
     Args:
         model: Any module with trained weights, without masks. It is run in evaluation mode.
-        calibration: An iterable of inputs of the model, held in memory: tensors, tuples of arguments, or (args,
-            kwargs), with a few times as many tokens or places in all as a layer has inputs. On the model's device.
+        calibration: An iterable of inputs of the model, held in memory: tensors, tuples or lists of arguments, or
+            (args, kwargs), with a few times as many tokens or places in all as a layer has inputs. On the model's device.
         sparsity: As for :func:`srigl_fx.sparsify`, like the next seven.
         distribution: Here ``"uniform"`` is the default: pretrained layers are about as wide as each other.
         rules: Of single layers.
@@ -136,7 +137,7 @@ def prune(
         are; the report names them.
 
     Raises:
-        SparsifyError: There is no calibration input, the model does not run on one, one makes NaN or infinite numbers,
+        SparsifyError: ``torch.inference_mode()`` is on, there is no calibration input, the model does not run on one, one makes NaN or infinite numbers,
             a layer that is to be sparse never runs, or an argument is out of range; or as for
             :func:`srigl_fx.sparsify`.
         RuleError: A rule is malformed, or matches no weight.
@@ -158,6 +159,8 @@ def prune(
     """
     from srigl_fx.train import distributed
 
+    if torch.is_inference_mode_enabled():
+        raise SparsifyError("prune cannot run under torch.inference_mode(); call it outside, or under torch.no_grad()")
     assign = budgets_asked(
         "prune",
         model,

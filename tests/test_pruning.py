@@ -13,7 +13,9 @@ from torch.nn import functional
 import srigl_fx as sx
 from srigl_fx.errors import RuleError, SparsifyError
 from srigl_fx.masks.least_squares import damped, least_squares_reference
+from srigl_fx.masks.moments import Moments
 from srigl_fx.masks.records import sparse_weights
+from srigl_fx.passes import layer_moments
 
 
 def perceptron() -> Any:
@@ -350,7 +352,7 @@ def _nan(x: Tensor) -> Tensor:
 
 
 WRONG: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "no inputs": ([], {}, "calibration is empty"),
+    "no inputs": ([], {}, "calibration is empty: give at least one input$"),
     "no iterable": (3, {}, "calibration must be an iterable"),
     "a tensor": (torch.ones(2, 24), {}, r"pass \[\(x,\)\] for one tensor"),
     "a list": ([[1, 2]], {}, "calibration input 0"),
@@ -438,3 +440,138 @@ def test_a_batch_of_products_is_seen_where_the_weight_is_one() -> None:
     values, _ = expected_fit(dense[0].weight, None, model[0].weight_mask, x.reshape(-1, 16))
     torch.testing.assert_close(model[0].weight.double(), values, rtol=1e-3, atol=1e-5)
     assert np.isfinite(values.numpy()).all()
+
+
+class Branches(nn.Module):
+    """Layers that read one input, and ``between``, which may change it, each time but the first."""
+
+    def __init__(self, layers: dict[str, nn.Module], between: Any = lambda x: None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict(layers)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, total = x.clone(), torch.zeros(())
+        for place, layer in enumerate(self.layers.values()):
+            if place:
+                self.between(x)
+            total = total + layer(x).sum()
+        return total
+
+
+def pyramid() -> dict[str, nn.Module]:
+    rates: dict[str, nn.Module] = {f"rate {d}": nn.Conv2d(4, 5, 3, dilation=d, padding=d) for d in (1, 3)}
+    further = {"stride": nn.Conv2d(4, 5, 3, stride=2, padding=3), "padding": nn.Conv2d(4, 5, 3, padding=0)}
+    return {**rates, **further, "groups": nn.Conv2d(4, 4, 3, groups=2), "first again": nn.Conv2d(4, 6, 3, padding=1)}
+
+
+def inception() -> dict[str, nn.Module]:
+    kernels: tuple[Any, ...] = (1, 3, (1, 3), (3, 1), 5)
+    return {f"kernel {size}": nn.Conv2d(4, 5, size, padding="same") for size in kernels}
+
+
+@pytest.mark.parametrize("make", [pyramid, inception])
+@pytest.mark.parametrize("sequential", [False, True])
+def test_convolutions_of_one_input_are_fitted_to_their_own_windows(make: Any, sequential: bool) -> None:
+    model: Any = randomise(Branches(make()))
+    dense, x = copy.deepcopy(model), torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(0)) + 0.5
+    sx.prune(model, [x], sparsity=0.6, sequential=sequential)
+    for name, layer in dense.layers.items():
+        alone: Any = nn.Sequential(layer)
+        sx.prune(alone, [x], sparsity=0.6)
+        assert torch.equal(model.layers[name].weight_mask, alone[0].weight_mask)
+        torch.testing.assert_close(model.layers[name].weight, alone[0].weight)
+        torch.testing.assert_close(model.layers[name].bias, alone[0].bias)
+
+
+def sums_made(model: nn.Module, given: list[Any], monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many sums of inputs ``prune`` makes."""
+    made: list[Moments] = []
+
+    class Counted(Moments):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(layer_moments, "Moments", Counted)
+    sx.prune(model, given, sparsity=0.5)
+    return sum(bool(one.count) for one in made)
+
+
+def test_layers_that_read_the_same_numbers_share_their_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    same: Any = randomise(Branches({name: nn.Conv1d(4, 6, 3, padding=1) for name in "abc"}))
+    assert sums_made(same, [torch.randn(3, 4, 12)], monkeypatch) == 1
+    mixed: Any = randomise(Branches({name: nn.Conv1d(4, 6, 3, padding=int(name == "b")) for name in "abc"}))
+    assert sums_made(mixed, [torch.randn(3, 4, 12)], monkeypatch) == 3
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "vector"])
+def test_what_is_changed_in_place_is_another_input(kind: str) -> None:
+    def layer() -> nn.Module:
+        return nn.Conv1d(6, 5, 3) if kind == "convolution" else nn.Linear(9, 5)
+
+    model: Any = randomise(Branches({"first": layer(), "second": layer()}, Tensor.relu_))
+    dense, x = copy.deepcopy(model), torch.randn(20, 6, 9, generator=torch.Generator().manual_seed(0))
+    given = list(x.flatten(0, 1)[::8]) if kind == "vector" else list(x.split(10))
+    sx.prune(model, given, sparsity=0.5)
+    for name, change in (("first", torch.clone), ("second", torch.relu)):
+        alone: Any = nn.Sequential(dense.layers[name])
+        sx.prune(alone, [change(one) for one in given], sparsity=0.5)
+        assert torch.equal(model.layers[name].weight_mask, alone[0].weight_mask)
+        torch.testing.assert_close(model.layers[name].weight, alone[0].weight)
+
+
+def test_inputs_of_inference_mode_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        x = torch.randn(30, 12)
+    model: Any = randomise(nn.Sequential(nn.Linear(12, 5)))
+    assert sums_made(model, [x, x], monkeypatch) == 1
+    sx.verify(model)
+
+
+def test_one_tensor_in_two_inputs_is_no_shared_input() -> None:
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.near, self.far = nn.Linear(16, 6), nn.Linear(16, 6)
+
+        def forward(self, x: Tensor, far: bool) -> Tensor:
+            found: Tensor = (self.far if far else self.near)(x)
+            return found
+
+    x = batches(20, 16)
+    report = sx.prune(randomise(Either()), [(x[0], False), (x[0], True), (x[1], True), (x[2], True)], sparsity=0.5)
+    assert [layer.samples for layer in report.layers] == [20, 60]
+
+
+def test_what_a_loader_gives_is_taken() -> None:
+    model, alike = perceptron(), perceptron()
+    alike.load_state_dict(model.state_dict())
+    x = torch.cat(batches(40, 24))
+    sx.prune(model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=40), sparsity=0.75)
+    sx.prune(alike, x.split(40), sparsity=0.75)
+    assert_unchanged(model, parameters(alike))
+
+
+def test_inference_mode_is_refused_in_words() -> None:
+    model = perceptron()
+    before = parameters(model)
+    with torch.inference_mode(), pytest.raises(SparsifyError, match=r"^prune cannot run under torch\.inference_mode"):
+        sx.prune(model, batches(40, 24))
+    assert_unchanged(model, before)
+    with torch.no_grad():
+        sx.prune(model, batches(40, 24))
+    sx.verify(model)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_nothing_is_written_before_the_end_unless_it_is_sequential(sequential: bool) -> None:
+    model = perceptron()
+    versions = [parameter._version for parameter in model.parameters()]
+    changed: list[bool] = []
+
+    def look(done: int, total: int) -> None:
+        changed.append([parameter._version for parameter in model.parameters()] != versions)
+
+    sx.prune(model, batches(40, 24), progress=look, sequential=sequential)
+    assert any(changed) is sequential

@@ -36,6 +36,9 @@ class SeenInput:
         stop: The first one behind them.
         source: The operand that the rows are made of.
         parts: Makes the rows: some (N, F) at a time, in order.
+        version: How often the operand had been changed in place.
+        how: What the rows depend on besides ``source``: of a convolution kernel, stride, padding, dilation and groups;
+            nothing of a product.
     """
 
     weight: str
@@ -43,6 +46,8 @@ class SeenInput:
     stop: int
     source: Tensor
     parts: Callable[[], Iterator[Tensor]]
+    version: int
+    how: tuple[tuple[int, ...], ...] = ()
 
 
 def is_visible(site: WeightSite) -> bool:
@@ -93,9 +98,11 @@ class WeightInputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _in_product(self, name: str, args: Sequence[Any]) -> Iterator[SeenInput]:
         left, right = args[_PRODUCTS[name] :][:2]
+        versions = _version(left), _version(right)
         if name in ("mv", "addmv"):
             right = right.unsqueeze(1)
-        for data, matrix in ((left, right), (right.mT, left.mT)):  # x @ W, with W as (F, n)
+        # x @ W, with W as (F, n).
+        for data, matrix, version in zip((left, right.mT), (right, left.mT), versions, strict=True):
             for site, parameter in self._by_memory.get(_memory(matrix), ()):
                 rows = _rows(site, parameter, matrix)
                 if rows is not None:
@@ -103,7 +110,7 @@ class WeightInputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     def whole(data: Tensor = data) -> Iterator[Tensor]:
                         yield data.reshape(-1, data.shape[-1])
 
-                    yield SeenInput(site.fqn, *rows, data, whole)
+                    yield SeenInput(site.fqn, *rows, data, whole, version)
 
     def _in_convolution(self, name: str, args: Sequence[Any]) -> Iterator[SeenInput]:
         if name != "convolution" or args[6]:  # transposed
@@ -113,12 +120,13 @@ class WeightInputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if weight.shape != parameter.shape or weight.storage_offset() != parameter.storage_offset():
                 continue
             section = weight.shape[0] // groups
+            how = (*map(tuple, (weight.shape[2:], stride, padding, dilation)), (groups,))
             for group, part in enumerate(x.chunk(groups, dim=1)):
 
                 def parts(part: Tensor = part) -> Iterator[Tensor]:
                     return windows(part, weight.shape[2:], stride, padding, dilation)
 
-                yield SeenInput(site.fqn, group * section, (group + 1) * section, part, parts)
+                yield SeenInput(site.fqn, group * section, (group + 1) * section, part, parts, _version(x), how)
 
 
 # Where the first factor of a product stands among its arguments.
@@ -127,6 +135,12 @@ _PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}
 
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
+def _version(operand: Tensor) -> int:
+    """How often an operand was changed in place; views that are made below the dispatcher do not know."""
+    # A tensor of inference mode counts no changes: outside of it, it refuses them.
+    return 0 if operand.is_inference() else int(operand._version)
 
 
 def _rows(site: WeightSite, parameter: nn.Parameter, matrix: Tensor) -> tuple[int, int] | None:

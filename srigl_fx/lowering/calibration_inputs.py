@@ -20,7 +20,7 @@ def calibration_inputs(calibration: Calibration | None) -> tuple[Inputs, ...]:
     """The inputs as (args, kwargs), all of them: an iterable may give them only once.
 
     Args:
-        calibration: Of tensors, each the model's one argument; of tuples of arguments; or of (args, kwargs).
+        calibration: Of tensors, each the model's one argument; of tuples or lists of arguments; or of (args, kwargs).
 
     Raises:
         LoweringError: It is no such iterable, or empty.
@@ -30,7 +30,9 @@ def calibration_inputs(calibration: Calibration | None) -> tuple[Inputs, ...]:
         >>> calibration_inputs([torch.ones(2), ((), {"x": 3})])
         (((tensor([1., 1.]),), {}), ((), {'x': 3}))
     """
-    return () if calibration is None else several_inputs(calibration, "calibration", LoweringError)
+    if calibration is None:
+        return ()
+    return several_inputs(calibration, "calibration", LoweringError, hint=", or leave it out")
 
 
 def check_calibration(program: Program, batches: Iterable[Inputs]) -> None:
