@@ -8,7 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from condensing_support import Array, pruned, random, write
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from srigl_fx.errors import ExportError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
@@ -189,6 +189,18 @@ def test_a_stack_of_experts(tmp_path: Path, leading: tuple[int, ...]) -> None:
     assert [(row.name, row.shape, row.form) for row in report.rows] == [("w", (4, 40, 32), f"condensed, {form}")]
     for tokens in (1, 9):
         assert_same(source, report.path, {"x": random(*leading, tokens, 32)})
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32])
+def test_a_stack_of_another_type_says_why_it_stays(tmp_path: Path, dtype: Any) -> None:
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    stack = np.stack([pruned(40, 32, seed=i).T for i in range(4)])
+    x, y = (helper.make_tensor_value_info(name, kind, [4, "n", size]) for name, size in (("x", 32), ("y", 40)))
+    weight = numpy_helper.from_array((4 * stack).astype(dtype), "w")
+    graph = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [weight])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "a.onnx")
+    with pytest.raises(ExportError, match=r"w: its input is \w+, not float32: export the model in float32"):
+        condense_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", min_speedup=0, verify=False)
 
 
 def test_experts_of_unknown_samples_are_refused_and_small_ones_do_not_gain(tmp_path: Path) -> None:

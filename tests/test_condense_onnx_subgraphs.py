@@ -80,6 +80,22 @@ def test_branches_with_weights_of_their_own_and_from_around_them(tmp_path: Path)
     assert_same(source, report.path, x, -x)
 
 
+def test_sums_that_a_branch_reads_stay(tmp_path: Path) -> None:
+    steps = np.rint(50 * square()).clip(-127, 127).astype(np.int8)
+    cast = helper.make_node("Cast", ["sums"], ["p"], to=FLOAT)
+    then = helper.make_graph([cast], "then", [], [value("p", None)])
+    otherwise = helper.make_graph([helper.make_node("Identity", ["x"], ["e"])], "else", [], [value("e", None)])
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]),
+        helper.make_node("MatMulInteger", ["q", "w", "z"], ["sums"]),
+        helper.make_node("If", ["yes"], ["y"], then_branch=then, else_branch=otherwise),
+    ]
+    arrays: dict[str, Array] = {"w": steps, "yes": np.array(True)}
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", 48], ["n", 48])
+    with pytest.raises(ExportError, match="w: its sums are read inside a branch or a loop"):
+        condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+
+
 def test_the_body_of_a_loop(tmp_path: Path) -> None:
     """Its state, its weight from around it, and a name that the graph around it has, too."""
     body = helper.make_graph(
@@ -124,11 +140,12 @@ def test_bytes_inside_a_branch_that_are_rounded_around_it(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("weight_inside", [False, True])
-def test_functions_of_the_model(tmp_path: Path, weight_inside: bool) -> None:
+@pytest.mark.parametrize(("version", "domain"), [(18, ""), (13, "ai.onnx")])
+def test_functions_of_the_model(tmp_path: Path, weight_inside: bool, version: int, domain: str) -> None:
     """Called twice, one inside another; weights are arguments, or constants in it."""
     constant = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(square(), "c"))
     steps = [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Relu", ["p"], ["y"])]
-    opset = [helper.make_opsetid("", 18), helper.make_opsetid("own", 1)]
+    opset = [helper.make_opsetid("", version), helper.make_opsetid("own", 1)]
     arguments = ["x"] if weight_inside else ["x", "w"]
     layer = helper.make_function("own", "Layer", arguments, ["y"], [constant] * weight_inside + steps, opset)
     calls = [
@@ -144,6 +161,7 @@ def test_functions_of_the_model(tmp_path: Path, weight_inside: bool) -> None:
         [] if weight_inside else [numpy_helper.from_array(square(), "weight")],
     )
     model = helper.make_model(graph, opset_imports=opset, functions=[layer, both], ir_version=9)
+    model.opset_import[0].domain = domain
     onnx.save(model, tmp_path / "a.onnx")
     report = condense_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", min_speedup=0)
     assert condensed(report.path) == ["CondensedLinearRelu"] * 2

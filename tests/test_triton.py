@@ -23,6 +23,9 @@ import srigl_fx as sx
 from srigl_fx import onnx_tools
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
+from srigl_fx.onnx_export.limits import limit_sizes
+from srigl_fx.onnx_export.triton import requested
+from srigl_fx.passes.sizes import Size
 
 
 def model(
@@ -113,6 +116,62 @@ def test_sizes(
     assert ("dynamic_batching" in text) == (batch > 0)
     read = configuration(folder)
     assert [list(one.dims) for one in (*read.input, *read.output)] == [dims, dims]
+
+
+@pytest.mark.parametrize(
+    ("limit", "asked", "batch"),
+    [
+        ((1, 16), None, 16),
+        ((1, 16), 16, 16),
+        ((1, 16), 0, 0),
+        ((1, 16), 17, "max_batch_size=17 is none that the file takes: its batches are from 1 to 16"),
+        ((1, 100), None, 64),
+        ((1, None), 200, 200),
+        ((2, None), None, 0),
+        ((2, None), 8, 8),
+        ((2, None), 1, "its batches are from 2 on"),
+    ],
+)
+def test_batches_keep_to_the_limits_of_the_file(
+    tmp_path: Path, limit: tuple[int, int | None], asked: int | None, batch: int | str
+) -> None:
+    path = model(tmp_path / "a.onnx", ["n", "m"], ["n", "m"])
+    limited = onnx.load(path)
+    limit_sizes(limited, [{1: Size.named("m"), 0: Size.named("n")}], {"n": limit, "m": (1, 3)})
+    for node in limited.graph.node:
+        node.name = f"a_{node.name}"  # as tools that join files do
+    onnx.save(limited, path)
+    if isinstance(batch, str):
+        with pytest.raises(ExportError, match=batch):
+            onnx_tools.triton_model(path, tmp_path, max_batch_size=asked)
+    else:
+        text = (onnx_tools.triton_model(path, tmp_path, max_batch_size=asked) / "config.pbtxt").read_text()
+        assert f"max_batch_size: {batch}\n" in text
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_each_limit_of_an_input_is_checked(tmp_path: Path, order: tuple[int, ...]) -> None:
+    path = model(tmp_path / "a.onnx", ["a", "b", "c"], ["a", "b", "c"])
+    limited = onnx.load(path)
+    limit_sizes(limited, [{axis: Size.named("abc"[axis]) for axis in order}], dict.fromkeys("abc", (2, 4)))
+    onnx.checker.check_model(limited)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    session = ort.InferenceSession(limited.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x = random(2, 4, 3)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x)
+    for axis, name in enumerate("abc"):
+        for size in (1, 5):
+            shape = [3, 3, 3]
+            shape[axis] = size
+            with pytest.raises(Exception, match=f"the size {name} must be from 2 to 4"):
+                session.run(None, {"x": random(*shape)})
+
+
+def test_a_batch_that_is_none_is_refused_before_there_is_a_file(tmp_path: Path) -> None:
+    for wrong in (-1, 1 << 31, True, "4"):
+        with pytest.raises(ExportError, match="max_batch_size must be a whole number of at least 0"):
+            requested({"repository": tmp_path, "max_batch_size": wrong}, Path("a.onnx"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Weights beside the graph: written by ``export_onnx`` and ``condense_onnx``, and read where nobody vouches."""
 
 import os
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +145,65 @@ def test_tensors_are_written_one_by_one(tmp_path: Path) -> None:
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(one), arrays[one.name])
 
 
+@pytest.mark.parametrize("is_beside", [True, False])
+def test_nothing_is_kept_while_what_is_written_is_checked(tmp_path: Path, is_beside: bool) -> None:
+    class Watched(ir.Tensor[Any]):
+        """One that can be watched."""
+
+    value = ir.val("a", const_value=Watched(np.ones((32, 32), np.float32), name="a"))
+    model = ir.Model(ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 18}), ir_version=9)
+    held = weights.take_out(model)
+    watched = weakref.ref(held["0"])
+    proto = ir.to_proto(model)
+    with weights.writing(tmp_path / "m.onnx", proto, held, is_beside):
+        del held, proto
+        assert watched() is None
+
+
+@pytest.mark.parametrize("target", ["b.onnx", "a.onnx.data"])
+def test_weights_of_the_source_are_not_written_over(tmp_path: Path, target: str) -> None:
+    source = beside(two_layers(tmp_path / "a.onnx"), "b.onnx.data" if target == "b.onnx" else target)
+    before = {one: one.read_bytes() for one in tmp_path.iterdir()}
+    with pytest.raises(ExportError, match=r"\.data: the source keeps tensors in it, and would lose them"):
+        condense_onnx(source, tmp_path / target, min_speedup=0, verify=False, external_data=target == "b.onnx")
+    assert {one: one.read_bytes() for one in tmp_path.iterdir()} == before
+    if target == "b.onnx":  # nothing is written there
+        condense_onnx(source, tmp_path / target, min_speedup=0, external_data=False)
+
+
+@pytest.mark.parametrize("way", ["links", "hard links", "linked folder"])
+def test_weights_are_found_through_links(tmp_path: Path, way: str) -> None:
+    """As downloads are kept: a folder of links to files of another one."""
+    kept, seen = tmp_path / "blobs", tmp_path / "snapshot"
+    kept.mkdir()
+    beside(two_layers(kept / "a.onnx"))
+    if way == "linked folder":
+        seen.symlink_to(kept)
+    else:
+        seen.mkdir()
+        for name in ("a.onnx", "a.data"):
+            link = os.symlink if way == "links" else os.link
+            link(kept / name, seen / name)
+    condense_onnx(seen / "a.onnx", tmp_path / "b.onnx", min_speedup=0)
+    whole = shutil.copytree(kept, tmp_path / "whole")  # hard links are copied as files
+    assert_same(whole / "a.onnx", tmp_path / "b.onnx", random(3, 64))
+
+
+def test_tensors_of_sparse_attributes_are_checked(tmp_path: Path) -> None:
+    values = helper.make_tensor("v", TensorProto.FLOAT, [1], [1.0])
+    indices = helper.make_tensor("i", TensorProto.INT64, [1], [0])
+    sparse = helper.make_sparse_tensor(values, indices, [4])
+    source = two_layers(tmp_path / "a.onnx")
+    model = onnx.load(source)
+    model.graph.node.append(helper.make_node("Constant", [], ["s"], sparse_value=sparse))
+    tensor = model.graph.node[-1].attribute[0].sparse_tensor.values
+    tensor.data_location = TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="../secret")
+    source.write_bytes(model.SerializeToString())
+    with pytest.raises(FormatError, match=r"lies in '\.\./secret', which is no file of its folder"):
+        weights.open_model(source)
+
+
 def outside(path: Path, entries: dict[str, str]) -> None:
     entries["location"] = "../secret"
 
@@ -180,6 +241,8 @@ def other(**changes: str) -> Callable[[Path, dict[str, str]], None]:
         (linked, "lies in 'link', which is no file of its folder"),
         (other(location=""), "lies in '', which is no file of its folder"),
         (other(location="\0"), "which is no file of its folder"),
+        (other(location="a.data\0"), "which is no file of its folder"),
+        (other(location="../model/../secret"), "which is no file of its folder"),
         (piped, "lies in pipe, which is missing or no file"),
         (other(location="none"), "lies in none, which is missing or no file"),
         (other(location="."), "which is missing or no file"),

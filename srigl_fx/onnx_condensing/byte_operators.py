@@ -8,7 +8,7 @@ Rules:
     1. ``QLinearConv``, ``QLinearMatMul`` and ``QGemm`` are a product of dequantised bytes, whose result is quantised.
        Their bias is int32, in steps of the two scales.
     2. The sums of ``MatMulInteger`` and ``ConvInteger`` are those of bytes that are worth 1 each. They must be read as
-       floats, by ``Cast``, as dynamic quantisation does: float32 has not all numbers of int32.
+       floats, by ``Cast`` in the same graph, as dynamic quantisation does: float32 has not all numbers of int32.
     3. The zero point of their samples is found at each call. 128 is taken for it, and the difference, times the sum of
        each output's weights, is added: that is the same sum. Where zeros are padded it is not, and the bytes are
        dequantised with the zero point that was found.
@@ -149,6 +149,8 @@ def _sums(expansion: Expansion, draft: Draft, w: ir.Value, weight: Array, zero: 
         one.op_type == "Cast" and int(attribute(one, "to", 0)) == floats for one in readers
     ):
         return "its sums are not read as float32 alone"
+    if any(one.graph is not node.graph for one in readers):
+        return "its sums are read inside a branch or a loop"
     if x is None or x.dtype != ir.DataType.UINT8:
         return "its input is not uint8"
     if x_zero is not None and not _is_one(x_zero):

@@ -8,7 +8,7 @@ Rules:
        and the products are put together.
     2. Samples that all experts share, (tokens, inputs) or (1, tokens, inputs), are multiplied with all weights at once,
        as with one weight of all experts' outputs, and the result is turned.
-    3. Samples of another rank are refused, and those of which it is not known whether they are shared.
+    3. Samples of another type or rank are refused, and those of which it is not known whether they are shared.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ import onnx_ir as ir
 from srigl_fx.onnx_condensing.constants import Array, constant, source_name
 from srigl_fx.onnx_condensing.drafts import Draft, Names
 from srigl_fx.onnx_condensing.expansion import Expansion, Product
+from srigl_fx.onnx_condensing.match import unsuitable_type
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
 
 _USUAL_TOKENS: Final = 128  # where their number is free
@@ -42,7 +43,9 @@ def experts(node: ir.Node, names: Names) -> Expansion | None:
     name = source_name(node.inputs[1])
     expansion = Expansion(node=node, operator="MatMul", shapes={name: (count, outputs, inputs)})
     shape = None if x.shape is None else list(x.shape)
-    if shape is None or len(shape) not in (2, 3):
+    if problem := unsuitable_type(x):
+        expansion.refused = problem
+    elif shape is None or len(shape) not in (2, 3):
         expansion.refused = "its input is not known to have two or three axes, and its weight has three"
     elif len(shape) == 3 and shape[0] not in (1, count):
         expansion.refused = "it is not known whether its experts have the same input"

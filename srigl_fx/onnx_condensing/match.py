@@ -187,13 +187,25 @@ def _float(array: Array) -> Array:
 def _unsuitable(one: Contraction) -> str:
     """Rule 3."""
     x = one.x
-    if x.dtype is not None and x.dtype != ir.DataType.FLOAT:
-        return f"its input is {x.dtype.name.lower()}, not float32: export the model in float32"
+    if problem := unsuitable_type(x):
+        return problem
     if x.shape is None:
         return "the rank of its input is not known"
     if one.convolution is None and len(x.shape) < 1:
         return "its input is no matrix"
     return ""
+
+
+def unsuitable_type(x: ir.Value) -> str:
+    """Why something of its type cannot be multiplied, or "".
+
+    Example:
+        >>> unsuitable_type(ir.val("x", dtype=ir.DataType.DOUBLE))
+        'its input is double, not float32: export the model in float32'
+    """
+    if x.dtype is None or x.dtype == ir.DataType.FLOAT:
+        return ""
+    return f"its input is {x.dtype.name.lower()}, not float32: export the model in float32"
 
 
 def take_epilogue(one: Contraction) -> None:

@@ -4,8 +4,9 @@ Owns the verb: the order of its steps, what is decided for each layer, and the f
 layer is found or rewritten, nor models of PyTorch.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,7 +75,8 @@ def condense_onnx(
     Raises:
         FormatError: The source cannot be read, or is no ONNX file.
         ExportError: Nothing in it can be condensed (the message says why), an argument is out of range, ONNX cannot
-            bring it to opset 18, or the outputs differ.
+            bring it to opset 18, the outputs differ, or a file that the source keeps tensors in would be written over
+            (in its own place a file may be condensed).
 
     An existing file at ``path`` is left alone in each case.
 
@@ -89,7 +91,8 @@ def condense_onnx(
     if min_speedup != "auto" and (not isinstance(min_speedup, int | float) or not min_speedup >= 0):
         raise ExportError(f'min_speedup must be "auto" or a number of at least 0, not {min_speedup!r}')
     check_external_data(external_data)
-    model = _prepared(Path(source))
+    files: set[Path] = set()
+    model = _prepared(Path(source), files)
     try:
         check_replaceable(target)
     except OSError as error:
@@ -118,8 +121,10 @@ def condense_onnx(
     allowed = ROUNDED_TOLERANCE if _is_rounded_again(model.graph) else TOLERANCE
     proto, held = _finished(model, fallback=fallback)
     options: dict[str, Any] = {"fallback": fallback, "allowed": allowed, "has_bytes": has_bytes}
-    with writing(target, proto, held, external_data) as part:
-        del held, model
+    # In its own place, the source is to be lost.
+    spared = () if _place(Path(source)) == _place(target) else files
+    with writing(target, proto, held, external_data, spared) as part:
+        del proto, held, model  # what follows has the memory
         errors = check(Path(source), part, example_inputs, **options) if verify else {}
     return CondensingReport(
         path=target,
@@ -131,31 +136,42 @@ def condense_onnx(
     )
 
 
-def _prepared(source: Path) -> "ir.Model":
-    """The model at opset 18 or later, with batch normalisation folded and the shapes of its values inferred."""
-    import onnx
+def _place(path: Path) -> Path:
+    """What is replaced where this path is written: a link itself, not what it leads to."""
+    return path.parent.resolve() / path.name
+
+
+@contextlib.contextmanager
+def _followed(source: Path) -> Iterator[None]:
+    """Whatever goes wrong with a graph that is none is an error of its file."""
+    try:
+        yield
+    except Exception as error:
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"the graph of {source} cannot be followed: {problem}") from error
+
+
+def _prepared(source: Path, files: set[Path]) -> "ir.Model":
+    """The model at opset 18 or later, with batch normalisation folded and the shapes of its values inferred.
+
+    The files beside it are put into ``files``.
+    """
     import onnx_ir as ir
     from onnx_ir.passes import common
     from onnxscript.rewriter import rewrite
     from onnxscript.rewriter.rules import common as rules
 
-    proto = open_model(source)
-    opset = next((one.version for one in proto.opset_import if one.domain in ("", "ai.onnx")), 0)
+    proto = open_model(source, files)
+    for versions in (proto.opset_import, *(function.opset_import for function in proto.functions)):
+        for one in versions:
+            one.domain = "" if one.domain == "ai.onnx" else one.domain  # two names of one domain
+    opset = next((one.version for one in proto.opset_import if not one.domain), 0)
     if not proto.HasField("graph") or not opset:
         raise FormatError(f"{source} is no ONNX file: it has no graph of ONNX's operators")
     if opset < OPSET_VERSION:
-        try:
-            proto = onnx.version_converter.convert_version(proto, OPSET_VERSION)
-        except Exception as error:  # RuntimeErrors and others, by operator
-            problem = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ExportError(
-                f"onnx.version_converter cannot bring {source} from opset {opset} to {OPSET_VERSION}: {problem}; "
-                "export the model anew at that opset"
-            ) from error
-    try:
+        proto = _converted(proto, source, opset)
+    with _followed(source):
         model = ir.from_proto(proto)
-        for graph in (model.graph, *(function.graph for function in model.functions.values())):
-            ir.external_data.set_base_dir(graph, source.parent.resolve())
         # Files before version 4 of the format list their weights among the inputs.
         common.RemoveInitializersFromInputsPass()(model)
         _inline(model)
@@ -170,10 +186,27 @@ def _prepared(source: Path) -> "ir.Model":
         )
         common.IdentityEliminationPass()(model)
         common.ShapeInferencePass()(model)
-    except Exception as error:  # of a graph that is none
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"the graph of {source} cannot be followed: {problem}") from error
     return model
+
+
+def _converted(proto: "onnx.ModelProto", source: Path, opset: int) -> "onnx.ModelProto":
+    """The model at the opset of the operators."""
+    import onnx
+    import onnx_ir as ir
+
+    if proto.functions:  # which the converter drops
+        with _followed(source):
+            model = ir.from_proto(proto)
+            _inline(model)
+            proto = ir.to_proto(model)
+    try:
+        return onnx.version_converter.convert_version(proto, OPSET_VERSION)
+    except Exception as error:  # RuntimeErrors and others, by operator
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ExportError(
+            f"onnx.version_converter cannot bring {source} from opset {opset} to {OPSET_VERSION}: {problem}; "
+            "export the model anew at that opset"
+        ) from error
 
 
 def _inline(model: "ir.Model") -> None:

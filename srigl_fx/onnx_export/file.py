@@ -244,13 +244,15 @@ def all_tensors(model: "onnx.ModelProto") -> "Iterator[onnx.TensorProto]":
     while graphs:
         graph = graphs.pop()
         yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
+        sparse = [*graph.sparse_initializer]
         nodes += graph.node
         while nodes:
             for attribute in nodes.pop().attribute:
                 yield from (attribute.t, *attribute.tensors)
+                sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
                 graphs += [attribute.g, *attribute.graphs]
+        for one in sparse:
+            yield from (one.values, one.indices)
 
 
 def _read_node(

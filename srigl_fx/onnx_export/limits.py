@@ -4,6 +4,7 @@ Owns the nodes that do so. It must not know how limits are found. ONNX has no op
 is read at row 1 where a size is out of its limits, by a node whose name says what they are, and that errors tell.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     import onnx
 
 _LARGEST = 2**63 - 1
+_SAID = re.compile(r"the size (.+) must be from (\d{1,19}) (?:to (\d{1,19})|on)")  # some tools put more before it
 
 
 def limit_sizes(
@@ -36,25 +38,51 @@ def limit_sizes(
     left = {name: limit for name, limit in limits.items() if limit != ANY}
     added: list[onnx.NodeProto] = []
     for value, free in zip(list(model.graph.input), sizes, strict=True):
+        read = value.name  # of the input, behind the checks of its sizes so far
         for axis, size in free.items():
             name = size.name
-            if name in left and any(value.name in node.input for node in model.graph.node):
-                added = [*_check(model, value, axis, name, *left.pop(name)), *added]
+            if name in left and any(read in node.input for node in model.graph.node):
+                added += _check(model, added, value, read, axis, name, *left.pop(name))
+                read = added[-1].output[0]
     nodes = [*added, *model.graph.node]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 
 
+def limits_in(model: "onnx.ModelProto") -> dict[str, tuple[int, int | None]]:
+    """The limits that a file checks, by the names of sizes: what :func:`limit_sizes` put into it.
+
+    Example:
+        >>> import onnx.parser
+        >>> text = '<ir_version: 9, opset_import: ["" : 18]> g (float[n] x) => (float[n] y) {y = Neg(x)}'
+        >>> model = onnx.parser.parse_model(text)
+        >>> limit_sizes(model, [{0: Size.named("n")}], {"n": (2, None)})
+        >>> limits_in(model)
+        {'n': (2, None)}
+    """
+    found = {}
+    for node in model.graph.node:
+        if node.op_type == "Gather" and (said := _SAID.search(node.name)):
+            found[said[1]] = int(said[2]), int(said[3]) if said[3] else None
+    return found
+
+
 def _check(
-    model: "onnx.ModelProto", value: "onnx.ValueInfoProto", axis: int, name: str, least: int, most: int | None
+    model: "onnx.ModelProto",
+    added: "Sequence[onnx.NodeProto]",
+    value: "onnx.ValueInfoProto",
+    source: str,
+    axis: int,
+    name: str,
+    least: int,
+    most: int | None,
 ) -> "list[onnx.NodeProto]":
-    """Nodes that make what the graph reads of an input depend on one of its sizes."""
+    """Nodes that make what the graph reads of an input, by the name ``source``, depend on one of its sizes."""
     import numpy as np
     from onnx import TensorProto, helper, numpy_helper
 
-    taken = {one for node in model.graph.node for one in (*node.input, *node.output)}
-    source = value.name
-    checked = f"{source}_within_limits"
+    taken = {one for node in (*added, *model.graph.node) for one in (*node.input, *node.output)}
+    checked = f"{value.name}_within_limits"
     while checked in taken:
         checked += "_"
     rank = len(value.type.tensor_type.shape.dim)

@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.onnx_export.file import all_nodes, all_tensors, read_model
+from srigl_fx.onnx_export.limits import limits_in
+from srigl_fx.onnx_export.weights import lies_beside
+from srigl_fx.passes.sizes import ANY, span_of
 from srigl_fx.runtime.ort.abi import DOMAIN, OPERATORS
 from srigl_fx.runtime.ort.library import library_path
 
@@ -56,7 +59,8 @@ def triton_model(
         served_from: Where the server finds ``repository``: an absolute path in its container. The library's path is
             part of the configuration, and Triton takes it as it stands.
         max_batch_size: The most samples that the server puts into a batch; 0 leaves requests as they are. By default
-            64 where the leading sizes allow it, else 0.
+            64 where the leading sizes allow it, or the most that the file takes if that is less, else 0; and 0 where
+            the file refuses one sample.
         threads: Of each instance of the model (``intra_op_thread_count``), at least 1.
 
     Returns:
@@ -66,8 +70,8 @@ def triton_model(
         FormatError: The file cannot be read, or is no ONNX file, or a file that it keeps tensors in is missing, or a
             link to another folder.
         ExportError: The folder exists already, an argument is out of range, the model has an input or output that
-            Triton cannot hold, the leading sizes do not allow a batch that is asked for, or the file calls operators
-            of another version of the library.
+            Triton cannot hold, the leading sizes or their limits do not allow a batch that is asked for, or the file
+            calls operators of another version of the library.
         LibraryError: The file needs the operator library, and it cannot be built here.
 
     Example:
@@ -136,6 +140,7 @@ def requested(given: str | os.PathLike[str] | Mapping[str, Any], path: Path) -> 
     _target(
         Path(options["repository"]), options["name"], options.get("served_from", "/models"), options.get("threads", 1)
     )
+    _check_batch(options.get("max_batch_size"))
     return options
 
 
@@ -163,7 +168,7 @@ def _beside(source: Path, location: str) -> Path:
     real = path.resolve()
     if not real.is_file():
         raise FormatError(f"{source} keeps tensors in {path}, which is missing; put the files side by side")
-    if real.parent not in (source.parent.resolve(), source.resolve().parent):
+    if not lies_beside(source, path):
         raise FormatError(
             f"{source} keeps tensors in {path}, a link to another folder, of which nothing is copied: put the file "
             "itself there"
@@ -185,21 +190,32 @@ def _locations(model: "onnx.ModelProto", path: Path) -> list[str]:
     return sorted(found)
 
 
+def _check_batch(asked: object) -> None:
+    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < 1 << 31):
+        raise ExportError(f"max_batch_size must be a whole number of at least 0 and less than 2**31, not {asked!r}")
+
+
 def _batch(model: "onnx.ModelProto", asked: int | None) -> int:
     """The most samples of a batch, or 0 where requests are not put together.
 
     Triton leaves the leading axis out of what it describes, and stacks requests along it: it must be that of samples in
     every input and output, which a file says by one name for all of them.
     """
-    if asked is not None and (isinstance(asked, bool) or not isinstance(asked, int) or not 0 <= asked < 1 << 31):
-        raise ExportError(f"max_batch_size must be a whole number of at least 0 and less than 2**31, not {asked!r}")
+    _check_batch(asked)
     leading: dict[str, str] = {}
     for _, value in _tensors(model):
         axes = value.type.tensor_type.shape.dim
         leading[value.name] = axes[0].dim_param if axes else ""
     names = set(leading.values())
     if len(names) == 1 and "" not in names:
-        return MAX_BATCH_SIZE if asked is None else asked
+        least, most = limits_in(model).get(names.pop(), ANY)
+        if asked is None:
+            return 0 if least > 1 else min(MAX_BATCH_SIZE, MAX_BATCH_SIZE if most is None else most)
+        if asked and not least <= asked <= (asked if most is None else most):
+            raise ExportError(
+                f"max_batch_size={asked} is none that the file takes: its batches are {span_of(least, most)}"
+            )
+        return asked
     if asked:
         listed = ", ".join(f"{tensor} {size or 'fixed or without a name'}" for tensor, size in leading.items())
         raise ExportError(

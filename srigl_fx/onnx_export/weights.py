@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
@@ -76,20 +76,26 @@ def take_out(model: "ir.Model") -> dict[str, Any]:
 
 @contextlib.contextmanager
 def writing(
-    target: Path, model: "onnx.ModelProto", held: Mapping[str, Any], external_data: ExternalData
+    target: Path,
+    model: "onnx.ModelProto",
+    held: Mapping[str, Any],
+    external_data: ExternalData,
+    spared: Collection[Path] = (),
 ) -> Iterator[Path]:
     """A path of the written model, which becomes ``target`` when the block ends; its weights come along.
 
-    If the block raises, ``target`` and what is beside it are what they were.
+    If the block raises, ``target`` and what is beside it are what they were. While it runs, the graph and the tensors
+    are kept by the caller alone, if at all.
 
     Args:
         target: The file.
         model: The graph.
         held: What :func:`take_out` took from it.
         external_data: Whether large tensors go to a file beside it; "auto" is where one file cannot hold all.
+        spared: Files that it must not take the place of (:func:`open_model` finds those of a model).
 
     Raises:
-        ExportError: One file cannot hold all, and is asked to.
+        ExportError: One file cannot hold all, and is asked to; or one of those files would be lost.
     """
     rest = model.ByteSize()
     size = rest + sum(tensor.nbytes + _LINE for tensor in held.values())
@@ -100,21 +106,41 @@ def writing(
             if rest <= LARGEST_FILE
             else f"the graph alone takes {format_bytes(rest)}, more than one file holds (2 GiB)"
         )
-    places = _places(model)
     if held and (external_data is True or size > LARGEST_FILE):
+        _spare(spared, target, target.with_name(target.name + SUFFIX))
         with _replacing_both(target) as (part, weights):
-            with weights.open("wb") as file:
-                for key, tensor in held.items():
-                    _refer(places[key], weights.name, *_append(file, tensor))
-            part.write_bytes(model.SerializeToString())
+            _write(part, model, held, weights)
+            del model, held
             yield part
     else:
+        _spare(spared, target)
+        with replacing(target) as part:
+            _write(part, model, held, None)
+            del model, held
+            yield part
+
+
+def _write(part: Path, model: "onnx.ModelProto", held: Mapping[str, Any], weights: Path | None) -> None:
+    """The model with its large tensors in ``weights``, or in itself."""
+    places = _places(model)
+    if weights is None:
         for key, tensor in held.items():
             _refer(places[key], "", 0, 0)
             places[key].raw_data = tensor.tobytes()
-        with replacing(target) as part:
-            part.write_bytes(model.SerializeToString())
-            yield part
+    else:
+        with weights.open("wb") as file:
+            for key, tensor in held.items():
+                _refer(places[key], weights.name, *_append(file, tensor))
+    part.write_bytes(model.SerializeToString())
+
+
+def _spare(spared: Collection[Path], *written: Path) -> None:
+    """Require that no file which another model needs is written over."""
+    for path in written:
+        if path.parent.resolve() / path.name in spared:
+            raise ExportError(
+                f"cannot write {path}: the source keeps tensors in it, and would lose them; give another path"
+            )
 
 
 def _places(model: "onnx.ModelProto") -> "dict[str, onnx.TensorProto]":
@@ -180,15 +206,40 @@ def _replacing_both(target: Path) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def open_model(path: Path) -> "onnx.ModelProto":
+def lies_beside(path: Path, called: Path) -> bool:
+    """Whether a file is one that a model may keep tensors in: it is in the folder of the model, or below it.
+
+    A link must lead to where it lies itself, or to where the model really lies, as downloads are kept: as links to one
+    folder of files.
+
+    Args:
+        path: The model.
+        called: The file, as the model calls it.
+
+    Example:
+        >>> lies_beside(Path("a.onnx"), Path("a.data")), lies_beside(Path("a.onnx"), Path("/a.data"))
+        (True, False)
+    """
+    where = called.parent.resolve()
+    return where.is_relative_to(path.parent.resolve()) and called.resolve().parent in (where, path.resolve().parent)
+
+
+def open_model(path: Path, files: set[Path] | None = None) -> "onnx.ModelProto":
     """A model without its large tensors, which stay in files beside it, checked to be where they are said to be.
+
+    Args:
+        path: The model's file.
+        files: Where given, the files beside it are put there: as the model calls them, and with links followed.
+
+    Returns:
+        The model; the locations of its large tensors are whole paths, with links followed.
 
     Raises:
         FormatError: The file cannot be read, is no ONNX file, or one of its tensors lies outside of its folder, in no
             regular file, or not within that file.
     """
     import onnx
-    from onnx import TensorProto, external_data_helper
+    from onnx import TensorProto
 
     try:
         model = onnx.load(path, load_external_data=False)
@@ -201,14 +252,26 @@ def open_model(path: Path) -> "onnx.ModelProto":
     for tensor in all_tensors(model):
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
-        if _checked_bytes(path, tensor) < _LARGE:
-            external_data_helper.load_external_data_for_tensor(tensor, str(path.parent))
-            _refer(tensor, "", 0, 0)
+        called, offset, size = _checked_place(path, tensor)
+        file = called.resolve()
+        if files is not None:
+            files |= {called, file}
+        if size >= _LARGE:
+            _refer(tensor, str(file), offset, size)
+            continue
+        try:
+            with file.open("rb") as opened:
+                opened.seek(offset)
+                content = opened.read(size)
+        except OSError as error:
+            raise FormatError(f"cannot read {file}: {error.strerror or error}") from error
+        _refer(tensor, "", 0, 0)
+        tensor.raw_data = content
     return model
 
 
-def _checked_bytes(path: Path, tensor: "onnx.TensorProto") -> int:
-    """The bytes of a tensor beside a model; that it lies within a file of the model's folder is checked."""
+def _checked_place(path: Path, tensor: "onnx.TensorProto") -> tuple[Path, int, int]:
+    """The file of a tensor beside a model, where it starts, and its bytes; that it lies there is checked."""
     import onnx_ir as ir
 
     where = f"the tensor {tensor.name!r} of {path}"
@@ -222,9 +285,13 @@ def _checked_bytes(path: Path, tensor: "onnx.TensorProto") -> int:
             f"{where} is said to lie at {said}, with the type {tensor.data_type}, which is no place"
         ) from error
     folder = path.parent.resolve()
-    location = said.get("location", "").replace("\0", "")  # which ends a path for the system, and none for Python
-    file = (folder / location).resolve()
-    if not location or os.path.isabs(location) or not file.is_relative_to(folder):
+    location = said.get("location", "")
+    called = Path(os.path.normpath(folder / location))
+    # The byte 0 ends a path for the system, and none for Python.
+    if not location or "\0" in location or os.path.isabs(location) or not called.is_relative_to(folder):
+        raise FormatError(f"{where} lies in {location!r}, which is no file of its folder")
+    file = called.resolve()
+    if file.exists() and not file.is_dir() and not lies_beside(path, called):
         raise FormatError(f"{where} lies in {location!r}, which is no file of its folder")
     if not file.is_file():
         raise FormatError(f"{where} lies in {location}, which is missing or no file; put the files side by side")
@@ -233,4 +300,4 @@ def _checked_bytes(path: Path, tensor: "onnx.TensorProto") -> int:
             f"{where} takes {size} bytes, and is said to be {length} at {offset} of {location}, which has "
             f"{file.stat().st_size}; the file is damaged, or not all of it"
         )
-    return size
+    return called, offset, size
