@@ -126,6 +126,8 @@ def main() -> None:
     )
     parser.add_argument("--only", choices=TAGS, nargs="+", default=list(TAGS), help="the platforms; all by default")
     options = parser.parse_args()
+    if unused := sorted(dict(options.library).keys() - set(options.only)):
+        parser.error(f"--library {unused[0]} is given, but --only leaves this platform out")
     for path in build(options.out, dict(options.library), options.only):
         print(f"{path} {path.stat().st_size >> 10} KiB")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime.cpu.training_products import Pattern, pack
 from srigl_fx.runtime.dense import FUNCTIONS, dense_conv, expand, is_padding, of_each_row
+from srigl_fx.runtime.validation import on_one_device
 
 _library: Any = torch.library.Library("srigl_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
@@ -168,9 +169,10 @@ def _fake_linear_gradients(
     )
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("condensed_linear_gradients", _linear_gradients, _device)
-torch.library.register_fake("srigl_fx::condensed_linear_gradients", _fake_linear_gradients, lib=_library)
+_OP = "condensed_linear_gradients"
+_library.impl(_OP, _linear_gradients, "CPU")
+_library.impl(_OP, on_one_device(_OP, _linear_gradients), "CUDA")
+torch.library.register_fake(f"srigl_fx::{_OP}", on_one_device(_OP, _fake_linear_gradients), lib=_library)
 
 # By the id of the indices, for as long as they live; single dict operations only, which are atomic.
 _patterns: dict[int, tuple["weakref.ref[Tensor]", tuple[object, ...], tuple[Tensor | None, Pattern]]] = {}

@@ -30,6 +30,7 @@ from srigl_fx.runtime.validation import (
     check_weight,
     conv_shape,
     linear_shape,
+    on_one_device,
 )
 
 _WEIGHT = "Tensor values, Tensor indices, Tensor active, Tensor bias"
@@ -86,7 +87,7 @@ def _condensed_linear(
     check_given(op, scales, x_scale, x_offset, y_scale, y_offset)
     weight, given, wanted = _contiguous(values, indices, active, bias), (x_scale, x_offset), (y_scale, y_offset)
     if x.is_cuda:
-        gpu.check(op, x, weight, residual, scales)
+        gpu.refuse_eight_bits(op, scales)
         return gpu.linear(checked, x, weight, in_features, residual, activation, y_feature_major)
     return execute.linear(checked, x, weight, in_features, residual, activation, y_feature_major, scales, given, wanted)
 
@@ -127,7 +128,7 @@ def _condensed_conv(
     check_given(op, scales, x_scale, x_offset, y_scale, y_offset)
     if x.is_cuda:
         weight = values, indices, active, bias
-        gpu.check(op, x, weight, residual, scales)
+        gpu.refuse_eight_bits(op, scales)
         steps = stride, padding, dilation, groups
         return gpu.convolution(x, weight, weight_shape, *steps, residual, activation, transposed, output_padding)
     y = x.new_empty(shape, dtype=_stored(y_scale))
@@ -153,9 +154,10 @@ def _contiguous(values: Tensor, indices: Tensor, active: Tensor, bias: Tensor) -
     return [operand.contiguous() for operand in weight]
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("condensed_linear", _condensed_linear, _device)
-    _library.impl("condensed_conv", _condensed_conv, _device)
+_library.impl("condensed_linear", _condensed_linear, "CPU")
+_library.impl("condensed_conv", _condensed_conv, "CPU")
+_library.impl("condensed_linear", on_one_device("condensed_linear", _condensed_linear), "CUDA")
+_library.impl("condensed_conv", on_one_device("condensed_conv", _condensed_conv), "CUDA")
 
 
 def _fake_linear(
@@ -220,8 +222,8 @@ def _fake_round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8)
 
 
-torch.library.register_fake("srigl_fx::condensed_linear", _fake_linear, lib=_library)
-torch.library.register_fake("srigl_fx::condensed_conv", _fake_conv, lib=_library)
+for _op, _fake in (("condensed_linear", _fake_linear), ("condensed_conv", _fake_conv)):
+    torch.library.register_fake(f"srigl_fx::{_op}", on_one_device(_op, _fake), lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_linear", linear_backward, setup_context=save, lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_conv", conv_backward, setup_context=save, lib=_library)
 _library.impl("round_samples", _round_samples, "CPU")

@@ -6,10 +6,11 @@ is computed, nor where.
 Writes that torch does not count (through ``.numpy()`` or ``.data``) are not noticed.
 """
 
+import functools
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,27 @@ _LARGEST: Final = 1 << 31  # so that no product of sizes overflows
 # The dtypes of values, and their numbers.
 NUMBERS: Final = {getattr(torch, name): number for name, number in value_types.NUMBERS.items()}
 _INDICES: Final = (torch.uint16, torch.int32)
+_R = TypeVar("_R")
+
+
+def on_one_device(op: str, function: Callable[..., _R]) -> Callable[..., _R]:
+    """The function, which refuses operands on different devices before it runs.
+
+    For the registrations that torch chooses where any operand is on another device than the CPU. Where all are on the
+    CPU torch chooses the one of the CPU, which therefore needs no check, and is called without.
+    """
+
+    @functools.wraps(function)
+    def checked(*arguments: Any, **given: Any) -> _R:
+        found = {str(one.device) for one in (*arguments, *given.values()) if isinstance(one, Tensor)}
+        if len(found) > 1:
+            raise FormatError(
+                f"{op}: operands are on different devices, {' and '.join(sorted(found))}; move the module and its "
+                "inputs to one of them with .to(device)"
+            )
+        return function(*arguments, **given)
+
+    return checked
 
 
 def _check_input(op: str, x: Tensor, x_scale: float | None) -> None:

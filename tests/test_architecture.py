@@ -66,7 +66,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.cuda.packed": ("errors", "runtime.format", "runtime.quantisation", "runtime.value_types"),
     "runtime.cuda.table": ("runtime.value_types",),
     "runtime.cuda.model": ("runtime.cuda.table",),
-    "runtime.cuda.plan": ("runtime.cuda.model", "runtime.cuda.packed", "runtime.cuda.table"),
+    "runtime.cuda.plan": ("errors", "runtime.cuda.model", "runtime.cuda.packed", "runtime.cuda.table"),
     "runtime.cuda.driver": ("errors", "runtime.cuda.model"),
     "runtime.reference": ("errors", "runtime.activations", "runtime.quantisation"),
     "lowering": (

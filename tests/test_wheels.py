@@ -92,6 +92,14 @@ def test_a_library_of_another_platform_is_not_packed(checkout: Path, library: Pa
         assert not list(tmp_path.glob("out/*"))
 
 
+def test_a_library_of_a_platform_that_is_left_out_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    command = [sys.executable, checkout / ".ci" / "wheels.py", tmp_path, "--only", "linux-aarch64"]
+    command += ["--library", f"linux-x86_64={tmp_path / 'any.so'}"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "--library linux-x86_64 is given, but --only leaves this platform out" in done.stderr
+
+
 def served(wheel: Path, folder: Path, blocked: list[str], code: str) -> dict[str, Any]:
     """What ``code`` prints as JSON in a process that has the wheel unpacked, and not the packages that are named."""
     zipfile.ZipFile(wheel).extractall(folder / "unpacked")

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
 import re
@@ -29,6 +30,8 @@ from srigl_fx.runtime.cuda import kernels, table
 PTX: Final = "ptx"
 TARGETS: Final = ("sm_80", "sm_90")  # have cubins; other GPUs from sm_80 on take PTX, which the driver translates
 _CAPABILITY: Final = (8, 0)  # of the PTX
+_COMPILERS: Final = ("numba-cuda", "cuda-core")
+_TIMEOUT = 1800  # seconds; a kernel takes some of one idle core, and another process may be building all of them
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -48,6 +51,23 @@ def digest() -> str:
     return content.hexdigest()[:16]
 
 
+@functools.cache
+def compilers() -> str:
+    """The versions of what builds, which the folder of the code is named by, too; empty where one is not installed."""
+    try:
+        return "-".join(importlib.metadata.version(name) for name in _COMPILERS)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def folder_name(base: Path) -> str:
+    """How the folder of the code is called; without a compiler, one that is there, whichever has built it."""
+    name = f"cuda-{digest()}"
+    if compilers():
+        return f"{name}-{compilers()}"
+    return max((found.name for found in base.glob(f"{name}-*")), default=name)
+
+
 def folder() -> Path:
     """Where code is kept; it is there, and no one else may write to it.
 
@@ -58,7 +78,7 @@ def folder() -> Path:
     for base in cache_folders():
         try:
             make_private(base)
-            made = base / f"cuda-{digest()}"
+            made = base / folder_name(base)
             make_private(made)
         except OSError as error:
             problems.append(str(error))
@@ -148,6 +168,12 @@ def build(names: Iterable[str], targets: Iterable[str] = TARGETS) -> list[Path]:
     return files
 
 
+def _environment() -> dict[str, str]:
+    """The environment of a process that builds: modules from where this one has them, Numba as it is by default."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA_")}
+    return kept | {"PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+
+
 def code_of(symbol: str, target: str) -> bytes:
     """The code of a kernel for a target, a cubin or PTX; built by another process if it is not there.
 
@@ -158,9 +184,14 @@ def code_of(symbol: str, target: str) -> bytes:
     if not is_own_file(path):
         wanted = [target] if target in TARGETS else []
         command = [sys.executable, "-m", "srigl_fx.runtime.cuda.build", symbol, "--targets", *wanted]
-        done = subprocess.run(command, capture_output=True, text=True)
+        settings: Any = {"capture_output": True, "text": True, "timeout": _TIMEOUT, "check": False}
+        try:
+            done = subprocess.run(command, env=_environment(), **settings)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CudaError(f"{symbol} could not be built: {error}") from error
         if done.returncode:
-            raise CudaError(f"{symbol} could not be built: {done.stderr.strip().splitlines()[-1]}")
+            lines = done.stderr.strip().splitlines() or [f"the compiler ended with status {done.returncode}"]
+            raise CudaError(f"{symbol} could not be built: {lines[-1]}")
     with contextlib.suppress(OSError):
         return path.read_bytes()
     raise CudaError(f"{path} cannot be read; remove the folder, and call again")

@@ -17,6 +17,8 @@ _INVALID_CONTEXT: Final = 201
 _DYNAMIC_SHARED: Final = 8  # the attribute of a kernel that allows it more than 48 KiB
 _MULTIPROCESSORS, _CLOCK, _SHARED, _SHARED_OF_BLOCK = 16, 13, 81, 97  # attributes of a device; clocks in kHz
 _MEMORY_CLOCK, _BUS_BITS, _MAJOR, _MINOR = 36, 37, 75, 76
+# What some drivers report as zero, in virtual machines, say; predictions then rank by what is known.
+_USUAL: Final = {_CLOCK: 1_500_000, _MEMORY_CLOCK: 1_500_000, _BUS_BITS: 2048}
 _BUFFER, _BUFFER_SIZE, _END = 1, 2, 0  # how packed arguments are handed over
 
 
@@ -45,7 +47,7 @@ class Driver:
     def _attribute(self, device: int, attribute: int) -> int:
         found = ctypes.c_int()
         self._call("cuDeviceGetAttribute", ctypes.byref(found), attribute, device)
-        return found.value
+        return found.value or _USUAL.get(attribute, 0)
 
     def gpu(self, ordinal: int) -> tuple[Gpu, str]:
         """The limits of a device, and its target, such as ``sm_90``.
@@ -73,10 +75,11 @@ class Driver:
         Raises:
             CudaError: The driver does not take the code.
         """
-        self._kept.append(code + b"\0")  # PTX is text that ends so
+        ended = code + b"\0"  # as PTX is text that ends so
+        self._kept.append(ended)
         loaded, kernel = ctypes.c_void_p(), ctypes.c_void_p()
         none = (None, None, 0)
-        self._call("cuLibraryLoadData", ctypes.byref(loaded), self._kept[-1], *none, *none)
+        self._call("cuLibraryLoadData", ctypes.byref(loaded), ended, *none, *none)
         self._call("cuLibraryGetKernel", ctypes.byref(kernel), loaded, symbol.encode())
         return int(kernel.value or 0)
 

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import math
 import struct
+import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +50,8 @@ class Machine:
         self.gpu: Gpu
         self.gpu, self._target = driver.gpu(ordinal)
         self._loaded: dict[str, int] = {}
-        self._allowed: dict[str, int] = {}  # bytes of shared memory, where more than usual
+        self._allowed: dict[int, int] = {}  # by loaded kernels, bytes of shared memory, where more than usual
+        self._lock = threading.Lock()
 
     def stream(self) -> int:
         """Torch's current stream on it."""
@@ -57,16 +59,26 @@ class Machine:
 
     def launch(self, planned: Launch, dtype: str, arguments: bytes) -> None:
         """Launch on torch's current stream; the kernel is loaded, and built if need be, the first time."""
-        symbol = planned.kernel.symbol(dtype)
-        if symbol not in self._loaded:
-            self._loaded[symbol] = self._driver.load(build.code_of(symbol, self._target), symbol)
-        if planned.shared_bytes > self._allowed.get(symbol, _ALLOWED_SHARED):
-            self._driver.allow_shared(self._loaded[symbol], self._ordinal, planned.shared_bytes)
-            self._allowed[symbol] = planned.shared_bytes
         grid = planned.blocks, planned.threads, planned.shared_bytes
-        here = torch.cuda.current_device() == self._ordinal  # a stream is launched on in the context of its device
+        here = torch.cuda.current_device() == self._ordinal
+        # In the context of this device, whichever is the thread's own: kernels are loaded and launched in it.
         with contextlib.nullcontext() if here else torch.cuda.device(self._ordinal):
-            self._driver.launch(self._loaded[symbol], *grid, self.stream(), self._ordinal, arguments)
+            kernel = self._kernel(planned.kernel.symbol(dtype), planned.shared_bytes)
+            self._driver.launch(kernel, *grid, self.stream(), self._ordinal, arguments)
+
+    def _kernel(self, symbol: str, shared_bytes: int) -> int:
+        """The loaded kernel, which may take this much shared memory; what is ready needs no lock."""
+        kernel = self._loaded.get(symbol)
+        if kernel is not None and shared_bytes <= self._allowed.get(kernel, _ALLOWED_SHARED):
+            return kernel
+        with self._lock:
+            if symbol not in self._loaded:
+                self._loaded[symbol] = self._driver.load(build.code_of(symbol, self._target), symbol)
+            kernel = self._loaded[symbol]
+            if shared_bytes > self._allowed.get(kernel, _ALLOWED_SHARED):
+                self._driver.allow_shared(kernel, self._ordinal, shared_bytes)
+                self._allowed[kernel] = shared_bytes
+        return kernel
 
 
 @functools.cache
@@ -133,16 +145,13 @@ def _packed(checked: Checked, family: str, weight: Sequence[Tensor], in_features
     return found
 
 
-def check(op: str, x: Tensor, weight: Sequence[Tensor], residual: Tensor | None, scales: Tensor | None) -> None:
-    """Raise a FormatError for values of int8, and unless all operands are on one GPU."""
+def refuse_eight_bits(op: str, scales: Tensor | None) -> None:
+    """Raise a FormatError for values of int8, which have scales."""
     if scales is not None:
         raise FormatError(
             f"{op}: values of int8 have no CUDA kernel yet; lower the model with another value_dtype, or run it on "
             "the CPU"
         )
-    operands = [*weight, *([] if residual is None else [residual])]
-    if elsewhere := {str(operand.device) for operand in operands if operand.device != x.device}:
-        raise FormatError(f"{op}: x is on {x.device}, but other operands are on {', '.join(sorted(elsewhere))}")
 
 
 def linear(
@@ -219,8 +228,11 @@ def convolution(
     transposed: bool,
     output_padding: Sequence[int] | None,
 ) -> Tensor:
-    """The convolution by torch's own, with the dense weight made anew at each call: a sparse kernel is to come."""
+    """The convolution by torch's own, with the dense weight made anew at each call: a sparse kernel is to come.
+
+    The outputs are contiguous, as the operator promises, where torch's own would lie as the samples do.
+    """
     values, indices, active, bias = weight
     dense, _ = expand(values.float(), indices, active, bias.shape[0], math.prod(weight_shape[1:]))
     y = dense_conv(x, dense, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
-    return FUNCTIONS[activation](y if residual is None else y + residual)
+    return FUNCTIONS[activation](y if residual is None else y + residual).contiguous()

@@ -8,6 +8,7 @@ import functools
 from dataclasses import dataclass
 from typing import Final
 
+from srigl_fx.errors import CudaError
 from srigl_fx.runtime.cuda.model import Gpu, Layer, Prediction, predict
 from srigl_fx.runtime.cuda.packed import FOUR, LANES, LARGEST_IN_FEATURES
 from srigl_fx.runtime.cuda.table import KERNELS, CudaKernel
@@ -97,6 +98,9 @@ def plan(gpu: Gpu, layer: Layer, batch: int, index: str, packed: bool, columns: 
         packed: Whether packed copies of the weight may be kept.
         columns: Whether samples or outputs lie feature-major, which only tiles read and write.
 
+    Raises:
+        CudaError: There are too many samples for one launch.
+
     Example:
         >>> from srigl_fx.runtime.cuda.model import GPUS
         >>> layer = Layer(in_features=4096, n=4096, n_active=4096, k=410)
@@ -105,7 +109,13 @@ def plan(gpu: Gpu, layer: Layer, batch: int, index: str, packed: bool, columns: 
         >>> plan(GPUS[0], layer, 1, "uint16", False, False).kernel.name
         'rows_uint16'
     """
-    return min(candidates(gpu, layer, batch, index, packed, columns), key=lambda launch: launch.prediction.seconds)
+    found = candidates(gpu, layer, batch, index, packed, columns)
+    if not found:
+        raise CudaError(
+            f"{batch} samples of a layer of {layer.n} outputs take more than the {MOST_BLOCKS} blocks that a launch "
+            "may have; cut the batch into parts"
+        )
+    return min(found, key=lambda launch: launch.prediction.seconds)
 
 
 def candidates(gpu: Gpu, layer: Layer, batch: int, index: str, packed: bool, columns: bool) -> list[Launch]:
@@ -116,11 +126,10 @@ def candidates(gpu: Gpu, layer: Layer, batch: int, index: str, packed: bool, col
         if kernel.family == "rows":
             possible = not packed and kernel.name == f"rows_{index}"
         elif kernel.family == "vector":
-            many = most is not None and batch > most
-            possible = packed and not columns and least <= batch and not many
-            possible = possible and layer.in_features <= LARGEST_IN_FEATURES
+            possible = packed and not columns and layer.in_features <= LARGEST_IN_FEATURES
         else:
             possible = packed
+        possible = possible and least <= batch and (most is None or batch <= most)
         launch = _launch(gpu, kernel, layer, batch)
         if possible and launch.shared_bytes <= gpu.shared_of_block and launch.blocks <= MOST_BLOCKS:
             found.append(launch)

@@ -79,7 +79,7 @@ def _rows(index: str) -> CudaKernel:
         blocks=5,
         loads=(),
         samples=(1, None),
-        computes="a warp for each output and sample; where no packed copy may be kept or would fit",
+        computes="a warp for each output and sample; where no packed copy may be kept",
         reads="canonical",
     )
 
@@ -100,7 +100,7 @@ def _vector(samples: int, least: int, most: int) -> CudaKernel:
     )
 
 
-def _tile(samples: int, outputs: int, registers: int, blocks: int, least: int, most: int | None) -> CudaKernel:
+def _tile(samples: int, outputs: int, registers: int, blocks: int) -> CudaKernel:
     return CudaKernel(
         name=f"tile{samples}x{outputs}",
         family="tile",
@@ -110,7 +110,7 @@ def _tile(samples: int, outputs: int, registers: int, blocks: int, least: int, m
         registers=registers,
         blocks=blocks,
         loads=(8, 16),
-        samples=(least, most),
+        samples=(1, None),
         computes=f"a window of inputs of {32 * samples} samples in shared memory; {outputs} outputs and {samples} "
         f"{'sample' if samples == 1 else 'samples'} a thread",
         reads="windows of rows",
@@ -121,9 +121,9 @@ KERNELS: Final = (
     _rows("uint16"),
     _vector(1, 1, 1),
     _vector(4, 2, 16),
-    _tile(1, 4, 64, 4, 17, None),
-    _tile(2, 8, 80, 3, 17, None),
-    _tile(4, 16, 128, 2, 17, None),
+    _tile(1, 4, 64, 4),
+    _tile(2, 8, 80, 3),
+    _tile(4, 16, 128, 2),
     _rows("int32"),
 )
 BY_NAME: Final = {kernel.name: kernel for kernel in KERNELS}

@@ -36,7 +36,8 @@ def _made() -> Path:
     environment = {**os.environ, "SRIGL_FX_CACHE": str(Path(os.environ["SRIGL_FX_TEST_OBJECTS"], "cuda"))}
     command = [sys.executable, "-m", "srigl_fx.runtime.cuda.build"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    return Path(environment["SRIGL_FX_CACHE"], f"cuda-{build.digest()}")
+    base = Path(environment["SRIGL_FX_CACHE"])
+    return base / build.folder_name(base)
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,14 @@
 """The CUDA plan, packing, driver and dispatch, where no GPU is: what they decide, pass on and refuse."""
 
+import contextlib
 import ctypes
 import struct
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,13 +17,14 @@ import torch
 from kernel_support import condensed, operands
 
 from srigl_fx.errors import CudaError, FormatError
-from srigl_fx.runtime import gradients, reference
+from srigl_fx.runtime import gradients, reference, validation
 from srigl_fx.runtime.cuda import build, driver, execute
 from srigl_fx.runtime.cuda.model import GPUS, Layer, predict, resident_blocks
 from srigl_fx.runtime.cuda.packed import LANES, pack_rows, pack_windows, place_of
 from srigl_fx.runtime.cuda.plan import WINDOW, candidates, plan, shared_bytes
 from srigl_fx.runtime.cuda.table import BY_NAME, KERNELS, VALUES
 
+LARGE = Layer(in_features=30_000, n=8, n_active=8, k=4)  # its samples take more shared memory than is usual
 SIZES = [(1, 1, 1), (5, 7, 3), (9, 192, 20), (9, 193, 64), (4, 400, 1)]
 
 
@@ -67,7 +73,8 @@ def test_every_plan_fits_the_gpu(gpu: Any) -> None:
                 chosen.add(launch.kernel.name)
                 assert 1 <= launch.blocks < 1 << 31
                 assert launch.shared_bytes <= gpu.shared_of_block
-                assert launch.kernel.samples[0] <= batch or columns or launch.kernel.family == "tile"
+                least, most = launch.kernel.samples
+                assert least <= batch <= (most or batch)
                 assert 0 < launch.prediction.seconds < 1e4
                 assert packed == (launch.kernel.family != "rows")
                 assert not (columns and launch.kernel.family == "vector")
@@ -92,8 +99,9 @@ def test_more_work_takes_longer() -> None:
 class RecordedDriver:
     """The functions of the driver's library, which note what they are asked, and fail where they are told to."""
 
-    def __init__(self, **codes: int) -> None:
+    def __init__(self, attributes: dict[int, int] | None = None, **codes: int) -> None:
         self.codes, self.asked, self.packed = codes, list[str](), b""
+        self.attributes = attributes or {}
 
     def __getattr__(self, name: str) -> Any:
         def function(*arguments: Any) -> int:
@@ -104,6 +112,8 @@ class RecordedDriver:
                 assert (extra[0], extra[2], extra[4]) == (1, 2, None)
                 self.packed = ctypes.string_at(extra[1], size)
                 self.grid = arguments[1:8]
+            if name == "cuDeviceGetAttribute":
+                arguments[0]._obj.value = self.attributes.get(arguments[1], 0)
             if name == "cuGetErrorString":
                 arguments[1]._obj.value = b"out of luck"
             code = self.codes.get(name, 0)
@@ -157,6 +167,67 @@ def test_a_kernel_is_loaded_once_and_allowed_the_memory_that_it_needs(monkeypatc
     assert library.asked == [*first, *run, *allow, *run, *run, *run]
 
 
+def test_another_device_is_made_current_for_all_that_a_launch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = RecordedDriver()
+    made = driver.Driver(library)
+
+    @contextlib.contextmanager
+    def device(ordinal: int) -> Iterator[None]:
+        library.asked.append(f"enter {ordinal}")
+        yield
+        library.asked.append("leave")
+
+    monkeypatch.setattr(build, "code_of", lambda symbol, target: b"code")
+    monkeypatch.setattr(execute.Machine, "stream", lambda self: 5)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    machine = execute.Machine(made, 1)
+    library.asked.clear()
+    (launch,) = candidates(GPUS[0], LARGE, 1, "uint16", True, False)[:1]
+    machine.launch(launch, "float32", b"arguments")
+    assert (library.asked[0], library.asked[-1]) == ("enter 1", "leave")
+    assert {"cuLibraryLoadData", "cuKernelSetAttribute", "cuLaunchKernel"} < set(library.asked[1:-1])
+
+
+def test_threads_that_launch_first_at_once_load_a_kernel_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, together = RecordedDriver(), threading.Barrier(4)
+
+    def code_of(symbol: str, target: str) -> bytes:
+        time.sleep(0.05)  # as long as the others need to come
+        return b"code"
+
+    monkeypatch.setattr(build, "code_of", code_of)
+    monkeypatch.setattr(execute.Machine, "stream", lambda self: 5)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    machine = execute.Machine(driver.Driver(library), 0)
+    (launch,) = candidates(GPUS[0], LARGE, 1, "uint16", True, False)[:1]
+
+    def run() -> None:
+        together.wait()
+        machine.launch(launch, "float32", b"arguments")
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(run) for _ in range(4)]:
+            done.result()
+    counted = [library.asked.count(name) for name in ("cuLibraryLoadData", "cuKernelSetAttribute", "cuLaunchKernel")]
+    assert counted == [1, 1, 4]
+
+
+def test_limits_that_a_driver_does_not_tell_are_no_division_by_zero() -> None:
+    known = {16: 4, 81: 100 << 10, 97: 99 << 10, 75: 8, 76: 6}  # multiprocessors, shared memory, the target
+    gpu, target = driver.Driver(RecordedDriver(attributes=known)).gpu(0)
+    assert (target, gpu.multiprocessors) == ("sm_86", 4)
+    for packed in (True, False):
+        assert 0 < plan(gpu, LARGE, 3, "uint16", packed, False).prediction.seconds < 1
+
+
+def test_more_blocks_than_a_launch_may_have_are_an_error() -> None:
+    layer = Layer(in_features=8, n=131_072, n_active=131_072, k=4)
+    with pytest.raises(CudaError, match=r"140000 samples of a layer of 131072 outputs .* cut the batch"):
+        plan(GPUS[0], layer, 140_000, "uint16", False, False)
+    assert plan(GPUS[0], layer, 131_000, "uint16", False, False).kernel.name == "rows_uint16"
+
+
 def test_a_thread_without_a_context_gets_one() -> None:
     library = RecordedDriver(cuLaunchKernel=201)
     driver.Driver(library).launch(7, 3, 64, 0, 0, 0, b"")
@@ -187,19 +258,73 @@ def test_code_that_is_there_is_taken_without_a_compiler(tmp_path: Any, monkeypat
         assert build.code_of("tile1x4_float32", target) == name.encode()
 
 
+def test_code_of_other_compilers_is_built_anew_and_taken_where_there_is_none(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SRIGL_FX_CACHE", str(tmp_path / "cache"))
+    folders = []
+    for versions in ("0.30.4-1.2.2", "0.30.5-1.2.2"):
+        monkeypatch.setattr(build, "compilers", lambda versions=versions: versions)
+        folders.append(build.folder())
+    assert [folder.name for folder in folders] == [f"cuda-{build.digest()}-0.30.{last}-1.2.2" for last in (4, 5)]
+    monkeypatch.setattr(build, "compilers", lambda: "")
+    assert build.folder() == folders[1]
+    monkeypatch.setenv("SRIGL_FX_CACHE", str(tmp_path / "empty"))
+    assert build.folder().name == f"cuda-{build.digest()}"
+
+
+def test_a_builder_that_fails_is_an_error_with_its_words_or_its_status(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SRIGL_FX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
+    given: dict[str, Any] = {}
+
+    def ended(error: str) -> Any:
+        def run(command: list[str], **settings: Any) -> Any:
+            given.update(settings)
+            return subprocess.CompletedProcess(command, -9, "", error)
+
+        return run
+
+    for error, message in (("", "ended with status -9"), ("Traceback\nCudaError: no linker\n", "CudaError: no linker")):
+        monkeypatch.setattr(subprocess, "run", ended(error))
+        with pytest.raises(CudaError, match=f"tile1x4_float32 could not be built: .*{message}"):
+            build.code_of("tile1x4_float32", "sm_90")
+    assert "NUMBA_ENABLE_CUDASIM" not in given["env"]
+    assert given["env"]["SRIGL_FX_CACHE"] == str(tmp_path / "cache")
+    assert given["env"]["PYTHONPATH"].split(":")[-1] == sys.path[-1]
+
+    def too_long(command: list[str], **settings: Any) -> Any:
+        raise subprocess.TimeoutExpired(command, settings["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", too_long)
+    with pytest.raises(CudaError, match=r"could not be built: .* timed out after 1800 seconds"):
+        build.code_of("tile1x4_float32", "sm_90")
+
+
 def test_operators_are_registered_for_gpus() -> None:
     for name in ("condensed_linear", "condensed_conv", "condensed_linear_gradients"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"srigl_fx::{name}", "CUDA")
 
 
-def test_operands_elsewhere_and_eight_bits_are_refused() -> None:
-    weight = operands(condensed(3, 5, 2))
-    x = torch.empty(1, 5, device="meta")
-    with pytest.raises(FormatError, match="condensed_linear: x is on meta, but other operands are on cpu"):
-        execute.check("condensed_linear", x, weight, None, None)
+def test_eight_bits_are_refused() -> None:
     with pytest.raises(FormatError, match="int8 have no CUDA kernel yet"):
-        execute.check("condensed_linear", x, weight, None, torch.ones(3))
-    execute.check("condensed_linear", torch.ones(1, 5), weight, torch.ones(1, 3), None)
+        execute.refuse_eight_bits("condensed_linear", torch.ones(3))
+    execute.refuse_eight_bits("condensed_linear", None)
+
+
+def test_what_torch_calls_for_gpus_refuses_operands_elsewhere() -> None:
+    """Torch calls it where any operand is on a GPU: without the check the samples' device alone would decide."""
+    ran = list[Any]()
+    function = validation.on_one_device("condensed_linear", lambda *operands, **given: ran.append(operands))
+    here, elsewhere = torch.ones(1, 5), torch.empty(3, device="meta")
+    for operands_, given in (((here, elsewhere), {}), ((elsewhere, here), {}), ((here, None), {"scales": elsewhere})):
+        with pytest.raises(FormatError, match="condensed_linear: operands are on different devices, cpu and meta"):
+            function(*operands_, **given)
+    assert not ran
+    function(here, None, 5, "none", scales=here)
+    assert len(ran) == 1
 
 
 @pytest.mark.parametrize("pattern", ["random", "uneven"])
@@ -229,6 +354,15 @@ def test_convolutions_by_torch_are_the_oracles(transposed: bool) -> None:
         activation="relu",
     )
     np.testing.assert_allclose(y.numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_lie_as_the_operator_promises() -> None:
+    x = torch.randn(2, 4, 7, 6).contiguous(memory_format=torch.channels_last)
+    settings = [6, 2, 3, 3], [1, 1], [1, 1], [1, 1], 2
+    parts = operands(condensed(6, 18, 5))
+    y = execute.convolution(x, parts, *settings, None, "none", False, None)
+    fake = torch.ops.srigl_fx.condensed_conv(x.to("meta"), *(part.to("meta") for part in parts), *settings)
+    assert y.stride() == fake.stride()
 
 
 @pytest.mark.long

@@ -160,6 +160,22 @@ def test_conv_refuses(changes: dict[str, Any], message: str) -> None:
         conv2d(x, *operands(weight), *conv_arguments(**changes))
 
 
+@pytest.mark.parametrize("position", range(6))
+def test_operands_on_different_devices_are_refused(position: int) -> None:
+    parts = [torch.randn(2, 5), *operands(random_condensed(4, 5, 2)), torch.randn(2, 4)]
+    parts[position] = parts[position].to("meta")
+    x, values, indices, active, bias, residual = parts
+    with pytest.raises(FormatError, match="condensed_linear: operands are on different devices, cpu and meta; move"):
+        linear(x, values, indices, active, bias, 5, residual)
+    if position < 4:
+        with pytest.raises(FormatError, match="condensed_linear_gradients: operands are on different devices"):
+            torch.ops.srigl_fx.condensed_linear_gradients(residual, x, values, indices, active, True, True)
+    parts = [torch.randn(1, 4, 5, 5), *operands(random_condensed(6, 18, 2)), torch.randn(1, 6, 5, 5)]
+    parts[position] = parts[position].to("meta")
+    with pytest.raises(FormatError, match="condensed_conv: operands are on different devices, cpu and meta; move"):
+        conv2d(*parts[:5], *conv_arguments(), parts[5])
+
+
 def test_indices_are_checked_again_once_they_change() -> None:
     values, _, active, bias = operands(random_condensed(4, 6, 2))
     indices = torch.tensor([[0, 5]] * 4, dtype=torch.int32)
