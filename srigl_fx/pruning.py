@@ -110,7 +110,8 @@ def prune(
     Args:
         model: Any module with trained weights, without masks. It is run in evaluation mode.
         calibration: An iterable of inputs of the model, held in memory: tensors, tuples or lists of arguments, or
-            (args, kwargs), with a few times as many tokens or places in all as a layer has inputs. On the model's device.
+            (args, kwargs), with a few times as many tokens or places in all as a layer has inputs. On the
+            model's device.
         sparsity: As for :func:`srigl_fx.sparsify`, like the next seven.
         distribution: Here ``"uniform"`` is the default: pretrained layers are about as wide as each other.
         rules: Of single layers.
@@ -137,9 +138,9 @@ def prune(
         are; the report names them.
 
     Raises:
-        SparsifyError: ``torch.inference_mode()`` is on, there is no calibration input, the model does not run on one, one makes NaN or infinite numbers,
-            a layer that is to be sparse never runs, or an argument is out of range; or as for
-            :func:`srigl_fx.sparsify`.
+        SparsifyError: ``torch.inference_mode()`` is on, there is no calibration input, the model does not run on one,
+            one makes NaN or infinite numbers, a layer that is to be sparse never runs, or an argument is out of range;
+            or as for :func:`srigl_fx.sparsify`.
         RuleError: A rule is malformed, or matches no weight.
 
     In each case the model is as it was.

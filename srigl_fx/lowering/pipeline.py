@@ -98,8 +98,8 @@ def lower(
             ``{key: dtype}``, read as those of :func:`srigl_fx.sparsify`, or a function of a module's name and the
             module; what no rule matches is float32.
         calibration: For layers of int8, an iterable of inputs of the model: tensors, tuples or lists of arguments, or
-            (args, kwargs), all of which are held in memory. Each layer then rounds its activations with one scale for all
-            samples, that of the largest magnitude which these inputs make of them; larger ones are clipped later on.
+            (args, kwargs), all of which are held in memory. Each layer then rounds its activations with one scale for
+            all samples, that of the largest magnitude which these inputs make of them; larger ones are clipped later.
             Where that changes a layer too much on the example inputs, its scales are found at each call after all, and
             a note of the report says so.
         verify: Compare with the model on the example inputs, and at another batch size where that is free (with
