@@ -66,6 +66,7 @@ def test_values(run: Any, name: str, dtype: Any) -> None:
     run(name, weight, torch.randn(1 if name == "vector1" else 5, 71), residual=None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_values_in_the_canonical_format(run: Any, dtype: Any) -> None:
     run("rows_uint16", condensed(3, 71, 37, n_active=2, dtype=dtype), torch.randn(2, 71), threads=64)
