@@ -512,7 +512,7 @@ def test_what_is_changed_in_place_is_another_input(kind: str) -> None:
 
     model: Any = randomise(Branches({"first": layer(), "second": layer()}, Tensor.relu_))
     dense, x = copy.deepcopy(model), torch.randn(20, 6, 9, generator=torch.Generator().manual_seed(0))
-    given = list(x.flatten(0, 1)[::8]) if kind == "vector" else list(x.split(10))
+    given = list(x.flatten(0, 1)[::8]) if kind == "vector" else list(torch.split(x, 10))
     sx.prune(model, given, sparsity=0.5)
     for name, change in (("first", torch.clone), ("second", torch.relu)):
         alone: Any = nn.Sequential(dense.layers[name])
@@ -549,7 +549,7 @@ def test_what_a_loader_gives_is_taken() -> None:
     alike.load_state_dict(model.state_dict())
     x = torch.cat(batches(40, 24))
     sx.prune(model, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=40), sparsity=0.75)
-    sx.prune(alike, x.split(40), sparsity=0.75)
+    sx.prune(alike, torch.split(x, 40), sparsity=0.75)
     assert_unchanged(model, parameters(alike))
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -319,9 +320,10 @@ def test_what_torch_calls_for_gpus_refuses_operands_elsewhere() -> None:
     ran = list[Any]()
     function = validation.on_one_device("condensed_linear", lambda *operands, **given: ran.append(operands))
     here, elsewhere = torch.ones(1, 5), torch.empty(3, device="meta")
-    for operands_, given in (((here, elsewhere), {}), ((elsewhere, here), {}), ((here, None), {"scales": elsewhere})):
+    wrong = [partial(function, here, elsewhere), partial(function, elsewhere, here)]
+    for call in (*wrong, partial(function, here, scales=elsewhere)):
         with pytest.raises(FormatError, match="condensed_linear: operands are on different devices, cpu and meta"):
-            function(*operands_, **given)
+            call()
     assert not ran
     function(here, None, 5, "none", scales=here)
     assert len(ran) == 1
