@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-SOURCE = Path(__file__).resolve().parents[1] / "packages" / "srigl-fx-runtime" / "srigl_fx_runtime" / "__init__.py"
+SOURCE = Path("packages", "srigl-fx-runtime", "srigl_fx_runtime", "__init__.py")
 
 
 class Options:
@@ -22,8 +22,8 @@ class Options:
         self.registered.append(path)
 
 
-def test_threads_register_options_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("srigl_fx_runtime", SOURCE)
+def test_threads_register_options_once(monkeypatch: pytest.MonkeyPatch, checkout: Path) -> None:
+    spec = importlib.util.spec_from_file_location("srigl_fx_runtime", checkout / SOURCE)
     assert spec is not None
     assert spec.loader is not None
     small: Any = importlib.util.module_from_spec(spec)
