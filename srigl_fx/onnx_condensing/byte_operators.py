@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from srigl_fx.onnx_condensing.constants import Array, attribute, constant, source_name
+from srigl_fx.onnx_condensing.constants import Array, attribute, constant, input_of, source_name
 from srigl_fx.onnx_condensing.drafts import Draft, Names
 from srigl_fx.onnx_condensing.expansion import Expansion, Product
 from srigl_fx.runtime.costs.cost_model import ONNXRUNTIME
@@ -43,16 +43,16 @@ def of_bytes(node: ir.Node, names: Names) -> Expansion | None:
         True
     """
     place, scale_place, zero_place = (_LAYERS | _SUMS)[node.op_type]
-    weight = constant(_input(node, place))
-    if weight is None or constant(_input(node, 0)) is not None:
+    weight = constant(input_of(node, place))
+    if weight is None or constant(input_of(node, 0)) is not None:
         return None
-    name = source_name(_input(node, place))
+    name = source_name(input_of(node, place))
     is_convolution = node.op_type in ("QLinearConv", "ConvInteger")
     shape = weight.shape if is_convolution or attribute(node, "transB", 0) else weight.shape[::-1]
     expansion = Expansion(node=node, operator=node.op_type, shapes={name: shape}, is_rounded=True)
-    scale: Array | None = np.ones((), np.float32) if scale_place is None else constant(_input(node, scale_place))
-    zero = constant(_input(node, zero_place))
-    if scale is None or (zero is None and _input(node, zero_place) is not None):
+    scale: Array | None = np.ones((), np.float32) if scale_place is None else constant(input_of(node, scale_place))
+    zero = constant(input_of(node, zero_place))
+    if scale is None or (zero is None and input_of(node, zero_place) is not None):
         expansion.refused = "the scale or the zero point of its weight is computed"
     elif weight.ndim < 2 or (not is_convolution and weight.ndim != 2):
         expansion.refused = f"its weight has {weight.ndim} axes"
@@ -81,10 +81,6 @@ def of_bytes(node: ir.Node, names: Names) -> Expansion | None:
     return expansion
 
 
-def _input(node: ir.Node, i: int) -> ir.Value | None:
-    return node.inputs[i] if i < len(node.inputs) else None
-
-
 def _for_outputs(array: Array) -> Array:
     """One number, or one for each output."""
     return array.reshape(()) if array.size == 1 else array.reshape(-1)
@@ -98,10 +94,10 @@ def _is_one(value: ir.Value | None) -> bool:
 def _layer(expansion: Expansion, draft: Draft, w: ir.Value, weight: Array, zero: Array) -> str:
     """Rule 1; why not, or ""."""
     node = expansion.node
-    x, x_scale, x_zero = (_input(node, i) for i in range(3))
+    x, x_scale, x_zero = (input_of(node, i) for i in range(3))
     has_bias_first = node.op_type == "QGemm"  # in front of the scale of the outputs
-    y_scale, y_zero = (_input(node, i + has_bias_first) for i in (6, 7))
-    bias = _input(node, 6 if has_bias_first else 8)
+    y_scale, y_zero = (input_of(node, i + has_bias_first) for i in (6, 7))
+    bias = input_of(node, 6 if has_bias_first else 8)
     if x is None or not (_is_one(x_scale) and (x_zero is None or _is_one(x_zero))):
         return "its input has several scales, or unknown ones"
     if attribute(node, "transA", 0):
@@ -113,7 +109,7 @@ def _layer(expansion: Expansion, draft: Draft, w: ir.Value, weight: Array, zero:
     given: list[ir.Value | None] = [samples, w]
     factor = attribute(node, "alpha", 1.0) if node.op_type == "QGemm" else 1.0
     if bias is not None:
-        steps, one, other = constant(bias), constant(x_scale), constant(_input(node, 4))
+        steps, one, other = constant(bias), constant(x_scale), constant(input_of(node, 4))
         if steps is None or one is None or other is None:
             return "its bias is computed, or its scale is"
         worth = steps.astype(np.float64) * one.reshape(-1) * other.reshape(-1) * factor
@@ -142,7 +138,7 @@ def _layer(expansion: Expansion, draft: Draft, w: ir.Value, weight: Array, zero:
 def _sums(expansion: Expansion, draft: Draft, w: ir.Value, weight: Array, zero: Array) -> str:
     """Rules 2 and 3; why not, or ""."""
     node = expansion.node
-    x, x_zero = node.inputs[0], _input(node, 2)
+    x, x_zero = node.inputs[0], input_of(node, 2)
     readers = [use.node for use in node.outputs[0].uses()]
     floats = int(ir.DataType.FLOAT)
     if node.outputs[0].is_graph_output() or not all(

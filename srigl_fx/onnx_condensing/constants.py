@@ -86,6 +86,17 @@ def source_name(value: ir.Value | None) -> str:
     return (value.name if value is not None else None) or "weight"
 
 
+def input_of(node: "ir.Node", i: int) -> "ir.Value | None":
+    """An input of a node by its position; None where it is left out.
+
+    Example:
+        >>> import onnx_ir as ir
+        >>> input_of(ir.node("Relu", [ir.val("x")]), 1) is None
+        True
+    """
+    return node.inputs[i] if i < len(node.inputs) else None
+
+
 def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """An attribute of a node, as Python has it.
 

@@ -22,7 +22,7 @@ from typing import Any, Final
 import numpy as np
 import onnx_ir as ir
 
-from srigl_fx.onnx_condensing.constants import Array, attribute, constant, source_name
+from srigl_fx.onnx_condensing.constants import Array, attribute, constant, input_of, source_name
 from srigl_fx.onnx_condensing.drafts import Draft, Names
 from srigl_fx.onnx_condensing.expansion import Expansion, Product
 
@@ -68,10 +68,10 @@ def recurrent(node: ir.Node, names: Names) -> Expansion | None:
         >>> recurrent(ir.node("LSTM", [x, w, r]), Names(ir.Model(ir.Graph([x], [], nodes=[]), ir_version=9))) is None
         True
     """
-    w, r = (constant(_input(node, i)) for i in (1, 2))
+    w, r = (constant(input_of(node, i)) for i in (1, 2))
     if w is None or r is None or w.ndim != 3 or r.ndim != 3 or constant(node.inputs[0]) is not None:
         return None
-    weights = [source_name(_input(node, i)) for i in (1, 2)]
+    weights = [source_name(input_of(node, i)) for i in (1, 2)]
     expansion = Expansion(
         node=node,
         operator=node.op_type,
@@ -87,10 +87,6 @@ def recurrent(node: ir.Node, names: Names) -> Expansion | None:
     expansion.replaced, expansion.outputs = node.outputs, made.outputs
     expansion.overhead = lambda batch: len(layers) * made.steps * _STEP_SECONDS
     return expansion
-
-
-def _input(node: ir.Node, i: int) -> ir.Value | None:
-    return node.inputs[i] if i < len(node.inputs) else None
 
 
 def _layers(node: ir.Node, w: Array, r: Array) -> list[_Layer] | str:
@@ -110,8 +106,8 @@ def _layers(node: ir.Node, w: Array, r: Array) -> list[_Layer] | str:
         return "its hidden_size is not that of its weights"
     if problem := _unsupported(node):
         return problem
-    bias = constant(_input(node, 3))
-    if _input(node, 3) is not None and (bias is None or bias.shape != (count, 2 * gates * hidden)):
+    bias = constant(input_of(node, 3))
+    if input_of(node, 3) is not None and (bias is None or bias.shape != (count, 2 * gates * hidden)):
         return "its bias is computed, or not that of its weights"
     bias = np.zeros((count, 2 * gates * hidden), np.float32) if bias is None else bias
     usual = _ACTIVATIONS[operator]
@@ -145,7 +141,7 @@ def _unsupported(node: ir.Node) -> str:
         return "it has clip or input_forget"
     if attribute(node, "activation_alpha", None) or attribute(node, "activation_beta", None):
         return "its activations have parameters"
-    if (peepholes := _input(node, 7)) is not None:
+    if (peepholes := input_of(node, 7)) is not None:
         found = constant(peepholes)
         if found is None or found.any():
             return "it has peepholes"
@@ -223,7 +219,7 @@ class _Maker:
 
     def _ended(self, state: ir.Value) -> ir.Value:
         """The last state, which is zero where there was no step."""
-        lengths, shape = _input(self.node, 4), state.shape
+        lengths, shape = input_of(self.node, 4), state.shape
         assert shape is not None
         if lengths is None:
             return state
@@ -261,7 +257,7 @@ class _Maker:
 
     def _initial(self, layer: _Layer, state: int, place: int) -> ir.Value:
         """(batch, hidden) of a direction."""
-        given, shape = _input(self.node, 5 + state), [self.batch, layer.hidden]
+        given, shape = input_of(self.node, 5 + state), [self.batch, layer.hidden]
         if given is not None:
             return self.draft.add("Gather", given, self.draft.constant(np.int64(place), "place"), shape=shape, axis=0)
         size = self.draft.add("Shape", self.x, shape=[1], dtype=ir.DataType.INT64, start=1, end=2)
@@ -271,7 +267,7 @@ class _Maker:
 
     def _masks(self) -> ir.Value | None:
         """Which steps are within their sequences, bool (length, batch, 1); None where all are."""
-        lengths = _input(self.node, 4)
+        lengths = input_of(self.node, 4)
         if lengths is None:
             return None
         draft, whole = self.draft, ir.DataType.INT32
