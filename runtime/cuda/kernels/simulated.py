@@ -110,6 +110,10 @@ def _shared_store(array: Array, index: int, *numbers: float) -> None:
 shared_store1 = shared_store2 = shared_store4 = _shared_store
 
 
+# What the threads of the one block that runs hand over: the simulator computes blocks one after the other.
+_HANDED_OVER: Final[dict[int, float]] = {}
+
+
 def shuffle_xor(number: float, distance: int) -> float:
     """The number of the lane whose place differs in this bit.
 
@@ -117,9 +121,8 @@ def shuffle_xor(number: float, distance: int) -> float:
     this equally often, which is more than the machine asks for.
     """
     thread: Any = threading.current_thread()
-    held: dict[int, float] = vars(thread._manager).setdefault("handed_over", {})  # the manager lives as long as a block
-    held[thread.thread_id] = number
+    _HANDED_OVER[thread.thread_id] = number
     thread.syncthreads()
-    theirs = held[thread.thread_id ^ distance]
+    theirs = _HANDED_OVER[thread.thread_id ^ distance]
     thread.syncthreads()
     return theirs
