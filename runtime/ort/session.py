@@ -7,6 +7,7 @@ or what is in the file.
 import logging
 import os
 import re
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # ONNX Runtime takes the domain once for each SessionOptions.
 _registered: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _warned: set[str] = set()
+_lock = threading.Lock()  # of both, and of options while they are registered
 
 
 def _import_onnxruntime() -> Any:
@@ -42,20 +44,32 @@ def _import_onnxruntime() -> Any:
 
 
 def _register(session_options: "onnxruntime.SessionOptions", library: Path) -> None:
-    if session_options in _registered:
-        return
-    try:
-        session_options.register_custom_ops_library(str(library))
-    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
-        raise LibraryError(
-            f"ONNX Runtime refuses the operator library {library}: {error}. If the file is damaged, delete it: it is "
-            "built anew when it is next needed"
-        ) from error
-    _registered.add(session_options)
+    with _lock:
+        if session_options in _registered:
+            return
+        try:
+            session_options.register_custom_ops_library(str(library))
+        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            raise LibraryError(
+                f"ONNX Runtime refuses the operator library {library}: {error}. If the file is damaged, delete it: it "
+                "is built anew when it is next needed"
+            ) from error
+        _registered.add(session_options)
+
+
+def _is_first(cause: str) -> bool:
+    """Whether nobody was warned of this before."""
+    with _lock:
+        if cause in _warned:
+            return False
+        _warned.add(cause)
+        return True
 
 
 def register(session_options: "onnxruntime.SessionOptions") -> None:
     """Let sessions made with these options run the operators of domain ``srigl_fx``; a second call changes nothing.
+
+    It may be called from several threads at once.
 
     Args:
         session_options: Options of ONNX Runtime, before a session is made with them; they are changed in place.
@@ -114,8 +128,7 @@ def load(
     try:
         _register(options, library_path())
     except LibraryError as error:
-        if str(error) not in _warned:
-            _warned.add(str(error))
+        if _is_first(str(error)):
             logger.warning("running without the operator library, as fast as dense: %s", error)
     try:
         session = onnxruntime.InferenceSession(
@@ -138,8 +151,7 @@ def _warn_if_dense(session: "onnxruntime.InferenceSession", file: Path) -> None:
         lost = condensed_calls(file).lost()
     except (OSError, ValueError):  # gone, or in a form that this library cannot read: nothing is known
         return
-    if lost and str(file) not in _warned:
-        _warned.add(str(file))
+    if lost and _is_first(str(file)):
         logger.warning(
             "%s was exported with condensed layers, but %s, so it runs densely: some tool between export and here did "
             "that; the page 'Tools around ONNX' of the documentation says which do, and which option keeps them",

@@ -1,6 +1,9 @@
 """Loading a model: with the library, without it, with options of the user's own, and with a bad file."""
 
 import logging
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,63 @@ def test_two_options_side_by_side(library: Path, model: Path) -> None:
     sessions = [srigl_fx.runtime.load(model, session_options=options) for options in (first, second)]
     for session in sessions:
         _assert_right(session)
+
+
+def _at_once(count: int, work: Callable[[], object]) -> None:
+    """Do work in so many threads that start together."""
+    barrier = threading.Barrier(count)
+
+    def run() -> None:
+        barrier.wait()
+        work()
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+
+
+class _SlowOptions:
+    """Session options that take their time, and count: ONNX Runtime refuses operators that come twice."""
+
+    def __init__(self) -> None:
+        self.registered: list[str] = []
+
+    def register_custom_ops_library(self, path: str) -> None:
+        time.sleep(0.02)
+        self.registered.append(path)
+
+
+def test_threads_register_options_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session_module, "library_path", lambda: Path("libsrigl_fx.so"))
+    options: Any = _SlowOptions()
+    _at_once(8, lambda: srigl_fx.runtime.register(options))
+    assert options.registered == ["libsrigl_fx.so"]
+
+
+def test_threads_share_options(library: Path, model: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    sessions: list[Any] = []
+    _at_once(3, lambda: sessions.append(srigl_fx.runtime.load(model, session_options=options)))
+    assert len(sessions) == 3
+    for session in sessions:
+        _assert_right(session)
+
+
+def test_threads_warn_once(missing_library: None, model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Slow(set[str]):
+        """A set that lets other threads run while it looks for something."""
+
+        def __contains__(self, item: object) -> bool:
+            found = super().__contains__(item)
+            time.sleep(0.01)
+            return found
+
+    session_module._warned = Slow()
+    with caplog.at_level(logging.WARNING, logger="srigl_fx"):
+        _at_once(3, lambda: srigl_fx.runtime.load(model))
+    assert len(caplog.records) == 1
 
 
 def test_without_the_library_the_fallback_runs_with_one_warning(
