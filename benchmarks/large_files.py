@@ -144,11 +144,10 @@ def main() -> None:
         print(json.dumps(condense(source, result) if options.step == "condense" else run(options.file, options.batch)))
         return
     layers = -(-int(options.gigabytes * 1e9) // LAYER_BYTES)
-    weights = [source.with_suffix(".data"), result.with_name(result.name + ".data")]
     try:
         make(source, layers)
         made = step(str(options.folder), "--step", "condense")
-        dense, sparse_bytes = (one.stat().st_size / 1e6 for one in weights)
+        dense, sparse_bytes = (sum(one.stat().st_size for one in weights_of(path)) / 1e6 for path in (source, result))
         print(f"{describe(1)} {layers} layers of {SIZE} x {SIZE}\n")
         print("| step | seconds | peak, own MB | left, own MB | left, MB of files | own / condensed weights |")
         print("|---|---|---|---|---|---|")
@@ -166,8 +165,13 @@ def main() -> None:
         )
         onnx.checker.check_model(str(result))
     finally:
-        for one in (source, result, *weights):
+        for one in (source, result, *weights_of(source), *weights_of(result)):
             one.unlink(missing_ok=True)
+
+
+def weights_of(path: Path) -> list[Path]:
+    """The files of weights beside a file."""
+    return list(path.parent.glob(f"{path.stem}*.data"))
 
 
 def row(name: str, found: dict[str, Any], condensed: float) -> str:

@@ -57,6 +57,16 @@ def check_replaceable(target: Path) -> None:
         raise OSError(errno.EINVAL, "it is a device, a pipe or a socket, which no file may replace", str(target))
 
 
+def place_of(path: Path) -> Path:
+    """What is replaced where this path is written: a link itself, not what it leads to.
+
+    Example:
+        >>> place_of(Path("folder", "..", "file")) == place_of(Path("file"))
+        True
+    """
+    return path.parent.resolve() / path.name
+
+
 def move_durably(source: Path, target: Path) -> None:
     """Give a finished file its name, on the same file system: after a power cut it is there whole, or not at all.
 

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import ExportError, FormatError, RecipeError
-from srigl_fx.files import check_replaceable, replacing
+from srigl_fx.files import check_replaceable, place_of
 from srigl_fx.onnx_export import recipes
-from srigl_fx.onnx_export.file import all_nodes
+from srigl_fx.onnx_export.file import all_nodes, read_model
 from srigl_fx.onnx_export.model import functions_for
 from srigl_fx.onnx_export.names import rename_values
+from srigl_fx.onnx_export.reading import LARGE, open_model
 from srigl_fx.onnx_export.triton import triton_model as triton_model
+from srigl_fx.onnx_export.weights import Aside, writing
 from srigl_fx.recipe_parts import parts_of
 from srigl_fx.recipes import Recipe
 from srigl_fx.runtime.ort import abi, stream
@@ -51,7 +53,8 @@ def merge(
     Args:
         first: The file whose outputs are read by the other.
         second: The file that reads them.
-        path: The file to write; it appears whole or not at all.
+        path: The file to write; it appears whole or not at all. Its weights are in a file beside it where one file
+            cannot hold all (2 GiB).
         io_map: Names of outputs of ``first``, and of the inputs of ``second`` that they become.
         prefixes: What to put before all names of each file, so that none stands in both.
 
@@ -68,7 +71,8 @@ def merge(
     """
     import onnx.compose
 
-    before, after = _load(Path(first)), _load(Path(second))
+    files = {Path(first): set[Path](), Path(second): set[Path]()}
+    before, after = open_model(Path(first), files[Path(first)]), open_model(Path(second), files[Path(second)])
     _require_fitting(before, after, io_map)
     fallback = all(_take_functions(model) for model in (before, after))
     held = [_recipes(model, file, recipes.take) for model, file in ((before, first), (after, second))]
@@ -77,6 +81,9 @@ def merge(
     for model, prefix in zip((before, after), prefixes, strict=True):
         state |= {prefix + name: value for name, value in _take_state(model).items()}
     before.ir_version = after.ir_version = max(before.ir_version, after.ir_version)  # both say the same in either
+    aside = Aside()
+    for model in (before, after):
+        aside.take(model)
     try:
         merged = onnx.compose.merge_models(
             before, after, io_map=list(io_map.items()), prefix1=prefixes[0] or None, prefix2=prefixes[1] or None
@@ -86,6 +93,7 @@ def merge(
             f"{first} and {second} cannot be joined: {error}; give io_map names of outputs of the first and inputs of "
             "the second, and prefixes where both use a name"
         ) from error
+    aside.give_places(merged)
     for prefix in filter(None, prefixes):
         names = [name.removeprefix(prefix) for name in state if name.startswith(prefix)]
         rename_values(
@@ -98,7 +106,7 @@ def merge(
         merged.functions.extend(functions_for(merged))
     recipes.put(merged, recipes.join(held, labels))
     _merge_imports(merged)
-    _write(merged, Path(path))
+    _write(merged, aside, Path(path), files)
 
 
 def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
@@ -111,7 +119,8 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
 
     Args:
         source: A file with condensed layers, with or without the functions for a stock ONNX Runtime.
-        path: The file to write; it appears whole or not at all.
+        path: The file to write; it appears whole or not at all. Its weights are in a file beside it where one file
+            cannot hold all (2 GiB).
 
     Raises:
         FormatError: The file cannot be read, or ONNX Runtime refuses it.
@@ -122,10 +131,8 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
         Traceback (most recent call last):
         srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
     """
-    import onnx
-    import onnxruntime
-
-    model = _load(Path(source))
+    files = {Path(source): set[Path]()}
+    model = open_model(Path(source), files[Path(source)])
     scaled = {name for name, (base, *_) in abi.operator_names().items() if abi.has_scales(base)}
     kept = [f for f in model.functions if f.domain != abi.DOMAIN or f.name not in scaled]
     present = {(function.domain, function.name) for function in kept}
@@ -134,29 +141,47 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
     model.functions.extend(f for f in functions_for(model, exact=False) if (f.domain, f.name) not in present)
     with tempfile.TemporaryDirectory(dir=Path(path).parent, prefix=".densify-") as folder:
         whole, dense = Path(folder, "whole.onnx"), Path(folder, "dense.onnx")
-        onnx.save(model, whole)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # what is wrong is raised
-        # The next level up fuses operators into ones that only ONNX Runtime has.
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(dense)
+        aside = Aside()
+        aside.take(model)
+        aside.give_places(model)
+        with writing(whole, model, aside.tensors, "auto"):
+            pass
         try:
-            onnxruntime.InferenceSession(str(whole), options, providers=["CPUExecutionProvider"])
+            _optimise(whole, dense)
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             problem = str(error).replace(str(whole), str(source))
             raise FormatError(f"ONNX Runtime cannot read {source}: {problem}") from error
-        result = onnx.load(dense)
-    domains = {node.domain for node in all_nodes(result.graph)}
-    if foreign := sorted(domains - _STANDARD_DOMAINS):
-        raise ExportError(f"{source} holds operators of {', '.join(foreign)}, which have no standard form")
-    used = [entry for entry in result.opset_import if entry.domain in domains | {""}]
-    del result.opset_import[:]
-    result.opset_import.extend(used)
-    left = [entry for entry in result.metadata_props if entry.key != MARK[0]]
-    del result.metadata_props[:]
-    result.metadata_props.extend(left)
-    result.ir_version = model.ir_version
-    _write(result, Path(path))
+        result, aside = open_model(dense), Aside()
+        domains = {node.domain for node in all_nodes(result.graph)}
+        if foreign := sorted(domains - _STANDARD_DOMAINS):
+            raise ExportError(f"{source} holds operators of {', '.join(foreign)}, which have no standard form")
+        used = [entry for entry in result.opset_import if entry.domain in domains | {""}]
+        del result.opset_import[:]
+        result.opset_import.extend(used)
+        left = [entry for entry in result.metadata_props if entry.key != MARK[0]]
+        del result.metadata_props[:]
+        result.metadata_props.extend(left)
+        result.ir_version = model.ir_version
+        aside.take(result)
+        aside.give_places(result)
+        _write(result, aside, Path(path), files)
+
+
+def _optimise(source: Path, target: Path) -> None:
+    """Have ONNX Runtime write a model with its functions in the place of their calls and its constants computed."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what is wrong is raised
+    # The next level up fuses operators into ones that only ONNX Runtime has.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(target)
+    # Beside it, as one file may not hold them; what it is made of is read from there.
+    options.add_session_config_entry(
+        "session.optimized_model_external_initializers_file_name", target.with_suffix(".data").name
+    )
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", str(LARGE))
+    onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
 
 
 def recipe(path: str | os.PathLike[str], part: str | None = None) -> Recipe:
@@ -180,7 +205,7 @@ def recipe(path: str | os.PathLike[str], part: str | None = None) -> Recipe:
         >>> found == sx.recipe(model)
         True
     """
-    found = _recipes(_load(Path(path)), path, recipes.found)
+    found = _recipes(read_model(Path(path)), path, recipes.found)
     if part is None and len(found) == 1:
         return next(iter(found.values()))
     if part in found:
@@ -191,21 +216,6 @@ def recipe(path: str | os.PathLike[str], part: str | None = None) -> Recipe:
             "dropped the metadata"
         )
     raise FormatError(f"{path} holds {parts_of(found)}")
-
-
-def _load(path: Path) -> "onnx.ModelProto":
-    import onnx
-
-    try:
-        model = onnx.load(path)
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # by the file's ending, onnx takes parsers whose errors have no base class
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
-        raise FormatError(f"{path} is no ONNX file, or a damaged one: {problem:.300}") from error
-    if not model.HasField("graph"):  # so it is with an empty file
-        raise FormatError(f"{path} is no ONNX file, or a damaged one: it holds no graph")
-    return model
 
 
 def _recipes(
@@ -281,12 +291,17 @@ def _merge_imports(model: "onnx.ModelProto") -> None:
         model.opset_import.add(domain=domain, version=version)
 
 
-def _write(model: "onnx.ModelProto", path: Path) -> None:
+def _write(model: "onnx.ModelProto", aside: Aside, path: Path, files: Mapping[Path, set[Path]]) -> None:
+    """Write a model, which keeps its large constants in a file beside it where one file cannot hold all.
+
+    ``files`` are those that its sources keep tensors in; a source in whose place it is written is to be lost.
+    """
     try:
         check_replaceable(path)
     except OSError as error:
         raise ExportError(
             f"cannot write {path}: {error.strerror}; give the path of a file in a folder that exists"
         ) from error
-    with replacing(path) as part:
-        part.write_bytes(model.SerializeToString())
+    spared = set[Path]().union(*(own for source, own in files.items() if place_of(source) != place_of(path)))
+    with writing(path, model, aside.tensors, "auto", spared):
+        pass

@@ -267,7 +267,7 @@ def test_condense_takes_a_file_that_is_sparse_already(tmp_path: Path) -> None:
     assert "1 of 1 layers condensed" in result.output
     assert len(inspect_file(tmp_path / "b.onnx").nodes) == 1
     assert run("condense", tmp_path / "a.onnx", tmp_path / "b.onnx", "--min-speedup", 0, "--beside").exit_code == 0
-    assert (tmp_path / "b.onnx.data").exists()
+    assert len(list(tmp_path.glob("b.onnx.*.data"))) == 1
     assert_readable_error(run("condense", tmp_path / "c.onnx", tmp_path / "d.onnx"), "cannot read")
     assert_readable_error(
         run("condense", tmp_path / "a.onnx", tmp_path / "d.onnx", "--min-speedup", "fast"), "auto or a"

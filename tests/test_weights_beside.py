@@ -1,7 +1,11 @@
 """Weights beside the graph: written by ``export_onnx`` and ``condense_onnx``, and read where nobody vouches."""
 
+import json
 import os
+import re
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +23,7 @@ from torch import nn
 import srigl_fx as sx
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
-from srigl_fx.onnx_export import weights
+from srigl_fx.onnx_export import reading, weights
 from srigl_fx.onnx_export.file import inspect_file
 from srigl_fx.runtime import load
 
@@ -39,6 +43,11 @@ def beside(path: Path, location: str = "a.data") -> Path:
     return path
 
 
+def own_weights(path: Path) -> list[Path]:
+    """The files of weights that are called like a file and by what they hold."""
+    return [one for one in path.parent.iterdir() if re.fullmatch(rf"{path.name}\.[0-9a-f]{{16}}\.data", one.name)]
+
+
 def places(path: Path) -> dict[str, dict[str, str]]:
     return {
         one.name: {entry.key: entry.value for entry in one.external_data}
@@ -55,14 +64,15 @@ def test_weights_go_beside_the_condensed_file(tmp_path: Path, source_beside: boo
     report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, external_data=True)
     found = places(report.path)
     assert set(found) == {"v", "w_values", "w_indices"}
-    assert {one["location"] for one in found.values()} == {"b.onnx.data"}
+    assert {one["location"] for one in found.values()} == {one.name for one in own_weights(report.path)}
+    assert len(own_weights(report.path)) == 1
     assert all(int(one["offset"]) % 64 == 0 for one in found.values())
     assert report.bytes == inspect_file(report.path).file_bytes > (tmp_path / "b.onnx").stat().st_size
     assert sorted(one.name for one in tmp_path.iterdir() if one.suffix != ".data") == ["a.onnx", "b.onnx"]
     assert_same(source, report.path, random(3, 64))
     whole = condense_onnx(source, tmp_path / "c.onnx", min_speedup=0)
     assert not places(whole.path)
-    assert not (tmp_path / "c.onnx.data").exists()
+    assert not own_weights(whole.path)
     left, right = (onnx.load(one).graph.initializer for one in (report.path, whole.path))
     assert [one.name for one in left] == [one.name for one in right]
     for one, other in zip(left, right, strict=True):
@@ -113,7 +123,7 @@ def test_weights_go_beside_an_exported_file(tmp_path: Path) -> None:
     x = torch.randn(3, 48)
     report = sx.export_onnx(model, tmp_path / "a.onnx", (x,), min_speedup=0, external_data=True)
     found = places(tmp_path / "a.onnx")
-    assert {one["location"] for one in found.values()} == {"a.onnx.data"}
+    assert {one["location"] for one in found.values()} == {one.name for one in own_weights(report.path)}
     assert any(name.endswith("_values") for name in found)
     assert report.library_error is not None
     assert report.fallback_error is not None
@@ -160,15 +170,107 @@ def test_nothing_is_kept_while_what_is_written_is_checked(tmp_path: Path, is_bes
         assert watched() is None
 
 
-@pytest.mark.parametrize("target", ["b.onnx", "a.onnx.data"])
-def test_weights_of_the_source_are_not_written_over(tmp_path: Path, target: str) -> None:
-    source = beside(two_layers(tmp_path / "a.onnx"), "b.onnx.data" if target == "b.onnx" else target)
+def test_weights_of_the_source_are_not_written_over(tmp_path: Path) -> None:
+    source = beside(two_layers(tmp_path / "a.onnx"), "a.onnx.data")
     before = {one: one.read_bytes() for one in tmp_path.iterdir()}
     with pytest.raises(ExportError, match=r"\.data: the source keeps tensors in it, and would lose them"):
-        condense_onnx(source, tmp_path / target, min_speedup=0, verify=False, external_data=target == "b.onnx")
+        condense_onnx(source, tmp_path / "a.onnx.data", min_speedup=0, verify=False)
     assert {one: one.read_bytes() for one in tmp_path.iterdir()} == before
-    if target == "b.onnx":  # nothing is written there
-        condense_onnx(source, tmp_path / target, min_speedup=0, external_data=False)
+
+
+def test_weights_of_the_source_stay_where_the_file_before_named_them_too(tmp_path: Path) -> None:
+    source = beside(two_layers(tmp_path / "a.onnx"), "b.onnx.data")
+    target = Path(shutil.copy(source, tmp_path / "b.onnx"))
+    before = (tmp_path / "b.onnx.data").read_bytes()
+    for asked in (True, False):
+        condense_onnx(source, target, min_speedup=0, verify=False, external_data=asked)
+        assert (tmp_path / "b.onnx.data").read_bytes() == before
+
+
+def constant(path: Path, number: int, *, is_beside: bool = True) -> None:
+    """Write a file that says which number its weights hold."""
+    value = ir.val("w", const_value=ir.tensor(np.full((32, 32), number, np.float32), name="w"))
+    y = ir.node("Identity", [value], name="n")
+    graph = ir.Graph([], y.outputs, nodes=[y], initializers=[value], opset_imports={"": 18})
+    model = ir.Model(graph, ir_version=9, producer_name=str(number))
+    held = weights.take_out(model)
+    with weights.writing(path, ir.to_proto(model), held, is_beside):
+        pass
+
+
+def number_of(path: Path) -> int:
+    """The number that a file says and its weights hold."""
+    model = onnx.load(path)
+    held = onnx.numpy_helper.to_array(model.graph.initializer[0])
+    assert (held == int(model.producer_name)).all()
+    return int(model.producer_name)
+
+
+def test_weights_go_with_the_graph_that_named_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.onnx"
+    others = [tmp_path / name for name in ("b.onnx.data", "a.onnx.0123456789abcdef.data", "a.onnx.data", "a.data")]
+    for one in others:  # which the graph does not name
+        one.write_bytes(b"")
+    constant(path, 1)
+    (first,) = [one for one in own_weights(path) if one not in others]
+    constant(path, 1)
+    assert first.exists()
+    constant(path, 2)
+    assert number_of(path) == 2
+    (second,) = [one for one in own_weights(path) if one not in others]
+    assert second != first
+    constant(path, 3, is_beside=False)
+    assert number_of(path) == 3
+    assert sorted(tmp_path.iterdir()) == sorted([path, *others])
+
+
+def test_weights_of_other_exporters_go_with_their_graph(tmp_path: Path) -> None:
+    """Those that torch.onnx calls like the graph, and none that several graphs may share."""
+    for location, stays in (("a.onnx.data", False), ("shared.bin", True)):
+        constant(tmp_path / "a.onnx", 1, is_beside=False)
+        beside(tmp_path / "a.onnx", location)
+        constant(tmp_path / "a.onnx", 2)
+        assert number_of(tmp_path / "a.onnx") == 2
+        assert (tmp_path / location).exists() is stays
+
+
+KILLED = """
+import json, os, sys
+from pathlib import Path
+import test_weights_beside as tests
+from srigl_fx.onnx_export import weights
+
+folder, found = Path(sys.argv[1]), []
+for steps in range(4):  # done before the process dies: the weights' name, the graph's, what goes
+    path = folder / f"{steps}.onnx"
+    tests.constant(path, 1)
+    child = os.fork()
+    if child == 0:
+        left = [steps]
+        def counted(step):
+            def run(*arguments, **options):
+                if left[0] == 0:
+                    os._exit(9)
+                left[0] -= 1
+                return step(*arguments, **options)
+            return run
+        weights.move_durably, Path.unlink = counted(weights.move_durably), counted(Path.unlink)
+        tests.constant(path, 2)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    found.append([os.waitstatus_to_exitcode(status), tests.number_of(path), len(tests.own_weights(path))])
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes that die are forks")
+def test_whoever_is_killed_leaves_a_graph_with_its_own_weights(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    # Exit code, the number that graph and weights agree on, and files of weights.
+    assert json.loads(done.stdout) == [[9, 1, 1], [9, 1, 2], [9, 2, 2], [0, 2, 1]]
 
 
 @pytest.mark.parametrize("way", ["links", "hard links", "linked folder"])
@@ -201,7 +303,7 @@ def test_tensors_of_sparse_attributes_are_checked(tmp_path: Path) -> None:
     tensor.external_data.add(key="location", value="../secret")
     source.write_bytes(model.SerializeToString())
     with pytest.raises(FormatError, match=r"lies in '\.\./secret', which is no file of its folder"):
-        weights.open_model(source)
+        reading.open_model(source)
 
 
 def outside(path: Path, entries: dict[str, str]) -> None:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 
 from srigl_fx.errors import ExportError, FormatError, SriglError
-from srigl_fx.files import check_replaceable
+from srigl_fx.files import check_replaceable, place_of
 from srigl_fx.onnx_condensing.byte_operators import BYTE_OPERATORS
 from srigl_fx.onnx_condensing.decide import condense_all
 from srigl_fx.onnx_condensing.report import CondensingReport
 from srigl_fx.onnx_condensing.trial import ROUNDED_TOLERANCE, TOLERANCE, check
 from srigl_fx.onnx_export.file import all_nodes, inspect_file
-from srigl_fx.onnx_export.weights import ExternalData, check_external_data, open_model, take_out, writing
+from srigl_fx.onnx_export.reading import open_model
+from srigl_fx.onnx_export.weights import ExternalData, check_external_data, take_out, writing
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import OPSET_VERSION
@@ -66,8 +67,9 @@ def condense_onnx(
         verify: Compare with what ONNX Runtime makes of the source, with and without the operator library.
         example_inputs: Arrays by the names of the model's inputs to compare with; by default random ones, of small
             sizes where they are free, ones for integers.
-        external_data: Whether large tensors go to a file beside it, called like it with ``.data`` behind, which ONNX
-            Runtime maps into memory; "auto" is where one file cannot hold all (2 GiB).
+        external_data: Whether large tensors go to a file beside it, called like it, by what it holds, and ``.data``,
+            which ONNX Runtime maps into memory; "auto" is where one file cannot hold all (2 GiB). One that the file
+            had before goes with it.
 
     Returns:
         A report; ``str()`` is a table.
@@ -122,7 +124,7 @@ def condense_onnx(
     proto, held = _finished(model, fallback=fallback)
     options: dict[str, Any] = {"fallback": fallback, "allowed": allowed, "has_bytes": has_bytes}
     # In its own place, the source is to be lost.
-    spared = () if _place(Path(source)) == _place(target) else files
+    spared = () if place_of(Path(source)) == place_of(target) else files
     with writing(target, proto, held, external_data, spared) as part:
         del proto, held, model  # what follows has the memory
         errors = check(Path(source), part, example_inputs, **options) if verify else {}
@@ -134,11 +136,6 @@ def condense_onnx(
         fallback_error=errors.get("fallback"),
         allowed_error=allowed,
     )
-
-
-def _place(path: Path) -> Path:
-    """What is replaced where this path is written: a link itself, not what it leads to."""
-    return path.parent.resolve() / path.name
 
 
 @contextlib.contextmanager

@@ -156,6 +156,11 @@ def read_model(path: Path) -> "onnx.ModelProto":
 
     Raises:
         FormatError: If the file cannot be read, or is no ONNX file.
+
+    Example:
+        >>> read_model(Path("missing.onnx"))
+        Traceback (most recent call last):
+        srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -163,15 +168,16 @@ def read_model(path: Path) -> "onnx.ModelProto":
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror}") from error
+        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
     if content[4:8] == b"ORTM":
         raise FormatError(f"{path} is a file in ORT format: give the ONNX file that it was made from")
     try:
         model = onnx.load_model_from_string(content, format="protobuf")
     except DecodeError as error:
-        raise FormatError(f"{path} is no ONNX file, or a damaged one: {error}") from error
-    if not model.graph.node:
-        raise FormatError(f"{path} holds no ONNX graph: it is empty or no ONNX file")
+        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FormatError(f"{path} is no ONNX file, or a damaged one: {problem:.300}") from error
+    if not model.graph.node:  # so it is with an empty file
+        raise FormatError(f"{path} is no ONNX file, or a damaged one: it holds no graph")
     return model
 
 

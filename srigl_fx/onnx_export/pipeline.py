@@ -95,8 +95,9 @@ def export_onnx(
             of at least 30 dB: what differs in the last bit may be rounded apart.
         state: What becomes of buffers that the forward pass writes: with "inputs" each is an input and an output of the
             file, and its present value is kept as the initial one (see ``srigl_fx.runtime.Stream``); "error" refuses.
-        external_data: Whether large tensors go to a file beside it, called like it with ``.data`` behind, which ONNX
-            Runtime maps into memory; "auto" is where one file cannot hold all (2 GiB).
+        external_data: Whether large tensors go to a file beside it, called like it, by what it holds, and ``.data``,
+            which ONNX Runtime maps into memory; "auto" is where one file cannot hold all (2 GiB). One that the file
+            had before goes with it.
         triton: The folder of all models of a Triton server, which exists, to write one for this file into it, too, as
             :func:`srigl_fx.onnx_tools.triton_model` does; or a dict of that function's arguments, with the folder as
             "repository". By default none is written.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from srigl_fx.errors import ExportError, FormatError
 from srigl_fx.onnx_export.file import all_nodes, all_tensors, read_model
 from srigl_fx.onnx_export.limits import limits_in
-from srigl_fx.onnx_export.weights import lies_beside
+from srigl_fx.onnx_export.reading import lies_beside
 from srigl_fx.passes.sizes import ANY, span_of
 from srigl_fx.runtime.ort.abi import DOMAIN, OPERATORS
 from srigl_fx.runtime.ort.library import library_path

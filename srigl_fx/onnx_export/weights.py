@@ -1,24 +1,30 @@
 """The large tensors of a model, inside its file or in one file of weights beside it.
 
-Owns taking them out of a model in memory, so that only its graph is handled, and writing both; and which files of
-weights a model that nobody vouches for may read. It must not know what they are for.
+Owns taking them out of a model in memory, so that only its graph is handled, and writing both. It must not know what
+they are for, nor how models are read.
 
 A file of weights holds one tensor behind the other. Each starts at a multiple of 64 bytes, large ones at that of a
 page, so that ONNX Runtime maps the file into memory and operators read it there. Tensors are written one by one.
+
+It is called by what it holds, so that no graph is ever read with the weights of another one. It gets its name before
+the graph does; one that the graph before was alone to name goes after that. A process that is killed meanwhile leaves
+the old pair or the new one, and perhaps a file of weights that nobody names.
 """
 
 import contextlib
-import math
-import os
+import hashlib
+import mmap
+import re
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal
 
-from srigl_fx.errors import ExportError, FormatError
-from srigl_fx.files import check_replaceable, move_durably, replacing
+from srigl_fx.errors import ExportError
+from srigl_fx.files import check_replaceable, move_durably, place_of, replacing
 from srigl_fx.onnx_export.file import all_graphs, all_tensors
+from srigl_fx.onnx_export.reading import LARGE, refer
 from srigl_fx.reports.text_tables import format_bytes
 
 if TYPE_CHECKING:
@@ -27,9 +33,10 @@ if TYPE_CHECKING:
 
 ExternalData = bool | Literal["auto"]
 LARGEST_FILE: Final = 2**31 - 1  # what one protobuf message may hold
-SUFFIX: Final = ".data"  # behind the name of the model's file
-_LARGE: Final = 1024  # bytes; what is smaller stays in the graph, where tools look for shapes and axes
+SUFFIX: Final = ".data"  # behind the name of the model's file and what stands for the content
+_DIGITS: Final = 16  # of the content's SHA-256
 _LINE, _PAGE = 64, 4096
+_ASIDE: Final = "srigl_fx.aside."  # before the numbers of tensors that are kept apart
 
 
 def check_external_data(asked: ExternalData) -> None:
@@ -64,7 +71,7 @@ def take_out(model: "ir.Model") -> dict[str, Any]:
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if tensor is None or tensor.nbytes < _LARGE or tensor.dtype == ir.DataType.STRING:
+            if tensor is None or tensor.nbytes < LARGE or tensor.dtype == ir.DataType.STRING:
                 continue
             key = str(len(held))
             held[key] = tensor
@@ -92,7 +99,8 @@ def writing(
         model: The graph.
         held: What :func:`take_out` took from it.
         external_data: Whether large tensors go to a file beside it; "auto" is where one file cannot hold all.
-        spared: Files that it must not take the place of (:func:`open_model` finds those of a model).
+        spared: Files that it must not take the place of, nor take away: those of its source, as
+            :func:`~srigl_fx.onnx_export.reading.open_model` finds them.
 
     Raises:
         ExportError: One file cannot hold all, and is asked to; or one of those files would be lost.
@@ -106,41 +114,74 @@ def writing(
             if rest <= LARGEST_FILE
             else f"the graph alone takes {format_bytes(rest)}, more than one file holds (2 GiB)"
         )
+    if _is_spared(target, spared):
+        raise ExportError(
+            f"cannot write {target}: the source keeps tensors in it, and would lose them; give another path"
+        )
+    lost = {one for one in _own_weights(target) if not _is_spared(one, spared)}
     if held and (external_data is True or size > LARGEST_FILE):
-        _spare(spared, target, target.with_name(target.name + SUFFIX))
-        with _replacing_both(target) as (part, weights):
-            _write(part, model, held, weights)
+        with _replacing_both(target, lost) as folder:
+            part = folder / target.name
+            _write_beside(part, model, held)
             del model, held
             yield part
     else:
-        _spare(spared, target)
         with replacing(target) as part:
-            _write(part, model, held, None)
+            _write_whole(part, model, held)
             del model, held
             yield part
+    for one in lost:
+        with contextlib.suppress(OSError):  # one that cannot be removed is in nobody's way
+            one.unlink()
 
 
-def _write(part: Path, model: "onnx.ModelProto", held: Mapping[str, Any], weights: Path | None) -> None:
-    """The model with its large tensors in ``weights``, or in itself."""
+def _write_whole(part: Path, model: "onnx.ModelProto", held: Mapping[str, Any]) -> None:
+    """The model with its large tensors in itself."""
     places = _places(model)
-    if weights is None:
-        for key, tensor in held.items():
-            _refer(places[key], "", 0, 0)
-            places[key].raw_data = tensor.tobytes()
-    else:
-        with weights.open("wb") as file:
-            for key, tensor in held.items():
-                _refer(places[key], weights.name, *_append(file, tensor))
+    for key, tensor in held.items():
+        refer(places[key], "", 0, 0)
+        places[key].raw_data = tensor.tobytes()
     part.write_bytes(model.SerializeToString())
 
 
-def _spare(spared: Collection[Path], *written: Path) -> None:
-    """Require that no file which another model needs is written over."""
-    for path in written:
-        if path.parent.resolve() / path.name in spared:
-            raise ExportError(
-                f"cannot write {path}: the source keeps tensors in it, and would lose them; give another path"
-            )
+def _write_beside(part: Path, model: "onnx.ModelProto", held: Mapping[str, Any]) -> None:
+    """The model, and its large tensors in a file beside it that is called by their content."""
+    unnamed, digest, found = part.with_name(f"{part.name}{SUFFIX}"), hashlib.sha256(), dict[str, tuple[int, int]]()
+    with unnamed.open("wb") as file:
+        for key, tensor in held.items():
+            found[key] = _append(file, tensor, digest)
+    weights = part.with_name(f"{part.name}.{digest.hexdigest()[:_DIGITS]}{SUFFIX}")
+    unnamed.rename(weights)
+    places = _places(model)
+    for key, place in found.items():
+        refer(places[key], weights.name, *place)
+    part.write_bytes(model.SerializeToString())
+
+
+def _is_spared(path: Path, spared: Collection[Path]) -> bool:
+    """Whether a file is one that another model needs."""
+    return place_of(path) in spared
+
+
+def _own_weights(target: Path) -> list[Path]:
+    """The files of weights that the model at a path names and that are called like it, which go with it."""
+    called = re.compile(re.escape(target.name) + rf"(\.[0-9a-f]{{{_DIGITS}}})?" + re.escape(SUFFIX))
+    found = [one for one in target.parent.iterdir() if called.fullmatch(one.name) and one.is_file()]
+    if found and target.is_file() and target.stat().st_size:
+        with (
+            contextlib.suppress(OSError),  # of one that cannot be read, nothing is known
+            target.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return [one for one in found if content.find(_as_value(one.name)) >= 0]
+    return []
+
+
+def _as_value(text: str) -> bytes:
+    """How protobuf writes the value of an entry."""
+    from onnx import StringStringEntryProto
+
+    return bytes(StringStringEntryProto(value=text).SerializeToString())
 
 
 def _places(model: "onnx.ModelProto") -> "dict[str, onnx.TensorProto]":
@@ -155,14 +196,73 @@ def _places(model: "onnx.ModelProto") -> "dict[str, onnx.TensorProto]":
     return found
 
 
-def _append(file: BinaryIO, tensor: Any) -> tuple[int, int]:
+def _append(file: BinaryIO, tensor: Any, digest: Any) -> tuple[int, int]:
     """Write a tensor; where it starts, and its bytes."""
     step = _PAGE if tensor.nbytes >= 2**20 else _LINE
-    file.write(bytes(-file.tell() % step))
-    start = file.tell()
-    file.write(tensor.tobytes())
+    gap = bytes(-file.tell() % step)
+    file.write(gap)
+    start, content = file.tell(), tensor.tobytes()
+    file.write(content)
+    digest.update(gap)
+    digest.update(content)
     let_go(tensor)
     return start, file.tell() - start
+
+
+class Aside:
+    """The large constants of messages, kept apart while something handles their graphs, as :func:`take_out` does.
+
+    Attributes:
+        tensors: By the name that their place in a message has as its file, for :func:`writing`.
+
+    Example:
+        >>> import numpy as np, onnx
+        >>> graph = onnx.helper.make_graph([], "g", [], [], [onnx.numpy_helper.from_array(np.ones((64, 64)), "w")])
+        >>> model, aside = onnx.helper.make_model(graph), Aside()
+        >>> aside.take(model)
+        >>> list(model.graph.initializer[0].dims), aside.tensors["srigl_fx.aside.0"].nbytes
+        ([0], 32768)
+        >>> aside.give_places(model)
+        >>> list(model.graph.initializer[0].dims)
+        [64, 64]
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Any] = {}
+        self._heads: dict[str, onnx.TensorProto] = {}
+
+    def take(self, model: "onnx.ModelProto") -> None:
+        """Leave large constants empty, so that what checks the message does not look for their files."""
+        import onnx_ir as ir
+        from onnx import TensorProto
+
+        for graph in all_graphs(model.graph):
+            for tensor in graph.initializer:
+                is_beside = tensor.data_location == TensorProto.EXTERNAL
+                if tensor.data_type == TensorProto.STRING or (not is_beside and tensor.ByteSize() < LARGE):
+                    continue
+                key = f"{_ASIDE}{len(self.tensors)}"
+                whole, head = TensorProto(), TensorProto(dims=tensor.dims, doc_string=tensor.doc_string)
+                whole.CopyFrom(tensor)
+                self.tensors[key], self._heads[key] = ir.from_proto(whole), head
+                tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0], doc_string=key))
+        for tensor in all_tensors(model):
+            if tensor.data_location == TensorProto.EXTERNAL:  # in a node: nobody keeps much there
+                content = ir.from_proto(tensor).tobytes()
+                refer(tensor, "", 0, 0)
+                tensor.raw_data = content
+
+    def give_places(self, model: "onnx.ModelProto") -> None:
+        """Give the constants in a message, whatever they are called by now, their sizes back."""
+        for graph in all_graphs(model.graph):
+            for tensor in graph.initializer:
+                head = self._heads.get(tensor.doc_string)
+                if head is not None:
+                    key = tensor.doc_string
+                    del tensor.dims[:]
+                    tensor.MergeFrom(head)
+                    tensor.doc_string = head.doc_string
+                    refer(tensor, key, 0, 0)
 
 
 def let_go(tensor: Any) -> None:
@@ -179,125 +279,23 @@ def let_go(tensor: Any) -> None:
             tensor.release()
 
 
-def _refer(tensor: "onnx.TensorProto", location: str, offset: int, length: int) -> None:
-    """Say where a tensor is: in this file of weights, or, without one, in the message."""
-    from onnx import TensorProto
-
-    del tensor.external_data[:]
-    tensor.data_location = TensorProto.EXTERNAL if location else TensorProto.DEFAULT
-    if location:
-        for key, text in (("location", location), ("offset", str(offset)), ("length", str(length))):
-            tensor.external_data.add(key=key, value=text)
-
-
 @contextlib.contextmanager
-def _replacing_both(target: Path) -> Iterator[tuple[Path, Path]]:
-    """Paths for a model and its weights, which get their names when the block ends: first the weights."""
-    beside = target.with_name(target.name + SUFFIX)
+def _replacing_both(target: Path, lost: set[Path]) -> Iterator[Path]:
+    """A folder for a model and its weights, which get their places when the block ends: first the weights.
+
+    Those weights are no longer lost, if they were.
+    """
     check_replaceable(target)
-    check_replaceable(beside)
     folder = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     folder.mkdir()
     try:
-        yield folder / target.name, folder / beside.name
-        move_durably(folder / beside.name, beside)
+        yield folder
+        for weights in list(folder.iterdir()):
+            if weights.name != target.name:
+                beside = target.with_name(weights.name)
+                check_replaceable(beside)
+                move_durably(weights, beside)
+                lost.discard(beside)
         move_durably(folder / target.name, target)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def lies_beside(path: Path, called: Path) -> bool:
-    """Whether a file is one that a model may keep tensors in: it is in the folder of the model, or below it.
-
-    A link must lead to where it lies itself, or to where the model really lies, as downloads are kept: as links to one
-    folder of files.
-
-    Args:
-        path: The model.
-        called: The file, as the model calls it.
-
-    Example:
-        >>> lies_beside(Path("a.onnx"), Path("a.data")), lies_beside(Path("a.onnx"), Path("/a.data"))
-        (True, False)
-    """
-    where = called.parent.resolve()
-    return where.is_relative_to(path.parent.resolve()) and called.resolve().parent in (where, path.resolve().parent)
-
-
-def open_model(path: Path, files: set[Path] | None = None) -> "onnx.ModelProto":
-    """A model without its large tensors, which stay in files beside it, checked to be where they are said to be.
-
-    Args:
-        path: The model's file.
-        files: Where given, the files beside it are put there: as the model calls them, and with links followed.
-
-    Returns:
-        The model; the locations of its large tensors are whole paths, with links followed.
-
-    Raises:
-        FormatError: The file cannot be read, is no ONNX file, or one of its tensors lies outside of its folder, in no
-            regular file, or not within that file.
-    """
-    import onnx
-    from onnx import TensorProto
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise FormatError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's and those of onnx have no base class
-        raise FormatError(
-            f"{path} is no ONNX file: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        ) from error
-    for tensor in all_tensors(model):
-        if tensor.data_location != TensorProto.EXTERNAL:
-            continue
-        called, offset, size = _checked_place(path, tensor)
-        file = called.resolve()
-        if files is not None:
-            files |= {called, file}
-        if size >= _LARGE:
-            _refer(tensor, str(file), offset, size)
-            continue
-        try:
-            with file.open("rb") as opened:
-                opened.seek(offset)
-                content = opened.read(size)
-        except OSError as error:
-            raise FormatError(f"cannot read {file}: {error.strerror or error}") from error
-        _refer(tensor, "", 0, 0)
-        tensor.raw_data = content
-    return model
-
-
-def _checked_place(path: Path, tensor: "onnx.TensorProto") -> tuple[Path, int, int]:
-    """The file of a tensor beside a model, where it starts, and its bytes; that it lies there is checked."""
-    import onnx_ir as ir
-
-    where = f"the tensor {tensor.name!r} of {path}"
-    said = {entry.key: entry.value for entry in tensor.external_data}
-    try:
-        offset, bits = int(said.get("offset") or 0), int(ir.DataType(tensor.data_type).bitwidth)
-        size = int(-(-math.prod(tensor.dims) * bits // 8))
-        length = int(said.get("length") or size)
-    except (ValueError, TypeError) as error:
-        raise FormatError(
-            f"{where} is said to lie at {said}, with the type {tensor.data_type}, which is no place"
-        ) from error
-    folder = path.parent.resolve()
-    location = said.get("location", "")
-    called = Path(os.path.normpath(folder / location))
-    # The byte 0 ends a path for the system, and none for Python.
-    if not location or "\0" in location or os.path.isabs(location) or not called.is_relative_to(folder):
-        raise FormatError(f"{where} lies in {location!r}, which is no file of its folder")
-    file = called.resolve()
-    if file.exists() and not file.is_dir() and not lies_beside(path, called):
-        raise FormatError(f"{where} lies in {location!r}, which is no file of its folder")
-    if not file.is_file():
-        raise FormatError(f"{where} lies in {location}, which is missing or no file; put the files side by side")
-    if min(tensor.dims, default=0) < 0 or offset < 0 or length != size or offset + length > file.stat().st_size:
-        raise FormatError(
-            f"{where} takes {size} bytes, and is said to be {length} at {offset} of {location}, which has "
-            f"{file.stat().st_size}; the file is damaged, or not all of it"
-        )
-    return called, offset, size
