@@ -14,6 +14,9 @@ It must not know how a single attempt at a capture is made.
 5. Sizes that have one number in the example, and of which the model takes no other for each alone, but for all of them,
    are one size: there are models that read a mask's first samples, as many as there are of the tokens.
 6. What is compared later has all free sizes smaller at once, and all larger, if the model takes that; else one by one.
+7. A condition that the trace has for sizes stays if the graph is not right, or the model does not run, at numbers that
+   break it: calls then refuse them. Where both do the same there, as at a size that happened to differ from another in
+   the example, the graph does not need it.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,15 +27,16 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import compare
 from srigl_fx.errors import LoweringError
 from srigl_fx.passes.asked_sizes import Wish, Wishes
 from srigl_fx.passes.capture import Capture, Failure, capture_asked
 from srigl_fx.passes.capture_checks import class_name, first_line, raised_by
 from srigl_fx.passes.free_sizes import UNKNOWN, batch_names, named_sizes, specialised_by
+from srigl_fx.passes.guards import broken_at
 from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.sizes import At, FixedSize, Size, Sizes, resize
+from srigl_fx.passes.size_trials import ANOTHER, DIFFERS, Trials
+from srigl_fx.passes.sizes import At, Condition, FixedSize, Size, Sizes, resize
 
 _STEPS = tuple(2**power for power in range(7))
 _ROUNDS = 6  # captures in a row, each with fewer free sizes than the last
@@ -68,6 +72,7 @@ class _Asking:
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wishes: Wishes) -> None:
         self.model, self.args, self.kwargs, self.wishes = model, args, kwargs, wishes
         self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
+        self.trials = Trials(model)
         self.fixed: dict[tuple[int, int], FixedSize] = {}
         self.axes: Axes = {leaf: dict(axes) for leaf, axes in wishes.axes.items()}
         if wishes.everything:
@@ -249,15 +254,15 @@ class _Asking:
             problem = silent = ""
             for candidates, kept in ((below, smaller), (above, larger)):
                 for candidate in candidates:
-                    wrong = self._wrong(program, At.of({**example, name: candidate}))
+                    wrong = self.trials.wrong(program, At.of({**example, name: candidate}))
                     if wrong == "":
                         kept[name] = candidate
                         break
                     problem = problem or wrong
-                    if candidate == 1 and candidate == least and wrong.startswith(_DIFFERS):
+                    if candidate == 1 and candidate == least and wrong.startswith(DIFFERS):
                         limits[name] = (2, most)  # export takes sizes of 1 for constants: there it has decided
                         self._check_asked(sizes, name, limits[name])
-                    elif wrong.endswith(_ANOTHER):
+                    elif wrong.endswith(ANOTHER):
                         silent = silent or wrong
             if silent or (name not in smaller and name not in larger and (below or above)):
                 again |= self._not_free(sizes, name, silent or problem)
@@ -266,11 +271,25 @@ class _Asking:
         tried: list[dict[str, int]] = []
         for kept in (smaller, larger):
             together = {**example, **kept}
-            if not kept or self._wrong(program, At.of(together)) == "":
+            if not kept or self.trials.wrong(program, At.of(together)) == "":
                 tried += [kept] if kept else []
             else:
                 tried += [{name: number} for name, number in kept.items()]
-        return replace(program, sizes=replace(sizes, limits=limits, tried=tuple(tried)))
+        sizes = replace(sizes, limits=limits, tried=tuple(tried))
+        return replace(program, sizes=replace(sizes, conditions=self._needed(program, sizes)))
+
+    def _needed(self, program: Program, sizes: Sizes) -> tuple[Condition, ...]:
+        """Rule 7."""
+        example = sizes.example(self.leaves)
+        needed = []
+        for condition in dict.fromkeys(sizes.conditions):
+            # Sizes of 1 in the example were larger ones at the capture.
+            if not all(condition.holds({**example, **values}) for values in ({}, *sizes.tried)):
+                continue
+            broken = broken_at(condition, example, sizes.limits)
+            if broken is not None and self.trials.wrong(program, At.of(broken)) != "":
+                needed.append(condition)
+        return tuple(needed)
 
     def _tied(self, program: Program) -> Program:
         """Rule 5: the program with one name for sizes that go together, though the graph does not say so."""
@@ -306,7 +325,7 @@ class _Asking:
         """Whether the program is right with one less of these sizes, with one more, or with both."""
         example = program.sizes.example(self.leaves)
         others = [n for n in (number - 1, number + 1) if n > 0]
-        return sides(self._wrong(program, At.of({**example, **dict.fromkeys(names, n)})) == "" for n in others)
+        return sides(self.trials.wrong(program, At.of({**example, **dict.fromkeys(names, n)})) == "" for n in others)
 
     def _not_free(self, sizes: Sizes, name: str, problem: str) -> bool:
         """Rule 4: fix the axes that have this size, or raise; whether any was fixed."""
@@ -320,7 +339,7 @@ class _Asking:
             if self.axes[leaf][axis].required:
                 why = (
                     "there are sizes at which the graph is wrong"
-                    if problem.endswith(_ANOTHER)
+                    if problem.endswith(ANOTHER)
                     else f"no other size than {self.leaves[leaf].shape[axis]} was found at which it is"
                 )
                 raise LoweringError(
@@ -330,29 +349,6 @@ class _Asking:
         for leaf, axis in places:
             self._fix(leaf, axis, problem)
         return bool(places)
-
-    def _wrong(self, program: Program, at: At) -> str:
-        """What is wrong with the model, or with its graph, at other sizes; "" where both do the same."""
-        inputs = program.inputs_at(at)
-        try:
-            wanted = [run.results for run in run_steps(self.model, *inputs)]
-        except Exception as error:  # the model's own code: any type
-            return f"the model does not run at {at}: {raised_by(error)}{first_line(error)}"
-        try:
-            found = compare(
-                [None],
-                lambda _: wanted,
-                lambda _, calls: [run.results for run in run_steps(program.module, *inputs, calls)],
-            )
-        except Exception as error:  # of any operator
-            return f"{_DIFFERS} at {at}: {first_line(error)}"
-        if found.wrong is None:
-            return ""
-        return f"{_DIFFERS} at {at}: {found.wrong.what}{_ANOTHER}"
-
-
-_ANOTHER = " is another"  # and no error says so
-_DIFFERS = "the forward decides by it: the graph does something else than the model"
 
 
 def _plain(size: Size) -> tuple[dict[str, int], int]:

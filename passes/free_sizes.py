@@ -7,6 +7,7 @@ Owns the way from the symbols that ``torch.export`` has put into a graph's input
 2. A size that the graph computes from others is a sum of multiples of them; of one that is more, nothing is known.
 3. The first leading size that is free is the batch, and so are the leading sizes that are as long in the example.
 4. The batch is called "batch", another leading size by its input, and any other by its input and its axis.
+5. What the trace took for true of sizes is a condition on them, until it is known whether the graph needs it.
 """
 
 import os
@@ -18,8 +19,9 @@ import torch
 from torch import fx
 
 from srigl_fx.passes.capture_checks import free_sizes
+from srigl_fx.passes.guards import conditions_of
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.sizes import BATCH, Size, Sizes
+from srigl_fx.passes.sizes import BATCH, Condition, Size, Sizes
 
 UNKNOWN = "?"  # what the name of a size begins with that is no sum of others
 
@@ -49,7 +51,21 @@ def symbols_of(values: Sequence[Any], leaves: Sequence[Any], ranges: Mapping[Any
                         most = int(found.upper)
                     limits[str(symbol)] = (least, most)
         axes.append(own)
-    return Sizes(axes=tuple(axes), batch=batch_names(axes, leaves), limits=limits)
+    return Sizes(axes=tuple(axes), batch=batch_names(axes, leaves), limits=limits, conditions=_conditions(values))
+
+
+def _conditions(values: Sequence[Any]) -> tuple[Condition, ...]:
+    """Rule 5."""
+    example: dict[str, int] = {}
+    shapes: Any = None
+    for value in values:
+        for axis in free_sizes(value):
+            size = value.shape[axis].node
+            shapes = size.shape_env
+            if size.expr.is_Symbol and size.has_hint():
+                example[str(size.expr)] = int(size.hint)
+    guards = [shapes.replace(guard.expr) for guard in getattr(shapes, "guards", ())]
+    return conditions_of(guards, example)
 
 
 def batch_names(axes: Sequence[Mapping[int, Size]], leaves: Sequence[Any]) -> tuple[str, ...]:
@@ -97,7 +113,9 @@ def named_sizes(sizes: Sizes, module: fx.GraphModule, given: Mapping[str, Size] 
     counted = [names[symbol].name for symbol in sizes.batch]
     batch = dict.fromkeys(called for called in counted if called is not None)
     axes = tuple({axis: size.put(names) for axis, size in own.items()} for own in sizes.axes)
-    return replace(sizes, axes=axes, batch=tuple(batch), limits=limits)
+    known = [item.put(names) for item in sizes.conditions if names.keys() >= set(item.names)]
+    conditions = tuple(item for item in known if item is not None)
+    return replace(sizes, axes=axes, batch=tuple(batch), limits=limits, conditions=conditions)
 
 
 def _unused(name: str, taken: set[str]) -> str:

@@ -7,7 +7,7 @@ multiples of names where the model ties it to others. It must not know how a siz
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ BATCH = "batch"
 ANY = (1, None)  # the limits of a size that has none
 
 _TERM = re.compile(r"(?:(-?\d+)\*)?([A-Za-z_]\w*)|(-?\d+)", re.ASCII)
+_CONDITION = re.compile(r"(.+?)(?: % (\d{1,9}))? (==|!=|>=) 0", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,79 @@ class Size:
 
 
 @dataclass(frozen=True)
+class Condition:
+    """What free sizes must satisfy beside their limits: something of a sum of them and zero.
+
+    Attributes:
+        size: The sum.
+        relation: It, or its rest, is this to zero.
+        divisor: What it is divided by, if its rest is meant; else 0.
+
+    Example:
+        >>> less = Condition(Size.parse("rows + -1*past + -1"), ">=")
+        >>> str(less), less.words, less.holds({"rows": 3, "past": 3})
+        ('rows + -1*past + -1 >= 0', 'rows must be at least past + 1', False)
+    """
+
+    size: Size
+    relation: Literal["==", "!=", ">="]
+    divisor: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> "Condition":
+        """The inverse of ``str()``, for text from files, too.
+
+        Raises:
+            ValueError: The text is no such condition.
+
+        Example:
+            >>> Condition.parse("tokens % 8 == 0").words
+            'tokens must be a multiple of 8'
+        """
+        found = _CONDITION.fullmatch(text)
+        if not found or (found[2] and (int(found[2]) < 2 or found[3] == ">=")):
+            raise ValueError(f"{text!r} is no condition on sizes")
+        return cls(Size.parse(found[1]), found[3], int(found[2] or 0))  # type: ignore[arg-type]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sizes that it is about."""
+        return tuple(name for name, _ in self.size.terms)
+
+    def holds(self, values: Mapping[str, int]) -> bool:
+        """Whether it holds where the named sizes are ``values``."""
+        number = self.size.at(values)
+        number = number % self.divisor if self.divisor else number
+        return number >= 0 if self.relation == ">=" else (number == 0) is (self.relation == "==")
+
+    def put(self, sizes: Mapping[str, Size]) -> "Condition | None":
+        """The same with other sizes in the place of names; None where no size is left in it."""
+        made = self.size.put(sizes)
+        terms = tuple((name, factor) for name, factor in made.terms if factor)
+        return Condition(Size(terms, made.constant), self.relation, self.divisor) if terms else None
+
+    @property
+    def words(self) -> str:
+        """The condition as errors tell it."""
+        if self.divisor:
+            return f"{self.size} must {'' if self.relation == '==' else 'not '}be a multiple of {self.divisor}"
+        left, right = (
+            [name if factor == 1 else f"{factor}*{name}" for name, factor in terms]
+            for terms in (
+                [(name, factor) for name, factor in self.size.terms if factor > 0],
+                [(name, -factor) for name, factor in self.size.terms if factor < 0],
+            )
+        )
+        if self.size.constant:
+            (left if self.size.constant > 0 else right).append(str(abs(self.size.constant)))
+        must = {"==": "must be", "!=": "must not be", ">=": "must be at least"}[self.relation]
+        return f"{' + '.join(left) or 0} {must} {' + '.join(right) or 0}"
+
+    def __str__(self) -> str:
+        return f"{self.size}{f' % {self.divisor}' if self.divisor else ''} {self.relation} 0"
+
+
+@dataclass(frozen=True)
 class At:
     """Named sizes with numbers, in words: where a model is run.
 
@@ -127,6 +201,7 @@ class FreeSize:
         tried: The other sizes at which the model runs and its graph gives the same; empty where none was asked for.
         least: The smallest size that the graph is right for, as far as it says.
         most: The largest; None where it says none.
+        conditions: What else must be so of it, perhaps beside other sizes, in words.
     """
 
     name: str
@@ -135,6 +210,7 @@ class FreeSize:
     tried: tuple[int, ...] = ()
     least: int = 1
     most: int | None = None
+    conditions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +236,7 @@ class Sizes:
         axes: For each leaf of (args, kwargs), its free axes and the sizes that they have.
         batch: The names of those sizes that count samples: leading ones that are as long as the first in the example.
         limits: The smallest and the largest number of named sizes, where there are such.
+        conditions: What else is required of them.
         tried: Numbers beside the example's at which the model runs.
         asked: Whether somebody said which sizes are to be free.
         fixed: What was to be free where possible, and is not.
@@ -168,6 +245,7 @@ class Sizes:
     axes: tuple[Mapping[int, Size], ...] = ()
     batch: tuple[str, ...] = ()
     limits: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    conditions: tuple[Condition, ...] = ()
     tried: tuple[Mapping[str, int], ...] = ()
     asked: bool = False
     fixed: tuple[FixedSize, ...] = ()
@@ -252,7 +330,8 @@ class Sizes:
         if known:
             mosts = [most for _, most in known if most is not None]
             limits[names[0]] = (max(least for least, _ in known), min(mosts, default=None))
-        return replace(self, axes=axes, batch=batch, limits=limits)
+        conditions = tuple(found for item in self.conditions if (found := item.put(one)) is not None)
+        return replace(self, axes=axes, batch=batch, limits=limits, conditions=conditions)
 
     def told(self, leaves: Sequence[Any], paths: Sequence[str]) -> tuple[FreeSize, ...]:
         """The free sizes for a report; ``paths`` are the names of the leaves."""
@@ -275,6 +354,7 @@ class Sizes:
                     tried=tuple(sorted(tried)),
                     least=least,
                     most=most,
+                    conditions=tuple(item.words for item in self.conditions if name in item.names),
                 )
             )
         return tuple(found)

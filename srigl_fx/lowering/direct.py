@@ -73,6 +73,7 @@ class DirectProgram:
             if free.name is None and not self._accepted[i].anything
         ]
         self._limits = [(name, least, most) for name, (least, most) in sizes.limits.items()]
+        self._conditions = sizes.conditions
         self._functions: _Functions | None = None
         flat = all(child.is_leaf() for spec in (positional, named) for child in spec.children())
         if flat and len(described) == len(self._names):
@@ -98,6 +99,10 @@ class DirectProgram:
             return None
         if self._limits and not all(
             is_within(named.get(name, least), least, most) for name, least, most in self._limits
+        ):
+            return None
+        if self._conditions and not all(
+            one.holds(named) for one in self._conditions if all(name in named for name in one.names)
         ):
             return None
         try:

@@ -19,7 +19,7 @@ from srigl_fx.passes.capture_checks import is_free
 from srigl_fx.passes.example_inputs import Inputs
 from srigl_fx.passes.hugging_face import register_caches, untold
 from srigl_fx.passes.program import Program
-from srigl_fx.passes.sizes import ANY, BATCH, Size, Sizes, is_within, span_of
+from srigl_fx.passes.sizes import ANY, BATCH, Condition, Size, Sizes, is_within, span_of
 
 Described = Sequence[dict[str, Any] | None]
 
@@ -43,7 +43,11 @@ def describe_inputs(program: Program) -> list[dict[str, Any] | None]:
         return {"value": value} if isinstance(value, bool | int | float | str) else None
 
     values = [node.meta.get("val") for node in program.module.graph.find_nodes(op="placeholder")]
-    return [one(value, free) for value, free in zip(values, program.sizes.axes or ({},) * len(values), strict=True)]
+    found = [one(value, free) for value, free in zip(values, program.sizes.axes or ({},) * len(values), strict=True)]
+    first = next((item for item in found if item is not None and "shape" in item), None)
+    if first is not None and program.sizes.conditions:
+        first["conditions"] = [str(condition) for condition in program.sizes.conditions]
+    return found
 
 
 def sizes_of(described: Described) -> Sizes:
@@ -61,7 +65,8 @@ def sizes_of(described: Described) -> Sizes:
     limits = {
         name: (least, most) for item in described for name, (least, most) in (item or {}).get("limits", {}).items()
     }
-    return Sizes(axes=tuple(map(free, described)), limits=limits)
+    conditions = [Condition.parse(text) for item in described for text in (item or {}).get("conditions", ())]
+    return Sizes(axes=tuple(map(free, described)), limits=limits, conditions=tuple(conditions))
 
 
 def is_description(item: Any) -> bool:
@@ -75,6 +80,11 @@ def is_description(item: Any) -> bool:
         return isinstance(item["value"], bool | int | float | str)
     numbers = [size for size in item["shape"] if size is not None and not isinstance(size, str)]
     names = [Size.parse(size) for size in item["shape"] if isinstance(size, str)]  # raises where that is no name
+    conditions = item.get("conditions", [])
+    if not isinstance(conditions, list) or any(not isinstance(text, str) for text in conditions):
+        return False
+    for text in conditions:
+        Condition.parse(text)  # raises where that is none
     return (
         isinstance(getattr(torch, item["dtype"]), torch.dtype)
         and len(names) + len(numbers) <= len(item["shape"])
@@ -184,7 +194,8 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
                         f"input {position} of the lowered module has {size} {given_size} and input {first} has "
                         f"{known}: give them the same, as the model asks for"
                     )
-    for name, (least, most) in sizes_of(described).limits.items():
+    sizes_wanted = sizes_of(described)
+    for name, (least, most) in sizes_wanted.limits.items():
         if name in named and not is_within(named[name][1], least, most):
             position, given_size = named[name]
             raise LoweringError(
@@ -192,6 +203,12 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
                 f"graph is right {span_of(least, most)}: {_AGAIN.replace('such', 'other')}, or another range"
             )
     values = {name: size for name, (_, size) in named.items()}
+    for condition in sizes_wanted.conditions:
+        if values.keys() >= set(condition.names) and not condition.holds(values):
+            raise LoweringError(
+                f"the inputs of the lowered module have {_standing(module, described, values, condition)}, and "
+                f"{condition.words}, as the model asks for: {_AGAIN.replace('such', 'other')}, or give such sizes"
+            )
     for position, axis, free, given_size in sums:
         if values.keys() >= {name for name, _ in free.terms} and free.at(values) != given_size:
             shown = ", ".join(f"{name} {values[name]}" for name, _ in free.terms)
@@ -200,6 +217,18 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
                 f"the model asks for {free}, {free.at(values)} with {shown}: give it so"
             )
     return tuple(made[: len(args)]), dict(zip(missing, made[len(args) :], strict=True))
+
+
+def _standing(module: fx.GraphModule, described: Described, values: Mapping[str, int], condition: Condition) -> str:
+    """The sizes of a condition that does not hold, each with the first input and axis where it stands alone."""
+    paths = [" ".join((name, *path)) for name, spec in _by_argument(module) for path in trees.leaf_paths(spec)]
+    places = {
+        size.name: f"{size.name} {values[size.name]} (axis {axis} of {path})"
+        for path, axes in reversed(list(zip(paths, sizes_of(described).axes, strict=True)))
+        for axis, size in reversed(axes.items())
+        if size.name in condition.names
+    }
+    return ", ".join(places[name] for name in condition.names)
 
 
 def _values(

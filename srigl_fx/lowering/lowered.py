@@ -67,7 +67,8 @@ class LoweredModule(fx.GraphModule):
             inputs: For each flat input its "dtype" and "shape", its "value" if it is a constant of the graph, or None
                 where it may be anything. A free size is None, or its name where others may have the same, or a sum of
                 names (:class:`~srigl_fx.passes.sizes.Size`). With "any_rank", only the last size matters. "limits" has
-                the smallest and the largest number of names that have such.
+                the smallest and the largest number of names that have such, "conditions", of any input, what else is
+                required of names (:class:`~srigl_fx.passes.sizes.Condition`).
             recipes: Those of the model's parts; by default those that ``module`` has, where it is lowered already.
         """
         module.graph.set_codegen(_CodeGen(module.graph._codegen.pytree_info))  # type: ignore[attr-defined]

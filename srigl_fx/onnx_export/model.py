@@ -122,7 +122,7 @@ def build_model(
     _name(model, inputs, outputs, list(stateless.state))
     named = [one for leaf, one in zip(leaves, free, strict=True) if isinstance(leaf, Tensor)]
     name_sizes(model, named)
-    limit_sizes(model, named, sizes.limits)
+    limit_sizes(model, named, sizes.limits, sizes.conditions)
     if stateless.state:
         _keep_state(model, stateless.state)
     if any(node.domain == abi.DOMAIN for node in all_nodes(model.graph)):

@@ -21,5 +21,6 @@ def format_sizes(free: Iterable[FreeSize], fixed: Iterable[FixedSize]) -> str:
     for one in free:
         span = f"{one.least} to {one.most}" if one.most is not None else f"{one.least} or more"
         tried = ", ".join(map(str, sorted({*one.tried, one.example})))
-        lines.append(f"{one.name} is free: {', '.join(one.axes)}; {span}, tried at {tried}")
+        also = "".join(f", {words}" for words in one.conditions)
+        lines.append(f"{one.name} is free: {', '.join(one.axes)}; {span}{also}, tried at {tried}")
     return "\n".join([*lines, *(f"{one.axis} is {one.size}: {one.reason}" for one in fixed)])
