@@ -30,6 +30,8 @@ from onnx import TensorProto, helper
 
 SIZE, KEPT = 4096, 340
 LAYER_BYTES = 4 * SIZE * SIZE
+# A single sample alone, many, both, and both where a single one is repeated to as many as take the form that many take.
+BATCHES = ([1], [64], [1, 64], [3, 64])
 
 
 def sparse(seed: int) -> NDArray[np.float32]:
@@ -99,24 +101,29 @@ def condense(source: Path, result: Path) -> dict[str, Any]:
     return watched(work)
 
 
-def run(path: Path, batch: int) -> dict[str, Any]:
-    """Open a file and run it twice; the sum of the outputs' magnitudes and some outputs are the result."""
+def run(path: Path, batches: list[int]) -> dict[str, Any]:
+    """Open a file and run it twice with each batch: seconds of the second calls, and outputs of the first batch."""
     import onnxruntime
 
     from srigl_fx.runtime import load
 
-    x = np.random.default_rng(7).standard_normal((batch, SIZE), np.float32)
+    rng = np.random.default_rng(7)
+    inputs = [rng.standard_normal((batch, SIZE), np.float32) for batch in batches]
 
     def work() -> Any:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         session = load(path, session_options=options)
-        for _ in range(2):
-            start = time.perf_counter()
-            (y,) = session.run(None, {"x": x})
-            seconds = time.perf_counter() - start
+        seconds, outputs = [], []
+        for x in inputs:
+            for _ in range(2):
+                start = time.perf_counter()
+                (y,) = session.run(None, {"x": x})
+                last = time.perf_counter() - start
+            seconds.append(last)
+            outputs.append(y[0, :64].tolist())
         kept.append(session)
-        return {"seconds": seconds, "y": y[0, :64].tolist()}
+        return {"seconds": seconds, "y": outputs[0]}
 
     kept: list[Any] = []
     return watched(work)
@@ -136,7 +143,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=3.0)
     parser.add_argument("--step", choices=["condense", "run"])
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--file", type=Path)
     options = parser.parse_args()
     source, result = options.folder / "dense.onnx", options.folder / "condensed.onnx"
@@ -154,11 +161,13 @@ def main() -> None:
         print(row(f"condense {dense:.0f} MB to {sparse_bytes:.0f} MB", made, sparse_bytes), flush=True)
         outputs = []
         for path, name in ((result, "condensed"), (source, "dense")):
-            for batch in (1, 64) if path == result else (1,):
-                found = step(str(options.folder), "--step", "run", "--file", str(path), "--batch", str(batch))
-                label = f"{name}: session, two calls of batch {batch} ({1e3 * found['result']['seconds']:.0f} ms)"
+            for batches in BATCHES if path == result else BATCHES[:1]:
+                numbers = [str(batch) for batch in batches]
+                found = step(str(options.folder), "--step", "run", "--file", str(path), "--batch", *numbers)
+                times = ", ".join(f"{1e3 * seconds:.0f} ms" for seconds in found["result"]["seconds"])
+                label = f"{name}: session, two calls of batch {' and of batch '.join(numbers)} ({times})"
                 print(row(label, found, sparse_bytes), flush=True)
-                outputs += [found["result"]["y"]] if batch == 1 else []
+                outputs += [found["result"]["y"]] if batches == [1] else []
         first, second = (np.array(one) for one in outputs)
         print(
             f"\nLargest difference over the largest output: {np.abs(first - second).max() / np.abs(second).max():.1e}"
