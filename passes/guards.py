@@ -52,8 +52,8 @@ def conditions_of(guards: Iterable[Any], example: Mapping[str, int]) -> tuple[Co
             continue
         kind, factor, constant = relation
         terms = tuple((name, factor * times) for name, times in size.terms)
-        one = Condition(Size(terms, factor * size.constant + constant), kind)
-        if len(terms) > 1 or (len(terms) == 1 and kind == "!=" and abs(size.constant) > 1):
+        one = Condition(Size(terms, factor * size.constant + constant), kind).put({})
+        if one and (len(terms) > 1 or (kind == "!=" and abs(size.constant) > 1)):
             found[one] = None
     return tuple(one for one in found if one.holds(example))
 
@@ -81,7 +81,9 @@ def _multiples(guard: Any, example: Mapping[str, int]) -> list[Condition]:
     def holds(changed: Any, more: int, others: int) -> bool | None:
         values = {one: (example[str(one)] + more if one is changed else example[str(one)] * others) for one in symbols}
         try:
-            result = guard.xreplace(dict(zip(values, map(_integer, values.values()), strict=True)))
+            result = guard.xreplace(
+                dict(zip(values, (one * 0 + number for one, number in values.items()), strict=True))
+            )
         except (ArithmeticError, ValueError, TypeError, AssertionError):  # there is no such number
             return None
         return bool(result) if result in (True, False) else None
@@ -97,12 +99,6 @@ def _multiples(guard: Any, example: Mapping[str, int]) -> list[Condition]:
                 found.append(Condition(Size(((str(symbol), 1),), -rest), "==", divisor))
                 break
     return found
-
-
-def _integer(number: int) -> Any:
-    import sympy
-
-    return sympy.Integer(number)
 
 
 def broken_at(

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 
 from srigl_fx.comparison import Results, compare
 from srigl_fx.passes.capture_checks import first_line, raised_by
+from srigl_fx.passes.example_inputs import Inputs
 from srigl_fx.passes.model_runs import run_steps
 from srigl_fx.passes.program import Program
 from srigl_fx.passes.sizes import At
@@ -60,7 +61,7 @@ class Trials:
         return f"{DIFFERS} at {at}: {difference}" if difference else ""
 
 
-def _difference(module: fx.GraphModule, inputs: Any, wanted: list[Results]) -> str:
+def _difference(module: fx.GraphModule, inputs: Inputs, wanted: list[Results]) -> str:
     """How the results of a graph differ from a model's; "" where they do not."""
     try:
         found = compare(

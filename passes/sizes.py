@@ -19,6 +19,7 @@ BATCH = "batch"
 ANY = (1, None)  # the limits of a size that has none
 
 _TERM = re.compile(r"(?:(-?\d+)\*)?([A-Za-z_]\w*)|(-?\d+)", re.ASCII)
+_MUST = {"==": "be", "!=": "not be", ">=": "be at least"}
 _CONDITION = re.compile(r"(.+?)(?: % (\d{1,9}))? (==|!=|>=) 0", re.ASCII)
 
 
@@ -134,8 +135,8 @@ class Condition:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The sizes that it is about."""
-        return tuple(name for name, _ in self.size.terms)
+        """The sizes that it is about, in the order of its words."""
+        return tuple(name for name, _ in sorted(self.size.terms, key=lambda term: term[1] < 0))
 
     def holds(self, values: Mapping[str, int]) -> bool:
         """Whether it holds where the named sizes are ``values``."""
@@ -144,27 +145,28 @@ class Condition:
         return number >= 0 if self.relation == ">=" else (number == 0) is (self.relation == "==")
 
     def put(self, sizes: Mapping[str, Size]) -> "Condition | None":
-        """The same with other sizes in the place of names; None where no size is left in it."""
+        """The same with other sizes in the place of names, which are sorted; None where no size is left in it."""
         made = self.size.put(sizes)
-        terms = tuple((name, factor) for name, factor in made.terms if factor)
-        return Condition(Size(terms, made.constant), self.relation, self.divisor) if terms else None
+        terms = sorted((name, factor) for name, factor in made.terms if factor)
+        if not terms:
+            return None
+        # Of a sum and the same with the other sign, one stands for both.
+        sign = -1 if terms[0][1] < 0 and self.relation != ">=" and not self.divisor else 1
+        size = Size(tuple((name, sign * factor) for name, factor in terms), sign * made.constant)
+        return Condition(size, self.relation, self.divisor)
 
     @property
     def words(self) -> str:
         """The condition as errors tell it."""
         if self.divisor:
             return f"{self.size} must {'' if self.relation == '==' else 'not '}be a multiple of {self.divisor}"
-        left, right = (
-            [name if factor == 1 else f"{factor}*{name}" for name, factor in terms]
-            for terms in (
-                [(name, factor) for name, factor in self.size.terms if factor > 0],
-                [(name, -factor) for name, factor in self.size.terms if factor < 0],
-            )
-        )
-        if self.size.constant:
-            (left if self.size.constant > 0 else right).append(str(abs(self.size.constant)))
-        must = {"==": "must be", "!=": "must not be", ">=": "must be at least"}[self.relation]
-        return f"{' + '.join(left) or 0} {must} {' + '.join(right) or 0}"
+        sides: tuple[list[str], list[str]] = ([], [])
+        for name, factor in (*self.size.terms, ("", self.size.constant)):
+            if factor:
+                number = "" if abs(factor) == 1 and name else f"{abs(factor)}{'*' if name else ''}"
+                sides[factor < 0].append(f"{number}{name}")
+        left, right = (" + ".join(side) or "0" for side in sides)
+        return f"{left} must {_MUST[self.relation]} {right}"
 
     def __str__(self) -> str:
         return f"{self.size}{f' % {self.divisor}' if self.divisor else ''} {self.relation} 0"

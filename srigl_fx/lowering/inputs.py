@@ -222,12 +222,11 @@ def check_inputs(module: fx.GraphModule, described: Described, args: tuple[Any, 
 def _standing(module: fx.GraphModule, described: Described, values: Mapping[str, int], condition: Condition) -> str:
     """The sizes of a condition that does not hold, each with the first input and axis where it stands alone."""
     paths = [" ".join((name, *path)) for name, spec in _by_argument(module) for path in trees.leaf_paths(spec)]
-    places = {
-        size.name: f"{size.name} {values[size.name]} (axis {axis} of {path})"
-        for path, axes in reversed(list(zip(paths, sizes_of(described).axes, strict=True)))
-        for axis, size in reversed(axes.items())
-        if size.name in condition.names
-    }
+    places: dict[str, str] = {}
+    for path, axes in zip(paths, sizes_of(described).axes, strict=True):
+        for axis, size in axes.items():
+            if size.name in condition.names:
+                places.setdefault(size.name, f"{size.name} {values[size.name]} (axis {axis} of {path})")
     return ", ".join(places[name] for name in condition.names)
 
 

@@ -20,6 +20,7 @@ from srigl_fx.reports.removal import format_removals
 from srigl_fx.reports.sizes import format_sizes
 from srigl_fx.reports.text_tables import format_bytes, format_table
 
+_LISTED = ("axes", "tried", "conditions")  # of a free size, as lists in a file
 _TOLD = 20  # notes of one pass that the text of a report has
 
 
@@ -161,9 +162,7 @@ class LoweringReport:
             for layer in plain[name]:
                 for times in ("seconds", "estimates"):
                     layer[times] = {str(batch): forms for batch, forms in layer[times].items()}
-        plain["free_sizes"] = [
-            {**one, "axes": list(one["axes"]), "tried": list(one["tried"])} for one in plain["free_sizes"]
-        ]
+        plain["free_sizes"] = [{**one, **{key: list(one[key]) for key in _LISTED}} for one in plain["free_sizes"]]
         plain["fixed_sizes"], plain["tried_sizes"] = list(plain["fixed_sizes"]), list(plain["tried_sizes"])
         plain["removals"] = [removal.as_dict() for removal in self.removals]
         plain["notes"] = [asdict(note) for note in self.notes]
@@ -192,7 +191,7 @@ class LoweringReport:
         fields = {key: value for key, value in plain.items() if key not in ("bytes_before", "bytes_after")}
         fields |= {name: tuple(map(read, plain[name])) for name in ("layers", "others")}
         fields["free_sizes"] = tuple(
-            FreeSize(**{**one, "axes": tuple(one["axes"]), "tried": tuple(one["tried"])})
+            FreeSize(**{**one, **{key: tuple(one.get(key, ())) for key in _LISTED}})
             for one in plain.get("free_sizes", ())
         )
         fields["fixed_sizes"] = tuple(FixedSize(**one) for one in plain.get("fixed_sizes", ()))

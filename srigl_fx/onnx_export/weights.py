@@ -248,7 +248,8 @@ class Aside:
                 tensor.CopyFrom(TensorProto(name=tensor.name, data_type=tensor.data_type, dims=[0], doc_string=key))
         for tensor in all_tensors(model):
             if tensor.data_location == TensorProto.EXTERNAL:  # in a node: nobody keeps much there
-                content = ir.from_proto(tensor).tobytes()
+                held: Any = ir.from_proto(tensor)
+                content = held.tobytes()
                 refer(tensor, "", 0, 0)
                 tensor.raw_data = content
 
