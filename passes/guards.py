@@ -79,11 +79,9 @@ def _multiples(guard: Any, example: Mapping[str, int]) -> list[Condition]:
     divisors = sorted(abs(int(number)) for number in numbers)
 
     def holds(changed: Any, more: int, others: int) -> bool | None:
-        values = {one: (example[str(one)] + more if one is changed else example[str(one)] * others) for one in symbols}
+        known = {one: example[str(one)] + more if one is changed else example[str(one)] * others for one in symbols}
         try:
-            result = guard.xreplace(
-                dict(zip(values, (one * 0 + number for one, number in values.items()), strict=True))
-            )
+            result = guard.xreplace({one: one * 0 + number for one, number in known.items()})
         except (ArithmeticError, ValueError, TypeError, AssertionError):  # there is no such number
             return None
         return bool(result) if result in (True, False) else None
@@ -108,12 +106,13 @@ def broken_at(
 
     Example:
         >>> broken_at(Condition.parse("a % 4 == 0"), {"a": 8}, {"a": (4, None)})
-        {'a': 7}
+        {'a': 9}
     """
     for name, factor in condition.size.terms:
         # Where the sum is 0, and on both sides of that.
         zero = example[name] - condition.size.at(example) // factor
-        for number in (zero, zero - 1, zero + 1, example[name] + 1):
+        beside = example[name] + 1, example[name] - 1
+        for number in beside if condition.divisor else (zero, zero - 1, zero + 1, *beside):
             values = {**example, name: number}
             if is_within(number, *limits.get(name, ANY)) and number > 0 and not condition.holds(values):
                 return values
