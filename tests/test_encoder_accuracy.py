@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoder_support import WORDS, save_encoder, sentences
 
 import srigl_fx as sx
-
-WORDS = [f"word{index}" for index in range(60)]
 
 
 @pytest.fixture(autouse=True)
@@ -39,30 +38,9 @@ def _demo(name: str) -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small encoder with random weights, in the files of a pretrained one."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS) + 2,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path)
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    """Of a small encoder with random weights."""
+    save_encoder(tmp_path)
     return tmp_path
-
-
-def _sentences(count: int, seed: int = 0) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(3, 20))) for _ in range(count)]
 
 
 @pytest.mark.long
@@ -70,7 +48,7 @@ def test_a_short_run_is_stored_resumed_and_shown(
     folder: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script, doc_strings, encoder = _script(), _demo("doc_strings"), _demo("encoder")
-    train, held_out = (list(zip(_sentences(40, seed), _sentences(40, seed + 9), strict=True)) for seed in (0, 1))
+    train, held_out = (list(zip(sentences(40, seed), sentences(40, seed + 9), strict=True)) for seed in (0, 1))
     monkeypatch.setattr(doc_strings, "read", lambda: doc_strings.Texts(train, held_out))
     monkeypatch.setattr(encoder, "pretrained_folder", lambda: folder)
     for name, value in {"PAIRS": 30, "BATCH": 8, "FITTED": 64, "SPARSITY": 0.5}.items():
@@ -134,7 +112,7 @@ def test_texts_are_drawn_once_each_before_any_comes_again() -> None:
 def test_reconstruction_is_nearer_than_the_largest_weights(folder: Path) -> None:
     encoder = _demo("encoder")
     dense = encoder.load(folder)
-    given, others = (encoder.tokens(folder, _sentences(64, seed)) for seed in (0, 1))
+    given, others = (encoder.tokens(folder, sentences(64, seed)) for seed in (0, 1))
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     fitted = encoder.reconstructed(dense, encoder.batches(given, 16), 0.5)
     largest = sx.sparsify(encoder.load(folder), sparsity=0.5, distribution="uniform")
@@ -159,7 +137,7 @@ def test_reconstruction_is_nearer_than_the_largest_weights(folder: Path) -> None
 def test_distillation_brings_an_encoder_nearer_and_keeps_its_masks(folder: Path) -> None:
     encoder = _demo("encoder")
     dense = encoder.load(folder)
-    given = encoder.tokens(folder, _sentences(64))
+    given = encoder.tokens(folder, sentences(64))
     student = sx.sparsify(encoder.load(folder), sparsity=0.5, distribution="uniform")
     masks = {name: mask.clone() for name, mask in sx.masks.named_masks(student)}
 

@@ -55,7 +55,10 @@ class SentenceEncoder(nn.Module):
 def load(folder: Path) -> SentenceEncoder:
     """The dense encoder in ``folder``, in eval mode; its tables of embeddings are not trained on."""
     from transformers import AutoModel
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # or it lists the head of the file that is left out
+    logging.disable_progress_bar()
     bert = AutoModel.from_pretrained(str(folder), add_pooling_layer=False, dtype=torch.float32)
     bert.embeddings.requires_grad_(False)
     return SentenceEncoder(bert).eval()
@@ -83,6 +86,11 @@ def drawn(given: Batch, size: int, count: int, seed: int) -> list[Batch]:
     rounds = -(-size * count // texts)
     order = torch.cat([torch.randperm(texts, generator=generator) for _ in range(rounds)])
     return [(given[0][chosen], given[1][chosen]) for chosen in order[: size * count].split(size)]
+
+
+def largest_weights(dense: SentenceEncoder, sparsity: float) -> SentenceEncoder:
+    """A sparse copy that keeps the largest weights of each row, as they are."""
+    return sx.sparsify(copy.deepcopy(dense), sparsity=sparsity, distribution="uniform", strict=True)
 
 
 def reconstructed(
