@@ -166,9 +166,8 @@ def recovered(dense: SentenceEncoder, given: Texts, sparsity: float, plan: Plan,
     title, rows = f"{sparsity:.0%} sparse", list[Row]()
 
     def note(step: str, model: nn.Module, seconds: float) -> None:
-        rows.append(
-            Row(sparsity=sparsity, step=step, recall=_recall(partial(_in_torch, model), given), seconds=seconds)
-        )
+        row = Row(sparsity=sparsity, step=step, recall=_recall(partial(_in_torch, model), given), seconds=seconds)
+        rows.append(_told(row))
 
     started = time.perf_counter()
     largest = encoder.largest_weights(dense, sparsity)
@@ -194,15 +193,25 @@ def _measured(sparsity: float, step: str, files: Files, given: Texts, seconds: f
     found = [
         _recall(partial(serve.answer, serve.load(path, threads=threads)), given) for path in (files.whole, files.int8)
     ]
-    return Row(
-        sparsity=sparsity,
-        step=step,
-        recall=found[0],
-        recall_int8=found[1],
-        file_bytes=files.whole.stat().st_size,
-        file_bytes_int8=files.int8.stat().st_size,
-        seconds=seconds,
+    return _told(
+        Row(
+            sparsity=sparsity,
+            step=step,
+            recall=found[0],
+            recall_int8=found[1],
+            file_bytes=files.whole.stat().st_size,
+            file_bytes_int8=files.int8.stat().st_size,
+            seconds=seconds,
+        )
     )
+
+
+def _told(row: Row) -> Row:
+    """The row; whoever waits for the table sees its recall at once."""
+    sparse = f"{row.sparsity:.0%} sparse, " if row.sparsity else ""
+    int8 = "" if row.recall_int8 is None else f", in int8 {row.recall_int8:.1%}"
+    print(f"   {sparse}{row.step}: recall@1 {row.recall:.1%}{int8}", flush=True)
+    return row
 
 
 def _in_torch(model: nn.Module, *inputs: NDArray[np.int64]) -> Vectors:
