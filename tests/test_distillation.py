@@ -64,19 +64,20 @@ MASK = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 
 
 @torch.no_grad()
 def test_the_loss_by_hand() -> None:
-    student, dense, x = randomise(Reader()), randomise(Reader(), seed=1), torch.randn(4, 7, 3)
+    models: list[Any] = [randomise(Reader(), seed=seed) for seed in (0, 1)]
+    (student, dense), x = models, torch.randn(4, 7, 3)
     real = MASK.bool()  # as wide as the vectors: these are no positions
     seen = []
-    for model in (student, dense):
+    for model in models:
         first = model.first(x)
         second = model.second(torch.tanh(first))
         means = torch.stack([second[row][real[row]].mean(dim=0) for row in range(4)])
         seen.append((first[real], second[real], means))
-    first, second, means = (share(*both) for both in zip(*seen, strict=True))
+    shares = [share(*both) for both in zip(*seen, strict=True)]
     options: dict[str, Any] = {"states": ["first", "second"], "positions": lambda x, mask: mask.bool()}
     found = sx.DistillationLoss(dense, **options)(student, x, MASK)
-    assert float(found) == pytest.approx((first + second) / 2 + means, rel=1e-5)
-    assert float(sx.DistillationLoss(dense)(student, x, mask=MASK)) == pytest.approx(means, rel=1e-5)
+    assert float(found) == pytest.approx((shares[0] + shares[1]) / 2 + shares[2], rel=1e-5)
+    assert float(sx.DistillationLoss(dense)(student, x, mask=MASK)) == pytest.approx(shares[2], rel=1e-5)
     spoiled = x.masked_fill(~real.unsqueeze(2), 99.0)
     assert float(sx.DistillationLoss(dense, **options)(student, spoiled, MASK)) == pytest.approx(float(found), rel=1e-5)
 
@@ -341,7 +342,8 @@ def test_states_that_do_not_fit_are_named() -> None:
 
     class Skips(nn.Sequential):
         def forward(self, input: Tensor) -> Tensor:
-            return self[0](input)
+            first: Tensor = self[0](input)
+            return first
 
     skips = Skips(nn.Linear(24, 6), nn.Linear(6, 6))
     with pytest.raises(DistillationError, match="1 of the teacher did not run: take it out of states"):

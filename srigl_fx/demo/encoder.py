@@ -57,8 +57,8 @@ def load(folder: Path) -> SentenceEncoder:
     from transformers import AutoModel
     from transformers.utils import logging
 
-    logging.set_verbosity_error()  # or it lists the head of the file that is left out
-    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call] # or it lists the head of the file that is left out
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     bert = AutoModel.from_pretrained(str(folder), add_pooling_layer=False, dtype=torch.float32)
     bert.embeddings.requires_grad_(False)
     return SentenceEncoder(bert).eval()
@@ -77,7 +77,8 @@ def tokens(folder: Path, texts: Sequence[str]) -> Batch:
 
 def batches(given: Batch, size: int) -> Iterator[Batch]:
     """Parts of so many texts."""
-    yield from zip(*(torch.split(part, size) for part in given), strict=True)
+    for start in range(0, len(given[0]), size):
+        yield given[0][start : start + size], given[1][start : start + size]
 
 
 def drawn(given: Batch, size: int, count: int, seed: int) -> list[Batch]:
@@ -85,7 +86,8 @@ def drawn(given: Batch, size: int, count: int, seed: int) -> list[Batch]:
     generator, texts = torch.Generator().manual_seed(seed), len(given[0])
     rounds = -(-size * count // texts)
     order = torch.cat([torch.randperm(texts, generator=generator) for _ in range(rounds)])
-    return [(given[0][chosen], given[1][chosen]) for chosen in order[: size * count].split(size)]
+    chosen = order[: size * count]
+    return list(batches((given[0][chosen], given[1][chosen]), size))
 
 
 def largest_weights(dense: SentenceEncoder, sparsity: float) -> SentenceEncoder:
