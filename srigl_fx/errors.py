@@ -31,6 +31,10 @@ class TrainerError(SriglError, ValueError):
     """A trainer's arguments, its model or its optimizer do not fit together."""
 
 
+class DistillationError(SriglError, ValueError):
+    """``distil`` was asked for something it cannot do, or its loss is not a number; the student is unchanged."""
+
+
 class InvariantError(SriglError, RuntimeError):
     """A mask, weight or optimizer state breaks an invariant of sparse training."""
 

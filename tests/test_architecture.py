@@ -21,6 +21,7 @@ VERBS = (
     "sparsification",
     "adoption",
     "pruning",
+    "distillation",
     "lowering.pipeline",
     "onnx_condensing.pipeline",
     "onnx_export.pipeline",
@@ -46,6 +47,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "integrations": ("masks", "nn", "recipe_parts", "recipes", "restoration", "train", *COMMON),
     "adoption": ("compatibility", "masks", "passes", "recipes", "train", *COMMON),
     "pruning": ("compatibility", "masks", "passes", "reports.text_tables", "sparsification", "train", *COMMON),
+    "distillation": ("compatibility", "distillation_loss", "masks", "passes", "train", *COMMON),
+    "distillation_loss": ("errors", "passes.wrappers"),
     "sparsification": ("compatibility", "masks", "nn", "passes", "recipes", "train", *COMMON),
     "passes": (
         *("masks", "nn", "comparison", *COMMON),

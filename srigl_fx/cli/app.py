@@ -6,6 +6,7 @@ Owns what is typed and what is printed; it must not know how anything is done: e
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +17,7 @@ from rich.console import Console
 from srigl_fx.errors import MissingExtraError, SriglError
 
 DEMO_PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "tqdm": "tqdm"}
+PRETRAINED_PACKAGES = {"transformers": "transformers", "tokenizers": "tokenizers", "tqdm": "tqdm"}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,16 +52,35 @@ def demo(
     quick: Annotated[
         bool, typer.Option("--quick", help="A tenth of the training, one sparsity: only checks that it works.")
     ] = False,
+    pretrained: Annotated[
+        bool,
+        typer.Option("--pretrained", help="Prune and distil a pretrained sentence encoder instead, and measure it."),
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of each distillation, with --pretrained.")] = None,
 ) -> None:
     """Train real networks sparsely, export them, serve them in ONNX Runtime, and show what was measured."""
     with _readable_errors():
-        missing = [package for module, package in DEMO_PACKAGES.items() if find_spec(module) is None]
+        if steps is not None and not pretrained:
+            raise SriglError("--steps is of the distillation: give it with --pretrained")
+        packages, extras = (PRETRAINED_PACKAGES, "demo,transformers") if pretrained else (DEMO_PACKAGES, "demo")
+        missing = [package for module, package in packages.items() if find_spec(module) is None]
         if missing:
-            raise MissingExtraError(f"the demo needs {', '.join(missing)}: pip install 'srigl-fx[demo]'")
-        from srigl_fx.demo.run import run_demo
-
-        status = run_demo(out, quick=quick)
+            raise MissingExtraError(f"the demo needs {', '.join(missing)}: pip install 'srigl-fx[{extras}]'")
+        status = _run_pretrained(out, quick, steps) if pretrained else _run_demo(out, quick)
     raise typer.Exit(status)
+
+
+def _run_demo(out: Path, quick: bool) -> int:
+    from srigl_fx.demo.run import run_demo
+
+    return run_demo(out, quick=quick)
+
+
+def _run_pretrained(out: Path, quick: bool, steps: int | None) -> int:
+    from srigl_fx.demo.pretrained import QUICK, Plan, run_pretrained
+
+    plan = QUICK if quick else Plan()
+    return run_pretrained(out, plan if steps is None else replace(plan, steps=steps))
 
 
 @app.command()

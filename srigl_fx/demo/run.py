@@ -4,13 +4,11 @@ Owns the order of events and the table; it must not know how anything is trained
 """
 
 import copy
-import csv
 import os
-import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnxruntime as ort
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 import srigl_fx as sx
 from srigl_fx.demo import figures, serve, train
+from srigl_fx.demo.output import cpu, write_csv
 from srigl_fx.demo.serve import Served
 from srigl_fx.demo.train import Run, Task
 from srigl_fx.reports.text_tables import format_table
@@ -107,7 +106,7 @@ def run_demo(out: Path, *, quick: bool = False) -> int:
     print(large)
 
     (out / "results.txt").write_text(f"{small}\n\n{large}\n", encoding="utf-8")
-    _write_csv(rows + wide_rows, out / "results.csv")
+    write_csv(rows + wide_rows, out / "results.csv")
     figures.draw_topology([run for run in (*runs, wide) if run.method == "srigl"], out / "topology.png")
     print(_what_next(out, wide, time.perf_counter() - started))
 
@@ -248,7 +247,7 @@ def _explanation(rows: Sequence[Row]) -> str:
         "   Latency: median of one call, batch 1, one thread, all in turns. In int8: without further training, the "
         "dense\n   ones by ONNX Runtime's own tools. Active: neurons of the sparse layers; which layers are too small\n"
         "   to be sparse depends on the sparsity.\n"
-        f"   ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}, {_cpu()}."
+        f"   ONNX Runtime {ort.__version__}, PyTorch {torch.__version__}, {cpu()}."
     )
     if any(row.sparse_us is not None and row.sparse_us > row.dense_us for row in rows):
         text += (
@@ -268,24 +267,6 @@ def _speedup(threads: int, latency_us: Mapping[str, float]) -> str:
         f"{latency_us[DENSE_INT8] / latency_us[SPARSE_INT8]:.1f} times in int8; the faster of the sparse ones "
         f"{dense / sparse:.1f} times as the faster of the dense ones."
     )
-
-
-def _cpu() -> str:
-    """The processor's name, as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # no Linux: the platform module knows best
-    return platform.processor() or platform.machine()
-
-
-def _write_csv(rows: Sequence[Row], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
 
 
 def _what_next(out: Path, wide: Run, seconds: float) -> str:

@@ -8,7 +8,7 @@ import logging
 import statistics
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,20 +50,20 @@ class Served:
         return float(np.square(self.outputs - targets).mean())
 
 
-def export_dense(model: nn.Module, path: Path, inputs: torch.Tensor) -> None:
-    """Write ``model`` as any PyTorch user would: one file, a batch of any size."""
+def export_dense(model: nn.Module, path: Path, *inputs: torch.Tensor, free: Sequence[int] = (0,)) -> None:
+    """Write ``model`` as any PyTorch user would: one file, a batch of any size, or more ``free`` axes of each input."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # or it lists the optional packages it did without
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter's own, about its own code
         torch.onnx.export(
             model,
-            (inputs[:2],),
+            tuple(tensor[:2] for tensor in inputs),
             path,
             dynamo=True,
             verbose=False,
             opset_version=18,
             external_data=False,
-            dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            dynamic_shapes=tuple(dict.fromkeys(free, torch.export.Dim.DYNAMIC) for _ in inputs),
         )
 
 
@@ -81,7 +81,7 @@ def serve(run: Run, folder: Path, *, eight_bits: bool = False) -> Served:
     if run.method == "dense":
         export_dense(run.model, path, inputs)
         if eight_bits:
-            path.write_bytes(_dense_int8(path.read_bytes(), calibration))
+            path.write_bytes(in_eight_bits(path.read_bytes(), calibration))
     elif eight_bits:
         given = None if calibration is None else [calibration]
         sx.export_onnx(
@@ -96,8 +96,8 @@ def serve(run: Run, folder: Path, *, eight_bits: bool = False) -> Served:
     return Served(run, path, session, outputs, float(np.abs(outputs - expected).max()))
 
 
-def _dense_int8(model: bytes, calibration: torch.Tensor | None) -> bytes:
-    """In eight bits, with given scales if there are samples to take them from.
+def in_eight_bits(model: bytes, calibration: torch.Tensor | None = None) -> bytes:
+    """A dense file by ONNX Runtime's own tools, with given scales if there are samples to take them from.
 
     PyTorch's exporter notes the shapes of weights, which ONNX Runtime's tools transpose, and then refuse.
     """
@@ -116,23 +116,22 @@ def load(path: Path, *, threads: int) -> ort.InferenceSession:
     return sx.runtime.load(path, session_options=options)
 
 
-def answer(session: ort.InferenceSession, inputs: np.ndarray) -> np.ndarray:
-    """The first output of ``session`` for its only input."""
-    outputs: np.ndarray = session.run(None, {session.get_inputs()[0].name: inputs})[0]
+def answer(session: ort.InferenceSession, *inputs: np.ndarray) -> np.ndarray:
+    """The first output of ``session`` for its inputs."""
+    names = (port.name for port in session.get_inputs())
+    outputs: np.ndarray = session.run(None, dict(zip(names, inputs, strict=True)))[0]
     return outputs
 
 
-def latencies_us(
-    sessions: Mapping[str, ort.InferenceSession], sample: np.ndarray, *, seconds: float
-) -> dict[str, float]:
+def latencies_us(sessions: Mapping[str, ort.InferenceSession], *sample: np.ndarray, seconds: float) -> dict[str, float]:
     """Median microseconds of one call of each session, measured in turns so that a busy moment hits all alike.
 
     Args:
         sessions: What to time, by name; all on the same number of threads.
-        sample: The input of every call.
+        *sample: The inputs of every call.
         seconds: About how long to measure.
     """
-    calls = {name: functools.partial(answer, session, sample) for name, session in sessions.items()}
+    calls = {name: functools.partial(answer, session, *sample) for name, session in sessions.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or not all(times.values()):

@@ -339,3 +339,34 @@ def test_a_copy_is_attached_to_nothing(tmp_path: Path) -> None:
         assert (twin.sparse_trainer, twin.metrics, twin.options) == (None, None, OPTIONS)
     assert callback.sparse_trainer is not None
     sx.verify(copy.deepcopy(model))
+
+
+@pytest.mark.long
+def test_a_teacher_in_the_place_of_labels(tmp_path: Path) -> None:
+    teacher = _bert(seed=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model = sx.sparsify(copy.deepcopy(teacher), sparsity=0.9, distribution="uniform")
+    ids = torch.randint(40, (32, 8), generator=torch.Generator().manual_seed(0))
+    measure = sx.DistillationLoss(teacher, states=["bert.encoder.layer.0"])
+
+    class Distilling(transformers.Trainer):  # type: ignore[name-defined, misc]
+        loss_is_scaled_for_ga = False
+
+        def compute_loss(
+            self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **rest: Any
+        ) -> Any:
+            inputs.pop("labels")
+            loss = measure(model, **inputs)
+            return (loss, {}) if return_outputs else loss
+
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=40, learning_rate=5e-4, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    arguments.dataloader_pin_memory = False
+    data = [{"input_ids": row, "labels": row[0] % 2} for row in ids]
+    with torch.no_grad():
+        before = float(measure(model.eval(), input_ids=ids))
+    callbacks = [SRigLCallback(sx.Static), Recorder()]
+    Distilling(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4], callbacks=callbacks).train()
+    with torch.no_grad():
+        assert float(measure(model.eval(), input_ids=ids)) < 0.9 * before
+    assert sparse_weights(model)

@@ -50,10 +50,10 @@ def _files() -> Iterator[Path]:
 
 
 def pairs(source: str) -> Iterator[Pair]:
-    """The first paragraph and the rest of each doc string that has both, on one line each; none of a broken module.
+    r"""The first paragraph and the rest of each doc string that has both, on one line each; none of a broken module.
 
     Example:
-        >>> text = "Sort the list.\\n\\n    In place and stable: equal items\\n    keep their order."
+        >>> text = "Sort the list.\n\n    In place and stable: equal items\n    keep their order."
         >>> list(pairs(f"def sort(self): {text!r}"))
         [('Sort the list.', 'In place and stable: equal items keep their order.')]
     """
