@@ -1,5 +1,6 @@
 """``srigl-fx bench FILE``: the four forms of a file, what they are made of, and what is said of them."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_inputs_have_the_sizes_asked_for() -> None:
 
 def test_medians_go_in_turns() -> None:
     called: list[str] = []
-    found = medians({name: lambda name=name: called.append(name) for name in "ab"}, seconds=0.0, least=2)
+    found = medians({name: partial(called.append, name) for name in "ab"}, seconds=0.0, least=2)
     assert set(found) == {"a", "b"}
     assert "".join(called) == "aabb" + 2 * (6 * "a" + 6 * "b")
 

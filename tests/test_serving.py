@@ -284,7 +284,7 @@ def test_what_the_command_cannot_serve_is_one_line(path: Path, tmp_path: Path) -
         port = taken.getsockname()[1]
         result = run("serve", path, "--port", port)
         assert_readable_error(result, f"cannot listen on 127.0.0.1:{port}", "Address already in use", "another --port")
-    assert_readable_error(run("serve", path, "--host", "no.such.host.invalid"), "cannot listen on", "another --host")
+    assert_readable_error(run("serve", path, "--host", "192.0.2.1"), "cannot listen on", "another --host")
     assert_readable_error(run("serve", tmp_path / "none.onnx"), "there is no file")
     (tmp_path / "text.onnx").write_text("no model")
     assert_readable_error(run("serve", tmp_path / "text.onnx"), "ONNX Runtime cannot load")

@@ -68,7 +68,8 @@ class Run:
             weight_init="kaiming",
             rules=dict.fromkeys(recipe.dense),
         ).to(self.device)
-        self.wrapped: nn.Module = DistributedDataParallel(self.model) if processes > 1 else self.model
+        self.parallel = DistributedDataParallel(self.model) if processes > 1 else None
+        self.wrapped: nn.Module = self.model if self.parallel is None else self.parallel
         self.optimizer = _optimizer(recipe, self.wrapped)
         self.steps_an_epoch = len(self.data.train) // recipe.micro_batches
         self.trainer = sx.SRigL(
@@ -83,7 +84,7 @@ class Run:
         )
         self.metrics = MaskMetrics(self.trainer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.amp is torch.float16)
-        average = get_ema_multi_avg_fn(options.ema)
+        average = get_ema_multi_avg_fn(options.ema)  # type: ignore[no-untyped-call]
         self.average = AveragedModel(self.model, multi_avg_fn=average) if options.ema else None
         self.loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
         self.mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = mixer(recipe)
@@ -99,8 +100,7 @@ class Run:
         for position, batch in enumerate(self.data.train):
             last = (position + 1) % parts == 0
             images, labels = self.mix(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
-            joined = last or not isinstance(self.wrapped, DistributedDataParallel)
-            with nullcontext() if joined else self.wrapped.no_sync():
+            with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
                 with torch.autocast(self.device.type, self.options.amp, enabled=self.options.amp is not None):
                     loss = self.loss(self.wrapped(images), labels) / parts
                 self.scaler.scale(loss).backward()

@@ -58,10 +58,7 @@ def export(
     if loaded:
         say(f"loaded {checkpoint}, {loaded}")
     if not report.layers:
-        say(
-            "note: no layer of the file is condensed. A model gets masks from sparsify or prune, from a checkpoint of "
-            "a sparse run (--checkpoint), or from zeros (--adopt); --min-speedup 0 condenses what is expected to lose"
-        )
+        say("note: no layer of the file is condensed; --min-speedup 0 condenses what is expected to lose, too")
     show(report, json)
 
 
@@ -79,6 +76,9 @@ def _export(
     import srigl_fx as sx
     from srigl_fx.cli.model_source import load_source
     from srigl_fx.cli.weights_file import load_weights
+    from srigl_fx.lowering.lowered import LoweredModule
+    from srigl_fx.lowering.regions import LoweredRegions
+    from srigl_fx.masks.records import sparse_weights
 
     allowed = frozenset(
         name for name, one in inspect.signature(sx.export_onnx).parameters.items() if one.kind is one.KEYWORD_ONLY
@@ -88,6 +88,11 @@ def _export(
     loaded = "" if checkpoint is None else load_weights(model, checkpoint, found.example_inputs)
     if adopt:
         sx.adopt(model, example_inputs=found.example_inputs)
+    if not isinstance(model, LoweredModule | LoweredRegions) and not sparse_weights(model):
+        raise sx.SriglError(
+            f"the model that {source} returns has no masks, so that there is nothing to condense: let it call sparsify "
+            "or prune, give a --checkpoint of a sparse run, or --adopt where its weights hold zeros"
+        )
     for name, text in (("value_dtype", value_dtype), ("embedding_dtype", embedding_dtype)):
         given[name] = getattr(torch, text)
     defaults = {

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import itertools
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -104,7 +105,9 @@ def _blamed(what: str) -> Iterator[None]:
 
 
 def _is_users(filename: str) -> bool:
-    return "site-packages" not in filename and not filename.startswith("<") and filename != __file__
+    """Whether a line of code is neither Python's own, nor an installed package's, nor of this module."""
+    foreign = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), "<", __file__)
+    return not filename.startswith(foreign)
 
 
 def _import(name: str) -> ModuleType:

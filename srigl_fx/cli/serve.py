@@ -3,6 +3,7 @@
 Owns its arguments, the socket, and how it ends. It must not know what is answered (:mod:`srigl_fx.serving`).
 """
 
+import errno
 import signal
 import socket
 from pathlib import Path
@@ -60,7 +61,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        hint = f"give another {'--host' if isinstance(error, socket.gaierror) else '--port'}"
+        hint = f"give another {'--port' if error.errno in (errno.EADDRINUSE, errno.EACCES) else '--host'}"
         raise SriglError(f"cannot listen on {_shown(host)}:{port}: {error.strerror or error}; {hint}") from error
 
 
