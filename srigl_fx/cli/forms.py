@@ -40,9 +40,9 @@ def make_forms(file: Path, folder: Path) -> list[Form]:
     """The four forms of a file, of which it is one itself; those that are made are written to ``folder``.
 
     The dense form of a file with condensed layers is what :func:`srigl_fx.onnx_tools.densify` makes of it, and the
-    sparse form of another file what :func:`srigl_fx.condense_onnx` makes of it, layers that are expected to lose included
-    where no layer is expected to gain. Dense int8 is what ONNX Runtime's
-    ``quantize_dynamic`` makes of the dense form, and sparse int8 what is condensed of that.
+    sparse form of another file what :func:`srigl_fx.condense_onnx` makes of it. Dense int8 is what ONNX Runtime's
+    ``quantize_dynamic`` makes of the dense form, and sparse int8 what is condensed of that. Where no layer is expected
+    to gain, all are condensed.
 
     Raises:
         FormatError: The file is no ONNX file, or cannot be read.
