@@ -64,7 +64,9 @@ def main() -> None:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     options.out.mkdir(parents=True, exist_ok=True)
-    run = train(smoke(recipe) if given.smoke else recipe, options)
+    if given.smoke:
+        recipe = smoke(recipe, dist.get_world_size() if dist.is_initialized() else 1)
+    run = train(recipe, options)
     if run.rank == 0:
         print(published(recipes, given.length))
     if dist.is_initialized():

@@ -102,12 +102,12 @@ def stretched(recipe: ImageRecipe, factor: int) -> ImageRecipe:
     )
 
 
-def smoke(recipe: ImageRecipe) -> ImageRecipe:
-    """Two epochs of two steps of two samples in each micro-batch, in which everything happens once."""
+def smoke(recipe: ImageRecipe, processes: int = 1) -> ImageRecipe:
+    """Two epochs of two steps of two samples for each process, in which everything happens once."""
     return replace(
         recipe,
         epochs=2,
-        batch=2 * min(recipe.micro_batches, 2),
+        batch=2 * processes,
         micro_batches=min(recipe.micro_batches, 2),
         warmup_epochs=min(recipe.warmup_epochs, 1),
         milestones=tuple(1.0 for _ in recipe.milestones[:1]),
