@@ -62,8 +62,9 @@ reliability: $(READY_test) ## Damaged files, guard pages, threads, sessions, val
 arm-test: $(READY_test) ## The operator library for Linux on Arm under qemu-user, in ONNX Runtime for Arm; downloads 100 MB into .arm
 	$(BIN)/python .ci/arm_test.py .arm
 
-tables: $(READY_test) ## Write the tables of docs/kernels.md anew, from those of the code
+tables: $(READY_test) ## Write the tables of docs/kernels.md and docs/command-line.md anew, from the code
 	$(BIN)/python tests/kernel_support/tables.py
+	PYTHONPATH=tests $(BIN)/python tests/cli_support/page.py
 
 versions: ## Run the tests on the oldest and the newest releases allowed; writes docs/versions.md (hours, 12 GB)
 	$(PYTHON) .ci/versions.py

@@ -1,7 +1,7 @@
 """What a server gives under load: dense, dense int8, sparse and sparse int8 files of one encoder, over HTTP.
 
 Four layers of BERT-base's size with a classifier, 64 tokens a request, random weights: speed does not depend on them.
-Each file has a server of its own (``examples/serve_fastapi.py``, one thread a call, up to 16 requests a call); all are
+Each file has a server of its own (``srigl-fx serve``, one thread a call, up to 16 requests a call); all are
 up, and clients ask one after another of them, in turns: 1, 8 or 32 clients, each of which asks again once it has an
 answer. Servers run on the first processor, clients on the second. Rates and percentiles are medians of the turns.
 
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx.demo.dense_int8 import dynamic_int8
 
-SERVER = Path(__file__).resolve().parents[1] / "examples" / "serve_fastapi.py"
+SERVER = (sys.executable, "-c", "from srigl_fx.cli import main; main()", "serve")
 TOKENS, VOCABULARY, SPARSITY = 64, 1000, 0.9
 CLIENTS = (1, 8, 32)
 FILES = ("dense", "dense int8", "sparse", "sparse int8")
@@ -78,7 +78,7 @@ def start(stack: ExitStack, path: Path, cpus: set[int]) -> str:
     """A server of the file; its address, once it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, str(SERVER), str(path), "--port", str(port)])
+    server = subprocess.Popen([*SERVER, str(path), "--port", str(port)])
     stack.callback(server.wait)
     stack.callback(server.terminate)
     os.sched_setaffinity(server.pid, cpus)

@@ -1,6 +1,5 @@
 """The command line: what it prints, and that bad input gets one readable line and exit status 1."""
 
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,13 +10,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from cli_support import assert_readable_error, assert_wrong_usage, document, page, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from typer.testing import CliRunner, Result
 
 from srigl_fx import onnx_tools
 from srigl_fx.cli import doctor
-from srigl_fx.cli.app import app
+from srigl_fx.cli.app import GROUPS, app
 from srigl_fx.cli.doctor import run_tiny_model, tiny_model
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.file import FileReport, inspect_file
@@ -31,18 +30,6 @@ from srigl_fx.runtime.ort.library import library_status
 
 COMMANDS = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
 on_linux = pytest.mark.skipif(not library_status().supported, reason=library_status().reason)
-
-
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def assert_readable_error(result: Result, *parts: str) -> None:
-    assert result.exit_code == 1
-    assert result.output.startswith("error: ")
-    assert "Traceback" not in result.output
-    for part in parts:
-        assert part in result.output
 
 
 @pytest.fixture
@@ -60,7 +47,7 @@ def test_without_typer_the_command_names_the_extra() -> None:
 
 
 def test_without_matplotlib_the_demo_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("srigl_fx.cli.app.DEMO_PACKAGES", {"no_such_module": "matplotlib"})
+    monkeypatch.setattr("srigl_fx.cli.machine.DEMO_PACKAGES", {"no_such_module": "matplotlib"})
     assert_readable_error(run("demo"), "needs matplotlib", "pip install 'srigl-fx[demo]'")
 
 
@@ -69,14 +56,27 @@ def test_the_commands_are_listed() -> None:
     assert all(command in output for command in COMMANDS)
 
 
-def test_the_pages_list_the_commands(checkout: Path) -> None:
-    reference = (checkout / "docs" / "reference.md").read_text(encoding="utf-8").partition("## Command line")[2]
-    listed = re.findall(r"^\| `srigl-fx (\w+)", reference.partition("\n## ")[0], re.MULTILINE)
-    assert sorted(listed) == sorted(COMMANDS)
+def test_the_readme_lists_the_commands(checkout: Path) -> None:
     (line,) = [
         line for line in (checkout / "README.md").read_text("utf-8").splitlines() if "the command srigl-fx:" in line
     ]
     assert sorted(line.partition("srigl-fx: ")[2].split(", ")) == sorted(COMMANDS)
+
+
+def test_the_page_lists_what_commands_take(checkout: Path) -> None:
+    text = (checkout / "docs" / "command-line.md").read_text(encoding="utf-8")
+    assert page.with_commands(text) == text, "make tables writes the page anew"
+
+
+@pytest.mark.parametrize("function", [one for group in GROUPS.values() for one in group], ids=lambda one: one.__name__)
+def test_the_help_shows_what_the_page_lists(function: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 300)
+    result = run(function.__name__, "--help")
+    assert result.exit_code == 0
+    words = " ".join(result.output.replace("│", " ").split())
+    for names, _, text in page.parameters(function):
+        assert all(name.lower() in words.lower() for name in names)
+        assert text.partition(" One of")[0] in words
 
 
 def test_inspect_lists_each_condensed_layer(tiny: Path) -> None:
@@ -88,16 +88,26 @@ def test_inspect_lists_each_condensed_layer(tiny: Path) -> None:
     assert (node.fan_in, node.active_neurons) == (condensed.k, condensed.n_active) == (3, 7)
     assert node.bytes == condensed.nbytes
     assert node.kept == pytest.approx(21 / 128)
-    line = result.output.splitlines()[2].split()
+    line = result.stdout.splitlines()[2].split()
     assert line[:6] == ["layer.weight", "CondensedLinear", "8x16", "3/16", "7/8", "16.4%"]
     assert "needs the operator library" in result.output
+
+
+def test_inspect_as_json(tiny: Path) -> None:
+    found, report = document("inspect", tiny), inspect_file(tiny)
+    assert found["path"] == str(tiny)
+    assert found["file_bytes"] == tiny.stat().st_size
+    assert (found["sparse_bytes"], found["dense_bytes"]) == (report.sparse_bytes, report.dense_bytes)
+    (node,) = found["nodes"]
+    assert (node["name"], node["weight_shape"], node["fan_in"]) == ("layer.weight", [8, 16], 3)
+    assert node["kept"] == pytest.approx(21 / 128)
 
 
 def test_merge_and_densify_write_files(tiny: Path, tmp_path: Path) -> None:
     graph = onnx.load(tiny).graph
     connect = f"{graph.output[0].name}={graph.input[0].name}"
     both, dense = tmp_path / "both.onnx", tmp_path / "dense.onnx"
-    assert_readable_error(run("merge", tiny, tiny, "--output", both, "--connect", "a=b=c"), "OUTPUT=INPUT")
+    assert_wrong_usage(run("merge", tiny, tiny, "--output", both, "--connect", "a=b=c"), "OUTPUT=INPUT")
     assert_readable_error(run("merge", tiny, tiny, "--output", both, "--connect", "a=b"), "cannot be joined")
     square = onnx.parser.parse_model(
         '<ir_version: 9, opset_import: ["": 18]> g (float[n, 8] y) => (float[n, 8] z) { z = Neg (y) }'
@@ -211,8 +221,10 @@ def test_inspect_survives_any_damage(tmp_path: Path, data: st.DataObject) -> Non
 
 @on_linux
 def test_library_prints_and_copies(tmp_path: Path) -> None:
-    printed = Path(run("library").output.strip())
-    copied = Path(run("library", "--output", tmp_path).output.strip())
+    printed = Path(run("library").stdout.strip())
+    found = document("library", "--output", tmp_path)
+    copied = Path(found["path"])
+    assert found["bytes"] == printed.stat().st_size
     assert printed.is_file()
     assert copied.parent == tmp_path
     assert copied.read_bytes() == printed.read_bytes()
@@ -230,6 +242,13 @@ def test_doctor_runs_a_model_through_the_library() -> None:
     assert result.exit_code == 0
     for seen in ("onnxruntime", "instruction set", "tiny model in ONNX Runtime", "extra [lightning]", "GPU"):
         assert seen in result.output
+
+
+@on_linux
+def test_doctor_as_json() -> None:
+    found = document("doctor")
+    assert found["healthy"] is True
+    assert {"platform", "torch", "tiny model in ONNX Runtime"} <= {one["what"] for one in found["findings"]}
 
 
 @pytest.mark.slow
@@ -266,12 +285,13 @@ def test_condense_takes_a_file_that_is_sparse_already(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "1 of 1 layers condensed" in result.output
     assert len(inspect_file(tmp_path / "b.onnx").nodes) == 1
+    found = document("condense", tmp_path / "a.onnx", tmp_path / "b.onnx", "--min-speedup", 0)
+    assert (found["path"], found["condensed_layers"]) == (str(tmp_path / "b.onnx"), 1)
+    assert found["rows"][0]["sparsity"] == 0.875
     assert run("condense", tmp_path / "a.onnx", tmp_path / "b.onnx", "--min-speedup", 0, "--beside").exit_code == 0
     assert len(list(tmp_path.glob("b.onnx.*.data"))) == 1
     assert_readable_error(run("condense", tmp_path / "c.onnx", tmp_path / "d.onnx"), "cannot read")
-    assert_readable_error(
-        run("condense", tmp_path / "a.onnx", tmp_path / "d.onnx", "--min-speedup", "fast"), "auto or a"
-    )
+    assert_wrong_usage(run("condense", tmp_path / "a.onnx", tmp_path / "d.onnx", "--min-speedup", "fast"), "auto or a")
     assert_readable_error(run("condense", tmp_path / "a.onnx", tmp_path / "d.onnx", "--min-sparsity", 0.99), "87.5%")
 
 
@@ -279,7 +299,7 @@ def test_condense_takes_a_file_that_is_sparse_already(tmp_path: Path) -> None:
 def test_bench_compares_at_each_setting() -> None:
     result = run("bench", "--shape", "64x32", "--sparsity", 0.75, "--batch", 1, "--batch", 3)
     assert result.exit_code == 0
-    rows = [line.split() for line in result.output.splitlines()[2:4]]
+    rows = [line.split() for line in result.stdout.splitlines()[2:4]]
     assert [row[:4] for row in rows] == [["64", "32", "75%", "1"], ["64", "32", "75%", "3"]]
     dense, int8, condensed, gain, gain_int8 = np.array([row[4:] for row in rows], dtype=float).T
     assert np.allclose(gain, dense / condensed, rtol=0.05, atol=0.01)
@@ -292,7 +312,7 @@ def test_bench_measures_in_a_dtype(dtype: str) -> None:
     result = run("bench", "--shape", "64x32", "--sparsity", 0.75, "--batch", 3, "--value-dtype", dtype)
     assert result.exit_code == 0
     assert f"values in {dtype}." in result.output
-    assert (np.array(result.output.splitlines()[2].split()[4:], dtype=float) > 0).all()
+    assert (np.array(result.stdout.splitlines()[2].split()[4:], dtype=float) > 0).all()
 
 
 @pytest.mark.slow
@@ -315,4 +335,4 @@ def test_bench_measures_weights_that_are_packed_once(dtype: str, monkeypatch: py
     [("--shape", "64"), ("--shape", "0x5"), ("--sparsity", "1.0"), ("--batch", "0"), ("--value-dtype", "int4")],
 )
 def test_bench_refuses_what_makes_no_sense(option: str, value: str) -> None:
-    assert_readable_error(run("bench", option, value))
+    assert_wrong_usage(run("bench", option, value), option)

@@ -8,13 +8,12 @@ import onnx
 import onnx.compose
 import pytest
 import torch
+from cli_support import document, run
 from lowering_support import mask_by_hand, randomise
 from torch import nn
-from typer.testing import CliRunner, Result
 
 import srigl_fx as sx
 from srigl_fx import onnx_tools
-from srigl_fx.cli.app import app
 from srigl_fx.errors import FormatError, RecipeError
 from srigl_fx.onnx_export.file import inspect_file
 
@@ -35,10 +34,6 @@ def _export(model: nn.Module, path: Path, inputs: int, *, fallback: bool = True)
     path.parent.mkdir(exist_ok=True)
     sx.export_onnx(model, path, (torch.randn(2, inputs),), min_speedup=0, verify=False, fallback=fallback)
     return path
-
-
-def _run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def _renamed(path: Path) -> Path:
@@ -199,7 +194,7 @@ def test_a_damaged_recipe_is_refused_and_the_file_still_inspected(
         onnx_tools.merge(path, second, tmp_path / "both.onnx", {"output": "input"}, prefixes=("a_", "b_"))
     assert not (tmp_path / "both.onnx").exists()
     assert len(inspect_file(path).nodes) == 2
-    result = _run("recipe", path)
+    result = run("recipe", path)
     assert result.exit_code == 1
     assert result.output.startswith("error: ")
 
@@ -207,8 +202,9 @@ def test_a_damaged_recipe_is_refused_and_the_file_still_inspected(
 @pytest.mark.slow
 def test_the_command_shows_and_writes_it(encoder: nn.Module, tmp_path: Path) -> None:
     path = _export(encoder, tmp_path / "model.onnx", 16)
-    assert "srigl-fx recipe shows the recipe" in _run("inspect", path).output
-    result = _run("recipe", path, "--output", tmp_path / "recipe.json")
+    assert "srigl-fx recipe shows the recipe" in run("inspect", path).output
+    result = run("recipe", path, "--output", tmp_path / "recipe.json")
     assert result.output == f"{sx.recipe(encoder)}\n"
     assert sx.Recipe.load(tmp_path / "recipe.json") == sx.recipe(encoder)
-    assert "of the whole model: leave the part out" in _run("recipe", path, "--part", "head").output
+    assert sx.Recipe.from_dict(document("recipe", path)) == sx.recipe(encoder)
+    assert "of the whole model: leave the part out" in run("recipe", path, "--part", "head").output

@@ -1,164 +1,95 @@
-"""Condensed against dense linear layers, in float32 and in int8, on this machine.
+"""The command ``bench``: the forms of one ONNX file, or single layers, timed on this machine.
 
-Owns the measurement and its table; it must not know the kernels: it calls the public operator.
+Owns its arguments. It must not know how anything is measured.
 """
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Annotated, Literal
 
-import numpy as np
-import torch
+import typer
 
-from srigl_fx.errors import SriglError
-from srigl_fx.reports.text_tables import format_table
-from srigl_fx.runtime.cpu.threads import torch_threads
-from srigl_fx.runtime.value_types import NAMES, choice
+from srigl_fx.cli.options import Threads
+from srigl_fx.cli.output import AsJson, show, working
 
-Shape = tuple[int, int]
-DEFAULT_SHAPES: tuple[Shape, ...] = ((768, 768), (768, 3072), (3072, 768), (4096, 4096))
-SECONDS = 0.4  # for each comparison
-LARGEST = 2**15  # inputs or outputs; a dense layer of that size takes 4 GiB
+BATCHES = (1, 16, 64)
+LAYER_BATCHES, LAYER_SPARSITIES = (1, 64), (0.8, 0.9, 0.95)
 
 
-def parse_shape(text: str) -> Shape:
-    """Read ``"768x3072"`` as (inputs, outputs).
+def bench(
+    file: Annotated[
+        Path | None, typer.Argument(help="An ONNX file, condensed or with zeros in its weights; else single layers.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; may be given several times.")] = None,
+    threads: Threads = 1,
+    size: Annotated[
+        list[str] | None, typer.Option(help="Of a file: NAME=NUMBER, what a free size is; may be given several times.")
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Of a file: how long each batch size is measured, longer where calls are.")
+    ] = 5.0,
+    shape: Annotated[
+        list[str] | None, typer.Option(help="Of layers: INPUTSxOUTPUTS; may be given several times.")
+    ] = None,
+    sparsity: Annotated[
+        list[float] | None, typer.Option(help="Of layers: the fraction removed; may be given several times.")
+    ] = None,
+    value_dtype: Annotated[
+        Literal["float32", "bfloat16", "float16", "int8"],
+        typer.Option(help="Of layers: what the condensed one stores its values in."),
+    ] = "float32",
+    json: AsJson = False,
+) -> None:
+    """Time what sparsity gives on this machine; shows where it loses, too.
 
-    Raises:
-        SriglError: If it is not two positive numbers with an x between them.
-
-    Example:
-        >>> parse_shape("768x3072")
-        (768, 3072)
+    Of a file: dense, dense int8 (ONNX Runtime's quantize_dynamic), sparse and sparse int8, made from that file.
+    Without a file: condensed linear layers against dense ones and dense int8.
     """
-    parts = text.lower().split("x")
-    if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) <= LARGEST for part in parts):
-        raise SriglError(
-            f"cannot read the shape {text!r}: write INPUTSxOUTPUTS, such as 768x3072, up to {LARGEST} each"
+    if file is None:
+        _layers(batch, threads, size, shape, sparsity, value_dtype, json)
+        return
+    if shape or sparsity or value_dtype != "float32":
+        raise typer.BadParameter("--shape, --sparsity and --value-dtype are of single layers: leave them out")
+    from srigl_fx.cli.bench_file import compare_forms
+
+    with working(f"measuring {file}") as waiting:
+        report = compare_forms(
+            file, batch or BATCHES, threads=threads, sizes=_sizes(size), seconds=seconds, waiting=waiting
         )
-    return int(parts[0]), int(parts[1])
+    show(report, json)
 
 
-def compare(
-    shapes: Sequence[Shape],
-    sparsities: Sequence[float],
-    batches: Sequence[int],
-    *,
-    threads: int = 1,
-    value_dtype: str = "float32",
-) -> str:
-    """A table of median times, dense and condensed in turns; slower cases are shown like all others.
-
-    Dense is PyTorch or ONNX Runtime, whichever is faster in the cell; dense int8 is what ONNX Runtime's
-    ``quantize_dynamic`` makes of the layer, which takes no training either.
-
-    Args:
-        shapes: Layers as (inputs, outputs).
-        sparsities: Fractions removed, in [0, 1).
-        batches: Rows of the input.
-        threads: Of each of them.
-        value_dtype: What the condensed layer stores its values in.
-
-    Raises:
-        SriglError: If a sparsity or a batch size is out of range, or there is no such dtype.
-
-    Example:
-        >>> print(compare([(64, 32)], [0.75], [1]).splitlines()[0].split()[4:11])
-        ['dense', 'us', 'dense', 'int8', 'us', 'condensed', 'us']
-    """
-    if not all(0 <= sparsity < 1 for sparsity in sparsities) or not all(batch >= 1 for batch in batches):
-        raise SriglError("a sparsity must lie in [0, 1), such as 0.9, and a batch size must be at least 1")
-    if value_dtype not in NAMES:
-        raise SriglError(f"values are stored in {choice()}, not in {value_dtype!r}")
-    rows = []
-    # Not in inference mode: PyTorch counts no writes to what is made in it, so that a weight is packed at each call.
-    with torch_threads(threads), torch.no_grad():
-        for inputs, outputs in shapes:
-            for sparsity in sparsities:
-                for batch in batches:
-                    times = _measure(inputs, outputs, sparsity, batch, value_dtype, threads)
-                    dense, int8, condensed = min(times["torch"], times["onnxruntime"]), times["int8"], times["ours"]
-                    shown = (*(f"{1e6 * time:.1f}" for time in (dense, int8, condensed)),)
-                    gains = f"{dense / condensed:.2f}", f"{int8 / condensed:.2f}"
-                    rows.append((inputs, outputs, f"{sparsity:.0%}", batch, *shown, *gains))
-    measured = ("dense us", "dense int8 us", "condensed us", "dense / condensed", "dense int8 / condensed")
-    headers = ("inputs", "outputs", "sparsity", "batch", *measured)
-    note = (
-        f"Median of one call, {threads} thread{'s' * (threads > 1)}. Dense: the faster of PyTorch and ONNX Runtime; "
-        "dense int8: ONNX Runtime's quantize_dynamic.\n"
-        f"Condensed: in PyTorch, values in {value_dtype}. Above 1, condensed is faster."
-    )
-    return format_table(headers, rows, right=range(len(headers))) + "\n" + note
+def _sizes(texts: list[str] | None) -> dict[str, int]:
+    sizes = {}
+    for text in texts or ():
+        name, _, number = text.rpartition("=")
+        if not name or not number.isdecimal() or not int(number):
+            raise typer.BadParameter(f"it takes NAME=NUMBER, such as length=128, not {text!r}", param_hint="--size")
+        sizes[name] = int(number)
+    return sizes
 
 
-def _measure(
-    inputs: int, outputs: int, sparsity: float, batch: int, value_dtype: str, threads: int
-) -> dict[str, float]:
-    import srigl_fx.runtime.ops  # noqa: F401 - registers torch.ops.srigl_fx
-    from srigl_fx.demo.dense_int8 import dynamic_int8
-    from srigl_fx.passes.condense import values_of
-    from srigl_fx.runtime.format import CondensedWeight, ValueDtype
+def _layers(
+    batch: list[int] | None,
+    threads: int,
+    size: list[str] | None,
+    shape: list[str] | None,
+    sparsity: list[float] | None,
+    value_dtype: str,
+    json: bool,
+) -> None:
+    from srigl_fx.cli.bench_layers import DEFAULT_SHAPES, compare, parse_shape
+    from srigl_fx.errors import SriglError
 
-    rng = np.random.default_rng(0)
-    fan_in = max(1, round((1 - sparsity) * inputs))
-    mask = np.zeros((outputs, inputs), np.bool_)
-    np.put_along_axis(mask, rng.random(mask.shape).argpartition(fan_in - 1, axis=1)[:, :fan_in], True, axis=1)
-    weight = (rng.standard_normal(mask.shape) * mask).astype(np.float32)
-    dtype = cast("ValueDtype", value_dtype)
-    condensed = CondensedWeight.from_dense(weight, mask, rng.standard_normal(outputs), dtype=dtype)
-
-    x, dense, bias = torch.randn(batch, inputs), torch.from_numpy(weight), torch.from_numpy(condensed.bias)
-    operands = [values_of(condensed), *map(torch.from_numpy, (condensed.indices, condensed.active))]
-    scales = None if condensed.scales is None else torch.from_numpy(condensed.scales)
-    model, feeds = _dense_onnx(weight, condensed.bias), {"x": x.numpy()}
-    whole, int8 = (_session(content, threads) for content in (model, dynamic_int8(model)))
-    return _medians(
-        {
-            "torch": lambda: torch.nn.functional.linear(x, dense, bias),
-            "onnxruntime": lambda: whole.run(None, feeds),
-            "int8": lambda: int8.run(None, feeds),
-            "ours": lambda: torch.ops.srigl_fx.condensed_linear(x, *operands, bias, inputs, scales=scales),
-        }
-    )
-
-
-def _dense_onnx(weight: np.ndarray, bias: np.ndarray) -> bytes:
-    from onnx import TensorProto, helper, numpy_helper
-
-    outputs, inputs = weight.shape
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "weight"], ["sum"]), helper.make_node("Add", ["sum", "bias"], ["y"])],
-        "dense",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", inputs])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", outputs])],
-        [
-            numpy_helper.from_array(np.ascontiguousarray(weight.T), "weight"),
-            numpy_helper.from_array(bias, "bias"),
-        ],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    content: bytes = model.SerializeToString()
-    return content
-
-
-def _session(model: bytes, threads: int) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _medians(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
-    """Median seconds of a call of each, in turns of a few calls, so that a busy moment hits all alike."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + SECONDS
-    while time.perf_counter() < end or len(times["ours"]) < 20:
-        for name, call in calls.items():
-            call()
-            for _ in range(5):
-                started = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - started)
-    return {name: statistics.median(measured) for name, measured in times.items()}
+    if size:
+        raise typer.BadParameter("it is of a file, and none is given", param_hint="--size")
+    try:
+        shapes = [parse_shape(text) for text in shape] if shape else list(DEFAULT_SHAPES)
+    except SriglError as error:
+        raise typer.BadParameter(str(error), param_hint="--shape") from error
+    sparsities, batches = sparsity or LAYER_SPARSITIES, batch or LAYER_BATCHES
+    if not all(0 <= one < 1 for one in sparsities):
+        raise typer.BadParameter("a sparsity lies in [0, 1), such as 0.9", param_hint="--sparsity")
+    with working("measuring layers") as waiting:
+        waiting.steps(len(shapes) * len(sparsities) * len(batches))
+        report = compare(shapes, sparsities, batches, threads=threads, value_dtype=value_dtype, done=waiting.step)
+    show(report, json)

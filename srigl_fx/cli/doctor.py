@@ -10,9 +10,9 @@ import platform
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,6 +53,10 @@ class Health:
     def healthy(self) -> bool:
         """Whether everything that the core needs works."""
         return all(finding.fine for finding in self.findings if finding.needed)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
 
     def __str__(self) -> str:
         rows = [

