@@ -44,6 +44,8 @@ def test_a_short_run_is_stored_resumed_and_shown(
     assert any(dtype == "int8" and ratio > 25 for ratio, dtype, _ in sparse["int8"].layers.values())
     assert all(reason for _, dtype, reason in sparse["int8"].layers.values() if dtype != "int8")
 
+    if task != "cnn":  # what is made anew, below, is made in the same way of any network
+        return
     # Killed while it wrote its last line: the network is trained again, and all of its rows are made anew.
     finished = file.read_bytes()
     file.write_bytes(finished[:-6].replace(b"float32,", b"float32,1", 1))

@@ -85,9 +85,8 @@ def _sizes(program: torch.export.ExportedProgram) -> list[int]:
 @pytest.mark.long
 @pytest.mark.skipif(_COMPILER is None, reason="AOTInductor compiles C++, and there is no compiler here")
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of inductor, about torch's own
-@pytest.mark.parametrize("make", [convolutions, linears])
-def test_a_compiled_package_runs_after_one_import(make: Callable[[], tuple[nn.Module, Tensor]], tmp_path: Path) -> None:
-    lowered, program = exported(*make())
+def test_a_compiled_package_runs_after_one_import(tmp_path: Path) -> None:
+    lowered, program = exported(*convolutions())  # a linear layer is their last
     x = torch.randn(5, *_sizes(program))
     torch.save(x, tmp_path / "x.pt")
     with torch.no_grad():

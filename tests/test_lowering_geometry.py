@@ -97,7 +97,7 @@ def test_lowered(drawn: list[Layer], density: float, ablated: int, seed: int) ->
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
-@settings(max_examples=25, **QUIET)
+@settings(max_examples=10, **QUIET)
 @given(SEVERAL, st.floats(0.1, 1), st.integers(0, 3), st.integers(0, 99))
 def test_exported(
     tmp_path_factory: pytest.TempPathFactory, drawn: list[Layer], density: float, ablated: int, seed: int

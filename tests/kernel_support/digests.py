@@ -1,8 +1,13 @@
-"""Prints the digests of a fixed set of results, so that processes can be compared: ``python digests.py [compiled]``."""
+"""Prints the digests of a fixed set of results, so that processes can be compared.
+
+``python digests.py`` has the code of the operator library, ``python digests.py compiled`` compiles its own, and
+``python digests.py compiled float32`` does so for layers of this dtype alone.
+"""
 
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -11,12 +16,12 @@ from srigl_fx.runtime.cpu import entries
 from srigl_fx.runtime.cpu.threads import torch_threads
 
 
-def digests(threads: int) -> dict[str, str]:
+def digests(threads: int, dtypes: Sequence[str] = DTYPES) -> dict[str, str]:
     """A digest of every result at that number of threads."""
     generator = torch.Generator().manual_seed(1)
     found = {}
     with torch_threads(threads):
-        for dtype in DTYPES:
+        for dtype in dtypes:
             weight = condensed(300, 500, 50, n_active=280, dtype=dtype)
             for batch in (1, 3, 16, 33, 130):
                 x, residual = (torch.randn(batch, size, generator=generator) for size in (500, 300))
@@ -33,6 +38,6 @@ def digests(threads: int) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["compiled"]:
+    if "compiled" in sys.argv:
         vars(entries)["_in_library"] = dict
-    print(json.dumps({threads: digests(threads) for threads in (1, 2)}))
+    print(json.dumps({threads: digests(threads, sys.argv[2:] or DTYPES) for threads in (1, 2)}))

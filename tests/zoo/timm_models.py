@@ -42,7 +42,7 @@ _MODELS: list[tuple[str, int, dict[str, Any]]] = [
     ("eva02_tiny_patch14_224", 56, {"img_size": 56, "depth": 2}),
     ("dla34", 64, {}),
     ("mambaout_femto", 64, {"depths": (1, 1, 1, 1)}),
-    ("maxvit_rmlp_pico_rw_256", 64, {"img_size": 64}),
+    ("maxvit_rmlp_pico_rw_256", 64, {"img_size": 64, "depths": (1, 1, 1, 1)}),
     ("regnety_002", 64, {}),
 ]
 
