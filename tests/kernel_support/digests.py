@@ -14,9 +14,10 @@ import torch
 from kernel_support import DTYPES, Convolution, bits, check_conv, check_linear, condensed
 from srigl_fx.runtime.cpu import entries
 from srigl_fx.runtime.cpu.threads import torch_threads
+from srigl_fx.runtime.value_types import ValueDtype
 
 
-def digests(threads: int, dtypes: Sequence[str] = DTYPES) -> dict[str, str]:
+def digests(threads: int, dtypes: Sequence[ValueDtype] = DTYPES) -> dict[str, str]:
     """A digest of every result at that number of threads."""
     generator = torch.Generator().manual_seed(1)
     found = {}
@@ -40,4 +41,5 @@ def digests(threads: int, dtypes: Sequence[str] = DTYPES) -> dict[str, str]:
 if __name__ == "__main__":
     if "compiled" in sys.argv:
         vars(entries)["_in_library"] = dict
-    print(json.dumps({threads: digests(threads, sys.argv[2:] or DTYPES) for threads in (1, 2)}))
+    asked = [dtype for dtype in DTYPES if dtype in sys.argv[2:]] or DTYPES
+    print(json.dumps({threads: digests(threads, asked) for threads in (1, 2)}))
