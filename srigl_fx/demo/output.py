@@ -8,10 +8,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from typing import Any
 
 
 def cpu() -> str:
@@ -25,8 +22,8 @@ def cpu() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_csv(rows: "Sequence[DataclassInstance]", path: Path) -> None:
-    """One line for each row, below their fields' names; all rows are of one class."""
+def write_csv(rows: Sequence[Any], path: Path) -> None:
+    """One line for each row, below their fields' names; all rows are of one dataclass."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])])
         writer.writeheader()
