@@ -62,8 +62,6 @@ def tensors(cache: Any) -> list[Tensor]:
     ("make", "use_cache"),
     [
         pytest.param(llama, True, marks=pytest.mark.long),
-        pytest.param(llama, False, marks=pytest.mark.long),
-        pytest.param(gpt2, True, marks=pytest.mark.long),
         pytest.param(gpt2, False, marks=pytest.mark.long),
     ],
 )

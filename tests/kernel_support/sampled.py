@@ -1,7 +1,7 @@
-"""A pytest plugin that runs every test with a third of its parameters: ``-p kernel_support.sampled``.
+"""A pytest plugin that runs every test with a quarter of its parameters: ``-p kernel_support.sampled``.
 
 For instruction sets beyond this process's, whose kernels are compiled from the same source: all tests run there, each
-on the same third every time, which looks random. The host's run has all of it.
+on the same quarter every time, which looks random. The host's run has all of it.
 """
 
 from collections import defaultdict
@@ -9,11 +9,11 @@ from zlib import crc32
 
 import pytest
 
-SHARE = 3
+SHARE = 4
 
 
 def sampled(ids: list[str]) -> list[str]:
-    """A third of the names of one test with its parameters, and at least one."""
+    """A quarter of the names of one test with its parameters, and at least one."""
     return sorted(ids, key=lambda name: crc32(name.encode()))[: -(-len(ids) // SHARE)]
 
 

@@ -399,7 +399,7 @@ def test_claims_hold_on_random_graphs(steps: list[str], seed: int) -> None:
 
 QUICK = {"nasty_fused_qkv", "nasty_groups", "nasty_mha"}
 ZOO_SAMPLE = (
-    "tv_resnet18 tv_mobilenet_v2 tv_swin timm_beit_base_patch16_224 timm_mambaout_femto hf_bert hf_llama hf_gpt2 hf_t5 "
+    "tv_resnet18 tv_swin timm_beit_base_patch16_224 timm_mambaout_femto hf_bert hf_llama hf_gpt2 hf_t5 "
     "nasty_fused_qkv nasty_groups nasty_mha nasty_lstm"
 )
 

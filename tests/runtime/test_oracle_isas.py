@@ -2,7 +2,7 @@
 
 The oracle tests run in a process for each instruction set, beyond this one's, that SRIGL_FX_ISA can force on this CPU;
 those of eight bits for each target, as what extends an instruction set changes the kernels of bytes alone. There they
-have a third of their parameters each: the source of the kernels is the same, and this process's run has all of them.
+have a quarter of their parameters each: the source of the kernels is the same, and this process's run has all of them.
 """
 
 import functools
@@ -84,7 +84,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_sample_has_cases_of_every_test() -> None:
     names = [f"test_linear[{batch}-{fan_in}]" for batch in range(10) for fan_in in range(4)]
-    assert len(sampled(names)) == 14
+    assert len(sampled(names)) == 10
     assert set(sampled(names)) < set(names)
     assert sampled(names[::-1]) == sampled(names)
     assert sampled(["test_conv"]) == ["test_conv"]

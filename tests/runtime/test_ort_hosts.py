@@ -18,7 +18,7 @@ from srigl_fx.runtime.cpu.kernels.isa import ISA_VARIABLE, TARGETS, host_isa, ho
 from srigl_fx.runtime.ort.link import available_linkers, link
 
 # Versions of ONNX Runtime, with the NumPy that each was built for.
-VERSIONS = {"1.17.3": "numpy<2", "1.20.1": "numpy", "1.23.2": "numpy"}  # the suite's own environment has the newest
+VERSIONS = {"1.17.3": "numpy<2", "1.23.2": "numpy"}  # the suite's own environment has the newest
 TOO_OLD = "1.16.3"
 
 

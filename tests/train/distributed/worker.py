@@ -695,7 +695,7 @@ def second_order() -> None:
 def compiled_steps() -> None:
     """A step compiled as a whole is to the last bit what it is without, and mask updates compile nothing anew."""
     cases: list[tuple[str, str, dict[str, Any], dict[str, Any], int]] = [
-        *[(name, "DDP", {}, {}, 1) for name in METHODS],
+        *[(name, "DDP", {}, {}, 1) for name in ("SRigL", "SNFS", "GMP", "Static")],  # each talks differently
         ("SRigL", "DDP", {}, {}, 2),
         ("SRigL", "DDP", {"gradient_as_bucket_view": True}, {}, 1),
         ("RigL", "DDP", {"static_graph": True}, {}, 1),
