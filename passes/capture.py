@@ -21,7 +21,7 @@ import inspect
 import re
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -178,7 +178,13 @@ def capture_whole(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     free = {position: frozenset({0}) for position, is_batched in enumerate(batched) if is_batched}
     # Rule 4.
     rungs = [_Rung(Dim.DYNAMIC, False), _Rung(Dim.AUTO, False), _Rung(None, False)]
-    return _climb(model, args, kwargs, free, [*rungs, _Rung(Dim.AUTO, True), _Rung(None, True)], run=run)
+    found = _climb(model, args, kwargs, free, [*rungs, _Rung(Dim.AUTO, True), _Rung(None, True)], run=run)
+    if found.program is None:
+        return found
+    # What guards say of the batch is not tried here, and most of it no graph needs: two images of each sample that are
+    # stacked and taken apart leave one that the doubled batch is even.
+    program = replace(found.program, sizes=replace(found.program.sizes, conditions=()))
+    return replace(found, program=program)
 
 
 def capture_asked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dims: Dims) -> Capture:
