@@ -160,3 +160,23 @@ def test_calls_that_break_a_condition_are_refused(tmp_path: Path) -> None:
         for session in sessions(tmp_path / "m.onnx"):
             with pytest.raises(Exception, match=in_file):
                 session.run(None, arrays)
+
+
+class _Stacked(nn.Module):
+    """Two images of each sample go through one layer together, as in networks of optical flow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, one: Tensor, other: Tensor) -> Tensor:
+        first, second = torch.chunk(self.layer(torch.cat([one, other])), 2)
+        return torch.sub(first, second)
+
+
+def test_stacked_samples_that_are_taken_apart_are_of_any_number() -> None:
+    model = sx.sparsify(_Stacked(), sparsity=0.5).eval()
+    made = sx.lower(model, (torch.randn(2, 8), torch.randn(2, 8)), min_speedup=0)
+    inputs = torch.randn(2, 3, 8).unbind()
+    with torch.no_grad():
+        torch.testing.assert_close(made(*inputs), model(*inputs), rtol=1e-5, atol=1e-5)
