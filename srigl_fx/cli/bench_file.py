@@ -211,12 +211,18 @@ def _call(session: "onnxruntime.InferenceSession", feeds: Feeds) -> Callable[[],
 
 
 def _difference(expected: Sequence[Any], got: Sequence[Any]) -> float:
-    """The largest difference of outputs that are numbers, over the largest of each; 0 where there are none."""
+    """The largest difference of outputs that are numbers, over the largest of each; 0 where there are none.
+
+    A number that is finite in one of both alone is off by infinity.
+    """
     found = [0.0]
     for one, other in zip(expected, got, strict=True):
         if isinstance(one, np.ndarray) and one.dtype.kind == "f" and one.size and one.shape == other.shape:
-            largest = float(np.abs(one.astype(np.float64)).max()) or 1.0
-            found.append(float(np.abs(other.astype(np.float64) - one).max()) / largest)
+            wanted, given = one.astype(np.float64).ravel(), other.astype(np.float64).ravel()
+            differ = (wanted != given) & ~(np.isnan(wanted) & np.isnan(given))
+            gap = np.abs(given[differ] - wanted[differ]).max(initial=0.0)
+            largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0) or 1.0
+            found.append(float("inf") if np.isnan(gap) else float(gap / largest))
     return max(found)
 
 

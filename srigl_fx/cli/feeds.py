@@ -46,7 +46,8 @@ def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tu
         sizes: Others, by their names; 64 by default.
 
     Raises:
-        FormatError: An input is no tensor of numbers, or a size is asked for that the file has not free.
+        FormatError: An input is no tensor of numbers, or a size is asked for that the file has not free, or that is the
+            batch.
     """
     if odd := [entry for entry in inputs if entry.type not in DTYPES]:
         raise FormatError(f"the input {odd[0].name!r} is a {odd[0].type}, for which there are no random numbers")
@@ -56,6 +57,8 @@ def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tu
             f"the file has no free size {unknown[0]!r}; those that it has: {', '.join(sorted(named)) or 'none'}"
         )
     leading = next((entry.shape[0] for entry in inputs if entry.shape), None)
+    if leading in sizes:
+        raise FormatError(f"the size {leading!r} is the batch size: give it as that, with --batch")
     used: dict[str, int] = {}
 
     def size_of(axis: int, size: int | str | None) -> int:
@@ -63,7 +66,7 @@ def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tu
             return size
         if size is None:  # free, without a name
             return USUAL if axis else batch
-        if size == leading and size not in sizes:
+        if size == leading:
             return batch
         used[size] = sizes.get(size, USUAL)
         return used[size]
