@@ -294,7 +294,9 @@ def answers(app: Any, *bodies: dict[str, Any], parts: int = 1, pause: float = 0.
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
 
-        await app({"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}, receive, send)
+        await app(
+            {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}, receive, send
+        )
         return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
 
     async def all_of_them() -> list[tuple[int, Any]]:
