@@ -129,8 +129,8 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 def _tied(model: nn.Module) -> list[list[str]]:
     """The names of each tensor that has several, as tied weights have: safetensors keeps but one of them."""
     names: dict[int, list[str]] = {}
-    whole = {"remove_duplicate": False}
-    for name, tensor in (*model.named_parameters(**whole), *model.named_buffers(**whole)):
+    parameters, buffers = (find(remove_duplicate=False) for find in (model.named_parameters, model.named_buffers))
+    for name, tensor in (*parameters, *buffers):
         names.setdefault(id(tensor), []).append(plain(name))
     return [group for group in names.values() if len(group) > 1]
 
