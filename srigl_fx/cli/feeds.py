@@ -10,19 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.errors import FormatError
+from srigl_fx.onnx_export.tensor_types import DTYPES
 
 Feeds = dict[str, NDArray[Any]]
 USUAL = 64  # of a free size, such as the number of tokens
-DTYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-    "tensor(uint8)": np.uint8,
-    "tensor(int8)": np.int8,
-}
 
 
 def batch_of(inputs: Sequence[Any]) -> int | None:

@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastapi import HTTPException
 
+from srigl_fx.onnx_export.tensor_types import DTYPES
 from srigl_fx.serving.batcher import MOST_WORDS, Array, sample_inputs
 
 if TYPE_CHECKING:
     import onnxruntime
-
-DTYPES = {
-    **{"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16},
-    **{"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_},
-    **{"tensor(uint8)": np.uint8, "tensor(int8)": np.int8},
-}
 
 
 def arrays(session: "onnxruntime.InferenceSession", given: Any, max_batch: int) -> dict[str, Array]:

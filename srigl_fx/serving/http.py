@@ -28,8 +28,9 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
 
 from srigl_fx.errors import FormatError
+from srigl_fx.onnx_export.tensor_types import DTYPES
 from srigl_fx.runtime.ort.session import load
-from srigl_fx.serving.arrays import DTYPES, arrays, listed
+from srigl_fx.serving.arrays import arrays, listed
 from srigl_fx.serving.batcher import MOST_WORDS, Array, Batcher
 
 LARGEST_BODY = 16 << 20  # bytes of a request
