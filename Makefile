@@ -15,7 +15,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test arm-test emulated-test reliability wheels tables versions docs bench clean
+.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test arm-test emulated-test migration-test reliability wheels tables versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,15 +56,19 @@ node-test: $(READY_test) ## The fallback in Node.js and in WebAssembly; installs
 emulated-test: $(READY_test) ## The oracle tests of instruction sets that this CPU lacks, AVX-512 and VNNI, in an emulator
 	BIN=$(abspath $(BIN)) .ci/emulated_test
 
+migration-test: $(READY_demo) ## The lines of other libraries on docs/migrating.md, with those libraries; downloads about 1 GB
+	$(BIN)/python .ci/migration_test.py
+
 reliability: $(READY_test) ## Damaged files, guard pages, threads, sessions, valgrind: into docs/reliability.md
 	PYTHONPATH=tests $(BIN)/python tests/reliability.py
 
 arm-test: $(READY_test) ## The operator library for Linux on Arm under qemu-user, in ONNX Runtime for Arm; downloads 100 MB into .arm
 	$(BIN)/python .ci/arm_test.py .arm
 
-tables: $(READY_test) ## Write the tables of docs/kernels.md and docs/command-line.md anew, from the code
+tables: $(READY_test) ## Write the tables of docs/kernels.md, docs/command-line.md and docs/findings.md anew
 	$(BIN)/python tests/kernel_support/tables.py
 	PYTHONPATH=tests $(BIN)/python tests/cli_support/page.py
+	PYTHONPATH=tests $(BIN)/python tests/findings_support/__init__.py
 
 versions: ## Run the tests on the oldest and the newest releases allowed; writes docs/versions.md (hours, 12 GB)
 	$(PYTHON) .ci/versions.py
