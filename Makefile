@@ -15,7 +15,7 @@ READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test arm-test emulated-test migration-test reliability wheels tables versions docs bench clean
+.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test arm-test emulated-test migration-test reliability wheels tables picture versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ tables: $(READY_test) ## Write the tables of docs/kernels.md, docs/command-line.
 	$(BIN)/python tests/kernel_support/tables.py
 	PYTHONPATH=tests $(BIN)/python tests/cli_support/page.py
 	PYTHONPATH=tests $(BIN)/python tests/findings_support/__init__.py
+
+picture: $(READY_demo) ## Make the picture and the tables of README.md and docs/index.md anew, from benchmarks/results
+	$(BIN)/python benchmarks/front_page.py
 
 versions: ## Run the tests on the oldest and the newest releases allowed; writes docs/versions.md (hours, 12 GB)
 	$(PYTHON) .ci/versions.py

@@ -3,8 +3,8 @@
     python .ci/migration_test.py            # all sections
     python .ci/migration_test.py SparseLab  # those whose heading has the word
 
-A section says what it needs in a comment, ``<!-- needs: ARGUMENTS OF PIP -->``. What it names is installed into a folder
-that comes first on the path, and the blocks ``py`` of the section run there, after the page's first block. With
+A section says what it needs in a comment, ``<!-- needs: ARGUMENTS OF PIP -->``. That is installed into a folder that
+comes first on the path, and the blocks ``py`` of the section run there, after the page's first block. With
 ``needs, alone`` they run in an environment with nothing else, without that block, and find the files that the section's
 blocks ``python``, which are this library's and which the tests run too, have left.
 """
