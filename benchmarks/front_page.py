@@ -69,9 +69,9 @@ def panels() -> list[Panel]:
 
 
 def worst(records: Iterable[Record], dense: Sequence[str], ours: Sequence[str]) -> dict[tuple[int, float], float]:
-    """How much faster ours is than the fastest dense one: the worst layer of each batch size and sparsity."""
+    """How much faster ours is than the fastest dense one, on one thread: the worst layer of each batch size and sparsity."""
     found: defaultdict[tuple[int, float], list[float]] = defaultdict(list)
-    for (_, _, sparsity, batch, _), cell in group(records).items():
+    for (_, _, sparsity, batch, _), cell in group(record for record in records if record.threads == 1).items():
         speedup = best(cell, dense) / best(cell, ours)
         if not math.isnan(speedup):
             found[batch, sparsity].append(speedup)

@@ -16,13 +16,15 @@ def front(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     return import_module("front_page")
 
 
-def _record(front: Any, contender: str, microseconds: float, *, layer: str = "8 -> 4", batch: int = 1) -> Any:
+def _record(
+    front: Any, contender: str, microseconds: float, *, layer: str = "8 -> 4", batch: int = 1, threads: int = 1
+) -> Any:
     return front.Record(
         section="linear",
         layer=layer,
         sparsity=0.9,
         batch=batch,
-        threads=1,
+        threads=threads,
         contender=contender,
         microseconds=microseconds,
     )
@@ -36,6 +38,8 @@ def test_the_worst_layer_against_the_fastest_dense_counts(front: Any) -> None:
         _record(front, "ours in ORT", 10.0),
         _record(front, "ORT dense", 20.0, layer="4 -> 8"),
         _record(front, "ours in ORT", 10.0, layer="4 -> 8"),
+        _record(front, "ORT dense", 10.0, layer="4 -> 8", threads=2),
+        _record(front, "ours in ORT", 10.0, layer="4 -> 8", threads=2),
         _record(front, "ORT dense", 10.0, batch=4),
         _record(front, "ours in ORT", math.nan, batch=4),
     ]
