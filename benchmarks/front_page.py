@@ -69,7 +69,7 @@ def panels() -> list[Panel]:
 
 
 def worst(records: Iterable[Record], dense: Sequence[str], ours: Sequence[str]) -> dict[tuple[int, float], float]:
-    """How much faster ours is than the fastest dense one, on one thread: the worst layer of each batch size and sparsity."""
+    """How many times as fast as the fastest dense one ours is, on one thread: the worst layer of each cell."""
     found: defaultdict[tuple[int, float], list[float]] = defaultdict(list)
     for (_, _, sparsity, batch, _), cell in group(record for record in records if record.threads == 1).items():
         speedup = best(cell, dense) / best(cell, ours)
