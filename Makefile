@@ -9,13 +9,14 @@ SHARED := -n $(WORKERS) --maxschedchunk 4
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-STAMPS := $(addprefix $(VENV)/.installed-,demo test docs)
+STAMPS := $(addprefix $(VENV)/.installed-,demo test docs release)
 READY_demo := $(VENV)/.installed-demo
 READY_test := $(VENV)/.installed-test
 READY_docs := $(VENV)/.installed-docs
+READY_release := $(VENV)/.installed-release
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test arm-test emulated-test reliability wheels tables versions docs bench clean
+.PHONY: help demo test test-all fast lint types wheel-test extras-test node-test arm-test emulated-test migration-test reliability wheels licences tables picture versions docs bench clean
 
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,8 +47,12 @@ extras-test: $(READY_test) ## The tests that need what no other target installs:
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[docs,onnx-tools,optimizers,pruning]'
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_onnx_tools.py tests/test_pruning_libraries.py tests/test_benchmarks.py tests/train/test_optimizer_libraries.py
 
-wheels: $(READY_test) ## Build what is uploaded into dist/: sdist, wheels, those for Linux with the operator library in them
+wheels: $(READY_release) ## Build what is uploaded into dist/, and check it: sdist, wheels, those for Linux with the operator library in them
 	$(BIN)/python .ci/wheels.py dist
+	$(BIN)/python -m twine check --strict dist/*.tar.gz dist/*.whl
+
+licences: $(READY_release) ## The licences of all packages that the core needs, into dist/licences.md and dist/licences.json
+	$(BIN)/python .ci/licences.py dist
 
 node-test: $(READY_test) ## The fallback in Node.js and in WebAssembly; installs both hosts with npm into .node (500 MB)
 	npm install --prefix .node --ignore-scripts --no-audit --no-fund onnxruntime-node@1.30.0 onnxruntime-web@1.30.0
@@ -56,15 +61,22 @@ node-test: $(READY_test) ## The fallback in Node.js and in WebAssembly; installs
 emulated-test: $(READY_test) ## The oracle tests of instruction sets that this CPU lacks, AVX-512 and VNNI, in an emulator
 	BIN=$(abspath $(BIN)) .ci/emulated_test
 
+migration-test: $(READY_demo) ## The lines of other libraries on docs/migrating.md, with those libraries; downloads about 1 GB
+	$(BIN)/python .ci/migration_test.py
+
 reliability: $(READY_test) ## Damaged files, guard pages, threads, sessions, valgrind: into docs/reliability.md
 	PYTHONPATH=tests $(BIN)/python tests/reliability.py
 
 arm-test: $(READY_test) ## The operator library for Linux on Arm under qemu-user, in ONNX Runtime for Arm; downloads 100 MB into .arm
 	$(BIN)/python .ci/arm_test.py .arm
 
-tables: $(READY_test) ## Write the tables of docs/kernels.md and docs/command-line.md anew, from the code
+tables: $(READY_test) ## Write the tables of docs/kernels.md, docs/command-line.md and docs/findings.md anew
 	$(BIN)/python tests/kernel_support/tables.py
 	PYTHONPATH=tests $(BIN)/python tests/cli_support/page.py
+	PYTHONPATH=tests $(BIN)/python tests/findings_support/__init__.py
+
+picture: $(READY_demo) ## Make the picture and the tables of README.md and docs/index.md anew, from benchmarks/results
+	$(BIN)/python benchmarks/front_page.py
 
 versions: ## Run the tests on the oldest and the newest releases allowed; writes docs/versions.md (hours, 12 GB)
 	$(PYTHON) .ci/versions.py

@@ -7,7 +7,7 @@
 # regular file`. The optimised model is written to a temporary folder; it refers to the weights by their relative path,
 # and they are not there. The same model with the weights inside passes, and so does this one without the optimisation.
 #
-# Versions: torch 2.13.0, onnx 1.23.2, onnxscript 0.7.2, onnxruntime 1.31.1, Python 3.11. Seen on 2026-11-30.
+# Versions: onnxruntime 1.31.1, torch 2.13.0, onnx 1.23.2, onnxscript 0.7.2, Python 3.11. Seen on 2026-11-30.
 # Output seen:
 #     weights beside the model: ValidationError: Data of TensorProto ( tensor name: weight) should be stored in ...
 #     weights inside: prepared

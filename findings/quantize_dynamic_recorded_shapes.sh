@@ -7,7 +7,7 @@
 # under its old name, leaves the recorded shape, and its own shape inference then refuses the file. A square layer
 # passes, and so does the same file once the entries for initialisers are taken out of `value_info`.
 #
-# Versions: torch 2.13.0, onnx 1.23.2, onnxscript 0.7.2, onnxruntime 1.31.1, Python 3.11. Seen on 2026-11-28.
+# Versions: onnxruntime 1.31.1, torch 2.13.0, onnx 1.23.2, onnxscript 0.7.2, Python 3.11. Seen on 2026-11-28.
 # Output seen:
 #     64 -> 32: InferenceError ... Inferred shape and existing shape differ in dimension 0: (64) vs (32)
 #     64 -> 64: quantised

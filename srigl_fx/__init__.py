@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from srigl_fx.train.srigl import SRigL as SRigL
     from srigl_fx.train.static import Static as Static
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 check_torch()
 

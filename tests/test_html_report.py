@@ -213,6 +213,14 @@ def test_every_table_has_headers_for_its_rows_and_columns(report: Summary | Lowe
             assert row[0].get("scope") == "row"
 
 
+def test_bars_share_the_width_of_their_table() -> None:
+    html = lowering_report(["a.weight"], readers=0).to_html()
+    (table,) = re.findall(r'aria-labelledby="latency" tabindex="0">(<table>.*?</table>)', html, re.DOTALL)
+    assert re.findall(r"--w:(\d+)", table)
+    assert "viewBox" not in table  # or its text would grow with the bars
+    assert "calc((100% - 145px) * var(--w) / 100)" in html
+
+
 def test_figures_are_well_formed_and_named() -> None:
     html = lowering_report(["a.weight", "b.weight"], readers=3).to_html()
     figures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
@@ -364,7 +372,7 @@ def test_the_area_of_the_landscape_is_what_is_left() -> None:
 
 def test_bars_are_as_long_as_the_times_they_stand_for() -> None:
     figure = latency(layer("a.weight", "shrunk").__dict__)[64]  # type: ignore[index]
-    assert [bar["width"] for bar in figure["bars"]] == [200, 67, 133]
+    assert [bar["share"] for bar in figure["bars"]] == [100, 33, 67]
     assert [bar["chosen"] for bar in figure["bars"]] == [False, False, True]
     assert figure["speedup"] == 1.5
 

@@ -55,7 +55,7 @@ def test_the_core_needs_eight_packages_and_all_extras_are_pinned(checkout: Path)
 
     extras = project["optional-dependencies"]
     integrations = {"transformers", "tensorboard", "lightning", "onnx-tools", "optimizers", "pruning", "cuda"}
-    assert set(extras) == {"cli", "demo", "serve", "test", "zoo", "docs", *integrations}
+    assert set(extras) == {"cli", "demo", "serve", "test", "zoo", "docs", "release", *integrations}
     pins = [
         line for line in (checkout / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"
     ]
@@ -63,6 +63,28 @@ def test_the_core_needs_eight_packages_and_all_extras_are_pinned(checkout: Path)
     pinned = {pin.split("==")[0].lower() for pin in pins}
     wanted = core.union(*map(_requirement_names, extras.values())) - {"srigl-fx"}
     assert wanted <= pinned
+
+
+def test_one_version_everywhere(checkout: Path) -> None:
+    small = tomllib.loads((checkout / "packages" / "srigl-fx-runtime" / "pyproject.toml").read_text(encoding="utf-8"))
+    code = (checkout / "packages" / "srigl-fx-runtime" / "srigl_fx_runtime" / "__init__.py").read_text(encoding="utf-8")
+    citation = (checkout / "CITATION.cff").read_text(encoding="utf-8")
+    assert _project(checkout)["project"]["version"] == srigl_fx.__version__ == small["project"]["version"]
+    assert f'\n__version__ = "{srigl_fx.__version__}"\n' in code
+    assert f"\nversion: {srigl_fx.__version__}\n" in citation
+    assert f"\n## [{srigl_fx.__version__}]" in (checkout / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.long
+def test_the_import_takes_little_beyond_that_of_torch(checkout: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, checkout / "benchmarks" / "import_time.py", "--processes", "2"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (best,) = re.findall(r"beyond torch: (\d+\.\d) ms of processor time", done.stdout)
+    assert float(best) < 50
 
 
 def test_a_module_outside_its_package_says_what_to_import(checkout: Path) -> None:

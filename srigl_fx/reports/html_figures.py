@@ -12,7 +12,6 @@ from srigl_fx.reports.text_tables import format_seconds
 Plain = Mapping[str, Any]
 
 WIDTH = 1000  # of the landscape, in its own units
-_LONGEST = 200  # the bar of the slowest form, in pixels
 _FULL, _GAP, _TOP = 48, 24, 20  # a bar of all channels, between bars, above the first: pixels of a removal figure
 _LEFT, _RIGHT, _BAR = 330, 600, 10  # where producer and consumers stand, and how wide their bars are
 _NAME, _THROUGH = 44, 42  # characters that fit beside a bar, and above it
@@ -56,13 +55,13 @@ def landscape(rows: Iterable[Plain]) -> list[dict[str, Any]]:
 
 
 def latency(layer: Plain) -> dict[str, dict[str, Any]]:
-    """For each batch size one bar a form, as long as its time against the slowest form's.
+    """For each batch size one bar a form, as long, in percent, as its time against the slowest form's.
 
     Example:
         >>> layer = {"decision": "condensed", "seconds": {"1": {"dense": 3e-4, "condensed": 1e-4}}}
         >>> figure = latency(layer)["1"]
-        >>> [(bar["width"], bar["chosen"]) for bar in figure["bars"]], figure["label"], figure["speedup"]
-        ([(200, False), (67, True)], 'dense 300 µs, condensed 100 µs', 3.0)
+        >>> [(bar["share"], bar["chosen"]) for bar in figure["bars"]], figure["label"], figure["speedup"]
+        ([(100, False), (33, True)], 'dense 300 µs, condensed 100 µs', 3.0)
     """
     figures = {}
     for batch, seconds in layer["seconds"].items():
@@ -70,7 +69,7 @@ def latency(layer: Plain) -> dict[str, dict[str, Any]]:
         bars = [
             {
                 "y": 18 * position + 3,
-                "width": round(_LONGEST * time / slowest),
+                "share": round(100 * time / slowest),
                 "time": format_seconds(time),
                 "chosen": form == layer["decision"],
             }

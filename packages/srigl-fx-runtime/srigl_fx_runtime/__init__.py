@@ -15,7 +15,7 @@ from typing import Any
 
 import onnxruntime
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["library_path", "load", "register"]
 
 _LIBRARY = Path(__file__).parent / "libsrigl_fx.so"
