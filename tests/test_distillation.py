@@ -210,6 +210,18 @@ def test_autocast_computes_both_models_shortly() -> None:
     assert 0 < abs(first - second) < 0.02 * first
 
 
+def test_autocast_of_the_loop_stays_on() -> None:
+    student, dense = pair()
+    seen = []
+    for model in (student, dense):
+        model[2].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    measure = sx.DistillationLoss(dense)
+    with torch.autocast("cpu", torch.bfloat16):
+        measure(student, batches(1)[0])
+    measure(student, batches(1)[0])
+    assert seen == 2 * [torch.bfloat16] + 2 * [torch.float32]
+
+
 class Stopped(KeyboardInterrupt):
     pass
 

@@ -35,7 +35,8 @@ def tiny_bert(smoke: bool = True, *, seed: int | None = None) -> nn.Module:
 def tiny_gpt() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(vocab_size=256, n_positions=32, n_embd=32, n_layer=1, n_head=2, use_cache=False)
+    sizes = {"vocab_size": 256, "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    config = GPT2Config(**sizes, use_cache=False, bos_token_id=None, eos_token_id=None)
     model: nn.Module = GPT2LMHeadModel(config)
     return model
 
@@ -90,6 +91,7 @@ def test_learning_rates() -> None:
     assert cosine.stretched(2).rate(40) == pytest.approx(1e-4)
 
 
+@pytest.mark.long
 def test_networks_are_those_that_are_named() -> None:
     with torch.device("meta"):
         sizes = [

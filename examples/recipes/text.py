@@ -116,7 +116,7 @@ class Language:
         length, draws = self.recipe.tokens, self.recipe.steps_an_epoch * self.recipe.batch
         if self.data is None:
             numbers = torch.Generator().manual_seed(0)
-            train, held_out = (torch.randint(256, (8 * length,), generator=numbers) for _ in range(2))
+            train, held_out = (torch.randint(256, (4 * length,), generator=numbers) for _ in range(2))
         else:
             train, held_out = read_text(self.data, self.recipe.tokens)
         return reader.loaders(Windows(train, length), Windows(held_out, length, apart=length), draws=draws)
