@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,18 +25,20 @@ def tiny_bert(smoke: bool = True, *, seed: int | None = None) -> nn.Module:
     """Another seed than that of the run gives other weights."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    sizes: dict[str, Any] = {"vocab_size": 1000, "hidden_size": 32, "num_hidden_layers": 1, "num_labels": 3}
     with torch.random.fork_rng():
         if seed is not None:
             torch.manual_seed(seed)
-        model: nn.Module = BertForSequenceClassification(BertConfig(vocab_size=1000, num_labels=3, **sizes))
+        model: nn.Module = BertForSequenceClassification(
+            BertConfig(**sizes, num_attention_heads=2, intermediate_size=64)
+        )
     return model
 
 
 def tiny_gpt() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    sizes = {"vocab_size": 256, "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    sizes: dict[str, Any] = {"vocab_size": 256, "n_positions": 32, "n_embd": 32, "n_layer": 1, "n_head": 2}
     config = GPT2Config(**sizes, use_cache=False, bos_token_id=None, eos_token_id=None)
     model: nn.Module = GPT2LMHeadModel(config)
     return model

@@ -12,6 +12,8 @@ neuron keeps as many weights; there it was second-order information, over all la
 A smoke run has two of the twelve layers, and a vocabulary of 1,000.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -26,8 +28,10 @@ def network(smoke: bool = False, *, classes: int = 3) -> nn.Module:
     """BERT-base, not trained."""
     from transformers import BertConfig, BertForSequenceClassification
 
-    small = {"num_hidden_layers": 2, "vocab_size": 1000} if smoke else {}
-    model: nn.Module = BertForSequenceClassification(BertConfig(num_labels=classes, **small))
+    changes: dict[str, Any] = {"num_labels": classes}
+    if smoke:
+        changes |= {"num_hidden_layers": 2, "vocab_size": 1000}
+    model: nn.Module = BertForSequenceClassification(BertConfig(**changes))
     return model
 
 

@@ -24,10 +24,19 @@ def network() -> nn.Module:
     """A GPT-2 of six layers, not trained."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    shares = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.2)
-    sizes = {"vocab_size": 256, "n_positions": TOKENS, "n_embd": 384, "n_layer": 6, "n_head": 6}
-    # Every byte is text: none begins or ends it.
-    config = GPT2Config(**sizes, **shares, use_cache=False, bos_token_id=None, eos_token_id=None)
+    config = GPT2Config(
+        vocab_size=256,
+        n_positions=TOKENS,
+        n_embd=384,
+        n_layer=6,
+        n_head=6,
+        resid_pdrop=0.2,
+        embd_pdrop=0.2,
+        attn_pdrop=0.2,
+        use_cache=False,
+        bos_token_id=None,  # every byte is text: none begins or ends it
+        eos_token_id=None,
+    )
     model: nn.Module = GPT2LMHeadModel(config)
     return model
 

@@ -90,8 +90,8 @@ class Sentences:
     def _divergence(self, found: Tensor, wanted: Tensor) -> Tensor:
         """Of distributions that are softened by the temperature, with gradients as large as without."""
         heat = self.recipe.temperature
-        logs = [F.log_softmax(logits.float() / heat, dim=-1) for logits in (found, wanted)]
-        return heat**2 * F.kl_div(*logs, reduction="batchmean", log_target=True)
+        ours, theirs = (F.log_softmax(logits.float() / heat, dim=-1) for logits in (found, wanted))
+        return heat**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 class Language:
