@@ -83,6 +83,20 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, kind: str, capsys: p
     capsys.readouterr()
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["bert_sst2", "gpt_text"])
+def test_the_smoke_run_of_a_recipe(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_recipe.py", name, "--smoke", "--out", str(tmp_path)])
+    train_recipe.main()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert all(line["loss"] > 0 for line in lines)
+    assert lines[-1]["sparsity"] == pytest.approx(train_recipe.recipes(name)["x1"].sparsity, abs=0.005)
+    assert (tmp_path / "last.safetensors").exists()
+
+
 def test_learning_rates() -> None:
     cycles = bert_mnli.X1
     assert [round(cycles.rate(epoch), 7) for epoch in (0, 1, 2, 4, 5.99999, 6, 28)] == [
