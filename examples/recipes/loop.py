@@ -6,12 +6,12 @@ random numbers begin anew with every epoch. Owns the loop. It must not know netw
 batch is.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,9 +114,8 @@ class Run:
         self.data.sampler.set_epoch(epoch)
         self.wrapped.train()
         losses, parts = [], self.recipe.micro_batches
-        # The last step takes whole batches, too.
-        batches = itertools.islice(self.data.train, parts * self.steps_an_epoch)
-        for position, batch in enumerate(batches):
+        # What is left when all steps are done are no whole batch: their gradients would be part of the next epoch's.
+        for position, batch in enumerate(islice(self.data.train, parts * self.steps_an_epoch)):
             step, part = divmod(position, parts)
             last = part == parts - 1
             with nullcontext() if last or self.parallel is None else self.parallel.no_sync():
