@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "versions.md"
 ENVIRONMENTS = ("oldest", "newest")
 TOOLS = frozenset({"build", "hypothesis", "mypy", "pytest", "pytest-xdist", "ruff"})
-LEFT_OUT = frozenset({"docs", "onnx-tools"})  # extras: pages, tools at pinned releases
+LEFT_OUT = frozenset({"docs", "onnx-tools", "recipes"})  # extras: pages, tools at pinned releases, data sets
 SHOWN = (
     *("python", "torch", "torchvision", "numpy", "numba", "llvmlite", "networkx", "onnx", "onnx-ir", "onnxscript"),
     *("onnxruntime", "safetensors", "transformers", "accelerate", "timm", "lightning", "tensorboard", "scikit-learn"),

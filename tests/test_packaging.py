@@ -55,6 +55,7 @@ def test_the_core_needs_eight_packages_and_all_extras_are_pinned(checkout: Path)
 
     extras = project["optional-dependencies"]
     integrations = {"transformers", "tensorboard", "lightning", "onnx-tools", "optimizers", "pruning", "cuda"}
+    integrations |= {"recipes"}
     assert set(extras) == {"cli", "demo", "serve", "test", "zoo", "docs", "release", *integrations}
     pins = [
         line for line in (checkout / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[:1] not in "#"

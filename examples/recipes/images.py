@@ -1,17 +1,17 @@
 """The images of the recipes: CIFAR-10 and ImageNet as torchvision reads them, and random ones of the same shape.
 
-Owns transforms and loaders. It must not know networks.
+Owns transforms, and how images become a loss and a score. It must not know networks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
 
+from recipes.data import Loaders, Reader
 from recipes.settings import ImageRecipe
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -20,46 +20,37 @@ SMOKE_BATCHES = 2  # of each epoch of a smoke run
 Batch = tuple[Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Loaders:
-    """What a process reads.
+class Images:
+    """Images with a class each; without ``data``, random ones."""
 
-    Attributes:
-        train: Batches of a part of a step, in an order of its own for each epoch.
-        test: The held-out images that this process looks at.
-        sampler: Is told the epoch.
-    """
+    score = "accuracy"
 
-    train: DataLoader[Batch]
-    test: DataLoader[Batch]
-    sampler: "DistributedSampler[Batch]"
+    def __init__(self, recipe: ImageRecipe, data: Path | None) -> None:
+        self.recipe, self.data = recipe, data
+        self._loss = nn.CrossEntropyLoss(label_smoothing=recipe.label_smoothing)
+        self._mix = mixer(recipe)
 
+    def network(self) -> nn.Module:
+        """The network, dense."""
+        return self.recipe.build()
 
-def loaders(
-    recipe: ImageRecipe, data: Path | None, *, processes: int, rank: int, workers: int, seed: int = 0
-) -> Loaders:
-    """The loaders of one process; without ``data``, of random images.
+    def loaders(self, reader: Reader) -> Loaders:
+        """What a process reads."""
+        if self.data is None:
+            return reader.loaders(*_random(self.recipe))
+        sets = _cifar10(self.data) if self.recipe.data == "cifar10" else _imagenet(self.data, augment=self.recipe.mix)
+        return reader.loaders(*sets)
 
-    Raises:
-        ValueError: A step's batch cannot be cut evenly.
-    """
-    share, rest = divmod(recipe.batch, processes * recipe.micro_batches)
-    if rest or not share:
-        raise ValueError(
-            f"a batch of {recipe.batch} cannot be cut into {recipe.micro_batches} parts of {processes} processes"
-        )
-    if data is None:
-        train, test = _random(recipe)
-    else:
-        train, test = _cifar10(data) if recipe.data == "cifar10" else _imagenet(data, augment=recipe.mix)
-    sampler: DistributedSampler[Batch] = DistributedSampler(train, processes, rank, seed=seed, drop_last=True)
-    part: DistributedSampler[Batch] = DistributedSampler(test, processes, rank, shuffle=False)
-    options: dict[str, Any] = {"batch_size": share, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
-    return Loaders(
-        DataLoader(train, sampler=sampler, drop_last=True, **options),
-        DataLoader(test, sampler=part, **options),
-        sampler,
-    )
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean over a batch."""
+        images, labels = self._mix(*batch)
+        loss: Tensor = self._loss(model(images), labels)
+        return loss
+
+    def sums(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        """A hundred for each image that is classified rightly, and how many images there are."""
+        images, labels = batch
+        return 100 * (model(images).argmax(dim=1) == labels).sum(), len(labels)
 
 
 def _random(recipe: ImageRecipe) -> tuple[Dataset[Batch], Dataset[Batch]]:

@@ -8,7 +8,7 @@ srigl-fx export recipes.resnet18_cifar10:build --checkpoint ../runs/resnet18/las
 import torch
 from torch import Tensor, nn
 
-from recipes.settings import SRIGL, ImageRecipe, Length, stretched
+from recipes.settings import SRIGL, ImageRecipe, Length
 
 
 def network() -> nn.Module:
@@ -40,7 +40,7 @@ X1 = ImageRecipe(
     # Means of five seeds of the best epoch.
     published={"x1": {0: 95.45, 0.5: 95.36, 0.8: 95.22, 0.9: 95.11, 0.95: 94.70, 0.99: 92.79}},
 )
-RECIPES: dict[Length, ImageRecipe] = {"x1": X1, "x2": stretched(X1, 2), "x5": stretched(X1, 5)}
+RECIPES: dict[Length, ImageRecipe] = {"x1": X1, "x2": X1.stretched(2), "x5": X1.stretched(5)}
 
 
 def build() -> tuple[nn.Module, tuple[Tensor]]:

@@ -10,7 +10,7 @@ anywhere: at 80 % the authors' sweep has 73.81 at 0.3 and 77.47 at 0.95.
 import torch
 from torch import Tensor, nn
 
-from recipes.settings import SRIGL, ImageRecipe, Length, stretched
+from recipes.settings import SRIGL, ImageRecipe, Length
 
 
 def network() -> nn.Module:
@@ -46,7 +46,7 @@ X1 = ImageRecipe(
     update_every=100,
     published={"x1": {0: 78.35, 0.8: 77.47, 0.9: 76.00}},
 )
-RECIPES: dict[Length, ImageRecipe] = {"x1": X1, "x2": stretched(X1, 2), "x5": stretched(X1, 5)}
+RECIPES: dict[Length, ImageRecipe] = {"x1": X1, "x2": X1.stretched(2), "x5": X1.stretched(5)}
 
 
 def build() -> tuple[nn.Module, tuple[Tensor]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recipes.resnet18_cifar10 import X1 as RESNET18
-from recipes.settings import ImageRecipe, Length, stretched
+from recipes.settings import ImageRecipe, Length
 
 
 class Block(nn.Module):
@@ -56,7 +56,7 @@ X1 = replace(
     # Means of five seeds of the best epoch.
     published={"x1": {0: 95.00, 0.5: 94.60, 0.8: 94.05, 0.9: 93.27, 0.95: 91.78, 0.99: 82.66}},
 )
-RECIPES: dict[Length, ImageRecipe] = {"x1": X1, "x2": stretched(X1, 2), "x5": stretched(X1, 5)}
+RECIPES: dict[Length, ImageRecipe] = {"x1": X1, "x2": X1.stretched(2), "x5": X1.stretched(5)}
 
 
 def build() -> tuple[nn.Module, tuple[Tensor]]:
