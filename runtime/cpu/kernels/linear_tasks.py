@@ -16,6 +16,7 @@ from srigl_fx.runtime.cpu.kernels.few_shared import few_shared
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, NEON, level_of
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.rows import index_at, index_row
 from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
     clear_columns,
@@ -75,11 +76,11 @@ def _add_exact(j: Pointer, sample: int, first: int, last: int) -> None:
     k, values, value_type = j[job.K], j[job.VALUES], j[job.VALUE_TYPE]
     indices, index_bytes, active = j[job.INDICES], j[job.INDEX_BYTES], ints(j[job.ACTIVE])
     for r in range(first, last):
-        start = panel.index_row(j, r) * k
+        start = index_row(j, r) * k
         if value_type != _FLOAT32:
             total = y[active[r]]
             for i in range(_kept(j, start)):
-                total += value_at(values, value_type, r * k + i) * x[panel.index_at(indices, index_bytes, start + i)]
+                total += value_at(values, value_type, r * k + i) * x[index_at(indices, index_bytes, start + i)]
             y[active[r]] = total
         elif index_bytes == 2:
             y[active[r]] += _plain_row(x, floats(values + r * k * 4), shorts(indices), start, k)
@@ -113,9 +114,9 @@ def strided_task(j: Pointer, task: int) -> None:
             y[sample * y_sample + o * y_step] = bias[o]
         for r in range(j[job.N_ACTIVE]):
             total = y[sample * y_sample + active[r] * y_step]
-            start = panel.index_row(j, r) * k
+            start = index_row(j, r) * k
             for i in range(_kept(j, start)):
-                column = panel.index_at(j[job.INDICES], j[job.INDEX_BYTES], start + i)
+                column = index_at(j[job.INDICES], j[job.INDEX_BYTES], start + i)
                 value = value_at(j[job.VALUES], j[job.VALUE_TYPE], r * k + i)
                 total += value * x[sample * x_sample + column * x_step]
             y[sample * y_sample + active[r] * y_step] = total

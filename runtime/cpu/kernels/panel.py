@@ -27,14 +27,13 @@ four by four, and then the values of each row. Beside both kinds of panels lie e
 values.
 """
 
-from collections.abc import Callable
 from typing import Any, Final
 
-import numba as typed_numba
-
 from srigl_fx.runtime.cpu.kernels import job
+from srigl_fx.runtime.cpu.kernels.innermost_panel import fill_sample_panel, measure_sample_panel
 from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import (
+    INNERMOST,
     INT8_DOT,
     INT8_STEP,
     INT8_TILE,
@@ -43,10 +42,10 @@ from srigl_fx.runtime.cpu.kernels.plan import (
     TILE,
     WIDE_WINDOW,
 )
+from srigl_fx.runtime.cpu.kernels.rows import compiled_plainly, index_of, index_row
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
 from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, signed_bytes, words
 
-numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any
 STEPS: Final = 4
 SLOTS: Final = LANES * STEPS
@@ -63,29 +62,25 @@ _ROWS, _COUNTS = LANES, 2 * LANES  # in the scratch, behind a cursor for each so
 _NONE: Final = 1 << 40
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    return numba.njit(error_model="numpy")(function)
-
-
-@_compiled
+@compiled_plainly
 def _dot_index_bytes(window: int) -> int:
     """The bytes of an index of a dot panel."""
     return 2 if window >= WIDE_WINDOW else 1
 
 
-@_compiled
+@compiled_plainly
 def dot_bytes(value_type: int, window: int) -> int:
     """The bytes of one phase of a dot panel."""
     return SLOTS * (int(_dot_index_bytes(window)) + int(value_bytes(value_type)))
 
 
-@_compiled
+@compiled_plainly
 def quads(k: int) -> int:
     """By how many fours a row's kept weights are stored in a tile panel of eight bits."""
     return (k + STEPS - 1) // STEPS
 
 
-@_compiled
+@compiled_plainly
 def _phase_bytes(j: Pointer, shared: bool) -> int:
     """The bytes of one phase, of a group of this kind, of the panel that the job's kernel reads."""
     kernel = j[job.KERNEL]
@@ -96,27 +91,13 @@ def _phase_bytes(j: Pointer, shared: bool) -> int:
     return dot_bytes(j[job.VALUE_TYPE], j[job.PANEL_WINDOW])  # type: ignore[no-any-return]
 
 
-@_compiled
+@compiled_plainly
 def tile_unit(in_features: int) -> int:
     """What the inputs of a tile panel are counted in, where it can be so much that addressing them takes no shift."""
     return TILE_UNIT if (in_features + 1) * TILE_UNIT <= 1 << 16 else 1
 
 
-@_compiled
-def index_at(indices: int, index_bytes: int, position: int) -> int:
-    """An index of the canonical format."""
-    if index_bytes == 2:
-        return int(shorts(indices)[position])
-    return int(ints(indices)[position])
-
-
-@_compiled
-def index_row(j: Pointer, row: int) -> int:
-    """The row of indices that an active row reads."""
-    return row if j[job.INDEX_ROWS] == 0 else int(ints(j[job.INDEX_ROWS])[row])
-
-
-@_compiled
+@compiled_plainly
 def sharing_rows(j: Pointer, row: int, most: int) -> int:
     """How many rows from ``row`` on, ``most`` at most, share their indices."""
     rows = 1
@@ -125,7 +106,7 @@ def sharing_rows(j: Pointer, row: int, most: int) -> int:
     return rows
 
 
-@_compiled
+@compiled_plainly
 def _quads_bytes(j: Pointer, row: int, rows: int) -> int:
     """The bytes of a group of a tile panel of eight bits."""
     end, total = row + rows, 0
@@ -136,20 +117,14 @@ def _quads_bytes(j: Pointer, row: int, rows: int) -> int:
     return total
 
 
-@_compiled
+@compiled_plainly
 def index_rows(j: Pointer) -> int:
     """How many rows of indices the active rows read."""
     n_active = j[job.N_ACTIVE]
     return n_active if n_active == 0 or j[job.INDEX_ROWS] == 0 else index_row(j, n_active - 1) + 1  # type: ignore[no-any-return]
 
 
-@_compiled
-def _index_of(j: Pointer, row: int, i: int) -> int:
-    """The input of an active row's weight ``i``."""
-    return index_at(j[job.INDICES], j[job.INDEX_BYTES], index_row(j, row) * j[job.K] + i)  # type: ignore[no-any-return]
-
-
-@_compiled
+@compiled_plainly
 def row_end(indices: Pointer, first: int, k: int) -> int:
     """Where the kept weights of a row of the canonical format end: an index that repeats the one before is padding."""
     end = first + k
@@ -158,7 +133,7 @@ def row_end(indices: Pointer, first: int, k: int) -> int:
     return end
 
 
-@_compiled
+@compiled_plainly
 def _most_rows(j: Pointer, row: int) -> int:
     """How many rows a group that starts with ``row`` may have."""
     active, n_active, block_rows = ints(j[job.ACTIVE]), j[job.N_ACTIVE], j[job.BLOCK_ROWS]
@@ -169,7 +144,7 @@ def _most_rows(j: Pointer, row: int) -> int:
     return rows
 
 
-@_compiled
+@compiled_plainly
 def _take_fours(j: Pointer, row: int, rows: int, sources: Pointer) -> int:
     """Let rows from ``row`` on, ``rows`` at most, be a group of fours that share their inputs; returns how many are."""
     four = taken = 0
@@ -185,7 +160,7 @@ def _take_fours(j: Pointer, row: int, rows: int, sources: Pointer) -> int:
     return taken
 
 
-@_compiled
+@compiled_plainly
 def _take_group(j: Pointer, row: int, sources: Pointer) -> Any:
     """The rows of the group that starts with ``row``, and whether they share their inputs; ``sources`` are set to it.
 
@@ -204,20 +179,20 @@ def _take_group(j: Pointer, row: int, sources: Pointer) -> Any:
     return rows, False
 
 
-@_compiled
+@compiled_plainly
 def _next_index(j: Pointer, source: int, sources: Pointer) -> int:
     """The input of the next kept weight of a source, or _NONE where its rows end, or their padding starts."""
     cursor = sources[source]
     if sources[_COUNTS + source] == 0 or cursor == j[job.K]:
         return _NONE
     row = sources[_ROWS + source]
-    index = _index_of(j, row, cursor)
-    if cursor > 0 and index == _index_of(j, row, cursor - 1):
+    index = index_of(j, row, cursor)
+    if cursor > 0 and index == index_of(j, row, cursor - 1):
         return _NONE
     return index  # type: ignore[no-any-return]
 
 
-@_compiled
+@compiled_plainly
 def _window_start(j: Pointer, sources: Pointer) -> int:
     """Where the next window of a group starts, or _NONE at its end. A window ends within the inputs where it can."""
     start = _NONE
@@ -232,7 +207,7 @@ def _window_start(j: Pointer, sources: Pointer) -> int:
     return start
 
 
-@_compiled
+@compiled_plainly
 def _next_in_window(j: Pointer, source: int, sources: Pointer, end: int) -> int:
     """Which weight of its rows the next one of a source is, if its input lies before ``end``; else -1."""
     if _next_index(j, source, sources) < end:
@@ -243,6 +218,9 @@ def _next_in_window(j: Pointer, source: int, sources: Pointer, end: int) -> int:
 
 def measure_panel(j: Pointer, scratch: int) -> None:
     """Count groups, phases and bytes of a panel into the job. ``scratch`` is the address of SCRATCH_WORDS words."""
+    if j[job.KERNEL] == INNERMOST:
+        measure_sample_panel(j)
+        return
     sources = words(scratch)
     groups = phases = bytes_of_all = row = 0
     while row < j[job.N_ACTIVE]:
@@ -267,7 +245,7 @@ def measure_panel(j: Pointer, scratch: int) -> None:
     j[job.PANEL_BYTES] = bytes_of_all
 
 
-@_compiled
+@compiled_plainly
 def _copy_value(target: int, source: int, size: int) -> None:
     """Copy a value as it is stored; a zero where ``source`` is 0."""
     if size == 4:
@@ -278,7 +256,7 @@ def _copy_value(target: int, source: int, size: int) -> None:
         bytes_(target)[0] = 0 if source == 0 else bytes_(source)[0]
 
 
-@_compiled
+@compiled_plainly
 def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
     value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] in (TILE, SHARED_TILE)
     wide, narrow = shorts(at), bytes_(at)
@@ -291,11 +269,11 @@ def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
             slot = place if size == 1 else step * LANES + lane
             i = _next_in_window(j, lane, sources, start + j[job.PANEL_WINDOW])
             if is_tile:
-                index = j[job.IN_FEATURES] if i < 0 else _index_of(j, row, i)
+                index = j[job.IN_FEATURES] if i < 0 else index_of(j, row, i)
                 wide[place] = index * tile_unit(j[job.IN_FEATURES])
                 floats(at + TILE_VALUES)[place] = 0.0 if i < 0 else value_at(values, value_type, row * k + i)
             else:
-                index = 0 if i < 0 else _index_of(j, row, i) - start
+                index = 0 if i < 0 else index_of(j, row, i) - start
                 if index_bytes == 2:
                     wide[slot] = index
                 else:
@@ -304,7 +282,7 @@ def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
                 _copy_value(value, 0 if i < 0 else values + (row * k + i) * size, size)
 
 
-@_compiled
+@compiled_plainly
 def _fill_shared_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
     k, value_type = j[job.K], j[job.VALUE_TYPE]
     for four in range(FOURS):
@@ -312,14 +290,14 @@ def _fill_shared_phase(j: Pointer, at: int, start: int, sources: Pointer) -> Non
         for step in range(STEPS):
             place = four * STEPS + step
             i = _next_in_window(j, four, sources, start + j[job.PANEL_WINDOW])
-            index = j[job.IN_FEATURES] if i < 0 else _index_of(j, row, i)
+            index = j[job.IN_FEATURES] if i < 0 else index_of(j, row, i)
             shorts(at)[place] = index * tile_unit(j[job.IN_FEATURES])
             found = floats(at + SHARED_VALUES + 4 * SHARING * place)
             for r in range(SHARING):
                 found[r] = 0.0 if i < 0 or r >= rows else value_at(j[job.VALUES], value_type, (row + r) * k + i)
 
 
-@_compiled
+@compiled_plainly
 def _fill_quads(j: Pointer, row: int, rows: int, group: int) -> None:
     """A group of a tile panel of eight bits; zeros fill up its rows."""
     k, values, steps = j[job.K], bytes_(j[job.VALUES]), quads(j[job.K]) * STEPS
@@ -331,8 +309,8 @@ def _fill_quads(j: Pointer, row: int, rows: int, group: int) -> None:
         value_apart = QUAD_BYTES if count == 1 else STEPS
         for i in range(steps):
             quad, step = i // STEPS, i % STEPS
-            index = _index_of(j, row, i) if i < k else 0
-            kept = i < k and (i == 0 or index != _index_of(j, row, i - 1))
+            index = index_of(j, row, i) if i < k else 0
+            kept = i < k and (i == 0 or index != index_of(j, row, i - 1))
             shorts(at + quad * apart)[step] = index
             for r in range(count):
                 place = values_at + r * steps + quad * value_apart
@@ -341,7 +319,7 @@ def _fill_quads(j: Pointer, row: int, rows: int, group: int) -> None:
         row += count
 
 
-@_compiled
+@compiled_plainly
 def _fill_scales(j: Pointer, row: int, rows: int, group: int) -> None:
     """Each lane's scale, and the sum of its values."""
     k, given = j[job.K], floats(j[job.SCALES])
@@ -351,12 +329,12 @@ def _fill_scales(j: Pointer, row: int, rows: int, group: int) -> None:
         if lane < rows:
             scale = given[row + lane]
             for i in range(k):
-                if i == 0 or _index_of(j, row + lane, i) != _index_of(j, row + lane, i - 1):
+                if i == 0 or index_of(j, row + lane, i) != index_of(j, row + lane, i - 1):
                     total += signed_bytes(j[job.VALUES])[(row + lane) * k + i]
         scales[group * LANES + lane], sums[group * LANES + lane] = scale, total
 
 
-@_compiled
+@compiled_plainly
 def _fill_outputs(j: Pointer, row: int, rows: int, shared: bool, sources: Pointer, outputs: Pointer) -> None:
     """Each lane's output; a lane without a row is given the output after the last."""
     active = ints(j[job.ACTIVE])
@@ -371,6 +349,9 @@ def fill_panel(j: Pointer, scratch: int) -> None:
 
     ``scratch`` is as for :func:`measure_panel`.
     """
+    if j[job.KERNEL] == INNERMOST:
+        fill_sample_panel(j)
+        return
     sources, groups = words(scratch), words(j[job.PANEL_GROUPS])
     starts = ints(j[job.PANEL_STARTS])
     phase = group = row = at = 0
