@@ -13,7 +13,7 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, nn
 
 import srigl_fx as sx
-from srigl_fx.lowering import load_lowered
+from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.passes.arrange_samples import ArrangeSamples
 from srigl_fx.passes.condensed_nodes import ARRANGE, CONV

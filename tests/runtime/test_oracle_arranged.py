@@ -37,7 +37,7 @@ def by_library(request: pytest.FixtureRequest) -> bool:
 def test_where_each_number_goes(sizes: tuple[int, ...]) -> None:
     for batch, channels in itertools.product(BATCHES, (1, 3, 17)):
         x = torch.randn(batch, channels, *sizes)
-        flat, whole = x.numpy().reshape(batch, channels, -1), batch // 16 * 16
+        flat, whole = x.flatten(2).numpy(), batch // 16 * 16
         expected = [
             flat[block + sample, channel, position]
             for block in range(0, whole, 16)
