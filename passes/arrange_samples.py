@@ -173,7 +173,7 @@ def _numbers(node: fx.Node) -> int:
 def _size(size: int | torch.SymInt) -> int:
     """A size, or of a free one that of the example; 1 where the graph does not say."""
     if not isinstance(size, torch.SymInt):
-        return size
+        return int(size)
     return int(size.node.hint) if size.node.has_hint() else 1
 
 
@@ -181,7 +181,7 @@ def _samples(node: fx.Node, program: Program, batch: int) -> int:
     """The samples of a convolution at this batch size; 0 where the graph does not say."""
     size = node.meta["val"].shape[0]
     if not isinstance(size, torch.SymInt):
-        return size  # type: ignore[no-any-return]
+        return int(size)
     samples = int(size.node.hint) if size.node.has_hint() else 0
     # A batch of one was repeated to two for the capture, as export takes ones for constants.
     return samples * batch // max(2, program.batch_size) if program.dynamic else samples

@@ -142,8 +142,8 @@ def _condensed_conv(
         residual = None if residual is None else residual.contiguous()
         operands = x.contiguous(), *_contiguous(values, indices, active, bias)
         if arranged:
-            steps = weight_shape, stride, padding, dilation, groups
-            execute_conv.innermost_convolution(checked, operands, *steps, y, residual, activation)
+            shown = weight_shape, stride, padding, dilation
+            execute_conv.innermost_convolution(checked, operands, *shown, groups, y, residual, activation)
             return y
         settings = weight_shape, stride, padding, dilation, groups, transposed
         given = (x_scale, x_offset), (y_scale, y_offset)

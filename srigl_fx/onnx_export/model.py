@@ -373,7 +373,7 @@ def _translate_conv(
 ) -> Any:
     base = _of(_TRANSPOSED if transposed else _CONV, scales, y_scale)
     operator = _operator(base, residual is not None, activation)
-    extra = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
+    extra: dict[str, Any] = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
     if base == _CONV:
         extra = {"arranged": int(arranged)}
     return operator(
