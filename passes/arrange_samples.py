@@ -162,7 +162,7 @@ def _laid_out(node: fx.Node) -> int:
     given = arguments(node)
     shape = given["weight_shape"]
     positions = math.prod(map(_size, node.meta["val"].shape[2:]))
-    return math.prod(shape[1:]) * given["groups"] * positions
+    return int(math.prod(shape[1:]) * given["groups"] * positions)
 
 
 def _numbers(node: fx.Node) -> int:

@@ -9,21 +9,38 @@ how far its inputs are from what the first tap reads, and the value as float32. 
 layer: neither on the sizes of the images nor on the number of samples.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
+import numba as typed_numba
+
 from srigl_fx.runtime.cpu.kernels import conv, job
+from srigl_fx.runtime.cpu.kernels.canonical import index_of
 from srigl_fx.runtime.cpu.kernels.innermost import ENTRY_BYTES
 from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE
-from srigl_fx.runtime.cpu.kernels.rows import compiled_plainly, index_of, row_length
 from srigl_fx.runtime.cpu.kernels.values import value_at
 from srigl_fx.runtime.cpu.kernels.vector import floats, ints, words
 
+numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any
 _ABLATED: Final = -1
 
 
-@compiled_plainly
+def _compiled(function: Callable[..., Any]) -> Any:
+    return numba.njit(error_model="numpy")(function)
+
+
+@_compiled
+def _row_length(j: Pointer, row: int) -> int:
+    """How many weights an active row has: an index that repeats the one before is padding."""
+    end = j[job.K]
+    while end > 1 and index_of(j, row, end - 1) == index_of(j, row, end - 2):
+        end -= 1
+    return end  # type: ignore[no-any-return]
+
+
+@_compiled
 def panel_windows(j: Pointer) -> int:
     """Into how many windows the channels of a group are cut."""
     geometry = words(j[job.GEOMETRY])
@@ -31,19 +48,19 @@ def panel_windows(j: Pointer) -> int:
     return (channels + window - 1) // window  # type: ignore[no-any-return]
 
 
-@compiled_plainly
+@_compiled
 def measure_sample_panel(j: Pointer) -> None:
     """Count parts and bytes of a sample panel into the job."""
     geometry, n = words(j[job.GEOMETRY]), j[job.OUT_FEATURES]
     parts, weights = geometry[conv.KERNEL_H] * panel_windows(j), 0
     for row in range(j[job.N_ACTIVE]):
-        weights += row_length(j, row)
+        weights += _row_length(j, row)
     j[job.PANEL_COUNT], j[job.PANEL_PHASES] = geometry[conv.GROUPS] * parts, 0
     # Behind the last part are two int32 for each output, which are needed while it is filled.
     j[job.PANEL_BYTES] = (parts * n + weights + n) * ENTRY_BYTES
 
 
-@compiled_plainly
+@_compiled
 def _is_in_part(j: Pointer, index: int, tap_row: int, window: int) -> bool:
     """Whether an input of a filter belongs to a row of the kernel and to a window of channels."""
     geometry = words(j[job.GEOMETRY])
@@ -52,7 +69,7 @@ def _is_in_part(j: Pointer, index: int, tap_row: int, window: int) -> bool:
     return within % kernel_h == tap_row and within // kernel_h // j[job.PANEL_WINDOW] == window  # type: ignore[no-any-return]
 
 
-@compiled_plainly
+@_compiled
 def _fill_part(j: Pointer, group: int, tap_row: int, window: int, to: int, rows: Pointer, counts: Pointer) -> int:
     """Write a part of the panel; returns where it ends."""
     geometry, k = words(j[job.GEOMETRY]), j[job.K]
@@ -63,7 +80,7 @@ def _fill_part(j: Pointer, group: int, tap_row: int, window: int, to: int, rows:
         counts[o] = 0
         row = int(rows[o])
         if row != _ABLATED:
-            for i in range(row_length(j, row)):
+            for i in range(_row_length(j, row)):
                 if _is_in_part(j, index_of(j, row, i), tap_row, window):
                     counts[o] += 1
             most = max(most, int(counts[o]))
@@ -73,7 +90,7 @@ def _fill_part(j: Pointer, group: int, tap_row: int, window: int, to: int, rows:
                 ints(to)[0], ints(to)[1] = o * CACHE_LINE, count
                 to += ENTRY_BYTES
                 row = int(rows[o])
-                for i in range(row_length(j, row) if count else 0):
+                for i in range(_row_length(j, row) if count else 0):
                     index = index_of(j, row, i)
                     if _is_in_part(j, index, tap_row, window):
                         channel = group * (channels // geometry[conv.GROUPS]) + index // kernel_w // kernel_h
@@ -84,7 +101,7 @@ def _fill_part(j: Pointer, group: int, tap_row: int, window: int, to: int, rows:
     return to
 
 
-@compiled_plainly
+@_compiled
 def fill_sample_panel(j: Pointer) -> None:
     """Write a sample panel whose size is known, and where each of its parts starts."""
     geometry, groups, active = words(j[job.GEOMETRY]), words(j[job.PANEL_GROUPS]), ints(j[job.ACTIVE])

@@ -9,6 +9,7 @@ import numpy as np
 
 from srigl_fx.runtime.cpu.kernels import job, panel, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
+from srigl_fx.runtime.cpu.kernels.canonical import index_at, index_row, index_rows, row_end
 from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows, transpose
 from srigl_fx.runtime.cpu.kernels.dot import WIDE, dot_group
@@ -16,7 +17,6 @@ from srigl_fx.runtime.cpu.kernels.few_shared import few_shared
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, NEON, level_of
 from srigl_fx.runtime.cpu.kernels.job import GROUP_PHASE, GROUP_ROW, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, COLUMNS, LANES
-from srigl_fx.runtime.cpu.kernels.rows import index_at, index_row
 from srigl_fx.runtime.cpu.kernels.tiles import (
     BLOCK_GROUPS,
     clear_columns,
@@ -55,15 +55,15 @@ def _kept(j: Pointer, first: int) -> int:
     """How many weights a row keeps whose indices start at ``first``."""
     k = j[job.K]
     if j[job.INDEX_BYTES] == 2:
-        return panel.row_end(shorts(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
-    return panel.row_end(ints(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
+        return row_end(shorts(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
+    return row_end(ints(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
 
 
 @compiled
 def _plain_row(x: Pointer, values: Pointer, indices: Pointer, first: int, k: int) -> Any:
     """A row whose indices start at ``first``, and its values with ``values``."""
     total = _ZERO
-    for i in range(panel.row_end(indices, first, k) - first):
+    for i in range(row_end(indices, first, k) - first):
         total += values[i] * x[indices[first + i]]
     return total
 
@@ -348,7 +348,7 @@ _shared_tiles = compiled(_tile_task("shared_tiles", multiply_shared))
 def shared_tile_task(j: Pointer, task: int) -> None:
     """A share of the rows for one tile of samples, or for a few samples, where rows share their inputs."""
     as_rows = j[job.X_FEATURE_MAJOR] == 0 and j[job.Y_FEATURE_MAJOR] == 0
-    if as_rows and _few(_LEVEL, j[job.BATCH], j[job.N_ACTIVE], panel.index_rows(j)):
+    if as_rows and _few(_LEVEL, j[job.BATCH], j[job.N_ACTIVE], index_rows(j)):
         few_shared(j, task)
     else:
         _shared_tiles(j, task)

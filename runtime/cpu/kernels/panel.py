@@ -21,17 +21,19 @@ panel, for rows that have too few partners, and shared ones. The latter are four
 of theirs holds the indices of each four once, then for each step the values of its four rows. Lanes that are left have
 weights of zero.
 
-Values of eight bits have a tile panel of their own: a phase for each group, with the kept weights of each row four by
-four: four indices (uint16), then four values. Neighbouring rows of a group that share their indices have these first,
-four by four, and then the values of each row. Beside both kinds of panels lie each lane's scale, and the sum of its
-values.
+Values of eight bits have a tile panel of their own, one phase for each group (:mod:`.quads`). Beside both kinds of
+panels lie each lane's scale, and the sum of its values.
 """
 
+from collections.abc import Callable
 from typing import Any, Final
 
+import numba as typed_numba
+
 from srigl_fx.runtime.cpu.kernels import job
+from srigl_fx.runtime.cpu.kernels.canonical import index_of, index_row
 from srigl_fx.runtime.cpu.kernels.innermost_panel import fill_sample_panel, measure_sample_panel
-from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_QUADS, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import (
     INNERMOST,
     INT8_DOT,
@@ -39,15 +41,16 @@ from srigl_fx.runtime.cpu.kernels.plan import (
     INT8_TILE,
     LANES,
     SHARED_TILE,
+    STEPS,
     TILE,
     WIDE_WINDOW,
 )
-from srigl_fx.runtime.cpu.kernels.rows import compiled_plainly, index_of, index_row
+from srigl_fx.runtime.cpu.kernels.quads import fill_quads, quads_bytes, single_quads
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
 from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, signed_bytes, words
 
+numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any
-STEPS: Final = 4
 SLOTS: Final = LANES * STEPS
 TILE_BYTES: Final = 6 * SLOTS  # of one phase
 TILE_UNIT: Final = 16  # the largest
@@ -56,31 +59,27 @@ SHARING: Final = 4  # rows that share their inputs, in a shared group
 FOURS: Final = LANES // SHARING  # of such rows in a group
 SHARED_VALUES: Final = 2 * FOURS * STEPS  # where the values of a shared group's phase start
 SHARED_BYTES: Final = SHARED_VALUES + 4 * SLOTS  # of such a phase
-QUAD_BYTES: Final = 3 * STEPS  # of a tile panel of eight bits
-QUAD_VALUES: Final = 2 * STEPS  # where its values start
 _ROWS, _COUNTS = LANES, 2 * LANES  # in the scratch, behind a cursor for each source of indices: its rows
 _NONE: Final = 1 << 40
 
 
-@compiled_plainly
+def _compiled(function: Callable[..., Any]) -> Any:
+    return numba.njit(error_model="numpy")(function)
+
+
+@_compiled
 def _dot_index_bytes(window: int) -> int:
     """The bytes of an index of a dot panel."""
     return 2 if window >= WIDE_WINDOW else 1
 
 
-@compiled_plainly
+@_compiled
 def dot_bytes(value_type: int, window: int) -> int:
     """The bytes of one phase of a dot panel."""
     return SLOTS * (int(_dot_index_bytes(window)) + int(value_bytes(value_type)))
 
 
-@compiled_plainly
-def quads(k: int) -> int:
-    """By how many fours a row's kept weights are stored in a tile panel of eight bits."""
-    return (k + STEPS - 1) // STEPS
-
-
-@compiled_plainly
+@_compiled
 def _phase_bytes(j: Pointer, shared: bool) -> int:
     """The bytes of one phase, of a group of this kind, of the panel that the job's kernel reads."""
     kernel = j[job.KERNEL]
@@ -91,49 +90,13 @@ def _phase_bytes(j: Pointer, shared: bool) -> int:
     return dot_bytes(j[job.VALUE_TYPE], j[job.PANEL_WINDOW])  # type: ignore[no-any-return]
 
 
-@compiled_plainly
+@_compiled
 def tile_unit(in_features: int) -> int:
     """What the inputs of a tile panel are counted in, where it can be so much that addressing them takes no shift."""
     return TILE_UNIT if (in_features + 1) * TILE_UNIT <= 1 << 16 else 1
 
 
-@compiled_plainly
-def sharing_rows(j: Pointer, row: int, most: int) -> int:
-    """How many rows from ``row`` on, ``most`` at most, share their indices."""
-    rows = 1
-    while rows < most and index_row(j, row + rows) == index_row(j, row):
-        rows += 1
-    return rows
-
-
-@compiled_plainly
-def _quads_bytes(j: Pointer, row: int, rows: int) -> int:
-    """The bytes of a group of a tile panel of eight bits."""
-    end, total = row + rows, 0
-    while row < end:
-        count = sharing_rows(j, row, end - row)
-        total += quads(j[job.K]) * (QUAD_VALUES + STEPS * count)
-        row += count
-    return total
-
-
-@compiled_plainly
-def index_rows(j: Pointer) -> int:
-    """How many rows of indices the active rows read."""
-    n_active = j[job.N_ACTIVE]
-    return n_active if n_active == 0 or j[job.INDEX_ROWS] == 0 else index_row(j, n_active - 1) + 1  # type: ignore[no-any-return]
-
-
-@compiled_plainly
-def row_end(indices: Pointer, first: int, k: int) -> int:
-    """Where the kept weights of a row of the canonical format end: an index that repeats the one before is padding."""
-    end = first + k
-    while end - first > 1 and indices[end - 1] == indices[end - 2]:
-        end -= 1
-    return end
-
-
-@compiled_plainly
+@_compiled
 def _most_rows(j: Pointer, row: int) -> int:
     """How many rows a group that starts with ``row`` may have."""
     active, n_active, block_rows = ints(j[job.ACTIVE]), j[job.N_ACTIVE], j[job.BLOCK_ROWS]
@@ -144,7 +107,7 @@ def _most_rows(j: Pointer, row: int) -> int:
     return rows
 
 
-@compiled_plainly
+@_compiled
 def _take_fours(j: Pointer, row: int, rows: int, sources: Pointer) -> int:
     """Let rows from ``row`` on, ``rows`` at most, be a group of fours that share their inputs; returns how many are."""
     four = taken = 0
@@ -160,7 +123,7 @@ def _take_fours(j: Pointer, row: int, rows: int, sources: Pointer) -> int:
     return taken
 
 
-@compiled_plainly
+@_compiled
 def _take_group(j: Pointer, row: int, sources: Pointer) -> Any:
     """The rows of the group that starts with ``row``, and whether they share their inputs; ``sources`` are set to it.
 
@@ -179,7 +142,7 @@ def _take_group(j: Pointer, row: int, sources: Pointer) -> Any:
     return rows, False
 
 
-@compiled_plainly
+@_compiled
 def _next_index(j: Pointer, source: int, sources: Pointer) -> int:
     """The input of the next kept weight of a source, or _NONE where its rows end, or their padding starts."""
     cursor = sources[source]
@@ -192,7 +155,7 @@ def _next_index(j: Pointer, source: int, sources: Pointer) -> int:
     return index  # type: ignore[no-any-return]
 
 
-@compiled_plainly
+@_compiled
 def _window_start(j: Pointer, sources: Pointer) -> int:
     """Where the next window of a group starts, or _NONE at its end. A window ends within the inputs where it can."""
     start = _NONE
@@ -207,7 +170,7 @@ def _window_start(j: Pointer, sources: Pointer) -> int:
     return start
 
 
-@compiled_plainly
+@_compiled
 def _next_in_window(j: Pointer, source: int, sources: Pointer, end: int) -> int:
     """Which weight of its rows the next one of a source is, if its input lies before ``end``; else -1."""
     if _next_index(j, source, sources) < end:
@@ -236,7 +199,7 @@ def measure_panel(j: Pointer, scratch: int) -> None:
             start = _window_start(j, sources)
         groups += 1
         if j[job.KERNEL] == INT8_TILE:
-            bytes_of_all += _quads_bytes(j, row, rows)
+            bytes_of_all += quads_bytes(j, row, rows, single_quads(j, row, rows, scratch))
         else:
             bytes_of_all += (phases - first) * _phase_bytes(j, shared)
         row += rows
@@ -245,7 +208,7 @@ def measure_panel(j: Pointer, scratch: int) -> None:
     j[job.PANEL_BYTES] = bytes_of_all
 
 
-@compiled_plainly
+@_compiled
 def _copy_value(target: int, source: int, size: int) -> None:
     """Copy a value as it is stored; a zero where ``source`` is 0."""
     if size == 4:
@@ -256,7 +219,7 @@ def _copy_value(target: int, source: int, size: int) -> None:
         bytes_(target)[0] = 0 if source == 0 else bytes_(source)[0]
 
 
-@compiled_plainly
+@_compiled
 def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
     value_type, is_tile = j[job.VALUE_TYPE], j[job.KERNEL] in (TILE, SHARED_TILE)
     wide, narrow = shorts(at), bytes_(at)
@@ -282,7 +245,7 @@ def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
                 _copy_value(value, 0 if i < 0 else values + (row * k + i) * size, size)
 
 
-@compiled_plainly
+@_compiled
 def _fill_shared_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
     k, value_type = j[job.K], j[job.VALUE_TYPE]
     for four in range(FOURS):
@@ -297,29 +260,7 @@ def _fill_shared_phase(j: Pointer, at: int, start: int, sources: Pointer) -> Non
                 found[r] = 0.0 if i < 0 or r >= rows else value_at(j[job.VALUES], value_type, (row + r) * k + i)
 
 
-@compiled_plainly
-def _fill_quads(j: Pointer, row: int, rows: int, group: int) -> None:
-    """A group of a tile panel of eight bits; zeros fill up its rows."""
-    k, values, steps = j[job.K], bytes_(j[job.VALUES]), quads(j[job.K]) * STEPS
-    end, at = row + rows, group
-    while row < end:
-        count = sharing_rows(j, row, end - row)
-        # One row alone has its values behind every four indices, several have theirs behind all indices.
-        apart, values_at = (QUAD_BYTES, at + QUAD_VALUES) if count == 1 else (QUAD_VALUES, at + 2 * steps)
-        value_apart = QUAD_BYTES if count == 1 else STEPS
-        for i in range(steps):
-            quad, step = i // STEPS, i % STEPS
-            index = index_of(j, row, i) if i < k else 0
-            kept = i < k and (i == 0 or index != index_of(j, row, i - 1))
-            shorts(at + quad * apart)[step] = index
-            for r in range(count):
-                place = values_at + r * steps + quad * value_apart
-                bytes_(place)[step] = values[(row + r) * k + i] if kept else 0
-        at += quads(k) * (QUAD_VALUES + STEPS * count)
-        row += count
-
-
-@compiled_plainly
+@_compiled
 def _fill_scales(j: Pointer, row: int, rows: int, group: int) -> None:
     """Each lane's scale, and the sum of its values."""
     k, given = j[job.K], floats(j[job.SCALES])
@@ -334,7 +275,7 @@ def _fill_scales(j: Pointer, row: int, rows: int, group: int) -> None:
         scales[group * LANES + lane], sums[group * LANES + lane] = scale, total
 
 
-@compiled_plainly
+@_compiled
 def _fill_outputs(j: Pointer, row: int, rows: int, shared: bool, sources: Pointer, outputs: Pointer) -> None:
     """Each lane's output; a lane without a row is given the output after the last."""
     active = ints(j[job.ACTIVE])
@@ -359,16 +300,18 @@ def fill_panel(j: Pointer, scratch: int) -> None:
         rows, shared = _take_group(j, row, sources)
         found = group * GROUP_WORDS
         groups[found + GROUP_PHASE], groups[found + GROUP_ROW] = phase, row
-        groups[found + GROUP_AT], groups[found + GROUP_SHARED] = at, 1 if shared else 0
+        groups[found + GROUP_AT], groups[found + GROUP_SHARED], groups[found + GROUP_QUADS] = at, 1 if shared else 0, 0
         _fill_outputs(j, row, rows, shared, sources, ints(j[job.PANEL_ROWS] + group * LANES * 4))
         if j[job.SCALES] != 0:
             _fill_scales(j, row, rows, group)
         start = _NONE
         if j[job.KERNEL] == INT8_TILE:
-            _fill_quads(j, row, rows, j[job.PANEL] + at)
+            single = single_quads(j, row, rows, scratch)
+            groups[found + GROUP_QUADS] = single
+            fill_quads(j, row, rows, single, scratch, j[job.PANEL] + at)
             starts[phase] = 0
             phase += 1
-            at += _quads_bytes(j, row, rows)
+            at += quads_bytes(j, row, rows, single)
         else:
             start = _window_start(j, sources)
         while start != _NONE:
@@ -384,4 +327,4 @@ def fill_panel(j: Pointer, scratch: int) -> None:
         row += rows
     found = group * GROUP_WORDS
     groups[found + GROUP_PHASE], groups[found + GROUP_ROW] = phase, row
-    groups[found + GROUP_AT], groups[found + GROUP_SHARED] = at, 0
+    groups[found + GROUP_AT], groups[found + GROUP_SHARED], groups[found + GROUP_QUADS] = at, 0, 0
