@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import ExportError, FormatError, RecipeError
-from srigl_fx.files import check_replaceable, place_of
+from srigl_fx.files import place_of
 from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import all_nodes, read_model
 from srigl_fx.onnx_export.model import functions_for
 from srigl_fx.onnx_export.names import rename_values
 from srigl_fx.onnx_export.reading import LARGE, open_model
 from srigl_fx.onnx_export.triton import triton_model as triton_model
-from srigl_fx.onnx_export.weights import Aside, writing
+from srigl_fx.onnx_export.weights import Aside, require_place, writing
 from srigl_fx.recipe_parts import parts_of
 from srigl_fx.recipes import Recipe
 from srigl_fx.runtime.ort import abi, stream
@@ -133,6 +133,7 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
     """
     files = {Path(source): set[Path]()}
     model = open_model(Path(source), files[Path(source)])
+    require_place(Path(path))
     scaled = {name for name, (base, *_) in abi.operator_names().items() if abi.has_scales(base)}
     kept = [f for f in model.functions if f.domain != abi.DOMAIN or f.name not in scaled]
     present = {(function.domain, function.name) for function in kept}
@@ -296,12 +297,7 @@ def _write(model: "onnx.ModelProto", aside: Aside, path: Path, files: Mapping[Pa
 
     ``files`` are those that its sources keep tensors in; a source in whose place it is written is to be lost.
     """
-    try:
-        check_replaceable(path)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {path}: {error.strerror}; give the path of a file in a folder that exists"
-        ) from error
+    require_place(path)
     spared = set[Path]().union(*(own for source, own in files.items() if place_of(source) != place_of(path)))
     with writing(path, model, aside.tensors, "auto", spared):
         pass
