@@ -52,6 +52,7 @@ CALLS = {
     "conv_rows_task": (FEW, 8),
     "conv_tile_task": (CONV, 8),
     "conv_shared_tile_task": (CONV, 8),
+    "conv_innermost_task": (CONV, 16),
     "product_task": (WIDE, 64),
     "value_gradient_task": (WIDE, 64),
 }
@@ -104,8 +105,9 @@ def call_of(kernel: Kernel, dtype: str) -> tuple[Call, Call]:
     if kernel.layer == "convolution":
         numbers: list[Any] = [[1, 1], [layer.padding] * 2, [1, 1]]
         shape = list(layer.weight_shape)
+        more: dict[str, Any] = scales | ({"arranged": True} if kernel.reads == "sample panel" else {})
         return (
-            lambda: torch.ops.srigl_fx.condensed_conv(x, *weight, shape, *numbers, 1, **scales),
+            lambda: torch.ops.srigl_fx.condensed_conv(x, *weight, shape, *numbers, 1, **more),
             lambda: torch.nn.functional.conv2d(x, dense, bias, padding=layer.padding),
         )
     condensed = strided(x, weight, layer) if kernel.task == "strided_task" else None

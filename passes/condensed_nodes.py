@@ -11,6 +11,7 @@ from torch import fx
 
 from srigl_fx.passes.program import arguments, tensor_at
 from srigl_fx.runtime.format import is_padding, row_indices
+from srigl_fx.runtime.ops import ARRANGE as ARRANGE
 from srigl_fx.runtime.ops import CONV as CONV
 from srigl_fx.runtime.ops import LINEAR as LINEAR
 from srigl_fx.runtime.ops import ROUND as ROUND

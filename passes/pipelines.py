@@ -5,6 +5,7 @@ Owns the order in which the graph passes run. It must not know how a model is ca
 
 from collections.abc import Sequence
 
+from srigl_fx.passes.arrange_samples import ArrangeSamples
 from srigl_fx.passes.base import Pass
 from srigl_fx.passes.calibrate import Calibrate
 from srigl_fx.passes.check_rounding import CheckRounding
@@ -41,6 +42,7 @@ CONDENSING: tuple[Pass[Program], ...] = (
     Condense(),
     FuseEpilogues(),
     FeatureMajor(),
+    ArrangeSamples(),
     RoundOnce(),
     HandOverBytes(),
 )

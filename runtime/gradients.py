@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from srigl_fx.errors import FormatError
+from srigl_fx.runtime.arranged import arrange, arrange_back
 from srigl_fx.runtime.cpu.training_products import Pattern, pack
 from srigl_fx.runtime.dense import FUNCTIONS, dense_conv, expand, is_padding, of_each_row
 from srigl_fx.runtime.validation import on_one_device
@@ -77,10 +78,16 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """
     _refuse_second_derivatives("condensed_conv")
     x, values, indices, active, bias, residual = ctx.saved_tensors
-    weight_shape, stride, padding, dilation, groups, activation, transposed, output_padding, scales, *_ = ctx.settings
+    weight_shape, stride, padding, dilation, groups, activation, transposed, output_padding, scales, *_, arranged = (
+        ctx.settings
+    )
     _refuse_eight_bits("condensed_conv", scales)
     columns = math.prod(weight_shape[1:])
     dense, positions = expand(values.float(), indices, active, bias.shape[0], columns)
+    arranged = arranged and x.is_cpu
+    if arranged:  # torch's own convolution wants samples as they are
+        x, grad = arrange_back(x), arrange_back(grad)
+        residual = None if residual is None else arrange_back(residual)
     with torch.enable_grad():
         x, dense, bias = leaves = [t.detach().requires_grad_() for t in (x, dense, bias)]
         y = dense_conv(x, dense, bias, weight_shape, stride, padding, dilation, groups, transposed, output_padding)
@@ -91,8 +98,10 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_values = None
     if ctx.needs_input_grad[1]:
         grad_values = grads[1].reshape(-1)[positions].masked_fill(is_padding(positions), 0).to(values.dtype)
-    grad_residual = None if residual is None else grads[3]
-    return grads[0], grad_values, None, None, grads[2], *(None,) * 5, grad_residual, *(None,) * 8
+    of_x, of_residual = grads[0], None if residual is None else grads[3]
+    if arranged:
+        of_x, of_residual = arrange(of_x), None if of_residual is None else arrange(of_residual)
+    return of_x, grad_values, None, None, grads[2], *(None,) * 5, of_residual, *(None,) * 9
 
 
 def _refuse_eight_bits(op: str, scales: Tensor | None) -> None:

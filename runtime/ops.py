@@ -1,4 +1,5 @@
-"""The operators of torch: ``torch.ops.srigl_fx.condensed_linear``, ``condensed_conv`` and ``round_samples``.
+"""The operators of torch: ``torch.ops.srigl_fx.condensed_linear``, ``condensed_conv``, ``round_samples`` and
+``arrange_samples``.
 
 Owns schemas, the fake kernels (shapes for torch.compile and torch.export), and which code a device has. It must not
 know graphs or models, nor how anything is computed.
@@ -24,9 +25,11 @@ from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
 from srigl_fx.runtime.quantisation import LARGEST_FILTER
 from srigl_fx.runtime.validation import (
+    check_arranged,
     check_epilogue,
     check_given,
     check_rounding,
+    check_samples,
     check_weight,
     conv_shape,
     linear_shape,
@@ -46,10 +49,11 @@ _library.define(
 _library.define(
     f"condensed_conv(Tensor x, {_WEIGHT}, int[] weight_shape, int[] stride, int[] padding, int[] dilation, "
     "int groups, Tensor? residual=None, str activation='none', bool transposed=False, int[]? output_padding=None, "
-    f"Tensor? scales=None, {_GIVEN}) -> Tensor",
+    f"Tensor? scales=None, {_GIVEN}, bool arranged=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
+_library.define("arrange_samples(Tensor x, bool back=False) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("round_samples(Tensor x, float scale, int offset) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -112,6 +116,7 @@ def _condensed_conv(
     x_offset: int = 0,
     y_scale: float | None = None,
     y_offset: int = 0,
+    arranged: bool = False,
 ) -> Tensor:
     op = "condensed_conv"
     _refuse_forward_mode(op)
@@ -126,6 +131,7 @@ def _condensed_conv(
         )
     checked = check_weight(op, values, indices, active, bias, in_features, scales)
     check_given(op, scales, x_scale, x_offset, y_scale, y_offset)
+    check_arranged(op, arranged, weight_shape, dilation, groups, transposed, scales)
     if x.is_cuda:
         weight = values, indices, active, bias
         gpu.refuse_eight_bits(op, scales)
@@ -135,6 +141,10 @@ def _condensed_conv(
     if y.numel():
         residual = None if residual is None else residual.contiguous()
         operands = x.contiguous(), *_contiguous(values, indices, active, bias)
+        if arranged:
+            shown = weight_shape, stride, padding, dilation
+            execute_conv.innermost_convolution(checked, operands, *shown, groups, y, residual, activation)
+            return y
         settings = weight_shape, stride, padding, dilation, groups, transposed
         given = (x_scale, x_offset), (y_scale, y_offset)
         execute_conv.convolution(checked, operands, *settings, y, residual, activation, scales, *given)
@@ -204,11 +214,13 @@ def _fake_conv(
     x_offset: int = 0,
     y_scale: float | None = None,
     y_offset: int = 0,
+    arranged: bool = False,
 ) -> Tensor:
     op = "condensed_conv"
     geometry = weight_shape, stride, padding, dilation, groups, transposed, output_padding
     shape = conv_shape(op, x, bias, *geometry, x_scale)
     check_epilogue(op, shape, residual, activation)
+    check_arranged(op, arranged, weight_shape, dilation, groups, transposed, scales)
     return x.new_empty(shape, dtype=_stored(y_scale))
 
 
@@ -222,6 +234,29 @@ def _fake_round_samples(x: Tensor, scale: float, offset: int) -> Tensor:
     return torch.empty_like(x, dtype=torch.uint8)
 
 
+def _arrange_samples(x: Tensor, back: bool = False) -> Tensor:
+    _refuse_forward_mode("arrange_samples")
+    check_samples("arrange_samples", x)
+    if not x.is_cpu:  # no kernel of other devices has samples innermost
+        return x.clone(memory_format=torch.contiguous_format)
+    y = x.new_empty(x.shape)
+    execute_conv.arrange(x.contiguous(), y, back)
+    return y
+
+
+def _fake_arrange_samples(x: Tensor, back: bool = False) -> Tensor:
+    check_samples("arrange_samples", x)
+    return x.new_empty(x.shape)
+
+
+def _save_arranged(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.back = inputs[1]
+
+
+def _arrange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return ARRANGE(grad, not ctx.back), None
+
+
 for _op, _fake in (("condensed_linear", _fake_linear), ("condensed_conv", _fake_conv)):
     torch.library.register_fake(f"srigl_fx::{_op}", on_one_device(_op, _fake), lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_linear", linear_backward, setup_context=save, lib=_library)
@@ -229,7 +264,15 @@ torch.library.register_autograd("srigl_fx::condensed_conv", conv_backward, setup
 _library.impl("round_samples", _round_samples, "CPU")
 torch.library.register_fake("srigl_fx::round_samples", _fake_round_samples, lib=_library)
 
+_library.impl("arrange_samples", _arrange_samples, "CPU")
+_library.impl("arrange_samples", _arrange_samples, "CUDA")
+torch.library.register_fake("srigl_fx::arrange_samples", _fake_arrange_samples, lib=_library)
+torch.library.register_autograd(
+    "srigl_fx::arrange_samples", _arrange_backward, setup_context=_save_arranged, lib=_library
+)
+
 LINEAR = torch.ops.srigl_fx.condensed_linear.default
 CONV = torch.ops.srigl_fx.condensed_conv.default
 ROUND = torch.ops.srigl_fx.round_samples.default
+ARRANGE = torch.ops.srigl_fx.arrange_samples.default
 """The operators as graphs call them."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime import value_types
 from srigl_fx.runtime.activations import NAMES
+from srigl_fx.runtime.cpu.kernels import plan
 from srigl_fx.runtime.format import range_problem, shape_problem
 from srigl_fx.runtime.quantisation import LARGEST_FAN_IN, given_problem
 
@@ -132,6 +133,37 @@ def conv_shape(
             f"{op}: kernel {tuple(kernel)} and padding {tuple(padding)} leave no output of {tuple(x.shape)}"
         )
     return (x.shape[0], n, *out)
+
+
+def check_arranged(
+    op: str,
+    arranged: bool,
+    weight_shape: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    scales: Tensor | None,
+) -> None:
+    """Raise a FormatError unless samples may lie innermost (:mod:`srigl_fx.runtime.arranged`), if they are to."""
+    if not arranged:
+        return
+    if transposed or scales is not None or len(weight_shape) > 4:
+        raise FormatError(
+            f"{op}: only convolutions over one or two axes, not transposed and with values of floats, have arranged "
+            "samples; set arranged=False"
+        )
+    channels = weight_shape[1] * groups
+    if not plan.may_be_innermost(channels, weight_shape[-1], dilation[-1]):
+        raise FormatError(
+            f"{op}: {channels} channels and a kernel {weight_shape[-1]} wide, dilated by {dilation[-1]}, are too many "
+            "for arranged samples; set arranged=False"
+        )
+
+
+def check_samples(op: str, x: Tensor) -> None:
+    """Raise a FormatError unless this can be arranged."""
+    if x.dtype is not torch.float32 or x.dim() < 3:
+        raise FormatError(f"{op}: x must be float32 (N, C, sizes...), not {x.dtype} {tuple(x.shape)}")
 
 
 def check_given(

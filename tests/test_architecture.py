@@ -61,7 +61,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime.quantisation": (),
     "runtime.validation": (
         *("errors", "runtime.activations", "runtime.format", "runtime.quantisation", "runtime.value_types"),
+        "runtime.cpu.kernels.plan",
     ),
+    "runtime.arranged": (),
     "runtime.format": ("errors", "runtime.quantisation", "runtime.value_types"),
     "runtime.row_lengths": ("runtime.cpu.kernels.plan",),
     "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.quantisation", "runtime.value_types"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import srigl_fx as sx
 from srigl_fx.errors import LoweringError, PassError
+from srigl_fx.passes.arrange_samples import ArrangeSamples
 from srigl_fx.passes.base import Note, Pass, PassResult
 from srigl_fx.passes.calibrate import Calibrate
 from srigl_fx.passes.condense import Condense
@@ -267,7 +268,7 @@ def _instead_of(kind: type[Pass[Program]], step: Pass[Program]) -> tuple[Pass[Pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Calibrate, Select, FeatureMajor])
+@pytest.mark.parametrize("kind", [Calibrate, Select, FeatureMajor, ArrangeSamples])
 def test_a_class_made_of_one_of_the_librarys_runs_in_its_place(kind: Any) -> None:
     class Own(kind):  # type: ignore[misc]
         def run(self, subject: Program) -> PassResult[Program]:

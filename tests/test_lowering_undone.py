@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import srigl_fx as sx
 from srigl_fx.errors import LoweringError, PassError
 from srigl_fx.lowering.lowered import LoweringReport
+from srigl_fx.passes.arrange_samples import ArrangeSamples
 from srigl_fx.passes.base import Note, Pass, PassResult, run
 from srigl_fx.passes.capture import capture
 from srigl_fx.passes.condense import Condense
@@ -186,7 +187,9 @@ def test_the_part_in_which_a_pass_is_wrong_is_named(how: str, verify: bool | Lit
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [*LOWERING, FuseEpilogues(), FeatureMajor()], ids=lambda step: step.name)
+@pytest.mark.parametrize(
+    "step", [*LOWERING, FuseEpilogues(), FeatureMajor(), ArrangeSamples()], ids=lambda step: step.name
+)
 def test_each_pass_of_the_library_that_improves_may_fail(step: Pass[Program], monkeypatch: pytest.MonkeyPatch) -> None:
     inner = type(step).run
 

@@ -114,7 +114,7 @@ class DirectCall:
         """What further calls share; None where they need the operator."""
         *_, scales = weight
         parts, given, activation = weight[:4], self._settings, self._settings["activation"]
-        if not all(part.is_contiguous() for part in parts):
+        if not all(part.is_contiguous() for part in parts) or given.get("arranged"):
             return None
         rounding = (given["x_scale"], given["x_offset"]), (given["y_scale"], given["y_offset"])
         if self._operator is LINEAR:

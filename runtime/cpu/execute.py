@@ -104,12 +104,13 @@ def weight_job(
     in_features: int,
     block_rows: int,
     scales: Tensor | None = None,
+    geometry: tuple[int, ...] = (),
 ) -> "ctypes.Array[ctypes.c_int64]":
     """A job for this kernel with all that is about the weight; packed is what it reads packed."""
     values, indices, active, bias = weight
     kernel, window = planned
     if window:
-        found = kernel, window, values, indices, active, in_features, bias.shape[0], block_rows, scales
+        found = kernel, window, values, indices, active, in_features, bias.shape[0], block_rows, scales, geometry
         if checked is not None and may_pack(checked, values, scales):
             panel = panel_of(checked, *found)
             template, memory = panel.template, panel.memory

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from srigl_fx.runtime.activations import NUMBERS
+from srigl_fx.runtime.arranged import whole_blocks
 from srigl_fx.runtime.cpu import threads
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.execute import (
@@ -160,16 +161,9 @@ def _conv_job(
     wanted: Given,
 ) -> "tuple[ctypes.Array[ctypes.c_int64], Callable[[ctypes.Array[ctypes.c_int64], Tensor], None]]":
     """A job but for its tensors, and what runs it."""
-    n, _, *taps = weight_shape
-    lead = 3 - len(taps)
-    one, zero = (1,) * lead, (0,) * lead
-    spacing, step, before = [1] * len(taps), list(stride), list(padding)
-    if transposed:
-        spacing, step = step, spacing
-        before = [d * (size - 1) - p for d, size, p in zip(dilation, taps, padding, strict=True)]
-    sizes = (x.shape[1], n, groups, *one, *x.shape[2:], *one, *shape[2:], *one, *taps, *one, *step, *zero, *before)
-    n_active, k = weight[0].shape
-    geometry, offsets, size, positions = _geometry((*sizes, *one, *dilation, *one, *spacing, int(transposed), k))
+    n, (n_active, k) = weight_shape[0], weight[0].shape
+    numbers = _numbers(x.shape, weight_shape, stride, padding, dilation, groups, transposed, shape, k)
+    geometry, offsets, size, positions = _geometry(numbers)
     j = weight_job(checked, planned, weight, math.prod(weight_shape[1:]), n // groups, scales)
     set_scales(j, given, wanted, x)
     j[job.GEOMETRY], j[job.OFFSETS] = ctypes.addressof(geometry), offsets.data_ptr()
@@ -183,6 +177,88 @@ def _conv_job(
     tiles = -(-outputs // COLUMNS)
     j[job.ROW_SPLITS] = splits = plan.shares(tiles, n_active // LANES, outputs * n_active * k, thread_count)
     return j, functools.partial(_run_tiles, _TASKS[planned[0]], tiles * splits, thread_count)
+
+
+def _numbers(
+    x_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    transposed: bool,
+    shape: Sequence[int],
+    k: int,
+) -> tuple[int, ...]:
+    """What is given of the geometry that kernels read; ``shape`` is that of the outputs."""
+    n, _, *taps = weight_shape
+    lead = 3 - len(taps)
+    one, zero = (1,) * lead, (0,) * lead
+    spacing, step, before = [1] * len(taps), list(stride), list(padding)
+    if transposed:
+        spacing, step = step, spacing
+        before = [d * (size - 1) - p for d, size, p in zip(dilation, taps, padding, strict=True)]
+    sizes = (x_shape[1], n, groups, *one, *x_shape[2:], *one, *shape[2:], *one, *taps, *one, *step, *zero, *before)
+    return (*sizes, *one, *dilation, *one, *spacing, int(transposed), k)
+
+
+def innermost_convolution(
+    checked: Checked | None,
+    operands: Sequence[Tensor],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    y: Tensor,
+    residual: Tensor | None,
+    activation: str,
+) -> None:
+    """Compute ``y`` where it, ``x`` and the residual have samples innermost (:mod:`srigl_fx.runtime.arranged`).
+
+    Samples behind the last whole block are computed as :func:`convolution` has it. All tensors are contiguous.
+    """
+    x, *weight = operands
+    batch, settings = x.shape[0], (weight_shape, stride, padding, dilation, groups, False)
+    whole = whole_blocks(batch)
+    if whole:
+        (n_active, k), n, in_features = weight[0].shape, weight_shape[0], math.prod(weight_shape[1:])
+        numbers = _numbers(x.shape, *settings, y.shape, k)
+        geometry = _plain_geometry(numbers)
+        without_sizes = tuple(0 if conv.IN_D <= i <= conv.OUT_W else one for i, one in enumerate(numbers))
+        planned = plan.INNERMOST, plan.window_of(plan.INNERMOST, level(), in_features, n_active, k)
+        j = weight_job(checked, planned, weight, in_features, n // groups, None, without_sizes)
+        j[job.GEOMETRY], j[job.ACTIVATION] = ctypes.addressof(geometry), NUMBERS[activation]
+        j[job.X], j[job.Y], j[job.BATCH] = x.data_ptr(), y.data_ptr(), whole
+        j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
+        blocks, positions, thread_count = whole // LANES, math.prod(y.shape[2:]), torch.get_num_threads()
+        splits = plan.innermost_splits(blocks, -(-positions // LANES), whole * positions * n_active * k, thread_count)
+        j[job.ROW_SPLITS] = splits
+        _run_tiles(_TASKS[plan.INNERMOST], blocks * splits, thread_count, j, x)
+    if whole < batch:
+        rest = None if residual is None else residual[whole:]
+        convolution(checked, (x[whole:], *weight), *settings, y[whole:], rest, activation)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plain_geometry(numbers: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
+    """The geometry for kernels that have no packed samples; shared by threads and never written."""
+    return (ctypes.c_int64 * conv.GEOMETRY_SIZE)(*numbers)
+
+
+def arrange(x: Tensor, y: Tensor, back: bool) -> None:
+    """Write ``x`` with its samples innermost to ``y``, or ``back``; both are contiguous, with channels at axis 1."""
+    whole, thread_count = whole_blocks(x.shape[0]), torch.get_num_threads()
+    y[whole:] = x[whole:]
+    positions = math.prod(x.shape[2:])
+    if not whole or not positions * x.shape[1]:
+        return
+    j = Job()
+    j[job.X], j[job.Y], j[job.KERNEL] = x.data_ptr(), y.data_ptr(), int(back)
+    j[job.IN_FEATURES], j[job.OUT_FEATURES] = x.shape[1], positions
+    blocks = whole // LANES
+    j[job.ROW_SPLITS] = splits = plan.innermost_splits(blocks, -(-positions // LANES), x.numel(), thread_count)
+    threads.run(entry("arrange_task"), ctypes.addressof(j), blocks * splits, thread_count)
 
 
 def _run_tiles(task: str, tasks: int, thread_count: int, j: "ctypes.Array[ctypes.c_int64]", x: Tensor) -> None:

@@ -67,12 +67,14 @@ def panel_of(
     out_features: int,
     block_rows: int,
     scales: Tensor | None = None,
+    geometry: "tuple[int, ...]" = (),
 ) -> Panel:
     """The weight packed for a kernel, from memory or anew; neither values nor scales are inference tensors.
 
-    Packing takes about as long as computing a few samples.
+    ``geometry`` is that of a convolution (:mod:`srigl_fx.runtime.cpu.kernels.conv`), for panels that depend on it, with
+    the sizes of images left out. Packing takes about as long as computing a few samples.
     """
-    facts: tuple[object, ...] = values._version, values.data_ptr(), values.dtype, window
+    facts: tuple[object, ...] = values._version, values.data_ptr(), values.dtype, window, geometry
     if scales is not None:
         facts += scales._version, scales.data_ptr()
     found = checked.packed.get((kernel, block_rows))
@@ -81,7 +83,8 @@ def panel_of(
             found = checked.packed.get((kernel, block_rows))
             if found is None or not found.is_of(values, scales, facts):
                 arrays = values.detach().contiguous(), indices.contiguous(), active.contiguous()
-                template, memory = pack(kernel, window, *arrays, in_features, out_features, block_rows, scales)
+                sizes = in_features, out_features, block_rows
+                template, memory = pack(kernel, window, *arrays, *sizes, scales, geometry)
                 nbytes = sum(array.nbytes for array in memory)
                 content = values.detach().clone().contiguous() if can_train(values) else None
                 of_scales = None if scales is None else weakref.ref(scales)
@@ -100,12 +103,15 @@ def pack(
     out_features: int,
     block_rows: int,
     scales: Tensor | None = None,
+    geometry: "tuple[int, ...]" = (),
 ) -> "tuple[bytes, tuple[NDArray[Any], ...]]":
     """A job with everything in it that does not change from call to call, and the memory that it points to."""
     j = new_job(values, indices, active, in_features, out_features)
     given = None if scales is None else scales.detach().contiguous()
     j[job.SCALES] = 0 if given is None else given.data_ptr()
     j[job.BLOCK_ROWS], j[job.PANEL_WINDOW], j[job.KERNEL] = block_rows, window, kernel
+    numbers = (ctypes.c_int64 * len(geometry))(*geometry)
+    j[job.GEOMETRY] = ctypes.addressof(numbers) if geometry else 0
     scratch = np.zeros(job.SCRATCH_WORDS, np.int64)
     address = ctypes.addressof(j)
     entry("measure_panel")[0](address, scratch.ctypes.data)

@@ -23,7 +23,9 @@ BASES: Final = (
     *(base + EIGHT_BITS for base in FLOAT_BASES),
     *(base + EIGHT_BITS + BYTES for base in FLOAT_BASES),
 )
-ROUND: Final = "RoundSamples"  # the operator that is no layer
+ROUND: Final = "RoundSamples"  # the operators that are no layers
+ARRANGE: Final = "ArrangeSamples"
+NO_LAYERS: Final = (ROUND, ARRANGE)
 SUFFIXES: Final = {row.name: row.suffix for row in ACTIVATIONS}  # of the operators that apply an activation
 ENTRY_POINT: Final = "RegisterCustomOps"
 TASKS_TABLE: Final = "SriglTasks"  # the addresses of all tasks, by instruction set, for torch
@@ -119,6 +121,7 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_Y_OFFSET,
     NODE_X_FEATURE_MAJOR,
     NODE_Y_FEATURE_MAJOR,
+    NODE_ARRANGED,  # 1 where samples lie innermost; of what arranges them, 1 where they are to be as they were
     NODE_CHECKED_INDICES,
     NODE_CHECKED_ACTIVE,
     NODE_CONSTANT_VALUES,
@@ -126,7 +129,7 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_DOT_PANEL,
     NODE_TILE_PANEL,
     NODE_NAME,
-) = (WORD * i for i in range(25))
+) = (WORD * i for i in range(26))
 NODE_NAME_SIZE: Final = 128
 NODE_PADS_END: Final = NODE_NAME + NODE_NAME_SIZE  # 3 words
 NODE_OUTPUT_PADDING: Final = NODE_PADS_END + 3 * WORD  # 3 words
@@ -220,4 +223,4 @@ def float_base(base: str) -> str:
     return base.partition(EIGHT_BITS)[0]
 
 
-OPERATORS: Final = (*operator_names(), ROUND)  # layers by base, then residual, then activation
+OPERATORS: Final = (*operator_names(), *NO_LAYERS)  # layers by base, then residual, then activation

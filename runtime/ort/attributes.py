@@ -7,7 +7,8 @@ multiplied. It must not know inputs, or how results are computed.
 
 import numpy as np
 
-from srigl_fx.runtime.cpu.kernels import conv
+from srigl_fx.runtime.cpu.kernels import conv, plan
+from srigl_fx.runtime.cpu.kernels.compiled import planned
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, inlined, linked, load, load8, load32, stack, store, text
 from srigl_fx.runtime.ort.refusals import refuse
@@ -16,6 +17,7 @@ from srigl_fx.runtime.quantisation import LARGEST_FILTER, OFFSET, SMALLEST
 # Numba takes a constant for a literal only under a name of the module's own.
 _LARGEST_FILTER, _OFFSET = LARGEST_FILTER, OFFSET
 _SMALLEST, _INFINITY = (int(np.float32(number).view(np.int32)) for number in (SMALLEST, np.inf))  # as bits
+_may_be_innermost = planned(plan.may_be_innermost)
 _LIST_CAPACITY = 16  # more than any list attribute of ours may hold
 
 
@@ -111,6 +113,36 @@ def read_rounding(node: int, info: int) -> int:
     if status == 0:
         status = read_offset(node, info, text("x_offset"), node + abi.NODE_Y_OFFSET)
     return status
+
+
+@linked
+def read_flag(node: int, info: int, name: int, out: int) -> int:
+    """Store an int attribute that is 0, as where it is missing, or 1."""
+    status = read_int(node, info, name, 0, out)
+    if status == 0 and load(out, 0) != 0 and load(out, 0) != 1:
+        return refuse(node, text("attribute '@' is %, expected 0 or 1"), name, load(out, 0), 0)
+    return status
+
+
+@linked
+def read_arranged(node: int, info: int) -> int:
+    """Store whether the samples of a convolution, whose geometry is known, lie innermost, as they may."""
+    status = read_flag(node, info, text("arranged"), node + abi.NODE_ARRANGED)
+    if status != 0 or load(node, abi.NODE_ARRANGED) == 0:
+        return status
+    geometry = node + abi.NODE_GEOMETRY
+    if load(node, abi.NODE_BASE) == abi.BASE_TRANSPOSED or load(node, abi.NODE_EIGHT_BITS) != 0:
+        return refuse(node, text("attribute '@' is 1 for another operator than CondensedConv"), text("arranged"), 0, 0)
+    if load(node, abi.NODE_SPATIAL_RANK) > 2:
+        return refuse(
+            node, text("attribute '@' is 1 for three spatial axes, expected one or two"), text("arranged"), 0, 0
+        )
+    channels, kernel_w = load(geometry, abi.WORD * conv.CHANNELS), load(geometry, abi.WORD * conv.KERNEL_W)
+    if not _may_be_innermost(channels, kernel_w, load(geometry, abi.WORD * conv.DILATION_W)):
+        return refuse(
+            node, text("attribute '@' is 1 for a kernel % wide of % channels"), text("arranged"), kernel_w, channels
+        )
+    return 0
 
 
 @linked
@@ -252,7 +284,8 @@ def read_attributes(node: int, info: int) -> int:
             return status
     if is_conv:
         store(node, abi.NODE_SPATIAL_RANK, rank - 2)
-        return read_geometry(node, info, shape, rank - 2)
+        status = read_geometry(node, info, shape, rank - 2)
+        return read_arranged(node, info) if status == 0 else status
     status = read_layout(node, info, text("x_perm"), 1, node + abi.NODE_X_FEATURE_MAJOR)
     if status != 0:
         return status
@@ -285,5 +318,5 @@ def read_layout(node: int, info: int, name: int, first: int, out: int) -> int:
 
 FUNCTIONS = (
     *(read_int, read_scale, read_offset, read_given, read_rounding),
-    *(read_ints, read_steps, read_geometry, read_layout, read_attributes),
+    *(read_flag, read_arranged, read_ints, read_steps, read_geometry, read_layout, read_attributes),
 )

@@ -1,6 +1,6 @@
 """One call of an operator: its inputs and output, and the kernel that computes it.
 
-Owns the three compute functions, as functions that Numba compiles ahead of time (words in, one word out). What may be
+Owns the compute functions, as functions that Numba compiles ahead of time (words in, one word out). What may be
 refused is ``checks``'s, how a kernel's work is shared is ``runs``'s, arithmetic is the kernels'; it must not know how
 nodes are created or operators registered.
 """
@@ -17,6 +17,7 @@ from srigl_fx.runtime.ort.runs import (
     field,
     run_byte_rows,
     run_byte_tiles,
+    run_innermost,
     run_positions,
     run_rounding,
     run_rows,
@@ -31,9 +32,10 @@ _TENSOR_WORDS, _WEIGHTS_WORDS, _JOB_WORDS = abi.TENSOR_WORDS, abi.WEIGHTS_WORDS,
 _GEOMETRY_WORDS = conv.GEOMETRY_SIZE
 _MAX_ELEMENTS = MAX_ELEMENTS
 _FLOAT_BYTES = 4
-_malloc, _free = external("malloc", 1), external("free", 1)
+_malloc, _free, _memcpy = external("malloc", 1), external("free", 1), external("memcpy", 3)
 _DOT, _TILE, _SHARED_TILE, _STRIDED = plan.DOT, plan.TILE, plan.SHARED_TILE, plan.STRIDED
-_INT8_DOT, _INT8_TILE = plan.INT8_DOT, plan.INT8_TILE
+_INT8_DOT, _INT8_TILE, _INNERMOST = plan.INT8_DOT, plan.INT8_TILE, plan.INNERMOST
+_BLOCK = plan.LANES  # samples that lie innermost together
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _NO_PANEL = "not enough memory for its packed weight"
 _NO_OUTPUTS = "not enough memory for its outputs before they are rounded"
@@ -46,6 +48,7 @@ _PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _CONV_PLAN = (
 _TILE_TASK, _SHARED_TILE_TASK, _CONV_TILE, _CONV_SHARED_TILE = (
     abi.TABLE[task] for task in ("tile_task", "shared_tile_task", "conv_tile_task", "conv_shared_tile_task")
 )
+_CONV_INNERMOST, _ARRANGE = (abi.TABLE[task] for task in ("conv_innermost_task", "arrange_task"))
 
 
 @inlined
@@ -241,6 +244,34 @@ def compute_linear(node: int, context: int) -> int:
     return status
 
 
+@linked
+def _run_arranged(node: int, context: int, weights: int, geometry: int, data: int, batch: int) -> int:
+    """The whole blocks of a convolution's samples, if these lie innermost; ``data`` then points behind them."""
+    whole = batch // _BLOCK * _BLOCK
+    n, block_rows = load(node, abi.NODE_OUT_FEATURES), load(node, abi.NODE_OUT_FEATURES)
+    block_rows //= load(geometry, abi.WORD * conv.GROUPS)
+    panel, made, j = find_panel(node, weights, _INNERMOST, block_rows), 0, stack(_JOB_WORDS)
+    if panel == 0:
+        panel = made = make_panel(node, weights, _INNERMOST, block_rows)
+        if made == 0:
+            return refuse(node, text(_NO_PANEL), 0, 0, 0)
+    _start_job(node, panel, weights, j)
+    _set_call(j, data, whole, 0, 0)
+    set_field(j, job.GEOMETRY, geometry)
+    inputs, positions = load(geometry, abi.WORD * conv.CHANNELS), 1
+    for i in range(3):
+        inputs *= load(geometry, abi.WORD * (conv.IN_D + i))
+        positions *= load(geometry, abi.WORD * (conv.OUT_D + i))
+    work = whole * positions * field(j, job.N_ACTIVE) * field(j, job.K)
+    status = run_innermost(node, context, kernel(node, _CONV_INNERMOST), j, whole // _BLOCK, positions, work)
+    free_panel(made)
+    store(data, 0, load(data, 0) + whole * inputs * _FLOAT_BYTES)
+    store(data, abi.WORD, load(data, abi.WORD) + whole * n * positions * _FLOAT_BYTES)
+    if load(data, 2 * abi.WORD) != 0:
+        store(data, 2 * abi.WORD, load(data, 2 * abi.WORD) + whole * n * positions * _FLOAT_BYTES)
+    return status
+
+
 def compute_conv(node: int, context: int) -> int:
     """KernelComputeV2 of CondensedConv, CondensedConvTranspose and those with epilogues."""
     x, weights, tensor, j, data = stack(1), stack(_WEIGHTS_WORDS), stack(_TENSOR_WORDS), stack(_JOB_WORDS), stack(3)
@@ -304,6 +335,12 @@ def compute_conv(node: int, context: int) -> int:
     status = _output(node, context, shape, rank, load(x, 0), data)
     if status != 0 or elements == 0:
         return status
+    if load(node, abi.NODE_ARRANGED) != 0 and batch >= _BLOCK:
+        status = _run_arranged(node, context, weights, geometry, data, batch)
+        elements = elements // batch * (batch % _BLOCK)
+        batch %= _BLOCK
+        if status != 0 or batch == 0:
+            return status
     block_rows = n // load(geometry, abi.WORD * conv.GROUPS)
     in_features, panel = load(node, abi.NODE_IN_FEATURES), 0
     n_active, k = load(weights, abi.WEIGHTS_N_ACTIVE), load(weights, abi.WEIGHTS_K)
@@ -374,4 +411,47 @@ def compute_round(node: int, context: int) -> int:
     return run_rounding(node, context, j, load(data, 0), load(data, abi.WORD), count)
 
 
-FUNCTIONS = (_run_linear, compute_linear, compute_conv, compute_round)
+def compute_arrange(node: int, context: int) -> int:
+    """KernelComputeV2 of ArrangeSamples."""
+    api, x, y, tensor, j, data = (
+        load(node, abi.NODE_API),
+        stack(1),
+        stack(1),
+        stack(_TENSOR_WORDS),
+        stack(_JOB_WORDS),
+        stack(2),
+    )
+    status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, 0, x))
+    if status == 0:
+        status = describe_float(node, load(x, 0), text("x"), tensor)
+    if status != 0:
+        return status
+    rank, shape, positions = load(tensor, abi.TENSOR_RANK), tensor + abi.TENSOR_SHAPE, 1
+    if rank < 3:
+        return refuse(node, text("input '@' has rank %, expected 3 or more"), text("x"), rank, 0)
+    batch, channels = load(shape, 0), load(shape, abi.WORD)
+    for i in range(2, rank):
+        positions *= load(shape, abi.WORD * i)  # x has as many elements, which is no overflow
+    status = call(load(api, abi.KERNEL_CONTEXT_GET_OUTPUT), (context, 0, shape, rank, y))
+    if status == 0:
+        status = tensor_data(node, load(x, 0), data)
+    if status == 0:
+        status = tensor_data(node, load(y, 0), data + abi.WORD)
+    sample, blocks = channels * positions * _FLOAT_BYTES, batch // _BLOCK
+    if status != 0 or batch * sample == 0:
+        return status
+    done = blocks * _BLOCK * sample
+    _memcpy(load(data, abi.WORD) + done, load(data, 0) + done, batch % _BLOCK * sample)
+    if blocks == 0:
+        return 0
+    for i in range(_JOB_WORDS):
+        store(j, abi.WORD * i, 0)
+    set_field(j, job.X, load(data, 0))
+    set_field(j, job.Y, load(data, abi.WORD))
+    set_field(j, job.KERNEL, load(node, abi.NODE_ARRANGED))
+    set_field(j, job.IN_FEATURES, channels)
+    set_field(j, job.OUT_FEATURES, positions)
+    return run_innermost(node, context, kernel(node, _ARRANGE), j, blocks, positions, batch * channels * positions)
+
+
+FUNCTIONS = (_run_linear, _run_arranged, compute_linear, compute_conv, compute_round, compute_arrange)

@@ -66,7 +66,7 @@ def condensed_calls(path: Path) -> CondensedCalls:
             for domain, operator in _nodes(data, *graph)
             if domain == abi.DOMAIN
         ]
-    renamed = dict.fromkeys(name for name in called if name not in (*names, abi.ROUND))
+    renamed = dict.fromkeys(name for name in called if name not in (*names, *abi.NO_LAYERS))
     return CondensedCalls(sparse=sum(name in names for name in called), renamed=tuple(renamed))
 
 

@@ -20,6 +20,9 @@ IR_VERSION = 9  # the newest that ONNX Runtime 1.17 reads
 WEIGHT_ATTRIBUTES = ("in_features", "weight_shape", "flat_size")
 LINEAR_ATTRIBUTES = ("x_perm", "y_perm")
 CONV_ATTRIBUTES = ("strides", "pads", "dilations", "group")
+ARRANGED_ATTRIBUTES = (
+    "arranged",
+)  # of convolutions that may be; a host without the library leaves samples as they are
 TRANSPOSED_ATTRIBUTES = ("output_padding",)
 SHARED = "shared indices"  # what a function must be for if rows of some node share theirs
 # Of operators with values of eight bits, with what nodes of older files have in their place: a scale of 0 is none.
@@ -28,8 +31,10 @@ GIVEN_ATTRIBUTES = {
     "x_offset": "x_offset: int = 0",
     "x_bytes": "x_bytes: int = 0",
 }
+_DEFAULTS = {**GIVEN_ATTRIBUTES, "arranged": "arranged: int = 0", "back": "back: int = 0"}
 OUTPUT_ATTRIBUTES = ("y_scale", "y_offset")
 ROUND_ATTRIBUTES = ("x_scale", "x_offset")
+ARRANGE_ATTRIBUTES = ("back",)
 
 # Every constant is a tensor that states its type: graph tools take value_float, and a fill value left out, for double.
 # Flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
@@ -285,15 +290,16 @@ def attributes_of(base: str) -> tuple[str, ...]:
         >>> attributes_of("CondensedLinear")
         ('in_features', 'weight_shape', 'flat_size', 'x_perm', 'y_perm')
     """
-    if base == abi.ROUND:
-        return ROUND_ATTRIBUTES
+    if base in abi.NO_LAYERS:
+        return ROUND_ATTRIBUTES if base == abi.ROUND else ARRANGE_ATTRIBUTES
     given = tuple(GIVEN_ATTRIBUTES) if abi.has_scales(base) else ()
     given += OUTPUT_ATTRIBUTES if base.endswith(abi.BYTES) else ()
-    base = abi.float_base(base)
+    whole, base = base, abi.float_base(base)
     if base == "CondensedLinear":
         return WEIGHT_ATTRIBUTES + LINEAR_ATTRIBUTES + given
     transposed = TRANSPOSED_ATTRIBUTES if base == "CondensedConvTranspose" else ()
-    return WEIGHT_ATTRIBUTES + CONV_ATTRIBUTES + transposed + given
+    arranged = ARRANGED_ATTRIBUTES if base == whole == "CondensedConv" else ()
+    return WEIGHT_ATTRIBUTES + CONV_ATTRIBUTES + transposed + arranged + given
 
 
 def fallback_functions(
@@ -325,7 +331,9 @@ def fallback_functions(
     known = abi.operator_names()
     functions = [
         onnx.parser.parse_function(
-            _rounding() if name == abi.ROUND else _function(name, *known[name], (used or {}).get(name, ()), exact)
+            _NO_LAYERS[name]()
+            if name in _NO_LAYERS
+            else _function(name, *known[name], (used or {}).get(name, ()), exact)
         )
         for name in names
     ]
@@ -350,6 +358,14 @@ def _rounding() -> str:
     return f"{_header(abi.ROUND, ROUND_ATTRIBUTES, ['x'])} {{ {steps} }}"
 
 
+def _arranging() -> str:
+    attributes = [_DEFAULTS[item] for item in ARRANGE_ATTRIBUTES]
+    return f"{_header(abi.ARRANGE, attributes, ['x'])} {{ y = Identity (x) }}"
+
+
+_NO_LAYERS = {abi.ROUND: _rounding, abi.ARRANGE: _arranging}
+
+
 def _function(name: str, base: str, residual: bool, activation: str, used: Collection[str], exact: bool) -> str:
     before, after = (_PERMUTATION.format(name=perm) if perm in used else "" for perm in LINEAR_ATTRIBUTES)
     # The residual lies as y does.
@@ -369,7 +385,7 @@ def _function(name: str, base: str, residual: bool, activation: str, used: Colle
     # rows and columns, even where a node's permutation changes nothing. It leaves a Sum as it is.
     total = "Sum" if "x_perm" in used else "Add"
     body = "".join(step.format(x=results[i], y=results[i + 1], sum=total) for i, step in enumerate(steps))
-    attributes = [GIVEN_ATTRIBUTES.get(item, item) for item in attributes_of(base)]
+    attributes = [_DEFAULTS.get(item, item) for item in attributes_of(base)]
     plain = exact or not abi.has_scales(base)
     weight = _DENSE_WEIGHT.replace("{values}", _VALUES if plain else _SCALED_VALUES)
     weight = weight.replace("{indices}", _SHARED_INDICES if SHARED in used else _OWN_INDICES)

@@ -79,6 +79,7 @@ def make_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> 
         store(measured, abi.WORD * i, 0)
     store_weights(node, weights, measured)
     store(measured, abi.WORD * job.BLOCK_ROWS, block_rows)
+    store(measured, abi.WORD * job.GEOMETRY, node + abi.NODE_GEOMETRY)
     call(kernel(node, _PLAN_PANEL), (measured, kernel_number))
     if load(measured, abi.WORD * job.PANEL_WINDOW) == 0:
         return 0

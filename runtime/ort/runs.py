@@ -229,6 +229,16 @@ def run_positions(node: int, context: int, task: int, j: int, positions: int, wo
 
 
 @inlined
+def run_innermost(node: int, context: int, task: int, j: int, blocks: int, positions: int, work: int) -> int:
+    """Blocks of 16 samples that lie innermost, whose positions few of them share out."""
+    splits = 1
+    if blocks < _MAX_TASKS:
+        splits = max(1, min(_MAX_TASKS // blocks, _shares((positions + _LANES - 1) // _LANES, work)))
+    set_field(j, job.ROW_SPLITS, splits)
+    return run_tasks(node, context, task, blocks * splits, j)
+
+
+@inlined
 def run_samples(node: int, context: int, weights: int, j: int, geometry: int, batch: int, bytes_panel: int) -> int:
     """Pack and convolve the samples, a chunk at a time, in scratch that all tasks share.
 

@@ -7,7 +7,7 @@ that any number of runs may share it. What may be refused is for ``attributes`` 
 
 from srigl_fx.runtime.cpu.kernels import isa
 from srigl_fx.runtime.ort import abi, attributes, checks, compute, panels, refusals, runs
-from srigl_fx.runtime.ort.attributes import read_attributes, read_rounding
+from srigl_fx.runtime.ort.attributes import read_attributes, read_flag, read_rounding
 from srigl_fx.runtime.ort.checks import check_weights
 from srigl_fx.runtime.ort.primitives import (
     call,
@@ -38,7 +38,7 @@ _calloc, _free, _getenv = external("calloc", 2), external("free", 1), external("
 
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _FLOAT_BASES = len(abi.FLOAT_BASES)
-_ROUND_KIND = abi.OPERATORS.index(abi.ROUND)
+_ROUND_KIND, _ARRANGE_KIND = (abi.OPERATORS.index(name) for name in abi.NO_LAYERS)
 _ACTIVATIONS = len(abi.SUFFIXES)
 _DIGITS = (ord("0"), ord("9"))
 _DOT, _COMMA = ord("."), ord(",")
@@ -96,7 +96,12 @@ def create(op: int, api: int, info: int, out: int) -> int:
     if status != 0:  # a name too long for a message
         call(load(api, abi.RELEASE_STATUS), (status,))
         store8(node, abi.NODE_NAME, 0)
-    status = read_rounding(node, info) if kind == _ROUND_KIND else _prepare(node, info)
+    if kind == _ROUND_KIND:
+        status = read_rounding(node, info)
+    elif kind == _ARRANGE_KIND:
+        status = read_flag(node, info, text("back"), node + abi.NODE_ARRANGED)
+    else:
+        status = _prepare(node, info)
     if status != 0:
         _free(node)
         node = 0
@@ -121,7 +126,7 @@ def get_input_type(op: int, index: int) -> int:
     samples which may be bytes.
     """
     kind = load(op, abi.OP_KIND)
-    may_be_bytes = kind != _ROUND_KIND and kind // (2 * _ACTIVATIONS * _FLOAT_BASES) > 0
+    may_be_bytes = kind < _ROUND_KIND and kind // (2 * _ACTIVATIONS * _FLOAT_BASES) > 0
     if index == 1 or index == 2 or (index == 0 and may_be_bytes):
         return abi.TYPE_UNDEFINED
     return abi.TYPE_INT32 if index == 3 else abi.TYPE_FLOAT
@@ -130,7 +135,7 @@ def get_input_type(op: int, index: int) -> int:
 def get_input_count(op: int) -> int:
     """GetInputTypeCount."""
     kind = load(op, abi.OP_KIND)
-    if kind == _ROUND_KIND:
+    if kind >= _ROUND_KIND:
         return 1
     return _WEIGHT_INPUTS + 1 + kind // _ACTIVATIONS % 2 + min(1, kind // (2 * _ACTIVATIONS * _FLOAT_BASES))
 
@@ -138,6 +143,8 @@ def get_input_count(op: int) -> int:
 def get_output_type(op: int, index: int) -> int:
     """GetOutputType: float32, or bytes."""
     kind = load(op, abi.OP_KIND)
+    if kind == _ARRANGE_KIND:
+        return abi.TYPE_FLOAT
     return abi.TYPE_UINT8 if kind // (2 * _ACTIVATIONS * _FLOAT_BASES) > 1 else abi.TYPE_FLOAT
 
 
@@ -283,7 +290,7 @@ _COMMON_FIELDS = {
 }
 _LAYERS = (compute.compute_linear, compute.compute_conv, compute.compute_conv)
 _COMPUTE = {name: _LAYERS[abi.BASES.index(base) % 3] for name, (base, _, _) in abi.operator_names().items()}
-_COMPUTE[abi.ROUND] = compute.compute_round
+_COMPUTE |= {abi.ROUND: compute.compute_round, abi.ARRANGE: compute.compute_arrange}
 OPERATOR_FIELDS = tuple(
     {
         **_COMMON_FIELDS,

@@ -107,7 +107,9 @@ GUARDED = frozenset(
         *(f"replication_pad{axes}d.default" for axes in (1, 2, 3)),
     )
 )
-_OURS = frozenset({"condensed_linear.default", "condensed_conv.default", "round_samples.default"})
+_OURS = frozenset(
+    {"condensed_linear.default", "condensed_conv.default", "round_samples.default", "arrange_samples.default"}
+)
 _BUFFER_UPDATE = (
     "copy_.default"  # how a captured graph writes a buffer that the model updates; checks shapes like any operator
 )

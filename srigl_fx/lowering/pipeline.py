@@ -30,6 +30,7 @@ from srigl_fx.lowering.value_dtypes import ValueDtypes, value_dtypes
 from srigl_fx.lowering.verification import CapturedGraphError, checked, second_check, verify_lowered
 from srigl_fx.masks import input_orders, invariants
 from srigl_fx.masks.records import sparse_weights
+from srigl_fx.passes.arrange_samples import ArrangeSamples
 from srigl_fx.passes.asked_sizes import DynamicShapes, wishes
 from srigl_fx.passes.base import Pass, run
 from srigl_fx.passes.calibrate import Calibrate
@@ -299,7 +300,7 @@ def _run_passes(
 
 def _settled(step: Pass[Program], options: _Options) -> Pass[Program]:
     """A pass with what the call of ``lower`` has for it: a copy of its own class, which keeps what it was made with."""
-    if not isinstance(step, Select | Calibrate | FeatureMajor):
+    if not isinstance(step, Select | Calibrate | FeatureMajor | ArrangeSamples):
         return step
     settled = copy.copy(step)
     if isinstance(settled, Select):
@@ -309,7 +310,7 @@ def _settled(step: Pass[Program], options: _Options) -> Pass[Program]:
             settled.costs = lambda program: _costs(program, replace(options, min_speedup=asked))
     elif isinstance(settled, Calibrate) and not settled.batches:
         settled.batches = options.calibration
-    elif isinstance(settled, FeatureMajor) and settled.batch is None and options.batch_sizes:
+    elif isinstance(settled, FeatureMajor | ArrangeSamples) and settled.batch is None and options.batch_sizes:
         settled.batch = min(options.batch_sizes)
     return settled
 

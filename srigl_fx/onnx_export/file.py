@@ -14,7 +14,7 @@ from srigl_fx.errors import FormatError
 from srigl_fx.onnx_export.recipes import KEY as RECIPE
 from srigl_fx.reports.text_tables import format_bytes, format_table
 from srigl_fx.runtime.format import shape_problem
-from srigl_fx.runtime.ort.abi import DOMAIN, ROUND, SCALES, inputs_of, operator_names
+from srigl_fx.runtime.ort.abi import DOMAIN, NO_LAYERS, SCALES, inputs_of, operator_names
 from srigl_fx.runtime.ort.contents import MARK
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def inspect_file(path: Path) -> FileReport:
     nodes = tuple(
         _read_node(node, constants, path, inputs_of(*known[node.op_type][:2])) for node in ours if node.op_type in known
     )
-    renamed = tuple(dict.fromkeys(node.op_type for node in ours if node.op_type not in (*known, ROUND)))
+    renamed = tuple(dict.fromkeys(node.op_type for node in ours if node.op_type not in (*known, *NO_LAYERS)))
     read = {name for node in ours for name in node.input}
     fallback = {function.name for function in model.functions if function.domain == DOMAIN}
     external = sum(

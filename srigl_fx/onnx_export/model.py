@@ -28,7 +28,7 @@ from srigl_fx.onnx_export.rewrites import rewrite
 from srigl_fx.onnx_export.state import explicit, of_leaves
 from srigl_fx.onnx_export.weights import take_out
 from srigl_fx.passes.capture import EXPORT_LOCK
-from srigl_fx.passes.condensed_nodes import CONV, LINEAR, ROUND
+from srigl_fx.passes.condensed_nodes import ARRANGE, CONV, LINEAR, ROUND
 from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments
 from srigl_fx.passes.recurrences import whole_recurrences
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     import onnx
 
 _LINEAR, _CONV, _TRANSPOSED = abi.FLOAT_BASES
-_SINGLE_NUMBERS = ("in_features", "flat_size", "group", "x_offset", "x_bytes", "y_offset")
+_SINGLE_NUMBERS = ("in_features", "flat_size", "group", "x_offset", "x_bytes", "y_offset", "arranged", "back")
 
 
 def build_model(
@@ -258,7 +258,7 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
     from onnxscript.values import Op, Opset
 
     schema = onnx.defs.OpSchema
-    is_layer = base != abi.ROUND
+    is_layer = base not in abi.NO_LAYERS
     name = abi.operator_name(base, residual, activation) if is_layer else base
     types = {"values": "V", "indices": "I", "active": "tensor(int32)"}
     constraints = [
@@ -269,7 +269,7 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
         types["x"] = "X"
         constraints.append(("X", ["tensor(float)", "tensor(uint8)"], ""))
     inputs = abi.inputs_of(base, residual) if is_layer else ("x",)
-    stored = "tensor(uint8)" if base.endswith(abi.BYTES) or not is_layer else "tensor(float)"
+    stored = "tensor(uint8)" if base.endswith(abi.BYTES) or base == abi.ROUND else "tensor(float)"
     return Op(
         Opset(abi.DOMAIN, abi.DOMAIN_VERSION),
         name,
@@ -312,6 +312,10 @@ def _of(base: str, scales: Any, y_scale: float | None) -> str:
 
 def _translate_round(x: Any, scale: float, offset: int) -> Any:
     return _operator(abi.ROUND, False, "none")(x, x_scale=float(scale), x_offset=int(offset))
+
+
+def _translate_arrange(x: Any, back: bool = False) -> Any:
+    return _operator(abi.ARRANGE, False, "none")(x, back=int(back))
 
 
 def _translate_linear(
@@ -365,10 +369,13 @@ def _translate_conv(
     x_offset: int = 0,
     y_scale: float | None = None,
     y_offset: int = 0,
+    arranged: bool = False,
 ) -> Any:
     base = _of(_TRANSPOSED if transposed else _CONV, scales, y_scale)
     operator = _operator(base, residual is not None, activation)
-    extra = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
+    extra: dict[str, Any] = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
+    if base == _CONV:
+        extra = {"arranged": int(arranged)}
     return operator(
         *(x, values, indices, active, bias, *(given for given in (scales, residual) if given is not None)),
         in_features=math.prod(weight_shape[1:]),
@@ -388,6 +395,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     LINEAR: _translate_linear,
     CONV: _translate_conv,
     ROUND: _translate_round,
+    ARRANGE: _translate_arrange,
 }
 
 

@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from srigl_fx.runtime import arranged, reference, value_types
 from srigl_fx.runtime import ops as ops  # registers the operators
-from srigl_fx.runtime import reference, value_types
 from srigl_fx.runtime.activations import NAMES
 from srigl_fx.runtime.format import CondensedWeight, ValueDtype
 
@@ -268,23 +268,27 @@ def check_conv(
     *,
     residual: Tensor | None = None,
     activation: str = "none",
+    is_arranged: bool = False,
 ) -> Tensor:
-    """Compare ``condensed_conv`` with the oracle; return what it gave."""
+    """Compare ``condensed_conv`` with the oracle; return what it gave. Samples may be arranged on the way."""
     stride, padding, dilation = shape.steps
+    before: Callable[[Tensor], Tensor] = arranged.arrange if is_arranged else lambda given: given
     y: Tensor = torch.ops.srigl_fx.condensed_conv(
-        x,
+        before(x),
         *operands(weight),
         shape.weight_shape,
         stride,
         padding,
         dilation,
         shape.groups,
-        residual=residual,
+        residual=None if residual is None else before(residual),
         activation=activation,
         transposed=shape.transposed,
         output_padding=shape.output_padding,
         scales=scales_of(weight),
+        arranged=is_arranged,
     )
+    y = arranged.arrange_back(y) if is_arranged else y
     compare_conv(y, shape, weight, x, residual, activation)
     return y
 

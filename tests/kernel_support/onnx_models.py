@@ -155,6 +155,20 @@ class LinearOperator:
         return y
 
 
+def _arrange(model: onnx.ModelProto) -> None:
+    """Put operators that arrange samples before and behind the only node."""
+    (node,) = model.graph.node
+    del model.graph.node[:]
+    for place, name in enumerate(node.input):
+        if name in ("x", "residual"):
+            inner = node.input[place] = f"arranged_{name}"
+            model.graph.node.append(helper.make_node(abi.ARRANGE, [name], [inner], domain=abi.DOMAIN, name=inner))
+    node.output[0] = "arranged_y"
+    back = helper.make_node(abi.ARRANGE, ["arranged_y"], ["y"], domain=abi.DOMAIN, name="back", back=1)
+    model.graph.node.extend([node, back])
+    model.functions.extend(fallback_functions([abi.ARRANGE]))
+
+
 class ConvOperator:
     """A condensed convolution with one epilogue, for any batch."""
 
@@ -170,6 +184,7 @@ class ConvOperator:
         constant: bool = True,
         reference: bool = False,
         rounding: Mapping[str, Any] = MappingProxyType({}),
+        arranged: bool = False,
     ) -> None:
         stride, padding, dilation = shape.steps
         self.shape, self.weight, self.constant = shape, weight, constant
@@ -187,7 +202,11 @@ class ConvOperator:
         base = _base("CondensedConvTranspose" if shape.transposed else "CondensedConv", weight, rounding)
         name = abi.operator_name(base, residual, activation)
         ranks = shape.rank + 2, shape.rank + 2
+        if arranged:
+            attributes["arranged"] = 1
         model = _model(name, weight, attributes, ranks, constant=constant)
+        if arranged:
+            _arrange(model)
         self.run = Operator(model, library=library, threads=threads, reference=reference)
 
     def check(self, x: Tensor) -> Tensor:

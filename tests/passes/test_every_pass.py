@@ -12,6 +12,7 @@ from lowering_support import mask_by_hand, randomise
 from torch import Tensor, fx, nn
 
 from srigl_fx.errors import PassError
+from srigl_fx.passes.arrange_samples import ArrangeSamples
 from srigl_fx.passes.base import Pass, PassResult, run
 from srigl_fx.passes.capture import capture
 from srigl_fx.passes.condense import Condense
@@ -23,7 +24,12 @@ from srigl_fx.passes.program import Program
 from srigl_fx.passes.select import Select
 from srigl_fx.passes.verify_program import verifier
 
-AFTERWARDS: tuple[Pass[Program], ...] = (Condense(), FuseEpilogues(), FeatureMajor(min_samples=1))
+AFTERWARDS: tuple[Pass[Program], ...] = (
+    Condense(),
+    FuseEpilogues(),
+    FeatureMajor(min_samples=1),
+    ArrangeSamples(min_samples=1),
+)
 PIPELINE: tuple[Pass[Program], ...] = (*LOWERING, MatchWeights(), Select(), *AFTERWARDS)
 OPERATIONS = ("call_function", "call_module")
 CONTRACTIONS = ("linear", "conv", "matmul", "addmm", "bmm", "condensed")

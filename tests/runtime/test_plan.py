@@ -225,6 +225,11 @@ def _conv(n: int, dtype: ValueDtype, groups: tuple[int, ...] = (1,)) -> None:
     check_conv(shape, shape.condensed(5, dtype=dtype, groups=groups), shape.input(2))
 
 
+def _innermost(dtype: ValueDtype) -> None:
+    shape = Convolution(n=37, padding=(1, 1))
+    check_conv(shape, shape.condensed(5, dtype=dtype), shape.input(16), is_arranged=True)
+
+
 def _training(kernel: str) -> None:
     mask = torch.rand(37, 200) < 0.1
     w, x, g = torch.randn(37, 200) * mask, torch.randn(70, 200), torch.randn(70, 37)
@@ -249,6 +254,7 @@ CALLS: dict[str, Callable[[ValueDtype], None]] = {
     "conv_rows_task": lambda dtype: _conv(5, dtype),
     "conv_tile_task": lambda dtype: _conv(37, dtype),
     "conv_shared_tile_task": lambda dtype: _conv(37, dtype, groups=(4,)),
+    "conv_innermost_task": _innermost,
     "product_task": lambda dtype: _training("product_task"),
     "value_gradient_task": lambda dtype: _training("value_gradient_task"),
 }

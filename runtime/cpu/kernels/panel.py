@@ -32,8 +32,10 @@ import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.canonical import index_of, index_row
+from srigl_fx.runtime.cpu.kernels.innermost_panel import fill_sample_panel, measure_sample_panel
 from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_QUADS, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import (
+    INNERMOST,
     INT8_DOT,
     INT8_STEP,
     INT8_TILE,
@@ -179,6 +181,9 @@ def _next_in_window(j: Pointer, source: int, sources: Pointer, end: int) -> int:
 
 def measure_panel(j: Pointer, scratch: int) -> None:
     """Count groups, phases and bytes of a panel into the job. ``scratch`` is the address of SCRATCH_WORDS words."""
+    if j[job.KERNEL] == INNERMOST:
+        measure_sample_panel(j)
+        return
     sources = words(scratch)
     groups = phases = bytes_of_all = row = 0
     while row < j[job.N_ACTIVE]:
@@ -285,6 +290,9 @@ def fill_panel(j: Pointer, scratch: int) -> None:
 
     ``scratch`` is as for :func:`measure_panel`.
     """
+    if j[job.KERNEL] == INNERMOST:
+        fill_sample_panel(j)
+        return
     sources, groups = words(scratch), words(j[job.PANEL_GROUPS])
     starts = ints(j[job.PANEL_STARTS])
     phase = group = row = at = 0

@@ -15,6 +15,7 @@ TILE: Final = 3  # from a tile panel: 16 or 32 samples, or output positions, sid
 INT8_DOT: Final = 4  # the same two for values of eight bits, with activations that are rounded to as many
 INT8_TILE: Final = 5
 SHARED_TILE: Final = 6  # TILE for rows that share their inputs, by fours
+INNERMOST: Final = 7  # of convolutions: from a sample panel, between tensors that have 16 samples innermost
 
 LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
 WIDE_WINDOW: Final = 256  # inputs of a dot panel's window from which on its indices have two bytes
@@ -28,6 +29,9 @@ _MOST_GATHERED_SAMPLES: Final = 2  # of a dot panel of bytes, where they are not
 LANES: Final = 16  # of a vector: rows of a group, and output positions of a convolution, come in as many
 STEPS: Final = 4  # kept weights of a row that a panel has beside each other
 CACHE_LINE: Final = 64  # bytes
+INNERMOST_POSITIONS: Final = 4  # output positions whose sums are in registers at once, at most
+_INNERMOST_WINDOW: Final = 256  # channels that are read at a time: with four positions 64 KB, of a second-level cache
+_MOST_INNERMOST_REACH: Final = 1 << 24  # cache lines that the taps of a row of a kernel may be apart
 CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
 _MOST_TILE_INPUTS: Final = 65535  # a tile's indices are uint16, and one of them names a row of zeros
 _IN_CACHE: Final = 300_000  # kept weights that a second-level cache holds
@@ -210,10 +214,34 @@ def conv_kernel(in_features: int, n_active: int, k: int, block_rows: int, packed
     return ROWS
 
 
+def may_be_innermost(channels: int, kernel_w: int, dilation_w: int) -> bool:
+    """Whether a convolution over one or two axes has a kernel for samples that are innermost.
+
+    Example:
+        >>> may_be_innermost(2048, 3, 12), may_be_innermost(1 << 20, 17, 1)
+        (True, False)
+    """
+    return ((kernel_w - 1) * dilation_w + 1) * channels < _MOST_INNERMOST_REACH
+
+
+def innermost_splits(blocks: int, strips: int, work: int, threads: int) -> int:
+    """Into how many shares the positions of each block of 16 samples are cut for so many threads.
+
+    Example:
+        >>> innermost_splits(1, 784, 1 << 24, 2), innermost_splits(2, 784, 1 << 24, 2)
+        (8, 1)
+    """
+    if blocks % threads == 0 or blocks >= 4 * threads:
+        return 1
+    return max(1, min(strips, 4 * threads, work // _TASK_WORK))
+
+
 def window_of(kernel: int, level: int, in_features: int, n_active: int, k: int) -> int:
     """The window of the panel that a kernel reads; 0 where there is none."""
     if kernel == DOT:
         return dot_window(level, in_features, n_active, k)
+    if kernel == INNERMOST:
+        return _INNERMOST_WINDOW
     return tile_window(in_features, n_active, k) if kernel in (TILE, SHARED_TILE) else 0
 
 

@@ -40,6 +40,7 @@ class Kernel:
         "dot panel",
         "tile panel",
         "shared tile panel",
+        "sample panel",
         "int8 dot panel",
         "int8 tile panel",
         "rows in blocks",
@@ -142,6 +143,15 @@ KERNELS: Final = (
         file="tile.py, patches.py",
     ),
     Kernel(
+        task="conv_innermost_task",
+        layer="convolution",
+        number=plan.INNERMOST,
+        computes="between tensors with 16 samples innermost: inputs are read where they lie, at four positions at once",
+        reads="sample panel",
+        samples=(16, None),
+        file="innermost.py",
+    ),
+    Kernel(
         task="int8_conv_task",
         layer="convolution",
         number=plan.INT8_TILE,
@@ -173,6 +183,7 @@ HELPERS: Final = (
     *("measure_panel", "fill_panel", "plan_linear", "plan_panel"),
     *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values"),
     *("int8_scales_task", "int8_pack_task", "int8_fill_task", "int8_round_task"),
+    "arrange_task",
 )
 TASKS: Final = (*(kernel.task for kernel in KERNELS if kernel.layer != "training"), *HELPERS)
 # What is compiled for each of the targets; all else for the instruction sets that they extend.

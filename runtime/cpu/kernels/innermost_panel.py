@@ -1,0 +1,121 @@
+"""The packed weight of a convolution with 16 samples innermost: a sample panel.
+
+Owns its layout. It has a part for each group of the convolution, row of its kernel and window of channels, in this
+order: then the inputs of a part at a few positions stay in the caches while all rows read them, and parts whose inputs
+are padding are left out. A part has all output rows of its group, ablated ones too, those with the fewest weights
+first, as a loop that ends after another count than the one before costs more than the weight. A row is eight bytes,
+how far its output is from the first row's and its number of weights, as int32, and then eight bytes for each weight:
+how far its inputs are from what the first tap reads, and the value as float32. The panel depends on nothing but the
+layer: neither on the sizes of the images nor on the number of samples.
+"""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numba as typed_numba
+
+from srigl_fx.runtime.cpu.kernels import conv, job
+from srigl_fx.runtime.cpu.kernels.canonical import index_of
+from srigl_fx.runtime.cpu.kernels.innermost import ENTRY_BYTES
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE
+from srigl_fx.runtime.cpu.kernels.values import value_at
+from srigl_fx.runtime.cpu.kernels.vector import floats, ints, words
+
+numba: Any = typed_numba  # half of its functions are annotated
+Pointer = Any
+_ABLATED: Final = -1
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    return numba.njit(error_model="numpy")(function)
+
+
+@_compiled
+def _row_length(j: Pointer, row: int) -> int:
+    """How many weights an active row has: an index that repeats the one before is padding."""
+    end = j[job.K]
+    while end > 1 and index_of(j, row, end - 1) == index_of(j, row, end - 2):
+        end -= 1
+    return end  # type: ignore[no-any-return]
+
+
+@_compiled
+def panel_windows(j: Pointer) -> int:
+    """Into how many windows the channels of a group are cut."""
+    geometry = words(j[job.GEOMETRY])
+    channels, window = geometry[conv.CHANNELS] // geometry[conv.GROUPS], j[job.PANEL_WINDOW]
+    return (channels + window - 1) // window  # type: ignore[no-any-return]
+
+
+@_compiled
+def measure_sample_panel(j: Pointer) -> None:
+    """Count parts and bytes of a sample panel into the job."""
+    geometry, n = words(j[job.GEOMETRY]), j[job.OUT_FEATURES]
+    parts, weights = geometry[conv.KERNEL_H] * panel_windows(j), 0
+    for row in range(j[job.N_ACTIVE]):
+        weights += _row_length(j, row)
+    j[job.PANEL_COUNT], j[job.PANEL_PHASES] = geometry[conv.GROUPS] * parts, 0
+    # Behind the last part are two int32 for each output, which are needed while it is filled.
+    j[job.PANEL_BYTES] = (parts * n + weights + n) * ENTRY_BYTES
+
+
+@_compiled
+def _is_in_part(j: Pointer, index: int, tap_row: int, window: int) -> bool:
+    """Whether an input of a filter belongs to a row of the kernel and to a window of channels."""
+    geometry = words(j[job.GEOMETRY])
+    kernel_h, kernel_w = geometry[conv.KERNEL_H], geometry[conv.KERNEL_W]
+    within = index // kernel_w
+    return within % kernel_h == tap_row and within // kernel_h // j[job.PANEL_WINDOW] == window  # type: ignore[no-any-return]
+
+
+@_compiled
+def _fill_part(j: Pointer, group: int, tap_row: int, window: int, to: int, rows: Pointer, counts: Pointer) -> int:
+    """Write a part of the panel; returns where it ends."""
+    geometry, k = words(j[job.GEOMETRY]), j[job.K]
+    channels, group_rows = geometry[conv.CHANNELS], j[job.OUT_FEATURES] // geometry[conv.GROUPS]
+    kernel_h, kernel_w, first = geometry[conv.KERNEL_H], geometry[conv.KERNEL_W], group * group_rows
+    most = 0
+    for o in range(first, first + group_rows):
+        counts[o] = 0
+        row = int(rows[o])
+        if row != _ABLATED:
+            for i in range(_row_length(j, row)):
+                if _is_in_part(j, index_of(j, row, i), tap_row, window):
+                    counts[o] += 1
+            most = max(most, int(counts[o]))
+    for count in range(most + 1):
+        for o in range(first, first + group_rows):
+            if int(counts[o]) == count:
+                ints(to)[0], ints(to)[1] = o * CACHE_LINE, count
+                to += ENTRY_BYTES
+                row = int(rows[o])
+                for i in range(_row_length(j, row) if count else 0):
+                    index = index_of(j, row, i)
+                    if _is_in_part(j, index, tap_row, window):
+                        channel = group * (channels // geometry[conv.GROUPS]) + index // kernel_w // kernel_h
+                        tap = index % kernel_w * geometry[conv.DILATION_W]
+                        ints(to)[0] = (tap * channels + channel) * CACHE_LINE
+                        floats(to)[1] = value_at(j[job.VALUES], j[job.VALUE_TYPE], row * k + i)
+                        to += ENTRY_BYTES
+    return to
+
+
+@_compiled
+def fill_sample_panel(j: Pointer) -> None:
+    """Write a sample panel whose size is known, and where each of its parts starts."""
+    geometry, groups, active = words(j[job.GEOMETRY]), words(j[job.PANEL_GROUPS]), ints(j[job.ACTIVE])
+    n = j[job.OUT_FEATURES]
+    rows = ints(j[job.PANEL] + j[job.PANEL_BYTES] - n * ENTRY_BYTES)
+    counts = ints(j[job.PANEL] + j[job.PANEL_BYTES] - n * ENTRY_BYTES // 2)
+    for o in range(n):
+        rows[o] = _ABLATED
+    for row in range(j[job.N_ACTIVE]):
+        rows[int(active[row])] = row
+    to, part = j[job.PANEL], 0
+    for group in range(geometry[conv.GROUPS]):
+        for tap_row in range(geometry[conv.KERNEL_H]):
+            for window in range(panel_windows(j)):
+                groups[part * GROUP_WORDS + GROUP_AT] = to - j[job.PANEL]
+                to = _fill_part(j, group, tap_row, window, to, rows, counts)
+                part += 1
