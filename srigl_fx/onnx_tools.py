@@ -71,6 +71,7 @@ def merge(
     """
     import onnx.compose
 
+    _require_place(Path(path))
     files = {Path(first): set[Path](), Path(second): set[Path]()}
     before, after = open_model(Path(first), files[Path(first)]), open_model(Path(second), files[Path(second)])
     _require_fitting(before, after, io_map)
@@ -131,6 +132,7 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
         Traceback (most recent call last):
         srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
     """
+    _require_place(Path(path))
     files = {Path(source): set[Path]()}
     model = open_model(Path(source), files[Path(source)])
     scaled = {name for name, (base, *_) in abi.operator_names().items() if abi.has_scales(base)}
@@ -296,12 +298,16 @@ def _write(model: "onnx.ModelProto", aside: Aside, path: Path, files: Mapping[Pa
 
     ``files`` are those that its sources keep tensors in; a source in whose place it is written is to be lost.
     """
+    spared = set[Path]().union(*(own for source, own in files.items() if place_of(source) != place_of(path)))
+    with writing(path, model, aside.tensors, "auto", spared):
+        pass
+
+
+def _require_place(path: Path) -> None:
+    """Require that a file can be written to this path, before anything takes its time."""
     try:
         check_replaceable(path)
     except OSError as error:
         raise ExportError(
             f"cannot write {path}: {error.strerror}; give the path of a file in a folder that exists"
         ) from error
-    spared = set[Path]().union(*(own for source, own in files.items() if place_of(source) != place_of(path)))
-    with writing(path, model, aside.tensors, "auto", spared):
-        pass
