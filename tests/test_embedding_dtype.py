@@ -91,7 +91,44 @@ def test_tables_that_something_else_reads_stay() -> None:
     # Of a fixed length: what is looked up for places is a constant.
     found = lowered(reader(tied=True), dynamic_shapes={"words": {0: "batch"}})
     assert len(found.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)) == 1
-    assert with_rounded_tables(found, torch.int8, WORDS, {}) is found
+    rounded = with_rounded_tables(found, torch.int8, WORDS, {})
+    assert [(note.where, note.reason) for note in rounded.report.notes if note.by == "embedding_dtype"] == [
+        ("head.weight", "the embedding table stays in float32: something else than a lookup reads it too")
+    ]
+    assert torch.equal(rounded(*WORDS), found(*WORDS))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_lower_rounds_tables_and_its_file_holds_them(tmp_path: Path) -> None:
+    model = reader()
+    plain, found = lowered(model), lowered(model, embedding_dtype=torch.int8)
+    assert {note.where: note.reason for note in found.report.notes if note.by == "embedding_dtype"} == {
+        "words.weight": "the embedding table is stored in int8, 10.55 KiB in place of 37.50 KiB",
+        "places.weight": "the embedding table is stored in int8, 720 B in place of 2.50 KiB",
+    }
+    assert 30 < signal_to_noise(plain(*WORDS), found(*WORDS)) < 80
+    found.save(tmp_path / "model.lowered")
+    again = sx.load_lowered(tmp_path / "model.lowered")
+    assert torch.equal(again(*WORDS), found(*WORDS))
+    assert str(again.report) == str(found.report)
+    tables = {name: buffer.dtype for name, buffer in again.named_buffers() if buffer.shape == (300, 32)}
+    assert list(tables.values()) == [torch.int8]
+    assert [name for name, one in again.named_parameters() if one.shape == (300, 32)] == ["head.weight"]
+
+
+def test_a_model_of_parts_keeps_its_tables() -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Reader()
+
+        def forward(self, words: Tensor) -> Tensor:
+            return self.inner(words) if float(words[0, 0].item()) < 1e9 else words
+
+    model = sx.sparsify(randomise(Parts()), sparsity=0.75).eval()
+    with pytest.raises(LoweringError, match="not one graph cannot have its embedding tables rounded"):
+        lowered(model, embedding_dtype=torch.int8)
 
 
 @torch.no_grad()
@@ -118,3 +155,5 @@ def test_what_is_given_stays_and_what_cannot_be_rounded_is_named() -> None:
 def test_other_types_are_refused(dtype: Any, tmp_path: Path) -> None:
     with pytest.raises(LoweringError, match="embedding_dtype must be one of"):
         sx.export_onnx(Reader(), tmp_path / "model.onnx", WORDS, embedding_dtype=dtype)
+    with pytest.raises(LoweringError, match="embedding_dtype must be one of"):
+        sx.lower(Reader(), WORDS, embedding_dtype=dtype)

@@ -38,23 +38,26 @@ _SPARSEST = 32  # inputs for each place in a dot panel, at most: four places a r
 _LEVEL = level_of(ISAS[-1])
 # How many times as fast as those of float32 the kernels of eight bits are on one processor: dot, narrow tiles, and full
 # ones; measured with each target on one core of an AMD EPYC of the Zen 4 generation, with 3072 inputs, 768 rows, 10 %
-# kept. Narrow tiles were measured with AVX2 only, on one of the Zen 3 generation, as was its dot kernel; for the other
-# targets the instructions of the narrow tiles' loops were counted, and for Arm those of all.
+# kept. All of AVX2 was measured on one of the Zen 3 generation; for the other targets the instructions of the narrow
+# tiles' loops were counted, for AVX-512 without VNNI those of full tiles, too, and for Arm those of all.
 _EIGHT_BITS = {
     BASELINE: (1.5, 1.1, 1.3),
-    AVX2: (1.1, 1.1, 1.5),
+    AVX2: (1.1, 1.3, 2.1),
     AVX_VNNI: (1.3, 1.3, 2.5),
-    AVX512: (0.55, 1.0, 1.6),
+    AVX512: (0.55, 1.2, 2.2),
     AVX512_VNNI: (0.55, 1.2, 2.8),
     AVX512_VBMI: (2.6, 1.2, 2.7),
     NEON: (1.2, 1.0, 1.1),
     NEON_DOT: (1.3, 1.1, 1.5),
     NEON_I8MM: (1.3, 1.3, 2.0),
 }
-# Of the time of a row of eight bits what laying its inputs out takes, which rows that share them do once. With AVX2 the
-# loops of groups of two, four and eight were 1.2, 1.5 and 1.8 times as fast. By the counts of their instructions it is
-# more on other targets, but on none of them was it measured.
-_LAYING_OUT = 0.4
+# Of the time of a row of eight bits by itself: what laying inputs out takes, which rows that share them do once, and
+# what each row takes then. Where bytes are multiplied in pairs, rows by themselves are faster, and those that share
+# their inputs are not: with AVX2 groups of 2, 4, 8 and 16 take 1.2, 1, 0.83 and 0.77 times as long. Before that, groups
+# of two, four and eight were 1.2, 1.5 and 1.8 times as fast; on other targets nothing was measured.
+_SHARING, _SHARING_IN_PAIRS = (0.4, 0.6), (1.1, 0.7)
+_IN_PAIRS = (AVX2, AVX512)  # where bytes are multiplied so
+_WIDER = 1.1  # a column there of a tile of 32 or 48, of one of a full tile
 _FURTHER = 0.25  # of the time of the first: samples whose bytes are looked up by indices that are there already
 
 
@@ -211,14 +214,14 @@ def condensed(work: Work, machine: Machine) -> float:
         columns = _tile_columns(work, target, tile / narrow)
     if kernel_for(work, machine) == "dot":
         if _loads_once(work, machine):
-            machine = replace(machine, dot_rate=machine.dot_rate * _sharing(work))
+            machine = replace(machine, dot_rate=machine.dot_rate * _sharing(work, TARGETS[machine.target]))
         stored = max(_GAPS * work.kept, work.active * work.fan_in / _SPARSEST)
         size = stored * (work.value_bytes + 1)
         reading = 0.0 if size <= machine.cache_bytes else size / machine.bandwidth
         samples = 1 + (work.columns - 1) * again
         return machine.condensed_call + max(samples * stored / machine.dot_rate, reading)
     if work.index_rows:
-        machine = replace(machine, tile_rate=machine.tile_rate * _sharing(work))
+        machine = replace(machine, tile_rate=machine.tile_rate * _sharing(work, TARGETS[machine.target]))
     moved = work.columns * (work.fan_in + work.rows) / machine.move_rate  # a convolution's windows one by one
     return machine.condensed_call + work.kept * columns / machine.tile_rate + moved
 
@@ -232,10 +235,11 @@ def _loads_once(work: Work, machine: Machine) -> bool:
     return plan.linear_for_shared(plan.DOT, machine.level, *sizes, work.index_rows) == plan.SHARED_TILE
 
 
-def _sharing(work: Work) -> float:
+def _sharing(work: Work, target: str) -> float:
     """How many times as fast rows are multiplied as they were if none shared its inputs."""
     if work.eight_bits:
-        return 1 / (1 - _LAYING_OUT * (1 - work.index_rows / work.active))
+        once, each = _SHARING_IN_PAIRS if target in _IN_PAIRS else _SHARING
+        return max(1.0, 1 / (each + once * work.index_rows / work.active))
     # Four rows that share their inputs take as long as two others.
     fours = max(work.index_rows, work.active / 4)
     return max(1.0, work.active / (2 * fours))
@@ -247,4 +251,6 @@ def _tile_columns(work: Work, target: str, narrow: float) -> float:
     if rest == 0:
         return work.columns
     last = plan.INT8_COLUMNS if work.convolution else plan.int8_tile_columns(target in NARROW_TILES, rest)
+    if plan.LANES < last < plan.INT8_COLUMNS and target in _IN_PAIRS:
+        narrow = _WIDER
     return work.columns - rest + last * (narrow if last < plan.INT8_COLUMNS else 1)

@@ -22,14 +22,16 @@ from srigl_fx.lowering.calibration_inputs import Calibration, calibration_inputs
 from srigl_fx.lowering.dump import Dump, clear, folder_of_part
 from srigl_fx.lowering.inputs import describe_inputs
 from srigl_fx.lowering.layer_costs import estimated_costs, layer_costs
-from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
+from srigl_fx.lowering.lowered import LoweredModule
+from srigl_fx.lowering.program_report import report_on
 from srigl_fx.lowering.regions import LoweredRegions
+from srigl_fx.lowering.tables import check_table_dtype, with_rounded_tables
 from srigl_fx.lowering.value_dtypes import ValueDtypes, value_dtypes
 from srigl_fx.lowering.verification import CapturedGraphError, checked, second_check, verify_lowered
 from srigl_fx.masks import input_orders, invariants
-from srigl_fx.masks.records import WeightRecord, all_records, sparse_weights
+from srigl_fx.masks.records import sparse_weights
 from srigl_fx.passes.asked_sizes import DynamicShapes, wishes
-from srigl_fx.passes.base import Note, Pass, run
+from srigl_fx.passes.base import Pass, run
 from srigl_fx.passes.calibrate import Calibrate
 from srigl_fx.passes.capture import EXPORT_LOCK, Capture, Failure, capture_whole, uncapturable
 from srigl_fx.passes.capture_sizes import capture_with
@@ -37,9 +39,8 @@ from srigl_fx.passes.example_inputs import Inputs, normalise_inputs
 from srigl_fx.passes.feature_major import FeatureMajor
 from srigl_fx.passes.hugging_face import register_caches
 from srigl_fx.passes.pipelines import LOWERING, whole
-from srigl_fx.passes.program import Costs, Program, Times, enter_masks
+from srigl_fx.passes.program import Costs, Program, enter_masks
 from srigl_fx.passes.select import Select
-from srigl_fx.passes.sizes import leaf_names
 from srigl_fx.passes.usual_sizes import capture_usual
 from srigl_fx.passes.wrappers import unwrapped
 from srigl_fx.recipes import recipes_of
@@ -59,6 +60,7 @@ def lower(
     dynamic_shapes: DynamicShapes | None = None,
     value_dtype: ValueDtypes = torch.float32,
     calibration: Calibration | None = None,
+    embedding_dtype: torch.dtype = torch.float32,
     verify: bool | Literal["each pass"] = True,
     passes: Sequence[Pass[Program]] = LOWERING,
     dump: str | os.PathLike[str] | None = None,
@@ -102,6 +104,10 @@ def lower(
             all samples, that of the largest magnitude which these inputs make of them; larger ones are clipped later.
             Where that changes a layer too much on the example inputs, its scales are found at each call after all, and
             a note of the report says so.
+        embedding_dtype: What embedding tables are stored in: ``torch.float32``, ``torch.float16``, ``torch.bfloat16``
+            or ``torch.int8``, with a scale for each row. Rows become float32 where they are looked up; tables that
+            something else reads too stay as they are, and notes of the report name both. With ``verify``, the outputs
+            on the example inputs must keep a signal-to-noise ratio of 20 dB.
         verify: Compare with the model on the example inputs, and at another batch size where that is free (with
             ``dynamic_shapes``, at a smaller and a larger number of each free size); with "each pass", after every pass.
             Where the outputs differ in the end, this is done all the same, in a second attempt: a pass after which they
@@ -122,10 +128,10 @@ def lower(
 
     Raises:
         LoweringError: Nothing to lower, permutations of inputs that are still learned, an unsupported device or dtype,
-            a weight that ``value_dtype`` cannot hold, outputs beyond the tolerance, or a ``dump`` that cannot be
-            written. Or no ``calibration`` inputs, such as the model does not take, some that are not finite, or any for
-            a model that is not one graph. Or ``dynamic_shapes`` that do not fit the inputs, or a size among them that
-            the model ties.
+            a weight that ``value_dtype`` or a table that ``embedding_dtype`` cannot hold, outputs beyond the tolerance,
+            or a ``dump`` that cannot be written. Or no ``calibration`` inputs, such as the model does not take, some
+            that are not finite. Or any, or an ``embedding_dtype``, for a model that is not one graph. Or
+            ``dynamic_shapes`` that do not fit the inputs, or a size among them that the model ties.
         PassError: A pass of ``passes`` failed, or is why the outputs differ, and does more than improve.
         CaptureError: The model is in training mode, does not run on the inputs, or no part of it can be captured.
         InvariantError: The model is not what its masks say, as :func:`srigl_fx.verify` finds: values off the mask, say.
@@ -149,6 +155,7 @@ def lower(
             "lower cannot run under torch.inference_mode(), as its result could be used nowhere else; call it "
             "outside, or under torch.no_grad()"
         )
+    check_table_dtype(embedding_dtype)
     if verify not in (True, False, "each pass"):
         raise LoweringError(f'verify must be True, False or "each pass", not {verify!r}')
     if not isinstance(passes, Sequence) or not all(isinstance(step, Pass) for step in passes):
@@ -178,7 +185,13 @@ def lower(
         attempts = _captured(model, args, kwargs, dynamic_shapes)
         if attempts.program is not None:
             check_calibration(attempts.program, batches)
-            return _lower_program(attempts.program, options, attempts.failures)
+            lowered = _lower_program(attempts.program, options, attempts.failures)
+            return with_rounded_tables(lowered, embedding_dtype, args, kwargs, verify=bool(verify))
+        if embedding_dtype is not torch.float32:
+            raise LoweringError(
+                "a model that is not one graph cannot have its embedding tables rounded: lower it without "
+                f"embedding_dtype, or its parts with it; what broke: {'; '.join(map(str, attempts.failures[:1]))}"
+            )
         if batches:
             raise LoweringError(
                 "a model that is not one graph cannot be calibrated as one: lower it without calibration, or its parts "
@@ -279,7 +292,7 @@ def _run_passes(
     enter_masks(program)
     observe = None if options.dump is None else Dump(options.dump, program)
     finished = run([_settled(step, options) for step in whole(options.passes)], program, check=check, observe=observe)
-    report = _report(finished.subject, finished.notes)
+    report = report_on(finished.subject, finished.notes)
     recipes = recipes_of(captured.model)
     return LoweredModule.build(finished.subject.module, report, inputs, recipes), finished.subject
 
@@ -346,77 +359,3 @@ def _check_batch_sizes(program: Program, options: _Options) -> None:
             f"batch_sizes {list(options.batch_sizes)} cannot be measured: the model was captured for batch "
             f"{program.batch_size} only; leave batch_sizes out"
         )
-
-
-def _report(program: Program, notes: tuple[Note, ...]) -> LoweringReport:
-    layers = []
-    asked = set(program.value_dtypes.values()) or {program.value_dtype}
-    for layer in program.layers:
-        weight = layer.weight.weight
-        mask = layer.weight.record.site.to_matrix(layer.weight.mask)
-        counts = mask.sum(1)
-        fan_ins = set(counts[counts > 0].tolist())
-        layers.append(
-            LayerReport(
-                fqn=layer.weight.fqn,
-                shape=tuple(weight.shape),
-                neurons=mask.shape[0],
-                active=int((counts > 0).sum()),
-                fan_in=fan_ins.pop() if len(fan_ins) == 1 else 0,
-                kept=int(counts.sum()),
-                decision=layer.decision,
-                reason=layer.reason,
-                bytes_before=weight.nbytes,
-                bytes_after=layer.bytes_after,
-                seconds=_plain(layer.times),
-                estimates=_plain(layer.estimates),
-                value_dtype=_name(layer.value_dtype),
-                snr=layer.snr,
-                calibrated=layer.calibrated and layer.value_dtype is torch.int8,
-            )
-        )
-    return LoweringReport(
-        layers=tuple(layers),
-        others=tuple(
-            _unmasked(fqn, owner, record) for fqn, owner, record in all_records(program.model) if not record.sparse
-        ),
-        capture=program.how,
-        dynamic_batch=program.dynamic,
-        free_sizes=program.sizes.told(pytree.tree_leaves((program.args, program.kwargs)), _leaf_names(program)),
-        fixed_sizes=program.sizes.fixed,
-        tried_sizes=tuple(dict(values) for values in program.sizes.tried),
-        notes=notes,
-        removals=() if program.removals is None else (program.removals,),
-        value_dtype=_name(*asked) if len(asked) == 1 else "mixed",
-    )
-
-
-def _leaf_names(program: Program) -> list[str]:
-    """What the inputs of the graph are called."""
-    names = program.module.graph._codegen.pytree_info.orig_args  # type: ignore[attr-defined]
-    return leaf_names(names, (program.args, program.kwargs))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _plain(times: Times) -> dict[int, dict[str, float]]:
-    return {batch: {str(form): seconds for form, seconds in forms.items()} for batch, forms in times.items()}
-
-
-def _unmasked(fqn: str, owner: nn.Module, record: WeightRecord) -> LayerReport:
-    weight = getattr(owner, record.site.attr)
-    neurons, fan_in = record.site.matrix_shape
-    return LayerReport(
-        fqn=fqn,
-        shape=tuple(weight.shape),
-        neurons=neurons,
-        active=neurons,
-        fan_in=fan_in,
-        kept=weight.numel(),
-        decision="dense",
-        reason=record.reason,
-        bytes_before=weight.nbytes,
-        bytes_after=weight.nbytes,
-    )

@@ -7,6 +7,7 @@ With eight bits each row has a scale of its own: ``q = round(w / s)``, ``s = max
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import LEAST_OUTPUT_SNR, signal_to_noise
 from srigl_fx.errors import LoweringError
 from srigl_fx.lowering.lowered import LoweredModule
+from srigl_fx.passes.base import Note
 from srigl_fx.passes.model_runs import run_model
 from srigl_fx.passes.program import arguments, new_buffer, tensor_at
+from srigl_fx.reports.text_tables import format_bytes
 
 TABLE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 _LARGEST = 127
@@ -77,7 +80,8 @@ def with_rounded_tables(
 ) -> LoweredModule:
     """A lowered model whose embedding tables are stored in ``dtype``; the one that is given stays as it is.
 
-    Tables that something else reads too (the weight of a tied head) stay as they are.
+    Tables that something else reads too (the weight of a tied head) stay as they are. The report has a note on each
+    table.
 
     Args:
         lowered: The model.
@@ -90,9 +94,11 @@ def with_rounded_tables(
         LoweringError: A table holds numbers that are not finite, or that the type cannot hold; or the outputs differ by
             more.
     """
-    tables = [node for node in lowered.graph.find_nodes(op="get_attr") if _is_table(lowered, node)]
-    if dtype is torch.float32 or not tables:
+    found = [] if dtype is torch.float32 else [node for node in lowered.graph.nodes if _is_table(lowered, node)]
+    if not found:
         return lowered
+    tables = [node for node in found if all(_looks_up(user, node) for user in node.users)]
+    notes = [_note(lowered, node, dtype if node in tables else None) for node in found]
     graph = fx.Graph()
     copies: dict[fx.Node, Any] = {}
     graph.output(graph.graph_copy(lowered.graph, copies))
@@ -104,16 +110,33 @@ def with_rounded_tables(
     module.delete_all_unused_submodules()
     module.graph.lint()
     module.recompile()
-    found = LoweredModule.build(module, lowered.report, lowered.inputs, lowered.recipes)
+    report = replace(lowered.report, notes=(*lowered.report.notes, *notes))
+    result = LoweredModule.build(module, report, lowered.inputs, lowered.recipes)
     if verify:
-        _verify(lowered, found, args, kwargs)
-    return found
+        _verify(lowered, result, args, kwargs)
+    return result
 
 
 def _is_table(module: fx.GraphModule, node: fx.Node) -> bool:
-    readers = list(node.users)
-    looked_up = all(user.target is aten.embedding.default and user.args[0] is node for user in readers)
-    return bool(readers) and looked_up and tensor_at(module, str(node.target)).dtype is torch.float32
+    """Whether rows of a float32 tensor of the module are looked up."""
+    looked_up = node.op == "get_attr" and any(_looks_up(user, node) for user in node.users)
+    return looked_up and tensor_at(module, str(node.target)).dtype is torch.float32
+
+
+def _looks_up(user: fx.Node, table: fx.Node) -> bool:
+    return user.target is aten.embedding.default and user.args[0] is table and arguments(user)["indices"] is not table
+
+
+def _note(module: fx.GraphModule, node: fx.Node, dtype: torch.dtype | None) -> Note:
+    """What becomes of a table; ``dtype`` is None where it stays."""
+    rows, width = tensor_at(module, str(node.target)).shape
+    if dtype is None:
+        reason = "the embedding table stays in float32: something else than a lookup reads it too"
+    else:
+        stored = rows * width * dtype.itemsize + (rows * 4 if dtype is torch.int8 else 0)
+        before, after = format_bytes(rows * width * 4), format_bytes(stored)
+        reason = f"the embedding table is stored in {str(dtype).removeprefix('torch.')}, {after} in place of {before}"
+    return Note(where=str(node.target), reason=reason, by="embedding_dtype")
 
 
 def _store(module: fx.GraphModule, node: fx.Node, dtype: torch.dtype) -> None:

@@ -33,7 +33,7 @@ def attempt(folder: Path, library: Path) -> dict[str, dict[str, str]]:
         [sys.executable, "-X", "faulthandler", malformed.__file__, str(library), str(folder)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, f"crashed at {lines[-1]['model']}: {done.stderr[-2000:]}"

@@ -88,11 +88,13 @@ def test_layouts(y_feature_major: bool, x_feature_major: bool) -> None:
         np.testing.assert_array_equal(run_linear(weight, x, y_feature_major=y_feature_major).double(), expected)
 
 
+@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("largest", [127, -127, -128])
-def test_the_largest_sums(largest: int, int8_kernel: int) -> None:
+def test_the_largest_sums(largest: int, shared: bool, int8_kernel: int) -> None:
     """The format has no -128, but an operator that is given one computes with it."""
     k = WIDEST_TILE if int8_kernel == plan.INT8_TILE else LARGEST_FAN_IN
-    weight = without_bias(whole(condensed(3, k, k, n_active=2)))
+    weight = without_bias(whole(condensed(3, k, k if shared else k - 9, n_active=2)))
+    assert (len(weight.indices) < weight.n_active) is shared
     weight.values[:] = largest
     steps = np.full((3, k), 255.0)
     steps[1] = -127

@@ -24,6 +24,9 @@ TARGET: Final = compiled_target()
 ISA: Final = isa_of(TARGET)
 BYTE_PRODUCTS: Final = "vnni" in TARGET or ISA == NEON  # of four bytes with four, summed up in a lane
 BYTE_LOOKUP: Final = "vbmi" in TARGET  # of bytes, in registers
+# Of unsigned bytes with signed ones, two neighbours' summed up in 16 bits: these must not overflow, so the weights that
+# a panel has beside each other are chosen.
+BYTE_PAIRS: Final = ISA in (AVX2, AVX512) and not BYTE_PRODUCTS
 NARROW: Final = TARGET in NARROW_TILES  # whether tiles of bytes have 32 or 48 columns, too
 FASTMATH: Final = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity keep their meaning
 REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 8, NEON: 4}[ISA]  # vectors of 16 sums in flight

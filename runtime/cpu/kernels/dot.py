@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from srigl_fx.runtime.cpu.kernels import vector as v
-from srigl_fx.runtime.cpu.kernels.panel import SLOTS, STEPS
-from srigl_fx.runtime.cpu.kernels.plan import LANES
+from srigl_fx.runtime.cpu.kernels.panel import SLOTS
+from srigl_fx.runtime.cpu.kernels.plan import LANES, STEPS
 from srigl_fx.runtime.cpu.kernels.values import vector_of
 from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
 from srigl_fx.runtime.value_types import VALUE_TYPES

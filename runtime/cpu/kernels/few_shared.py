@@ -22,12 +22,11 @@ from srigl_fx.runtime.cpu.kernels.panel import (
     SHARED_VALUES,
     SHARING,
     SLOTS,
-    STEPS,
     TILE_BYTES,
     TILE_UNIT,
     TILE_VALUES,
 )
-from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, LANES
+from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, LANES, STEPS
 from srigl_fx.runtime.cpu.kernels.tiles import first_output, start_rows
 from srigl_fx.runtime.cpu.kernels.vector import (
     I64,

@@ -5,8 +5,9 @@ registers, or loaded where bytes cannot be, and the copies that fill a tile of a
 :mod:`srigl_fx.runtime.quantisation`. It must not know how tasks are cut.
 
 A product of four bytes with four others, summed up in an int32 lane, is one instruction where the CPU has VNNI. Others
-multiply the even bytes and the odd ones as 16-bit numbers, of which no product overflows (``vpmaddubsw``, which takes
-bytes, would saturate). Arm multiplies signed bytes with each other, by one instruction or by a few.
+multiply the even bytes and the odd ones as 16-bit numbers, of which no product overflows; or, where weights are packed
+so that it does not saturate, two bytes with two others (``vpmaddubsw``, in :mod:`.int8_pairs`). Arm multiplies signed
+bytes with each other, by one instruction or by a few.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, BYTE_PRODUCTS, IS
 from srigl_fx.runtime.cpu.kernels.int8_rounding import BYTES, ORDER, PLACES, every_int
 from srigl_fx.runtime.cpu.kernels.isa import AVX2, AVX512, BASELINE, NEON, NEON_I8MM
 from srigl_fx.runtime.cpu.kernels.panel import SLOTS
-from srigl_fx.runtime.cpu.kernels.plan import LANES
+from srigl_fx.runtime.cpu.kernels.plan import LANES, STEPS
 from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, address, intrinsic, number, types
 
 HALVES: Final = ir.VectorType(I16, 2 * LANES)
@@ -31,6 +32,12 @@ def places(found: Iterable[int]) -> Any:
     """Which elements of two vectors, one behind the other, a shuffle takes."""
     picked = list(found)
     return ir.Constant(ir.VectorType(I32, len(picked)), picked)
+
+
+def rows_of_quad(b: Any, inputs: Any, indices: Any, width: int) -> list[Any]:
+    """Where the rows of a tile lie whose four indices are at an address."""
+    found = [b.zext(v.load(b, b.add(indices, number(2 * step)), I16, 2), I64) for step in range(STEPS)]
+    return [b.add(inputs, b.mul(index, number(width))) for index in found]
 
 
 def cut(b: Any, halves: Any) -> list[Any]:

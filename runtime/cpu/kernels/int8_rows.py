@@ -12,7 +12,7 @@ from typing import Any, Final
 from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
-from srigl_fx.runtime.cpu.kernels.compiled import BYTE_PRODUCTS
+from srigl_fx.runtime.cpu.kernels.compiled import BYTE_PAIRS, BYTE_PRODUCTS
 from srigl_fx.runtime.cpu.kernels.copies import lane_mask, masked_load, masked_store
 from srigl_fx.runtime.cpu.kernels.int8 import (
     AT_ONCE,
@@ -22,11 +22,14 @@ from srigl_fx.runtime.cpu.kernels.int8 import (
     multiply_bytes,
     multiply_halves,
     places,
+    rows_of_quad,
 )
+from srigl_fx.runtime.cpu.kernels.int8_pairs import sums_of_pairs
 from srigl_fx.runtime.cpu.kernels.int8_rounding import BYTES, PLACES, TILE_ROW, every_int, rounded_vector
-from srigl_fx.runtime.cpu.kernels.panel import QUAD_BYTES, QUAD_VALUES, SLOTS, STEPS
+from srigl_fx.runtime.cpu.kernels.panel import SLOTS
 from srigl_fx.runtime.cpu.kernels.plan import LANES
-from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, I64, INTS, address, intrinsic, number, types
+from srigl_fx.runtime.cpu.kernels.quads import QUAD_BYTES, QUAD_VALUES
+from srigl_fx.runtime.cpu.kernels.vector import I8, I16, I32, INTS, address, intrinsic, number, types
 
 FULL: Final = TILE_ROW // LANES  # times 16 columns of a full tile
 LAID_BYTES: Final = (1 if BYTE_PRODUCTS else 2) * SLOTS  # of four inputs of 16 columns, laid out
@@ -44,15 +47,9 @@ def _interleave(b: Any, one: Any, other: Any, size: int, high: bool) -> Any:
     return b.shuffle_vector(one, other, ir.Constant(PLACES, picked))
 
 
-def _rows_of_quad(b: Any, inputs: Any, indices: Any, width: int) -> list[Any]:
-    """Where the rows of a tile lie whose four indices are at an address."""
-    found = [b.zext(v.load(b, b.add(indices, number(2 * step)), I16, 2), I64) for step in range(STEPS)]
-    return [b.add(inputs, b.mul(index, number(width))) for index in found]
-
-
 def _four_inputs(b: Any, inputs: Any, indices: Any) -> list[Any]:
     """Four rows of a full tile, with the bytes of each column beside each other: one vector for 16 columns."""
-    rows = [v.load(b, row, BYTES, 64) for row in _rows_of_quad(b, inputs, indices, TILE_ROW)]
+    rows = [v.load(b, row, BYTES, 64) for row in rows_of_quad(b, inputs, indices, TILE_ROW)]
     low, high = (_interleave(b, rows[0], rows[1], 1, half) for half in (False, True))
     low_2, high_2 = (_interleave(b, rows[2], rows[3], 1, half) for half in (False, True))
     four = [_interleave(b, low, low_2, 2, half) for half in (False, True)]
@@ -92,7 +89,7 @@ def _laid(b: Any, inputs: Any, indices: Any, parts: int) -> list[list[Any]]:
         if BYTE_PRODUCTS:
             return [[part] for part in four]
         return [[piece for halves in even_and_odd(b, part, False) for piece in cut(b, halves)] for part in four]
-    rows, found = _rows_of_quad(b, inputs, indices, LANES * parts), []
+    rows, found = rows_of_quad(b, inputs, indices, LANES * parts), []
     for part in range(parts):
         of_part = [v.load(b, b.add(row, number(LANES * part)), _SIXTEEN, LANES) for row in rows]
         if BYTE_PRODUCTS:
@@ -206,6 +203,8 @@ def _tile_row(
 
             if summed:
                 totals = [v.load(b, b.add(inputs, number(64 * i)), INTS, 64) for i in range(parts)]
+            elif BYTE_PAIRS:
+                totals = sums_of_pairs(b, inputs, weights, quads, parts)
             else:
                 totals = v.loop(b, quads, [NO_SUMS] * parts, one_quad)
             whole, y_offsets = every_int(b, weight_sum), every_int(b, args[14])

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from srigl_fx.runtime.cpu.kernels import job, panel
+from srigl_fx.runtime.cpu.kernels import job
 from srigl_fx.runtime.cpu.kernels.compiled import NARROW, compiled
 from srigl_fx.runtime.cpu.kernels.copies import copy_bytes
 from srigl_fx.runtime.cpu.kernels.int8_outputs import output_bytes, output_inverse
@@ -33,8 +33,9 @@ from srigl_fx.runtime.cpu.kernels.int8_rows import (
     tile_row_added,
 )
 from srigl_fx.runtime.cpu.kernels.int8_samples import OFFSETS, SCALES
-from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_ROW, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import INT8_COLUMNS, LANES
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_QUADS, GROUP_ROW, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.plan import INT8_COLUMNS, LANES, STEPS
+from srigl_fx.runtime.cpu.kernels.quads import QUAD_VALUES, quads_of, rows_together
 from srigl_fx.runtime.cpu.kernels.tiles import least, most
 from srigl_fx.runtime.cpu.kernels.vector import floats, ints, words
 
@@ -58,6 +59,7 @@ def _row_of(plain: Any, added: Any, part: Any, part_added: Any, rounded: Any, ro
         r: int,
         inputs: int,
         first: int,
+        quads: int,
         known: int,
         columns: int,
         low: float,
@@ -66,7 +68,7 @@ def _row_of(plain: Any, added: Any, part: Any, part_added: Any, rounded: Any, ro
         y: int,
         y_row: int,
     ) -> None:
-        o, quads = int(ints(j[job.PANEL_ROWS])[r]), panel.quads(j[job.K])
+        o = int(ints(j[job.PANEL_ROWS])[r])
         total, factor = int(ints(j[job.PANEL_SUMS])[r]), floats(j[job.PANEL_SCALES])[r]
         start, scales, offsets = floats(j[job.BIAS])[o], known + SCALES, known + OFFSETS
         is_whole, inverse, plus = columns == INT8_COLUMNS, output_inverse(j), j[job.Y_OFFSET]
@@ -105,6 +107,7 @@ def _narrow_row_of(plain: Any, width: int) -> Any:
         r: int,
         inputs: int,
         first: int,
+        quads: int,
         known: int,
         columns: int,
         low: float,
@@ -113,7 +116,7 @@ def _narrow_row_of(plain: Any, width: int) -> Any:
         y: int,
         y_row: int,
     ) -> None:
-        o, quads = int(ints(j[job.PANEL_ROWS])[r]), panel.quads(j[job.K])
+        o = int(ints(j[job.PANEL_ROWS])[r])
         total, factor = int(ints(j[job.PANEL_SUMS])[r]), floats(j[job.PANEL_SCALES])[r]
         start, scales, offsets, to = floats(j[job.BIAS])[o], known + SCALES, known + OFFSETS, out + o * width * 4
         plain(inputs, first, quads, offsets, scales, total, factor, start, 0, low, high, to, width, _ZERO, 0)
@@ -133,15 +136,15 @@ def _multiply(parts: int, store_row: Any, store_summed_row: Any) -> Any:
 
     def sum_shared_rows(j: Pointer, at: int, rows: int, inputs: int, scratch: int) -> None:
         """The sums of rows that share their indices: an int32 a row and column at ``scratch``, which has ROOM bytes."""
-        quads, sums = panel.quads(j[job.K]), ints(scratch)
+        quads, sums = quads_of(j[job.K]), ints(scratch)
         for i in range(rows * parts * LANES):
             sums[i] = 0
-        laid, values = scratch + LANES * TILE_FLOATS, at + quads * panel.QUAD_VALUES
+        laid, values = scratch + LANES * TILE_FLOATS, at + quads * QUAD_VALUES
         for first in range(0, quads, _LAID_QUADS):
             count = min(_LAID_QUADS, quads - first)
-            lay_out(inputs, at + first * panel.QUAD_VALUES, count, laid)
+            lay_out(inputs, at + first * QUAD_VALUES, count, laid)
             for r in range(rows):
-                add_laid(laid, values + (r * quads + first) * panel.STEPS, count, scratch + r * row_bytes)
+                add_laid(laid, values + (r * quads + first) * STEPS, count, scratch + r * row_bytes)
 
     sum_shared = compiled(sum_shared_rows)
 
@@ -158,23 +161,26 @@ def _multiply(parts: int, store_row: Any, store_summed_row: Any) -> Any:
         y_row: int,
         scratch: int,
     ) -> None:
-        groups, quads = words(j[job.PANEL_GROUPS]), panel.quads(j[job.K])
+        groups, shared_quads = words(j[job.PANEL_GROUPS]), quads_of(j[job.K])
         low, high = (least(j[job.ACTIVATION]), most(j[job.ACTIVATION])) if limited else (-_INFINITY, _INFINITY)
         for g in range(g0, g1):
             row, at = groups[g * GROUP_WORDS + GROUP_ROW], j[job.PANEL] + groups[g * GROUP_WORDS + GROUP_AT]
             rows = groups[(g + 1) * GROUP_WORDS + GROUP_ROW] - row
-            lane = 0
+            single_quads, lane = groups[g * GROUP_WORDS + GROUP_QUADS], 0
             while lane < rows:
-                count = panel.sharing_rows(j, row + lane, rows - lane)
+                count = rows_together(j, row + lane, rows - lane)
+                quads = single_quads if count == 1 else shared_quads
                 if count > 1:
                     sum_shared(j, at, count, inputs, scratch)
                 for i in range(count):
                     r = g * LANES + lane + i
                     if count > 1:
-                        store_summed_row(j, r, scratch + i * row_bytes, at, known, columns, low, high, out, y, y_row)
+                        store_summed_row(
+                            j, r, scratch + i * row_bytes, at, quads, known, columns, low, high, out, y, y_row
+                        )
                     else:
-                        store_row(j, r, inputs, at, known, columns, low, high, out, y, y_row)
-                at += quads * (panel.QUAD_VALUES + panel.STEPS * count)
+                        store_row(j, r, inputs, at, quads, known, columns, low, high, out, y, y_row)
+                at += quads * (QUAD_VALUES + STEPS * count)
                 lane += count
 
     return compiled(multiply)

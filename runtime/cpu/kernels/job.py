@@ -57,11 +57,12 @@ from typing import Final
 ) = range(47)
 SIZE: Final = 47
 
-# In PANEL_GROUPS: a group's first phase, its first active row, how far its phases are from PANEL in bytes, and whether
-# its rows share inputs by fours; one more group ends it.
-GROUP_PHASE, GROUP_ROW, GROUP_AT, GROUP_SHARED = range(4)
-GROUP_WORDS: Final = 4
-SCRATCH_WORDS: Final = 48  # of which packing needs room to count where it is
+# In PANEL_GROUPS: a group's first phase, its first active row, how far its phases are from PANEL in bytes, whether its
+# rows share inputs by fours, and in how many fours rows with indices of their own are stored in a tile panel of eight
+# bits; one more group ends it.
+GROUP_PHASE, GROUP_ROW, GROUP_AT, GROUP_SHARED, GROUP_QUADS = range(5)
+GROUP_WORDS: Final = 5
+SCRATCH_WORDS: Final = 64  # of which packing needs room to count where it is
 
 # How threads are told of a job's tasks, in an array of its own: kernels.team.
 TEAM_TASK: Final = 0  # the address of a function of a job's address and a number

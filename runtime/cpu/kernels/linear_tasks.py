@@ -9,6 +9,7 @@ import numpy as np
 
 from srigl_fx.runtime.cpu.kernels import job, panel, plan
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
+from srigl_fx.runtime.cpu.kernels.canonical import index_at, index_row, index_rows, row_end
 from srigl_fx.runtime.cpu.kernels.compiled import ISA, compiled, planned
 from srigl_fx.runtime.cpu.kernels.copies import add_floats, copy_floats, copy_rows, transpose
 from srigl_fx.runtime.cpu.kernels.dot import WIDE, dot_group
@@ -54,15 +55,15 @@ def _kept(j: Pointer, first: int) -> int:
     """How many weights a row keeps whose indices start at ``first``."""
     k = j[job.K]
     if j[job.INDEX_BYTES] == 2:
-        return panel.row_end(shorts(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
-    return panel.row_end(ints(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
+        return row_end(shorts(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
+    return row_end(ints(j[job.INDICES]), first, k) - first  # type: ignore[no-any-return]
 
 
 @compiled
 def _plain_row(x: Pointer, values: Pointer, indices: Pointer, first: int, k: int) -> Any:
     """A row whose indices start at ``first``, and its values with ``values``."""
     total = _ZERO
-    for i in range(panel.row_end(indices, first, k) - first):
+    for i in range(row_end(indices, first, k) - first):
         total += values[i] * x[indices[first + i]]
     return total
 
@@ -75,11 +76,11 @@ def _add_exact(j: Pointer, sample: int, first: int, last: int) -> None:
     k, values, value_type = j[job.K], j[job.VALUES], j[job.VALUE_TYPE]
     indices, index_bytes, active = j[job.INDICES], j[job.INDEX_BYTES], ints(j[job.ACTIVE])
     for r in range(first, last):
-        start = panel.index_row(j, r) * k
+        start = index_row(j, r) * k
         if value_type != _FLOAT32:
             total = y[active[r]]
             for i in range(_kept(j, start)):
-                total += value_at(values, value_type, r * k + i) * x[panel.index_at(indices, index_bytes, start + i)]
+                total += value_at(values, value_type, r * k + i) * x[index_at(indices, index_bytes, start + i)]
             y[active[r]] = total
         elif index_bytes == 2:
             y[active[r]] += _plain_row(x, floats(values + r * k * 4), shorts(indices), start, k)
@@ -113,9 +114,9 @@ def strided_task(j: Pointer, task: int) -> None:
             y[sample * y_sample + o * y_step] = bias[o]
         for r in range(j[job.N_ACTIVE]):
             total = y[sample * y_sample + active[r] * y_step]
-            start = panel.index_row(j, r) * k
+            start = index_row(j, r) * k
             for i in range(_kept(j, start)):
-                column = panel.index_at(j[job.INDICES], j[job.INDEX_BYTES], start + i)
+                column = index_at(j[job.INDICES], j[job.INDEX_BYTES], start + i)
                 value = value_at(j[job.VALUES], j[job.VALUE_TYPE], r * k + i)
                 total += value * x[sample * x_sample + column * x_step]
             y[sample * y_sample + active[r] * y_step] = total
@@ -347,7 +348,7 @@ _shared_tiles = compiled(_tile_task("shared_tiles", multiply_shared))
 def shared_tile_task(j: Pointer, task: int) -> None:
     """A share of the rows for one tile of samples, or for a few samples, where rows share their inputs."""
     as_rows = j[job.X_FEATURE_MAJOR] == 0 and j[job.Y_FEATURE_MAJOR] == 0
-    if as_rows and _few(_LEVEL, j[job.BATCH], j[job.N_ACTIVE], panel.index_rows(j)):
+    if as_rows and _few(_LEVEL, j[job.BATCH], j[job.N_ACTIVE], index_rows(j)):
         few_shared(j, task)
     else:
         _shared_tiles(j, task)

@@ -21,10 +21,8 @@ panel, for rows that have too few partners, and shared ones. The latter are four
 of theirs holds the indices of each four once, then for each step the values of its four rows. Lanes that are left have
 weights of zero.
 
-Values of eight bits have a tile panel of their own: a phase for each group, with the kept weights of each row four by
-four: four indices (uint16), then four values. Neighbouring rows of a group that share their indices have these first,
-four by four, and then the values of each row. Beside both kinds of panels lie each lane's scale, and the sum of its
-values.
+Values of eight bits have a tile panel of their own, one phase for each group (:mod:`.quads`). Beside both kinds of
+panels lie each lane's scale, and the sum of its values.
 """
 
 from collections.abc import Callable
@@ -33,22 +31,24 @@ from typing import Any, Final
 import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import job
-from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.canonical import index_of, index_row
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_PHASE, GROUP_QUADS, GROUP_ROW, GROUP_SHARED, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import (
     INT8_DOT,
     INT8_STEP,
     INT8_TILE,
     LANES,
     SHARED_TILE,
+    STEPS,
     TILE,
     WIDE_WINDOW,
 )
+from srigl_fx.runtime.cpu.kernels.quads import fill_quads, quads_bytes, single_quads
 from srigl_fx.runtime.cpu.kernels.values import value_at, value_bytes
 from srigl_fx.runtime.cpu.kernels.vector import bytes_, floats, ints, shorts, signed_bytes, words
 
 numba: Any = typed_numba  # half of its functions are annotated
 Pointer = Any
-STEPS: Final = 4
 SLOTS: Final = LANES * STEPS
 TILE_BYTES: Final = 6 * SLOTS  # of one phase
 TILE_UNIT: Final = 16  # the largest
@@ -57,8 +57,6 @@ SHARING: Final = 4  # rows that share their inputs, in a shared group
 FOURS: Final = LANES // SHARING  # of such rows in a group
 SHARED_VALUES: Final = 2 * FOURS * STEPS  # where the values of a shared group's phase start
 SHARED_BYTES: Final = SHARED_VALUES + 4 * SLOTS  # of such a phase
-QUAD_BYTES: Final = 3 * STEPS  # of a tile panel of eight bits
-QUAD_VALUES: Final = 2 * STEPS  # where its values start
 _ROWS, _COUNTS = LANES, 2 * LANES  # in the scratch, behind a cursor for each source of indices: its rows
 _NONE: Final = 1 << 40
 
@@ -80,12 +78,6 @@ def dot_bytes(value_type: int, window: int) -> int:
 
 
 @_compiled
-def quads(k: int) -> int:
-    """By how many fours a row's kept weights are stored in a tile panel of eight bits."""
-    return (k + STEPS - 1) // STEPS
-
-
-@_compiled
 def _phase_bytes(j: Pointer, shared: bool) -> int:
     """The bytes of one phase, of a group of this kind, of the panel that the job's kernel reads."""
     kernel = j[job.KERNEL]
@@ -100,62 +92,6 @@ def _phase_bytes(j: Pointer, shared: bool) -> int:
 def tile_unit(in_features: int) -> int:
     """What the inputs of a tile panel are counted in, where it can be so much that addressing them takes no shift."""
     return TILE_UNIT if (in_features + 1) * TILE_UNIT <= 1 << 16 else 1
-
-
-@_compiled
-def index_at(indices: int, index_bytes: int, position: int) -> int:
-    """An index of the canonical format."""
-    if index_bytes == 2:
-        return int(shorts(indices)[position])
-    return int(ints(indices)[position])
-
-
-@_compiled
-def index_row(j: Pointer, row: int) -> int:
-    """The row of indices that an active row reads."""
-    return row if j[job.INDEX_ROWS] == 0 else int(ints(j[job.INDEX_ROWS])[row])
-
-
-@_compiled
-def sharing_rows(j: Pointer, row: int, most: int) -> int:
-    """How many rows from ``row`` on, ``most`` at most, share their indices."""
-    rows = 1
-    while rows < most and index_row(j, row + rows) == index_row(j, row):
-        rows += 1
-    return rows
-
-
-@_compiled
-def _quads_bytes(j: Pointer, row: int, rows: int) -> int:
-    """The bytes of a group of a tile panel of eight bits."""
-    end, total = row + rows, 0
-    while row < end:
-        count = sharing_rows(j, row, end - row)
-        total += quads(j[job.K]) * (QUAD_VALUES + STEPS * count)
-        row += count
-    return total
-
-
-@_compiled
-def index_rows(j: Pointer) -> int:
-    """How many rows of indices the active rows read."""
-    n_active = j[job.N_ACTIVE]
-    return n_active if n_active == 0 or j[job.INDEX_ROWS] == 0 else index_row(j, n_active - 1) + 1  # type: ignore[no-any-return]
-
-
-@_compiled
-def _index_of(j: Pointer, row: int, i: int) -> int:
-    """The input of an active row's weight ``i``."""
-    return index_at(j[job.INDICES], j[job.INDEX_BYTES], index_row(j, row) * j[job.K] + i)  # type: ignore[no-any-return]
-
-
-@_compiled
-def row_end(indices: Pointer, first: int, k: int) -> int:
-    """Where the kept weights of a row of the canonical format end: an index that repeats the one before is padding."""
-    end = first + k
-    while end - first > 1 and indices[end - 1] == indices[end - 2]:
-        end -= 1
-    return end
 
 
 @_compiled
@@ -211,8 +147,8 @@ def _next_index(j: Pointer, source: int, sources: Pointer) -> int:
     if sources[_COUNTS + source] == 0 or cursor == j[job.K]:
         return _NONE
     row = sources[_ROWS + source]
-    index = _index_of(j, row, cursor)
-    if cursor > 0 and index == _index_of(j, row, cursor - 1):
+    index = index_of(j, row, cursor)
+    if cursor > 0 and index == index_of(j, row, cursor - 1):
         return _NONE
     return index  # type: ignore[no-any-return]
 
@@ -258,7 +194,7 @@ def measure_panel(j: Pointer, scratch: int) -> None:
             start = _window_start(j, sources)
         groups += 1
         if j[job.KERNEL] == INT8_TILE:
-            bytes_of_all += _quads_bytes(j, row, rows)
+            bytes_of_all += quads_bytes(j, row, rows, single_quads(j, row, rows, scratch))
         else:
             bytes_of_all += (phases - first) * _phase_bytes(j, shared)
         row += rows
@@ -291,11 +227,11 @@ def _fill_phase(j: Pointer, at: int, start: int, sources: Pointer) -> None:
             slot = place if size == 1 else step * LANES + lane
             i = _next_in_window(j, lane, sources, start + j[job.PANEL_WINDOW])
             if is_tile:
-                index = j[job.IN_FEATURES] if i < 0 else _index_of(j, row, i)
+                index = j[job.IN_FEATURES] if i < 0 else index_of(j, row, i)
                 wide[place] = index * tile_unit(j[job.IN_FEATURES])
                 floats(at + TILE_VALUES)[place] = 0.0 if i < 0 else value_at(values, value_type, row * k + i)
             else:
-                index = 0 if i < 0 else _index_of(j, row, i) - start
+                index = 0 if i < 0 else index_of(j, row, i) - start
                 if index_bytes == 2:
                     wide[slot] = index
                 else:
@@ -312,33 +248,11 @@ def _fill_shared_phase(j: Pointer, at: int, start: int, sources: Pointer) -> Non
         for step in range(STEPS):
             place = four * STEPS + step
             i = _next_in_window(j, four, sources, start + j[job.PANEL_WINDOW])
-            index = j[job.IN_FEATURES] if i < 0 else _index_of(j, row, i)
+            index = j[job.IN_FEATURES] if i < 0 else index_of(j, row, i)
             shorts(at)[place] = index * tile_unit(j[job.IN_FEATURES])
             found = floats(at + SHARED_VALUES + 4 * SHARING * place)
             for r in range(SHARING):
                 found[r] = 0.0 if i < 0 or r >= rows else value_at(j[job.VALUES], value_type, (row + r) * k + i)
-
-
-@_compiled
-def _fill_quads(j: Pointer, row: int, rows: int, group: int) -> None:
-    """A group of a tile panel of eight bits; zeros fill up its rows."""
-    k, values, steps = j[job.K], bytes_(j[job.VALUES]), quads(j[job.K]) * STEPS
-    end, at = row + rows, group
-    while row < end:
-        count = sharing_rows(j, row, end - row)
-        # One row alone has its values behind every four indices, several have theirs behind all indices.
-        apart, values_at = (QUAD_BYTES, at + QUAD_VALUES) if count == 1 else (QUAD_VALUES, at + 2 * steps)
-        value_apart = QUAD_BYTES if count == 1 else STEPS
-        for i in range(steps):
-            quad, step = i // STEPS, i % STEPS
-            index = _index_of(j, row, i) if i < k else 0
-            kept = i < k and (i == 0 or index != _index_of(j, row, i - 1))
-            shorts(at + quad * apart)[step] = index
-            for r in range(count):
-                place = values_at + r * steps + quad * value_apart
-                bytes_(place)[step] = values[(row + r) * k + i] if kept else 0
-        at += quads(k) * (QUAD_VALUES + STEPS * count)
-        row += count
 
 
 @_compiled
@@ -351,7 +265,7 @@ def _fill_scales(j: Pointer, row: int, rows: int, group: int) -> None:
         if lane < rows:
             scale = given[row + lane]
             for i in range(k):
-                if i == 0 or _index_of(j, row + lane, i) != _index_of(j, row + lane, i - 1):
+                if i == 0 or index_of(j, row + lane, i) != index_of(j, row + lane, i - 1):
                     total += signed_bytes(j[job.VALUES])[(row + lane) * k + i]
         scales[group * LANES + lane], sums[group * LANES + lane] = scale, total
 
@@ -378,16 +292,18 @@ def fill_panel(j: Pointer, scratch: int) -> None:
         rows, shared = _take_group(j, row, sources)
         found = group * GROUP_WORDS
         groups[found + GROUP_PHASE], groups[found + GROUP_ROW] = phase, row
-        groups[found + GROUP_AT], groups[found + GROUP_SHARED] = at, 1 if shared else 0
+        groups[found + GROUP_AT], groups[found + GROUP_SHARED], groups[found + GROUP_QUADS] = at, 1 if shared else 0, 0
         _fill_outputs(j, row, rows, shared, sources, ints(j[job.PANEL_ROWS] + group * LANES * 4))
         if j[job.SCALES] != 0:
             _fill_scales(j, row, rows, group)
         start = _NONE
         if j[job.KERNEL] == INT8_TILE:
-            _fill_quads(j, row, rows, j[job.PANEL] + at)
+            single = single_quads(j, row, rows, scratch)
+            groups[found + GROUP_QUADS] = single
+            fill_quads(j, row, rows, single, scratch, j[job.PANEL] + at)
             starts[phase] = 0
             phase += 1
-            at += _quads_bytes(j, row, rows)
+            at += quads_bytes(j, row, rows, single)
         else:
             start = _window_start(j, sources)
         while start != _NONE:
@@ -403,4 +319,4 @@ def fill_panel(j: Pointer, scratch: int) -> None:
         row += rows
     found = group * GROUP_WORDS
     groups[found + GROUP_PHASE], groups[found + GROUP_ROW] = phase, row
-    groups[found + GROUP_AT], groups[found + GROUP_SHARED] = at, 0
+    groups[found + GROUP_AT], groups[found + GROUP_SHARED], groups[found + GROUP_QUADS] = at, 0, 0

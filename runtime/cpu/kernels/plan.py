@@ -26,6 +26,7 @@ INT8_STEP: Final = 32  # of which the windows of a dot panel of bytes start at a
 KNOWN_BYTES: Final = 3 * 4 * INT8_COLUMNS  # of what is known of 64 samples: kernels.int8_samples
 _MOST_GATHERED_SAMPLES: Final = 2  # of a dot panel of bytes, where they are not looked up in registers
 LANES: Final = 16  # of a vector: rows of a group, and output positions of a convolution, come in as many
+STEPS: Final = 4  # kept weights of a row that a panel has beside each other
 CACHE_LINE: Final = 64  # bytes
 CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
 _MOST_TILE_INPUTS: Final = 65535  # a tile's indices are uint16, and one of them names a row of zeros

@@ -8,6 +8,7 @@ tasks write disjoint outputs. A process compiles them for one instruction set.
 from typing import Any, Final
 
 from srigl_fx.runtime.cpu.kernels import job, panel, plan, table
+from srigl_fx.runtime.cpu.kernels.canonical import index_rows
 from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, FASTMATH, ISA, planned
 from srigl_fx.runtime.cpu.kernels.conv_tasks import (
     conv_offsets,
@@ -52,7 +53,7 @@ def plan_linear(j: Pointer, packed: int) -> None:
         j[job.SAMPLES] = _int8_linear_samples(BYTE_LOOKUP, j[job.KERNEL], j[job.BATCH], columns)
     else:
         kernel = _linear_kernel(_LEVEL, *sizes, j[job.BATCH], columns, packed != 0)
-        j[job.KERNEL] = _for_shared(kernel, _LEVEL, *sizes, panel.index_rows(j))
+        j[job.KERNEL] = _for_shared(kernel, _LEVEL, *sizes, index_rows(j))
 
 
 def plan_panel(j: Pointer, kernel: int) -> None:

@@ -14,11 +14,10 @@ from srigl_fx.runtime.cpu.kernels.panel import (
     SHARED_BYTES,
     SHARED_VALUES,
     SHARING,
-    STEPS,
     TILE_BYTES,
     TILE_VALUES,
 )
-from srigl_fx.runtime.cpu.kernels.plan import LANES
+from srigl_fx.runtime.cpu.kernels.plan import LANES, STEPS
 from srigl_fx.runtime.cpu.kernels.vector import VECTOR_BYTES, address, intrinsic, number, types
 
 _Read = Callable[[Any], list[Any]]  # the columns of the input whose index is at an address
