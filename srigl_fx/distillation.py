@@ -68,7 +68,8 @@ def distil(
     """Train a ``student``, in place, to give what its ``teacher`` gives, so that what pruning lost comes back.
 
     Each step takes one batch, without labels. The optimizer is AdamW on all parameters that require gradients, with
-    gradients clipped to a norm of 1 and a rate that rises to ``learning_rate`` and falls to nothing along a cosine.
+    gradients clipped to a norm of 1 and a rate that rises to ``learning_rate`` and falls to nothing along a cosine, as
+    the first of its betas falls from 0.95 to 0.85 and rises again (``OneCycleLR``).
     The student stays in the mode that it is in: in evaluation mode, with which the defaults were tried, dropout is off
     and batch normalisation keeps its statistics. Its masks stay, or change as a trainer says.
 
@@ -134,7 +135,7 @@ def distil(
                     raise _not_finite(losses, learning_rate)
                 optimizer.zero_grad()
                 found.backward()
-                nn.utils.clip_grad_norm_(student.parameters(), CLIP)
+                nn.utils.clip_grad_norm_(trained, CLIP)  # others may have gradients from before
                 optimizer.step()
                 if schedule is not None and len(losses) < steps:
                     schedule.step()

@@ -4,7 +4,7 @@ Owns what is compared and how. It must not know who trains.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -61,7 +61,8 @@ class DistillationLoss:
         loss: How far an output (N, ...) of the student, the first argument, is from the teacher's, as one number; by
             default :func:`unexplained`, which states are always compared by.
         autocast: Compute both models in this type, by ``torch.autocast``; "auto" is bfloat16 where the student's
-            processor multiplies it, which elsewhere takes several times as long as float32.
+            processor multiplies it, which elsewhere takes several times as long as float32. By default what the
+            caller's own ``torch.autocast`` says stays.
 
     The loss is the mean over the outputs plus that over the states.
 
@@ -108,7 +109,8 @@ class DistillationLoss:
         """The loss of one batch, given as the models take it: a tensor of one number, with the student's gradients."""
         device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
         dtype = _fast_type(device) if self.autocast == "auto" else self.autocast
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        # One that is not enabled would end the caller's.
+        with nullcontext() if dtype is None else torch.autocast(device.type, dtype):
             with torch.no_grad(), _evaluating(self.teacher):
                 wanted = self._seen(self.teacher, "teacher", args, kwargs)
             found = self._seen(student, "student", args, kwargs)

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from srigl_fx.errors import ExportError, FormatError, RecipeError
-from srigl_fx.files import check_replaceable, place_of
+from srigl_fx.files import place_of
 from srigl_fx.onnx_export import recipes
 from srigl_fx.onnx_export.file import all_nodes, read_model
 from srigl_fx.onnx_export.model import functions_for
 from srigl_fx.onnx_export.names import rename_values
 from srigl_fx.onnx_export.reading import LARGE, open_model
 from srigl_fx.onnx_export.triton import triton_model as triton_model
-from srigl_fx.onnx_export.weights import Aside, writing
+from srigl_fx.onnx_export.weights import Aside, require_place, writing
 from srigl_fx.recipe_parts import parts_of
 from srigl_fx.recipes import Recipe
 from srigl_fx.runtime.ort import abi, stream
@@ -71,9 +71,9 @@ def merge(
     """
     import onnx.compose
 
-    _require_place(Path(path))
     files = {Path(first): set[Path](), Path(second): set[Path]()}
     before, after = open_model(Path(first), files[Path(first)]), open_model(Path(second), files[Path(second)])
+    require_place(Path(path))
     _require_fitting(before, after, io_map)
     fallback = all(_take_functions(model) for model in (before, after))
     held = [_recipes(model, file, recipes.take) for model, file in ((before, first), (after, second))]
@@ -132,9 +132,9 @@ def densify(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> Non
         Traceback (most recent call last):
         srigl_fx.errors.FormatError: cannot read missing.onnx: No such file or directory
     """
-    _require_place(Path(path))
     files = {Path(source): set[Path]()}
     model = open_model(Path(source), files[Path(source)])
+    require_place(Path(path))
     scaled = {name for name, (base, *_) in abi.operator_names().items() if abi.has_scales(base)}
     kept = [f for f in model.functions if f.domain != abi.DOMAIN or f.name not in scaled]
     present = {(function.domain, function.name) for function in kept}
@@ -298,16 +298,7 @@ def _write(model: "onnx.ModelProto", aside: Aside, path: Path, files: Mapping[Pa
 
     ``files`` are those that its sources keep tensors in; a source in whose place it is written is to be lost.
     """
+    require_place(path)
     spared = set[Path]().union(*(own for source, own in files.items() if place_of(source) != place_of(path)))
     with writing(path, model, aside.tensors, "auto", spared):
         pass
-
-
-def _require_place(path: Path) -> None:
-    """Require that a file can be written to this path, before anything takes its time."""
-    try:
-        check_replaceable(path)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {path}: {error.strerror}; give the path of a file in a folder that exists"
-        ) from error

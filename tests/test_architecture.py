@@ -95,7 +95,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("runtime.quantisation", "runtime.row_lengths"),
         *COMMON,
     ),
-    "serving": ("errors", "runtime.ort"),
+    "serving": ("errors", "onnx_export.tensor_types", "runtime.ort"),
     "onnx_tools": ("onnx_export", "recipe_parts", "recipes", "runtime.ort", *COMMON),
     "reports": ("files", "passes.removal", "passes.sizes"),
     "summaries": ("lowering.lowered", "masks", "reports", *COMMON),

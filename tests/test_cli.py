@@ -109,7 +109,10 @@ def test_merge_and_densify_write_files(tiny: Path, tmp_path: Path) -> None:
     connect = f"{graph.output[0].name}={graph.input[0].name}"
     both, dense = tmp_path / "both.onnx", tmp_path / "dense.onnx"
     assert_wrong_usage(run("merge", tiny, tiny, "--output", both, "--connect", "a=b=c"), "OUTPUT=INPUT")
+    twice = ("--connect", "a=b", "--connect", "a=c")
+    assert_wrong_usage(run("merge", tiny, tiny, "--output", both, *twice), "a is given twice")
     assert_readable_error(run("merge", tiny, tiny, "--output", both, "--connect", "a=b"), "cannot be joined")
+    assert_readable_error(run("densify", tiny, "--output", tmp_path / "no" / "a.onnx"), "there is no folder")
     square = onnx.parser.parse_model(
         '<ir_version: 9, opset_import: ["": 18]> g (float[n, 8] y) => (float[n, 8] z) { z = Neg (y) }'
     )
@@ -234,6 +237,7 @@ def test_library_prints_and_copies(tmp_path: Path) -> None:
 @on_linux
 def test_library_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert_readable_error(run("library", "--output", tmp_path / "none" / "lib.so"), "cannot copy")
+    assert_readable_error(run("library", "--output", run("library").stdout.strip()), "cannot copy", "are the same file")
 
 
 @on_linux

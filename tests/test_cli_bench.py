@@ -12,7 +12,7 @@ from cli_support import assert_readable_error, assert_wrong_usage, document, run
 from torch import nn
 
 import srigl_fx as sx
-from srigl_fx.cli.bench_file import FileCell, FileTimes
+from srigl_fx.cli.bench_file import FileCell, FileTimes, _difference
 from srigl_fx.cli.feeds import batch_of, feeds_for
 from srigl_fx.cli.forms import DENSE, FORMS, SPARSE, SPARSE_INT8, Form, make_forms
 from srigl_fx.cli.timing import medians
@@ -203,8 +203,23 @@ def test_inputs_have_the_sizes_asked_for() -> None:
     assert batch_of([entry("x", "float")]) == 1
     with pytest.raises(FormatError, match="no free size 'tokens'; those that it has: batch, length"):
         feeds_for(inputs, 5, {"tokens": 7})
+    with pytest.raises(FormatError, match="the size 'batch' is the batch size: give it as that, with --batch"):
+        feeds_for(inputs, 5, {"batch": 7})
     with pytest.raises(FormatError, match=r"'s' is a tensor\(string\)"):
         feeds_for([entry("s", "string", 1)], 1, {})
+
+
+def test_differences_of_what_is_not_finite() -> None:
+    nan, inf = np.nan, np.inf
+    for wanted, given, gap in (
+        ([2.0, 1.0], [2.0, 0.5], 0.25),
+        ([2.0, 1.0], [2.0, nan], inf),
+        ([2.0, inf], [1.0, inf], 0.5),
+        ([nan, nan], [nan, nan], 0.0),
+        ([nan, inf], [1.0, -inf], inf),
+        (4.0, 3.0, 0.25),
+    ):
+        assert _difference([np.array(wanted, np.float32)], [np.array(given, np.float32)]) == gap
 
 
 def test_medians_go_in_turns() -> None:

@@ -1,5 +1,6 @@
 """``srigl-fx export``: from a function and a checkpoint to a file, and one line for each mistake on the way."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from cli_support import assert_wrong_usage, document, run
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 from typer.testing import Result
 
 import srigl_fx as sx
 from srigl_fx import onnx_tools
+from srigl_fx.cli.model_source import importable, load_source
 from srigl_fx.cli.weights_file import load_weights
 from srigl_fx.errors import CheckpointError
 from srigl_fx.onnx_export.file import inspect_file
@@ -52,10 +54,24 @@ def lists(): return [1, 2]
 def no_model(): return 1, 2
 def odd(): return *sparse(), {"speed": 3}
 def no_dict(): return *sparse(), 3
+def later():
+    import my_parts
+    return my_parts.Later(), (torch.ones(2, 48),)
+
 def fails(): raise ValueError("no weights\\nhere")
 def leaves(): raise SystemExit(3)
 def refuses(): return sx.sparsify(nn.Linear(8, 8), sparsity=7), ()
 number = 3
+"""
+
+
+PARTS = """
+from torch import nn
+
+class Later(nn.Module):
+    def forward(self, x):
+        import my_last
+        return my_last.last(x)
 """
 
 
@@ -64,7 +80,7 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working folder, with a module that is imported anew by each test."""
     (tmp_path / "my_models.py").write_text(MODELS)
     monkeypatch.chdir(tmp_path)
-    for name in ("my_models", "broken", "lacking"):
+    for name in ("my_models", "my_parts", "my_last", "broken", "lacking"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     before = list(sys.path)
     yield tmp_path
@@ -166,6 +182,40 @@ def test_parts_with_recipes_of_their_own_load(tmp_path: Path) -> None:
         load_weights(network(), tmp_path / "a.safetensors", None)
 
 
+class Tied(nn.Module):
+    """A table whose rows are the weights of the last layer, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+        self.head.weight = self.table.weight
+
+
+def test_tied_weights_load_from_either_name(tmp_path: Path) -> None:
+    trained = Tied()
+    save_model(trained, str(tmp_path / "a.safetensors"))
+    torch.save({"head.weight": trained.head.weight.detach()}, tmp_path / "b.pt")
+    for name in ("a.safetensors", "b.pt"):
+        model = Tied()
+        load_weights(model, tmp_path / name, None)
+        assert torch.equal(model.table.weight, trained.table.weight)
+        assert model.head.weight is model.table.weight
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.zeros(2, 3, device="meta"), "torch.float32, torch.strided, meta"),
+        (torch.eye(3)[:2].to_sparse(), "torch.float32, torch.sparse_coo, cpu"),
+        (torch.zeros(2, 3, dtype=torch.complex64), "torch.complex64, torch.strided, cpu"),
+    ],
+)
+def test_tensors_without_plain_numbers_are_named(tmp_path: Path, value: torch.Tensor, words: str) -> None:
+    torch.save({"weight": value}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=rf"weight is no plain tensor there \({words}\)"):
+        load_weights(nn.Linear(3, 2, bias=False), tmp_path / "a.pt", None)
+
+
 class Harmful:
     """What pickle would run if it were let."""
 
@@ -231,6 +281,24 @@ def test_a_wrong_source_is_one_line(models: Path, source: str, words: str) -> No
     if source.endswith("fails"):
         assert "my_models.py:" in line
     assert not Path("a.onnx").exists()
+
+
+def test_modules_beside_a_file_are_found_when_it_needs_them(models: Path) -> None:
+    """By the function, and by the model when it runs."""
+    (models / "nets").mkdir()
+    (models / "my_models.py").rename(models / "nets" / "my_models.py")
+    (models / "nets" / "my_parts.py").write_text(PARTS)
+    (models / "nets" / "my_last.py").write_text("def last(x): return x + 1")
+    source = "nets/my_models.py:later"
+    with importable(source):
+        found = load_source(source, frozenset())
+        assert torch.equal(found.model(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_a_file_takes_the_place_of_no_module(models: Path) -> None:
+    (models / "copy.py").write_text("import torch\n\ndef build(): return torch.nn.Linear(2, 2), ()\n")
+    assert load_source("copy.py:build", frozenset()).example_inputs == ()
+    assert sys.modules["copy"] is copy
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from srigl_fx import onnx_tools
 from srigl_fx.errors import ExportError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
-from srigl_fx.onnx_condensing.trial import _error
+from srigl_fx.onnx_condensing.trial import relative_error
 from srigl_fx.runtime import load
 from srigl_fx.runtime.ort.abi import DOMAIN
 
@@ -320,6 +320,12 @@ def test_a_layer_that_is_refused_anyway_says_why(tmp_path: Path) -> None:
 def test_numbers_that_are_none_are_no_small_difference() -> None:
     plain, nan = np.array([1.0, -2.0]), np.array([1.0, np.nan])
     infinite = np.array([np.inf, 1.0])
-    assert _error(plain, plain) == _error(nan, nan) == _error(infinite, infinite) == 0.0
-    assert _error(plain, nan) == _error(nan, plain) == _error(infinite, -infinite) == _error(plain, infinite) == np.inf
-    assert _error(infinite, np.array([np.inf, 1.5])) == 0.5
+    assert relative_error(plain, plain) == relative_error(nan, nan) == relative_error(infinite, infinite) == 0.0
+    assert (
+        relative_error(plain, nan)
+        == relative_error(nan, plain)
+        == relative_error(infinite, -infinite)
+        == relative_error(plain, infinite)
+        == np.inf
+    )
+    assert relative_error(infinite, np.array([np.inf, 1.5])) == 0.5

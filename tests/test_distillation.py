@@ -210,6 +210,27 @@ def test_autocast_computes_both_models_shortly() -> None:
     assert 0 < abs(first - second) < 0.02 * first
 
 
+def test_autocast_of_the_caller_stays() -> None:
+    student, dense = pair()
+    seen = []
+    for model in (student, dense):
+        model[2].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        sx.DistillationLoss(dense)(student, batches(1)[0])
+    assert seen == [torch.bfloat16, torch.bfloat16]
+
+
+def test_gradients_of_what_is_not_trained_count_for_nothing() -> None:
+    student, dense = pair()
+    student[4].requires_grad_(False)
+    alike = copy.deepcopy(student)
+    student[4].weight.grad = torch.full_like(student[4].weight, 1e6)
+    for one in (student, alike):
+        sx.distil(one, dense, batches(2))
+    assert_same(student, values(alike))
+    assert float(student[4].weight.grad.max()) == 1e6
+
+
 class Stopped(KeyboardInterrupt):
     pass
 

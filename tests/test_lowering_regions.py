@@ -397,6 +397,26 @@ def test_a_single_sample_is_enough_to_capture_with(name: str) -> None:
     assert_same(model, lowered, inputs(5))
 
 
+class MakesMuch(nn.Module):
+    """One of its outputs hangs on the last bits of what a layer gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(96, 64), nn.Linear(96, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.sin(1e7 * branch(self.body(x))), self.head(x)
+
+
+@pytest.mark.slow
+def test_rounding_that_the_rest_of_a_model_makes_much_of_is_named() -> None:
+    lowered = lowered_regions(masked(MakesMuch), (torch.randn(8, 96),))
+    assert set(lowered.regions) == {"head"}
+    failures = {failure.name: failure.error for failure in lowered.report.capture_failures}
+    assert "with its graph in place output 0 is off by " in failures["body"]
+    assert "the rest of the model makes that of how the graph rounds" in failures["body"]
+
+
 @pytest.mark.slow
 def test_the_report_says_what_broke_and_where() -> None:
     model = masked(ReadsWeight)

@@ -6,13 +6,16 @@ import sys
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 import train_recipe
-from recipes.loop import Options, train
+from recipes.images import Batch, Loaders
+from recipes.loop import Options, Run, train
 from recipes.settings import LENGTHS, ImageRecipe, smoke, stretched
 from recipes.wide_resnet22_cifar10 import X1, network
 
@@ -90,6 +93,18 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, optimizer: str, caps
     zeros = sum(mask.numel() - int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
     assert lines[-1]["sparsity"] == pytest.approx(zeros, abs=0.001)
     capsys.readouterr()
+
+
+@pytest.mark.long
+def test_parts_that_make_no_whole_batch_are_left_out(tmp_path: Path) -> None:
+    run = Run(tiny(batch=4), Options(data=None, out=tmp_path), 0, 1)
+    images: Any = TensorDataset(torch.randn(10, 3, 32, 32), torch.zeros(10, dtype=torch.long))
+    sampler: DistributedSampler[Batch] = DistributedSampler(images, 1, 0)
+    run.data = Loaders(DataLoader(images, 2, sampler=sampler), run.data.test, sampler)
+    run.steps_an_epoch = 2
+    run.epoch(0)
+    assert run.trainer.steps == 2
+    assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path: Path) -> None:

@@ -149,18 +149,33 @@ class Slow:
         return [feeds["x"][:1] if np.isinf(feeds["x"]).any() else feeds["x"]]
 
 
-async def batched(session: Slow, arrays: list[Any], max_batch: int, max_waiting: int = 99) -> list[Any]:
+async def batched(
+    session: Slow, arrays: list[Any], max_batch: int, max_waiting: int = 99, scales: list[float] | None = None
+) -> list[Any]:
     """What becomes of requests that all come while the first runs."""
+    beside = [{}] * len(arrays) if scales is None else [{"scale": np.array(one, np.float32)} for one in scales]
     batcher = Batcher(session, max_batch=max_batch, max_waiting=max_waiting)
     work = asyncio.create_task(batcher.work())
-    first = asyncio.create_task(batcher.run({"x": arrays[0]}))
+    first, *others = ({"x": array, **more} for array, more in zip(arrays, beside, strict=True))
+    running = asyncio.create_task(batcher.run(first))
     await asyncio.sleep(0.02)  # it runs now
-    others = [asyncio.create_task(batcher.run({"x": array})) for array in arrays[1:]]
+    waiting = [asyncio.create_task(batcher.run(feeds)) for feeds in others]
     await asyncio.sleep(0.02)
     session.go.set()
-    results = await asyncio.gather(first, *others, return_exceptions=True)
+    results = await asyncio.gather(running, *waiting, return_exceptions=True)
     work.cancel()
     return results
+
+
+class Scaled(Slow):
+    """The same with a scalar beside the samples."""
+
+    def get_inputs(self) -> list[Any]:
+        return [*super().get_inputs(), type("Entry", (), {"name": "scale", "shape": [], "type": "tensor(float)"})]
+
+    def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        (y,) = super().run(names, {"x": feeds["x"]})
+        return [y * feeds["scale"]]
 
 
 def rows(*sizes: int, width: int = 3) -> list[Any]:
@@ -173,6 +188,13 @@ def test_what_comes_meanwhile_runs_together() -> None:
     assert session.batches == [1, 3, 3, 1]  # 2 + 1, then 3, which would have been two too many; other sizes apart
     assert [len(result["x"]) for result in results] == [1, 2, 1, 3, 1]
     assert [float(result["x"][0, 0]) for result in results] == [0, 1, 2, 3, 0]
+
+
+def test_requests_with_the_same_scalar_run_together() -> None:
+    session = Scaled()
+    results = asyncio.run(batched(session, rows(1, 2, 1, 1), max_batch=8, scales=[2, 3, 2, 3]))
+    assert session.batches == [1, 3, 1]
+    assert [float(result["x"][0, 0]) for result in results] == [0, 3, 4, 9]
 
 
 @pytest.mark.parametrize("sizes", [(2, 2), ("n", "m"), ("n", None), (None, None), ("n", 3)])
@@ -236,12 +258,90 @@ def entry(kind: str, *shape: int | str) -> Any:
         ("bool", ["false"], "is no array of tensor(bool)"),
         ("bool", [{}], "is no array of tensor(bool)"),
         ("float", [[1], [2, 3]], "is no array"),
+        ("int64", [1, True], "is no array of tensor(int64)"),
+        ("float", [0.5, False], "is no array of tensor(float)"),
+        ("float", [1e39], "has numbers that no tensor(float) holds"),
     ],
 )
 def test_nothing_becomes_another_kind_of_number(kind: str, given: list[Any], words: str) -> None:
     with pytest.raises(HTTPException) as error:
         _array("x", given, entry(kind, "n"))
     assert words in error.value.detail
+
+
+def saved(folder: Path, nodes: list[Any], inputs: list[Any], output: Any, *weights: Any) -> Path:
+    graph = helper.make_graph(nodes, "g", inputs, [output], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), folder / "a.onnx")
+    return folder / "a.onnx"
+
+
+def values(name: str, *sizes: int | str) -> Any:
+    return helper.make_tensor_value_info(name, TensorProto.FLOAT, sizes)
+
+
+def answers(app: Any, *bodies: dict[str, Any], parts: int = 1, pause: float = 0.0) -> list[tuple[int, Any]]:
+    """What an application answers to requests that come together, each in parts; there is no server."""
+
+    async def called(body: dict[str, Any]) -> tuple[int, Any]:
+        whole, sent = json.dumps({"inputs": body}).encode(), list[dict[str, Any]]()
+        step = -(-len(whole) // parts)
+        chunks = [whole[start : start + step] for start in range(0, len(whole), step)]
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.sleep(pause)
+            return {"type": "http.request", "body": chunks.pop(0), "more_body": bool(chunks)}
+
+        async def send(message: dict[str, Any]) -> None:
+            sent.append(message)
+
+        await app(
+            {"type": "http", "method": "POST", "path": "/predict", "query_string": b"", "headers": []}, receive, send
+        )
+        return sent[0]["status"], json.loads(b"".join(message.get("body", b"") for message in sent))
+
+    async def all_of_them() -> list[tuple[int, Any]]:
+        async with app.router.lifespan_context(app):
+            return await asyncio.gather(*map(called, bodies))
+
+    return asyncio.run(all_of_them())
+
+
+def test_scalars_and_fixed_sizes_are_served(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Mul", ["x", "scale"], ["scaled"]), helper.make_node("Add", ["scaled", "shift"], ["y"])]
+    path = saved(tmp_path, nodes, [values("scale"), values("x", "n", 2), values("shift", 1, 2)], values("y", "n", 2))
+    body = {"x": [[1, 2], [3, 4]], "scale": 10, "shift": [[0.5, 0]]}
+    assert answers(make_app(path, max_batch=2), body, {**body, "x": [[1, 2]] * 3}) == [
+        (200, {"outputs": {"y": [[10.5, 20], [30.5, 40]]}}),
+        (422, {"detail": "x must hold the same number of samples, 1 to 2, not [3]"}),
+    ]
+    path = saved(tmp_path, [helper.make_node("Neg", ["x"], ["y"])], [values("x", 3)], values("y", 3))
+    assert answers(make_app(path, max_batch=2), {"x": [1, 2, 3]}) == [(200, {"outputs": {"y": [-1, -2, -3]}})]
+
+
+def test_what_is_rounded_by_one_scale_runs_alone(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("DynamicQuantizeLinear", ["x"], ["bytes", "scale", "zero"]),
+        helper.make_node("DequantizeLinear", ["bytes", "scale", "zero"], ["y"]),
+    ]
+    app = make_app(saved(tmp_path, nodes, [values("x", "n", 1)], values("y", "n", 1)), max_batch=8)
+    found = answers(app, *({"x": [[number]]} for number in (1e6, 1.0, 1e6, 2.0)))
+    assert [one["outputs"]["y"][0][0] for _, one in found] == pytest.approx([1e6, 1.0, 1e6, 2.0])
+    assert not app.state.batcher.together  # they may have come one after another
+
+
+def test_requests_that_do_not_end_are_ended(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"x": np.zeros((1, 1, 48)).tolist()}
+    monkeypatch.setattr("srigl_fx.serving.http.LONGEST_BODY", 0.02)
+    ((status, found),) = answers(make_app(path), body, parts=4, pause=0.01)
+    assert (status, found["detail"]) == (408, "a request must be here within 0.02 seconds")
+
+
+def test_requests_that_are_too_many_to_read_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"x": np.zeros((1, 1, 48)).tolist()}
+    monkeypatch.setattr("srigl_fx.serving.http.MOST_BYTES", 300)  # each has 260
+    app = make_app(path)
+    assert sorted(status for status, _ in answers(app, body, body, parts=4, pause=0.01)) == [200, 503]
+    assert app.state.batcher.refused.collect()[0].samples[0].value == 1
 
 
 def test_what_is_not_finite_is_null() -> None:

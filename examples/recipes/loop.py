@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,8 @@ class Run:
             group["lr"] = self.recipe.rate(epoch)
         self.wrapped.train()
         losses, parts = [], self.recipe.micro_batches
-        for position, batch in enumerate(self.data.train):
+        # What is left when all steps are done are no whole batch: their gradients would be part of the next epoch's.
+        for position, batch in enumerate(islice(self.data.train, parts * self.steps_an_epoch)):
             last = (position + 1) % parts == 0
             images, labels = self.mix(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
             with nullcontext() if last or self.parallel is None else self.parallel.no_sync():

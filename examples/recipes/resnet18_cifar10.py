@@ -2,7 +2,7 @@
 
 python examples/train_recipe.py resnet18_cifar10 --data /data --out runs/resnet18
 python examples/train_recipe.py resnet18_cifar10 --smoke
-srigl-fx export recipes.resnet18_cifar10:build --checkpoint ../runs/resnet18/last.safetensors ../model.onnx)
+srigl-fx export recipes.resnet18_cifar10:build --checkpoint ../runs/resnet18/last.safetensors ../model.onnx
 """
 
 import torch

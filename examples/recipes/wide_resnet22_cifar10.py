@@ -2,7 +2,7 @@
 
 python examples/train_recipe.py wide_resnet22_cifar10 --data /data --out runs/wide_resnet22
 python examples/train_recipe.py wide_resnet22_cifar10 --smoke
-srigl-fx export recipes.wide_resnet22_cifar10:build --checkpoint ../runs/wide_resnet22/last.safetensors ../model.onnx)
+srigl-fx export recipes.wide_resnet22_cifar10:build --checkpoint ../runs/wide_resnet22/last.safetensors ../model.onnx
 """
 
 from dataclasses import replace

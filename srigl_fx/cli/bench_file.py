@@ -212,13 +212,12 @@ def _call(session: "onnxruntime.InferenceSession", feeds: Feeds) -> Callable[[],
 
 
 def _difference(expected: Sequence[Any], got: Sequence[Any]) -> float:
-    """The largest difference of outputs that are numbers, over the largest of each; 0 where there are none."""
-    found = [0.0]
-    for one, other in zip(expected, got, strict=True):
-        if isinstance(one, np.ndarray) and one.dtype.kind == "f" and one.size and one.shape == other.shape:
-            largest = float(np.abs(one.astype(np.float64)).max()) or 1.0
-            found.append(float(np.abs(other.astype(np.float64) - one).max()) / largest)
-    return max(found)
+    """The largest relative error of outputs that are numbers and may be compared; 0 where there are none."""
+    from srigl_fx.onnx_condensing.trial import relative_error
+
+    pairs = [(one, other) for one, other in zip(expected, got, strict=True) if isinstance(one, np.ndarray)]
+    alike = [(one, other) for one, other in pairs if one.dtype.kind == "f" and one.shape == other.shape]
+    return max((relative_error(one, other) for one, other in alike), default=0.0)
 
 
 def _host() -> str:

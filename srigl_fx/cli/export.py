@@ -54,7 +54,10 @@ def export(
     if dynamic_shapes == "auto":
         given["dynamic_shapes"] = "auto"
     with working(f"exporting {source}"):
-        report, loaded = _export(source, output, checkpoint, adopt, value_dtype, embedding_dtype, given)
+        from srigl_fx.cli.model_source import importable  # it takes seconds, as torch does
+
+        with importable(source):
+            report, loaded = _export(source, output, checkpoint, adopt, value_dtype, embedding_dtype, given)
     if loaded:
         say(f"loaded {checkpoint}, {loaded}")
     if not report.layers:

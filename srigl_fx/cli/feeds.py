@@ -11,19 +11,10 @@ from numpy.typing import NDArray
 
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_condensing.trial import sum_of
+from srigl_fx.onnx_export.tensor_types import DTYPES
 
 Feeds = dict[str, NDArray[Any]]
 USUAL = 64  # of a free size, such as the number of tokens
-DTYPES: dict[str, type[np.generic]] = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-    "tensor(uint8)": np.uint8,
-    "tensor(int8)": np.int8,
-}
 
 
 def batch_of(inputs: Sequence[Any]) -> int | None:
@@ -48,7 +39,8 @@ def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tu
         sizes: Others, by their names; by default 64, or the sum.
 
     Raises:
-        FormatError: An input is no tensor of numbers, or a size is asked for that the file has not free.
+        FormatError: An input is no tensor of numbers, or a size is asked for that the file has not free, or that is the
+            batch.
     """
     if odd := [entry for entry in inputs if entry.type not in DTYPES]:
         raise FormatError(f"the input {odd[0].name!r} is a {odd[0].type}, for which there are no random numbers")
@@ -58,6 +50,8 @@ def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tu
             f"the file has no free size {unknown[0]!r}; those that it has: {', '.join(sorted(named)) or 'none'}"
         )
     leading = next((entry.shape[0] for entry in inputs if entry.shape), None)
+    if leading in sizes:
+        raise FormatError(f"the size {leading!r} is the batch size: give it as that, with --batch")
     known: dict[str, int] = {**dict.fromkeys(named, USUAL), str(leading): batch, **sizes}
     used: dict[str, int] = {}
 
@@ -66,7 +60,7 @@ def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tu
             return size
         if size is None:  # free, without a name
             return USUAL if axis else batch
-        if size == leading and size not in sizes:
+        if size == leading:
             return batch
         total = sum_of(size, known)
         used[size] = sizes.get(size, USUAL if total is None else total)

@@ -3,6 +3,7 @@
 Owns their arguments; each calls one function. It must not know how anything is done.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,8 +74,12 @@ def merge(
 
     if wrong := [pair for pair in connect if pair.count("=") != 1]:
         raise typer.BadParameter(f"it takes OUTPUT=INPUT, not {wrong[0]!r}", param_hint="--connect")
+    pairs = [(output, read) for output, _, read in (pair.partition("=") for pair in connect)]
+    for ends in zip(*pairs, strict=True):
+        if twice := [one for one, times in Counter(ends).items() if times > 1]:
+            raise typer.BadParameter(f"{twice[0]} is given twice, and can be connected once", param_hint="--connect")
     with working(f"joining {first} and {second}"):
-        merge_files(first, second, output, dict(pair.split("=") for pair in connect), prefixes=prefix)
+        merge_files(first, second, output, dict(pairs), prefixes=prefix)
     show_path(output, json)
 
 

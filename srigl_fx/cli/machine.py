@@ -70,8 +70,8 @@ def library(
                 path = Path(shutil.copy(path, output))
             except OSError as error:
                 raise SriglError(
-                    f"cannot copy the operator library to {output}: {error.strerror}; give a folder that exists and "
-                    "can be written to"
+                    f"cannot copy the operator library to {output}: {error.strerror or error}; give a folder that "
+                    "exists and can be written to"
                 ) from error
     show_path(path, json, bytes=path.stat().st_size)
 

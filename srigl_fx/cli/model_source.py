@@ -41,8 +41,28 @@ class Source:
     arguments: dict[str, Any]
 
 
+@contextmanager
+def importable(text: str) -> Iterator[None]:
+    """What a module imports is found, also when its function or its model does so later.
+
+    As with ``python -m`` that is in the working folder, and for a file first in its own, as where Python runs it.
+
+    Args:
+        text: ``MODULE:FUNCTION``.
+    """
+    name = text.rpartition(":")[0]
+    folders = [*([str(Path(name).resolve().parent)] if name.endswith(".py") else ()), str(Path.cwd())]
+    sys.path[:0] = folders
+    try:
+        yield
+    finally:
+        for folder in folders:
+            if folder in sys.path:
+                sys.path.remove(folder)
+
+
 def load_source(text: str, allowed: frozenset[str]) -> Source:
-    """Import a module, call its function, and check what it returns.
+    """Import a module, call its function, and check what it returns; within :func:`importable`.
 
     Args:
         text: ``MODULE:FUNCTION``; the module is one that Python finds from the working folder, or a file ``*.py``.
@@ -52,11 +72,10 @@ def load_source(text: str, allowed: frozenset[str]) -> Source:
         SriglError: There is no such module or function, either fails, or it returns something else.
     """
     module_name, _, name = text.rpartition(":")
-    with _found_from(Path.cwd()):
-        module = _import(module_name)
-        function = _function(module, module_name, name)
-        with _blamed(f"{text} failed"):
-            returned = function()
+    module = _import(module_name)
+    function = _function(module, module_name, name)
+    with _blamed(f"{text} failed"):
+        returned = function()
     if not isinstance(returned, tuple) or len(returned) not in (2, 3):
         raise SriglError(f"{text} must return {SHAPE}, not {_described(returned)}")
     model, example_inputs, *rest = returned
@@ -75,16 +94,6 @@ def load_source(text: str, allowed: frozenset[str]) -> Source:
 def _described(value: object) -> str:
     size = f" of {len(value)}" if isinstance(value, tuple) else ""
     return f"a {type(value).__name__}{size}"
-
-
-@contextmanager
-def _found_from(folder: Path) -> Iterator[None]:
-    """Modules of ``folder`` can be imported, as ``python -m`` has it."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 @contextmanager
@@ -130,13 +139,20 @@ def _import(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise SriglError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    # Under the name of a module that is there, or may come, it would take the place of that.
+    is_taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
+    name = f"{path.stem}_of_the_command_line" if is_taken else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look their module up
-    with _found_from(path.resolve().parent), _blamed(f"importing {path} failed"):
-        spec.loader.exec_module(module)
+    sys.modules[name] = module  # dataclasses and pickles look their module up
+    try:
+        with _blamed(f"importing {path} failed"):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

@@ -15,6 +15,7 @@ from srigl_fx.cli.options import Threads
 from srigl_fx.cli.output import require_extra, say, working
 from srigl_fx.errors import SriglError
 
+LAST_SECONDS = 30  # that requests may take once the server is told to end
 PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 
 
@@ -49,7 +50,8 @@ def serve(
     say(f"serving {file} on http://{_shown(host)}:{listening.getsockname()[1]}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn answers what it has, then raises the signal
     try:
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_SECONDS)
+        uvicorn.Server(config).run(sockets=[listening])
     except KeyboardInterrupt:
         say("ended")
     finally:

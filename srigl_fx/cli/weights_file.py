@@ -95,6 +95,9 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Load a state dict that fits, and nothing of one that does not."""
     live = model.state_dict()
     names = {plain(name): name for name in live}
+    for group in _tied(model):
+        if (held := next((name for name in group if name in state), None)) is not None:
+            state |= {name: state.get(name, state[held]) for name in group}
     problems = []
     if missing := sorted(names.keys() - state.keys()):
         problems.append(f"it lacks {_listed(missing)}")
@@ -105,6 +108,9 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         if isinstance(ours, Tensor) and (not isinstance(theirs, Tensor) or theirs.shape != ours.shape):
             shape = tuple(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
             problems.append(f"{name} is {shape} there, but {tuple(ours.shape)} here")
+            break
+        if isinstance(ours, Tensor) and not _can_be_copied(theirs, ours):
+            problems.append(f"{name} is no plain tensor there ({theirs.dtype}, {theirs.layout}, {theirs.device})")
             break
     if problems:
         masks = [name for name in (*missing, *unknown) if name.endswith(MASK_SUFFIX)]
@@ -118,6 +124,21 @@ def _load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         )
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(problems)}{hint}")
     model.load_state_dict({names[name]: value for name, value in state.items()})
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The names of each tensor that has several, as tied weights have: safetensors keeps but one of them."""
+    names: dict[int, list[str]] = {}
+    parameters, buffers = (find(remove_duplicate=False) for find in (model.named_parameters, model.named_buffers))
+    for name, tensor in (*parameters, *buffers):
+        names.setdefault(id(tensor), []).append(plain(name))
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _can_be_copied(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether a tensor holds numbers that another can take: one by one, and real where these are."""
+    is_plain = theirs.layout is torch.strided and not theirs.is_quantized and not theirs.is_meta
+    return is_plain and (ours.is_complex() or not theirs.is_complex())
 
 
 def _listed(names: list[str]) -> str:

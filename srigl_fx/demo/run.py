@@ -18,7 +18,7 @@ from tqdm import tqdm
 import srigl_fx as sx
 from srigl_fx.demo import figures, serve, train
 from srigl_fx.demo.output import cpu, write_csv
-from srigl_fx.demo.serve import Served
+from srigl_fx.demo.serve import Pair
 from srigl_fx.demo.train import Run, Task
 from srigl_fx.reports.text_tables import format_table
 
@@ -138,21 +138,9 @@ def _train_all(task: Task, quick: bool) -> list[Run]:
 DENSE, DENSE_INT8, SPARSE, SPARSE_INT8 = "dense", "dense int8", "sparse", "sparse int8"  # columns of the table
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """A run's two files."""
-
-    whole: Served
-    int8: Served
-
-
-def _serve_pair(run: Run, out: Path) -> _Pair:
-    return _Pair(serve.serve(run, out), serve.serve(run, out, eight_bits=True))
-
-
 def _serve_task(runs: Sequence[Run], out: Path) -> list[Row]:
     """Serve the dense run and its sparse siblings, and time each sibling in turns with the dense one."""
-    dense, *others = (_serve_pair(run, out) for run in tqdm(runs, desc=f"{runs[0].task.name:>4} exporting", unit="run"))
+    dense, *others = (serve.serve(run, out) for run in tqdm(runs, desc=f"{runs[0].task.name:>4} exporting", unit="run"))
     sample = dense.whole.run.split.test_x[:1].numpy()
     rows = []
     for served in others:
@@ -164,9 +152,9 @@ def _serve_task(runs: Sequence[Run], out: Path) -> list[Row]:
 
 def _serve_wide(run: Run, out: Path) -> tuple[list[Row], dict[int, dict[str, float]]]:
     """Serve the wide network and its dense twin: the same weights, with the zeros written in."""
-    served = _serve_pair(run, out)
+    served = serve.serve(run, out)
     twin = sx.finalize(copy.deepcopy(run.model))
-    dense = _serve_pair(Run(run.task, "dense", 0.0, twin, run.split, run.seconds), out)
+    dense = serve.serve(Run(run.task, "dense", 0.0, twin, run.split, run.seconds), out)
     sample = run.split.test_x[:1].numpy()
     by_threads = {
         threads: serve.latencies_us(_sessions(dense, served, threads=threads), sample, seconds=2)
@@ -177,7 +165,7 @@ def _serve_wide(run: Run, out: Path) -> tuple[list[Row], dict[int, dict[str, flo
     return [_row(dense, alone, neurons=sparse_row.neurons), sparse_row], by_threads
 
 
-def _sessions(dense: _Pair, sparse: _Pair | None, *, threads: int) -> dict[str, ort.InferenceSession]:
+def _sessions(dense: Pair, sparse: Pair | None, *, threads: int) -> dict[str, ort.InferenceSession]:
     files = {DENSE: dense.whole, DENSE_INT8: dense.int8}
     if sparse is not None:
         files |= {SPARSE: sparse.whole, SPARSE_INT8: sparse.int8}
@@ -186,7 +174,7 @@ def _sessions(dense: _Pair, sparse: _Pair | None, *, threads: int) -> dict[str, 
     return {name: serve.load(served.path, threads=threads) for name, served in files.items()}
 
 
-def _row(pair: _Pair, latency_us: Mapping[str, float], *, neurons: int | None = None) -> Row:
+def _row(pair: Pair, latency_us: Mapping[str, float], *, neurons: int | None = None) -> Row:
     served = pair.whole
     run = served.run
     kept, active = 1.0, neurons or 0

@@ -50,6 +50,14 @@ class Served:
         return float(np.square(self.outputs - targets).mean())
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A run's two files, in float32 and in int8."""
+
+    whole: Served
+    int8: Served
+
+
 def export_dense(model: nn.Module, path: Path, *inputs: torch.Tensor, free: Sequence[int] = (0,)) -> None:
     """Write ``model`` as any PyTorch user would: one file, a batch of any size, or more ``free`` axes of each input."""
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # or it lists the optional packages it did without
@@ -67,32 +75,35 @@ def export_dense(model: nn.Module, path: Path, *inputs: torch.Tensor, free: Sequ
         )
 
 
-def serve(run: Run, folder: Path, *, eight_bits: bool = False) -> Served:
-    """Export ``run`` into ``folder``, load the file in ONNX Runtime and answer the whole test set with it.
+def serve(run: Run, folder: Path) -> Pair:
+    """Export ``run`` into ``folder``, load its files in ONNX Runtime and answer the whole test set with each.
+
+    In int8 it is without further training, a dense one by ONNX Runtime's own tools.
 
     Args:
         run: A trained network, dense or sparse.
-        folder: Where the file is written.
-        eight_bits: Whether in int8, without further training: a dense one by ONNX Runtime's own tools.
+        folder: Where the files are written.
     """
-    path = folder / run.file_name(eight_bits=eight_bits)
+    whole, int8 = (folder / run.file_name(eight_bits=eight_bits) for eight_bits in (False, True))
     inputs = run.split.test_x
     calibration = run.split.train_x[:CALIBRATION] if run.task.convolutional else None
     if run.method == "dense":
-        export_dense(run.model, path, inputs)
-        if eight_bits:
-            path.write_bytes(in_eight_bits(path.read_bytes(), calibration))
-    elif eight_bits:
+        export_dense(run.model, whole, inputs)
+        int8.write_bytes(in_eight_bits(whole.read_bytes(), calibration))
+    else:
+        sx.export_onnx(run.model, whole, (inputs[:2],), min_speedup=0)
         given = None if calibration is None else [calibration]
         sx.export_onnx(
-            run.model, path, (inputs[:CALIBRATION],), min_speedup=0, value_dtype=torch.int8, calibration=given
+            run.model, int8, (inputs[:CALIBRATION],), min_speedup=0, value_dtype=torch.int8, calibration=given
         )
-    else:
-        sx.export_onnx(run.model, path, (inputs[:2],), min_speedup=0)
-    session = load(path, threads=1)
     with torch.no_grad():
         expected = run.model(inputs).numpy()
-    outputs = answer(session, inputs.numpy())
+    return Pair(_served(run, whole, expected), _served(run, int8, expected))
+
+
+def _served(run: Run, path: Path, expected: np.ndarray) -> Served:
+    session = load(path, threads=1)
+    outputs = answer(session, run.split.test_x.numpy())
     return Served(run, path, session, outputs, float(np.abs(outputs - expected).max()))
 
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from srigl_fx.comparison import Comparison, Results, compare
+from srigl_fx.comparison import Comparison, Limit, Results, compare
 from srigl_fx.errors import LoweringError, PassError, SriglError
 from srigl_fx.lowering.lowered import LayerReport, LoweredModule, LoweringReport
-from srigl_fx.lowering.regions import LoweredRegions, assemble
+from srigl_fx.lowering.regions import LoweredRegions, assemble, call_instead
 from srigl_fx.lowering.verification import CapturedGraphError
 from srigl_fx.masks.records import SparseWeight, sparse_weights
+from srigl_fx.nn.model_state import restored
 from srigl_fx.passes import trees
 from srigl_fx.passes.base import Note, brief
 from srigl_fx.passes.capture import Capture, uncapturable
@@ -196,11 +197,27 @@ def _compared(
     allowed = replace(parts[0].full, layers=layers).limit
     found = compare([None], lambda _: [_results(recorded)], lambda *_: [_results(output)], allowed)
     if (wrong := found.wrong) is not None:
-        return (
-            f"with its graph in place {wrong.what} {wrong.off(allowed)} ({allowed}): the code around it reads its "
-            "weights, or the outputs depend on more than the inputs"
-        )
+        cause = _cause(finder, parts, args, kwargs, allowed)
+        return f"with its graph in place {wrong.what} {wrong.off(allowed)} ({allowed}): {cause}"
     return found
+
+
+def _cause(
+    finder: RegionFinder, parts: list[_Lowered], args: tuple[Any, ...], kwargs: dict[str, Any], allowed: Limit
+) -> str:
+    """Why outputs are off: what remains of it where the same copy calls the model's own modules."""
+    copied = assemble(finder.model, {one.region.name: one.graph for one in parts}, finder.recording.written)
+    call_instead(copied, {one.region.name: one.region.module for one in parts})
+    try:
+        with restored(finder.model, copied=False):
+            output = run_model(copied, args, kwargs)
+        found = compare([None], lambda _: [_results(finder.recording.output)], lambda *_: [_results(output)], allowed)
+        is_right = found.wrong is None
+    except Exception:  # the model's own code
+        is_right = False
+    if is_right:
+        return "the rest of the model makes that of how the graph rounds, as with the module itself they are right"
+    return "the code around it reads its weights, or the outputs depend on more than the inputs"
 
 
 def _require_dense(model: nn.Module, output: Any) -> None:

@@ -132,6 +132,12 @@ def assemble(model: nn.Module, regions: Mapping[str, LoweredModule], written: It
     return copied
 
 
+def call_instead(copied: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Let a copy that :func:`assemble` made call these modules in the place of its graphs, by the same names."""
+    for name, module in modules.items():
+        vars(copied.get_submodule(name))[_GRAPH] = (name, module)
+
+
 def _copy(model: nn.Module, written: set[str]) -> nn.Module:
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     memo |= {id(buffer): buffer.clone() if name in written else buffer for name, buffer in model.named_buffers()}

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 
 from srigl_fx.errors import ExportError, FormatError, SriglError
-from srigl_fx.files import check_replaceable, place_of
+from srigl_fx.files import place_of
 from srigl_fx.onnx_condensing.byte_operators import BYTE_OPERATORS
 from srigl_fx.onnx_condensing.decide import condense_all
 from srigl_fx.onnx_condensing.report import CondensingReport
 from srigl_fx.onnx_condensing.trial import ROUNDED_TOLERANCE, TOLERANCE, check
 from srigl_fx.onnx_export.file import all_nodes, inspect_file
 from srigl_fx.onnx_export.reading import open_model
-from srigl_fx.onnx_export.weights import ExternalData, check_external_data, take_out, writing
+from srigl_fx.onnx_export.weights import ExternalData, check_external_data, require_place, take_out, writing
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.contents import MARK
 from srigl_fx.runtime.ort.fallback import OPSET_VERSION
@@ -95,12 +95,7 @@ def condense_onnx(
     check_external_data(external_data)
     files: set[Path] = set()
     model = _prepared(Path(source), files)
-    try:
-        check_replaceable(target)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {target}: {error.strerror}; give the path of a file in a folder that exists"
-        ) from error
+    require_place(target)
     least = 1.0 if min_speedup == "auto" else float(min_speedup)
     has_bytes = any(node.op_type in BYTE_OPERATORS for node in model.graph.all_nodes())
     try:

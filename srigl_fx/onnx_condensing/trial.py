@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.errors import ExportError, LibraryError
+from srigl_fx.onnx_export.tensor_types import DTYPES
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,16 +24,6 @@ TOLERANCE = 1e-4  # of the largest output: sums are taken in another order
 # steps may fall to the other side, a step of 1/255 of what the next layer reads.
 ROUNDED_TOLERANCE = 2e-2
 _FREE = (2, 16)  # the first size and further ones, where they are free
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-    "tensor(uint8)": np.uint8,
-    "tensor(int8)": np.int8,
-}
 
 
 def check(
@@ -69,7 +60,7 @@ def check(
         except LibraryError:
             continue
         got = _run(session, feeds, f"the condensed file ({host})")
-        errors[host] = max((_error(*pair) for pair in zip(expected, got, strict=True)), default=0.0)
+        errors[host] = max((relative_error(*pair) for pair in zip(expected, got, strict=True)), default=0.0)
         if not errors[host] <= allowed:
             raise ExportError(
                 f"the condensed file ({host}) is off by {errors[host]:.1e} of the largest output (allowed: "
@@ -126,12 +117,12 @@ def _feeds(session: "onnxruntime.InferenceSession", given: Mapping[str, Array] |
         if given is not None and entry.name in given:
             feeds[entry.name] = np.asarray(given[entry.name])
             continue
-        if given is not None or entry.type not in _DTYPES:
+        if given is not None or entry.type not in DTYPES:
             raise ExportError(
                 f"there is no example of the input {entry.name!r}, {entry.type} {entry.shape}: give example_inputs"
             )
         shape = [sizes.get(size, _FREE[min(axis, 1)]) for axis, size in enumerate(entry.shape)]
-        dtype = np.dtype(_DTYPES[entry.type])
+        dtype = np.dtype(DTYPES[entry.type])
         random = rng.standard_normal(shape) if dtype.kind == "f" else np.ones(shape)
         feeds[entry.name] = random.astype(dtype)
     return feeds
@@ -179,7 +170,13 @@ def sum_of(size: str, known: Mapping[str, int]) -> int | None:
     return total
 
 
-def _error(expected: Array, got: Array) -> float:
+def relative_error(expected: Array, got: Array) -> float:
+    """The largest difference of an output, over its largest value; infinite where it is another kind of result.
+
+    Example:
+        >>> relative_error(np.array([4.0, np.inf]), np.array([3.0, np.inf])), relative_error(np.ones(2), np.ones(3))
+        (0.25, inf)
+    """
     if expected.shape != got.shape:
         return float("inf")
     if expected.dtype in (np.uint8, np.int8) and expected.dtype == got.dtype:  # steps of a scale

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from srigl_fx.comparison import Comparison
 from srigl_fx.compatibility import noted
 from srigl_fx.errors import ExportError
-from srigl_fx.files import check_replaceable
 from srigl_fx.lowering.calibration_inputs import Calibration
 from srigl_fx.lowering.inputs import arranged, sizes_of
 from srigl_fx.lowering.lowered import LoweredModule
@@ -34,7 +33,7 @@ from srigl_fx.onnx_export.names import shapes_of
 from srigl_fx.onnx_export.report import ExportReport
 from srigl_fx.onnx_export.triton import requested, triton_model
 from srigl_fx.onnx_export.verification import check_file
-from srigl_fx.onnx_export.weights import ExternalData, check_external_data, writing
+from srigl_fx.onnx_export.weights import ExternalData, check_external_data, require_place, writing
 from srigl_fx.passes.asked_sizes import DynamicShapes
 from srigl_fx.passes.example_inputs import normalise_inputs
 from srigl_fx.passes.free_sizes import batch_names
@@ -128,12 +127,7 @@ def export_onnx(
             "export_onnx cannot run under torch.inference_mode(); call it outside, or under torch.no_grad()"
         )
     target = Path(path)
-    try:
-        check_replaceable(target)
-    except OSError as error:
-        raise ExportError(
-            f"cannot write {target}: {error.strerror}; give the path of a file in a folder that exists"
-        ) from error
+    require_place(target)
     check_table_dtype(embedding_dtype)
     if state not in ("inputs", "error"):
         raise ExportError(f'state must be "inputs" or "error", not {state!r}')

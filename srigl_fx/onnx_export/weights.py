@@ -6,9 +6,9 @@ they are for, nor how models are read.
 A file of weights holds one tensor behind the other. Each starts at a multiple of 64 bytes, large ones at that of a
 page, so that ONNX Runtime maps the file into memory and operators read it there. Tensors are written one by one.
 
-It is called by what it holds, so that no graph is ever read with the weights of another one. It gets its name before
-the graph does; one that the graph before was alone to name goes after that. A process that is killed meanwhile leaves
-the old pair or the new one, and perhaps a file of weights that nobody names.
+It is called by the model's name and by what it holds, so that no graph is ever read with the weights of another one. It
+gets its name before the graph does; the one that the graph before named goes after that. A process that is killed
+meanwhile leaves the old pair or the new one, and perhaps a file of weights that nobody names.
 """
 
 import contextlib
@@ -50,6 +50,25 @@ def check_external_data(asked: ExternalData) -> None:
     """
     if asked != "auto" and not isinstance(asked, bool):
         raise ExportError(f'external_data must be True, False or "auto", not {asked!r}')
+
+
+def require_place(path: Path) -> None:
+    """Require that a model can be written to a path.
+
+    Raises:
+        ExportError: There is no such folder, or something else than a file is there.
+
+    Example:
+        >>> require_place(Path("no folder", "a.onnx"))
+        Traceback (most recent call last):
+        srigl_fx.errors.ExportError: cannot write no folder/a.onnx: there is no folder 'no folder'; give the path of...
+    """
+    try:
+        check_replaceable(path)
+    except OSError as error:
+        raise ExportError(
+            f"cannot write {path}: {error.strerror}; give the path of a file in a folder that exists"
+        ) from error
 
 
 def take_out(model: "ir.Model") -> dict[str, Any]:

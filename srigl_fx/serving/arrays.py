@@ -9,16 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastapi import HTTPException
 
-from srigl_fx.serving.batcher import MOST_WORDS, Array
+from srigl_fx.onnx_export.tensor_types import DTYPES
+from srigl_fx.serving.batcher import MOST_WORDS, Array, sample_inputs
 
 if TYPE_CHECKING:
     import onnxruntime
-
-DTYPES = {
-    **{"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16},
-    **{"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_},
-    **{"tensor(uint8)": np.uint8, "tensor(int8)": np.int8},
-}
 
 
 def arrays(session: "onnxruntime.InferenceSession", given: Any, max_batch: int) -> dict[str, Array]:
@@ -27,14 +22,17 @@ def arrays(session: "onnxruntime.InferenceSession", given: Any, max_batch: int) 
     Raises:
         HTTPException: 422; the message names the input and says what is wrong.
     """
-    wanted = {entry.name: entry for entry in session.get_inputs()}
+    inputs = session.get_inputs()
+    wanted = {entry.name: entry for entry in inputs}
     if not isinstance(given, Mapping) or set(given) != set(wanted):
         raise HTTPException(422, f'"inputs" must be an object with the names {", ".join(sorted(wanted))}')
     feeds = {name: _array(name, given[name], entry) for name, entry in wanted.items()}
-    rows = {array.shape[0] if array.ndim else 0 for array in feeds.values()}
-    if len(rows) != 1 or not 1 <= min(rows) <= max_batch:
+    leading = sample_inputs(inputs)
+    rows = {len(feeds[name]) for name in leading}
+    if rows and (len(rows) != 1 or not 1 <= min(rows) <= max_batch):
         raise HTTPException(
-            422, f"all inputs must hold the same number of samples, 1 to {max_batch}, not {sorted(rows)}"
+            422,
+            f"{', '.join(leading)} must hold the same number of samples, 1 to {max_batch}, not {sorted(rows)}",
         )
     return feeds
 
@@ -47,11 +45,14 @@ def _array(name: str, given: Any, entry: Any) -> Array:
         found = np.asarray(given)
     except ValueError as error:  # lists of unequal lengths
         raise HTTPException(422, f"input {name!r} is no array: {str(error)[:MOST_WORDS]}") from error
-    if found.size and found.dtype.kind not in kinds:
+    # Beside numbers, true and false are taken for 1 and 0.
+    mixed = dtype.kind != "b" and found.size and bool in set(map(type, np.asarray(given, object).flat))
+    if found.size and (found.dtype.kind not in kinds or mixed):
         raise HTTPException(422, f"input {name!r} is no array of {entry.type}")
     with np.errstate(over="ignore"):
         array = found.astype(dtype)
-    if dtype.kind in "iu" and not np.array_equal(array, found):
+    kept = array == found if dtype.kind in "iu" else np.isfinite(array) | ~np.isfinite(found)
+    if not kept.all():
         raise HTTPException(422, f"input {name!r} has numbers that no {entry.type} holds")
     sizes = zip(array.shape, entry.shape, strict=False)
     fits = all(not isinstance(size, int) or size == got for got, size in sizes)

@@ -6,9 +6,10 @@ bodies, or where a session comes from.
 
 import asyncio
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import prometheus_client
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 MOST_WORDS = 300  # characters of somebody else's error that are sent on
+
+
+def sample_inputs(inputs: Sequence[Any]) -> tuple[str, ...]:
+    """The inputs that have the samples as their leading axis: those whose leading size is the first one that is free.
+
+    A scalar has no such axis, and belongs to all samples of a request.
+
+    Args:
+        inputs: What ``session.get_inputs()`` says.
+    """
+    free = [entry for entry in inputs if entry.shape and not isinstance(entry.shape[0], int)]
+    return tuple(entry.name for entry in free if entry.shape[0] == free[0].shape[0])
 
 
 @dataclass
@@ -35,18 +48,24 @@ class Waiting:
 class Batcher:
     """Runs a session on one request after another, those of like sizes together.
 
+    A request of a file that fixes how many samples it takes counts as one.
+
     Args:
         session: Of ONNX Runtime.
         max_batch: The most samples that are run together, at least 1.
         max_waiting: The most samples that wait.
+        apart: Run each request alone.
     """
 
-    def __init__(self, session: "onnxruntime.InferenceSession", *, max_batch: int, max_waiting: int) -> None:
+    def __init__(
+        self, session: "onnxruntime.InferenceSession", *, max_batch: int, max_waiting: int, apart: bool = False
+    ) -> None:
         self.session, self.max_batch, self.max_waiting = session, max_batch, max_waiting
         self.outputs = [entry.name for entry in session.get_outputs()]
-        tensors = [*session.get_inputs(), *session.get_outputs()]
-        leading = {entry.shape[0] if entry.shape else None for entry in tensors}
-        self.together = len(leading) == 1 and isinstance(next(iter(leading)), str)
+        self.leading = sample_inputs(session.get_inputs())
+        tensors = [*(entry for entry in session.get_inputs() if entry.shape), *session.get_outputs()]
+        sizes = {entry.shape[0] if entry.shape else None for entry in tensors}
+        self.together = not apart and bool(self.leading) and len(sizes) == 1 and isinstance(next(iter(sizes)), str)
         self.groups: dict[tuple[Any, ...], list[Waiting]] = {}
         self.came = asyncio.Event()
         self.registry = prometheus_client.CollectorRegistry()
@@ -63,18 +82,27 @@ class Batcher:
         """Samples that wait."""
         return sum(one.rows for group in self.groups.values() for one in group)
 
+    def refuse(self) -> NoReturn:
+        """Refuse a request, and count that.
+
+        Raises:
+            HTTPException: 503.
+        """
+        self.refused.inc()
+        raise HTTPException(503, "too many requests are waiting; try again later", {"Retry-After": "1"})
+
     async def run(self, feeds: dict[str, Array]) -> dict[str, Array]:
         """The outputs for the arrays of one request.
 
         Raises:
             HTTPException: 503 where too much waits, 500 where ONNX Runtime refuses the arrays.
         """
-        rows = len(next(iter(feeds.values())))
+        rows = len(feeds[self.leading[0]]) if self.leading else 1
         if self.waiting + rows > self.max_waiting:
-            self.refused.inc()
-            raise HTTPException(503, "too many requests are waiting; try again later", {"Retry-After": "1"})
+            self.refuse()
         one = Waiting(feeds, rows, time.monotonic(), asyncio.get_running_loop().create_future())
-        key = tuple((name, array.shape[1:]) for name, array in sorted(feeds.items()))
+        # A scalar is one of all samples that run together.
+        key = tuple((name, array.shape[1:] if array.ndim else array.tobytes()) for name, array in sorted(feeds.items()))
         self.groups.setdefault(key, []).append(one)
         self.came.set()
         outputs = await one.answer
@@ -97,7 +125,9 @@ class Batcher:
         """Run requests together and answer them; False, and no answer, where that fails for more than one."""
         rows = [one.rows for one in batch]
         try:
-            feeds = {name: np.concatenate([one.feeds[name] for one in batch]) for name in batch[0].feeds}
+            feeds = batch[0].feeds
+            if len(batch) > 1:
+                feeds = feeds | {name: np.concatenate([one.feeds[name] for one in batch]) for name in self.leading}
             call = asyncio.get_running_loop().run_in_executor(thread, self.session.run, self.outputs, feeds)
             outputs = dict(zip(self.outputs, await call, strict=True))
             if len(batch) > 1 and any(len(output) != sum(rows) for output in outputs.values()):

@@ -8,12 +8,15 @@ Nobody waits for others to come: a request is run at once if nothing else runs. 
 together by size, up to ``max_batch`` samples, and the group whose first request is the oldest is next. More than
 ``max_waiting`` samples are not kept: these requests get status 503, at once. Requests are put together only where the
 file says by one name that all its inputs and outputs have the samples as their leading axis; else each runs alone.
+Those that run together have equal scalars. A file that rounds all samples of a call by one scale runs them one request
+at a time, as a sample of somebody else's would change the outputs.
 
 Owns the routes and the session behind them. It must not know how a server listens.
 """
 
 import asyncio
 import json
+import mmap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -25,11 +28,16 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from starlette.requests import ClientDisconnect
 
 from srigl_fx.errors import FormatError
+from srigl_fx.onnx_export.tensor_types import DTYPES
 from srigl_fx.runtime.ort.session import load
-from srigl_fx.serving.arrays import DTYPES, arrays, listed
+from srigl_fx.serving.arrays import arrays, listed
 from srigl_fx.serving.batcher import MOST_WORDS, Array, Batcher
 
 LARGEST_BODY = 16 << 20  # bytes of a request
+MOST_BYTES = 16 * LARGEST_BODY  # of all requests that are being read
+LONGEST_BODY = 30.0  # seconds that one may take to arrive
+
+_ONE_SCALE = b"DynamicQuantize"  # begins the names of operators that take the scale of their input from all of it
 
 
 def make_app(
@@ -54,7 +62,8 @@ def make_app(
     for entry in (*session.get_inputs(), *session.get_outputs()):
         if entry.type not in DTYPES:
             raise FormatError(f"{path} cannot be served so: {entry.name!r} is a {entry.type}")
-    batcher = Batcher(session, max_batch=max_batch, max_waiting=max_waiting)
+    batcher = Batcher(session, max_batch=max_batch, max_waiting=max_waiting, apart=_holds(path, _ONE_SCALE))
+    held = 0  # bytes of requests that are being read
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,6 +72,7 @@ def make_app(
         app.state.work.cancel()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.batcher = batcher
 
     def read(body: bytes) -> dict[str, Array]:
         try:
@@ -76,15 +86,26 @@ def make_app(
 
     @app.post("/predict")
     async def predict(request: Request) -> Response:
+        nonlocal held
         body = bytearray()
         try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > LARGEST_BODY:
-                    raise HTTPException(413, f"a request may have {LARGEST_BODY} bytes")
+            async with asyncio.timeout(LONGEST_BODY):
+                async for chunk in request.stream():
+                    body += chunk
+                    held += len(chunk)
+                    if len(body) > LARGEST_BODY:
+                        raise HTTPException(413, f"a request may have {LARGEST_BODY} bytes")
+                    if held > MOST_BYTES:
+                        batcher.refuse()
+            feeds = await asyncio.to_thread(read, bytes(body))  # others are answered meanwhile
         except ClientDisconnect:
             return Response(status_code=400)
-        feeds = await asyncio.to_thread(read, bytes(body))  # others are answered meanwhile
+        except TimeoutError as error:
+            raise HTTPException(
+                408, f"a request must be here within {LONGEST_BODY:g} seconds", {"Connection": "close"}
+            ) from error
+        finally:
+            held -= len(body)
         outputs = await batcher.run(feeds)
         return Response(await asyncio.to_thread(written, outputs), media_type="application/json")
 
@@ -106,6 +127,12 @@ def make_app(
         )
 
     return app
+
+
+def _holds(path: Path, text: bytes) -> bool:
+    """Whether a text stands anywhere in a file."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(text) >= 0
 
 
 def _session(path: Path, threads: int, *, stock: bool) -> onnxruntime.InferenceSession:

@@ -82,31 +82,43 @@ def test_the_figure_is_drawn(short_run: train.Run, tmp_path: Path) -> None:
     assert (tmp_path / "topology.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture(scope="module")
+def served(short_run: train.Run, tmp_path_factory: pytest.TempPathFactory) -> serve.Pair:
+    return serve.serve(short_run, tmp_path_factory.mktemp("served"))
+
+
 @pytest.mark.long
-def test_serving_measures_what_was_trained(short_run: train.Run, tmp_path: Path) -> None:
-    served = serve.serve(short_run, tmp_path)
-    assert served.file_bytes == (tmp_path / "vit_srigl_90.onnx").stat().st_size
-    assert 0 < served.max_difference < 1e-4
+def test_serving_measures_what_was_trained(short_run: train.Run, served: serve.Pair) -> None:
+    whole = served.whole
+    assert whole.path.name == "vit_srigl_90.onnx"
+    assert whole.file_bytes == whole.path.stat().st_size
+    assert 0 < whole.max_difference < 1e-4
     with torch.no_grad():
         predicted = short_run.model(short_run.split.test_x).argmax(dim=1)
-    assert served.score == pytest.approx(float((predicted == short_run.split.test_y).float().mean()), abs=1 / 450)
-    latency = serve.latencies_us({"only": served.session}, short_run.split.test_x[:1].numpy(), seconds=0.05)
+    assert whole.score == pytest.approx(float((predicted == short_run.split.test_y).float().mean()), abs=1 / 450)
+    latency = serve.latencies_us({"only": whole.session}, short_run.split.test_x[:1].numpy(), seconds=0.05)
     assert 1 < latency["only"] < 1e6
 
 
 @pytest.mark.long
-def test_a_run_is_served_in_eight_bits(short_run: train.Run, tmp_path: Path) -> None:
-    """The convolutional network with given scales, which is what its task says, and the other without."""
-    whole = serve.serve(short_run, tmp_path)
-    served = serve.serve(short_run, tmp_path, eight_bits=True)
-    assert served.path == tmp_path / "vit_srigl_90_int8.onnx"
-    assert served.file_bytes < 0.9 * whole.file_bytes  # the rest is the embedding, and nodes
-    assert 1e-4 < served.max_difference < 0.1 * float(np.abs(whole.outputs).max())
+def test_a_run_is_served_in_eight_bits(served: serve.Pair) -> None:
+    whole, int8 = served.whole, served.int8
+    assert int8.path.name == "vit_srigl_90_int8.onnx"
+    assert int8.file_bytes < 0.9 * whole.file_bytes  # the rest is the embedding, and nodes
+    assert 1e-4 < int8.max_difference < 0.1 * float(np.abs(whole.outputs).max())
+
+
+@pytest.mark.long
+def test_a_dense_run_is_exported_once(short_run: train.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The convolutional network, which has given scales in int8."""
+    exports, export = [], torch.onnx.export
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: exports.append(export(*args, **options)))
     cnn = train.TASKS[1]
-    dense = train.Run(cnn, "dense", 0.0, cnn.build().eval(), short_run.split, 0.0)
-    served = serve.serve(dense, tmp_path, eight_bits=True)
+    found = serve.serve(train.Run(cnn, "dense", 0.0, cnn.build().eval(), short_run.split, 0.0), tmp_path)
+    assert len(exports) == 1
+    served = found.int8
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in onnx.load(served.path).graph.node}
-    assert served.file_bytes < 0.4 * serve.serve(dense, tmp_path).file_bytes
+    assert served.file_bytes < 0.4 * found.whole.file_bytes
     assert served.max_difference < 0.2 * float(np.abs(served.outputs).max())
 
 
