@@ -73,6 +73,7 @@ def merge(
 
     files = {Path(first): set[Path](), Path(second): set[Path]()}
     before, after = open_model(Path(first), files[Path(first)]), open_model(Path(second), files[Path(second)])
+    require_place(Path(path))
     _require_fitting(before, after, io_map)
     fallback = all(_take_functions(model) for model in (before, after))
     held = [_recipes(model, file, recipes.take) for model, file in ((before, first), (after, second))]

@@ -286,6 +286,14 @@ def test_serving_a_lowered_model_imports_little() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
+def test_looking_at_a_file_imports_little() -> None:
+    heavy = ("torch", "numba", "onnxruntime", "onnx_ir")
+    code = f"import sys, srigl_fx.onnx_export.file; print([name for name in {heavy!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.long
 def test_modules_of_the_package_need_no_import_of_their_own() -> None:
     names = ("masks", "train", "passes", "runtime", "errors", "onnx_tools")

@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -84,6 +85,50 @@ def test_what_each_form_is_made_of(condensed: dict[str, Path], tmp_path: Path) -
     assert zeros[0].path == tmp_path / "zeros.onnx"
 
 
+@pytest.mark.slow
+def test_a_file_of_eight_bits_has_no_other_forms(tmp_path: Path) -> None:
+    """As static quantisation writes it: samples and weights are rounded, which no dense form would be."""
+    weight = np.clip(np.round(weight_with_zeros() * 30), -127, 127).astype(np.int8)
+    path = saved(tmp_path / "qdq.onnx", weight.astype(np.float32))
+    model = onnx.load(path)
+    (product,) = model.graph.node
+    numbers = {"scale": np.float32(0.02), "zero": np.uint8(128), "w": weight, "w_scale": np.float32(1 / 30)}
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.array(one), name) for name, one in numbers.items())
+    rounded = [
+        onnx.helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["d"]),
+        onnx.helper.make_node("DequantizeLinear", ["w", "w_scale"], ["v"]),
+    ]
+    product.input[:] = ["d", "v"]
+    nodes = [*rounded, product]
+    model.graph.ClearField("node")
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+    found = document("bench", path, "--batch", 2, "--seconds", 0.1)
+    assert [(form["name"], form["condensed_layers"]) for form in found["forms"]] == [
+        ("dense_int8", 0),
+        ("sparse_int8", 1),
+    ]
+    assert found["forms"][1]["difference"] < 1e-4
+    (cell,) = found["cells"]
+    assert cell["gains"]["best dense / best sparse"] == cell["gains"]["dense_int8 / sparse_int8"]
+
+
+@pytest.mark.slow
+def test_shapes_that_a_file_tells_of_its_constants_do_not_stop_the_rounding(tmp_path: Path) -> None:
+    """As PyTorch's exporter does. ONNX Runtime's tools transpose the weight of a Gemm, and not what is told of it."""
+    graph = "g (float[n,96] x, float[32,96] w) => (float[n,32] y) { y = Gemm <transB=1> (x, w) }"
+    model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["": 18]> {graph}')
+    model.graph.value_info.append(model.graph.input.pop())
+    weight = np.random.default_rng(0).standard_normal((32, 96)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    onnx.save(model, tmp_path / "a.onnx")
+    forms = {form.name: form for form in make_forms(tmp_path / "a.onnx", tmp_path)}
+    assert forms["dense_int8"].reason == ""
+    assert forms["dense_int8"].path is not None
+
+
 @pytest.mark.long
 def test_a_file_without_zeros_has_dense_forms_alone(tmp_path: Path) -> None:
     path = saved(tmp_path / "full.onnx", np.ones((64, 64), np.float32))
@@ -96,6 +141,19 @@ def test_a_file_without_zeros_has_dense_forms_alone(tmp_path: Path) -> None:
     found = document("bench", path, "--batch", 2, "--seconds", 0.1)
     assert list(found["cells"][0]["seconds"]) == ["dense", "dense_int8"]
     assert set(found["cells"][0]["gains"].values()) == {None}
+
+
+def test_a_size_that_is_a_sum_is_that_of_its_parts() -> None:
+    inputs = [
+        SimpleNamespace(name="ids", type="tensor(int64)", shape=["batch", "tokens"]),
+        SimpleNamespace(name="mask", type="tensor(int64)", shape=["batch", "past + tokens"]),
+        SimpleNamespace(name="keys", type="tensor(float)", shape=["batch", 2, "past", None]),
+    ]
+    feeds, used = feeds_for(inputs, 3, {"tokens": 1})
+    assert [array.shape for array in feeds.values()] == [(3, 1), (3, 65), (3, 2, 64, 64)]
+    assert used == {"tokens": 1, "past + tokens": 65, "past": 64}
+    feeds, _ = feeds_for(inputs, 3, {"past + tokens": 9})
+    assert feeds["mask"].shape == (3, 9)
 
 
 def test_losing_cells_are_said() -> None:

@@ -1,5 +1,8 @@
 """What all commands share: results on stdout alone, messages on stderr, and a sign of life where it takes long."""
 
+import contextlib
+import errno
+import io
 import json
 import sys
 import time
@@ -10,7 +13,7 @@ import typer
 from rich.console import Console
 
 from srigl_fx.cli import output
-from srigl_fx.cli.output import document, require_extra, working
+from srigl_fx.cli.output import document, refusals, require_extra, show_path, working
 from srigl_fx.errors import ExportError, MissingExtraError
 
 
@@ -26,6 +29,32 @@ def test_a_refusal_is_one_line_whatever_stands_in_it(capsys: pytest.CaptureFixtu
         raise ExportError("it is\n  [bold]wrong[/]: give another")
     assert stopped.value.exit_code == 1
     assert capsys.readouterr() == ("", "error: it is [bold]wrong[/]: give another\n")
+
+
+def test_what_the_system_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as stopped, working("doing"):
+        raise OSError(errno.EROFS, "Read-only file system", "folder/[a]")
+    assert stopped.value.exit_code == 1
+    assert capsys.readouterr().err.startswith("error: cannot read or write folder/[a]: Read-only file system; give")
+    with pytest.raises(typer.Exit), working("doing"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert capsys.readouterr().err.startswith("error: cannot read or write: No space left on device; give")
+    with pytest.raises(BrokenPipeError), refusals():
+        raise BrokenPipeError
+
+
+class Full(io.StringIO):
+    """A disk without space."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_result_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.redirect_stdout(Full()), pytest.raises(typer.Exit) as stopped:
+        show_path(Path("a.onnx"), False)
+    assert stopped.value.exit_code == 1
+    assert capsys.readouterr().err.startswith("error: cannot read or write: No space left on device; give")
 
 
 def test_a_mistake_of_ours_is_no_refusal() -> None:

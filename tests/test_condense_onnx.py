@@ -33,6 +33,18 @@ def test_gemm(tmp_path: Path, transposed: int, even: bool) -> None:
     }
 
 
+def test_two_of_four(tmp_path: Path) -> None:
+    """N:M masks keep half, which is no gain; they are condensed where that is asked for."""
+    fours = random(32, 16, 4)
+    weight = np.where(np.abs(fours).argsort(axis=2).argsort(axis=2) >= 2, fours, 0).reshape(32, 64)
+    nodes = [helper.make_node("Gemm", ["x", "w"], ["y"], transB=1)]
+    source = write(tmp_path / "a.onnx", nodes, {"w": weight}, ["n", 64], ["n", 32])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert report.rows[0].sparsity == 0.5
+    assert {one.name: list(one.dims) for one in onnx.load(report.path).graph.initializer}["w_values"] == [32, 32]
+    assert_same(source, report.path, random(3, 64))
+
+
 @pytest.mark.parametrize("rank", [2, 3, 4])
 def test_matmul_takes_bias_residual_and_activation(tmp_path: Path, rank: int) -> None:
     leading: tuple[int | str, ...] = ("n", 5, "m")[: rank - 1]
@@ -379,3 +391,24 @@ def test_a_deep_graph_is_read_once(tmp_path: Path) -> None:
     ends = helper.make_node("Identity", ["x"], ["h0"]), helper.make_node("MatMul", ["h60", "w"], ["y"])
     source = write(tmp_path / "a.onnx", [ends[0], *nodes, ends[1]], {"w": pruned(40, 40)}, ["n", 40], ["n", 40])
     assert condense_onnx(source, tmp_path / "b.onnx", min_speedup=0).condensed_layers == 1
+
+
+def test_constants_that_grow_without_end_are_none(tmp_path: Path) -> None:
+    """Each is joined of two of the one before: the last would have 2**60 times as many numbers."""
+    nodes = [helper.make_node("Concat", ["w", "none"], ["h0"], axis=1)]
+    nodes += [helper.make_node("Slice", ["w", "zero", "zero", "axis"], ["none"])]
+    nodes.reverse()
+    for i in range(60):  # of the same size, and read twice each
+        nodes += [
+            helper.make_node("Slice", [f"h{i}", "zero", "zero", "axis"], [f"n{i}"]),
+            helper.make_node("Concat", [f"h{i}", f"n{i}"], [f"h{i + 1}"], axis=1),
+        ]
+    twice = [helper.make_node("Concat", ["h60", "h60"], ["d0"], axis=1)]
+    twice += [helper.make_node("Concat", [f"d{i}", f"d{i}"], [f"d{i + 1}"], axis=1) for i in range(59)]
+    cut = helper.make_node("Slice", ["d59", "zero", "forty", "axis"], ["v"])
+    ends = helper.make_node("MatMul", ["x", "h60"], ["p"]), helper.make_node("MatMul", ["p", "v"], ["y"])
+    numbers = {"zero": np.array([0]), "forty": np.array([40]), "axis": np.array([1])}
+    arrays = {"w": pruned(40, 40), **numbers}
+    source = write(tmp_path / "a.onnx", [*nodes, *twice, cut, *ends], arrays, ["n", 40], ["n", 40])
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, verify=False)
+    assert [(row.name, row.condensed) for row in report.rows] == [("w", True)]

@@ -118,6 +118,57 @@ def test_a_recurrent_layer_becomes_products_around_a_scan(
         assert_same(source, report.path, feeds_for(source, steps=steps, batch=4))
 
 
+def rearranged(path: Path) -> Path:
+    """The same file as PyTorch's exporter writes it: what the operator takes is cut out of weights and joined again."""
+    model = onnx.load(path)
+    (cell,) = model.graph.node
+    arrays = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
+    made: list[onnx.NodeProto] = []
+    del model.graph.initializer[:]
+    numbers = {"axes": [0], "first": [0], "half": [HIDDEN], "end": [2**62]}
+    for place in (1, 2, 3):
+        name, directions = cell.input[place], []
+        for i, one in enumerate(arrays[name]):
+            part = f"{name}{i}"
+            # Its second part comes first.
+            model.graph.initializer.append(
+                numpy_helper.from_array(np.concatenate([one[-HIDDEN:], one[:-HIDDEN]]), part)
+            )
+            made += [
+                helper.make_node("Slice", [part, "half", "end", "axes"], [f"{part}_a"]),
+                helper.make_node("Slice", [part, "first", "half", "axes"], [f"{part}_b"]),
+                helper.make_node("Concat", [f"{part}_a", f"{part}_b"], [f"{part}_c"], axis=0),
+                helper.make_node("Unsqueeze", [f"{part}_c", "axes"], [f"{part}_d"]),
+            ]
+            directions.append(f"{part}_d")
+        made.append(helper.make_node("Concat", directions, [f"{name}_whole"], axis=0))
+        cell.input[place] = f"{name}_whole"
+    model.graph.initializer.extend(numpy_helper.from_array(np.array(held), one) for one, held in numbers.items())
+    made.append(cell)
+    model.graph.ClearField("node")
+    model.graph.node.extend(made)
+    onnx.checker.check_model(model)
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("operator", "settings"),
+    [("LSTM", {"direction": "bidirectional", "directions": 2}), ("GRU", {"linear_before_reset": 1})],
+)
+def test_gates_that_were_put_in_another_order(tmp_path: Path, operator: str, settings: dict[str, Any]) -> None:
+    """Sizes of one name are equal in what both files are compared on, those of initial states too."""
+    source = rearranged(recurrent(tmp_path / "a.onnx", operator, initial=True, **settings))
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert [(row.name, row.form) for row in report.rows] == [
+        (name, "condensed, its steps in a Scan") for name in ("w0", "r0")
+    ]
+    assert report.library_error is not None
+    assert {node.op_type for node in onnx.load(report.path).graph.node}.isdisjoint({"Slice", operator})
+    assert_same(source, report.path, feeds_for(source, steps=3, batch=2))
+
+
 def test_one_of_the_two_weights_may_be_dense(tmp_path: Path) -> None:
     source = recurrent(tmp_path / "a.onnx", "GRU", density=(0.2, 0.9), linear_before_reset=1, sizes=(3, 2))
     report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)

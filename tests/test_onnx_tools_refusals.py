@@ -61,3 +61,14 @@ def test_what_onnx_runtime_refuses_is_said_of_the_file_that_was_given(tmp_path: 
     with pytest.raises(FormatError, match=r"a\.onnx") as caught:
         onnx_tools.densify(tmp_path / "a.onnx", tmp_path / "out.onnx")
     assert ".densify-" not in str(caught.value)
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    first = network(tmp_path / "a.onnx", ["batch", 4])
+    target = tmp_path / "none" / "b.onnx"
+    words = r"there is no folder .*none.*; give the path of a file"
+    with pytest.raises(ExportError, match=words):
+        onnx_tools.densify(first, target)
+    with pytest.raises(ExportError, match=words):
+        onnx_tools.merge(first, first, target, {"y": "x"}, prefixes=("a_", "b_"))
+    assert list(tmp_path.iterdir()) == [first]

@@ -153,7 +153,8 @@ def compare_forms(
     with tempfile.TemporaryDirectory(prefix="srigl_fx_bench_") as folder:
         forms = make_forms(file, Path(folder))
         sessions = {form.name: _session(form, threads) for form in forms if form.path is not None}
-        inputs = sessions[DENSE].get_inputs()
+        first = next(iter(sessions))  # the dense one
+        inputs = sessions[first].get_inputs()
         fixed = batch_of(inputs)
         batches = [fixed] if fixed is not None else list(dict.fromkeys(batches))
         used: dict[str, int] = {}
@@ -162,8 +163,8 @@ def compare_forms(
         for batch in batches:
             feeds, used = feeds_for(inputs, batch, asked)
             outputs = {name: _run(session, feeds, name) for name, session in sessions.items()}
-            for name in outputs.keys() - {DENSE}:
-                differences[name] = max(differences.get(name, 0.0), _difference(outputs[DENSE], outputs[name]))
+            for name in outputs.keys() - {first}:
+                differences[name] = max(differences.get(name, 0.0), _difference(outputs[first], outputs[name]))
             calls = {name: _call(session, feeds) for name, session in sessions.items()}
             cells.append(FileCell(batch=batch, seconds=medians(calls, seconds=seconds)))
             if waiting is not None:

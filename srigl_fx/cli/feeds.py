@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from srigl_fx.errors import FormatError
+from srigl_fx.onnx_condensing.trial import sum_of
 from srigl_fx.onnx_export.tensor_types import DTYPES
 
 Feeds = dict[str, NDArray[Any]]
@@ -29,12 +30,13 @@ def batch_of(inputs: Sequence[Any]) -> int | None:
 def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tuple[Feeds, dict[str, int]]:
     """Arrays for every input, and which sizes were free beside the batch: random floats, and ones for the rest.
 
-    The batch is the leading size of the first input, and each size of the same name.
+    The batch is the leading size of the first input, and each size of the same name. A size that is named as a sum of
+    others ("past + tokens") is theirs.
 
     Args:
         inputs: What ``session.get_inputs()`` says.
         batch: The batch size.
-        sizes: Others, by their names; 64 by default.
+        sizes: Others, by their names; by default 64, or the sum.
 
     Raises:
         FormatError: An input is no tensor of numbers, or a size is asked for that the file has not free, or that is the
@@ -50,6 +52,7 @@ def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tu
     leading = next((entry.shape[0] for entry in inputs if entry.shape), None)
     if leading in sizes:
         raise FormatError(f"the size {leading!r} is the batch size: give it as that, with --batch")
+    known: dict[str, int] = {**dict.fromkeys(named, USUAL), str(leading): batch, **sizes}
     used: dict[str, int] = {}
 
     def size_of(axis: int, size: int | str | None) -> int:
@@ -59,7 +62,8 @@ def feeds_for(inputs: Sequence[Any], batch: int, sizes: Mapping[str, int]) -> tu
             return USUAL if axis else batch
         if size == leading:
             return batch
-        used[size] = sizes.get(size, USUAL)
+        total = sum_of(size, known)
+        used[size] = sizes.get(size, USUAL if total is None else total)
         return used[size]
 
     rng, feeds = np.random.default_rng(0), {}

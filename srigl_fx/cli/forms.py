@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from srigl_fx.errors import ExportError, FormatError, SriglError
-from srigl_fx.onnx_export.file import FileReport, inspect_file
+from srigl_fx.onnx_condensing.byte_operators import BYTE_OPERATORS
+from srigl_fx.onnx_export.file import FileReport, all_nodes, inspect_file, read_model
 
 DENSE, DENSE_INT8, SPARSE, SPARSE_INT8 = FORMS = ("dense", "dense_int8", "sparse", "sparse_int8")
 GIVEN = "the file"
@@ -42,13 +43,20 @@ def make_forms(file: Path, folder: Path) -> list[Form]:
     The dense form of a file with condensed layers is what :func:`srigl_fx.onnx_tools.densify` makes of it, and the
     sparse form of another file what :func:`srigl_fx.condense_onnx` makes of it. Dense int8 is what ONNX Runtime's
     ``quantize_dynamic`` makes of the dense form, and sparse int8 what is condensed of that. Where no layer is expected
-    to gain, all are condensed.
+    to gain, all are condensed. A file whose samples are rounded to eight bits already has no other forms than these.
 
     Raises:
         FormatError: The file is no ONNX file, or cannot be read.
         ExportError: It has operators that have no standard form.
     """
     report = inspect_file(file)
+    if not report.nodes and _is_rounded(file):
+        return [
+            _form(DENSE_INT8, file, GIVEN),
+            _made(
+                SPARSE_INT8, folder / f"{SPARSE_INT8}.onnx", "the file, by condense", lambda path: _condense(file, path)
+            ),
+        ]
     given = SPARSE_INT8 if any("Int8" in node.operator for node in report.nodes) else SPARSE if report.nodes else DENSE
     dense = file
     if report.nodes:
@@ -71,6 +79,11 @@ def make_forms(file: Path, folder: Path) -> list[Form]:
         else:
             forms.append(_made(name, folder / f"{name}.onnx", made_by, make))
     return forms
+
+
+def _is_rounded(file: Path) -> bool:
+    """Whether a file is one of eight bits: it rounds samples, or multiplies bytes."""
+    return any(node.op_type in {"QuantizeLinear", *BYTE_OPERATORS} for node in all_nodes(read_model(file).graph))
 
 
 def _form(name: str, path: Path, made_by: str) -> Form:

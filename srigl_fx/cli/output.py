@@ -1,7 +1,8 @@
 """What all commands share: where results, messages and errors go, and what is shown while one waits.
 
 Owns the rules. A result goes to stdout, as text or as one JSON document, and nothing else does; all that is said on the
-way goes to stderr. What the library refuses is one line there and exit status 1. It must not know any command.
+way goes to stderr. What the library or the system refuses is one line there and exit status 1. It must not know any
+command.
 """
 
 import contextlib
@@ -96,7 +97,7 @@ def working(doing: str) -> Iterator[Waiting]:
         doing: In words, for whoever waits.
 
     Raises:
-        typer.Exit: With status 1, where the library raised an error on purpose.
+        typer.Exit: With status 1, as of :func:`refusals`.
     """
     with refusals(), contextlib.redirect_stdout(sys.stderr), Waiting(doing) as waiting:
         yield waiting
@@ -104,17 +105,26 @@ def working(doing: str) -> Iterator[Waiting]:
 
 @contextlib.contextmanager
 def refusals() -> Iterator[None]:
-    """What the library refuses is one line on stderr, and exit status 1.
+    """What the library refuses is one line on stderr, and exit status 1; so is a disk that is full or read-only.
 
     Raises:
-        typer.Exit: With status 1, where the library raised an error on purpose.
+        typer.Exit: With status 1, where the library raised an error on purpose, or the system does not read or write.
     """
     try:
         yield
-    except SriglError as error:
-        line = " ".join(str(error).split())
+    except BrokenPipeError:
+        raise  # whoever read the result has enough: the command line ends without a word
+    except (SriglError, OSError) as error:
+        line = _of_the_system(error) if isinstance(error, OSError) else " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(line)}", highlight=False)
         raise typer.Exit(1) from error
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the system says, of which file, and what to do."""
+    place = f" {error.filename}" if error.filename else ""
+    advice = "give the path of a file in a folder that can be written to, and has the space"
+    return f"cannot read or write{place}: {error.strerror or error}; {advice}"
 
 
 def say(text: str) -> None:
@@ -124,12 +134,14 @@ def say(text: str) -> None:
 
 def show(report: Report, as_json: bool) -> None:
     """Print a report on stdout."""
-    typer.echo(document(report.as_dict()) if as_json else str(report))
+    with refusals():
+        typer.echo(document(report.as_dict()) if as_json else str(report))
 
 
 def show_path(path: Path, as_json: bool, **more: Any) -> None:
     """Print on stdout where a file or folder is."""
-    typer.echo(document({"path": path, **more}) if as_json else str(path))
+    with refusals():
+        typer.echo(document({"path": path, **more}) if as_json else str(path))
 
 
 def document(value: Any) -> str:

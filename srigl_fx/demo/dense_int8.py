@@ -79,5 +79,22 @@ def _rewritten(model: bytes, rewrite: Callable[[str, str], object]) -> bytes:
 
         # What ONNX Runtime asks for first: shapes are inferred, and what can be fused is.
         quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
+        _forget_shapes_of_constants(prepared)
         rewrite(str(prepared), str(made))
         return made.read_bytes()
+
+
+def _forget_shapes_of_constants(path: Path) -> None:
+    """Take away what a file says of its constants' shapes beside the constants themselves, as PyTorch's exporter does.
+
+    The tools transpose the weight of a Gemm and leave that as it was; then they refuse their own model.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    left = [entry for entry in model.graph.value_info if entry.name not in constants]
+    if len(left) < len(model.graph.value_info):
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(left)
+        onnx.save(model, path)

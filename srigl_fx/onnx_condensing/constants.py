@@ -4,6 +4,7 @@ Owns the few operators that exporters and quantisers put between an initializer 
 know what a constant is used for.
 """
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,38 +14,101 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-_FOLLOWED = frozenset({"Identity", "Transpose", "Cast", "QuantizeLinear", "DequantizeLinear"})
+_MOVED = frozenset({"Identity", "Transpose", "Slice", "Concat", "Squeeze", "Unsqueeze"})
+_FOLLOWED = _MOVED | {"Cast", "QuantizeLinear", "DequantizeLinear"}
 
 
 def constant(value: ir.Value | None) -> Array | None:
-    """What a value always is: an initializer, or one that is moved, cast, quantised or dequantised; else None.
+    """What a value always is: an initializer, or what a few operators make of some; else None.
+
+    Initializers may be moved (transposed, cut into parts, joined: PyTorch's exporter puts the gates of an LSTM in
+    another order so), cast, quantised and dequantised.
 
     Example:
         >>> constant(ir.val("x")) is None
         True
     """
-    if value is None:
+    return _Reading().of(value)
+
+
+@dataclass
+class _Reading:
+    """What has been found on the way to one constant.
+
+    Attributes:
+        found: By the identity of values: each is computed once, however often a graph that nobody vouches for reads it.
+        elements: Those of all initializers among them. What is joined of their parts has no more.
+    """
+
+    found: dict[int, Array | None] = field(default_factory=dict)
+    elements: int = 0
+
+    def of(self, value: ir.Value | None) -> Array | None:
+        """What a value always is, or None."""
+        if value is None:
+            return None
+        if id(value) not in self.found:
+            self.found[id(value)] = self._read(value)
+        return self.found[id(value)]
+
+    def _read(self, value: ir.Value) -> Array | None:
+        if value.const_value is not None:
+            self.elements += value.const_value.size
+            return value.const_value.numpy()
+        node = value.producer()
+        if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in _FOLLOWED:
+            return None
+        given = []
+        for one in node.inputs:
+            if (array := self.of(one)) is None and one is not None:
+                return None
+            given.append(array)
+        if not given or (first := given[0]) is None:
+            return None
+        if node.op_type in _MOVED:
+            return self._moved(node, first, given[1:])
+        if node.op_type == "Cast":
+            return first.astype(ir.DataType(attribute(node, "to", 1)).numpy())
+        if node.op_type == "QuantizeLinear":
+            return _quantised(node, first, given[1:])
+        parts = _apart(node, first, given[1:])
+        return None if parts is None else np.asarray(parts[0].astype(parts[1].dtype) * parts[1])
+
+    def _moved(self, node: ir.Node, first: Array, others: list[Array | None]) -> Array | None:
+        """The same numbers at other places, or some of them."""
+        if node.op_type == "Identity":
+            return first
+        if node.op_type == "Transpose":
+            return first.transpose(attribute(node, "perm", list(range(first.ndim))[::-1]))
+        if node.op_type == "Concat":
+            parts = [first, *(one for one in others if one is not None)]
+            if sum(part.size for part in parts) > self.elements:
+                return None
+            return np.concatenate(parts, axis=attribute(node, "axis", 0))
+        numbers = [None if one is None else [int(number) for number in one.reshape(-1)] for one in others]
+        if node.op_type == "Slice":
+            return _slice(first, *numbers)
+        axes = tuple(numbers[0]) if numbers and numbers[0] is not None else None
+        if node.op_type == "Squeeze":
+            return first.squeeze(axes)
+        return None if axes is None else np.expand_dims(first, axes)
+
+
+def _slice(
+    array: Array,
+    starts: list[int] | None = None,
+    ends: list[int] | None = None,
+    axes: list[int] | None = None,
+    strides: list[int] | None = None,
+) -> Array | None:
+    """What ONNX's Slice takes of an array: its rules for numbers beyond the ends are those of Python."""
+    if starts is None or ends is None:
         return None
-    if value.const_value is not None:
-        return value.const_value.numpy()
-    node = value.producer()
-    if node is None or node.domain not in ("", "ai.onnx") or node.op_type not in _FOLLOWED:
-        return None
-    given = [constant(one) for one in node.inputs]
-    if not given or any(array is None and one is not None for array, one in zip(given, node.inputs, strict=True)):
-        return None
-    if (first := given[0]) is None:
-        return None
-    if node.op_type == "Identity":
-        return first
-    if node.op_type == "Transpose":
-        return first.transpose(attribute(node, "perm", list(range(first.ndim))[::-1]))
-    if node.op_type == "Cast":
-        return first.astype(ir.DataType(attribute(node, "to", 1)).numpy())
-    if node.op_type == "QuantizeLinear":
-        return _quantised(node, first, given[1:])
-    parts = _apart(node, first, given[1:])
-    return None if parts is None else np.asarray(parts[0].astype(parts[1].dtype) * parts[1])
+    axes = list(range(len(starts))) if axes is None else axes
+    places = [slice(None)] * array.ndim
+    for start, end, axis, stride in zip(starts, ends, axes, strides or [1] * len(starts), strict=True):
+        places[axis] = slice(start, end, stride)
+    return array[tuple(places)]
 
 
 def steps(value: ir.Value | None) -> tuple[Array, Array] | None:

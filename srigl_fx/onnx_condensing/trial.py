@@ -4,7 +4,8 @@ Owns the inputs that both are given and how far results may lie apart; it must n
 """
 
 import contextlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,6 +112,7 @@ def _feeds(session: "onnxruntime.InferenceSession", given: Mapping[str, Array] |
     """Arrays for every input: those that are given, else random ones."""
     rng = np.random.default_rng(0)
     feeds: dict[str, Array] = {}
+    sizes = _sizes([entry.shape for entry in session.get_inputs()])
     for entry in session.get_inputs():
         if given is not None and entry.name in given:
             feeds[entry.name] = np.asarray(given[entry.name])
@@ -119,11 +121,53 @@ def _feeds(session: "onnxruntime.InferenceSession", given: Mapping[str, Array] |
             raise ExportError(
                 f"there is no example of the input {entry.name!r}, {entry.type} {entry.shape}: give example_inputs"
             )
-        shape = [size if isinstance(size, int) else _FREE[min(axis, 1)] for axis, size in enumerate(entry.shape)]
+        shape = [sizes.get(size, _FREE[min(axis, 1)]) for axis, size in enumerate(entry.shape)]
         dtype = np.dtype(DTYPES[entry.type])
         random = rng.standard_normal(shape) if dtype.kind == "f" else np.ones(shape)
         feeds[entry.name] = random.astype(dtype)
     return feeds
+
+
+def _sizes(shapes: Sequence[Sequence[int | str | None]]) -> dict[int | str | None, int]:
+    """What each size of the inputs is: those of one name are equal, and a sum of names is the sum."""
+    known: dict[str, int] = {}
+    sizes: dict[int | str | None, int] = {}
+    for shape in shapes:
+        for axis, size in enumerate(shape):
+            if isinstance(size, int):
+                sizes[size] = size
+            elif size is not None and {"+", "*"}.isdisjoint(size):
+                known.setdefault(size, _FREE[min(axis, 1)])
+    for size in {size for shape in shapes for size in shape if isinstance(size, str)}:
+        if (total := sum_of(size, known)) is not None:
+            sizes[size] = total
+    return sizes
+
+
+def sum_of(size: str, known: Mapping[str, int]) -> int | None:
+    """A size that is named by others, as the length of a mask over what a cache holds and what is new.
+
+    Args:
+        size: Such a name.
+        known: The sizes of the others.
+
+    Returns:
+        None where one of them is not known.
+
+    Example:
+        >>> sum_of("past + 2*tokens + 1", {"past": 5, "tokens": 3}), sum_of("past + tokens", {"past": 5})
+        (12, None)
+    """
+    total = 0
+    for term in size.split("+"):
+        factors = [
+            int(factor) if factor.isdecimal() else known.get(factor) for factor in map(str.strip, term.split("*"))
+        ]
+        numbers = [factor for factor in factors if factor is not None]
+        if len(numbers) < len(factors):
+            return None
+        total += math.prod(numbers)
+    return total
 
 
 def relative_error(expected: Array, got: Array) -> float:

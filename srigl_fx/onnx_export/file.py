@@ -104,7 +104,8 @@ class FileReport:
 
     def __str__(self) -> str:
         if not self.nodes:
-            return f"{self.path} ({format_bytes(self.file_bytes)}) has no condensed layers.{self._lost()}{self._more()}"
+            said = self._lost() or " srigl-fx condense makes some of weights that hold zeros."
+            return f"{self.path} ({format_bytes(self.file_bytes)}) has no condensed layers.{said}{self._more()}"
         rows = [
             (
                 node.name,
