@@ -84,7 +84,7 @@ def _has_kernel(node: fx.Node) -> bool:
     if not plain or shared or not isinstance(node.meta.get("val"), Tensor):
         return False
     tiles = plan.conv_kernel(math.prod(shape[1:]), n_active, k, shape[0] // given["groups"], True) == plan.TILE
-    return tiles and plan.may_be_innermost(shape[1] * given["groups"], shape[-1], given["dilation"][-1])
+    return tiles and plan.may_be_innermost(shape[1] * given["groups"], shape[0], shape[-1], given["dilation"][-1])
 
 
 def _regions(graph: fx.Graph, convolutions: list[fx.Node]) -> Iterator[list[fx.Node]]:

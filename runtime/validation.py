@@ -153,10 +153,10 @@ def check_arranged(
             "samples; set arranged=False"
         )
     channels = weight_shape[1] * groups
-    if not plan.may_be_innermost(channels, weight_shape[-1], dilation[-1]):
+    if not plan.may_be_innermost(channels, weight_shape[0], weight_shape[-1], dilation[-1]):
         raise FormatError(
-            f"{op}: {channels} channels and a kernel {weight_shape[-1]} wide, dilated by {dilation[-1]}, are too many "
-            "for arranged samples; set arranged=False"
+            f"{op}: {channels} channels, {weight_shape[0]} filters and a kernel {weight_shape[-1]} wide, dilated by "
+            f"{dilation[-1]}, are too many for arranged samples; set arranged=False"
         )
 
 

@@ -138,7 +138,8 @@ def read_arranged(node: int, info: int) -> int:
             node, text("attribute '@' is 1 for three spatial axes, expected one or two"), text("arranged"), 0, 0
         )
     channels, kernel_w = load(geometry, abi.WORD * conv.CHANNELS), load(geometry, abi.WORD * conv.KERNEL_W)
-    if not _may_be_innermost(channels, kernel_w, load(geometry, abi.WORD * conv.DILATION_W)):
+    filters, dilation_w = load(geometry, abi.WORD * conv.OUT_CHANNELS), load(geometry, abi.WORD * conv.DILATION_W)
+    if not _may_be_innermost(channels, filters, kernel_w, dilation_w):
         return refuse(
             node, text("attribute '@' is 1 for a kernel % wide of % channels"), text("arranged"), kernel_w, channels
         )

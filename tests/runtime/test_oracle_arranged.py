@@ -18,6 +18,7 @@ from srigl_fx.runtime.arranged import arrange, arrange_back
 from srigl_fx.runtime.cpu.threads import torch_threads
 from srigl_fx.runtime.format import ValueDtype
 from srigl_fx.runtime.ops import ARRANGE
+from srigl_fx.runtime.validation import check_arranged
 from srigl_fx.runtime.value_types import FLOATS
 
 FLAT = {name: shape for name, shape in SHAPES.items() if shape.rank < 3 and not shape.transposed}
@@ -225,3 +226,11 @@ def test_samples_that_cannot_be_arranged() -> None:
     for x in (torch.randn(16, 3), torch.randn(16, 3, 4).double()):
         with pytest.raises(FormatError, match=r"float32 \(N, C, sizes\.\.\.\)"):
             ARRANGE(x)
+
+
+@pytest.mark.parametrize(
+    ("weight_shape", "dilation"), [((1 << 25, 1, 1, 1), 1), ((4, 1 << 20, 1, 17), 1), ((4, 3, 1, 2), 1 << 30)]
+)
+def test_sizes_whose_places_no_panel_can_hold(weight_shape: tuple[int, ...], dilation: int) -> None:
+    with pytest.raises(FormatError, match="too many for arranged samples"):
+        check_arranged("condensed_conv", True, weight_shape, (1, dilation), 1, False, None)

@@ -207,6 +207,12 @@ def _conv_faults() -> dict[str, tuple[Node, str]]:
         node.with_attributes(in_features=2**30, weight_shape=[6, 2**30, 1, 1], flat_size=6 * 2**30, group=6),
         "channels",
     )
+    for value in (2, -1, INT64_MAX, INT64_MIN, 1.5, "two"):
+        faults[f"arranged_{value}"] = (node.with_attributes(arranged=value), "'arranged'")
+    faults["arranged_3d"] = (conv(kernel=(3, 3, 3)).with_attributes(arranged=1), "'arranged'")
+    faults["arranged_transposed"] = (node.replace(op="CondensedConvTranspose").with_attributes(arranged=1), "")
+    wide = conv(kernel=(1, 9)).with_attributes(arranged=1, dilations=[1, 2**20])
+    faults["arranged_too_far_apart"] = (wide, "'arranged'")
     faults["pads_huge_output"] = (
         conv(kernel=(3, 3, 3)).with_attributes(pads=[2**20] * 6),
         "too large",

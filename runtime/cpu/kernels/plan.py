@@ -31,7 +31,7 @@ STEPS: Final = 4  # kept weights of a row that a panel has beside each other
 CACHE_LINE: Final = 64  # bytes
 INNERMOST_POSITIONS: Final = 4  # output positions whose sums are in registers at once, at most
 _INNERMOST_WINDOW: Final = 256  # channels that are read at a time: with four positions 64 KB, of a second-level cache
-_MOST_INNERMOST_REACH: Final = 1 << 24  # cache lines that the taps of a row of a kernel may be apart
+_MOST_INNERMOST_REACH: Final = 1 << 24  # cache lines that the taps of a row of a kernel, or filters, may be apart
 CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
 _MOST_TILE_INPUTS: Final = 65535  # a tile's indices are uint16, and one of them names a row of zeros
 _IN_CACHE: Final = 300_000  # kept weights that a second-level cache holds
@@ -214,14 +214,19 @@ def conv_kernel(in_features: int, n_active: int, k: int, block_rows: int, packed
     return ROWS
 
 
-def may_be_innermost(channels: int, kernel_w: int, dilation_w: int) -> bool:
+def may_be_innermost(channels: int, filters: int, kernel_w: int, dilation_w: int) -> bool:
     """Whether a convolution over one or two axes has a kernel for samples that are innermost.
 
+    A panel says in int32 how many bytes inputs and outputs are apart. Sizes of up to 2 ** 31 may be given.
+
     Example:
-        >>> may_be_innermost(2048, 3, 12), may_be_innermost(1 << 20, 17, 1)
+        >>> may_be_innermost(2048, 512, 3, 12), may_be_innermost(1 << 20, 512, 17, 1)
         (True, False)
     """
-    return ((kernel_w - 1) * dilation_w + 1) * channels < _MOST_INNERMOST_REACH
+    span = (kernel_w - 1) * dilation_w + 1
+    if max(channels, filters, span) >= _MOST_INNERMOST_REACH:
+        return False
+    return span * channels < _MOST_INNERMOST_REACH
 
 
 def innermost_splits(blocks: int, strips: int, work: int, threads: int) -> int:
