@@ -106,7 +106,7 @@ def test_nothing_is_left_where_the_result_is_refused(tmp_path: Path, monkeypatch
     source = two_layers(tmp_path / "a.onnx")
     condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, external_data=True)
     before = {one: one.read_bytes() for one in tmp_path.iterdir()}
-    monkeypatch.setattr("srigl_fx.onnx_condensing.trial._error", lambda *pair: 1.0)
+    monkeypatch.setattr("srigl_fx.onnx_condensing.trial.relative_error", lambda *pair: 1.0)
     with pytest.raises(ExportError, match="is off by"):
         condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, external_data=True)
     assert {one: one.read_bytes() for one in tmp_path.iterdir()} == before

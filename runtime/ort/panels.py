@@ -6,7 +6,7 @@ panel is laid out, nor what is computed with it.
 """
 
 from srigl_fx.runtime.cpu.kernels import job, plan
-from srigl_fx.runtime.cpu.kernels.plan import INT8_TILE, SHARED_TILE, TILE
+from srigl_fx.runtime.cpu.kernels.plan import INNERMOST, INT8_TILE, SHARED_TILE, TILE
 from srigl_fx.runtime.ort import abi
 from srigl_fx.runtime.ort.primitives import call, exchange, external, inlined, linked, load, stack, store
 
@@ -79,7 +79,8 @@ def make_panel(node: int, weights: int, kernel_number: int, block_rows: int) -> 
         store(measured, abi.WORD * i, 0)
     store_weights(node, weights, measured)
     store(measured, abi.WORD * job.BLOCK_ROWS, block_rows)
-    store(measured, abi.WORD * job.GEOMETRY, node + abi.NODE_GEOMETRY)
+    if kernel_number == INNERMOST:  # of others, a geometry in the job says that samples are a convolution's
+        store(measured, abi.WORD * job.GEOMETRY, node + abi.NODE_GEOMETRY)
     call(kernel(node, _PLAN_PANEL), (measured, kernel_number))
     if load(measured, abi.WORD * job.PANEL_WINDOW) == 0:
         return 0

@@ -374,8 +374,8 @@ def _translate_conv(
     base = _of(_TRANSPOSED if transposed else _CONV, scales, y_scale)
     operator = _operator(base, residual is not None, activation)
     extra: dict[str, Any] = {"output_padding": list(output_padding or ()) or [0] * len(stride)} if transposed else {}
-    if base == _CONV:
-        extra = {"arranged": int(arranged)}
+    if arranged:  # a file without says what files said before
+        extra = {"arranged": 1}
     return operator(
         *(x, values, indices, active, bias, *(given for given in (scales, residual) if given is not None)),
         in_features=math.prod(weight_shape[1:]),
