@@ -79,7 +79,9 @@ def test_every_operator_and_its_function(tmp_path: Path, name: str, dtype: torch
     assert set(used) == {abi.operator_name(base, *epilogue) for epilogue in EPILOGUES}
     assert sorted(function.name for function in model.functions) == sorted(set(used))
     for node in model.graph.node:
-        assert node.domain != abi.DOMAIN or {item.name for item in node.attribute} == set(attributes_of(base))
+        # These batches are smaller than what is arranged, and files say so only where something is.
+        expected = set(attributes_of(base)) - {"arranged"}
+        assert node.domain != abi.DOMAIN or {item.name for item in node.attribute} == expected
     session = stock(model.SerializeToString(), tmp_path / "optimized.onnx")
     for batch in (1, 3, 17):
         given = inputs_for(module, shape, batch)
