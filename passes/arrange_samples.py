@@ -5,17 +5,27 @@ there and back. It must not know kernels: which layers have one for it, it asks 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from srigl_fx.passes.base import Note, Pass, PassResult
-from srigl_fx.passes.condensed_nodes import ARRANGE, CONV, name_of, same_shape, set_arguments
+from srigl_fx.passes.condensed_nodes import ARRANGE, CONV, POOL, name_of, same_shape, set_arguments
 from srigl_fx.passes.operators import is_pointwise
 from srigl_fx.passes.program import Program, arguments
 from srigl_fx.runtime.cpu.kernels import plan
 
+_aten = torch.ops.aten
+_WHOLE = (_aten.mean.dim, _aten.adaptive_avg_pool1d.default, _aten.adaptive_avg_pool2d.default)  # of all positions
+# Which operators pool, and whether that is a mean.
+_POOLING = {
+    _aten.max_pool1d.default: False,
+    _aten.max_pool2d.default: False,
+    _aten.avg_pool1d.default: True,
+    _aten.avg_pool2d.default: True,
+    **dict.fromkeys(_WHOLE, True),
+}
 _BORDER = 2  # numbers that are moved through a tile of a convolution while one is brought across a border
 
 
@@ -27,9 +37,10 @@ class ArrangeSamples(Pass[Program]):
     addresses. Shapes stay what they are, and so does all that treats each number for itself.
 
     1. Condensed convolutions over one or two axes are arranged, if their values are floats, they are not transposed,
-       their rows keep inputs of their own, and the plan would fill tiles for them.
+       and the plan would fill tiles for them.
     2. So are operators between them that treat each element for itself, where each of their tensors is arranged and of
-       the result's shape.
+       the result's shape; and pooling of what is arranged, by the largest element or by the mean, that of a whole image
+       included where its size is known.
     3. A tensor that is arranged for some readers and not for others exists twice: ``arrange_samples`` stands before the
        first of the others, once for all.
     4. Only where it pays: at ``min_samples`` samples or more, as smaller batches stay as they are; and where the
@@ -80,8 +91,7 @@ def _has_kernel(node: fx.Node) -> bool:
     values, shape = given["values"].meta["val"], given["weight_shape"]
     n_active, k = values.shape
     plain = given["scales"] is None and not given["transposed"] and len(shape) <= 4 and not given["arranged"]
-    shared = given["indices"].meta["val"].shape[0] < n_active
-    if not plain or shared or not isinstance(node.meta.get("val"), Tensor):
+    if not plain or not isinstance(node.meta.get("val"), Tensor):
         return False
     tiles = plan.conv_kernel(math.prod(shape[1:]), n_active, k, shape[0] // given["groups"], True) == plan.TILE
     return tiles and plan.may_be_innermost(shape[1] * given["groups"], shape[0], shape[-1], given["dilation"][-1])
@@ -89,14 +99,19 @@ def _has_kernel(node: fx.Node) -> bool:
 
 def _regions(graph: fx.Graph, convolutions: list[fx.Node]) -> Iterator[list[fx.Node]]:
     """The connected parts of what can be arranged, each in the graph's order."""
-    found, waiting = set(convolutions), [node for node in graph.nodes if is_pointwise(node.target)]
-    for node in waiting:  # in the graph's order, so that what it reads has been looked at
-        sources = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
-        if sources and all(one in found and same_shape(one, node) for one in sources):
+    found, waiting = set(convolutions), []
+    for node in graph.nodes:  # in the graph's order, so that what it reads has been looked at
+        if is_pointwise(node.target):
+            sources = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
+            if sources and all(one in found and same_shape(one, node) for one in sources):
+                found.add(node)
+                waiting.append(node)
+        elif _pooling(node) is not None and node.all_input_nodes[0] in found:
             found.add(node)
-    # Rule 2 asks for readers, too: what nothing arranged reads is left to its place behind the border.
+    # Rule 2 asks for readers, too: what nothing arranged reads is left to its place behind the border. Of what is
+    # pooled less crosses it.
     for node in reversed(waiting):
-        if node in found and not any(user in found for user in node.users):
+        if not any(user in found for user in node.users):
             found.remove(node)
     seen: set[fx.Node] = set()
     for first in graph.nodes:
@@ -120,6 +135,42 @@ def _arranged_operands(node: fx.Node) -> list[fx.Node]:
         given = arguments(node)
         return [given[name] for name in ("x", "residual") if given[name] is not None]
     return [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
+
+
+def _pooling(node: fx.Node) -> tuple[list[int], list[int], list[int], list[int], bool] | None:
+    """What :data:`POOL` does as a node does, by its arguments: window, stride, padding, dilation, mean."""
+    if node.target not in _POOLING or not node.all_input_nodes:
+        return None
+    x, y, given = node.all_input_nodes[0].meta.get("val"), node.meta.get("val"), arguments(node)
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype is y.dtype is torch.float32):
+        return None
+    axes, means = x.dim() - 2, _POOLING[node.target]
+    if axes not in (1, 2) or y.dim() != x.dim():
+        return None
+    if node.target in _WHOLE:
+        dims = given.get("dim", range(2, x.dim()))  # None for all
+        sizes = [given["output_size"]] if "output_size" in given else []
+        if any(size != 1 for one in sizes for size in ([one] if isinstance(one, int) else one)):
+            return None
+        whole = [size for size in x.shape[2:] if isinstance(size, int)]
+        if dims is None or {dim % x.dim() for dim in dims} != set(range(2, x.dim())) or len(whole) < axes:
+            return None
+        return whole, whole, [0] * axes, [1] * axes, True
+    plain = not given["ceil_mode"] and given.get("divisor_override") is None
+    settings = [
+        _each(given[name] or default, axes)
+        for name, default in (("kernel_size", 1), ("stride", given["kernel_size"]), ("padding", 0))
+    ]
+    if not plain or (means and any(settings[2]) and not given["count_include_pad"]):
+        return None
+    window, stride, padding = settings
+    return window, stride, padding, _each(given.get("dilation", 1), axes), means
+
+
+def _each(given: int | Sequence[int], axes: int) -> list[int]:
+    """A number for each axis, where one alone is meant for all."""
+    numbers = [given] if isinstance(given, int) else list(given)
+    return numbers * axes if len(numbers) == 1 else numbers
 
 
 def _borders(region: list[fx.Node]) -> list[fx.Node]:
@@ -148,6 +199,8 @@ def _arrange(graph: fx.Graph, region: list[fx.Node]) -> None:
     for node in region:
         if node.target is CONV:
             set_arguments(node, arranged=True)
+        elif pooling := _pooling(node):
+            node.args, node.kwargs, node.target = (node.all_input_nodes[0], *pooling), {}, POOL
 
 
 def _moved(graph: fx.Graph, source: fx.Node, before: fx.Node, back: bool) -> fx.Node:

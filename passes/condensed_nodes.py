@@ -14,6 +14,7 @@ from srigl_fx.runtime.format import is_padding, row_indices
 from srigl_fx.runtime.ops import ARRANGE as ARRANGE
 from srigl_fx.runtime.ops import CONV as CONV
 from srigl_fx.runtime.ops import LINEAR as LINEAR
+from srigl_fx.runtime.ops import POOL as POOL
 from srigl_fx.runtime.ops import ROUND as ROUND
 
 

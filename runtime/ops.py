@@ -1,5 +1,5 @@
-"""The operators of torch: ``torch.ops.srigl_fx.condensed_linear``, ``condensed_conv``, ``round_samples`` and
-``arrange_samples``.
+"""The operators of torch: ``torch.ops.srigl_fx.condensed_linear``, ``condensed_conv``, ``round_samples``,
+``arrange_samples`` and ``pool_samples``.
 
 Owns schemas, the fake kernels (shapes for torch.compile and torch.export), and which code a device has. It must not
 know graphs or models, nor how anything is computed.
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from srigl_fx.errors import FormatError
+from srigl_fx.runtime import arranged
 from srigl_fx.runtime.cpu import execute, execute_conv
 from srigl_fx.runtime.cuda import execute as gpu
 from srigl_fx.runtime.dense import dense_conv as dense_conv
@@ -28,6 +29,7 @@ from srigl_fx.runtime.validation import (
     check_arranged,
     check_epilogue,
     check_given,
+    check_pooling,
     check_rounding,
     check_samples,
     check_weight,
@@ -54,6 +56,10 @@ _library.define(
 )
 
 _library.define("arrange_samples(Tensor x, bool back=False) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    "pool_samples(Tensor x, int[] window, int[] stride, int[] padding, int[] dilation, bool mean=False) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 _library.define("round_samples(Tensor x, float scale, int offset) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -257,6 +263,39 @@ def _arrange_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
     return ARRANGE(grad, not ctx.back), None
 
 
+def _pool_samples(
+    x: Tensor, window: list[int], stride: list[int], padding: list[int], dilation: list[int], mean: bool = False
+) -> Tensor:
+    _refuse_forward_mode("pool_samples")
+    settings = window, stride, padding, dilation, mean
+    shape = check_pooling("pool_samples", x, *settings)
+    if not x.is_cpu:
+        return arranged.pool(x, *settings).contiguous()
+    y = x.new_empty(shape)
+    execute_conv.pool(x.contiguous(), y, *settings)
+    return y
+
+
+def _fake_pool_samples(
+    x: Tensor, window: list[int], stride: list[int], padding: list[int], dilation: list[int], mean: bool = False
+) -> Tensor:
+    return x.new_empty(check_pooling("pool_samples", x, window, stride, padding, dilation, mean))
+
+
+def _save_pooled(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+    ctx.settings = inputs[1:]
+
+
+def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (x,) = ctx.saved_tensors
+    with torch.enable_grad():
+        plain = ARRANGE(x.detach(), True).requires_grad_()
+        y = arranged.pool(plain, *ctx.settings)
+    (found,) = torch.autograd.grad(y, plain, ARRANGE(grad, True))
+    return ARRANGE(found), None, None, None, None, None
+
+
 for _op, _fake in (("condensed_linear", _fake_linear), ("condensed_conv", _fake_conv)):
     torch.library.register_fake(f"srigl_fx::{_op}", on_one_device(_op, _fake), lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_linear", linear_backward, setup_context=save, lib=_library)
@@ -270,9 +309,14 @@ torch.library.register_fake("srigl_fx::arrange_samples", _fake_arrange_samples, 
 torch.library.register_autograd(
     "srigl_fx::arrange_samples", _arrange_backward, setup_context=_save_arranged, lib=_library
 )
+_library.impl("pool_samples", _pool_samples, "CPU")
+_library.impl("pool_samples", _pool_samples, "CUDA")
+torch.library.register_fake("srigl_fx::pool_samples", _fake_pool_samples, lib=_library)
+torch.library.register_autograd("srigl_fx::pool_samples", _pool_backward, setup_context=_save_pooled, lib=_library)
 
 LINEAR = torch.ops.srigl_fx.condensed_linear.default
 CONV = torch.ops.srigl_fx.condensed_conv.default
 ROUND = torch.ops.srigl_fx.round_samples.default
 ARRANGE = torch.ops.srigl_fx.arrange_samples.default
+POOL = torch.ops.srigl_fx.pool_samples.default
 """The operators as graphs call them."""

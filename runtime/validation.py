@@ -166,6 +166,37 @@ def check_samples(op: str, x: Tensor) -> None:
         raise FormatError(f"{op}: x must be float32 (N, C, sizes...), not {x.dtype} {tuple(x.shape)}")
 
 
+def check_pooling(
+    op: str,
+    x: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mean: bool,
+) -> tuple[int, ...]:
+    """The shape of what is pooled, as (N, C, sizes...); raise a FormatError unless that can be."""
+    check_samples(op, x)
+    axes = x.dim() - 2
+    given = {"window": window, "stride": stride, "padding": padding, "dilation": dilation}
+    for name, numbers in given.items():
+        least = 0 if name == "padding" else 1
+        if axes > 2 or len(numbers) != axes or min(numbers) < least:
+            raise FormatError(
+                f"{op}: {name} is {tuple(numbers)}; x {tuple(x.shape)} needs {min(axes, 2)} numbers of at least {least}"
+            )
+    if mean and max(dilation) > 1:
+        raise FormatError(f"{op}: a mean has no dilation, got {tuple(dilation)}")
+    if any(2 * p > size for p, size in zip(padding, window, strict=True)):
+        raise FormatError(f"{op}: padding {tuple(padding)} is more than half of the window {tuple(window)}")
+    reaches = [d * (size - 1) + 1 for d, size in zip(dilation, window, strict=True)]
+    numbers = zip(x.shape[2:], reaches, stride, padding, strict=True)
+    out = [(size + 2 * p - reach) // step + 1 for size, reach, step, p in numbers]
+    if min(out) < 1:
+        raise FormatError(f"{op}: windows of {tuple(window)} leave no output of {tuple(x.shape)}")
+    return (*x.shape[:2], *out)
+
+
 def check_given(
     op: str, scales: Tensor | None, x_scale: float | None, x_offset: int, y_scale: float | None, y_offset: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""One call of a condensed convolution, as jobs for the kernels.
+"""One call of a condensed convolution, and of what stands between such with samples innermost, as jobs for the kernels.
 
 Owns its geometry, the scratch of kernels, and the call of their tasks, as the plan has them
 (:mod:`srigl_fx.runtime.cpu.kernels.plan`); operands are valid. It must not know how operators are registered, checked
@@ -259,6 +259,35 @@ def arrange(x: Tensor, y: Tensor, back: bool) -> None:
     blocks = whole // LANES
     j[job.ROW_SPLITS] = splits = plan.innermost_splits(blocks, -(-positions // LANES), x.numel(), thread_count)
     threads.run(entry("arrange_task"), ctypes.addressof(j), blocks * splits, thread_count)
+
+
+def pool(
+    x: Tensor,
+    y: Tensor,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mean: bool,
+) -> None:
+    """Pool ``x``, whose samples are arranged, into ``y``; both are contiguous, with one or two axes."""
+    batch, channels, thread_count = *x.shape[:2], torch.get_num_threads()
+    whole, positions = whole_blocks(batch), math.prod(y.shape[2:])
+    if not y.numel():
+        return
+    numbers = _numbers(x.shape, (channels, channels, *window), stride, padding, dilation, channels, False, y.shape, 0)
+    geometry = _plain_geometry(numbers)
+    # Of blocks the positions are shared out, of the samples behind them the channels.
+    for task, first, samples, each, parts in (
+        ("pool_samples_task", 0, whole, LANES, -(-positions // LANES)),
+        ("pool_rest_task", whole, batch - whole, 1, channels),
+    ):
+        if samples:
+            j, blocks, work = Job(), samples // each, samples * channels * positions * math.prod(window)
+            j[job.X], j[job.Y], j[job.KERNEL] = x[first:].data_ptr(), y[first:].data_ptr(), int(mean)
+            j[job.GEOMETRY] = ctypes.addressof(geometry)
+            j[job.ROW_SPLITS] = splits = plan.innermost_splits(blocks, parts, work, thread_count)
+            threads.run(entry(task), ctypes.addressof(j), blocks * splits, thread_count)
 
 
 def _run_tiles(task: str, tasks: int, thread_count: int, j: "ctypes.Array[ctypes.c_int64]", x: Tensor) -> None:

@@ -25,7 +25,10 @@ BASES: Final = (
 )
 ROUND: Final = "RoundSamples"  # the operators that are no layers
 ARRANGE: Final = "ArrangeSamples"
-NO_LAYERS: Final = (ROUND, ARRANGE)
+MAX_POOL: Final = "MaxPoolSamples"
+MEAN_POOL: Final = "MeanPoolSamples"
+POOLS: Final = (MAX_POOL, MEAN_POOL)
+NO_LAYERS: Final = (ROUND, ARRANGE, *POOLS)
 SUFFIXES: Final = {row.name: row.suffix for row in ACTIVATIONS}  # of the operators that apply an activation
 ENTRY_POINT: Final = "RegisterCustomOps"
 TASKS_TABLE: Final = "SriglTasks"  # the addresses of all tasks, by instruction set, for torch
@@ -121,7 +124,7 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_Y_OFFSET,
     NODE_X_FEATURE_MAJOR,
     NODE_Y_FEATURE_MAJOR,
-    NODE_ARRANGED,  # 1 where samples lie innermost; of what arranges them, 1 where they are to be as they were
+    NODE_ARRANGED,  # 1 where samples lie innermost; where they are to be as they were; of pooling, where it is a mean
     NODE_CHECKED_INDICES,
     NODE_CHECKED_ACTIVE,
     NODE_CONSTANT_VALUES,

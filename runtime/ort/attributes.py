@@ -226,6 +226,42 @@ def read_geometry(node: int, info: int, shape: int, spatial: int) -> int:
 
 
 @linked
+def read_pooling(node: int, info: int, mean: int) -> int:
+    """Check the attributes of pooling and store them in the node, shifted to three spatial dimensions."""
+    given, count, geometry, pads = stack(_LIST_CAPACITY), stack(1), node + abi.NODE_GEOMETRY, stack(6)
+    store(node, abi.NODE_ARRANGED, mean)
+    status = read_ints(node, info, text("kernel_shape"), given, count)
+    if status != 0:
+        return status
+    spatial = load(count, 0)
+    if spatial == -1:
+        return refuse(node, text("attribute '@' is missing"), text("kernel_shape"), 0, 0)
+    if spatial < 1 or spatial > 2:
+        return refuse(node, text("attribute '@' has % entries, expected 1 or 2"), text("kernel_shape"), spatial, 0)
+    store(node, abi.NODE_SPATIAL_RANK, spatial)
+    lead = abi.WORD * (3 - spatial)
+    for i in range(conv.GEOMETRY_SIZE):
+        store(geometry, abi.WORD * i, 1)
+    for i in range(6):
+        store(pads, abi.WORD * i, 0)
+    kernel_shape = geometry + lead + abi.WORD * conv.KERNEL_D
+    status = read_steps(node, info, text("kernel_shape"), spatial, 1, kernel_shape)
+    if status == 0:
+        status = read_steps(node, info, text("strides"), spatial, 1, geometry + lead + abi.WORD * conv.STRIDE_D)
+    if status == 0 and mean == 0:
+        status = read_steps(node, info, text("dilations"), spatial, 1, geometry + lead + abi.WORD * conv.DILATION_D)
+    if status == 0:
+        status = read_steps(node, info, text("pads"), 2 * spatial, 0, pads)
+    for i in range(3):
+        store(geometry, abi.WORD * (conv.PAD_D + i), 0)
+        store(node, abi.NODE_PADS_END + abi.WORD * i, 0)
+    for i in range(spatial):
+        store(geometry + lead, abi.WORD * (conv.PAD_D + i), load(pads, abi.WORD * i))
+        store(node + lead, abi.NODE_PADS_END + abi.WORD * i, load(pads, abi.WORD * (spatial + i)))
+    return status
+
+
+@linked
 def read_attributes(node: int, info: int) -> int:
     """Check every attribute and store it in the node."""
     found, shape, count = stack(1), stack(_LIST_CAPACITY), stack(1)
@@ -319,5 +355,5 @@ def read_layout(node: int, info: int, name: int, first: int, out: int) -> int:
 
 FUNCTIONS = (
     *(read_int, read_scale, read_offset, read_given, read_rounding),
-    *(read_flag, read_arranged, read_ints, read_steps, read_geometry, read_layout, read_attributes),
+    *(read_flag, read_arranged, read_ints, read_steps, read_geometry, read_pooling, read_layout, read_attributes),
 )

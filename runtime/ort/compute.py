@@ -35,6 +35,7 @@ _FLOAT_BYTES = 4
 _malloc, _free, _memcpy = external("malloc", 1), external("free", 1), external("memcpy", 3)
 _DOT, _TILE, _SHARED_TILE, _STRIDED = plan.DOT, plan.TILE, plan.SHARED_TILE, plan.STRIDED
 _INT8_DOT, _INT8_TILE, _INNERMOST = plan.INT8_DOT, plan.INT8_TILE, plan.INNERMOST
+_MAX_WINDOW = 1 << 20  # of what counts of a window for the work that there is
 _BLOCK = plan.LANES  # samples that lie innermost together
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _NO_PANEL = "not enough memory for its packed weight"
@@ -48,7 +49,9 @@ _PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _CONV_PLAN = (
 _TILE_TASK, _SHARED_TILE_TASK, _CONV_TILE, _CONV_SHARED_TILE = (
     abi.TABLE[task] for task in ("tile_task", "shared_tile_task", "conv_tile_task", "conv_shared_tile_task")
 )
-_CONV_INNERMOST, _ARRANGE = (abi.TABLE[task] for task in ("conv_innermost_task", "arrange_task"))
+_CONV_INNERMOST, _ARRANGE, _POOL, _POOL_REST = (
+    abi.TABLE[task] for task in ("conv_innermost_task", "arrange_task", "pool_samples_task", "pool_rest_task")
+)
 
 
 @inlined
@@ -454,4 +457,70 @@ def compute_arrange(node: int, context: int) -> int:
     return run_innermost(node, context, kernel(node, _ARRANGE), j, blocks, positions, batch * channels * positions)
 
 
-FUNCTIONS = (_run_linear, _run_arranged, compute_linear, compute_conv, compute_round, compute_arrange)
+def compute_pool(node: int, context: int) -> int:
+    """KernelComputeV2 of MaxPoolSamples and MeanPoolSamples."""
+    api, x, y, tensor = load(node, abi.NODE_API), stack(1), stack(1), stack(_TENSOR_WORDS)
+    j, data, geometry = stack(_JOB_WORDS), stack(2), stack(_GEOMETRY_WORDS)
+    status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, 0, x))
+    if status == 0:
+        status = describe_float(node, load(x, 0), text("x"), tensor)
+    if status != 0:
+        return status
+    rank, shape, spatial = load(tensor, abi.TENSOR_RANK), tensor + abi.TENSOR_SHAPE, load(node, abi.NODE_SPATIAL_RANK)
+    if rank != spatial + 2:
+        return refuse(node, text("input '@' has rank %, expected %"), text("x"), rank, spatial + 2)
+    for i in range(conv.GEOMETRY_SIZE):
+        store(geometry, abi.WORD * i, load(node, abi.NODE_GEOMETRY + abi.WORD * i))
+    batch, channels, size, positions, window = load(shape, 0), load(shape, abi.WORD), _FLOAT_BYTES, 1, 1
+    store(geometry, abi.WORD * conv.CHANNELS, channels)
+    size *= channels
+    for i in range(spatial):
+        axis, given = 3 - spatial + i, load(shape, abi.WORD * (2 + i))
+        before, taps = load(geometry, abi.WORD * (conv.PAD_D + axis)), load(geometry, abi.WORD * (conv.KERNEL_D + axis))
+        after = load(node, abi.NODE_PADS_END + abi.WORD * axis)
+        reach = load(geometry, abi.WORD * (conv.DILATION_D + axis)) * (taps - 1) + 1
+        if given > abi.MAX_SIZE:
+            return refuse(node, text("input '@' has a dimension of %, more than %"), text("x"), given, abi.MAX_SIZE)
+        if 2 * before > reach or 2 * after > reach:
+            return refuse(node, text("attribute '@' is more than half of a window of %"), text("pads"), reach, 0)
+        if given + before + after < reach:
+            return refuse(
+                node,
+                text("input '@' is % long with its pads, less than the dilated kernel's %"),
+                text("x"),
+                given + before + after,
+                reach,
+            )
+        out = (given + before + after - reach) // load(geometry, abi.WORD * (conv.STRIDE_D + axis)) + 1
+        store(geometry, abi.WORD * (conv.IN_D + axis), given)
+        store(geometry, abi.WORD * (conv.OUT_D + axis), out)
+        store(shape, abi.WORD * (2 + i), out)
+        # Pads are at most half a window, so that there are no more windows than twice the elements of x.
+        size, positions, window = size * given, positions * out, window * taps
+    status = call(load(api, abi.KERNEL_CONTEXT_GET_OUTPUT), (context, 0, shape, rank, y))
+    if status == 0:
+        status = tensor_data(node, load(x, 0), data)
+    if status == 0:
+        status = tensor_data(node, load(y, 0), data + abi.WORD)
+    if status != 0 or batch * channels == 0:
+        return status
+    for i in range(_JOB_WORDS):
+        store(j, abi.WORD * i, 0)
+    set_field(j, job.GEOMETRY, geometry)
+    set_field(j, job.KERNEL, load(node, abi.NODE_ARRANGED))
+    set_field(j, job.X, load(data, 0))
+    set_field(j, job.Y, load(data, abi.WORD))
+    blocks = batch // _BLOCK
+    whole, work = blocks * _BLOCK, channels * positions * min(window, _MAX_WINDOW)
+    if blocks > 0:
+        status = run_innermost(node, context, kernel(node, _POOL), j, blocks, positions, whole * work)
+    set_field(j, job.X, load(data, 0) + whole * size)
+    set_field(j, job.Y, load(data, abi.WORD) + whole * channels * positions * _FLOAT_BYTES)
+    if status == 0 and whole < batch:
+        status = run_innermost(
+            node, context, kernel(node, _POOL_REST), j, batch - whole, channels * _BLOCK, (batch - whole) * work
+        )
+    return status
+
+
+FUNCTIONS = (_run_linear, _run_arranged, compute_linear, compute_conv, compute_round, compute_arrange, compute_pool)

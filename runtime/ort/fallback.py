@@ -35,6 +35,14 @@ _DEFAULTS = {**GIVEN_ATTRIBUTES, "arranged": "arranged: int = 0", "back": "back:
 OUTPUT_ATTRIBUTES = ("y_scale", "y_offset")
 ROUND_ATTRIBUTES = ("x_scale", "x_offset")
 ARRANGE_ATTRIBUTES = ("back",)
+MEAN_ATTRIBUTES = ("kernel_shape", "strides", "pads")
+MAX_ATTRIBUTES = (*MEAN_ATTRIBUTES, "dilations")
+_ATTRIBUTES_OF = {
+    abi.ROUND: ROUND_ATTRIBUTES,
+    abi.ARRANGE: ARRANGE_ATTRIBUTES,
+    abi.MAX_POOL: MAX_ATTRIBUTES,
+    abi.MEAN_POOL: MEAN_ATTRIBUTES,
+}
 
 # Every constant is a tensor that states its type: graph tools take value_float, and a fill value left out, for double.
 # Flat position of a kept weight = its row in the dense weight * in_features + its index; values may have 16 bits.
@@ -291,7 +299,7 @@ def attributes_of(base: str) -> tuple[str, ...]:
         ('in_features', 'weight_shape', 'flat_size', 'x_perm', 'y_perm')
     """
     if base in abi.NO_LAYERS:
-        return ROUND_ATTRIBUTES if base == abi.ROUND else ARRANGE_ATTRIBUTES
+        return _ATTRIBUTES_OF[base]
     given = tuple(GIVEN_ATTRIBUTES) if abi.has_scales(base) else ()
     given += OUTPUT_ATTRIBUTES if base.endswith(abi.BYTES) else ()
     whole, base = base, abi.float_base(base)
@@ -363,7 +371,18 @@ def _arranging() -> str:
     return f"{_header(abi.ARRANGE, attributes, ['x'])} {{ y = Identity (x) }}"
 
 
-_NO_LAYERS = {abi.ROUND: _rounding, abi.ARRANGE: _arranging}
+def _largest() -> str:
+    given = ", ".join(f"{name}: ints = @{name}" for name in MAX_ATTRIBUTES)
+    return f"{_header(abi.MAX_POOL, MAX_ATTRIBUTES, ['x'])} {{ y = MaxPool <{given}> (x) }}"
+
+
+def _mean() -> str:
+    given = ", ".join(f"{name}: ints = @{name}" for name in MEAN_ATTRIBUTES)
+    body = f"y = AveragePool <{given}, count_include_pad: int = 1> (x)"
+    return f"{_header(abi.MEAN_POOL, MEAN_ATTRIBUTES, ['x'])} {{ {body} }}"
+
+
+_NO_LAYERS = {abi.ROUND: _rounding, abi.ARRANGE: _arranging, abi.MAX_POOL: _largest, abi.MEAN_POOL: _mean}
 
 
 def _function(name: str, base: str, residual: bool, activation: str, used: Collection[str], exact: bool) -> str:

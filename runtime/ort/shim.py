@@ -7,7 +7,7 @@ that any number of runs may share it. What may be refused is for ``attributes`` 
 
 from srigl_fx.runtime.cpu.kernels import isa
 from srigl_fx.runtime.ort import abi, attributes, checks, compute, panels, refusals, runs
-from srigl_fx.runtime.ort.attributes import read_attributes, read_flag, read_rounding
+from srigl_fx.runtime.ort.attributes import read_attributes, read_flag, read_pooling, read_rounding
 from srigl_fx.runtime.ort.checks import check_weights
 from srigl_fx.runtime.ort.primitives import (
     call,
@@ -38,7 +38,7 @@ _calloc, _free, _getenv = external("calloc", 2), external("free", 1), external("
 
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _FLOAT_BASES = len(abi.FLOAT_BASES)
-_ROUND_KIND, _ARRANGE_KIND = (abi.OPERATORS.index(name) for name in abi.NO_LAYERS)
+_ROUND_KIND, _ARRANGE_KIND, _MAX_POOL_KIND, _ = (abi.OPERATORS.index(name) for name in abi.NO_LAYERS)
 _ACTIVATIONS = len(abi.SUFFIXES)
 _DIGITS = (ord("0"), ord("9"))
 _DOT, _COMMA = ord("."), ord(",")
@@ -100,6 +100,8 @@ def create(op: int, api: int, info: int, out: int) -> int:
         status = read_rounding(node, info)
     elif kind == _ARRANGE_KIND:
         status = read_flag(node, info, text("back"), node + abi.NODE_ARRANGED)
+    elif kind >= _MAX_POOL_KIND:
+        status = read_pooling(node, info, kind - _MAX_POOL_KIND)
     else:
         status = _prepare(node, info)
     if status != 0:
@@ -143,7 +145,7 @@ def get_input_count(op: int) -> int:
 def get_output_type(op: int, index: int) -> int:
     """GetOutputType: float32, or bytes."""
     kind = load(op, abi.OP_KIND)
-    if kind == _ARRANGE_KIND:
+    if kind >= _ARRANGE_KIND:
         return abi.TYPE_FLOAT
     return abi.TYPE_UINT8 if kind // (2 * _ACTIVATIONS * _FLOAT_BASES) > 1 else abi.TYPE_FLOAT
 
@@ -291,6 +293,7 @@ _COMMON_FIELDS = {
 _LAYERS = (compute.compute_linear, compute.compute_conv, compute.compute_conv)
 _COMPUTE = {name: _LAYERS[abi.BASES.index(base) % 3] for name, (base, _, _) in abi.operator_names().items()}
 _COMPUTE |= {abi.ROUND: compute.compute_round, abi.ARRANGE: compute.compute_arrange}
+_COMPUTE |= dict.fromkeys(abi.POOLS, compute.compute_pool)
 OPERATOR_FIELDS = tuple(
     {
         **_COMMON_FIELDS,

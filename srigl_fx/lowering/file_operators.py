@@ -108,7 +108,8 @@ GUARDED = frozenset(
     )
 )
 _OURS = frozenset(
-    {"condensed_linear.default", "condensed_conv.default", "round_samples.default", "arrange_samples.default"}
+    f"{name}.default"
+    for name in ("condensed_linear", "condensed_conv", "round_samples", "arrange_samples", "pool_samples")
 )
 _BUFFER_UPDATE = (
     "copy_.default"  # how a captured graph writes a buffer that the model updates; checks shapes like any operator

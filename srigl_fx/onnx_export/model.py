@@ -28,7 +28,7 @@ from srigl_fx.onnx_export.rewrites import rewrite
 from srigl_fx.onnx_export.state import explicit, of_leaves
 from srigl_fx.onnx_export.weights import take_out
 from srigl_fx.passes.capture import EXPORT_LOCK
-from srigl_fx.passes.condensed_nodes import ARRANGE, CONV, LINEAR, ROUND
+from srigl_fx.passes.condensed_nodes import ARRANGE, CONV, LINEAR, POOL, ROUND
 from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments
 from srigl_fx.passes.recurrences import whole_recurrences
@@ -318,6 +318,20 @@ def _translate_arrange(x: Any, back: bool = False) -> Any:
     return _operator(abi.ARRANGE, False, "none")(x, back=int(back))
 
 
+def _translate_pool(
+    x: Any,
+    window: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    mean: bool = False,
+) -> Any:
+    given = {"kernel_shape": list(window), "strides": list(stride), "pads": [*padding, *padding]}
+    if mean:
+        return _operator(abi.MEAN_POOL, False, "none")(x, **given)
+    return _operator(abi.MAX_POOL, False, "none")(x, dilations=list(dilation), **given)
+
+
 def _translate_linear(
     x: Any,
     values: Any,
@@ -396,6 +410,7 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     CONV: _translate_conv,
     ROUND: _translate_round,
     ARRANGE: _translate_arrange,
+    POOL: _translate_pool,
 }
 
 

@@ -1,9 +1,12 @@
-"""Convolutions whose samples are arranged, and what arranges them, against the oracle, in torch and in ONNX Runtime.
+"""Convolutions and pooling whose samples are arranged, and what arranges them, against the oracle, in torch and in ONNX
+Runtime.
 
 Run as they are for this CPU's best instruction set, and by ``test_oracle_isas.py`` for each of them.
 """
 
+import dataclasses
 import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -11,13 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import ACTIVATIONS, PATTERNS, SHAPES, Convolution, axes, check_conv, misaligned
-from kernel_support.onnx_models import ConvOperator
+from kernel_support.onnx_models import ConvOperator, Operator
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from torch import Tensor
 
 from srigl_fx.errors import FormatError
-from srigl_fx.runtime.arranged import arrange, arrange_back
+from srigl_fx.runtime.arranged import arrange, arrange_back, pool
 from srigl_fx.runtime.cpu.threads import torch_threads
 from srigl_fx.runtime.format import ValueDtype
-from srigl_fx.runtime.ops import ARRANGE
+from srigl_fx.runtime.ops import ARRANGE, POOL
+from srigl_fx.runtime.ort import abi
+from srigl_fx.runtime.ort.fallback import IR_VERSION, OPSET_VERSION, fallback_functions
 from srigl_fx.runtime.validation import check_arranged
 from srigl_fx.runtime.value_types import FLOATS
 
@@ -118,9 +126,23 @@ def test_adversarial_masks(pattern: str) -> None:
         check_conv(shape, shape.condensed(k, n_active=37, pattern=pattern), shape.input(16), is_arranged=True)
 
 
-def test_rows_that_share_their_inputs() -> None:
-    shape = Convolution(n=37, channels=20, padding=(1, 1))
-    check_conv(shape, shape.condensed(9, n_active=35, groups=(4, 1, 3)), shape.input(18), is_arranged=True)
+@pytest.mark.parametrize("groups", [(4, 1, 3), (4,), (8,), (5,), (2,)], ids=str)
+@pytest.mark.parametrize("name", ["2d padded", "2d pointwise", "2d strided, dilated"])
+def test_rows_that_share_their_inputs(name: str, groups: tuple[int, ...]) -> None:
+    geometry = FLAT[name]
+    shape = dataclasses.replace(geometry, n=37, channels=20)
+    for n_active in (37, 35, 3):  # those that are ablated lie among others
+        weight = shape.condensed(9, n_active=n_active, groups=groups)
+        y = check_conv(shape, weight, shape.input(18), is_arranged=True)
+        check_conv(shape, weight, shape.input(18), residual=torch.randn(y.shape), activation="silu", is_arranged=True)
+
+
+def test_rows_that_share_their_inputs_across_groups_of_filters() -> None:
+    """Fours end where a group of filters does, and with windows of channels."""
+    for shape in (Convolution(n=18, channels=6, groups=3, padding=(1, 1)), Convolution(n=9, channels=600, size=(3, 4))):
+        for k in (1, 4):
+            weight = shape.condensed(k, n_active=shape.n - 1, groups=(4,))
+            check_conv(shape, weight, shape.input(16), is_arranged=True)
 
 
 def test_inputs_that_are_not_finite() -> None:
@@ -234,3 +256,136 @@ def test_samples_that_cannot_be_arranged() -> None:
 def test_sizes_whose_places_no_panel_can_hold(weight_shape: tuple[int, ...], dilation: int) -> None:
     with pytest.raises(FormatError, match="too many for arranged samples"):
         check_arranged("condensed_conv", True, weight_shape, (1, dilation), 1, False, None)
+
+
+class Pooling(NamedTuple):
+    """What is pooled, and how."""
+
+    size: tuple[int, ...]
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    mean: bool = False
+
+    def by_hand(self, x: Tensor) -> NDArray[Any]:
+        """The result, window by window."""
+        borders = [(0, 0), (0, 0), *((p, p) for p in self.padding)]
+        padded = np.pad(x.numpy(), borders, constant_values=0.0 if self.mean else -np.inf)
+        reach = [d * (w - 1) + 1 for d, w in zip(self.dilation, self.window, strict=True)]
+        sizes = [(n - r) // s + 1 for n, r, s in zip(padded.shape[2:], reach, self.stride, strict=True)]
+        y = np.empty((*x.shape[:2], *sizes), np.float32)
+        for place in np.ndindex(*sizes):
+            taps = zip(place, self.stride, reach, self.dilation, strict=True)
+            window = padded[(..., *(slice(p * s, p * s + r, d) for p, s, r, d in taps))]
+            axes = tuple(range(2, window.ndim))
+            y[(..., *place)] = window.mean(axes) if self.mean else window.max(axes)
+        return y
+
+    def model(self, **changes: Any) -> Any:
+        """An operator between such as arrange samples, as a model."""
+        attributes: dict[str, Any] = {"kernel_shape": self.window, "strides": self.stride, "pads": self.padding * 2}
+        name = abi.MEAN_POOL if self.mean else abi.MAX_POOL
+        attributes |= ({} if self.mean else {"dilations": self.dilation}) | changes
+        nodes = [
+            helper.make_node(abi.ARRANGE, ["x"], ["a"], domain=abi.DOMAIN),
+            helper.make_node(
+                name, ["a"], ["b"], "pooling", domain=abi.DOMAIN, **{k: v for k, v in attributes.items() if v != ()}
+            ),
+            helper.make_node(abi.ARRANGE, ["b"], ["y"], domain=abi.DOMAIN, back=1),
+        ]
+        x, y = (helper.make_tensor_value_info(one, TensorProto.FLOAT, None) for one in "xy")
+        return helper.make_model(
+            helper.make_graph(nodes, "graph", [x], [y]),
+            opset_imports=[helper.make_opsetid("", OPSET_VERSION), helper.make_opsetid(abi.DOMAIN, 1)],
+            ir_version=IR_VERSION,
+            functions=fallback_functions([abi.ARRANGE, name]),
+        )
+
+
+POOLINGS = {
+    "of a ResNet": Pooling((9, 11), (3, 3), (2, 2), (1, 1), (1, 1)),
+    "uneven": Pooling((9, 10), (2, 3), (3, 1), (0, 1), (1, 1)),
+    "dilated": Pooling((9, 11), (3, 2), (1, 2), (1, 1), (3, 2)),
+    "one axis": Pooling((37,), (4,), (3,), (2,), (2,)),
+    "one position": Pooling((3, 2), (3, 2), (1, 1), (0, 0), (1, 1)),
+    "mean": Pooling((8, 6), (2, 2), (2, 2), (0, 0), (1, 1), True),
+    "mean, padded": Pooling((5, 7), (3, 3), (1, 2), (1, 1), (1, 1), True),
+    "mean of an image": Pooling((7, 5), (7, 5), (7, 5), (0, 0), (1, 1), True),
+    "mean, one axis": Pooling((19,), (5,), (2,), (2,), (1,), True),
+}
+every_pooling = pytest.mark.parametrize("how", POOLINGS.values(), ids=POOLINGS)
+
+
+@every_pooling
+def test_pooling(how: Pooling) -> None:
+    for batch, channels in itertools.product(BATCHES, (1, 3, 17)):
+        x = torch.randn(batch, channels, *how.size)
+        if batch > 1:
+            x[0, 0], x[batch - 1, -1, 0], x[batch // 2, 0, -1] = torch.nan, -torch.inf, torch.inf
+        for arranged in (arrange(x), misaligned(arrange(x))):
+            y = arrange_back(POOL(arranged, *how[1:]))
+            np.testing.assert_allclose(y, how.by_hand(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_what_is_pooled(threads: int) -> None:
+    with torch_threads(threads):
+        for how in (
+            Pooling((40, 41), (3, 3), (2, 2), (1, 1), (1, 1)),
+            Pooling((20, 20), (9, 9), (1, 1), (4, 4), (1, 1)),
+        ):
+            x = torch.randn(19, 24, *how.size)
+            np.testing.assert_array_equal(arrange_back(POOL(arrange(x), *how[1:])), how.by_hand(x))
+
+
+@every_pooling
+def test_pooling_in_onnxruntime(how: Pooling, by_library: bool) -> None:
+    operator = Operator(how.model(), library=by_library, threads=2)
+    for batch in (1, 16, 35):
+        x = torch.randn(batch, 5, *how.size)
+        np.testing.assert_allclose(operator(x=x), how.by_hand(x), rtol=1e-5, atol=1e-6)
+
+
+@every_pooling
+def test_gradients_of_pooling(how: Pooling) -> None:
+    x = torch.randn(17, 3, *how.size)
+    leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+    plain = pool(leaves[0], *how[1:])
+    y = ARRANGE(POOL(ARRANGE(leaves[1]), *how[1:]), True)
+    for one in (plain, y):
+        (one * torch.linspace(-1, 1, one.numel()).reshape(one.shape)).sum().backward()
+    np.testing.assert_allclose(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-6)
+
+
+REFUSED = {
+    "no window": ({"window": ()}, {"kernel_shape": ()}, "'kernel_shape' is missing"),
+    "three axes": ({"window": (2, 2, 2)}, {"kernel_shape": (2, 2, 2)}, "'kernel_shape' has 3 entries, expected 1 or 2"),
+    "an empty window": ({"window": (0, 2)}, {"kernel_shape": (0, 2)}, "'kernel_shape' holds 0"),
+    "no step": ({"stride": (1, 0)}, {"strides": (1, 0)}, "'strides' holds 0"),
+    "one step": ({"stride": (1,)}, {"strides": (1,)}, "'strides' has 1 entries, expected 2"),
+    "less than nothing": ({"padding": (-1, 0)}, {"pads": (-1, 0, 0, 0)}, "'pads' holds -1"),
+    "no dilation": ({"dilation": (0, 1)}, {"dilations": (0, 1)}, "'dilations' holds 0"),
+    "much padding": ({"padding": (2, 1)}, {"pads": (1, 1, 2, 1)}, "'pads' is more than half of a window of 3"),
+    "a wide window": (
+        {"window": (30, 1), "padding": (0, 0)},
+        {"kernel_shape": (30, 3)},
+        "less than the dilated kernel's",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.usefixtures("library")
+def test_poolings_that_are_refused(name: str) -> None:
+    in_torch, in_onnx, words = REFUSED[name]
+    how, x = POOLINGS["of a ResNet"], torch.randn(16, 3, 9, 11)
+    with pytest.raises(FormatError, match="pool_samples"):
+        POOL(x, *how._replace(**in_torch)[1:])
+    with pytest.raises(Exception, match=f"MaxPoolSamples node 'pooling': .*{words}"):
+        Operator(how.model(**in_onnx), library=True, threads=1)(x=x)
+
+
+def test_means_have_no_dilation() -> None:
+    with pytest.raises(FormatError, match="a mean has no dilation"):
+        POOL(torch.randn(16, 3, 9, 11), *POOLINGS["mean"]._replace(dilation=(2, 1))[1:])

@@ -1,18 +1,27 @@
-"""Convolutions with 16 samples innermost: the multiply-adds of a few neighbouring output positions.
+"""Convolutions and pooling with 16 samples innermost: what is done at a few neighbouring output positions.
 
-Owns the inner loop over a sample panel (:mod:`srigl_fx.runtime.cpu.kernels.innermost_panel`). Sixteen samples of a
-channel at a position are neighbours in memory, and the channels of a position too: (H, W, C, 16). So each kept weight
-is one broadcast multiply-add for each of the positions, whose inputs are read where they lie, whatever strides and
-dilations are; nothing is laid out before.
+Owns the inner loop over a sample panel (:mod:`srigl_fx.runtime.cpu.kernels.innermost_panel`), and that over a window
+which is pooled. Sixteen samples of a channel at a position are neighbours in memory, and the channels of a position
+too: (H, W, C, 16). So each kept weight is one broadcast multiply-add for each of the positions, whose inputs are read
+where they lie, whatever strides and dilations are; nothing is laid out before.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
+
+from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
+from srigl_fx.runtime.cpu.kernels.plan import LANES
 from srigl_fx.runtime.cpu.kernels.vector import address, intrinsic, number, types
 
-ENTRY_BYTES = 8  # of a kept weight, and of the start of a row
+START_BYTES: Final = 8  # of what a row of a part starts with
+SHARING: Final = 4  # rows that share their inputs and are computed together
+
+
+def entry_bytes(rows: int) -> int:
+    """The bytes of a kept weight of each of ``rows`` rows that share its input."""
+    return 4 + 4 * rows
 
 
 def prefetch_positions(count: int) -> Callable[[int, int], None]:
@@ -30,7 +39,7 @@ def prefetch_positions(count: int) -> Callable[[int, int], None]:
     return intrinsic(prefetch)  # type: ignore[no-any-return]
 
 
-def add_positions(count: int) -> Callable[..., None]:
+def add_positions(count: int, rows: int = 1) -> Callable[..., None]:
     """An intrinsic that adds some kept weights of a row, for 16 samples at ``count`` output positions.
 
     Its arguments are ``(inputs, step, entries, weights, bias, y, y_step, residual, low, high)``. ``inputs`` is what the
@@ -39,7 +48,11 @@ def add_positions(count: int) -> Callable[..., None]:
     ``y``, which has a vector for each position, ``y_step`` bytes apart. Those of ``residual`` (0 for none) are added to
     them, the sums are limited to ``low <= sum <= high``, and they are stored in ``y``. Meanwhile the vectors behind
     those of ``y`` and ``residual``, which are wanted next, are brought into the cache.
+
+    Of several ``rows`` that share their inputs, an entry has as many values, and an input is loaded once for all. Their
+    outputs, biases and residuals are neighbours.
     """
+    each = range(count * rows)  # sums: those of a row's positions, then the next row's
 
     def either(b: Any, condition: Any, then: Callable[[], list[Any]], otherwise: Callable[[], list[Any]]) -> list[Any]:
         found = []
@@ -47,7 +60,7 @@ def add_positions(count: int) -> Callable[..., None]:
             for branch, compute in zip(branches, (then, otherwise), strict=True):
                 with branch:
                     found.append((compute(), b.block))
-        phis = [b.phi(v.FLOATS) for _ in range(count)]
+        phis = [b.phi(v.FLOATS) for _ in each]
         for values, block in found:
             for phi, value in zip(phis, values, strict=True):
                 phi.add_incoming(value, block)
@@ -68,19 +81,22 @@ def add_positions(count: int) -> Callable[..., None]:
     ) -> Any:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             inputs, step, entries, weights, bias, y, y_step, residual, low, high = args
-            steps, y_steps = ([b.mul(one, number(i)) for i in range(count)] for one in (step, y_step))
+            steps = [b.mul(step, number(i)) for i in range(count)]
+            y_steps = [b.add(b.mul(y_step, number(i % count)), number(i // count * v.VECTOR_BYTES)) for i in each]
             behind = b.mul(y_step, number(count))
             places = [b.add(y, one) for one in y_steps]
 
             def from_bias() -> list[Any]:
-                return [v.broadcast(b, v.load(b, bias, v.F32))] * count
+                found = [v.broadcast(b, v.load(b, b.add(bias, number(4 * row)), v.F32)) for row in range(rows)]
+                return [found[i // count] for i in each]
 
             def one_weight(i: Any, totals: Any) -> Any:
-                entry = b.add(entries, b.mul(i, number(ENTRY_BYTES)))
+                entry = b.add(entries, b.mul(i, number(entry_bytes(rows))))
                 at = b.add(inputs, b.sext(v.load(b, entry, v.I32), v.I64))
-                weight = v.broadcast(b, v.load(b, b.add(entry, number(4)), v.F32))
+                values = [v.load(b, b.add(entry, number(4 + 4 * row)), v.F32) for row in range(rows)]
+                weight = [v.broadcast(b, value) for value in values]
                 found = [v.load(b, b.add(at, one), v.FLOATS) for one in steps]
-                return [v.multiply_add(b, weight, one, total) for one, total in zip(found, totals, strict=True)]
+                return [v.multiply_add(b, weight[i // count], found[i % count], totals[i]) for i in each]
 
             before = either(
                 b, b.icmp_signed("!=", bias, number(0)), from_bias, lambda: [v.load(b, at, v.FLOATS) for at in places]
@@ -104,3 +120,49 @@ def add_positions(count: int) -> Callable[..., None]:
         return types.void(*[address] * 8, types.float32, types.float32), generate
 
     return intrinsic(add)  # type: ignore[no-any-return]
+
+
+def _pool(mean: bool) -> Callable[[int, int, int, int, int, int, int, float], None]:
+    """An intrinsic that pools a window of a few vectors for 16 samples, of neighbouring channels at one position.
+
+    Its arguments are ``(inputs, row_step, rows, step, columns, vectors, y, share)``: the first of the window's inputs,
+    the bytes from one of its rows to the next and how many there are, the same of its columns, how many vectors lie
+    side by side there and in ``y``, and what a sum is multiplied with. A NaN in a window is its largest number, as
+    PyTorch has it.
+    """
+
+    def pool(
+        context: Any, inputs: Any, row_step: Any, rows: Any, step: Any, columns: Any, vectors: Any, y: Any, share: Any
+    ) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            inputs, row_step, rows, step, columns, vectors, y, share = args
+            first = 0.0 if mean else float("-inf")
+
+            def one_vector(i: Any, _: Any) -> Any:
+                beside = b.mul(i, number(v.VECTOR_BYTES))
+
+                def one_row(row: Any, totals: Any) -> Any:
+                    start = b.add(b.add(inputs, beside), b.mul(row, row_step))
+
+                    def one_column(column: Any, totals: Any) -> Any:
+                        found = v.load(b, b.add(start, b.mul(column, step)), v.FLOATS)
+                        if mean:
+                            return [b.fadd(totals[0], found)]
+                        larger = b.or_(b.fcmp_ordered(">", found, totals[0]), b.fcmp_unordered("uno", found, found))
+                        return [b.select(larger, found, totals[0])]
+
+                    return v.loop(b, columns, totals, one_column)
+
+                (total,) = v.loop(b, rows, [ir.Constant(v.FLOATS, [first] * LANES)], one_row)
+                v.store(b, b.fmul(total, v.broadcast(b, share)) if mean else total, b.add(y, beside))
+                return []
+
+            v.loop(b, vectors, [], one_vector)
+            return context.get_dummy_value()
+
+        return types.void(*[address] * 7, types.float32), generate
+
+    return intrinsic(pool)  # type: ignore[no-any-return]
+
+
+pool_largest, pool_mean = _pool(mean=False), _pool(mean=True)

@@ -1,7 +1,8 @@
-"""The tasks of convolutions with 16 samples innermost, and of bringing samples there. Importing it imports Numba.
+"""The tasks of convolutions and pooling with 16 samples innermost, and of bringing samples there.
 
-Owns the way through a block of 16 samples: strips of a few output positions in a row of the image, and for each strip
-all parts of a sample panel. Only strips that reach over the left or the right border are copied, with the zeros beside.
+Importing it imports Numba. Owns the way through a block of 16 samples: strips of a few output positions in a row of the
+image, and for each strip all parts of a sample panel. Only strips that reach over the left or the right border are
+copied, with the zeros beside.
 """
 
 from typing import Any, Final
@@ -12,31 +13,52 @@ from srigl_fx.runtime.cpu.kernels import conv, job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
 from srigl_fx.runtime.cpu.kernels.compiled import REGISTERS, compiled
 from srigl_fx.runtime.cpu.kernels.copies import copy_floats, transpose
-from srigl_fx.runtime.cpu.kernels.innermost import ENTRY_BYTES, add_positions, prefetch_positions
+from srigl_fx.runtime.cpu.kernels.innermost import (
+    SHARING,
+    START_BYTES,
+    add_positions,
+    entry_bytes,
+    pool_largest,
+    pool_mean,
+    prefetch_positions,
+)
 from srigl_fx.runtime.cpu.kernels.innermost_panel import panel_windows
-from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_WORDS
+from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_SHARED, GROUP_WORDS
 from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE, INNERMOST_POSITIONS, LANES
 from srigl_fx.runtime.cpu.kernels.tiles import is_limit, least, most
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, words
 
 Pointer = Any
 _POSITIONS: Final = min(INNERMOST_POSITIONS, REGISTERS)  # of a full strip; its sums are all registers' but a few
+# Of rows that share their inputs there are four sums to a position: AVX-512 has registers for those of four positions.
+_SHARED_POSITIONS: Final = _POSITIONS if REGISTERS == 8 else 1
+_SINGLE_BYTES, _SHARED_BYTES = entry_bytes(1), entry_bytes(SHARING)
 _INFINITY: Final = np.float32(np.inf)
 
 
 def _add_part(count: int) -> Any:
     """A function that adds a part of the panel to ``count`` positions of the output.
 
-    Its arguments are those of :func:`add_positions`, but for the address of the part, and its rows, in place of those
-    of entries and their number. While rows are computed, ``ahead_lines`` cache lines of as many positions from
-    ``ahead`` on are asked for, ``ahead_step`` bytes from one position to the next.
+    Its arguments are those of :func:`add_positions`, but for the address of the part, how many of its rows are four,
+    and how many rows it has, in place of those of entries and their number. While rows are computed, ``ahead_lines``
+    cache lines of as many positions from ``ahead`` on are asked for, ``ahead_step`` bytes from one position to the
+    next.
     """
-    add, prefetch = add_positions(count), prefetch_positions(count)
+    add, prefetch, together = add_positions(count), prefetch_positions(count), min(count, _SHARED_POSITIONS)
+    add_four = add_positions(together, SHARING)
+
+    @compiled
+    def ask(ahead: int, ahead_step: int, line: int, end: int) -> int:
+        while line < end:
+            prefetch(ahead + line * CACHE_LINE, ahead_step)
+            line += 1
+        return line
 
     def add_part(
         inputs: int,
         step: int,
         part: int,
+        fours: int,
         rows: int,
         bias: int,
         y: int,
@@ -48,17 +70,26 @@ def _add_part(count: int) -> Any:
         ahead_step: int,
         ahead_lines: int,
     ) -> None:
-        each, line = (ahead_lines + rows - 1) // rows, 0
-        for _ in range(rows):
-            o, weights = int(ints(part)[0]), int(ints(part)[1])
+        single = rows - SHARING * fours
+        turns = fours * (count // together) + single
+        each, line = (ahead_lines + turns - 1) // turns, 0
+        end = part
+        for p in range(0, count, together):  # of few positions, whose inputs stay in the first-level cache
+            end = part
+            for _ in range(fours):
+                o, weights = int(ints(end)[0]), int(ints(end)[1])
+                start = bias + o // LANES if bias != 0 else 0
+                at, added = y + o + p * y_step, residual + o + p * y_step if residual != 0 else 0
+                add_four(inputs + p * step, step, end + START_BYTES, weights, start, at, y_step, added, low, high)
+                end += START_BYTES + _SHARED_BYTES * weights
+                line = ask(ahead, ahead_step, line, min(line + each, ahead_lines))
+        for _ in range(single):
+            o, weights = int(ints(end)[0]), int(ints(end)[1])
             start = bias + o // LANES if bias != 0 else 0
             added = residual + o if residual != 0 else 0
-            add(inputs, step, part + ENTRY_BYTES, weights, start, y + o, y_step, added, low, high)
-            part += ENTRY_BYTES + ENTRY_BYTES * weights
-            for _ in range(each):
-                if line < ahead_lines:
-                    prefetch(ahead + line * CACHE_LINE, ahead_step)
-                    line += 1
+            add(inputs, step, end + START_BYTES, weights, start, y + o, y_step, added, low, high)
+            end += START_BYTES + _SINGLE_BYTES * weights
+            line = ask(ahead, ahead_step, line, min(line + each, ahead_lines))
 
     return compiled(add_part)
 
@@ -73,6 +104,7 @@ def _add_up_to(known: int) -> Any:
         inputs: int,
         step: int,
         part: int,
+        fours: int,
         rows: int,
         bias: int,
         y: int,
@@ -84,10 +116,12 @@ def _add_up_to(known: int) -> Any:
         ahead_step: int,
         ahead_lines: int,
     ) -> None:
+        sums = part, fours, rows, bias, y, y_step, residual, low, high
+        following = ahead, ahead_step, ahead_lines
         if fewer is None or count == known:
-            add_known(inputs, step, part, rows, bias, y, y_step, residual, low, high, ahead, ahead_step, ahead_lines)
+            add_known(inputs, step, *sums, *following)
         else:
-            fewer(count, inputs, step, part, rows, bias, y, y_step, residual, low, high, ahead, ahead_step, ahead_lines)
+            fewer(count, inputs, step, *sums, *following)
 
     return compiled(add)
 
@@ -160,6 +194,7 @@ def _run_strip(j: Pointer, block: int, row: int, column: int, count: int, flat: 
                     inputs,
                     step * size,
                     j[job.PANEL] + groups[part * GROUP_WORDS + GROUP_AT],
+                    groups[part * GROUP_WORDS + GROUP_SHARED],
                     rows,
                     j[job.BIAS] if tap_row == first and w == 0 else 0,
                     y,
@@ -196,6 +231,67 @@ def conv_innermost_task(j: Pointer, task: int) -> None:
         row, column = strip // strips_in_row, strip % strips_in_row * _POSITIONS
         _run_strip(j, block, row, column, min(_POSITIONS, columns - column), flat, scratch)
     release(memory)
+
+
+@compiled
+def _taps_inside(start: int, taps: int, dilation: int, size: int) -> Any:
+    """The first of the taps from a position on that lies in the image, and the one after the last such."""
+    first, end = max(0, (dilation - 1 - start) // dilation), min(taps, (size - 1 - start) // dilation + 1)
+    return first, max(first, end)
+
+
+def pool_samples_task(j: Pointer, task: int) -> None:
+    """A share of the pooled positions of one block of samples: the largest number of each window, or (KERNEL is 1) the
+    mean, to which padding adds zeros.
+    """
+    geometry, splits = words(j[job.GEOMETRY]), j[job.ROW_SPLITS]
+    block, part = task // splits, task % splits
+    channels, in_h, in_w = geometry[conv.CHANNELS], geometry[conv.IN_H], geometry[conv.IN_W]
+    out_w, kernel_h, kernel_w = geometry[conv.OUT_W], geometry[conv.KERNEL_H], geometry[conv.KERNEL_W]
+    down, right = geometry[conv.DILATION_H], geometry[conv.DILATION_W]
+    size, positions = channels * CACHE_LINE, geometry[conv.OUT_H] * out_w
+    x, y = j[job.X] + block * in_h * in_w * size, j[job.Y] + block * positions * size
+    share = np.float32(1) / np.float32(kernel_h * kernel_w)
+    for position in range(positions * part // splits, positions * (part + 1) // splits):
+        top = position // out_w * geometry[conv.STRIDE_H] - geometry[conv.PAD_H]
+        left = position % out_w * geometry[conv.STRIDE_W] - geometry[conv.PAD_W]
+        row, row_end = _taps_inside(top, kernel_h, down, in_h)
+        column, column_end = _taps_inside(left, kernel_w, right, in_w)
+        inputs = x + ((top + row * down) * in_w + left + column * right) * size
+        rows, columns, to = row_end - row, column_end - column, y + position * size
+        if j[job.KERNEL] != 0:
+            pool_mean(inputs, down * in_w * size, rows, right * size, columns, channels, to, share)
+        else:
+            pool_largest(inputs, down * in_w * size, rows, right * size, columns, channels, to, share)
+
+
+def pool_rest_task(j: Pointer, task: int) -> None:
+    """A share of the channels of a sample behind the last block, which lies as it was, pooled as by the task above."""
+    geometry, splits, mean = words(j[job.GEOMETRY]), j[job.ROW_SPLITS], j[job.KERNEL] != 0
+    sample, part = task // splits, task % splits
+    channels, in_h, in_w = geometry[conv.CHANNELS], geometry[conv.IN_H], geometry[conv.IN_W]
+    out_h, out_w = geometry[conv.OUT_H], geometry[conv.OUT_W]
+    kernel_h, kernel_w = geometry[conv.KERNEL_H], geometry[conv.KERNEL_W]
+    down, right = geometry[conv.DILATION_H], geometry[conv.DILATION_W]
+    share = np.float32(1) / np.float32(kernel_h * kernel_w)
+    for channel in range(channels * part // splits, channels * (part + 1) // splits):
+        plane = sample * channels + channel
+        x, y = floats(j[job.X] + plane * in_h * in_w * 4), floats(j[job.Y] + plane * out_h * out_w * 4)
+        for out_row in range(out_h):
+            top = out_row * geometry[conv.STRIDE_H] - geometry[conv.PAD_H]
+            row, row_end = _taps_inside(top, kernel_h, down, in_h)
+            for out_column in range(out_w):
+                left = out_column * geometry[conv.STRIDE_W] - geometry[conv.PAD_W]
+                column, column_end = _taps_inside(left, kernel_w, right, in_w)
+                total = np.float32(0) if mean else -_INFINITY
+                for r in range(row, row_end):
+                    for c in range(column, column_end):
+                        found = x[(top + r * down) * in_w + left + c * right]
+                        if mean:
+                            total += found
+                        elif found > total or np.isnan(found):
+                            total = found
+                y[out_row * out_w + out_column] = total * share if mean else total
 
 
 def arrange_task(j: Pointer, task: int) -> None:

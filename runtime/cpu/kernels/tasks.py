@@ -18,7 +18,12 @@ from srigl_fx.runtime.cpu.kernels.conv_tasks import (
     conv_shared_tile_task,
     conv_tile_task,
 )
-from srigl_fx.runtime.cpu.kernels.innermost_tasks import arrange_task, conv_innermost_task
+from srigl_fx.runtime.cpu.kernels.innermost_tasks import (
+    arrange_task,
+    conv_innermost_task,
+    pool_rest_task,
+    pool_samples_task,
+)
 from srigl_fx.runtime.cpu.kernels.int8_conv_tasks import int8_conv_task, int8_pack_task
 from srigl_fx.runtime.cpu.kernels.int8_samples import int8_fill_task, int8_round_task, int8_scales_task
 from srigl_fx.runtime.cpu.kernels.int8_tasks import int8_dot_task, int8_tile_task
@@ -78,7 +83,7 @@ _FUNCTIONS = (
     *(conv_rows_task, conv_tile_task, conv_shared_tile_task, conv_innermost_task, int8_conv_task),
     *(panel.measure_panel, panel.fill_panel, plan_linear, plan_panel),
     *(conv_plan, conv_offsets, conv_pack_task, widen_values, int8_scales_task),
-    *(int8_pack_task, int8_fill_task, int8_round_task, arrange_task),
+    *(int8_pack_task, int8_fill_task, int8_round_task, arrange_task, pool_samples_task, pool_rest_task),
 )
 TASKS = {function.__name__: function for function in _FUNCTIONS}
 assert tuple(TASKS) == table.TASKS  # the library's tables of symbols are made from those
