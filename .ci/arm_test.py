@@ -168,6 +168,7 @@ def assert_right(found: dict[str, Any], what: str) -> None:
         for by in ("library", "stock"):
             assert found["errors"][f"{name} {by}"] <= 5 * tolerance(node), (what, name, by)
     assert "'indices', row 0: 10 is outside" in found["refused"]["bad_index"], (what, found["refused"])
+    assert found["stays"], what
 
 
 def test_cpu(python: Emulator, cpu: str, library: Path, cases: Path, recorded: Path) -> None:

@@ -39,7 +39,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 MARKS = "<!-- figures -->", "<!-- /figures -->"
 FILES, CALLS, SECONDS, THREADS, SESSIONS, DAMAGES = 20_000, 4_000, 60, 8, 10_000, 300
 FILES_AT_ONCE = 500
-MOST_GROWTH = 32  # MB, over all but the first tenth of the sessions
+MOST_GROWTH = 8  # MB, over all but the first tenth of the sessions
 
 
 def mutated_files(share: float) -> str:

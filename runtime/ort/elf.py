@@ -20,6 +20,7 @@ _PT_LOAD, _PT_DYNAMIC, _PT_GNU_STACK = 1, 2, 0x6474E551
 _READ, _READ_EXECUTE, _READ_WRITE = 4, 5, 6
 _DT_NEEDED, _DT_HASH, _DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_RELAENT = 1, 4, 5, 6, 7, 8, 9
 _DT_STRSZ, _DT_SYMENT, _DT_SONAME = 10, 11, 14
+_DT_FLAGS_1, _DF_1_NODELETE = 0x6FFFFFFB, 8
 _GLOBAL_FUNCTION = 0x12
 ET_REL, ET_DYN = 1, 3  # an object file, a shared library
 _HEADER_SIZE, _PROGRAM_HEADER_SIZE, _SYMBOL_SIZE, _RELA_SIZE = 64, 56, 24, 24
@@ -236,7 +237,7 @@ class _Linker:
             self.got[key] = position
             position += 8
         self.dynamic = _align(position, 16)
-        self.dynamic_size = 16 * (9 + len(self.needed) + 1)
+        self.dynamic_size = 16 * (10 + len(self.needed) + 1)
         self.file_end = self._place_sections(self.dynamic + self.dynamic_size, _SHF_WRITE)
         self.memory_end = self._place_sections(self.file_end, _SHF_WRITE, _SHT_NOBITS)
 
@@ -314,6 +315,9 @@ class _Linker:
             (_DT_RELA, self.relatab),
             (_DT_RELASZ, _RELA_SIZE * len(self.rela)),
             (_DT_RELAENT, _RELA_SIZE),
+            # It stays in its process. ONNX Runtime closes it with the last session, and opens it anew with the next,
+            # which would know nothing of the domain that was made before, and make another.
+            (_DT_FLAGS_1, _DF_1_NODELETE),
             (0, 0),
         ]
         for i, (tag, value) in enumerate(entries):

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 Linker = Literal["cc", "ld", "python"]
 LIBC_FUNCTIONS = frozenset({"malloc", "calloc", "free", "memcpy", "memset", "getenv", "getauxval"})
 SONAME = "libsrigl_fx.so"
-_FLAGS = ("-z", "noexecstack")
+_FLAGS = ("-z", "noexecstack", "-z", "nodelete")  # what is made once in a process outlasts its sessions
 _TIMEOUT = 60.0  # seconds
 
 

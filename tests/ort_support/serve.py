@@ -1,7 +1,8 @@
 """Runs models as a host without this package does: ``python serve.py LIBRARY FOLDER`` (NumPy and ONNX Runtime only).
 
 For each ``NAME.onnx`` with ``NAME.npz`` (inputs, and the ``expected`` output) it compares the operators with the
-expected output, and the fallback of a stock session too; ``bad_NAME.onnx`` must be refused. Prints one JSON line.
+expected output, and the fallback of a stock session too; ``bad_NAME.onnx`` must be refused. Prints one JSON line, which
+also says whether the library stays when no session needs it.
 """
 
 import json
@@ -37,7 +38,8 @@ def main(library: str, folder: Path) -> dict[str, Any]:
             (y,) = session(path, chosen).run(None, arrays)
             same_shape = y.shape == expected.shape
             errors[f"{path.stem} {name}"] = float(np.abs(y - expected).max(initial=0)) if same_shape else float("inf")
-    return {"onnxruntime": onnxruntime.__version__, "errors": errors, "refused": refused}
+    stays = str(Path(library).resolve()) in Path("/proc/self/maps").read_text(encoding="utf-8")
+    return {"onnxruntime": onnxruntime.__version__, "errors": errors, "refused": refused, "stays": stays}
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def _assert_right(result: dict[str, Any]) -> None:
         for by in ("library", "stock"):
             assert result["errors"][f"{name} {by}"] <= 5 * tolerance(node), (name, by)
     assert "'indices', row 0: 10 is outside" in result["refused"]["bad_index"]
+    assert result["stays"], "the domain of operators would be made anew, and lost, with each session"
 
 
 @pytest.fixture(scope="module")

@@ -144,6 +144,8 @@ def test_what_is_linked_for_this_machine_runs(tmp_path: Path) -> None:
     addresses = (ctypes.c_int64 * 2).in_dll(library, "names")
     assert addresses[1] == ctypes.cast(library.work, ctypes.c_void_p).value
     assert ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(addresses[0])(21) == 42
+    ctypes.CDLL(None).dlclose(ctypes.c_void_p(library._handle))
+    assert ctypes.CDLL(str(path)).work(0) == 62, "what is opened again is what was closed"
 
 
 def program_headers(data: bytes) -> list[tuple[int, ...]]:
