@@ -123,8 +123,8 @@ def load(
     onnxruntime = _import_onnxruntime()
     if not isinstance(path, str | os.PathLike):
         raise FormatError(
-            f"load takes the path of a file, not {type(path).__name__}; for a model in memory, register the operators on "
-            "session options of your own: srigl_fx.runtime.register(options)"
+            f"load takes the path of a file, not {type(path).__name__}; for a model in memory, register the operators "
+            "on session options of your own: srigl_fx.runtime.register(options)"
         )
     file = Path(path)
     if not file.is_file():

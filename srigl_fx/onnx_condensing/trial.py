@@ -49,7 +49,8 @@ def check(
         sizes: Of random inputs, what sizes that are free are, by their names.
 
     Raises:
-        ExportError: A size is asked for that is not free, one of the two does not run, or outputs differ by more than what is allowed, of the largest.
+        ExportError: A size is asked for that is not free, one of the two does not run, or outputs differ by more than
+            what is allowed, of the largest.
     """
     reference = _reference(source, has_bytes)
     feeds = _feeds(reference, example_inputs, sizes or {})
