@@ -1,27 +1,34 @@
 """Run the operator library for Linux on Arm in the real ONNX Runtime for it, under qemu-user: ``make arm-test``.
 
-    python .ci/arm_test.py .arm
+    python .ci/arm_test.py .arm [--every 10]
 
 What it needs is qemu-aarch64 (Debian's package qemu-user), apt-get and dpkg; no root, and no file system of another
 machine: packages of Debian and of PyPI are unpacked into the folder, 100 MB of downloads. Then three processors are
 emulated, without products of bytes, with those of bytes of one kind, and with all; each runs every case of the tests of
-hosts, what the oracle's tests of the operators have computed on this machine, and the wheel srigl-fx-runtime.
-``--library FILE`` takes a library that was built for Arm from these sources.
+hosts, what the oracle's tests of the operators have computed on this machine, and the wheel srigl-fx-runtime. What they
+compute is recorded once for the same sources. The figures go into docs/reliability.md.
+
+``--library FILE`` takes a library that was built for Arm from these sources; ``--every 10`` records every tenth test of
+the oracle's, for a quick look: the page is written by whole runs only.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
+PAGE = ROOT / "docs" / "reliability.md"
+MARKS = "<!-- Arm -->", "<!-- /Arm -->"
 PLATFORM = "linux-aarch64"
 CPUS = {"cortex-a72": "aarch64", "neoverse-n1": "aarch64+dotprod", "max": "aarch64+dotprod+i8mm"}  # and their targets
 DEBIAN = ("python3", "libstdc++6", "libgomp1")
@@ -125,14 +132,29 @@ class Emulator:
         return json.loads(printed.strip().splitlines()[-1])
 
 
-def record(folder: Path) -> Path:
+def sources_of_recording() -> str:
+    """What stands for all that a recording depends on."""
+    from srigl_fx.runtime.ort import library
+
+    tests = [*(ROOT / name for name in RECORDED), *(TESTS / "kernel_support").rglob("*.py")]
+    files = [*library.sources(), *sorted(tests), TESTS / "ort_support" / "recording.py"]
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def record(folder: Path, every: int) -> Path:
     """What the oracle's tests compute here, once for these sources."""
     recorded = folder / "recorded"
+    stamp, wanted = recorded / "of", f"{sources_of_recording()} {every}"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return recorded
+    print("recording what the oracle's tests compute: some minutes", flush=True)
     shutil.rmtree(recorded, ignore_errors=True)
     which = "not fallback and not stock and not reference and not any_"  # by the library, and the same each time
     selected = ("-m", "pytest", "-q", "-p", "ort_support.recording", "-p", "no:cacheprovider", "-k", which)
     paths = os.pathsep.join([str(ROOT), str(TESTS)])
-    run(sys.executable, *selected, *RECORDED, cwd=ROOT, SRIGL_FX_RECORDING=str(recorded), PYTHONPATH=paths)
+    settings = {"SRIGL_FX_RECORDING": str(recorded), "SRIGL_FX_RECORDING_EVERY": str(every), "PYTHONPATH": paths}
+    run(sys.executable, *selected, *RECORDED, cwd=ROOT, **settings)
+    stamp.write_text(wanted, encoding="utf-8")
     return recorded
 
 
@@ -170,8 +192,10 @@ def assert_right(found: dict[str, Any], what: str) -> None:
     assert "'indices', row 0: 10 is outside" in found["refused"]["bad_index"], (what, found["refused"])
 
 
-def test_cpu(python: Emulator, cpu: str, library: Path, cases: Path, recorded: Path) -> None:
-    """All that one processor must do."""
+def test_cpu(python: Emulator, cpu: str, library: Path, cases: Path, recorded: Path, every: int) -> str:
+    """All that one processor must do; its row in the table of figures."""
+    from ort_support.cases import CASES
+
     best = list(CPUS.values()).index(CPUS[cpu])
     support = TESTS / "ort_support"
     assert_right(python(support / "serve.py", library, cases), cpu)
@@ -191,9 +215,26 @@ def test_cpu(python: Emulator, cpu: str, library: Path, cases: Path, recorded: P
     assert small["library"].endswith("own/srigl_fx_runtime/libsrigl_fx.so"), small
     # All but the kernels of bytes is the same code on each processor.
     replayed = python(support / "replay.py", library, recorded, *(["Int8"] if best else []))
-    assert replayed["calls"] > 500, replayed
+    assert replayed["calls"] > 500 // every, replayed
     assert not replayed["faults"], (cpu, len(replayed["faults"]), replayed["faults"][:20])
     print(f"{cpu} ({CPUS[cpu]}): {replayed['models']} models, {replayed['calls']} calls as on this machine", flush=True)
+    which = "eight bits" if best else "all"
+    numbers = f"{len(CASES)} as {best + 1} | {which}: {replayed['models']:,} | {replayed['calls']:,}"
+    return f"| `{cpu}` | `{CPUS[cpu]}` | {numbers} | {replayed['largest']:.1e}, and 0 of whole numbers |"
+
+
+def note(rows: list[str]) -> None:
+    """Put the figures into the page."""
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
+    table = [
+        "| processor | its best instruction set | hosts' cases | operators' models | calls | largest difference |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+    emulator = run("qemu-aarch64", "--version").split()[2]
+    where = f"qemu-aarch64 {emulator}, {ONNXRUNTIME.replace('==', ' ')}, {datetime.now(UTC):%Y-%m-%d}."
+    PAGE.write_text("\n".join([before + MARKS[0], "", *table, "", where, "", MARKS[1] + after]), encoding="utf-8")
 
 
 def main() -> None:
@@ -201,7 +242,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to keep what is downloaded")
     parser.add_argument("--library", type=Path, help="an operator library of these sources, in place of building one")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="record every N-th of the oracle's tests")
     options = parser.parse_args()
+    if options.every < 1:
+        parser.error(f"--every must be at least 1, not {options.every}")
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     sys.path[:0] = [str(ROOT), str(TESTS)]
@@ -214,9 +258,13 @@ def main() -> None:
 
         print("compiling the operator library for Arm, if it is not there yet: some minutes", flush=True)
         options.library = library_path(PLATFORM)
-    cases, recorded, own = write_cases(folder), record(folder), unpack_own(folder, options.library)
+    cases, recorded = write_cases(folder), record(folder, options.every)
+    own, rows = unpack_own(folder, options.library), []
     for cpu in CPUS:
-        test_cpu(Emulator(root, [own, site], cpu), cpu, options.library, cases, recorded)
+        python = Emulator(root, [own, site], cpu)
+        rows.append(test_cpu(python, cpu, options.library, cases, recorded, options.every))
+    if options.every == 1:
+        note(rows)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@
 
 One of the two is srigl-fx as it is, so that nobody who installs it waits for a compiler; the other is srigl-fx-runtime,
 the library with nothing but ``register`` and ``load``. The libraries, for x86-64 and for Arm, are built on either; they
-need that of C alone. ``--library PLATFORM=FILE`` takes one that was built from these sources.
+need that of C alone. ``--library PLATFORM=FILE`` takes one that was built from these sources. An index shows README.md
+without the files beside it: ``--address`` says where they are on the web, and without it their names stand there.
 """
 
 import argparse
@@ -12,8 +13,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+
+from index_readme import for_an_index
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNTIME = ROOT / "packages" / "srigl-fx-runtime"
@@ -65,13 +69,14 @@ def library_for(platform: str, given: Path | None, tree: Path, work: Path) -> Pa
     return library
 
 
-def build(out: Path, given: dict[str, Path], platforms: Sequence[str]) -> list[Path]:
+def build(out: Path, given: dict[str, Path], platforms: Sequence[str], address: str | None = None) -> list[Path]:
     """Build all into ``out``.
 
     Args:
         out: The folder.
         given: Libraries that are there already, by platform.
         platforms: Those to build wheels for.
+        address: The repository's, for the links of README.md.
 
     Returns:
         The files.
@@ -85,6 +90,9 @@ def build(out: Path, given: dict[str, Path], platforms: Sequence[str]) -> list[P
         # From a copy: setuptools writes beside what it packs.
         left_out = shutil.ignore_patterns(".*", "build", "dist", "site", "*.egg-info", "__pycache__", "results")
         shutil.copytree(ROOT, work / "checkout", symlinks=True, ignore=left_out)
+        readme = work / "checkout" / "README.md"
+        version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+        readme.write_text(for_an_index(readme.read_text(encoding="utf-8"), address, version), encoding="utf-8")
         run(sys.executable, "-m", "build", "--no-isolation", "--outdir", work / "pure", work / "checkout")
         (pure,) = (work / "pure").glob("*.whl")
         run(sys.executable, "-m", "wheel", "unpack", pure, "--dest", work / "probe")
@@ -125,10 +133,11 @@ def main() -> None:
         help="a platform's operator library of these sources, in place of building it",
     )
     parser.add_argument("--only", choices=TAGS, nargs="+", default=list(TAGS), help="the platforms; all by default")
+    parser.add_argument("--address", help="the repository's, such as https://host/owner/name")
     options = parser.parse_args()
     if unused := sorted(dict(options.library).keys() - set(options.only)):
         parser.error(f"--library {unused[0]} is given, but --only leaves this platform out")
-    for path in build(options.out, dict(options.library), options.only):
+    for path in build(options.out, dict(options.library), options.only, options.address):
         print(f"{path} {path.stat().st_size >> 10} KiB")
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from rich.console import Console
@@ -99,6 +100,21 @@ def test_what_is_quick_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_document_holds_what_json_does_not() -> None:
     value = {"path": Path("a"), 3: (1.5, float("inf"), None, True), "nested": {"nan": float("nan")}}
     assert json.loads(document(value)) == {"path": "a", "3": [1.5, None, None, True], "nested": {"nan": None}}
+
+
+def test_a_document_holds_numpy_scalars_as_numbers() -> None:
+    value: dict[str, object] = {
+        "n": np.int64(3),
+        "x": np.float32(0.5),
+        "long": np.longdouble(0.5),
+        "is": np.bool_(True),
+    }
+    value |= {"inf": np.float16("inf"), "nan": np.array(np.nan), "text": np.str_("a")}
+    value |= {"sizes": (np.uint8(255), np.arange(2), np.array([[1.5, np.inf]]))}
+    plain: dict[str, object] = {"n": 3, "x": 0.5, "long": 0.5, "is": True, "inf": None, "nan": None, "text": "a"}
+    plain |= {"sizes": [255, [0, 1], [[1.5, None]]]}
+    assert json.loads(document(value)) == plain
+    assert document(value) == document(plain)  # true is not 1
 
 
 def test_a_missing_package_names_the_extra() -> None:

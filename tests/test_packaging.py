@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -86,6 +87,23 @@ def test_the_import_takes_little_beyond_that_of_torch(checkout: Path) -> None:
     )
     (best,) = re.findall(r"beyond torch: (\d+\.\d) ms of processor time", done.stdout)
     assert float(best) < 50
+
+
+def test_an_index_shows_no_link_to_a_file(checkout: Path) -> None:
+    for_an_index = runpy.run_path(str(checkout / ".ci" / "index_readme.py"))["for_an_index"]
+    text = "# a\n\nb [c\nd](docs/e.md#f), [LICENSE](LICENSE), [g](https://h) ![i](j.png) `[k](l)`\n\n<picture>\n"
+    text += '<img src="m.svg"></picture>\n\n[n](#o)\n\n```python\np = q[r](s)\n```\n'
+    without = for_an_index(text)
+    assert "b c\nd (`docs/e.md`), LICENSE, [g](https://h) i `[k](l)`\n\nThe files that are named here" in without
+    assert without.endswith("this release.\n\n[n](#o)\n\n```python\np = q[r](s)\n```\n")
+    at = for_an_index(text, "https://host/owner/name/", "1.2")
+    assert "[c\nd](https://host/owner/name/blob/v1.2/docs/e.md#f)" in at
+    assert "![i](https://host/owner/name/raw/v1.2/j.png) `[k](l)`" in at
+    assert '<img src="https://host/owner/name/raw/v1.2/m.svg">' in at
+    readme = (checkout / "README.md").read_text(encoding="utf-8")
+    for shown in (for_an_index(readme), for_an_index(readme, "https://host/owner/name", "1.2")):
+        targets = re.findall(r"\]\(([^)]*)\)|(?:src|srcset)=\"([^\"]*)", shown)
+        assert all((one or other).startswith(("https://", "#")) for one, other in targets)
 
 
 def test_a_module_outside_its_package_says_what_to_import(checkout: Path) -> None:

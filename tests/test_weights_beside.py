@@ -224,6 +224,25 @@ def test_weights_go_with_the_graph_that_named_them(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted([path, *others])
 
 
+@pytest.mark.parametrize("copy", ["b.onnx", "a.onnx.bak"])
+def test_weights_stay_where_a_copy_of_their_graph_names_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: str
+) -> None:
+    monkeypatch.setattr(weights, "_BLOCK", 7)  # names lie across the blocks that are read
+    path = tmp_path / "a.onnx"
+    constant(path, 1)
+    shutil.copy(path, tmp_path / copy)
+    (tmp_path / "c.onnx").mkdir()
+    (tmp_path / "d.onnx").symlink_to("nowhere")
+    constant(path, 2)
+    assert (number_of(path), number_of(tmp_path / copy)) == (2, 1)
+    assert len(own_weights(path)) == 2
+    (tmp_path / copy).unlink()
+    constant(path, 3)
+    assert number_of(path) == 3
+    assert len(own_weights(path)) == 2  # the first ones, which this graph does not name, and its own
+
+
 def test_weights_of_other_exporters_go_with_their_graph(tmp_path: Path) -> None:
     """Those that torch.onnx calls like the graph, and none that several graphs may share."""
     for location, stays in (("a.onnx.data", False), ("shared.bin", True)):

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,18 @@ def test_which_files_there_are(wheels: dict[str, Path]) -> None:
             found = elf.machine_of(archive.read(inside), kind=elf.ET_DYN)
             assert found is not None
             assert found.name == machine
+
+
+def test_what_the_readme_names_is_in_the_sdist(checkout: Path, wheels: dict[str, Path]) -> None:
+    with tarfile.open(wheels["srigl_fx sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        (about,) = (name for name in archive.getnames() if name.count("/") == 1 and name.endswith("/PKG-INFO"))
+        text = archive.extractfile(about).read().decode()  # type: ignore[union-attr]
+    linked = re.findall(r"\]\((?!\w+:|#)([^)#]+)", (checkout / "README.md").read_text(encoding="utf-8"))
+    assert len(linked) > 20
+    assert set(linked) <= names
+    assert not re.findall(r"\]\((?!\w+:|#)[^)]*", text)
+    assert all(f"`{name}`" in text or name == "docs/demo/results.csv" for name in linked)
 
 
 def test_a_library_of_another_platform_is_not_packed(checkout: Path, library: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def show_path(path: Path, as_json: bool, **more: Any) -> None:
 
 
 def document(value: Any) -> str:
-    """Plain data as JSON; numbers that are not finite are null, and paths are text.
+    """Plain data as JSON; NumPy's scalars are numbers and its arrays lists, what is not finite is null, paths are text.
 
     Example:
         >>> print(document({"path": Path("a.onnx"), "sizes": (1, float("nan"))}))
@@ -167,7 +167,15 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
+    if isinstance(value, str | int | None):
+        return value
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.generic | numpy.ndarray):
+        found = value.tolist()
+        if isinstance(found, numpy.floating):  # a long double, which Python has no type for
+            found = float(found)
+        if not isinstance(found, numpy.generic):
+            return _plain(found)
+    return str(value)
 
 
 def require_extra(name: str, packages: Mapping[str, str]) -> None:

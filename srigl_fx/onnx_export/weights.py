@@ -7,8 +7,9 @@ A file of weights holds one tensor behind the other. Each starts at a multiple o
 page, so that ONNX Runtime maps the file into memory and operators read it there. Tensors are written one by one.
 
 It is called by the model's name and by what it holds, so that no graph is ever read with the weights of another one. It
-gets its name before the graph does; the one that the graph before named goes after that. A process that is killed
-meanwhile leaves the old pair or the new one, and perhaps a file of weights that nobody names.
+gets its name before the graph does; the one that the graph before named goes after that, unless a copy of that graph in
+the folder names it, too. A process that is killed meanwhile leaves the old pair or the new one, and perhaps a file of
+weights that nobody names.
 """
 
 import contextlib
@@ -35,7 +36,7 @@ ExternalData = bool | Literal["auto"]
 LARGEST_FILE: Final = 2**31 - 1  # what one protobuf message may hold
 SUFFIX: Final = ".data"  # behind the name of the model's file and what stands for the content
 _DIGITS: Final = 16  # of the content's SHA-256
-_LINE, _PAGE = 64, 4096
+_LINE, _PAGE, _BLOCK = 64, 4096, 2**20
 _ASIDE: Final = "srigl_fx.aside."  # before the numbers of tensors that are kept apart
 
 
@@ -149,7 +150,7 @@ def writing(
             _write_whole(part, model, held)
             del model, held
             yield part
-    for one in lost:
+    for one in lost - _named_by_others(target, lost):
         with contextlib.suppress(OSError):  # one that cannot be removed is in nobody's way
             one.unlink()
 
@@ -194,6 +195,25 @@ def _own_weights(target: Path) -> list[Path]:
         ):
             return [one for one in found if content.find(_as_value(one.name)) >= 0]
     return []
+
+
+def _named_by_others(target: Path, files: Collection[Path]) -> set[Path]:
+    """Which of these files of weights another model in the folder names: a copy that was made without them."""
+    left, named = {one: _as_value(one.name) for one in files}, set[Path]()
+    longest = max(map(len, left.values()), default=0)
+    for other in target.parent.iterdir() if left else ():
+        if ".onnx" not in other.name.lower() or other.name == target.name or other.name.endswith(SUFFIX):
+            continue
+        with contextlib.suppress(OSError):  # whoever cannot read it does not use it
+            if not other.is_file():
+                continue
+            with other.open("rb") as file:
+                tail = b""
+                while block := file.read(_BLOCK):
+                    content = tail + block
+                    named |= {one for one, value in left.items() if value in content}
+                    tail = content[1 - longest :]
+    return named
 
 
 def _as_value(text: str) -> bytes:

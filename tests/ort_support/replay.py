@@ -2,7 +2,7 @@
 
 With a text it runs the models that have it in them. It needs NumPy and ONNX Runtime only. Whole numbers must be the
 same, floats within some rounding of sums in another order, and what is not finite must be so in the same places. Prints
-one JSON line.
+one JSON line, with the largest difference of floats, as a share of the largest output.
 """
 
 import json
@@ -16,23 +16,24 @@ import onnxruntime
 TOLERANCE = 1e-5  # of the largest output, which has up to 300 terms
 
 
-def fault(y: Any, expected: Any) -> str | None:
-    """What is wrong with a result, if anything."""
+def compare(y: Any, expected: Any) -> tuple[str | None, float]:
+    """What is wrong with a result, if anything, and how far floats are off."""
     if (y.shape, y.dtype) != (expected.shape, expected.dtype):
-        return f"{y.dtype} {y.shape} in place of {expected.dtype} {expected.shape}"
+        return f"{y.dtype} {y.shape} in place of {expected.dtype} {expected.shape}", 0.0
     if y.dtype.kind != "f":
-        return None if np.array_equal(y, expected) else f"{(y != expected).sum()} of {y.size} numbers differ"
+        return None if np.array_equal(y, expected) else f"{(y != expected).sum()} of {y.size} numbers differ", 0.0
     finite = np.isfinite(expected)
     if not np.array_equal(np.where(finite, 0, expected), np.where(np.isfinite(y), 0, y), equal_nan=True):
-        return "other places are not finite"
+        return "other places are not finite", 0.0
     size = np.abs(expected[finite]).max(initial=1)
     error = np.abs(y[finite].astype(np.float64) - expected[finite]).max(initial=0)
-    return None if error <= TOLERANCE * size else f"an error of {error:.1e} at a size of {size:.1e}"
+    wrong = None if error <= TOLERANCE * size else f"an error of {error:.1e} at a size of {size:.1e}"
+    return wrong, float(error / size)
 
 
 def main(library: str, folder: Path, text: str = "") -> dict[str, Any]:
     faults: list[str] = []
-    models = calls = 0
+    models, calls, largest = 0, 0, 0.0
     for path in sorted(folder.glob("*.onnx")):
         if text.encode() not in path.read_bytes():
             continue
@@ -46,9 +47,11 @@ def main(library: str, folder: Path, text: str = "") -> dict[str, Any]:
                 given = dict(arrays)
             expected, test = given.pop("->"), given.pop("test")
             calls += 1
-            if wrong := fault(session.run(None, given)[0], expected):
+            wrong, error = compare(session.run(None, given)[0], expected)
+            largest = max(largest, error)
+            if wrong:
                 faults.append(f"{test}, {kept.stem}: {wrong}")
-    return {"models": models, "calls": calls, "faults": faults}
+    return {"models": models, "calls": calls, "largest": largest, "faults": faults}
 
 
 if __name__ == "__main__":
