@@ -12,19 +12,20 @@ Prints a Markdown page: benchmarks/results/image_batches.md. DeepSparse needs an
 
 import argparse
 import copy
+import sys
 import tempfile
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-
-import srigl_fx as sx
 from harness import deepsparse_process, machine
 from harness.contenders import ort_session
 from harness.models import SPARSITY, Logits, export_dense, networks
 from harness.openvino_calls import NotAvailableError, openvino_call
 from harness.timing import Timer, interleaved, timer
+
+import srigl_fx as sx
 
 DENSE = ("dense, ONNX Runtime", "dense, OpenVINO")
 PEER = "DeepSparse"
@@ -65,14 +66,11 @@ def measure(batch: int, options: argparse.Namespace) -> dict[str, float]:
                 continue
             try:
                 timers[DENSE[1]] = timer(openvino_call(dense.read_bytes(), feeds, options.threads))
-            except NotAvailableError:
-                pass
-            try:
                 worker = stack.enter_context(deepsparse_process.Worker(options.peers))
                 worker.load(dense, feeds, threads=options.threads)
                 timers[PEER] = worker.timer("deepsparse")
-            except deepsparse_process.PeerError:
-                pass
+            except (NotAvailableError, deepsparse_process.PeerError) as error:
+                print(error, file=sys.stderr)
         times = interleaved(timers, seconds=options.seconds, rounds=options.rounds)
     return {name: 1e3 * seconds for name, seconds in times.items()}
 
