@@ -357,6 +357,27 @@ def test_inputs_to_compare_with_can_be_given(tmp_path: Path) -> None:
         condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, example_inputs=given | {"ids": np.array([[99]])})
 
 
+def test_sizes_of_random_inputs_can_be_given(tmp_path: Path) -> None:
+    """A file may say that a size is free and take one only."""
+    arrays = {"w": np.ascontiguousarray(pruned(64, 32).T), "shape": np.array([-1, 5, 32])}
+    nodes = [helper.make_node("Reshape", ["x", "shape"], ["e"]), helper.make_node("MatMul", ["e", "w"], ["f"])]
+    nodes.append(helper.make_node("Add", ["f", "more"], ["y"]))
+    more = helper.make_tensor_value_info("more", TensorProto.FLOAT, ["n", "length", 64])
+    source = write(tmp_path / "a.onnx", nodes, arrays, ["n", "length", 32], ["n", 5, 64], inputs=[more])
+    with pytest.raises(ExportError, match=r"where the file needs other sizes .* \(--size NAME=NUMBER\)"):
+        condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, sizes={"length": 5, "n": 3})
+    assert report.library_error is not None
+    for sizes, message in (
+        ({"tokens": 5}, "the source has no free size 'tokens'; those that it has: length, n"),
+        ({"length": 0}, "sizes are numbers of at least 1 by their names, got {'length': 0}"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            condense_onnx(source, tmp_path / "b.onnx", min_speedup=0, sizes=sizes)
+    with pytest.raises(ExportError, match="sizes are those of random inputs"):
+        condense_onnx(source, tmp_path / "b.onnx", sizes={"n": 3}, verify=False)
+
+
 @pytest.mark.parametrize("density", [0.1, 0.9])
 def test_two_convolutions_that_are_added_to_each_other(tmp_path: Path, density: float) -> None:
     """As in a ResNet where the width changes; the first of them may be dense."""

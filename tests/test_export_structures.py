@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lowering_support import randomise
 from torch import Tensor, fx, nn
+from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import srigl_fx as sx
@@ -167,6 +168,29 @@ def test_rule_4_what_is_no_tensor_is_left_out() -> None:
     assert isinstance(lowered, fx.GraphModule)
     (returned,) = next(node for node in rewrite(lowered).graph.nodes if node.op == "output").args
     assert [leaf is None for leaf in returned] == [False, True, True, True, True, True, False]
+
+
+class Repeated(nn.Module):
+    """Elements along some dimension, each as many times as the second input is long."""
+
+    def __init__(self, dim: int | None) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor, times: Tensor) -> Tensor:
+        return x.repeat_interleave(times.shape[0], self.dim)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [0, 1, -1, None])
+def test_rule_10_a_free_number_of_repetitions(dim: int | None) -> None:
+    model, free = Repeated(dim), {"x": {0: Dim("rows")}, "times": {0: Dim("times")}}
+    given = torch.randn(2, 3, 4), torch.zeros(3)
+    rewritten = rewrite(torch.export.export(model, given, dynamic_shapes=free).module())
+    assert "repeat_interleave" not in str(rewritten.graph)
+    for rows, times in ((1, 1), (2, 5), (4, 2)):
+        given = torch.randn(rows, 3, 4), torch.zeros(times)
+        assert torch.equal(rewritten(*given), model(*given))
 
 
 @pytest.mark.slow

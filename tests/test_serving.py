@@ -27,7 +27,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from srigl_fx.errors import FormatError
 from srigl_fx.onnx_condensing.pipeline import condense_onnx
-from srigl_fx.serving.arrays import _array, listed
+from srigl_fx.serving.arrays import _array, arrays, listed
 from srigl_fx.serving.batcher import Batcher
 from srigl_fx.serving.http import make_app
 
@@ -243,8 +243,8 @@ def test_what_onnx_runtime_refuses_is_an_answer_for_that_request_alone() -> None
     assert "no numbers" in results[1].detail
 
 
-def entry(kind: str, *shape: int | str) -> Any:
-    return type("Entry", (), {"name": "x", "shape": list(shape), "type": f"tensor({kind})"})
+def entry(kind: str, *shape: int | str, name: str = "x") -> Any:
+    return type("Entry", (), {"name": name, "shape": list(shape), "type": f"tensor({kind})"})
 
 
 @pytest.mark.parametrize(
@@ -267,6 +267,16 @@ def test_nothing_becomes_another_kind_of_number(kind: str, given: list[Any], wor
     with pytest.raises(HTTPException) as error:
         _array("x", given, entry(kind, "n"))
     assert words in error.value.detail
+
+
+def test_sizes_of_one_name_are_equal() -> None:
+    session = type("Session", (), {"get_inputs": lambda _: [entry("float", "n", "length", name=name) for name in "xy"]})
+    given = {"x": [[1.0, 2.0]], "y": [[1.0, 2.0]]}
+    assert arrays(session(), given, 8)["y"].shape == (1, 2)
+    with pytest.raises(HTTPException) as error:
+        arrays(session(), given | {"y": [[1.0]]}, 8)
+    assert error.value.status_code == 422
+    assert error.value.detail == "the size 'length' is 1 in input 'y' and 2 in input 'x'"
 
 
 def saved(folder: Path, nodes: list[Any], inputs: list[Any], output: Any, *weights: Any) -> Path:

@@ -108,7 +108,8 @@ def load(
         A session; it may be run from several threads at once.
 
     Raises:
-        FormatError: The file is missing, is no ONNX model, or ONNX Runtime or an operator refuses what is in it.
+        FormatError: It is no path, the file is missing, is no ONNX model, or ONNX Runtime or an operator refuses what
+            is in it.
         LibraryError: ONNX Runtime is older than 1.17, or SRIGL_FX_ISA names an instruction set that is unknown, or that
             this CPU lacks.
 
@@ -120,6 +121,11 @@ def load(
         >>> session.run(None, {session.get_inputs()[0].name: x})  # doctest: +SKIP
     """
     onnxruntime = _import_onnxruntime()
+    if not isinstance(path, str | os.PathLike):
+        raise FormatError(
+            f"load takes the path of a file, not {type(path).__name__}; for a model in memory, register the operators "
+            "on session options of your own: srigl_fx.runtime.register(options)"
+        )
     file = Path(path)
     if not file.is_file():
         raise FormatError(f"there is no file {file}")

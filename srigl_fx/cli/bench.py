@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from srigl_fx.cli.options import Threads
+from srigl_fx.cli.options import Sizes, Threads, read_sizes
 from srigl_fx.cli.output import AsJson, show, working
 
 BATCHES = (1, 16, 64)
@@ -21,9 +21,7 @@ def bench(
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size; may be given several times.")] = None,
     threads: Threads = 1,
-    size: Annotated[
-        list[str] | None, typer.Option(help="Of a file: NAME=NUMBER, what a free size is; may be given several times.")
-    ] = None,
+    size: Sizes = None,
     seconds: Annotated[
         float, typer.Option(min=0.1, help="Of a file: how long each batch size is measured, longer where calls are.")
     ] = 5.0,
@@ -53,19 +51,9 @@ def bench(
 
     with working(f"measuring {file}") as waiting:
         report = compare_forms(
-            file, batch or BATCHES, threads=threads, sizes=_sizes(size), seconds=seconds, waiting=waiting
+            file, batch or BATCHES, threads=threads, sizes=read_sizes(size), seconds=seconds, waiting=waiting
         )
     show(report, json)
-
-
-def _sizes(texts: list[str] | None) -> dict[str, int]:
-    sizes = {}
-    for text in texts or ():
-        name, _, number = text.rpartition("=")
-        if not name or not number.isdecimal() or not int(number):
-            raise typer.BadParameter(f"it takes NAME=NUMBER, such as length=128, not {text!r}", param_hint="--size")
-        sizes[name] = int(number)
-    return sizes
 
 
 def _layers(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from srigl_fx.cli.options import MinSpeedup, read_min_speedup
+from srigl_fx.cli.options import MinSpeedup, Sizes, read_min_speedup, read_sizes
 from srigl_fx.cli.output import AsJson, show, show_path, working
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def condense(
     ] = 0.5,
     min_speedup: MinSpeedup = "auto",
     verify: Annotated[bool, typer.Option(help="Compare with the source in ONNX Runtime, on random inputs.")] = True,
+    size: Sizes = None,
     beside: Annotated[bool, typer.Option("--beside", help="Put weights into a file beside it, large or not.")] = False,
     json: AsJson = False,
 ) -> None:
@@ -111,7 +112,7 @@ def condense(
     from srigl_fx.onnx_condensing.pipeline import condense_onnx
 
     options: dict[str, Any] = {"verify": verify, "external_data": beside or "auto"}
-    options["min_speedup"] = read_min_speedup(min_speedup)
+    options |= {"min_speedup": read_min_speedup(min_speedup), "sizes": read_sizes(size)}
     with working(f"condensing {file}"):
         report = condense_onnx(file, output, min_sparsity=min_sparsity, **options)
     show(report, json)

@@ -43,6 +43,7 @@ def condense_onnx(
     fallback: bool = True,
     verify: bool = True,
     example_inputs: Mapping[str, NDArray[Any]] | None = None,
+    sizes: Mapping[str, int] | None = None,
     external_data: ExternalData = "auto",
 ) -> CondensingReport:
     """Condense the layers of an ONNX file whose weights hold enough zeros, whoever made it.
@@ -67,6 +68,7 @@ def condense_onnx(
         verify: Compare with what ONNX Runtime makes of the source, with and without the operator library.
         example_inputs: Arrays by the names of the model's inputs to compare with; by default random ones, of small
             sizes where they are free, ones for integers.
+        sizes: What these sizes are, by the names that the source has for them, where it does not take small ones.
         external_data: Whether large tensors go to a file beside it, called like it, by what it holds, and ``.data``,
             which ONNX Runtime maps into memory; "auto" is where one file cannot hold all (2 GiB). One that the file
             had before goes with it.
@@ -92,6 +94,10 @@ def condense_onnx(
         raise ExportError(f"min_sparsity must lie between 0 and 1, such as 0.5, got {min_sparsity!r}")
     if min_speedup != "auto" and (not isinstance(min_speedup, int | float) or not min_speedup >= 0):
         raise ExportError(f'min_speedup must be "auto" or a number of at least 0, not {min_speedup!r}')
+    if bad := {name: size for name, size in (sizes or {}).items() if type(size) is not int or size < 1}:
+        raise ExportError(f"sizes are numbers of at least 1 by their names, got {bad}")
+    if sizes and (example_inputs is not None or not verify):
+        raise ExportError("sizes are those of random inputs: leave them out with example_inputs, and with verify=False")
     check_external_data(external_data)
     files: set[Path] = set()
     model = _prepared(Path(source), files)
@@ -117,7 +123,7 @@ def condense_onnx(
         )
     allowed = ROUNDED_TOLERANCE if _is_rounded_again(model.graph) else TOLERANCE
     proto, held = _finished(model, fallback=fallback)
-    options: dict[str, Any] = {"fallback": fallback, "allowed": allowed, "has_bytes": has_bytes}
+    options: dict[str, Any] = {"fallback": fallback, "allowed": allowed, "has_bytes": has_bytes, "sizes": sizes}
     # In its own place, the source is to be lost.
     spared = () if place_of(Path(source)) == place_of(target) else files
     with writing(target, proto, held, external_data, spared) as part:

@@ -34,6 +34,7 @@ def check(
     fallback: bool,
     allowed: float,
     has_bytes: bool = False,
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """The largest relative error of a condensed file, with the library and without.
 
@@ -45,12 +46,14 @@ def check(
         allowed: The error that passes.
         has_bytes: Whether operators of the source multiply bytes. With uint8 by int8, ONNX Runtime's sums of two
             products stop at the limits of 16 bits on processors without VNNI, unless it is asked for exact ones.
+        sizes: Of random inputs, what sizes that are free are, by their names.
 
     Raises:
-        ExportError: One of the two does not run, or outputs differ by more than what is allowed, of the largest.
+        ExportError: A size is asked for that is not free, one of the two does not run, or outputs differ by more than
+            what is allowed, of the largest.
     """
     reference = _reference(source, has_bytes)
-    feeds = _feeds(reference, example_inputs)
+    feeds = _feeds(reference, example_inputs, sizes or {})
     expected = _run(reference, feeds, "the source")
     del reference  # large weights are in memory once
     errors = {}
@@ -103,16 +106,23 @@ def _run(session: "onnxruntime.InferenceSession", feeds: Mapping[str, Array], wh
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime cannot run {what} on {', '.join(f'{name} {array.shape}' for name, array in feeds.items())}: "
-            f"{error}; give example_inputs, by the names of the model's inputs, or verify=False"
+            f"{error}; where the file needs other sizes than it says, give sizes (--size NAME=NUMBER) or "
+            "example_inputs, by the names of the model's inputs, or verify=False"
         ) from error
     return outputs
 
 
-def _feeds(session: "onnxruntime.InferenceSession", given: Mapping[str, Array] | None) -> dict[str, Array]:
+def _feeds(
+    session: "onnxruntime.InferenceSession", given: Mapping[str, Array] | None, asked: Mapping[str, int]
+) -> dict[str, Array]:
     """Arrays for every input: those that are given, else random ones."""
     rng = np.random.default_rng(0)
     feeds: dict[str, Array] = {}
-    sizes = _sizes([entry.shape for entry in session.get_inputs()])
+    shapes = [entry.shape for entry in session.get_inputs()]
+    free = sorted({size for shape in shapes for size in shape if isinstance(size, str)})
+    if unknown := sorted(asked.keys() - {*free}):
+        raise ExportError(f"the source has no free size {unknown[0]!r}; those that it has: {', '.join(free) or 'none'}")
+    sizes = _sizes(shapes, asked)
     for entry in session.get_inputs():
         if given is not None and entry.name in given:
             feeds[entry.name] = np.asarray(given[entry.name])
@@ -128,18 +138,20 @@ def _feeds(session: "onnxruntime.InferenceSession", given: Mapping[str, Array] |
     return feeds
 
 
-def _sizes(shapes: Sequence[Sequence[int | str | None]]) -> dict[int | str | None, int]:
+def _sizes(shapes: Sequence[Sequence[int | str | None]], asked: Mapping[str, int]) -> dict[int | str | None, int]:
     """What each size of the inputs is: those of one name are equal, and a sum of names is the sum."""
-    known: dict[str, int] = {}
+    known: dict[str, int] = {**asked}
     sizes: dict[int | str | None, int] = {}
     for shape in shapes:
         for axis, size in enumerate(shape):
             if isinstance(size, int):
                 sizes[size] = size
+            elif size in asked:
+                sizes[size] = asked[size]
             elif size is not None and {"+", "*"}.isdisjoint(size):
                 known.setdefault(size, _FREE[min(axis, 1)])
     for size in {size for shape in shapes for size in shape if isinstance(size, str)}:
-        if (total := sum_of(size, known)) is not None:
+        if size not in asked and (total := sum_of(size, known)) is not None:
             sizes[size] = total
     return sizes
 

@@ -74,6 +74,8 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
                 node.replace_input_with(
                     given, graph.call_function(aten._to_copy.default, (given,), {"dtype": _dtype(node)})
                 )
+        elif node.target is aten.repeat_interleave.self_int and isinstance(arguments(node)["repeats"], fx.Node):
+            _expand(graph, node)
         elif node.target is ROUND and any(_is_feature_major(user) for user in node.users):
             node.replace_all_uses_with(arguments(node)["x"])
             graph.erase_node(node)
@@ -161,6 +163,26 @@ def _extend(graph: fx.Graph, node: fx.Node) -> None:
         longer.meta["val"] = aten.constant_pad_nd.default(data.meta["val"], zeros, nothing)
         node.update_arg(0, longer)
         set_arguments(node, output_padding=[added % stride for added, stride in zip(extra, strides, strict=True)])
+
+
+def _expand(graph: fx.Graph, node: fx.Node) -> None:
+    """Each element along a dimension beside its repetitions, and both dimensions as one."""
+    given = arguments(node)
+    data, repeats, dim = given["self"], given["repeats"], given["dim"]
+    with graph.inserting_before(node):
+        if dim is None:
+            data, dim = graph.call_function(aten.flatten.using_ints, (data,)), 0
+            rank = 1
+        else:
+            rank = data.meta["val"].dim()
+        dim %= rank
+        apart = graph.call_function(aten.unsqueeze.default, (data, dim + 1))
+        sizes = [repeats if i == dim + 1 else -1 for i in range(rank + 1)]
+        repeated = graph.call_function(aten.expand.default, (apart, sizes))
+        flat = graph.call_function(aten.flatten.using_ints, (repeated, dim, dim + 1))
+    flat.meta = dict(node.meta)
+    node.replace_all_uses_with(flat)
+    graph.erase_node(node)
 
 
 def _dtype(node: fx.Node) -> torch.dtype:

@@ -3,7 +3,7 @@
 Owns that translation. A request is untrusted: nothing in it becomes another kind of number. It must not know who asks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +34,22 @@ def arrays(session: "onnxruntime.InferenceSession", given: Any, max_batch: int) 
             422,
             f"{', '.join(leading)} must hold the same number of samples, 1 to {max_batch}, not {sorted(rows)}",
         )
+    _check_names(feeds, inputs)
     return feeds
+
+
+def _check_names(feeds: Mapping[str, Array], inputs: Sequence[Any]) -> None:
+    """Sizes of one name are equal: what a model does with others is anything."""
+    known: dict[str, tuple[int, str]] = {}
+    for entry in inputs:
+        for size, name in zip(feeds[entry.name].shape, entry.shape, strict=True):
+            if not isinstance(name, str):
+                continue
+            first, where = known.setdefault(name, (size, entry.name))
+            if size != first:
+                raise HTTPException(
+                    422, f"the size {name!r} is {size} in input {entry.name!r} and {first} in input {where!r}"
+                )
 
 
 def _array(name: str, given: Any, entry: Any) -> Array:

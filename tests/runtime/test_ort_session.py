@@ -178,6 +178,11 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         srigl_fx.runtime.load(tmp_path / "absent.onnx")
 
 
+def test_a_model_in_memory_is_no_path() -> None:
+    with pytest.raises(FormatError, match="load takes the path of a file, not bytes; for a model in memory"):
+        srigl_fx.runtime.load(NODE.model().SerializeToString())  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("content", [b"", b"not a model", bytes(1000), NODE.model().SerializeToString()[:-50]])
 def test_a_file_that_is_no_model_is_named(library: Path, tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "broken.onnx"

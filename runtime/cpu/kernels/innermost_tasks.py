@@ -265,6 +265,29 @@ def pool_samples_task(j: Pointer, task: int) -> None:
             pool_largest(inputs, down * in_w * size, rows, right * size, columns, channels, to, share)
 
 
+@compiled
+def _pool_columns(y: Pointer, x: Pointer, tap: int, step: int, first: int, end: int, mean: bool) -> None:
+    """Pool a row of the output with a tap of a row of the image, from a column to the one before ``end``."""
+    if mean:
+        for i in range(first, end):
+            y[i] += x[i * step + tap]
+    else:
+        for i in range(first, end):
+            found = x[i * step + tap]
+            y[i] = found if found > y[i] or found != found else y[i]
+
+
+@compiled
+def _pool_row(y: Pointer, x: Pointer, tap: int, step: int, first: int, end: int, mean: bool) -> None:
+    """The same; with the usual steps known, it is a loop over vectors."""
+    if step == 1:
+        _pool_columns(y, x, tap, 1, first, end, mean)
+    elif step == 2:
+        _pool_columns(y, x, tap, 2, first, end, mean)
+    else:
+        _pool_columns(y, x, tap, step, first, end, mean)
+
+
 def pool_rest_task(j: Pointer, task: int) -> None:
     """A share of the channels of a sample behind the last block, which lies as it was, pooled as by the task above."""
     geometry, splits, mean = words(j[job.GEOMETRY]), j[job.ROW_SPLITS], j[job.KERNEL] != 0
@@ -272,26 +295,25 @@ def pool_rest_task(j: Pointer, task: int) -> None:
     channels, in_h, in_w = geometry[conv.CHANNELS], geometry[conv.IN_H], geometry[conv.IN_W]
     out_h, out_w = geometry[conv.OUT_H], geometry[conv.OUT_W]
     kernel_h, kernel_w = geometry[conv.KERNEL_H], geometry[conv.KERNEL_W]
-    down, right = geometry[conv.DILATION_H], geometry[conv.DILATION_W]
+    down, right, step = geometry[conv.DILATION_H], geometry[conv.DILATION_W], geometry[conv.STRIDE_W]
     share = np.float32(1) / np.float32(kernel_h * kernel_w)
     for channel in range(channels * part // splits, channels * (part + 1) // splits):
         plane = sample * channels + channel
-        x, y = floats(j[job.X] + plane * in_h * in_w * 4), floats(j[job.Y] + plane * out_h * out_w * 4)
         for out_row in range(out_h):
+            y = floats(j[job.Y] + (plane * out_h + out_row) * out_w * 4)
+            for i in range(out_w):
+                y[i] = np.float32(0) if mean else -_INFINITY
             top = out_row * geometry[conv.STRIDE_H] - geometry[conv.PAD_H]
             row, row_end = _taps_inside(top, kernel_h, down, in_h)
-            for out_column in range(out_w):
-                left = out_column * geometry[conv.STRIDE_W] - geometry[conv.PAD_W]
-                column, column_end = _taps_inside(left, kernel_w, right, in_w)
-                total = np.float32(0) if mean else -_INFINITY
-                for r in range(row, row_end):
-                    for c in range(column, column_end):
-                        found = x[(top + r * down) * in_w + left + c * right]
-                        if mean:
-                            total += found
-                        elif found > total or np.isnan(found):
-                            total = found
-                y[out_row * out_w + out_column] = total * share if mean else total
+            for r in range(row, row_end):
+                x = floats(j[job.X] + (plane * in_h + top + r * down) * in_w * 4)
+                for c in range(kernel_w):
+                    tap = c * right - geometry[conv.PAD_W]  # that of the first column, which may lie before the image
+                    first, end = max(0, (step - 1 - tap) // step), min(out_w, (in_w - 1 - tap) // step + 1)
+                    _pool_row(y, x, tap, step, first, max(first, end), mean)
+            if mean:
+                for i in range(out_w):
+                    y[i] *= share
 
 
 def arrange_task(j: Pointer, task: int) -> None:
