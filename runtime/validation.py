@@ -190,8 +190,8 @@ def check_pooling(
     if any(2 * p > size for p, size in zip(padding, window, strict=True)):
         raise FormatError(f"{op}: padding {tuple(padding)} is more than half of the window {tuple(window)}")
     reaches = [d * (size - 1) + 1 for d, size in zip(dilation, window, strict=True)]
-    numbers = zip(x.shape[2:], reaches, stride, padding, strict=True)
-    out = [(size + 2 * p - reach) // step + 1 for size, reach, step, p in numbers]
+    along = zip(x.shape[2:], reaches, stride, padding, strict=True)
+    out = [(size + 2 * p - reach) // step + 1 for size, reach, step, p in along]
     if min(out) < 1:
         raise FormatError(f"{op}: windows of {tuple(window)} leave no output of {tuple(x.shape)}")
     return (*x.shape[:2], *out)

@@ -90,11 +90,17 @@ class Segmented(nn.Module):
 def sam() -> Real:
     from transformers import SamConfig, SamMaskDecoderConfig, SamModel, SamPromptEncoderConfig, SamVisionConfig
 
-    wide, image = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32}, {"image_size": 32, "patch_size": 8}
-    attention = {"num_hidden_layers": 1, "window_size": 2, "global_attn_indexes": [0], "output_channels": 16}
-    decoder = {"num_hidden_layers": 1, "iou_head_hidden_dim": 16, "iou_head_depth": 2}
+    wide: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 2, "mlp_dim": 32}
+    image: dict[str, Any] = {"image_size": 32, "patch_size": 8}
+    attention: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "window_size": 2,
+        "global_attn_indexes": [0],
+        "output_channels": 16,
+    }
+    decoder: dict[str, Any] = {"num_hidden_layers": 1, "iou_head_hidden_dim": 16, "iou_head_depth": 2}
     config = SamConfig(
-        vision_config=SamVisionConfig(**wide, **image, **attention, num_pos_feats=8).to_dict(),
+        vision_config=SamVisionConfig(**wide, **image, **attention, output_channels=16, num_pos_feats=8).to_dict(),
         prompt_encoder_config=SamPromptEncoderConfig(hidden_size=16, **image, mask_input_channels=4).to_dict(),
         mask_decoder_config=SamMaskDecoderConfig(**wide, **decoder).to_dict(),
     )
@@ -125,7 +131,7 @@ def mini_lm(model: nn.Module) -> Real:
 def mini_lm_of_any_weights() -> Real:
     from transformers import BertConfig, BertModel
 
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 12}
+    heads: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 12}
     config = BertConfig(hidden_size=384, intermediate_size=1536, vocab_size=30_522, **heads)
     bert = BertModel(config, add_pooling_layer=False)
     bert.embeddings.requires_grad_(False)

@@ -146,7 +146,7 @@ def _sizes(shapes: Sequence[Sequence[int | str | None]], asked: Mapping[str, int
         for axis, size in enumerate(shape):
             if isinstance(size, int):
                 sizes[size] = size
-            elif size in asked:
+            elif size is not None and size in asked:
                 sizes[size] = asked[size]
             elif size is not None and {"+", "*"}.isdisjoint(size):
                 known.setdefault(size, _FREE[min(axis, 1)])

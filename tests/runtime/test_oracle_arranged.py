@@ -277,7 +277,8 @@ class Pooling(NamedTuple):
         y = np.empty((*x.shape[:2], *sizes), np.float32)
         for place in np.ndindex(*sizes):
             taps = zip(place, self.stride, reach, self.dilation, strict=True)
-            window = padded[(..., *(slice(p * s, p * s + r, d) for p, s, r, d in taps))]
+            slices: tuple[Any, ...] = tuple(slice(p * s, p * s + r, d) for p, s, r, d in taps)
+            window = padded[(..., *slices)]
             axes = tuple(range(2, window.ndim))
             y[(..., *place)] = window.mean(axes) if self.mean else window.max(axes)
         return y
@@ -355,10 +356,10 @@ def test_gradients_of_pooling(how: Pooling) -> None:
     y = ARRANGE(POOL(ARRANGE(leaves[1]), *how[1:]), True)
     for one in (plain, y):
         (one * torch.linspace(-1, 1, one.numel()).reshape(one.shape)).sum().backward()
-    np.testing.assert_allclose(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaves[0].grad, leaves[1].grad, rtol=1e-5, atol=1e-6)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no window": ({"window": ()}, {"kernel_shape": ()}, "'kernel_shape' is missing"),
     "three axes": ({"window": (2, 2, 2)}, {"kernel_shape": (2, 2, 2)}, "'kernel_shape' has 3 entries, expected 1 or 2"),
     "an empty window": ({"window": (0, 2)}, {"kernel_shape": (0, 2)}, "'kernel_shape' holds 0"),

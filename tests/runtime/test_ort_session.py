@@ -180,7 +180,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_model_in_memory_is_no_path() -> None:
     with pytest.raises(FormatError, match="load takes the path of a file, not bytes; for a model in memory"):
-        srigl_fx.runtime.load(NODE.model().SerializeToString())  # type: ignore[arg-type]
+        srigl_fx.runtime.load(NODE.model().SerializeToString())
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model", bytes(1000), NODE.model().SerializeToString()[:-50]])

@@ -122,7 +122,7 @@ def add_positions(count: int, rows: int = 1) -> Callable[..., None]:
     return intrinsic(add)  # type: ignore[no-any-return]
 
 
-def _pool(mean: bool) -> Callable[[int, int, int, int, int, int, int, float], None]:
+def _pool(mean: bool) -> Callable[..., None]:
     """An intrinsic that pools a window of a few vectors for 16 samples, of neighbouring channels at one position.
 
     Its arguments are ``(inputs, row_step, rows, step, columns, vectors, y, share)``: the first of the window's inputs,
