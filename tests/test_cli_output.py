@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.console import Console
 from srigl_fx.cli import output
 from srigl_fx.cli.output import document, refusals, require_extra, show_path, working
 from srigl_fx.errors import ExportError, MissingExtraError
+from srigl_fx.files import replacing
 
 
 def test_what_is_printed_meanwhile_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +58,36 @@ def test_a_result_that_cannot_be_written_is_one_line(capsys: pytest.CaptureFixtu
         show_path(Path("a.onnx"), False)
     assert stopped.value.exit_code == 1
     assert capsys.readouterr().err.startswith("error: cannot read or write: No space left on device; give")
+
+
+def _interrupted(path: Path, number: int) -> None:
+    """Told to end while a file is half written."""
+    with working("doing"), replacing(path) as part:
+        part.write_bytes(b"half")
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["SIGTERM", "SIGHUP"])
+def test_who_is_told_to_end_leaves_no_half_file(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            _interrupted(tmp_path / "a.onnx", number)
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert ended.value.code == 128 + number
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_is_to_ignore_a_closed_terminal_does() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with working("doing"):
+            signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_mistake_of_ours_is_no_refusal() -> None:

@@ -100,7 +100,7 @@ def sam() -> Real:
     }
     decoder: dict[str, Any] = {"num_hidden_layers": 1, "iou_head_hidden_dim": 16, "iou_head_depth": 2}
     config = SamConfig(
-        vision_config=SamVisionConfig(**wide, **image, **attention, output_channels=16, num_pos_feats=8).to_dict(),
+        vision_config=SamVisionConfig(**wide, **image, **attention, num_pos_feats=8).to_dict(),
         prompt_encoder_config=SamPromptEncoderConfig(hidden_size=16, **image, mask_input_channels=4).to_dict(),
         mask_decoder_config=SamMaskDecoderConfig(**wide, **decoder).to_dict(),
     )
