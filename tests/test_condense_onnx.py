@@ -406,6 +406,37 @@ def test_a_graph_that_is_none_is_refused(tmp_path: Path) -> None:
         condense_onnx(source, tmp_path / "b.onnx")
 
 
+@pytest.mark.parametrize("opset", [11, 14])
+def test_what_skl2onnx_puts_before_a_network(tmp_path: Path, opset: int) -> None:
+    """ONNX infers no shape behind operators of ai.onnx.ml; those that keep the shape of their input have that."""
+    nodes = [
+        helper.make_node("Scaler", ["x"], ["s"], domain="ai.onnx.ml", offset=[0.5], scale=[2.0]),
+        helper.make_node("Cast", ["s"], ["c"], to=TensorProto.FLOAT),
+        helper.make_node("Normalizer", ["c"], ["d"], domain="ai.onnx.ml", norm="L2"),
+        helper.make_node("MatMul", ["d", "w"], ["y"]),
+    ]
+    source = write(tmp_path / "a.onnx", nodes, {"w": pruned(64, 48)}, [None, 64], [None, 48], opset=opset)
+    report = condense_onnx(source, tmp_path / "b.onnx", min_speedup=0)
+    assert condensed_nodes(report.path) == ["CondensedLinear"]
+    assert_same(source, report.path, random(1, 64), random(3, 64))
+
+
+def test_a_model_that_returns_maps_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["y"]),
+        helper.make_node("ZipMap", ["y"], ["z"], domain="ai.onnx.ml", classlabels_int64s=[0, 1]),
+    ]
+    source = write(tmp_path / "a.onnx", nodes, {"w": pruned(64, 2)}, [None, 64], [None, 2])
+    model = onnx.load(source)
+    number = helper.make_tensor_type_proto(TensorProto.FLOAT, [])
+    kind = helper.make_sequence_type_proto(helper.make_map_type_proto(TensorProto.INT64, number))
+    model.graph.output.append(helper.make_value_info("z", kind))
+    onnx.save(model, source)
+    with pytest.raises(ExportError, match=r"'z' of .*a\.onnx is a map, .*'zipmap': False"):
+        condense_onnx(source, tmp_path / "b.onnx")
+    assert not (tmp_path / "b.onnx").exists()
+
+
 def test_a_deep_graph_is_read_once(tmp_path: Path) -> None:
     """Each node has two inputs that are computed, so that following all of them would take 2**60 steps."""
     nodes = [helper.make_node("Add", [f"h{i}", f"h{i}"], [f"h{i + 1}"]) for i in range(60)]

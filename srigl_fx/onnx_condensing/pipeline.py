@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 _ROUNDING = frozenset({"QuantizeLinear", "DynamicQuantizeLinear", "QGemm"})
+_SAME_SHAPE = frozenset({"Binarizer", "Imputer", "Normalizer", "Scaler"})  # of ai.onnx.ml
 _MOST_NODES = 1_000_000  # once functions are in the place of their calls
 _LEAST_IR_VERSION = 8  # of files with functions
 
@@ -78,9 +79,9 @@ def condense_onnx(
 
     Raises:
         FormatError: The source cannot be read, or is no ONNX file.
-        ExportError: Nothing in it can be condensed (the message says why), an argument is out of range, ONNX cannot
-            bring it to opset 18, the outputs differ, or a file that the source keeps tensors in would be written over
-            (in its own place a file may be condensed).
+        ExportError: Nothing in it can be condensed (the message says why), it takes or returns maps, an argument is out
+            of range, ONNX cannot bring it to opset 18, the outputs differ, or a file that the source keeps tensors in
+            would be written over (in its own place a file may be condensed).
 
     An existing file at ``path`` is left alone in each case.
 
@@ -145,7 +146,10 @@ def _followed(source: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        problem = (str(error).splitlines() or [type(error).__name__])[0]
+        first: BaseException = error
+        while first.__cause__ is not None:  # what reads a graph says where it was, and not what was wrong
+            first = first.__cause__
+        problem = (str(first).splitlines() or [type(first).__name__])[0]
         raise FormatError(f"the graph of {source} cannot be followed: {problem}") from error
 
 
@@ -166,6 +170,7 @@ def _prepared(source: Path, files: set[Path]) -> "ir.Model":
     opset = next((one.version for one in proto.opset_import if not one.domain), 0)
     if not proto.HasField("graph") or not opset:
         raise FormatError(f"{source} is no ONNX file: it has no graph of ONNX's operators")
+    _refuse_maps(proto, source)
     if opset < OPSET_VERSION:
         proto = _converted(proto, source, opset)
     with _followed(source):
@@ -183,8 +188,38 @@ def _prepared(source: Path, files: set[Path]) -> "ir.Model":
             ],
         )
         common.IdentityEliminationPass()(model)
-        common.ShapeInferencePass()(model)
+        _infer_shapes(model)
     return model
+
+
+def _refuse_maps(proto: "onnx.ModelProto", source: Path) -> None:
+    """Refuse a model that takes or returns maps, as those of classifiers do by default."""
+    for entry in (*proto.graph.input, *proto.graph.output):
+        kind = entry.type
+        while kind.WhichOneof("value") == "sequence_type":
+            kind = kind.sequence_type.elem_type
+        if kind.WhichOneof("value") == "map_type":
+            raise ExportError(
+                f"{entry.name!r} of {source} is a map, which cannot be carried on: have the file written with tensors "
+                "alone (skl2onnx: options={'zipmap': False})"
+            )
+
+
+def _infer_shapes(model: "ir.Model") -> None:
+    """Infer the shapes of values, those behind operators of ai.onnx.ml, too, of which ONNX infers none."""
+    from onnx_ir.passes import common
+
+    found = True
+    while found:
+        common.ShapeInferencePass()(model)
+        found = False
+        for node in model.graph.all_nodes():
+            if node.domain != "ai.onnx.ml" or node.op_type not in _SAME_SHAPE or not node.inputs:
+                continue
+            given, made = node.inputs[0], node.outputs[0]
+            if made.shape is None and given is not None and given.shape is not None:
+                made.shape = given.shape.copy()
+                found = True
 
 
 def _converted(proto: "onnx.ModelProto", source: Path, opset: int) -> "onnx.ModelProto":
