@@ -9,7 +9,7 @@ hosts, what the oracle's tests of the operators have computed on this machine, a
 compute is recorded once for the same sources. The figures go into docs/reliability.md.
 
 ``--library FILE`` takes a library that was built for Arm from these sources; ``--every 10`` records every tenth test of
-the oracle's, for a quick look: the page is written by whole runs only.
+the oracle's, where hours are too much: the page then says so.
 """
 
 import argparse
@@ -224,7 +224,7 @@ def test_cpu(python: Emulator, cpu: str, library: Path, cases: Path, recorded: P
     return f"| `{cpu}` | `{CPUS[cpu]}` | {numbers} | {replayed['largest']:.1e}, and 0 of whole numbers |"
 
 
-def note(rows: list[str]) -> None:
+def note(rows: list[str], every: int) -> None:
     """Put the figures into the page."""
     page = PAGE.read_text(encoding="utf-8")
     before, after = page.split(MARKS[0])[0], page.split(MARKS[1])[1]
@@ -234,7 +234,8 @@ def note(rows: list[str]) -> None:
         *rows,
     ]
     emulator = run("qemu-aarch64", "--version").split()[2]
-    where = f"qemu-aarch64 {emulator}, {ONNXRUNTIME.replace('==', ' ')}, {datetime.now(UTC):%Y-%m-%d}."
+    sample = f" Of the oracle's tests one in {every} was taken." if every > 1 else ""
+    where = f"qemu-aarch64 {emulator}, {ONNXRUNTIME.replace('==', ' ')}, {datetime.now(UTC):%Y-%m-%d}.{sample}"
     PAGE.write_text("\n".join([before + MARKS[0], "", *table, "", where, "", MARKS[1] + after]), encoding="utf-8")
 
 
@@ -264,8 +265,7 @@ def main() -> None:
     for cpu in CPUS:
         python = Emulator(root, [own, site], cpu)
         rows.append(test_cpu(python, cpu, options.library, cases, recorded, options.every))
-    if options.every == 1:
-        note(rows)
+    note(rows, options.every)
 
 
 if __name__ == "__main__":

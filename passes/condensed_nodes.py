@@ -11,9 +11,12 @@ from torch import fx
 
 from srigl_fx.passes.program import arguments, tensor_at
 from srigl_fx.runtime.format import is_padding, row_indices
+from srigl_fx.runtime.ops import AFFINE as AFFINE
 from srigl_fx.runtime.ops import ARRANGE as ARRANGE
+from srigl_fx.runtime.ops import CONCAT as CONCAT
 from srigl_fx.runtime.ops import CONV as CONV
 from srigl_fx.runtime.ops import LINEAR as LINEAR
+from srigl_fx.runtime.ops import PAD as PAD
 from srigl_fx.runtime.ops import POOL as POOL
 from srigl_fx.runtime.ops import ROUND as ROUND
 

@@ -15,8 +15,8 @@ from srigl_fx.passes.program import MaskedTensor, Program, arguments, attribute_
 
 aten = torch.ops.aten
 
-_TUPLE_NORM = aten._native_batch_norm_legit_no_training.default
-_NORMS = frozenset({_TUPLE_NORM, aten.batch_norm.default})
+TUPLE_NORM = aten._native_batch_norm_legit_no_training.default
+NORMS = frozenset({TUPLE_NORM, aten.batch_norm.default})
 _LAYERS = frozenset({"linear", "convolution", "transposed convolution"})
 
 
@@ -44,7 +44,7 @@ class FoldBatchNorm(Pass[Program]):
         """Rewrite the graph in place."""
         module, notes, changed = subject.module, [], False
         readers = _readers(module)
-        for node in [node for node in module.graph.nodes if node.target in _NORMS]:
+        for node in [node for node in module.graph.nodes if node.target in NORMS]:
             given = arguments(node)
             if given.get("training"):
                 continue
@@ -76,10 +76,21 @@ def _origin(node: fx.Node) -> str:
 
 def _outputs(norm: fx.Node) -> Iterator[fx.Node]:
     """The nodes that hold the normalised tensor; all else that uses the batch norm has to stay."""
-    if norm.target is not _TUPLE_NORM:
+    if norm.target is not TUPLE_NORM:
         yield norm
         return
     yield from (user for user in norm.users if user.args[1] == 0)
+
+
+def is_norm(module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether a batch norm has stored statistics and parameters, and a finite map of each channel."""
+    given = arguments(node)
+    constants = [given[name] for name in ("weight", "bias", "running_mean", "running_var")]
+    if given.get("training") or given["running_mean"] is None:
+        return False
+    if any(node is not None and node.op != "get_attr" for node in constants):
+        return False
+    return all(bool(part.isfinite().all()) for part in scale_and_shift(module, given))
 
 
 def _refusal(
@@ -94,7 +105,7 @@ def _refusal(
     rank = 2 if layer.target is aten.linear.default else operands["weight"].meta["val"].dim()
     if not isinstance(value, Tensor) or value.dim() != rank:
         return f"its channels are not the features of {layer.name}"
-    if len(layer.users) > 1 or (norm.target is _TUPLE_NORM and len(list(_outputs(norm))) != len(norm.users)):
+    if len(layer.users) > 1 or (norm.target is TUPLE_NORM and len(list(_outputs(norm))) != len(norm.users)):
         return f"the output of {layer.name} is used elsewhere too"
     names = ("weight", "bias", "running_mean", "running_var")
     constants = [operands["weight"], operands["bias"], *(given[name] for name in names)]
@@ -107,11 +118,11 @@ def _refusal(
         return f"the weight {operands['weight'].target} is read by other nodes too"
     if len({tensor.dtype for tensor in tensors}) > 1:
         return "its dtype is not the layer's"
-    scale, shift = _scale_and_shift(module, given)
+    scale, shift = scale_and_shift(module, given)
     return None if bool(scale.isfinite().all() and shift.isfinite().all()) else "its scale is not finite"
 
 
-def _scale_and_shift(module: fx.GraphModule, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def scale_and_shift(module: fx.GraphModule, given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The affine map of each channel, in float64."""
 
     def read(name: str, default: float) -> Tensor:
@@ -129,7 +140,7 @@ def _fold(program: Program, norm: fx.Node, given: dict[str, Any]) -> None:
     operands = arguments(layer)
     target = str(operands["weight"].target)
     old = tensor_at(module, target).detach()
-    scale, shift = _scale_and_shift(module, given)
+    scale, shift = scale_and_shift(module, given)
     weight = old.double()
     if (
         operator_of(layer.target).family == "transposed convolution"
@@ -154,5 +165,5 @@ def _fold(program: Program, norm: fx.Node, given: dict[str, Any]) -> None:
     for output in list(_outputs(norm)):
         output.replace_all_uses_with(layer)
         module.graph.erase_node(output)
-    if norm.target is _TUPLE_NORM:
+    if norm.target is TUPLE_NORM:
         module.graph.erase_node(norm)

@@ -1,5 +1,5 @@
 """The operators of torch: ``torch.ops.srigl_fx.condensed_linear``, ``condensed_conv``, ``round_samples``,
-``arrange_samples`` and ``pool_samples``.
+``arrange_samples``, ``pool_samples``, ``pad_samples``, ``affine_samples`` and ``concat_samples``.
 
 Owns schemas, the fake kernels (shapes for torch.compile and torch.export), and which code a device has. It must not
 know graphs or models, nor how anything is computed.
@@ -19,16 +19,19 @@ from torch.autograd import forward_ad
 
 from srigl_fx.errors import FormatError
 from srigl_fx.runtime import arranged
-from srigl_fx.runtime.cpu import execute, execute_conv
+from srigl_fx.runtime.cpu import execute, execute_arranged, execute_conv
 from srigl_fx.runtime.cuda import execute as gpu
 from srigl_fx.runtime.dense import dense_conv as dense_conv
 from srigl_fx.runtime.dense import dense_weight as dense_weight
 from srigl_fx.runtime.gradients import conv_backward, linear_backward, save
 from srigl_fx.runtime.quantisation import LARGEST_FILTER
 from srigl_fx.runtime.validation import (
+    check_affine,
     check_arranged,
+    check_concat,
     check_epilogue,
     check_given,
+    check_padding,
     check_pooling,
     check_rounding,
     check_samples,
@@ -60,6 +63,12 @@ _library.define(
     "pool_samples(Tensor x, int[] window, int[] stride, int[] padding, int[] dilation, bool mean=False) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+_library.define(
+    "pad_samples(Tensor x, int[] before, int[] after, float value=0.0) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define("affine_samples(Tensor x, Tensor scale, Tensor shift) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define("concat_samples(Tensor x, Tensor other) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("round_samples(Tensor x, float scale, int offset) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -246,7 +255,7 @@ def _arrange_samples(x: Tensor, back: bool = False) -> Tensor:
     if not x.is_cpu:  # no kernel of other devices has samples innermost
         return x.clone(memory_format=torch.contiguous_format)
     y = x.new_empty(x.shape)
-    execute_conv.arrange(x.contiguous(), y, back)
+    execute_arranged.arrange(x.contiguous(), y, back)
     return y
 
 
@@ -272,7 +281,7 @@ def _pool_samples(
     if not x.is_cpu:
         return arranged.pool(x, *settings).contiguous()
     y = x.new_empty(shape)
-    execute_conv.pool(x.contiguous(), y, *settings)
+    execute_arranged.pool(x.contiguous(), y, *settings)
     return y
 
 
@@ -296,6 +305,77 @@ def _pool_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return ARRANGE(found), None, None, None, None, None
 
 
+def _pad_samples(x: Tensor, before: list[int], after: list[int], value: float = 0.0) -> Tensor:
+    _refuse_forward_mode("pad_samples")
+    shape = check_padding("pad_samples", x, before, after)
+    if not x.is_cpu:
+        return arranged.pad(x, before, after, value)
+    y = x.new_empty(shape)
+    execute_arranged.pad(x.contiguous(), y, before, after, value)
+    return y
+
+
+def _fake_pad_samples(x: Tensor, before: list[int], after: list[int], value: float = 0.0) -> Tensor:
+    return x.new_empty(check_padding("pad_samples", x, before, after))
+
+
+def _save_padded(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.settings = inputs[1:3]
+
+
+def _pad_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    before, after = ctx.settings
+    return ARRANGE(arranged.pad(ARRANGE(grad, True), [-p for p in before], [-p for p in after], 0.0)), None, None, None
+
+
+def _affine_samples(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    _refuse_forward_mode("affine_samples")
+    check_affine("affine_samples", x, scale, shift)
+    if not x.is_cpu:
+        return arranged.affine(x, scale, shift).contiguous()
+    y = x.new_empty(x.shape)
+    execute_arranged.affine(x.contiguous(), y, scale.contiguous(), shift.contiguous())
+    return y
+
+
+def _fake_affine_samples(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    check_affine("affine_samples", x, scale, shift)
+    return x.new_empty(x.shape)
+
+
+def _save_affine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, scale = ctx.saved_tensors
+    plain, axes = ARRANGE(grad, True), (0, *range(2, grad.dim()))
+    return AFFINE(grad, scale, torch.zeros_like(scale)), (plain * ARRANGE(x, True)).sum(axes), plain.sum(axes)
+
+
+def _concat_samples(x: Tensor, other: Tensor) -> Tensor:
+    _refuse_forward_mode("concat_samples")
+    shape = check_concat("concat_samples", x, other)
+    if not x.is_cpu:
+        return torch.cat((x, other), 1)
+    y = x.new_empty(shape)
+    execute_arranged.concat(x.contiguous(), other.contiguous(), y)
+    return y
+
+
+def _fake_concat_samples(x: Tensor, other: Tensor) -> Tensor:
+    return x.new_empty(check_concat("concat_samples", x, other))
+
+
+def _save_joined(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.channels = inputs[0].shape[1]
+
+
+def _concat_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    plain = ARRANGE(grad, True)
+    return ARRANGE(plain[:, : ctx.channels]), ARRANGE(plain[:, ctx.channels :])
+
+
 for _op, _fake in (("condensed_linear", _fake_linear), ("condensed_conv", _fake_conv)):
     torch.library.register_fake(f"srigl_fx::{_op}", on_one_device(_op, _fake), lib=_library)
 torch.library.register_autograd("srigl_fx::condensed_linear", linear_backward, setup_context=save, lib=_library)
@@ -313,10 +393,22 @@ _library.impl("pool_samples", _pool_samples, "CPU")
 _library.impl("pool_samples", _pool_samples, "CUDA")
 torch.library.register_fake("srigl_fx::pool_samples", _fake_pool_samples, lib=_library)
 torch.library.register_autograd("srigl_fx::pool_samples", _pool_backward, setup_context=_save_pooled, lib=_library)
+for _op, _kernel, _fake, _save, _backward in (
+    ("pad_samples", _pad_samples, _fake_pad_samples, _save_padded, _pad_backward),
+    ("affine_samples", _affine_samples, _fake_affine_samples, _save_affine, _affine_backward),
+    ("concat_samples", _concat_samples, _fake_concat_samples, _save_joined, _concat_backward),
+):
+    _library.impl(_op, _kernel, "CPU")
+    _library.impl(_op, _kernel, "CUDA")
+    torch.library.register_fake(f"srigl_fx::{_op}", _fake, lib=_library)
+    torch.library.register_autograd(f"srigl_fx::{_op}", _backward, setup_context=_save, lib=_library)
 
 LINEAR = torch.ops.srigl_fx.condensed_linear.default
 CONV = torch.ops.srigl_fx.condensed_conv.default
 ROUND = torch.ops.srigl_fx.round_samples.default
 ARRANGE = torch.ops.srigl_fx.arrange_samples.default
 POOL = torch.ops.srigl_fx.pool_samples.default
+PAD = torch.ops.srigl_fx.pad_samples.default
+AFFINE = torch.ops.srigl_fx.affine_samples.default
+CONCAT = torch.ops.srigl_fx.concat_samples.default
 """The operators as graphs call them."""

@@ -197,6 +197,37 @@ def check_pooling(
     return (*x.shape[:2], *out)
 
 
+def check_padding(op: str, x: Tensor, before: Sequence[int], after: Sequence[int]) -> tuple[int, ...]:
+    """The shape of what is padded, as (N, C, sizes...); raise a FormatError unless that can be."""
+    check_samples(op, x)
+    axes = x.dim() - 2
+    for name, numbers in (("before", before), ("after", after)):
+        if axes > 2 or len(numbers) != axes or min(numbers) < 0:
+            raise FormatError(
+                f"{op}: {name} is {tuple(numbers)}; x {tuple(x.shape)} needs {min(axes, 2)} numbers of at least 0"
+            )
+    return (*x.shape[:2], *(size + b + a for size, b, a in zip(x.shape[2:], before, after, strict=True)))
+
+
+def check_affine(op: str, x: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """Raise a FormatError unless each channel of what is arranged has a scale and a shift."""
+    check_samples(op, x)
+    for name, numbers in (("scale", scale), ("shift", shift)):
+        if numbers.dtype is not torch.float32 or numbers.shape != x.shape[1:2]:
+            raise FormatError(
+                f"{op}: {name} must be float32 ({x.shape[1]},), not {numbers.dtype} {tuple(numbers.shape)}"
+            )
+
+
+def check_concat(op: str, x: Tensor, other: Tensor) -> tuple[int, ...]:
+    """The shape of two tensors side by side along their channels; raise a FormatError unless that can be."""
+    check_samples(op, x)
+    check_samples(op, other)
+    if (x.shape[0], *x.shape[2:]) != (other.shape[0], *other.shape[2:]):
+        raise FormatError(f"{op}: x {tuple(x.shape)} and other {tuple(other.shape)} differ in more than channels")
+    return (x.shape[0], x.shape[1] + other.shape[1], *x.shape[2:])
+
+
 def check_given(
     op: str, scales: Tensor | None, x_scale: float | None, x_offset: int, y_scale: float | None, y_offset: int
 ) -> None:

@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "passes": (
         *("masks", "nn", "comparison", *COMMON),
         *("runtime.activations", "runtime.format", "runtime.quantisation", "runtime.cpu.kernels.plan", "runtime.ops"),
-        "runtime.row_lengths",
+        *("runtime.arranged", "runtime.row_lengths"),
     ),
     "runtime": ("masks", *COMMON),
     "runtime.activations": ("errors",),
@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("errors", "runtime.activations", "runtime.format", "runtime.quantisation", "runtime.value_types"),
         "runtime.cpu.kernels.plan",
     ),
-    "runtime.arranged": (),
+    "runtime.arranged": ("runtime.cpu.kernels.isa", "runtime.cpu.kernels.plan"),
     "runtime.format": ("errors", "runtime.quantisation", "runtime.value_types"),
     "runtime.row_lengths": ("runtime.cpu.kernels.plan",),
     "runtime.cpu.kernels": ("errors", "runtime.activations", "runtime.quantisation", "runtime.value_types"),

@@ -193,6 +193,16 @@ def test_rule_10_a_free_number_of_repetitions(dim: int | None) -> None:
         assert torch.equal(rewritten(*given), model(*given))
 
 
+def pooled(net: Net, x: Tensor) -> Tensor:
+    y = net.fc(x).unsqueeze(1) - 9  # negative numbers, of which zeros beside them are the largest
+    return F.max_pool1d(F.pad(y, (2, 1)), 3, 1).sum(1)
+
+
+@pytest.mark.long
+def test_rule_11_zeros_beside_what_is_pooled_count(tmp_path: Path) -> None:
+    check(pooled, (x(4),), (x(7),), tmp_path)
+
+
 @pytest.mark.slow
 def test_rewriting_leaves_the_lowered_graph_alone() -> None:
     lowered = sx.lower(sparse(split), (x(2),), min_speedup=0)

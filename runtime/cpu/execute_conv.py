@@ -1,4 +1,4 @@
-"""One call of a condensed convolution, and of what stands between such with samples innermost, as jobs for the kernels.
+"""One call of a condensed convolution, as jobs for the kernels.
 
 Owns its geometry, the scratch of kernels, and the call of their tasks, as the plan has them
 (:mod:`srigl_fx.runtime.cpu.kernels.plan`); operands are valid. It must not know how operators are registered, checked
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from srigl_fx.runtime.activations import NUMBERS
-from srigl_fx.runtime.arranged import whole_blocks
+from srigl_fx.runtime.arranged import block_samples, whole_blocks
 from srigl_fx.runtime.cpu import threads
 from srigl_fx.runtime.cpu.entries import entry
 from srigl_fx.runtime.cpu.execute import (
@@ -162,7 +162,7 @@ def _conv_job(
 ) -> "tuple[ctypes.Array[ctypes.c_int64], Callable[[ctypes.Array[ctypes.c_int64], Tensor], None]]":
     """A job but for its tensors, and what runs it."""
     n, (n_active, k) = weight_shape[0], weight[0].shape
-    numbers = _numbers(x.shape, weight_shape, stride, padding, dilation, groups, transposed, shape, k)
+    numbers = geometry_numbers(x.shape, weight_shape, stride, padding, dilation, groups, transposed, shape, k)
     geometry, offsets, size, positions = _geometry(numbers)
     j = weight_job(checked, planned, weight, math.prod(weight_shape[1:]), n // groups, scales)
     set_scales(j, given, wanted, x)
@@ -179,7 +179,7 @@ def _conv_job(
     return j, functools.partial(_run_tiles, _TASKS[planned[0]], tiles * splits, thread_count)
 
 
-def _numbers(
+def geometry_numbers(
     x_shape: Sequence[int],
     weight_shape: Sequence[int],
     stride: Sequence[int],
@@ -223,15 +223,15 @@ def innermost_convolution(
     whole = whole_blocks(batch)
     if whole:
         (n_active, k), n, in_features = weight[0].shape, weight_shape[0], math.prod(weight_shape[1:])
-        numbers = _numbers(x.shape, *settings, y.shape, k)
-        geometry = _plain_geometry(numbers)
+        numbers = geometry_numbers(x.shape, *settings, y.shape, k)
+        geometry = plain_geometry(numbers)
         without_sizes = tuple(0 if conv.IN_D <= i <= conv.OUT_W else one for i, one in enumerate(numbers))
         planned = plan.INNERMOST, plan.window_of(plan.INNERMOST, level(), in_features, n_active, k)
         j = weight_job(checked, planned, weight, in_features, n // groups, None, without_sizes)
         j[job.GEOMETRY], j[job.ACTIVATION] = ctypes.addressof(geometry), NUMBERS[activation]
         j[job.X], j[job.Y], j[job.BATCH] = x.data_ptr(), y.data_ptr(), whole
         j[job.RESIDUAL] = 0 if residual is None else residual.data_ptr()
-        blocks, positions, thread_count = whole // LANES, math.prod(y.shape[2:]), torch.get_num_threads()
+        blocks, positions, thread_count = whole // block_samples(), math.prod(y.shape[2:]), torch.get_num_threads()
         splits = plan.innermost_splits(blocks, -(-positions // LANES), whole * positions * n_active * k, thread_count)
         j[job.ROW_SPLITS] = splits
         _run_tiles(_TASKS[plan.INNERMOST], blocks * splits, thread_count, j, x)
@@ -241,53 +241,9 @@ def innermost_convolution(
 
 
 @functools.lru_cache(maxsize=1024)
-def _plain_geometry(numbers: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
+def plain_geometry(numbers: tuple[int, ...]) -> "ctypes.Array[ctypes.c_int64]":
     """The geometry for kernels that have no packed samples; shared by threads and never written."""
     return (ctypes.c_int64 * conv.GEOMETRY_SIZE)(*numbers)
-
-
-def arrange(x: Tensor, y: Tensor, back: bool) -> None:
-    """Write ``x`` with its samples innermost to ``y``, or ``back``; both are contiguous, with channels at axis 1."""
-    whole, thread_count = whole_blocks(x.shape[0]), torch.get_num_threads()
-    y[whole:] = x[whole:]
-    positions = math.prod(x.shape[2:])
-    if not whole or not positions * x.shape[1]:
-        return
-    j = Job()
-    j[job.X], j[job.Y], j[job.KERNEL] = x.data_ptr(), y.data_ptr(), int(back)
-    j[job.IN_FEATURES], j[job.OUT_FEATURES] = x.shape[1], positions
-    blocks = whole // LANES
-    j[job.ROW_SPLITS] = splits = plan.innermost_splits(blocks, -(-positions // LANES), x.numel(), thread_count)
-    threads.run(entry("arrange_task"), ctypes.addressof(j), blocks * splits, thread_count)
-
-
-def pool(
-    x: Tensor,
-    y: Tensor,
-    window: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    mean: bool,
-) -> None:
-    """Pool ``x``, whose samples are arranged, into ``y``; both are contiguous, with one or two axes."""
-    batch, channels, thread_count = *x.shape[:2], torch.get_num_threads()
-    whole, positions = whole_blocks(batch), math.prod(y.shape[2:])
-    if not y.numel():
-        return
-    numbers = _numbers(x.shape, (channels, channels, *window), stride, padding, dilation, channels, False, y.shape, 0)
-    geometry = _plain_geometry(numbers)
-    # Of blocks the positions are shared out, of the samples behind them the channels.
-    for task, first, samples, each, parts in (
-        ("pool_samples_task", 0, whole, LANES, -(-positions // LANES)),
-        ("pool_rest_task", whole, batch - whole, 1, channels),
-    ):
-        if samples:
-            j, blocks, work = Job(), samples // each, samples * channels * positions * math.prod(window)
-            j[job.X], j[job.Y], j[job.KERNEL] = x[first:].data_ptr(), y[first:].data_ptr(), int(mean)
-            j[job.GEOMETRY] = ctypes.addressof(geometry)
-            j[job.ROW_SPLITS] = splits = plan.innermost_splits(blocks, parts, work, thread_count)
-            threads.run(entry(task), ctypes.addressof(j), blocks * splits, thread_count)
 
 
 def _run_tiles(task: str, tasks: int, thread_count: int, j: "ctypes.Array[ctypes.c_int64]", x: Tensor) -> None:

@@ -23,12 +23,22 @@ BASES: Final = (
     *(base + EIGHT_BITS for base in FLOAT_BASES),
     *(base + EIGHT_BITS + BYTES for base in FLOAT_BASES),
 )
-ROUND: Final = "RoundSamples"  # the operators that are no layers
+ROUND: Final = "RoundSamples"  # of the operators that are no layers
 ARRANGE: Final = "ArrangeSamples"
 MAX_POOL: Final = "MaxPoolSamples"
 MEAN_POOL: Final = "MeanPoolSamples"
 POOLS: Final = (MAX_POOL, MEAN_POOL)
-NO_LAYERS: Final = (ROUND, ARRANGE, *POOLS)
+PAD: Final = "PadSamples"
+AFFINE: Final = "AffineSamples"
+CONCAT: Final = "ConcatSamples"
+NO_LAYERS: Final = {  # with their inputs, by name
+    ROUND: ("x",),
+    ARRANGE: ("x",),
+    **dict.fromkeys(POOLS, ("x",)),
+    PAD: ("x",),
+    AFFINE: ("x", "scale", "shift"),
+    CONCAT: ("x", "other"),
+}
 SUFFIXES: Final = {row.name: row.suffix for row in ACTIVATIONS}  # of the operators that apply an activation
 ENTRY_POINT: Final = "RegisterCustomOps"
 TASKS_TABLE: Final = "SriglTasks"  # the addresses of all tasks, by instruction set, for torch
@@ -124,6 +134,7 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_Y_OFFSET,
     NODE_X_FEATURE_MAJOR,
     NODE_Y_FEATURE_MAJOR,
+    NODE_BLOCK,  # of how many samples a block is that lie innermost
     NODE_ARRANGED,  # 1 where samples lie innermost; where they are to be as they were; of pooling, where it is a mean
     NODE_CHECKED_INDICES,
     NODE_CHECKED_ACTIVE,
@@ -132,7 +143,7 @@ TABLE_SIZE: Final = WORD * len(TASKS)
     NODE_DOT_PANEL,
     NODE_TILE_PANEL,
     NODE_NAME,
-) = (WORD * i for i in range(26))
+) = (WORD * i for i in range(27))
 NODE_NAME_SIZE: Final = 128
 NODE_PADS_END: Final = NODE_NAME + NODE_NAME_SIZE  # 3 words
 NODE_OUTPUT_PADDING: Final = NODE_PADS_END + 3 * WORD  # 3 words

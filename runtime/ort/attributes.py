@@ -262,6 +262,46 @@ def read_pooling(node: int, info: int, mean: int) -> int:
 
 
 @linked
+def read_padding(node: int, info: int) -> int:
+    """Check the attributes of padding, which are those of ONNX Pad, and store them in the node as those of pooling."""
+    given, count, api = stack(_LIST_CAPACITY), stack(1), load(node, abi.NODE_API)
+    status = read_ints(node, info, text("pads"), given, count)
+    if status != 0:
+        return status
+    if load(count, 0) == -1:
+        return refuse(node, text("attribute '@' is missing"), text("pads"), 0, 0)
+    rank = load(count, 0) // 2
+    if load(count, 0) != 2 * rank or rank < 3 or rank > 4:
+        return refuse(node, text("attribute '@' has % entries, expected 6 or 8"), text("pads"), load(count, 0), 0)
+    store(node, abi.NODE_SPATIAL_RANK, rank - 2)
+    geometry = node + abi.NODE_GEOMETRY
+    for i in range(3):
+        store(geometry, abi.WORD * (conv.PAD_D + i), 0)
+        store(node, abi.NODE_PADS_END + abi.WORD * i, 0)
+    for i in range(2 * rank):
+        pad, axis = load(given, abi.WORD * i), i % rank
+        if pad < 0 or pad > abi.MAX_STEP:
+            return refuse(node, text("attribute '@' holds %, outside [0, 2**20]"), text("pads"), pad, 0)
+        if axis < 2 and pad != 0:
+            return refuse(node, text("attribute '@' pads samples or channels by %"), text("pads"), pad, 0)
+        place = abi.WORD * (5 - rank + axis - 2)
+        if axis >= 2 and i < rank:
+            store(geometry, abi.WORD * conv.PAD_D + place, pad)
+        elif axis >= 2:
+            store(node, abi.NODE_PADS_END + place, pad)
+    value = stack(1)
+    store(value, 0, 0)
+    status = call(load(api, abi.KERNEL_INFO_GET_ATTRIBUTE_FLOAT), (info, text("value"), value))
+    if status != 0:
+        missing = _is_missing(api, status)
+        call(load(api, abi.RELEASE_STATUS), (status,))
+        if not missing:
+            return refuse(node, text("attribute '@' must be a float"), text("value"), 0, 0)
+    store(node, abi.NODE_Y_SCALE, load32(value, 0))
+    return 0
+
+
+@linked
 def read_attributes(node: int, info: int) -> int:
     """Check every attribute and store it in the node."""
     found, shape, count = stack(1), stack(_LIST_CAPACITY), stack(1)
@@ -355,5 +395,6 @@ def read_layout(node: int, info: int, name: int, first: int, out: int) -> int:
 
 FUNCTIONS = (
     *(read_int, read_scale, read_offset, read_given, read_rounding),
-    *(read_flag, read_arranged, read_ints, read_steps, read_geometry, read_pooling, read_layout, read_attributes),
+    *(read_flag, read_arranged, read_ints, read_steps, read_geometry, read_pooling, read_padding),
+    *(read_layout, read_attributes),
 )

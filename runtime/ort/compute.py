@@ -35,8 +35,6 @@ _FLOAT_BYTES = 4
 _malloc, _free, _memcpy = external("malloc", 1), external("free", 1), external("memcpy", 3)
 _DOT, _TILE, _SHARED_TILE, _STRIDED = plan.DOT, plan.TILE, plan.SHARED_TILE, plan.STRIDED
 _INT8_DOT, _INT8_TILE, _INNERMOST = plan.INT8_DOT, plan.INT8_TILE, plan.INNERMOST
-_MAX_WINDOW = 1 << 20  # of what counts of a window for the work that there is
-_BLOCK = plan.LANES  # samples that lie innermost together
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _NO_PANEL = "not enough memory for its packed weight"
 _NO_OUTPUTS = "not enough memory for its outputs before they are rounded"
@@ -49,9 +47,7 @@ _PLAN_LINEAR, _ROWS_TASK, _STRIDED_TASK, _DOT_TASK, _CONV_PLAN = (
 _TILE_TASK, _SHARED_TILE_TASK, _CONV_TILE, _CONV_SHARED_TILE = (
     abi.TABLE[task] for task in ("tile_task", "shared_tile_task", "conv_tile_task", "conv_shared_tile_task")
 )
-_CONV_INNERMOST, _ARRANGE, _POOL, _POOL_REST = (
-    abi.TABLE[task] for task in ("conv_innermost_task", "arrange_task", "pool_samples_task", "pool_rest_task")
-)
+_CONV_INNERMOST = abi.TABLE["conv_innermost_task"]
 
 
 @inlined
@@ -250,7 +246,8 @@ def compute_linear(node: int, context: int) -> int:
 @linked
 def _run_arranged(node: int, context: int, weights: int, geometry: int, data: int, batch: int) -> int:
     """The whole blocks of a convolution's samples, if these lie innermost; ``data`` then points behind them."""
-    whole = batch // _BLOCK * _BLOCK
+    block = load(node, abi.NODE_BLOCK)
+    whole = batch // block * block
     n, block_rows = load(node, abi.NODE_OUT_FEATURES), load(node, abi.NODE_OUT_FEATURES)
     block_rows //= load(geometry, abi.WORD * conv.GROUPS)
     panel, made, j = find_panel(node, weights, _INNERMOST, block_rows), 0, stack(_JOB_WORDS)
@@ -266,7 +263,7 @@ def _run_arranged(node: int, context: int, weights: int, geometry: int, data: in
         inputs *= load(geometry, abi.WORD * (conv.IN_D + i))
         positions *= load(geometry, abi.WORD * (conv.OUT_D + i))
     work = whole * positions * field(j, job.N_ACTIVE) * field(j, job.K)
-    status = run_innermost(node, context, kernel(node, _CONV_INNERMOST), j, whole // _BLOCK, positions, work)
+    status = run_innermost(node, context, kernel(node, _CONV_INNERMOST), j, whole // block, positions, work)
     free_panel(made)
     store(data, 0, load(data, 0) + whole * inputs * _FLOAT_BYTES)
     store(data, abi.WORD, load(data, abi.WORD) + whole * n * positions * _FLOAT_BYTES)
@@ -338,10 +335,11 @@ def compute_conv(node: int, context: int) -> int:
     status = _output(node, context, shape, rank, load(x, 0), data)
     if status != 0 or elements == 0:
         return status
-    if load(node, abi.NODE_ARRANGED) != 0 and batch >= _BLOCK:
+    block = load(node, abi.NODE_BLOCK)
+    if load(node, abi.NODE_ARRANGED) != 0 and batch >= block:
         status = _run_arranged(node, context, weights, geometry, data, batch)
-        elements = elements // batch * (batch % _BLOCK)
-        batch %= _BLOCK
+        elements = elements // batch * (batch % block)
+        batch %= block
         if status != 0 or batch == 0:
             return status
     block_rows = n // load(geometry, abi.WORD * conv.GROUPS)
@@ -414,113 +412,4 @@ def compute_round(node: int, context: int) -> int:
     return run_rounding(node, context, j, load(data, 0), load(data, abi.WORD), count)
 
 
-def compute_arrange(node: int, context: int) -> int:
-    """KernelComputeV2 of ArrangeSamples."""
-    api, x, y, tensor, j, data = (
-        load(node, abi.NODE_API),
-        stack(1),
-        stack(1),
-        stack(_TENSOR_WORDS),
-        stack(_JOB_WORDS),
-        stack(2),
-    )
-    status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, 0, x))
-    if status == 0:
-        status = describe_float(node, load(x, 0), text("x"), tensor)
-    if status != 0:
-        return status
-    rank, shape, positions = load(tensor, abi.TENSOR_RANK), tensor + abi.TENSOR_SHAPE, 1
-    if rank < 3:
-        return refuse(node, text("input '@' has rank %, expected 3 or more"), text("x"), rank, 0)
-    batch, channels = load(shape, 0), load(shape, abi.WORD)
-    for i in range(2, rank):
-        positions *= load(shape, abi.WORD * i)  # x has as many elements, which is no overflow
-    status = call(load(api, abi.KERNEL_CONTEXT_GET_OUTPUT), (context, 0, shape, rank, y))
-    if status == 0:
-        status = tensor_data(node, load(x, 0), data)
-    if status == 0:
-        status = tensor_data(node, load(y, 0), data + abi.WORD)
-    sample, blocks = channels * positions * _FLOAT_BYTES, batch // _BLOCK
-    if status != 0 or batch * sample == 0:
-        return status
-    done = blocks * _BLOCK * sample
-    _memcpy(load(data, abi.WORD) + done, load(data, 0) + done, batch % _BLOCK * sample)
-    if blocks == 0:
-        return 0
-    for i in range(_JOB_WORDS):
-        store(j, abi.WORD * i, 0)
-    set_field(j, job.X, load(data, 0))
-    set_field(j, job.Y, load(data, abi.WORD))
-    set_field(j, job.KERNEL, load(node, abi.NODE_ARRANGED))
-    set_field(j, job.IN_FEATURES, channels)
-    set_field(j, job.OUT_FEATURES, positions)
-    return run_innermost(node, context, kernel(node, _ARRANGE), j, blocks, positions, batch * channels * positions)
-
-
-def compute_pool(node: int, context: int) -> int:
-    """KernelComputeV2 of MaxPoolSamples and MeanPoolSamples."""
-    api, x, y, tensor = load(node, abi.NODE_API), stack(1), stack(1), stack(_TENSOR_WORDS)
-    j, data, geometry = stack(_JOB_WORDS), stack(2), stack(_GEOMETRY_WORDS)
-    status = call(load(api, abi.KERNEL_CONTEXT_GET_INPUT), (context, 0, x))
-    if status == 0:
-        status = describe_float(node, load(x, 0), text("x"), tensor)
-    if status != 0:
-        return status
-    rank, shape, spatial = load(tensor, abi.TENSOR_RANK), tensor + abi.TENSOR_SHAPE, load(node, abi.NODE_SPATIAL_RANK)
-    if rank != spatial + 2:
-        return refuse(node, text("input '@' has rank %, expected %"), text("x"), rank, spatial + 2)
-    for i in range(conv.GEOMETRY_SIZE):
-        store(geometry, abi.WORD * i, load(node, abi.NODE_GEOMETRY + abi.WORD * i))
-    batch, channels, size, positions, window = load(shape, 0), load(shape, abi.WORD), _FLOAT_BYTES, 1, 1
-    store(geometry, abi.WORD * conv.CHANNELS, channels)
-    size *= channels
-    for i in range(spatial):
-        axis, given = 3 - spatial + i, load(shape, abi.WORD * (2 + i))
-        before, taps = load(geometry, abi.WORD * (conv.PAD_D + axis)), load(geometry, abi.WORD * (conv.KERNEL_D + axis))
-        after = load(node, abi.NODE_PADS_END + abi.WORD * axis)
-        reach = load(geometry, abi.WORD * (conv.DILATION_D + axis)) * (taps - 1) + 1
-        if given > abi.MAX_SIZE:
-            return refuse(node, text("input '@' has a dimension of %, more than %"), text("x"), given, abi.MAX_SIZE)
-        if 2 * before > reach or 2 * after > reach:
-            return refuse(node, text("attribute '@' is more than half of a window of %"), text("pads"), reach, 0)
-        if given + before + after < reach:
-            return refuse(
-                node,
-                text("input '@' is % long with its pads, less than the dilated kernel's %"),
-                text("x"),
-                given + before + after,
-                reach,
-            )
-        out = (given + before + after - reach) // load(geometry, abi.WORD * (conv.STRIDE_D + axis)) + 1
-        store(geometry, abi.WORD * (conv.IN_D + axis), given)
-        store(geometry, abi.WORD * (conv.OUT_D + axis), out)
-        store(shape, abi.WORD * (2 + i), out)
-        # Pads are at most half a window, so that there are no more windows than twice the elements of x.
-        size, positions, window = size * given, positions * out, window * taps
-    status = call(load(api, abi.KERNEL_CONTEXT_GET_OUTPUT), (context, 0, shape, rank, y))
-    if status == 0:
-        status = tensor_data(node, load(x, 0), data)
-    if status == 0:
-        status = tensor_data(node, load(y, 0), data + abi.WORD)
-    if status != 0 or batch * channels == 0:
-        return status
-    for i in range(_JOB_WORDS):
-        store(j, abi.WORD * i, 0)
-    set_field(j, job.GEOMETRY, geometry)
-    set_field(j, job.KERNEL, load(node, abi.NODE_ARRANGED))
-    set_field(j, job.X, load(data, 0))
-    set_field(j, job.Y, load(data, abi.WORD))
-    blocks = batch // _BLOCK
-    whole, work = blocks * _BLOCK, channels * positions * min(window, _MAX_WINDOW)
-    if blocks > 0:
-        status = run_innermost(node, context, kernel(node, _POOL), j, blocks, positions, whole * work)
-    set_field(j, job.X, load(data, 0) + whole * size)
-    set_field(j, job.Y, load(data, abi.WORD) + whole * channels * positions * _FLOAT_BYTES)
-    if status == 0 and whole < batch:
-        status = run_innermost(
-            node, context, kernel(node, _POOL_REST), j, batch - whole, channels * _BLOCK, (batch - whole) * work
-        )
-    return status
-
-
-FUNCTIONS = (_run_linear, _run_arranged, compute_linear, compute_conv, compute_round, compute_arrange, compute_pool)
+FUNCTIONS = (_run_linear, _run_arranged, compute_linear, compute_conv, compute_round)

@@ -37,11 +37,15 @@ ROUND_ATTRIBUTES = ("x_scale", "x_offset")
 ARRANGE_ATTRIBUTES = ("back",)
 MEAN_ATTRIBUTES = ("kernel_shape", "strides", "pads")
 MAX_ATTRIBUTES = (*MEAN_ATTRIBUTES, "dilations")
+PAD_ATTRIBUTES = ("pads", "value")
 _ATTRIBUTES_OF = {
     abi.ROUND: ROUND_ATTRIBUTES,
     abi.ARRANGE: ARRANGE_ATTRIBUTES,
     abi.MAX_POOL: MAX_ATTRIBUTES,
     abi.MEAN_POOL: MEAN_ATTRIBUTES,
+    abi.PAD: PAD_ATTRIBUTES,
+    abi.AFFINE: (),
+    abi.CONCAT: (),
 }
 
 # Every constant is a tensor that states its type: graph tools take value_float, and a fill value left out, for double.
@@ -351,9 +355,10 @@ def fallback_functions(
     return functions
 
 
-def _header(name: str, attributes: Iterable[str], inputs: Iterable[str]) -> str:
+def _header(name: str, attributes: Collection[str], inputs: Iterable[str]) -> str:
     opset = f'<opset_import: ["" : {OPSET_VERSION}], domain: "{abi.DOMAIN}">'
-    return f"{opset} {name} <{', '.join(attributes)}> ({', '.join(inputs)}) => (y)"
+    given = f"<{', '.join(attributes)}> " if attributes else ""
+    return f"{opset} {name} {given}({', '.join(inputs)}) => (y)"
 
 
 def _bytes_by(scale: str, offset: str) -> str:
@@ -382,7 +387,47 @@ def _mean() -> str:
     return f"{_header(abi.MEAN_POOL, MEAN_ATTRIBUTES, ['x'])} {{ {body} }}"
 
 
-_NO_LAYERS = {abi.ROUND: _rounding, abi.ARRANGE: _arranging, abi.MAX_POOL: _largest, abi.MEAN_POOL: _mean}
+def _padding() -> str:
+    # ONNX Runtime makes zeros that a MaxPool reads that pool's own padding, which is no number, unless something is
+    # between them.
+    body = """
+    pads = Constant <value_ints: ints = @pads> ()
+    value = Constant <value_float: float = @value> ()
+    padded = Pad (x, pads, value)
+    y = Max (padded, padded)
+"""
+    return f"{_header(abi.PAD, PAD_ATTRIBUTES, ['x'])} {{ {body} }}"
+
+
+def _affine() -> str:
+    # (C,) -> (C, 1, ...), with as many ones as x has sizes.
+    body = """
+    sizes = Shape <start: int = 2> (x)
+    count = Shape (sizes)
+    ones = ConstantOfShape <value: tensor = int64[1] {1}> (count)
+    all = Constant <value: tensor = int64[1] {-1}> ()
+    each = Concat <axis: int = 0> (all, ones)
+    scales = Reshape (scale, each)
+    shifts = Reshape (shift, each)
+    product = Mul (x, scales)
+    y = Add (product, shifts)
+"""
+    return f"{_header(abi.AFFINE, (), abi.NO_LAYERS[abi.AFFINE])} {{ {body} }}"
+
+
+def _joining() -> str:
+    return f"{_header(abi.CONCAT, (), ['x', 'other'])} {{ y = Concat <axis: int = 1> (x, other) }}"
+
+
+_NO_LAYERS = {
+    abi.ROUND: _rounding,
+    abi.ARRANGE: _arranging,
+    abi.MAX_POOL: _largest,
+    abi.MEAN_POOL: _mean,
+    abi.PAD: _padding,
+    abi.AFFINE: _affine,
+    abi.CONCAT: _joining,
+}
 
 
 def _function(name: str, base: str, residual: bool, activation: str, used: Collection[str], exact: bool) -> str:

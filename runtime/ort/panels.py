@@ -26,6 +26,16 @@ def kernel(node: int, table: int) -> int:
 
 
 @linked
+def block_samples(node: int) -> int:
+    """How many samples a block has that lie innermost, with the node's instruction set."""
+    planned = stack(_JOB_WORDS)
+    for i in range(_JOB_WORDS):
+        store(planned, abi.WORD * i, 0)
+    call(kernel(node, _PLAN_PANEL), (planned, INNERMOST))
+    return load(planned, abi.WORD * job.SAMPLES)
+
+
+@linked
 def store_weights(node: int, weights: int, j: int) -> int:
     """Fill the fields of a job that describe the weight."""
     index_type = load(weights, abi.WEIGHTS_INDEX_TYPE)
@@ -113,4 +123,4 @@ def free_panel(panel: int) -> None:
     _free(panel)
 
 
-FUNCTIONS = (store_weights, find_panel, make_panel)
+FUNCTIONS = (block_samples, store_weights, find_panel, make_panel)

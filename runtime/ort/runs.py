@@ -230,7 +230,7 @@ def run_positions(node: int, context: int, task: int, j: int, positions: int, wo
 
 @inlined
 def run_innermost(node: int, context: int, task: int, j: int, blocks: int, positions: int, work: int) -> int:
-    """Blocks of 16 samples that lie innermost, whose positions few of them share out."""
+    """Blocks of samples that lie innermost, whose positions few of them share out."""
     splits = 1
     if blocks < _MAX_TASKS:
         splits = max(1, min(_MAX_TASKS // blocks, _shares((positions + _LANES - 1) // _LANES, work)))

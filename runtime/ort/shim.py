@@ -6,9 +6,10 @@ that any number of runs may share it. What may be refused is for ``attributes`` 
 """
 
 from srigl_fx.runtime.cpu.kernels import isa
-from srigl_fx.runtime.ort import abi, attributes, checks, compute, panels, refusals, runs
-from srigl_fx.runtime.ort.attributes import read_attributes, read_flag, read_pooling, read_rounding
+from srigl_fx.runtime.ort import abi, attributes, checks, compute, compute_arranged, panels, refusals, runs
+from srigl_fx.runtime.ort.attributes import read_attributes, read_flag, read_padding, read_pooling, read_rounding
 from srigl_fx.runtime.ort.checks import check_weights
+from srigl_fx.runtime.ort.panels import block_samples
 from srigl_fx.runtime.ort.primitives import (
     call,
     exchange,
@@ -38,7 +39,9 @@ _calloc, _free, _getenv = external("calloc", 2), external("free", 1), external("
 
 _WEIGHT_INPUTS, _MOST_WEIGHT_INPUTS = len(abi.INPUTS) - 1, len(abi.INPUTS)
 _FLOAT_BASES = len(abi.FLOAT_BASES)
-_ROUND_KIND, _ARRANGE_KIND, _MAX_POOL_KIND, _ = (abi.OPERATORS.index(name) for name in abi.NO_LAYERS)
+_ROUND_KIND, _ARRANGE_KIND, _MAX_POOL_KIND, _, _PAD_KIND, _AFFINE_KIND, _CONCAT_KIND = (
+    abi.OPERATORS.index(name) for name in abi.NO_LAYERS
+)
 _ACTIVATIONS = len(abi.SUFFIXES)
 _DIGITS = (ord("0"), ord("9"))
 _DOT, _COMMA = ord("."), ord(",")
@@ -90,6 +93,7 @@ def create(op: int, api: int, info: int, out: int) -> int:
     store(node, abi.NODE_ACTIVATION, kind % _ACTIVATIONS)
     store(node, abi.NODE_OPERATOR, load(op, abi.OP_NAME))
     store(node, abi.NODE_KERNELS, load(symbol("srigl_state"), abi.STATE_KERNELS))
+    store(node, abi.NODE_BLOCK, block_samples(node))
     size = stack(1)
     store(size, 0, abi.NODE_NAME_SIZE)
     status = call(load(api, abi.KERNEL_INFO_GET_NODE_NAME), (info, node + abi.NODE_NAME, size))
@@ -100,6 +104,10 @@ def create(op: int, api: int, info: int, out: int) -> int:
         status = read_rounding(node, info)
     elif kind == _ARRANGE_KIND:
         status = read_flag(node, info, text("back"), node + abi.NODE_ARRANGED)
+    elif kind == _PAD_KIND:
+        status = read_padding(node, info)
+    elif kind >= _AFFINE_KIND:
+        status = 0  # neither these nor concatenations have attributes
     elif kind >= _MAX_POOL_KIND:
         status = read_pooling(node, info, kind - _MAX_POOL_KIND)
     else:
@@ -128,7 +136,9 @@ def get_input_type(op: int, index: int) -> int:
     samples which may be bytes.
     """
     kind = load(op, abi.OP_KIND)
-    may_be_bytes = kind < _ROUND_KIND and kind // (2 * _ACTIVATIONS * _FLOAT_BASES) > 0
+    may_be_bytes = kind // (2 * _ACTIVATIONS * _FLOAT_BASES) > 0
+    if kind >= _ROUND_KIND:
+        return abi.TYPE_FLOAT
     if index == 1 or index == 2 or (index == 0 and may_be_bytes):
         return abi.TYPE_UNDEFINED
     return abi.TYPE_INT32 if index == 3 else abi.TYPE_FLOAT
@@ -138,7 +148,7 @@ def get_input_count(op: int) -> int:
     """GetInputTypeCount."""
     kind = load(op, abi.OP_KIND)
     if kind >= _ROUND_KIND:
-        return 1
+        return 3 if kind == _AFFINE_KIND else 2 if kind == _CONCAT_KIND else 1
     return _WEIGHT_INPUTS + 1 + kind // _ACTIVATIONS % 2 + min(1, kind // (2 * _ACTIVATIONS * _FLOAT_BASES))
 
 
@@ -257,6 +267,7 @@ FUNCTIONS = (
     *panels.FUNCTIONS,
     *runs.FUNCTIONS,
     *compute.FUNCTIONS,
+    *compute_arranged.FUNCTIONS,
     create,
     destroy,
     get_name,
@@ -292,8 +303,10 @@ _COMMON_FIELDS = {
 }
 _LAYERS = (compute.compute_linear, compute.compute_conv, compute.compute_conv)
 _COMPUTE = {name: _LAYERS[abi.BASES.index(base) % 3] for name, (base, _, _) in abi.operator_names().items()}
-_COMPUTE |= {abi.ROUND: compute.compute_round, abi.ARRANGE: compute.compute_arrange}
-_COMPUTE |= dict.fromkeys(abi.POOLS, compute.compute_pool)
+_COMPUTE |= {abi.ROUND: compute.compute_round, abi.ARRANGE: compute_arranged.compute_arrange}
+_COMPUTE |= dict.fromkeys(abi.POOLS, compute_arranged.compute_pool)
+_COMPUTE |= {abi.PAD: compute_arranged.compute_pad, abi.CONCAT: compute_arranged.compute_concat}
+_COMPUTE |= {abi.AFFINE: compute_arranged.compute_affine}
 OPERATOR_FIELDS = tuple(
     {
         **_COMMON_FIELDS,

@@ -109,7 +109,10 @@ GUARDED = frozenset(
 )
 _OURS = frozenset(
     f"{name}.default"
-    for name in ("condensed_linear", "condensed_conv", "round_samples", "arrange_samples", "pool_samples")
+    for name in (
+        *("condensed_linear", "condensed_conv", "round_samples"),
+        *("arrange_samples", "pool_samples", "pad_samples", "affine_samples", "concat_samples"),
+    )
 )
 _BUFFER_UPDATE = (
     "copy_.default"  # how a captured graph writes a buffer that the model updates; checks shapes like any operator

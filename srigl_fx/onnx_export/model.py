@@ -28,7 +28,7 @@ from srigl_fx.onnx_export.rewrites import rewrite
 from srigl_fx.onnx_export.state import explicit, of_leaves
 from srigl_fx.onnx_export.weights import take_out
 from srigl_fx.passes.capture import EXPORT_LOCK
-from srigl_fx.passes.condensed_nodes import ARRANGE, CONV, LINEAR, POOL, ROUND
+from srigl_fx.passes.condensed_nodes import AFFINE, ARRANGE, CONCAT, CONV, LINEAR, PAD, POOL, ROUND
 from srigl_fx.passes.feature_major import settle_layouts
 from srigl_fx.passes.program import arguments
 from srigl_fx.passes.recurrences import whole_recurrences
@@ -268,7 +268,7 @@ def _operator(base: str, residual: bool, activation: str) -> Any:
     if abi.has_scales(base):
         types["x"] = "X"
         constraints.append(("X", ["tensor(float)", "tensor(uint8)"], ""))
-    inputs = abi.inputs_of(base, residual) if is_layer else ("x",)
+    inputs = abi.inputs_of(base, residual) if is_layer else abi.NO_LAYERS[base]
     stored = "tensor(uint8)" if base.endswith(abi.BYTES) or base == abi.ROUND else "tensor(float)"
     return Op(
         Opset(abi.DOMAIN, abi.DOMAIN_VERSION),
@@ -330,6 +330,18 @@ def _translate_pool(
     if mean:
         return _operator(abi.MEAN_POOL, False, "none")(x, **given)
     return _operator(abi.MAX_POOL, False, "none")(x, dilations=list(dilation), **given)
+
+
+def _translate_pad(x: Any, before: Sequence[int], after: Sequence[int], value: float = 0.0) -> Any:
+    return _operator(abi.PAD, False, "none")(x, pads=[0, 0, *before, 0, 0, *after], value=float(value))
+
+
+def _translate_affine(x: Any, scale: Any, shift: Any) -> Any:
+    return _operator(abi.AFFINE, False, "none")(x, scale, shift)
+
+
+def _translate_concat(x: Any, other: Any) -> Any:
+    return _operator(abi.CONCAT, False, "none")(x, other)
 
 
 def _translate_linear(
@@ -411,6 +423,9 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     ROUND: _translate_round,
     ARRANGE: _translate_arrange,
     POOL: _translate_pool,
+    PAD: _translate_pad,
+    AFFINE: _translate_affine,
+    CONCAT: _translate_concat,
 }
 
 

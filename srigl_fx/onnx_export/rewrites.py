@@ -23,6 +23,8 @@ _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 _CONDENSED = torch.ops.srigl_fx.condensed_conv.default
 _EXTENDED = frozenset({"transposed convolution", "any convolution"})
 _SPLITS = frozenset({aten.split.Tensor, aten.unsafe_split.Tensor})
+_PADS = frozenset({aten.pad.default, aten.constant_pad_nd.default})
+_LARGEST = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default})
 _REDUCTIONS = frozenset({aten.amax.default, aten.amin.default})
 
 
@@ -43,6 +45,9 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
     8. Batch normalisation that is training becomes sums and products: ``torch.onnx`` takes it for one that is not.
     9. Samples that are rounded once for several condensed operators, and are stored feature-major, are rounded by each
        of them: what is stored so is known to be read by condensed operators alone.
+    10. ``repeat_interleave`` by a number that depends on a size becomes an expanded dimension.
+    11. Between padding by zeros and the largest element of a window stands a maximum of the padded tensor with itself:
+        ONNX Runtime would make both one MaxPool, whose own padding is no number.
 
     Args:
         module: A functional graph of ATen operators, with fake values in ``node.meta["val"]``.
@@ -79,6 +84,11 @@ def rewrite(module: fx.GraphModule) -> fx.GraphModule:
         elif node.target is ROUND and any(_is_feature_major(user) for user in node.users):
             node.replace_all_uses_with(arguments(node)["x"])
             graph.erase_node(node)
+        elif node.target in _PADS and any(user.target in _LARGEST for user in node.users):
+            with graph.inserting_after(node):
+                kept = graph.call_function(aten.maximum.default, (node, node))
+            kept.meta = dict(node.meta)
+            node.replace_all_uses_with(kept, delete_user_cb=lambda user, kept=kept: user is not kept)
         elif _may_extend(node) and arguments(node).get("transposed", True):
             _extend(graph, node)
         elif node.target is aten.instance_norm.default and arguments(node)["use_input_stats"]:

@@ -16,19 +16,22 @@ import srigl_fx as sx
 from srigl_fx.lowering.loading import load_lowered
 from srigl_fx.lowering.lowered import LoweredModule
 from srigl_fx.passes.arrange_samples import ArrangeSamples
-from srigl_fx.passes.condensed_nodes import ARRANGE, CONV
+from srigl_fx.passes.condensed_nodes import ARRANGE, CONCAT, CONV
 from srigl_fx.passes.program import arguments
+from srigl_fx.runtime.arranged import block_samples
 from srigl_fx.runtime.ort import abi
 
 
 class Chain(nn.Module):
-    """Convolutions a to d, 16 -> 16 channels each and three wide, and e, one wide, composed by ``forward``."""
+    """Convolutions a to d, 16 -> 16 channels each and three wide, e, one wide, and others, composed by ``forward``."""
 
     def __init__(self, compose: Callable[[Any, Tensor], Any]) -> None:
         super().__init__()
         self.a, self.b, self.c, self.d = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
         self.e, self.grouped = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, padding=1, groups=16)
         self.up = nn.ConvTranspose2d(16, 16, 3, padding=1)
+        self.of_two, self.of_three = (nn.Conv2d(16 * count, 16, 3, padding=1) for count in (2, 3))
+        self.norm = nn.BatchNorm2d(16)
         self.compose = compose
 
     def forward(self, x: Tensor) -> Any:
@@ -72,6 +75,13 @@ CASES: dict[str, tuple[Callable[[Any, Tensor], Any], tuple[list[bool], int, int]
         ([YES] * 3, 3, 3),
     ),
     "some of a mean": (lambda m, x: m.b(m.a(x) + m.a(x).mean(2, keepdim=True)), ([YES] * 3, 3, 3)),
+    "padding": (lambda m, x: m.b(F.pad(m.a(x), (1, 0, 2, 1), value=0.5)), ([YES] * 2, 1, 1)),
+    "padding behind the last": (lambda m, x: F.pad(m.a(x), (1, 0)), ([YES], 1, 1)),
+    "other padding": (lambda m, x: m.c(F.pad(m.b(F.pad(m.a(x), (1, 1, 0, 0), "reflect")), (-1, 0))), ([YES] * 3, 3, 3)),
+    "concatenation": (lambda m, x: (lambda y: m.of_two(torch.cat((y, m.b(y)), -3)))(m.a(x)), ([YES] * 3, 1, 1)),
+    "concatenation of others": (lambda m, x: m.of_two(torch.cat((m.a(x), x), 1)), ([YES] * 2, 2, 2)),
+    "concatenation of samples": (lambda m, x: m.b(torch.cat((m.a(x), m.a(x * 2)))), ([YES] * 3, 3, 3)),
+    "a batch norm": (lambda m, x: m.b(F.relu(m.norm(m.a(x) + x))), ([YES] * 2, 1, 1)),
     "two readers": (lambda m, x: (lambda y: (m.b(y), y.mean((2, 3)), y.amax((2, 3))))(m.a(x)), ([YES] * 2, 1, 2)),
     "depthwise": (lambda m, x: m.b(m.grouped(m.a(x))), ([YES, NO, YES], 2, 2)),
     "transposed": (lambda m, x: m.b(m.up(m.a(x))), ([YES, NO, YES], 2, 2)),
@@ -100,9 +110,25 @@ def chain(m: Any, x: Tensor) -> Tensor:
     return y
 
 
+@pytest.mark.long
+def test_what_concatenations_begin_with_is_joined_once() -> None:
+    def dense(m: Any, x: Tensor) -> Tensor:
+        parts = [m.a(x), m.b(x)]
+        parts.append(m.of_two(torch.cat(parts, 1)))
+        return m.of_three(torch.cat(parts, 1))  # type: ignore[no-any-return]
+
+    model, lowered = lowered_by(dense)
+    assert found(lowered) == ([YES] * 4, 1, 1)
+    assert len(lowered.graph.find_nodes(op="call_function", target=CONCAT)) == 2
+    x = torch.randn(17, 16, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(lowered(x), model(x), rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
-def test_from_sixteen_samples_on() -> None:
-    for batch, worth in ((1, False), (15, False), (17, True)):
+def test_from_a_block_of_samples_on() -> None:
+    block = block_samples()
+    for batch, worth in ((1, False), (block - 1, False), (block + 1, True)):
         assert found(lowered_by(chain, batch)[1])[0] == [worth] * 2
     assert found(lowered_by(chain, 2, batch_sizes=[16, 64])[1])[0] == [True] * 2
     assert found(lowered_by(chain, 16, batch_sizes=[1, 64])[1])[0] == [False] * 2
@@ -128,16 +154,25 @@ def test_gradients() -> None:
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-3)
 
 
+def every_form(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    z = F.relu(m.norm(m.b(y) + y))
+    padded = F.pad(m.of_two(torch.cat((y, z), 1)), (1, 0, 0, 1))
+    return m.c(F.avg_pool2d(F.max_pool2d(padded, 2, 1), 2))  # type: ignore[no-any-return]
+
+
 @pytest.mark.long
 def test_files_and_onnx(tmp_path: Path) -> None:
-    model, lowered = lowered_by(CASES["a residual"][0])
+    model, lowered = lowered_by(every_form)
+    assert found(lowered) == ([YES] * 4, 1, 1)
     path = tmp_path / "model.onnx"
     lowered.save(tmp_path / "model.srigl")
     assert found(load_lowered(tmp_path / "model.srigl")) == found(lowered)
     sx.export_onnx(lowered, path, (torch.randn(16, 16, 5, 6),))
     nodes = [node for node in onnx.load(path).graph.node if node.domain == abi.DOMAIN]
-    assert [node.op_type for node in nodes if node.op_type == abi.ARRANGE] == [abi.ARRANGE] * 2
-    assert sum(item.name == "arranged" and item.i == 1 for node in nodes for item in node.attribute) == 3
+    others = [abi.ARRANGE, abi.AFFINE, abi.CONCAT, abi.PAD, abi.MAX_POOL, abi.MEAN_POOL, abi.ARRANGE]
+    assert [node.op_type for node in nodes if node.op_type in abi.NO_LAYERS] == others
+    assert sum(item.name == "arranged" and item.i == 1 for node in nodes for item in node.attribute) == 4
     sessions = sx.runtime.load(path), onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     for batch in (1, 16, 17, 35):
         x = torch.randn(batch, 16, 5, 6)

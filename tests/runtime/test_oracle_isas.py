@@ -22,7 +22,7 @@ from srigl_fx.runtime.cpu.kernels.isa import AVX2, ISA_VARIABLE, TARGETS, host_i
 TESTS = Path(__file__).parent
 ORACLE_TESTS = (
     *("test_oracle_linear.py", "test_oracle_conv.py", "test_oracle_special.py", "test_oracle_onnx.py"),
-    *("test_oracle_shared.py", "test_oracle_arranged.py"),
+    *("test_oracle_shared.py", "test_oracle_arranged.py", "test_oracle_arranged_moves.py"),
 )
 INT8_TESTS = tuple(f"test_oracle_int8{what}.py" for what in ("", "_special", "_given", "_bytes"))
 OTHERS = [target for target in TARGETS if target != host_target()]  # this process's oracle tests run on the host's

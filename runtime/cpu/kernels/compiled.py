@@ -15,6 +15,7 @@ from srigl_fx.runtime.cpu.kernels.isa import (
     NEON,
     compiled_target,
     isa_of,
+    level_of,
 )
 
 numba: Any = typed_numba  # half of its functions are annotated
@@ -30,6 +31,8 @@ BYTE_PAIRS: Final = ISA in (AVX2, AVX512) and not BYTE_PRODUCTS
 NARROW: Final = TARGET in NARROW_TILES  # whether tiles of bytes have 32 or 48 columns, too
 FASTMATH: Final = {"reassoc", "contract", "nsz"}  # sums may be reordered; NaN and infinity keep their meaning
 REGISTERS: Final = {BASELINE: 2, AVX2: 4, AVX512: 8, NEON: 4}[ISA]  # vectors of 16 sums in flight
+SAMPLES: Final = plan.innermost_samples(level_of(ISA))  # of a block that lie innermost
+SAMPLE_BYTES: Final = 4 * SAMPLES
 
 
 def compiled(function: Callable[..., Any]) -> Any:

@@ -25,6 +25,7 @@ from srigl_fx.runtime.cpu.kernels.vector import (
     address,
     broadcast,
     declared,
+    floats_of,
     intrinsic,
     lanes,
     load,
@@ -37,35 +38,43 @@ from srigl_fx.runtime.cpu.kernels.vector import (
 
 
 def transposed(b: Any, rows: Sequence[Any]) -> list[Any]:
-    """16 vectors, with rows and lanes exchanged."""
+    """As many vectors as each has lanes, with rows and lanes exchanged."""
     # Log2 rounds that exchange ever larger blocks: first single floats of neighbouring rows, at last halves.
-    rows = list(rows)
-    for distance in (1, 2, 4, 8):
-        low = [i if not i & distance else i - distance + LANES for i in range(LANES)]
-        high = [i + distance if not i & distance else i + LANES for i in range(LANES)]
+    rows, count, distance = list(rows), len(rows), 1
+    places = ir.VectorType(I32, count)
+    while distance < count:
+        low = [i if not i & distance else i - distance + count for i in range(count)]
+        high = [i + distance if not i & distance else i + count for i in range(count)]
         exchanged = list(rows)
-        for i in range(LANES):
+        for i in range(count):
             if not i & distance:
                 pair = rows[i], rows[i + distance]
-                exchanged[i] = b.shuffle_vector(*pair, ir.Constant(INTS, low))
-                exchanged[i + distance] = b.shuffle_vector(*pair, ir.Constant(INTS, high))
-        rows = exchanged
+                exchanged[i] = b.shuffle_vector(*pair, ir.Constant(places, low))
+                exchanged[i + distance] = b.shuffle_vector(*pair, ir.Constant(places, high))
+        rows, distance = exchanged, 2 * distance
     return rows
 
 
-def _transpose(context: Any, source: Any, source_row: Any, target: Any, target_row: Any) -> Any:
-    def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, source_row, target, target_row = args
-        rows = [load(b, b.add(source, b.mul(source_row, number(i))), FLOATS) for i in range(LANES)]
-        for i, row in enumerate(transposed(b, rows)):
-            store(b, row, b.add(target, b.mul(target_row, number(i))))
-        return context.get_dummy_value()
+def transpose_of(count: int) -> Callable[[int, int, int, int], None]:
+    """An intrinsic that transposes ``count`` x ``count`` floats, 8 or 16.
 
-    return types.void(*[address] * 4), generate
+    Its arguments are ``(source, bytes between its rows, target, bytes between its rows)``.
+    """
+
+    def transpose(context: Any, source: Any, source_row: Any, target: Any, target_row: Any) -> Any:
+        def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            source, source_row, target, target_row = args
+            rows = [load(b, b.add(source, b.mul(source_row, number(i))), floats_of(count)) for i in range(count)]
+            for i, row in enumerate(transposed(b, rows)):
+                store(b, row, b.add(target, b.mul(target_row, number(i))))
+            return context.get_dummy_value()
+
+        return types.void(*[address] * 4), generate
+
+    return intrinsic(transpose)  # type: ignore[no-any-return]
 
 
-# 16 x 16 floats transposed: (source, bytes between its rows, target, bytes between its rows)
-transpose: Callable[[int, int, int, int], None] = intrinsic(_transpose)
+transpose = transpose_of(LANES)
 
 
 def lane_mask(b: Any, bits: Any) -> Any:

@@ -1,9 +1,9 @@
-"""Convolutions and pooling with 16 samples innermost: what is done at a few neighbouring output positions.
+"""Convolutions and pooling with samples innermost: what is done at a few neighbouring output positions.
 
 Owns the inner loop over a sample panel (:mod:`srigl_fx.runtime.cpu.kernels.innermost_panel`), and that over a window
-which is pooled. Sixteen samples of a channel at a position are neighbours in memory, and the channels of a position
-too: (H, W, C, 16). So each kept weight is one broadcast multiply-add for each of the positions, whose inputs are read
-where they lie, whatever strides and dilations are; nothing is laid out before.
+which is pooled. The samples of a block, 8 or with AVX-512 16, are neighbours in memory, and the channels of a position
+too: (H, W, C, samples). So each kept weight is one broadcast multiply-add for each of the positions, whose inputs are
+read where they lie, whatever strides and dilations are; nothing is laid out before.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,12 @@ from typing import Any, Final
 from llvmlite import ir
 
 from srigl_fx.runtime.cpu.kernels import vector as v
-from srigl_fx.runtime.cpu.kernels.plan import LANES
+from srigl_fx.runtime.cpu.kernels.compiled import SAMPLE_BYTES, SAMPLES
 from srigl_fx.runtime.cpu.kernels.vector import address, intrinsic, number, types
 
 START_BYTES: Final = 8  # of what a row of a part starts with
 SHARING: Final = 4  # rows that share their inputs and are computed together
+_FLOATS: Final = v.floats_of(SAMPLES)
 
 
 def entry_bytes(rows: int) -> int:
@@ -40,7 +41,7 @@ def prefetch_positions(count: int) -> Callable[[int, int], None]:
 
 
 def add_positions(count: int, rows: int = 1) -> Callable[..., None]:
-    """An intrinsic that adds some kept weights of a row, for 16 samples at ``count`` output positions.
+    """An intrinsic that adds some kept weights of a row, for a block of samples at ``count`` output positions.
 
     Its arguments are ``(inputs, step, entries, weights, bias, y, y_step, residual, low, high)``. ``inputs`` is what the
     first position reads, ``step`` are the bytes from there to the next one's; each of the ``weights`` entries is how
@@ -60,7 +61,7 @@ def add_positions(count: int, rows: int = 1) -> Callable[..., None]:
             for branch, compute in zip(branches, (then, otherwise), strict=True):
                 with branch:
                     found.append((compute(), b.block))
-        phis = [b.phi(v.FLOATS) for _ in each]
+        phis = [b.phi(_FLOATS) for _ in each]
         for values, block in found:
             for phi, value in zip(phis, values, strict=True):
                 phi.add_incoming(value, block)
@@ -82,24 +83,24 @@ def add_positions(count: int, rows: int = 1) -> Callable[..., None]:
         def generate(context: Any, b: Any, signature: Any, args: Any) -> Any:
             inputs, step, entries, weights, bias, y, y_step, residual, low, high = args
             steps = [b.mul(step, number(i)) for i in range(count)]
-            y_steps = [b.add(b.mul(y_step, number(i % count)), number(i // count * v.VECTOR_BYTES)) for i in each]
+            y_steps = [b.add(b.mul(y_step, number(i % count)), number(i // count * SAMPLE_BYTES)) for i in each]
             behind = b.mul(y_step, number(count))
             places = [b.add(y, one) for one in y_steps]
 
             def from_bias() -> list[Any]:
-                found = [v.broadcast(b, v.load(b, b.add(bias, number(4 * row)), v.F32)) for row in range(rows)]
+                found = [v.broadcast(b, v.load(b, b.add(bias, number(4 * row)), v.F32), SAMPLES) for row in range(rows)]
                 return [found[i // count] for i in each]
 
             def one_weight(i: Any, totals: Any) -> Any:
                 entry = b.add(entries, b.mul(i, number(entry_bytes(rows))))
                 at = b.add(inputs, b.sext(v.load(b, entry, v.I32), v.I64))
                 values = [v.load(b, b.add(entry, number(4 + 4 * row)), v.F32) for row in range(rows)]
-                weight = [v.broadcast(b, value) for value in values]
-                found = [v.load(b, b.add(at, one), v.FLOATS) for one in steps]
+                weight = [v.broadcast(b, value, SAMPLES) for value in values]
+                found = [v.load(b, b.add(at, one), _FLOATS) for one in steps]
                 return [v.multiply_add(b, weight[i // count], found[i % count], totals[i]) for i in each]
 
             before = either(
-                b, b.icmp_signed("!=", bias, number(0)), from_bias, lambda: [v.load(b, at, v.FLOATS) for at in places]
+                b, b.icmp_signed("!=", bias, number(0)), from_bias, lambda: [v.load(b, at, _FLOATS) for at in places]
             )
             after = v.loop(b, weights, before, one_weight)
 
@@ -107,10 +108,10 @@ def add_positions(count: int, rows: int = 1) -> Callable[..., None]:
                 added = [b.add(residual, one) for one in y_steps]
                 for at in added:
                     v.prefetch(b, b.add(at, behind))
-                return [b.fadd(total, v.load(b, at, v.FLOATS)) for total, at in zip(after, added, strict=True)]
+                return [b.fadd(total, v.load(b, at, _FLOATS)) for total, at in zip(after, added, strict=True)]
 
             after = either(b, b.icmp_signed("!=", residual, number(0)), with_residual, lambda: after)
-            lowest, highest = v.broadcast(b, low), v.broadcast(b, high)
+            lowest, highest = v.broadcast(b, low, SAMPLES), v.broadcast(b, high, SAMPLES)
             for total, at in zip(after, places, strict=True):
                 total = b.select(b.fcmp_ordered("<", total, lowest), lowest, total)
                 v.store(b, b.select(b.fcmp_ordered(">", total, highest), highest, total), at)
@@ -123,7 +124,7 @@ def add_positions(count: int, rows: int = 1) -> Callable[..., None]:
 
 
 def _pool(mean: bool) -> Callable[..., None]:
-    """An intrinsic that pools a window of a few vectors for 16 samples, of neighbouring channels at one position.
+    """An intrinsic that pools a window of a few vectors, of neighbouring channels at one position.
 
     Its arguments are ``(inputs, row_step, rows, step, columns, vectors, y, share)``: the first of the window's inputs,
     the bytes from one of its rows to the next and how many there are, the same of its columns, how many vectors lie
@@ -139,13 +140,13 @@ def _pool(mean: bool) -> Callable[..., None]:
             first = 0.0 if mean else float("-inf")
 
             def one_vector(i: Any, _: Any) -> Any:
-                beside = b.mul(i, number(v.VECTOR_BYTES))
+                beside = b.mul(i, number(SAMPLE_BYTES))
 
                 def one_row(row: Any, totals: Any) -> Any:
                     start = b.add(b.add(inputs, beside), b.mul(row, row_step))
 
                     def one_column(column: Any, totals: Any) -> Any:
-                        found = v.load(b, b.add(start, b.mul(column, step)), v.FLOATS)
+                        found = v.load(b, b.add(start, b.mul(column, step)), _FLOATS)
                         if mean:
                             return [b.fadd(totals[0], found)]
                         larger = b.or_(b.fcmp_ordered(">", found, totals[0]), b.fcmp_unordered("uno", found, found))
@@ -153,8 +154,8 @@ def _pool(mean: bool) -> Callable[..., None]:
 
                     return v.loop(b, columns, totals, one_column)
 
-                (total,) = v.loop(b, rows, [ir.Constant(v.FLOATS, [first] * LANES)], one_row)
-                v.store(b, b.fmul(total, v.broadcast(b, share)) if mean else total, b.add(y, beside))
+                (total,) = v.loop(b, rows, [ir.Constant(_FLOATS, [first] * SAMPLES)], one_row)
+                v.store(b, b.fmul(total, v.broadcast(b, share, SAMPLES)) if mean else total, b.add(y, beside))
                 return []
 
             v.loop(b, vectors, [], one_vector)

@@ -1,4 +1,4 @@
-"""The packed weight of a convolution with 16 samples innermost: a sample panel.
+"""The packed weight of a convolution with samples innermost: a sample panel.
 
 Owns its layout. It has a part for each group of the convolution, row of its kernel and window of channels, in this
 order: then the inputs of a part at a few positions stay in the caches while all rows read them, and parts whose inputs
@@ -7,8 +7,8 @@ first, as a loop that ends after another count than the one before costs more th
 how far its output is from the first row's and its number of weights, as int32, and then eight bytes for each weight:
 how far its inputs are from what the first tap reads, and the value as float32. Four neighbouring rows that share their
 inputs stand as one, with four values for each weight; a part has all of these before the single ones, and says how
-many they are. The panel depends on nothing but the layer: neither on the sizes of the images nor on the number of
-samples.
+many they are. The panel depends on nothing but the layer and the instruction set, which says how many samples a block
+has: neither on the sizes of the images nor on the number of samples.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ import numba as typed_numba
 
 from srigl_fx.runtime.cpu.kernels import conv, job
 from srigl_fx.runtime.cpu.kernels.canonical import index_of, sharing_rows
+from srigl_fx.runtime.cpu.kernels.compiled import SAMPLE_BYTES
 from srigl_fx.runtime.cpu.kernels.innermost import SHARING, START_BYTES, entry_bytes
 from srigl_fx.runtime.cpu.kernels.job import GROUP_AT, GROUP_SHARED, GROUP_WORDS
-from srigl_fx.runtime.cpu.kernels.plan import CACHE_LINE
 from srigl_fx.runtime.cpu.kernels.values import value_at
 from srigl_fx.runtime.cpu.kernels.vector import floats, ints, words
 
@@ -96,14 +96,14 @@ def _fill_row(j: Pointer, o: int, row: int, rows: int, tap_row: int, window: int
     channels, n, groups = geometry[conv.CHANNELS], j[job.OUT_FEATURES], geometry[conv.GROUPS]
     kernel_h, kernel_w = geometry[conv.KERNEL_H], geometry[conv.KERNEL_W]
     first_channel = o // (n // groups) * (channels // groups)
-    ints(to)[0], ints(to)[1] = o * CACHE_LINE, count
+    ints(to)[0], ints(to)[1] = o * SAMPLE_BYTES, count
     to += START_BYTES
     for i in range(_row_length(j, row) if count else 0):
         index = index_of(j, row, i)
         if _is_in_part(j, index, tap_row, window):
             channel = first_channel + index // kernel_w // kernel_h
             tap = index % kernel_w * geometry[conv.DILATION_W]
-            ints(to)[0] = (tap * channels + channel) * CACHE_LINE
+            ints(to)[0] = (tap * channels + channel) * SAMPLE_BYTES
             for r in range(rows):
                 floats(to + _INT)[r] = value_at(j[job.VALUES], j[job.VALUE_TYPE], (row + r) * k + i)
             to += _SINGLE if rows == 1 else _SHARED

@@ -1,6 +1,6 @@
-"""The tasks of convolutions and pooling with 16 samples innermost, and of bringing samples there.
+"""The task of convolutions with samples innermost.
 
-Importing it imports Numba. Owns the way through a block of 16 samples: strips of a few output positions in a row of the
+Importing it imports Numba. Owns the way through a block of samples: strips of a few output positions in a row of the
 image, and for each strip all parts of a sample panel. Only strips that reach over the left or the right border are
 copied, with the zeros beside.
 """
@@ -11,15 +11,13 @@ import numpy as np
 
 from srigl_fx.runtime.cpu.kernels import conv, job
 from srigl_fx.runtime.cpu.kernels.activations import activate_row
-from srigl_fx.runtime.cpu.kernels.compiled import REGISTERS, compiled
-from srigl_fx.runtime.cpu.kernels.copies import copy_floats, transpose
+from srigl_fx.runtime.cpu.kernels.compiled import REGISTERS, SAMPLE_BYTES, SAMPLES, compiled
+from srigl_fx.runtime.cpu.kernels.copies import copy_floats
 from srigl_fx.runtime.cpu.kernels.innermost import (
     SHARING,
     START_BYTES,
     add_positions,
     entry_bytes,
-    pool_largest,
-    pool_mean,
     prefetch_positions,
 )
 from srigl_fx.runtime.cpu.kernels.innermost_panel import panel_windows
@@ -29,9 +27,10 @@ from srigl_fx.runtime.cpu.kernels.tiles import is_limit, least, most
 from srigl_fx.runtime.cpu.kernels.vector import allocate, floats, ints, release, words
 
 Pointer = Any
-_POSITIONS: Final = min(INNERMOST_POSITIONS, REGISTERS)  # of a full strip; its sums are all registers' but a few
-# Of rows that share their inputs there are four sums to a position: AVX-512 has registers for those of four positions.
-_SHARED_POSITIONS: Final = _POSITIONS if REGISTERS == 8 else 1
+_SUMS: Final = REGISTERS * LANES // SAMPLES  # of a block, that registers hold besides what is multiplied
+_POSITIONS: Final = min(INNERMOST_POSITIONS, _SUMS)  # of a full strip
+# Of rows that share their inputs there are four sums to a position: the 32 registers of AVX-512 have room for 16.
+_SHARED_POSITIONS: Final = _POSITIONS if SAMPLES == LANES else max(1, _SUMS // SHARING)
 _SINGLE_BYTES, _SHARED_BYTES = entry_bytes(1), entry_bytes(SHARING)
 _INFINITY: Final = np.float32(np.inf)
 
@@ -44,7 +43,8 @@ def _add_part(count: int) -> Any:
     cache lines of as many positions from ``ahead`` on are asked for, ``ahead_step`` bytes from one position to the
     next.
     """
-    add, prefetch, together = add_positions(count), prefetch_positions(count), min(count, _SHARED_POSITIONS)
+    add, prefetch = add_positions(count), prefetch_positions(count)
+    together = max(size for size in range(1, _SHARED_POSITIONS + 1) if count % size == 0)
     add_four = add_positions(together, SHARING)
 
     @compiled
@@ -78,14 +78,14 @@ def _add_part(count: int) -> Any:
             end = part
             for _ in range(fours):
                 o, weights = int(ints(end)[0]), int(ints(end)[1])
-                start = bias + o // LANES if bias != 0 else 0
+                start = bias + o // SAMPLES if bias != 0 else 0
                 at, added = y + o + p * y_step, residual + o + p * y_step if residual != 0 else 0
                 add_four(inputs + p * step, step, end + START_BYTES, weights, start, at, y_step, added, low, high)
                 end += START_BYTES + _SHARED_BYTES * weights
                 line = ask(ahead, ahead_step, line, min(line + each, ahead_lines))
         for _ in range(single):
             o, weights = int(ints(end)[0]), int(ints(end)[1])
-            start = bias + o // LANES if bias != 0 else 0
+            start = bias + o // SAMPLES if bias != 0 else 0
             added = residual + o if residual != 0 else 0
             add(inputs, step, end + START_BYTES, weights, start, y + o, y_step, added, low, high)
             end += START_BYTES + _SINGLE_BYTES * weights
@@ -130,9 +130,9 @@ _add = _add_up_to(_POSITIONS)
 
 
 @compiled
-def _clear(at: int, lines: int) -> None:
+def _clear(at: int, channels: int) -> None:
     zeros = floats(at)
-    for i in range(lines * LANES):
+    for i in range(channels * SAMPLES):
         zeros[i] = 0.0
 
 
@@ -143,15 +143,15 @@ def _copy_strip(j: Pointer, x: int, row: int, column: int, span: int, to: int) -
     ``row`` is negative where all are zeros.
     """
     geometry = words(j[job.GEOMETRY])
-    width, lines = geometry[conv.IN_W], geometry[conv.CHANNELS]
+    width, channels = geometry[conv.IN_W], geometry[conv.CHANNELS]
     low, high = min(span, max(0, -column)), min(span, max(0, width - column))
     if row < 0 or high <= low:
-        _clear(to, span * lines)
+        _clear(to, span * channels)
         return
-    size = lines * CACHE_LINE
-    _clear(to, low * lines)
-    copy_floats(x + (row * width + column + low) * size, to + low * size, (high - low) * lines * LANES)
-    _clear(to + high * size, (span - high) * lines)
+    size = channels * SAMPLE_BYTES
+    _clear(to, low * channels)
+    copy_floats(x + (row * width + column + low) * size, to + low * size, (high - low) * channels * SAMPLES)
+    _clear(to + high * size, (span - high) * channels)
 
 
 @compiled
@@ -161,7 +161,7 @@ def _run_strip(j: Pointer, block: int, row: int, column: int, count: int, flat: 
     channels, n, conv_groups = geometry[conv.CHANNELS], j[job.OUT_FEATURES], geometry[conv.GROUPS]
     in_h, in_w, kernel_h = geometry[conv.IN_H], geometry[conv.IN_W], geometry[conv.KERNEL_H]
     out_plane = geometry[conv.OUT_H] * geometry[conv.OUT_W]
-    size, y_size, step = channels * CACHE_LINE, n * CACHE_LINE, geometry[conv.STRIDE_W]
+    size, y_size, step = channels * SAMPLE_BYTES, n * SAMPLE_BYTES, geometry[conv.STRIDE_W]
     x = j[job.X] + block * in_h * in_w * size
     at = block * out_plane + row * geometry[conv.OUT_W] + column
     y = j[job.Y] + at * y_size
@@ -202,12 +202,12 @@ def _run_strip(j: Pointer, block: int, row: int, column: int, count: int, flat: 
                     residual if is_last else 0,
                     low if is_last else -_INFINITY,
                     high if is_last else _INFINITY,
-                    x + within + count * step * size + w * window * CACHE_LINE,
+                    x + within + count * step * size + w * window * SAMPLE_BYTES,
                     step * size,
-                    min(window, channels) if group == 0 else 0,
+                    (min(window, channels) * SAMPLE_BYTES + CACHE_LINE - 1) // CACHE_LINE if group == 0 else 0,
                 )
     if not is_limit(activation):
-        activate_row(floats(y), count * n * LANES, activation)
+        activate_row(floats(y), count * n * SAMPLES, activation)
 
 
 def conv_innermost_task(j: Pointer, task: int) -> None:
@@ -222,7 +222,7 @@ def conv_innermost_task(j: Pointer, task: int) -> None:
     strips_in_row = (columns + _POSITIONS - 1) // _POSITIONS
     strips = strips_in_row * (1 if flat else geometry[conv.OUT_H])
     span = (_POSITIONS - 1) * geometry[conv.STRIDE_W] + (kernel_w - 1) * geometry[conv.DILATION_W] + 1
-    memory = allocate((1 if flat else span * geometry[conv.KERNEL_H] * channels + 1) * CACHE_LINE)
+    memory = allocate((0 if flat else span * geometry[conv.KERNEL_H] * channels * SAMPLE_BYTES) + CACHE_LINE)
     if memory == 0:
         j[job.FAILED] = 1
         return
@@ -231,119 +231,3 @@ def conv_innermost_task(j: Pointer, task: int) -> None:
         row, column = strip // strips_in_row, strip % strips_in_row * _POSITIONS
         _run_strip(j, block, row, column, min(_POSITIONS, columns - column), flat, scratch)
     release(memory)
-
-
-@compiled
-def _taps_inside(start: int, taps: int, dilation: int, size: int) -> Any:
-    """The first of the taps from a position on that lies in the image, and the one after the last such."""
-    first, end = max(0, (dilation - 1 - start) // dilation), min(taps, (size - 1 - start) // dilation + 1)
-    return first, max(first, end)
-
-
-def pool_samples_task(j: Pointer, task: int) -> None:
-    """A share of the pooled positions of one block of samples: the largest number of each window, or (KERNEL is 1) the
-    mean, to which padding adds zeros.
-    """
-    geometry, splits = words(j[job.GEOMETRY]), j[job.ROW_SPLITS]
-    block, part = task // splits, task % splits
-    channels, in_h, in_w = geometry[conv.CHANNELS], geometry[conv.IN_H], geometry[conv.IN_W]
-    out_w, kernel_h, kernel_w = geometry[conv.OUT_W], geometry[conv.KERNEL_H], geometry[conv.KERNEL_W]
-    down, right = geometry[conv.DILATION_H], geometry[conv.DILATION_W]
-    size, positions = channels * CACHE_LINE, geometry[conv.OUT_H] * out_w
-    x, y = j[job.X] + block * in_h * in_w * size, j[job.Y] + block * positions * size
-    share = np.float32(1) / np.float32(kernel_h * kernel_w)
-    for position in range(positions * part // splits, positions * (part + 1) // splits):
-        top = position // out_w * geometry[conv.STRIDE_H] - geometry[conv.PAD_H]
-        left = position % out_w * geometry[conv.STRIDE_W] - geometry[conv.PAD_W]
-        row, row_end = _taps_inside(top, kernel_h, down, in_h)
-        column, column_end = _taps_inside(left, kernel_w, right, in_w)
-        inputs = x + ((top + row * down) * in_w + left + column * right) * size
-        rows, columns, to = row_end - row, column_end - column, y + position * size
-        if j[job.KERNEL] != 0:
-            pool_mean(inputs, down * in_w * size, rows, right * size, columns, channels, to, share)
-        else:
-            pool_largest(inputs, down * in_w * size, rows, right * size, columns, channels, to, share)
-
-
-@compiled
-def _pool_columns(y: Pointer, x: Pointer, tap: int, step: int, first: int, end: int, mean: bool) -> None:
-    """Pool a row of the output with a tap of a row of the image, from a column to the one before ``end``."""
-    if mean:
-        for i in range(first, end):
-            y[i] += x[i * step + tap]
-    else:
-        for i in range(first, end):
-            found = x[i * step + tap]
-            y[i] = found if found > y[i] or found != found else y[i]
-
-
-@compiled
-def _pool_row(y: Pointer, x: Pointer, tap: int, step: int, first: int, end: int, mean: bool) -> None:
-    """The same; with the usual steps known, it is a loop over vectors."""
-    if step == 1:
-        _pool_columns(y, x, tap, 1, first, end, mean)
-    elif step == 2:
-        _pool_columns(y, x, tap, 2, first, end, mean)
-    else:
-        _pool_columns(y, x, tap, step, first, end, mean)
-
-
-def pool_rest_task(j: Pointer, task: int) -> None:
-    """A share of the channels of a sample behind the last block, which lies as it was, pooled as by the task above."""
-    geometry, splits, mean = words(j[job.GEOMETRY]), j[job.ROW_SPLITS], j[job.KERNEL] != 0
-    sample, part = task // splits, task % splits
-    channels, in_h, in_w = geometry[conv.CHANNELS], geometry[conv.IN_H], geometry[conv.IN_W]
-    out_h, out_w = geometry[conv.OUT_H], geometry[conv.OUT_W]
-    kernel_h, kernel_w = geometry[conv.KERNEL_H], geometry[conv.KERNEL_W]
-    down, right, step = geometry[conv.DILATION_H], geometry[conv.DILATION_W], geometry[conv.STRIDE_W]
-    share = np.float32(1) / np.float32(kernel_h * kernel_w)
-    for channel in range(channels * part // splits, channels * (part + 1) // splits):
-        plane = sample * channels + channel
-        for out_row in range(out_h):
-            y = floats(j[job.Y] + (plane * out_h + out_row) * out_w * 4)
-            for i in range(out_w):
-                y[i] = np.float32(0) if mean else -_INFINITY
-            top = out_row * geometry[conv.STRIDE_H] - geometry[conv.PAD_H]
-            row, row_end = _taps_inside(top, kernel_h, down, in_h)
-            for r in range(row, row_end):
-                x = floats(j[job.X] + (plane * in_h + top + r * down) * in_w * 4)
-                for c in range(kernel_w):
-                    tap = c * right - geometry[conv.PAD_W]  # that of the first column, which may lie before the image
-                    first, end = max(0, (step - 1 - tap) // step), min(out_w, (in_w - 1 - tap) // step + 1)
-                    _pool_row(y, x, tap, step, first, max(first, end), mean)
-            if mean:
-                for i in range(out_w):
-                    y[i] *= share
-
-
-def arrange_task(j: Pointer, task: int) -> None:
-    """A share of one block of samples brought to where it has the samples innermost, or (KERNEL is 1) back.
-
-    IN_FEATURES are its channels, OUT_FEATURES the positions of each.
-    """
-    splits, channels, positions = j[job.ROW_SPLITS], j[job.IN_FEATURES], j[job.OUT_FEATURES]
-    block, part = task // splits, task % splits
-    size = CACHE_LINE * channels * positions
-    back = j[job.KERNEL] != 0
-    apart, innermost = (j[job.Y], j[job.X]) if back else (j[job.X], j[job.Y])
-    apart, innermost = apart + block * size, innermost + block * size
-    sample_step, position_step = channels * positions * 4, channels * CACHE_LINE
-    first, last = positions * part // splits, positions * (part + 1) // splits
-    while first < last:
-        end = min(last, first + LANES)
-        for channel in range(channels):
-            rows, lines = apart + (channel * positions + first) * 4, innermost + first * position_step
-            lines += channel * CACHE_LINE
-            if end - first == LANES and back:
-                transpose(lines, position_step, rows, sample_step)
-            elif end - first == LANES:
-                transpose(rows, sample_step, lines, position_step)
-            else:
-                for p in range(end - first):
-                    for sample in range(LANES):
-                        row, line = floats(rows + sample * sample_step), floats(lines + p * position_step)
-                        if back:
-                            row[p] = line[sample]
-                        else:
-                            line[sample] = row[p]
-        first = end

@@ -41,7 +41,7 @@ from typing import Final
     GEOMETRY,  # of a convolution: kernels.conv
     OFFSETS,  # int64: where a packed sample's taps start
     SAMPLE,  # the first sample whose packed form is at PACKED
-    SAMPLES,  # and how many there are; of a linear call, of how many samples KERNEL is
+    SAMPLES,  # and how many there are; of a linear call, of how many samples KERNEL is; of a panel, those of a block
     PACKED,  # packed samples; of linear layers rounded ones, or 0 where each task rounds them
     PACKED_SIZE,  # elements of one: floats, or bytes for values of eight bits
     SCALES,  # float32 (N_ACTIVE,): of values of eight bits, what one is worth in its row

@@ -15,7 +15,7 @@ TILE: Final = 3  # from a tile panel: 16 or 32 samples, or output positions, sid
 INT8_DOT: Final = 4  # the same two for values of eight bits, with activations that are rounded to as many
 INT8_TILE: Final = 5
 SHARED_TILE: Final = 6  # TILE for rows that share their inputs, by fours
-INNERMOST: Final = 7  # of convolutions: from a sample panel, between tensors that have 16 samples innermost
+INNERMOST: Final = 7  # of convolutions: from a sample panel, between tensors that have samples innermost
 
 LEAST_FEATURE_MAJOR: Final = 16  # samples from which on a layer gains from a feature-major neighbour
 WIDE_WINDOW: Final = 256  # inputs of a dot panel's window from which on its indices have two bytes
@@ -30,8 +30,8 @@ LANES: Final = 16  # of a vector: rows of a group, and output positions of a con
 STEPS: Final = 4  # kept weights of a row that a panel has beside each other
 CACHE_LINE: Final = 64  # bytes
 INNERMOST_POSITIONS: Final = 4  # output positions whose sums are in registers at once, at most
-_INNERMOST_WINDOW: Final = 256  # channels that are read at a time: with four positions 64 KB, of a second-level cache
-_MOST_INNERMOST_REACH: Final = 1 << 24  # cache lines that the taps of a row of a kernel, or filters, may be apart
+_INNERMOST_WINDOW: Final = 256  # channels that are read at a time: with four positions 32 or 64 KB
+_MOST_INNERMOST_REACH: Final = 1 << 24  # blocks of samples that the taps of a row of a kernel, or filters, may be apart
 CHUNK_FLOATS: Final = 1 << 18  # of packed samples that are held at a time, about what a second-level cache does
 _MOST_TILE_INPUTS: Final = 65535  # a tile's indices are uint16, and one of them names a row of zeros
 _IN_CACHE: Final = 300_000  # kept weights that a second-level cache holds
@@ -229,8 +229,18 @@ def may_be_innermost(channels: int, filters: int, kernel_w: int, dilation_w: int
     return span * channels < _MOST_INNERMOST_REACH
 
 
+def innermost_samples(level: int) -> int:
+    """How many samples a block has, which lie innermost together: what a register holds, or two of narrow ones.
+
+    Example:
+        >>> [innermost_samples(level) for level in (0, 1, 2)]
+        [8, 8, 16]
+    """
+    return LANES if level == 2 else LANES // 2
+
+
 def innermost_splits(blocks: int, strips: int, work: int, threads: int) -> int:
-    """Into how many shares the positions of each block of 16 samples are cut for so many threads.
+    """Into how many shares the positions of each block of samples are cut for so many threads.
 
     Example:
         >>> innermost_splits(1, 784, 1 << 24, 2), innermost_splits(2, 784, 1 << 24, 2)

@@ -146,10 +146,10 @@ KERNELS: Final = (
         task="conv_innermost_task",
         layer="convolution",
         number=plan.INNERMOST,
-        computes="between tensors with 16 samples innermost: inputs are read where they lie, at four positions at once,"
-        " or for four rows that share them",
+        computes="between tensors with 8 samples innermost, or 16 with AVX-512: inputs are read where they lie, at four"
+        " positions at once, or for four rows that share them",
         reads="sample panel",
-        samples=(16, None),
+        samples=(8, None),
         file="innermost.py",
     ),
     Kernel(
@@ -184,7 +184,7 @@ HELPERS: Final = (
     *("measure_panel", "fill_panel", "plan_linear", "plan_panel"),
     *("conv_plan", "conv_offsets", "conv_pack_task", "widen_values"),
     *("int8_scales_task", "int8_pack_task", "int8_fill_task", "int8_round_task"),
-    *("arrange_task", "pool_samples_task", "pool_rest_task"),
+    *("arrange_task", "pool_samples_task", "pool_rest_task", "place_task", "affine_task"),
 )
 TASKS: Final = (*(kernel.task for kernel in KERNELS if kernel.layer != "training"), *HELPERS)
 # What is compiled for each of the targets; all else for the instruction sets that they extend.

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from srigl_fx.runtime.cpu.kernels import job, panel, plan, table
 from srigl_fx.runtime.cpu.kernels.canonical import index_rows
-from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, FASTMATH, ISA, planned
+from srigl_fx.runtime.cpu.kernels.compiled import BYTE_LOOKUP, FASTMATH, ISA, SAMPLES, planned
 from srigl_fx.runtime.cpu.kernels.conv_tasks import (
     conv_offsets,
     conv_pack_task,
@@ -18,12 +18,14 @@ from srigl_fx.runtime.cpu.kernels.conv_tasks import (
     conv_shared_tile_task,
     conv_tile_task,
 )
-from srigl_fx.runtime.cpu.kernels.innermost_tasks import (
+from srigl_fx.runtime.cpu.kernels.innermost_moves import (
+    affine_task,
     arrange_task,
-    conv_innermost_task,
+    place_task,
     pool_rest_task,
     pool_samples_task,
 )
+from srigl_fx.runtime.cpu.kernels.innermost_tasks import conv_innermost_task
 from srigl_fx.runtime.cpu.kernels.int8_conv_tasks import int8_conv_task, int8_pack_task
 from srigl_fx.runtime.cpu.kernels.int8_samples import int8_fill_task, int8_round_task, int8_scales_task
 from srigl_fx.runtime.cpu.kernels.int8_tasks import int8_dot_task, int8_tile_task
@@ -63,8 +65,9 @@ def plan_linear(j: Pointer, packed: int) -> None:
 
 
 def plan_panel(j: Pointer, kernel: int) -> None:
-    """Store a kernel and the window of the panel that it reads; 0 where there is none."""
+    """Store a kernel and the window of the panel that it reads, 0 where there is none; and a block's samples."""
     j[job.KERNEL] = kernel
+    j[job.SAMPLES] = SAMPLES
     if kernel == plan.INT8_DOT or kernel == plan.INT8_TILE:
         j[job.PANEL_WINDOW] = _int8_window(BYTE_LOOKUP, kernel, j[job.IN_FEATURES], j[job.K])
     else:
@@ -84,6 +87,7 @@ _FUNCTIONS = (
     *(panel.measure_panel, panel.fill_panel, plan_linear, plan_panel),
     *(conv_plan, conv_offsets, conv_pack_task, widen_values, int8_scales_task),
     *(int8_pack_task, int8_fill_task, int8_round_task, arrange_task, pool_samples_task, pool_rest_task),
+    *(place_task, affine_task),
 )
 TASKS = {function.__name__: function for function in _FUNCTIONS}
 assert tuple(TASKS) == table.TASKS  # the library's tables of symbols are made from those

@@ -76,7 +76,7 @@ def multiply_add(b: Any, one: Any, other: Any, total: Any) -> Any:
 
 
 def floats_of(count: int) -> Any:
-    """The type of 16 floats, or of 8 for loops whose registers hold no more."""
+    """The type of 16 floats, or of 8 where registers hold no more."""
     return _FLOATS_BY_COUNT[count]
 
 
