@@ -1,8 +1,8 @@
 """ResNet-50 at 90 % and several batch sizes, in ONNX Runtime: rows by themselves and rows that share inputs.
 
 Whole networks with random weights, as speed does not depend on them, uniformly sparse, beside the dense network in ONNX
-Runtime and OpenVINO and beside DeepSparse, all of them in turns. Batches of 16 keep their samples innermost; 15 and 17
-show what a rest costs. For two threads nothing else may run.
+Runtime and OpenVINO and beside DeepSparse, all of them in turns. Blocks of 8 samples, or 16 with AVX-512, lie
+innermost; 15 and 17 show what a rest costs. For two threads nothing else may run.
 
     python benchmarks/image_batches.py [--batches 1 8 15 16 17 32] [--groups 1 4] [--threads 1] [--seconds 6]
 
@@ -44,7 +44,7 @@ def files(folder: Path, group_size: int, batch: int) -> tuple[Path, Path, torch.
     twin.load_state_dict({key: value for key, value in model.state_dict().items() if key in state})
     dense, sparse = folder / f"dense_{group_size}.onnx", folder / f"sparse_{group_size}.onnx"
     export_dense(twin, args, tuple(inputs), dense)
-    # Any batch may be called; from 16 samples on the file is the same.
+    # Any batch may be called; from 16 samples on the file is the same, and with fewer the comparison is cheaper.
     sx.export_onnx(model, sparse, (args[0][:16],), min_speedup=0)  # and compared with the model
     return dense, sparse, args[0]
 

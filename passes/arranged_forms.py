@@ -5,7 +5,7 @@ Owns the forms of pooling, padding, concatenation and batch norms. It must not k
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -17,7 +17,7 @@ from srigl_fx.passes.program import arguments, new_buffer
 _aten = torch.ops.aten
 _WHOLE = (_aten.mean.dim, _aten.adaptive_avg_pool1d.default, _aten.adaptive_avg_pool2d.default)  # of all positions
 # Which operators pool, and whether that is a mean.
-_POOLING = {
+_POOLING: dict[Any, bool] = {
     _aten.max_pool1d.default: False,
     _aten.max_pool2d.default: False,
     _aten.avg_pool1d.default: True,

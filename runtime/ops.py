@@ -393,15 +393,15 @@ _library.impl("pool_samples", _pool_samples, "CPU")
 _library.impl("pool_samples", _pool_samples, "CUDA")
 torch.library.register_fake("srigl_fx::pool_samples", _fake_pool_samples, lib=_library)
 torch.library.register_autograd("srigl_fx::pool_samples", _pool_backward, setup_context=_save_pooled, lib=_library)
-for _op, _kernel, _fake, _save, _backward in (
+for _name, _move, _fake_move, _save, _backward in (
     ("pad_samples", _pad_samples, _fake_pad_samples, _save_padded, _pad_backward),
     ("affine_samples", _affine_samples, _fake_affine_samples, _save_affine, _affine_backward),
     ("concat_samples", _concat_samples, _fake_concat_samples, _save_joined, _concat_backward),
 ):
-    _library.impl(_op, _kernel, "CPU")
-    _library.impl(_op, _kernel, "CUDA")
-    torch.library.register_fake(f"srigl_fx::{_op}", _fake, lib=_library)
-    torch.library.register_autograd(f"srigl_fx::{_op}", _backward, setup_context=_save, lib=_library)
+    _library.impl(_name, _move, "CPU")
+    _library.impl(_name, _move, "CUDA")
+    torch.library.register_fake(f"srigl_fx::{_name}", _fake_move, lib=_library)
+    torch.library.register_autograd(f"srigl_fx::{_name}", _backward, setup_context=_save, lib=_library)
 
 LINEAR = torch.ops.srigl_fx.condensed_linear.default
 CONV = torch.ops.srigl_fx.condensed_conv.default
